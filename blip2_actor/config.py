@@ -1,0 +1,62 @@
+"""How an engine is built: `EngineConfig`, one frozen value that travels to every host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from blip2_actor.request import ModelInfo
+
+if TYPE_CHECKING:
+    from blip2_actor.engine import Engine
+
+DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Which model, where and in what shape. `build()` gives the engine, `info()` only describes it."""
+
+    model: str = DEFAULT_MODEL
+    """Hub name, folder, s3:// or gs:// folder, or "demo" for the checkpoint that comes with the project."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; pin it for reproducible captions."""
+    device: str = "auto"
+    """"auto" takes the first accelerator, else the CPU; or a torch device such as "cuda:0"."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is bfloat16 where the device computes in it, float32 elsewhere."""
+    num_threads: int | None = None
+    """CPU threads of the engine; None keeps torch's own choice."""
+    max_slots: int | None = None
+    """Texts decoded at once; None sizes them from free memory."""
+    encode_batch: int | None = None
+    """Images per pass of the vision encoder; None chooses by device."""
+    compile: bool = False
+    """Compile the vision encoder and the Q-Former (needs a C compiler on a CPU)."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError('model must be a hub name, a folder or "demo", got an empty text')
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        for name in ("num_threads", "max_slots", "encode_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def info(self) -> ModelInfo:
+        """Describe the model without loading weights.
+
+        Raises:
+            ValueError: the checkpoint is not a BLIP-2 this package runs.
+            OSError: it cannot be found or fetched; the message names the alternatives.
+        """
+        from blip2_actor.checkpoint import describe
+
+        return describe(self)
+
+    def build(self) -> Engine:
+        """Load the weights and start the engine; raises what `info` raises, and more."""
+        from blip2_actor.engine import Engine
+
+        return Engine(self)

@@ -1,0 +1,132 @@
+"""What goes into the engine and what comes out: plain values, importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, Union
+
+from blip2_actor.options import GenerationOptions
+from blip2_actor.status import Status
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+ImageLike = Union[bytes, "Image", "np.ndarray"]
+"""Encoded bytes, a PIL image, or uint8[H, W, 3] in RGB."""
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the end token or a stop text; `length`: max_new_tokens was reached."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One image and what to do with it."""
+
+    image: ImageLike
+    """Encoded bytes, a PIL image, or uint8[H, W, 3] in RGB."""
+    prompt: str | None = None
+    """Text the answer continues; None (or empty) captions the image."""
+    options: GenerationOptions | None = None
+    """This request's own options; None takes those of the call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One generated text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """The new tokens alone, with the end token when there is one."""
+    logprob: float
+    """Sum of the tokens' log-softmax (natural log) before any logits processor."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one request; `text` and its fellows are those of the best completion."""
+
+    status: Status = Status.OK
+    error: str | None = None
+    completions: tuple[Completion, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return self.status is Status.OK
+
+    @property
+    def text(self) -> str | None:
+        return self.completions[0].text if self.completions else None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completions[0].token_ids if self.completions else ()
+
+    @property
+    def logprob(self) -> float | None:
+        return self.completions[0].logprob if self.completions else None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.completions[0].finish_reason if self.completions else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine started."""
+
+    num_requests: int = 0
+    """Requests accepted by `submit` and `generate`."""
+    num_finished: int = 0
+    num_encode_calls: int = 0
+    """Passes through the vision encoder (each takes a batch of images)."""
+    num_images_encoded: int = 0
+    num_decode_steps: int = 0
+    num_tokens: int = 0
+    num_running: int = 0
+    """Slots in use now."""
+    num_waiting: int = 0
+    """Requests not yet in a slot now."""
+    busy_s: float = 0.0
+    """Seconds the engine thread spent in `step()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a host must know of a model before it starts one; cheap to get, no weights are read."""
+
+    model: str
+    """As the user named it."""
+    image_size_px: int
+    """Side of the square the vision encoder takes."""
+    dtype: str
+    """Resolved: "float32", "bfloat16" or "float16"."""
+    digest: str
+    """Identifies the checkpoint's content: equal digests, equal captions."""
+
+
+class EngineLike(Protocol):
+    """What `Blip2Actor` asks of an engine; `Engine` is the real one."""
+
+    def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
+
+    def submit(self, request: Request, options: GenerationOptions = ...) -> Future[Result]: ...
+
+    def stream(self, request: Request, options: GenerationOptions = ...) -> Iterable[str]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class EngineBuilder(Protocol):
+    """A picklable recipe for an engine; `EngineConfig` is the real one."""
+
+    def info(self) -> ModelInfo:
+        """Resolve the model by name without loading it; raises ValueError or OSError with the remedy."""
+        ...
+
+    def build(self) -> EngineLike: ...
