@@ -1,0 +1,50 @@
+"""Which device, which dtype: what "auto" means, resolved in one place."""
+
+from __future__ import annotations
+
+import torch
+
+from blip2_actor.config import EngineConfig
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first accelerator, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {device!r}') from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must exist here, got {device!r} and torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device auto or install a torch build for your accelerator"
+        )
+    return resolved
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
+
+    Raises:
+        ValueError: the device does not compute in the dtype asked for.
+    """
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        if device.type == "cpu" and dtype is torch.float16:
+            raise ValueError("dtype must be float32 or bfloat16 on a CPU, got float16; use --dtype auto")
+        return dtype
+    return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """True where bfloat16 matrix products run in hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

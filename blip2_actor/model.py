@@ -1,0 +1,79 @@
+"""BLIP-2 whole: vision encoder, Q-Former, projection, language model (arXiv:2301.12597).
+
+Axis letters, for every file of this package:
+
+    B  images            S  side of the square image, px     P  image tokens (class token + patches)
+    Q  queries           T  text tokens                      L  positions in a slot
+    R  running texts     V  vocabulary                       H  heads, E  channels of one head
+    Dv vision width      Dq Q-Former width                   Dw width of word embeddings
+    D  width of the layer at hand
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2Config
+
+from blip2_actor.layers import Linear
+from blip2_actor.opt import OptDecoder
+from blip2_actor.qformer import QFormer
+from blip2_actor.vision import VisionEncoder
+
+
+class Blip2(nn.Module):
+    """The captioning model: images (and a prompt) to text."""
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.config = config
+        qformer_width = config.qformer_config.hidden_size
+        self.vision = VisionEncoder(config.vision_config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_width))
+        self.qformer = QFormer(config.qformer_config)
+        self.language_projection = Linear(qformer_width, config.text_config.hidden_size)
+        self.language_model = OptDecoder(config.text_config)
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> float[B, P, Dv]."""
+        return self.vision(pixel_values)
+
+    def qformer_features(
+        self, image_embeds: Tensor, record: Callable[[str, Tensor], None] | None = None
+    ) -> Tensor:
+        """float[B, P, Dv] -> float[B, Q, Dq]."""
+        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
+        return self.qformer(queries, image_embeds, record=record)
+
+    def project(self, qformer_features: Tensor) -> Tensor:
+        """What the language model sees of an image: float[B, Q, Dq] -> float[B, Q, Dw]."""
+        return self.language_projection(qformer_features)
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """int64[..., T] -> float[..., T, Dw]."""
+        return self.language_model.embed_tokens(token_ids)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: logits for a text behind an image, and the mean loss.
+
+        Args:
+            pixel_values: float[B, 3, S, S], normalised.
+            input_ids: int64[B, T], without image tokens.
+            labels: int64[B, T], -100 where no loss is wanted; None takes `input_ids`.
+
+        Returns:
+            float[] mean loss over the labels (the last query predicts the first one), and float[B, T, V]
+            logits of the text positions.
+        """
+        prefix = self.project(self.qformer_features(self.image_features(pixel_values)))
+        num_queries = prefix.shape[1]
+        logits = self.language_model(torch.cat([prefix, self.embed_tokens(input_ids)], dim=1))
+        labels = input_ids if labels is None else labels
+        predicting = logits[:, num_queries - 1 : -1]
+        loss = F.cross_entropy(predicting.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return loss, logits[:, num_queries:]

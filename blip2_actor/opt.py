@@ -1,0 +1,176 @@
+"""The OPT decoder of BLIP-2's decoder-only checkpoints, decoding in slots.
+
+`prefill` runs prefixes (projected queries and prompt) through the layers and leaves their keys and
+values in slots; `decode` advances every running slot by one token. Prefixes of different lengths are
+packed one behind the other: the linear layers see no padding, attention runs once per length.
+
+Source: arXiv:2205.01068; transformers `OPTForCausalLM`. Axis letters: `model.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import OPTConfig
+
+from blip2_actor.layers import Linear, merge_heads, split_heads
+from blip2_actor.packing import Packing
+from blip2_actor.slots import SlotCache
+
+POSITION_OFFSET = 2
+"""The first two rows of the position table belong to padding (`OPTLearnedPositionalEmbedding`)."""
+
+
+class OptLayer(nn.Module):
+    """One decoder layer; norms stand before (most sizes) or after (350m) attention and MLP."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        width, affine = config.hidden_size, config.layer_norm_elementwise_affine
+        self.num_heads = config.num_attention_heads
+        self.norm_before = config.do_layer_norm_before
+        self.self_attn_layer_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.qkv = Linear(width, 3 * width, bias=config.enable_bias)
+        self.out_proj = Linear(width, width, bias=config.enable_bias)
+        self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.fc1 = Linear(
+            width, config.ffn_dim, bias=config.enable_bias, activation=config.activation_function
+        )
+        self.fc2 = Linear(config.ffn_dim, width, bias=config.enable_bias)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of each position: float[..., D] -> three float[..., D]."""
+        query, key, value = self.qkv(self.self_attn_layer_norm(hidden) if self.norm_before else hidden).chunk(
+            3, -1
+        )
+        return query, key, value
+
+    def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Output projection, residuals and MLP, given the attention's result."""
+        hidden = hidden + self.out_proj(context)
+        if self.norm_before:
+            return hidden + self.fc2(self.fc1(self.final_layer_norm(hidden)))
+        hidden = self.self_attn_layer_norm(hidden)
+        return self.final_layer_norm(hidden + self.fc2(self.fc1(hidden)))
+
+
+class OptDecoder(nn.Module):
+    """Embeddings, layers and head. One object serves training-style `forward` and slots."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.word_embed_proj_dim)
+        self.embed_positions = nn.Embedding(
+            config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
+        )
+        projects = config.word_embed_proj_dim != config.hidden_size
+        self.project_in = (
+            Linear(config.word_embed_proj_dim, config.hidden_size, bias=False) if projects else None
+        )
+        self.project_out = (
+            Linear(config.hidden_size, config.word_embed_proj_dim, bias=False) if projects else None
+        )
+        self.layers = nn.ModuleList([OptLayer(config) for _ in range(config.num_hidden_layers)])
+        has_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
+        affine = config.layer_norm_elementwise_affine
+        self.final_layer_norm = (
+            nn.LayerNorm(config.hidden_size, elementwise_affine=affine) if has_norm else None
+        )
+        self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the head with the embeddings where the checkpoint does; needed again after `to_empty`."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def new_cache(self, num_slots: int, max_length: int) -> SlotCache:
+        weight = self.embed_positions.weight
+        return SlotCache(
+            len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype
+        )
+
+    def _embed(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        if self.project_in is not None:
+            inputs_embeds = self.project_in(inputs_embeds)
+        return inputs_embeds + self.embed_positions(positions + POSITION_OFFSET)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return self.lm_head(hidden)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        """Logits of every position, without a cache (scores, training).
+
+        float[B, T, Dw] -> float[B, T, V].
+        """
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        hidden = self._embed(inputs_embeds, positions)
+        for layer in self.layers:
+            query, key, value = (split_heads(x, layer.num_heads) for x in layer.project(hidden))
+            context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            hidden = layer.finish(hidden, merge_heads(context))
+        return self._logits(hidden)
+
+    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: SlotCache) -> Tensor:
+        """Run prefixes and leave their keys and values in slots.
+
+        Args:
+            prefixes: float[T_i, Dw] each; lengths may differ.
+            slots: one per prefix.
+            cache: from `new_cache`.
+
+        Returns:
+            float[n, V], logits behind the last position of each prefix.
+        """
+        packing = Packing([len(p) for p in prefixes], prefixes[0].device)
+        hidden = self._embed(packing.pack(prefixes), packing.positions)
+        groups = packing.slots_by_group(slots)
+        for index, layer in enumerate(self.layers):
+            query, key, value = layer.project(hidden)
+            for group, group_slots in zip(packing.groups, groups, strict=True):
+                cache.write_prefix(index, group_slots, group.view(key), group.view(value))
+            if index == len(self.layers) - 1:  # only the last position of each prefix matters from here on
+                hidden = hidden[packing.last]
+                context = packing.attend_last(query, key, value, layer.num_heads)
+            else:
+                context = packing.attend(query, key, value, layer.num_heads, is_causal=True)
+            hidden = layer.finish(hidden, context)
+        return self._logits(hidden)[packing.restore_order]
+
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, max_length: int) -> Tensor:
+        """Advance slots 0..R-1 by one token each.
+
+        Args:
+            token_ids: int64[R], the token to append to each slot.
+            lengths: int64[R], positions already in each slot.
+            cache: the slots.
+            max_length: the greatest of `lengths`, known to the host (no synchronisation here).
+
+        Returns:
+            float[R, V], logits behind the appended tokens.
+        """
+        num_rows, reach = token_ids.shape[0], max_length + 1
+        rows = cache.row_indices(lengths)
+        visible = torch.arange(reach, device=lengths.device) <= lengths[:, None]
+        mask = torch.zeros(visible.shape, dtype=self.embed_positions.weight.dtype, device=lengths.device)
+        mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :]
+        hidden = self._embed(self.embed_tokens(token_ids), lengths)
+        for index, layer in enumerate(self.layers):
+            query, key, value = layer.project(hidden)
+            cache.write_step(index, rows, key, value)
+            keys, values = cache.read(index, num_rows, reach, layer.num_heads)
+            context = F.scaled_dot_product_attention(
+                query.unflatten(-1, (layer.num_heads, 1, -1)), keys, values, attn_mask=mask
+            )
+            hidden = layer.finish(hidden, context.flatten(1))
+        return self._logits(hidden)

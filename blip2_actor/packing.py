@@ -1,0 +1,83 @@
+"""Sequences of different lengths in one tensor, without padding.
+
+Sequences are sorted by length and laid one behind the other, float[T_total, D]; those of equal length
+form a group, which is a plain view float[n, T, D], so that attention runs once per length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip2_actor.layers import merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of one length: rows [start, start + count * length) of the packed tensor."""
+
+    start: int
+    count: int
+    length: int
+
+    def view(self, packed: Tensor) -> Tensor:
+        """[T_total, D] -> [count, length, D]."""
+        stop = self.start + self.count * self.length
+        return packed[self.start : stop].unflatten(0, (self.count, self.length))
+
+
+class Packing:
+    """The layout of one batch of sequences."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.device = device
+        self.order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self.groups: list[Group] = []
+        start = 0
+        for length in sorted(set(lengths)):
+            group = Group(start, lengths.count(length), length)
+            self.groups.append(group)
+            start += group.count * length
+        self.positions = torch.cat(
+            [torch.arange(g.length, device=device).repeat(g.count) for g in self.groups]
+        )
+        ends = [g.start + (i + 1) * g.length - 1 for g in self.groups for i in range(g.count)]
+        self.last = torch.tensor(ends, device=device)
+        restore = [0] * len(lengths)
+        for place, original in enumerate(self.order):
+            restore[original] = place
+        self.restore_order = torch.tensor(restore, device=device)
+
+    def pack(self, sequences: list[Tensor]) -> Tensor:
+        """Lay sequences float[T_i, D] one behind the other, sorted: float[T_total, D]."""
+        return torch.cat([sequences[i] for i in self.order])
+
+    def slots_by_group(self, slots: list[int]) -> list[Tensor]:
+        """The slots of each group's sequences: int64[count] each."""
+        ordered = [slots[i] for i in self.order]
+        found = []
+        for group in self.groups:
+            found.append(torch.tensor(ordered[: group.count], device=self.device))
+            ordered = ordered[group.count :]
+        return found
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, is_causal: bool) -> Tensor:
+        """Attention within each sequence: three float[T_total, D] -> float[T_total, D]."""
+        contexts = []
+        for group in self.groups:
+            q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+            contexts.append(merge_heads(context).flatten(0, 1))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+        """Causal attention of each sequence's last position: three float[T_total, D] -> float[n, D]."""
+        contexts = []
+        for group in self.groups:
+            q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
+            context = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+            contexts.append(merge_heads(context).flatten(1))
+        return torch.cat(contexts)

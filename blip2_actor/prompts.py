@@ -1,0 +1,44 @@
+"""Prompts to token ids and back, exactly as the checkpoint's own processor does it.
+
+The queries stand before the text in both layouts of the reference (image tokens in the prompt since
+transformers 4.47, concatenation before), so image tokens never occur here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, Blip2Config
+
+
+class Prompts:
+    """The tokenizer of one checkpoint."""
+
+    def __init__(self, folder: Path, config: Blip2Config) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_token_id: int | None = config.image_token_index
+        text_config = config.text_config
+        start = text_config.bos_token_id if text_config.bos_token_id is not None else text_config.eos_token_id
+        self.empty_ids = [start]
+        eos = text_config.eos_token_id
+        self.end_ids = frozenset(eos if isinstance(eos, list) else [eos])
+
+    def encode(self, prompt: str | None) -> list[int]:
+        """Token ids that follow the queries.
+
+        Raises:
+            ValueError: the prompt holds the image token.
+        """
+        if not prompt:
+            return self.empty_ids
+        token_ids: list[int] = self.tokenizer(prompt).input_ids
+        if self.image_token_id in token_ids:
+            raise ValueError(
+                "prompt must not contain the image token, got it; leave it out, the image always comes first"
+            )
+        return token_ids
+
+    def decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
+        """Text of generated ids, without end tokens and surrounding spaces."""
+        kept = [t for t in token_ids if t not in self.end_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()

@@ -1,0 +1,152 @@
+"""The Q-Former of BLIP-2: learned queries that read the image through cross-attention.
+
+A post-norm BERT whose queries cross-attend to the image in every second layer. It can also read text
+(retrieval checkpoints): then text tokens follow the queries, share self-attention with them, have
+feed-forward weights of their own, and never see the image directly.
+
+The keys and values of all cross-attentions depend on the image alone, so one matrix product makes
+them all (87 % of this module's arithmetic).
+
+Source: arXiv:2301.12597, section 3.1; transformers `Blip2QFormerModel`. Axis letters: `model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig
+
+from blip2_actor.layers import Linear, merge_heads, split_heads
+
+
+class PostNormMlp(nn.Module):
+    """BERT's feed-forward: two linears, the residual, then the norm."""
+
+    def __init__(self, config: Blip2QFormerConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.fc2(self.fc1(hidden)) + hidden)
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention, cross-attention where `reads_image`, feed-forward."""
+
+    def __init__(self, config: Blip2QFormerConfig, reads_image: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.reads_image = reads_image
+        self.qkv = Linear(width, 3 * width)
+        self.attention_output = Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if reads_image:
+            self.cross_query = Linear(width, width)
+            self.cross_output = Linear(width, width)
+            self.cross_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.query_mlp = PostNormMlp(config)
+        if config.use_qformer_text_input:
+            self.text_mlp = PostNormMlp(config)
+
+    def forward(
+        self, hidden: Tensor, num_queries: int, image_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer over queries and, behind them, text.
+
+        Args:
+            hidden: float[B, Q + T, Dq].
+            num_queries: Q; 0 for text alone.
+            image_kv: keys and values of this layer, each float[B, H, P, E].
+            mask: bool[B, 1, 1, Q + T], True where a position may be attended to.
+
+        Returns:
+            The new hidden states, and this layer's cross-attention query float[B, H, Q, E] where there
+            is one (its product with the keys is the attention map).
+        """
+        query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(hidden).chunk(3, dim=-1))
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        hidden = self.attention_norm(self.attention_output(merge_heads(context)) + hidden)
+        if num_queries == 0:
+            return self.text_mlp(hidden), None
+        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        cross_query = None
+        if self.reads_image:
+            if image_kv is None:
+                raise ValueError("image_kv must be given when queries are, got None")
+            cross_query = split_heads(self.cross_query(queries), self.num_heads)
+            context = F.scaled_dot_product_attention(cross_query, *image_kv)
+            queries = self.cross_norm(self.cross_output(merge_heads(context)) + queries)
+        queries = self.query_mlp(queries)
+        if text.shape[1] == 0:
+            return queries, cross_query
+        return torch.cat([queries, self.text_mlp(text)], dim=1), cross_query
+
+
+class QFormer(nn.Module):
+    """Queries and an image in, the image as seen by the queries out."""
+
+    def __init__(self, config: Blip2QFormerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.vision_width = config.encoder_hidden_size
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        readers = [i % config.cross_attention_frequency == 0 for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList([QFormerLayer(config, reads) for reads in readers])
+        self.cross_kv = Linear(config.encoder_hidden_size, 2 * sum(readers) * config.hidden_size)
+
+    def image_keys_values(self, image_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every cross-attention, in the order of the layers that have one.
+
+        float[B, P, Dv] -> pairs of float[B, H, P, E].
+        """
+        if image_embeds.shape[-1] != self.vision_width:
+            raise ValueError(
+                f"image_embeds must have {self.vision_width} channels, got {image_embeds.shape[-1]}"
+            )
+        width = self.layernorm.normalized_shape[0]
+        parts = [split_heads(x, self.num_heads) for x in self.cross_kv(image_embeds).split(width, dim=-1)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def forward(
+        self,
+        query_embeds: Tensor,
+        image_embeds: Tensor | None = None,
+        num_queries: int | None = None,
+        mask: Tensor | None = None,
+        record: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Let the learned queries read the image (BLIP-2, section 3.1).
+
+        Args:
+            query_embeds: float[B, Q + T, Dq], queries first, already expanded over the batch.
+            image_embeds: float[B, P, Dv], vision output after its final norm; None for text alone.
+            num_queries: Q; None means that there is no text.
+            mask: bool[B, Q + T], False at padding; None attends everywhere.
+            record: called with names and values, for inspection: each layer's output, and each
+                cross-attention's weights float[B, H, Q, P].
+
+        Returns:
+            float[B, Q + T, Dq], in the dtype of `query_embeds`.
+
+        Raises:
+            ValueError: the last axis of `image_embeds` is not the configured vision width.
+        """
+        num_queries = query_embeds.shape[1] if num_queries is None else num_queries
+        image_kv = iter(self.image_keys_values(image_embeds) if image_embeds is not None else ())
+        mask = None if mask is None else mask[:, None, None, :]
+        hidden = self.layernorm(query_embeds)
+        for index, layer in enumerate(self.layers):
+            kv = next(image_kv, None) if layer.reads_image else None
+            hidden, cross_query = layer(hidden, num_queries, kv, mask)
+            if record is not None:
+                record(f"qformer.layers.{index}", hidden)
+                if cross_query is not None and kv is not None:
+                    scores = cross_query @ kv[0].transpose(-1, -2) * cross_query.shape[-1] ** -0.5
+                    record(f"qformer.layers.{index}.cross_attention", scores.softmax(dim=-1))
+        return hidden

@@ -1,0 +1,126 @@
+"""The vision encoder of BLIP-2: a ViT (EVA-CLIP's ViT-g/14 in the published checkpoints).
+
+Pre-norm blocks, a class token, learned positions, one fused qkv projection whose key bias is zero in
+the published weights. Pixels arrive as uint8 and are normalised here, on the device.
+
+Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis letters: `model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2VisionConfig
+
+from blip2_actor.layers import Linear, merge_heads, split_heads
+
+
+class VisionBlock(nn.Module):
+    """Attention and MLP, each behind a layer norm and a residual."""
+
+    def __init__(self, config: Blip2VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        self.projection = Linear(width, width)
+        self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = Linear(width, config.intermediate_size, activation=config.hidden_act)
+        self.fc2 = Linear(config.intermediate_size, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """float[B, P, Dv] -> float[B, P, Dv]."""
+        query, key, value = self.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
+        heads = F.scaled_dot_product_attention(
+            split_heads(query, self.num_heads),
+            split_heads(key, self.num_heads),
+            split_heads(value, self.num_heads),
+        )
+        hidden = hidden + self.projection(merge_heads(heads))
+        return hidden + self.fc2(self.fc1(self.layer_norm2(hidden)))
+
+
+class VisionEncoder(nn.Module):
+    """Images to patch embeddings."""
+
+    def __init__(self, config: Blip2VisionConfig) -> None:
+        super().__init__()
+        self.image_size_px = config.image_size
+        self.patch_size_px = config.patch_size
+        self.grid = config.image_size // config.patch_size
+        width = config.hidden_size
+        self.patch_embedding = Linear(3 * config.patch_size**2, width)
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.empty(1, self.grid**2 + 1, width))
+        self.layers = nn.ModuleList([VisionBlock(config) for _ in range(config.num_hidden_layers)])
+        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """Cut images into flat patches, channel first as in the reference's convolution.
+
+        Args:
+            pixel_values: float[B, 3, S, S], normalised.
+
+        Returns:
+            [B, P - 1, 3 * patch * patch], same dtype.
+
+        Raises:
+            ValueError: the images are not of the checkpoint's size (positions are not interpolated).
+        """
+        size, grid, patch = self.image_size_px, self.grid, self.patch_size_px
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"pixel_values must be [B, 3, {size}, {size}], got {list(pixel_values.shape)}; "
+                "resize the images to the checkpoint's size (positions are not interpolated)"
+            )
+        used = pixel_values[:, :, : grid * patch, : grid * patch]
+        cut = used.reshape(-1, 3, grid, patch, grid, patch)
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * patch * patch)
+
+    def forward(self, pixel_values: Tensor, record: Callable[[str, Tensor], None] | None = None) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: float[B, 3, S, S], normalised, in the module's dtype.
+            record: called with each block's name and output, for inspection.
+
+        Returns:
+            float[B, P, Dv], after the final norm; position 0 is the class token.
+        """
+        embeds = self.patch_embedding(self.patches(pixel_values))
+        hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
+        hidden = hidden + self.position_embedding
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden)
+            if record is not None:
+                record(f"vision.layers.{index}", hidden)
+        return self.post_layernorm(hidden)
+
+    def pool(self, image_embeds: Tensor) -> Tensor:
+        """The reference's `pooler_output`: the final norm once more, on the class token.
+
+        float[B, P, Dv] -> float[B, Dv].
+        """
+        return self.post_layernorm(image_embeds[:, 0])
+
+
+class PixelNormalizer(nn.Module):
+    """uint8 images to normalised floats, on whatever device they are."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: list[float], std: list[float], rescale_factor: float) -> None:
+        super().__init__()
+        self.rescale_factor = rescale_factor
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8[B, S, S, 3] -> float[B, 3, S, S] in `dtype`, computed in float32 as the reference does."""
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32) * self.rescale_factor
+        return ((pixels - self.mean) / self.std).to(dtype)

@@ -1,0 +1,192 @@
+"""From the tensors of a Hugging Face BLIP-2 checkpoint to ours: one name map, strict, streamed.
+
+Each tensor is read from its safetensors file straight into its place (a slice of a fused projection,
+where we fuse), so that a checkpoint is in memory once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+WB = r"(?P<wb>weight|bias)"
+INDEX = r"(?P<i>\d+)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor goes: a parameter, and which of the equal parts it is stacked from."""
+
+    name: str
+    part: int | None = None
+
+
+Rule = tuple[str, Callable[[re.Match[str]], Place]]
+
+
+def _to(template: str, part: int | None = None) -> Callable[[re.Match[str]], Place]:
+    return lambda match: Place(template.format(**match.groupdict()), part)
+
+
+_VISION: list[Rule] = [
+    (r"vision_model\.embeddings\.(?P<x>class_embedding|position_embedding)", _to("vision.{x}")),
+    (rf"vision_model\.embeddings\.patch_embedding\.{WB}", _to("vision.patch_embedding.{wb}")),
+    (
+        rf"vision_model\.encoder\.layers\.{INDEX}\.self_attn\.(?P<x>qkv|projection)\.{WB}",
+        _to("vision.layers.{i}.{x}.{wb}"),
+    ),
+    (
+        rf"vision_model\.encoder\.layers\.{INDEX}\.mlp\.(?P<x>fc1|fc2)\.{WB}",
+        _to("vision.layers.{i}.{x}.{wb}"),
+    ),
+    (
+        rf"vision_model\.encoder\.layers\.{INDEX}\.(?P<x>layer_norm1|layer_norm2)\.{WB}",
+        _to("vision.layers.{i}.{x}.{wb}"),
+    ),
+    (rf"vision_model\.post_layernorm\.{WB}", _to("vision.post_layernorm.{wb}")),
+]
+
+
+def _qformer(cross_attention_frequency: int) -> list[Rule]:
+    layer = rf"qformer\.encoder\.layer\.{INDEX}"
+
+    def cross_kv(which: int) -> Callable[[re.Match[str]], Place]:
+        return lambda match: Place(
+            f"qformer.cross_kv.{match['wb']}", int(match["i"]) // cross_attention_frequency * 2 + which
+        )
+
+    return [
+        ("query_tokens", _to("query_tokens")),
+        (rf"qformer\.layernorm\.{WB}", _to("qformer.layernorm.{wb}")),
+        *(
+            (rf"{layer}\.attention\.attention\.{x}\.{WB}", _to("qformer.layers.{i}.qkv.{wb}", part))
+            for part, x in enumerate(("query", "key", "value"))
+        ),
+        (rf"{layer}\.attention\.output\.dense\.{WB}", _to("qformer.layers.{i}.attention_output.{wb}")),
+        (rf"{layer}\.attention\.output\.LayerNorm\.{WB}", _to("qformer.layers.{i}.attention_norm.{wb}")),
+        (rf"{layer}\.crossattention\.attention\.query\.{WB}", _to("qformer.layers.{i}.cross_query.{wb}")),
+        (rf"{layer}\.crossattention\.attention\.key\.{WB}", cross_kv(0)),
+        (rf"{layer}\.crossattention\.attention\.value\.{WB}", cross_kv(1)),
+        (rf"{layer}\.crossattention\.output\.dense\.{WB}", _to("qformer.layers.{i}.cross_output.{wb}")),
+        (rf"{layer}\.crossattention\.output\.LayerNorm\.{WB}", _to("qformer.layers.{i}.cross_norm.{wb}")),
+        *(
+            rule
+            for theirs, ours in (("_query", "query_mlp"), ("", "text_mlp"))
+            for rule in (
+                (
+                    rf"{layer}\.intermediate{theirs}\.dense\.{WB}",
+                    _to(f"qformer.layers.{{i}}.{ours}.fc1.{{wb}}"),
+                ),
+                (rf"{layer}\.output{theirs}\.dense\.{WB}", _to(f"qformer.layers.{{i}}.{ours}.fc2.{{wb}}")),
+                (
+                    rf"{layer}\.output{theirs}\.LayerNorm\.{WB}",
+                    _to(f"qformer.layers.{{i}}.{ours}.norm.{{wb}}"),
+                ),
+            )
+        ),
+        (rf"language_projection\.{WB}", _to("language_projection.{wb}")),
+    ]
+
+
+_OPT_LAYER = rf"language_model\.model\.decoder\.layers\.{INDEX}"
+_OPT: list[Rule] = [
+    (
+        r"language_model\.model\.decoder\.(?P<x>embed_tokens|embed_positions|project_in|project_out)\.weight",
+        _to("language_model.{x}.weight"),
+    ),
+    *(
+        (rf"{_OPT_LAYER}\.self_attn\.{x}_proj\.{WB}", _to("language_model.layers.{i}.qkv.{wb}", part))
+        for part, x in enumerate("qkv")
+    ),
+    (rf"{_OPT_LAYER}\.self_attn\.out_proj\.{WB}", _to("language_model.layers.{i}.out_proj.{wb}")),
+    (
+        rf"{_OPT_LAYER}\.(?P<x>self_attn_layer_norm|final_layer_norm|fc1|fc2)\.{WB}",
+        _to("language_model.layers.{i}.{x}.{wb}"),
+    ),
+    (rf"language_model\.model\.decoder\.final_layer_norm\.{WB}", _to("language_model.final_layer_norm.{wb}")),
+    (r"language_model\.lm_head\.weight", _to("language_model.lm_head.weight")),
+]
+
+_IGNORED = re.compile(r".*\.position_ids")
+"""Buffers that older versions of transformers stored; they hold 0, 1, 2, …"""
+
+
+def opt_rules(cross_attention_frequency: int) -> list[Rule]:
+    """The name map of a checkpoint whose language model is OPT."""
+    return [*_VISION, *_qformer(cross_attention_frequency), *_OPT]
+
+
+def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
+    """Fill every parameter of `model` from the safetensors files of `folder`.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; every name is listed.
+        OSError: a file is not readable safetensors.
+    """
+    compiled = [(re.compile(pattern), place) for pattern, place in rules]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled: dict[int, dict[int | None, int]] = {id(p): {} for p in parameters.values()}
+    problems: list[str] = []
+    for name, read in _tensors(folder):
+        place = _find_place(name, compiled)
+        if place is None or place.name not in parameters:
+            if not _IGNORED.fullmatch(name):
+                problems.append(f"unexpected {name}")
+            continue
+        parameter, tensor = parameters[place.name], read()
+        target = _slice(parameter.data, place.part, tensor)
+        if target is None:
+            problems.append(f"{name} has shape {list(tensor.shape)}, does not fit {list(parameter.shape)}")
+            continue
+        target.copy_(tensor.reshape(target.shape))
+        filled[id(parameter)][place.part] = tensor.numel()
+    problems += [f"missing {n}" for n, p in parameters.items() if sum(filled[id(p)].values()) != p.numel()]
+    if problems:
+        listed = "\n  ".join(sorted(set(problems)))
+        raise ValueError(f"the tensors of {folder} must be those of its config.json, got\n  {listed}")
+
+
+def _find_place(
+    name: str, rules: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Place]]]
+) -> Place | None:
+    for pattern, place in rules:
+        if match := pattern.fullmatch(name):
+            return place(match)
+    return None
+
+
+def _slice(parameter: Tensor, part: int | None, tensor: Tensor) -> Tensor | None:
+    """The rows of `parameter` that `tensor` fills, or None where it does not fit."""
+    if part is None:
+        fits = parameter.numel() == tensor.numel() and parameter.shape[0] == tensor.shape[0]
+        return parameter if fits else None
+    rows = tensor.shape[0]
+    target = parameter[part * rows : (part + 1) * rows]
+    return target if target.shape == tensor.shape else None
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name and reader of every tensor; the index, where there is one, says which files count."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for path in (folder / name for name in names):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} must exist, it is part of the checkpoint; fetch the checkpoint again "
+                "(weights must be safetensors: convert older .bin files with transformers' save_pretrained)"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, lambda file=file, name=name: file.get_tensor(name)
+        except SafetensorError as error:
+            raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error
