@@ -1,0 +1,49 @@
+"""A shard: the unit of input, of retry and of output. Plain values that JSON can hold, no imports beyond stdlib.
+
+`json.dumps(dataclasses.asdict(shard))` stores one, `Shard(**json.loads(text))` gives it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Format = Literal["webdataset", "parquet", "folder"]
+
+
+class InputError(ValueError):
+    """The input cannot be used as it was named; the message says what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A tar, a Parquet file or a range of its row groups, or a slice of a folder's sorted listing."""
+
+    name: str
+    """Path relative to the input's root, unique in a run; a part of a file or folder ends in
+    `~<first row>-<last row>`. It is the `shard` column, and the output file's name plus `.parquet`."""
+    format: Format
+    root: str
+    """URI of the folder the files stand in, as `storage.open_filesystem` takes it."""
+    files: tuple[str, ...]
+    """Paths below `root`: one for a tar or a Parquet file, one per row for a folder."""
+    row_groups: tuple[int, int] | None = None
+    """Half-open range of the Parquet file's row groups; None is all of them."""
+    num_rows: int | None = None
+    """Rows, where the listing knows them; a tar's are only known when it has been read."""
+    max_rows: int | None = None
+    """Rows after this many are not part of the shard (`--limit`)."""
+    size_bytes: int | None = None
+    """Bytes to be read, where the listing knows them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(self.files))
+        if self.row_groups is not None:
+            first, stop = self.row_groups
+            object.__setattr__(self, "row_groups", (first, stop))
+
+    @property
+    def uri(self) -> str:
+        """What is read, for people: the file, or the folder of a slice."""
+        root = self.root.partition("?")[0] if "://" in self.root else self.root
+        return root if self.format == "folder" else f"{root.rstrip('/')}/{self.files[0]}"
