@@ -15,6 +15,8 @@ class Status(StrEnum):
     OK = "ok"
     MISSING_IMAGE = "missing_image"
     """The row has no image: a null cell, an empty file, or a sample without an image member."""
+    UNREADABLE = "unreadable"
+    """Storage did not give the bytes: a file that vanished, a damaged row group, a link inside a tar."""
     UNDECODABLE = "undecodable"
     """The bytes are not an image that can be read: damaged, truncated, or no known format."""
     TOO_LARGE = "too_large"
