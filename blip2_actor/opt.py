@@ -127,7 +127,7 @@ class OptDecoder(nn.Module):
         Args:
             prefixes: float[T_i, Dw] each; lengths may differ.
             slots: one per prefix.
-            cache: from `new_cache`.
+            cache: from `new_slots`.
 
         Returns:
             float[n, V], logits behind the last position of each prefix.

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+GROWTH = 64
+"""Slots grow by this many positions at a time."""
 
 
 class SlotCache:
@@ -59,9 +63,21 @@ class SlotCache:
             self.values[layer, :num_rows, :length].unflatten(-1, (num_heads, -1)).transpose(1, 2),
         )
 
-    def copy(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+    def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
+        return prefix_length + max_new_tokens <= self.max_length
+
+    def grow(self, prefix_length: int, max_new_tokens: int) -> None:
+        """Lengthen every slot, in steps, so that growth is rare."""
+        length = -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH
+        self.keys = F.pad(self.keys, (0, 0, 0, length - self.max_length))
+        self.values = F.pad(self.values, (0, 0, 0, length - self.max_length))
+        self.max_length = length
+
+    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy whole texts into other slots; overlapping sources and targets are safe."""
+        self.reorder(sources, targets, 0, length)
+
+    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
-        if stop <= start:
-            return
         for states in (self.keys, self.values):
             states[:, targets, start:stop] = states[:, sources, start:stop]
