@@ -1,57 +1,75 @@
 """What is asked of a reader and what it gives: options, work, report, and the columns of its tables.
 
-Every reader numbers the rows of the whole shard from 0, skips those that are not asked for, and
-gives small Arrow tables in order. Twice the same work gives twice the same tables.
+A reader numbers the rows of the whole shard from 0, skips those that are not asked for, and gives
+small Arrow tables in order. The same work gives the same tables every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from bisect import bisect_right
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from pipeline.shards import Shard
 
-END = 2**63 - 1
-"""The stop of a row range that goes on to the end of its shard, however long that is."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
+"""File names that end so, in any case, are images; their content is not looked at here."""
 
 READ_COLUMNS = {
     "key": pa.string(),
     "shard": pa.string(),
     "row": pa.int64(),
     "image": pa.binary(),  # encoded bytes as they came; null when there are none
-    "status": pa.string(),  # a blip2_actor Status when reading already settled the row, else null
+    "status": pa.string(),  # a blip2_actor.Status when reading already settled the row, else null
     "error": pa.string(),  # one sentence when status is not null
 }
-"""First columns of every table; then `prompt` (string) when a prompt column is named, then kept columns."""
+"""First columns of every table; then `prompt` (string) if a prompt column is named, then the kept ones."""
 
 Tables = Generator[pa.Table, None, "ShardReport"]
+"""A reader: tables to iterate over, and the report as the generator's return value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Which columns of a table, or members of a tar's samples, are read. Part of a run's fingerprint."""
+    """Which columns of a table, or members of a tar's samples, are read."""
 
     image_column: str | None = None
     """Column with the image, or the extension of the image member (`jpg`, `left.png`); None finds it."""
     key_column: str | None = None
     """Parquet column with each row's key; None takes `__key__` or `key`, else the row number in the file."""
     prompt_column: str | None = None
-    """Column, or member extension, with each row's own prompt."""
+    """Column, or extension of the member, with each row's own prompt."""
     keep: tuple[str, ...] = ()
-    """Columns, or member extensions, carried to the output; `new=old` renames one on the way."""
+    """Columns, or members by extension, carried to the output; `new=old` renames one on the way."""
     max_image_bytes: int = 128 << 20
     """A larger image file is not read; its row gets the status `too_large`."""
     table_rows: int = 512
     """Most rows of one table."""
     table_bytes: int = 16 << 20
-    """A table ends when it holds this many bytes of images."""
+    """A table ends once it holds so many bytes of images."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        for name in ("max_image_bytes", "table_rows", "table_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        names = list(self.kept)
+        taken = sorted({*READ_COLUMNS, "prompt"}.intersection(names))
+        if taken:
+            raise ValueError(
+                f"keep must not use the name {taken[0]!r}, which every output has itself; "
+                f"rename it on the way: --keep my_{taken[0]}={taken[0]}"
+            )
+        if len(names) < len(self.keep):
+            raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
 
     @property
     def kept(self) -> dict[str, str]:
-        """Output name to source name, in the order asked for."""
-        raise NotImplementedError
+        """Name in the output to name in the input, in the order asked for."""
+        pairs = (entry.partition("=") for entry in self.keep)
+        return {new: old or new for new, _, old in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +77,27 @@ class ShardWork:
     """One shard and the rows of it that are still to do."""
 
     shard: Shard
-    missing: tuple[tuple[int, int], ...] | None = None
-    """Sorted half-open row ranges; the last may stop at END. None is every row."""
+    missing: tuple[tuple[int, int | None], ...] | None = None
+    """Sorted half-open row ranges; the last may stop at None, the unknown end. None is every row."""
+
+    def wants(self, row: int) -> bool:
+        if self.missing is None:
+            return True
+        at = bisect_right(self.missing, row, key=lambda wanted: wanted[0]) - 1
+        if at < 0:
+            return False
+        stop = self.missing[at][1]
+        return stop is None or row < stop
+
+    def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of the rows from start (included) to stop (excluded) that are to do."""
+        if self.missing is None:
+            yield start, stop
+            return
+        for first, end in self.missing:
+            low, high = max(first, start), stop if end is None else min(end, stop)
+            if low < high:
+                yield low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +106,8 @@ class ShardReport:
 
     shard: str
     num_rows: int
-    """Rows that the shard has, as far as it could be read; also those that were not asked for."""
+    """Rows of the shard as far as it could be read, those that were not asked for included."""
     complete: bool
-    """False when the shard holds, or may hold, more than could be read."""
+    """False when the shard holds, or may hold, something that could not be read."""
     reason: str | None = None
     """One sentence when not complete."""

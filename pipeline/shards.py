@@ -1,4 +1,4 @@
-"""A shard: the unit of input, of retry and of output. Plain values that JSON can hold, no imports beyond stdlib.
+"""A shard: the unit of input, of retry and of output. Plain values that JSON can hold, stdlib only.
 
 `json.dumps(dataclasses.asdict(shard))` stores one, `Shard(**json.loads(text))` gives it back.
 """
@@ -21,7 +21,7 @@ class Shard:
 
     name: str
     """Path relative to the input's root, unique in a run; a part of a file or folder ends in
-    `~<first row>-<last row>`. It is the `shard` column, and the output file's name plus `.parquet`."""
+    `~<first row>-<last row>`. It is the `shard` column, and the output file's name less `.parquet`."""
     format: Format
     root: str
     """URI of the folder the files stand in, as `storage.open_filesystem` takes it."""
@@ -30,9 +30,9 @@ class Shard:
     row_groups: tuple[int, int] | None = None
     """Half-open range of the Parquet file's row groups; None is all of them."""
     num_rows: int | None = None
-    """Rows, where the listing knows them; a tar's are only known when it has been read."""
+    """Rows, where the listing knows them; most are known only when the shard has been read."""
     max_rows: int | None = None
-    """Rows after this many are not part of the shard (`--limit`)."""
+    """Rows from this number on do not belong to the shard (`--limit`)."""
     size_bytes: int | None = None
     """Bytes to be read, where the listing knows them."""
 
@@ -47,3 +47,7 @@ class Shard:
         """What is read, for people: the file, or the folder of a slice."""
         root = self.root.partition("?")[0] if "://" in self.root else self.root
         return root if self.format == "folder" else f"{root.rstrip('/')}/{self.files[0]}"
+
+    def rows_of(self, num_rows: int) -> int:
+        """How many of so many rows belong to the shard."""
+        return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
