@@ -41,6 +41,10 @@ class LanguageModel(Protocol):
 
     def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> Slots: ...
 
+    def context_ids(self, input_ids: list[int]) -> list[int]:
+        """The ids that the reference's `generate` starts from: the input's, or a decoder's start token."""
+        ...
+
     def cached_length(self, prefix_length: int) -> int:
         """Positions of the decoder's own cache that `prefill` fills."""
         ...

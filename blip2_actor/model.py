@@ -21,11 +21,14 @@ from transformers import Blip2Config
 from blip2_actor.layers import Linear
 from blip2_actor.opt import OptDecoder
 from blip2_actor.qformer import QFormer
-from blip2_actor.vision import VisionEncoder
+from blip2_actor.vision import PixelNormalizer, VisionEncoder
 
 
 class Blip2(nn.Module):
     """The captioning model: images (and a prompt) to text."""
+
+    normalizer: PixelNormalizer
+    """Set when a checkpoint is loaded: its mean and deviation are the image processor's."""
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -55,6 +58,12 @@ class Blip2(nn.Module):
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """int64[..., T] -> float[..., T, Dw]."""
         return self.language_model.embed_tokens(token_ids)
+
+    def context_ids(self, prompt_ids: list[int]) -> list[int]:
+        """What the reference's logits processors see before the first new token."""
+        image_token_id = self.config.image_token_index
+        image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
+        return self.language_model.context_ids(image_ids + prompt_ids)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None

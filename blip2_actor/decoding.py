@@ -1,0 +1,76 @@
+"""From logits to tokens for all running texts at once.
+
+Most texts take the largest logit: those are served by one maximum over the batch. Texts with processors
+or sampling are served one by one, beam searches in groups of equal width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip2_actor.beam import BeamSearch, Candidate
+from blip2_actor.search import TextSearch
+
+Searches = Sequence["tuple[TextSearch | BeamSearch, list[int]]"]
+"""Searches with the rows of the logits that are theirs."""
+
+
+def advance(logits: Tensor, searches: Searches) -> list[list[int] | None]:
+    """Let every search take one step.
+
+    Args:
+        logits: [rows, V] in any dtype.
+
+    Returns:
+        For each search: None, or for each of its slots the index of the slot whose text it continues.
+    """
+    logits = logits.float()
+    normalizer = logits.logsumexp(dim=-1)
+    largest, ids = logits.max(dim=-1)
+    greedy_ids, greedy_logprobs = ids.tolist(), (largest - normalizer).tolist()
+    parents: list[list[int] | None] = [None] * len(searches)
+    beams: dict[int, list[int]] = defaultdict(list)
+    for index, (search, rows) in enumerate(searches):
+        if isinstance(search, BeamSearch):
+            beams[search.num_slots].append(index)
+        elif search.takes_largest:
+            search.accept(greedy_ids[rows[0]], greedy_logprobs[rows[0]])
+        else:
+            row = rows[0]
+            token_id = search.choose(logits[row])
+            search.accept(token_id, float(logits[row, token_id] - normalizer[row]))
+    for indices in beams.values():
+        group = [searches[i] for i in indices]
+        for index, found in zip(indices, _advance_beams(logits, normalizer, group), strict=True):
+            parents[index] = found
+    return parents
+
+
+def _advance_beams(logits: Tensor, normalizer: Tensor, group: Searches) -> list[list[int]]:
+    """One step of G beam searches of equal width K."""
+    beams = [search for search, _ in group if isinstance(search, BeamSearch)]
+    rows = torch.tensor([rows for _, rows in group], device=logits.device)
+    vocabulary_size = logits.shape[-1]
+    logprobs = logits[rows] - normalizer[rows][..., None]  # [G, K, V]
+    raw = logprobs
+    if any(b.has_processors for b in beams):
+        raw = logprobs.clone()
+        for search, own in zip(beams, logprobs, strict=True):
+            if search.has_processors:
+                search.process(own)
+    so_far = torch.tensor([[b.score for b in search.beams] for search in beams], device=logits.device)
+    totals = (logprobs + so_far[..., None]).flatten(1)
+    scores, flat = totals.topk(beams[0].num_candidates)
+    own_logprobs = raw.flatten(1).gather(1, flat)
+    found = []
+    for search, *columns in zip(beams, scores.tolist(), flat.tolist(), own_logprobs.tolist(), strict=True):
+        candidates = [
+            Candidate(place // vocabulary_size, place % vocabulary_size, score, logprob)
+            for score, place, logprob in zip(*columns, strict=True)
+        ]
+        found.append(search.advance(candidates))
+    return found

@@ -1,0 +1,66 @@
+"""What the scheduler moves around: images waiting to be encoded, and the jobs that wait for them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blip2_actor.beam import BeamSearch
+from blip2_actor.options import GenerationOptions
+from blip2_actor.request import Result
+from blip2_actor.search import TextSearch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class EncodedImage:
+    """One image on its way through the encoder; jobs of the same image share it.
+
+    `prefix` and `qformer_features` are there once the encoder has seen it.
+    """
+
+    pixels: np.ndarray
+    """uint8[S, S, 3]."""
+    prefix: Tensor | None = None
+    """float[Q, Dw], what the language model sees of the image."""
+    qformer_features: Tensor | None = None
+    """float[Q, Dq]."""
+    jobs: list[Job] = field(default_factory=list)
+    """Those that wait for the encoder."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request between `submit` and its result."""
+
+    image: EncodedImage
+    prompt_ids: list[int]
+    options: GenerationOptions
+    searches: list[TextSearch | BeamSearch]
+    future: Future[Result] = field(default_factory=Future)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(search.num_slots for search in self.searches)
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.future.cancelled()
+
+    def finish(self) -> None:
+        """Deliver the result; a request that was cancelled meanwhile is dropped."""
+        completions = tuple(c for search in self.searches for c in search.completions())
+        self.resolve(Result(completions=completions))
+
+    def resolve(self, result: Result) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)

@@ -1,0 +1,87 @@
+"""The model on its device, as the scheduler uses it: host values in, tensors out.
+
+Everything that touches the device is here: uploads, dtype, the slots' memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2_actor.jobs import Job
+from blip2_actor.language import Slots
+from blip2_actor.model import Blip2
+
+
+class ModelRunner:
+    """Encode, prefill, decode."""
+
+    def __init__(self, model: Blip2, num_slots: int) -> None:
+        self.model = model
+        self.language_model = model.language_model
+        self.device = model.query_tokens.device
+        self.dtype = model.query_tokens.dtype
+        self.num_slots = num_slots
+        self._slots: Slots | None = None
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Through the vision encoder, the Q-Former and the projection.
+
+        Args:
+            images: uint8[S, S, 3] each.
+
+        Returns:
+            float[B, Q, Dq], float[B, Q, Dw].
+        """
+        batch = torch.from_numpy(np.stack(images))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        pixel_values = self.model.normalizer(batch, self.dtype)
+        features = self.model.qformer_features(self.model.image_features(pixel_values))
+        return features, self.model.project(features)
+
+    def prefix_length(self, job: Job) -> int:
+        return self.model.config.num_query_tokens + len(job.prompt_ids)
+
+    def cached_length(self, job: Job) -> int:
+        return self.language_model.cached_length(self.prefix_length(job))
+
+    @torch.inference_mode()
+    def prefill(self, jobs: Sequence[Job], slots: list[int]) -> Tensor:
+        """Run each job's image and prompt into its slot; float[n, V], logits of the first new tokens."""
+        for job in jobs:
+            self._make_room(self.prefix_length(job), job.options.max_new_tokens)
+        flat = torch.tensor([t for job in jobs for t in job.prompt_ids], device=self.device)
+        texts = self.model.embed_tokens(flat).split([len(job.prompt_ids) for job in jobs])
+        prefixes = [torch.cat([job.image.prefix, text]) for job, text in zip(jobs, texts, strict=True)]
+        return self.language_model.prefill(prefixes, slots, self.slots)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
+        """Append one token to each of the first slots; float[R, V]."""
+        ids = torch.tensor(token_ids, device=self.device)
+        positions = torch.tensor(lengths, device=self.device)
+        return self.language_model.decode(ids, positions, self.slots, max(lengths))
+
+    @torch.inference_mode()
+    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+        self.slots.fork(sources, targets, length)
+
+    @torch.inference_mode()
+    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        self.slots.reorder(sources, targets, start, stop)
+
+    @property
+    def slots(self) -> Slots:
+        assert self._slots is not None, "prefill makes the slots"
+        return self._slots
+
+    def _make_room(self, prefix_length: int, max_new_tokens: int) -> None:
+        if self._slots is None:
+            self._slots = self.language_model.new_slots(self.num_slots, prefix_length, max_new_tokens)
+        elif not self._slots.holds(prefix_length, max_new_tokens):
+            self._slots.grow(prefix_length, max_new_tokens)

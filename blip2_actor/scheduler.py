@@ -1,0 +1,244 @@
+"""Continuous batching: what the device does next.
+
+    waiting images --encode--> ready jobs --prefill--> running texts --decode--> results
+
+Running texts occupy the first slots. One `step` encodes at most one batch of images, fills free slots
+from the ready queue, appends one token to every running text and retires those that are complete. The
+scheduler is driven by one thread and knows no locks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from blip2_actor.beam import BeamSearch
+from blip2_actor.decoding import advance
+from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.runner import ModelRunner
+from blip2_actor.search import TextSearch
+
+
+@dataclass
+class Counters:
+    """What `EngineStats` reports."""
+
+    num_encode_calls: int = 0
+    num_images_encoded: int = 0
+    num_decode_steps: int = 0
+    num_tokens: int = 0
+    num_finished: int = 0
+
+
+@dataclass(eq=False)
+class RunningText:
+    """A search and where it lives."""
+
+    job: Job
+    search: TextSearch | BeamSearch
+    slots: list[int]
+    prefix_length: int
+    """Cached positions that all its slots share."""
+    length: int
+    """Cached positions now."""
+
+
+class Scheduler:
+    """The queues, the slots and the step."""
+
+    def __init__(self, runner: ModelRunner, max_slots: int, encode_batch: int) -> None:
+        self.runner = runner
+        self.max_slots = max_slots
+        self.encode_batch = encode_batch
+        self.waiting: deque[EncodedImage] = deque()
+        self.ready: deque[Job] = deque()
+        self.running: list[RunningText] = []
+        self.owners: list[RunningText | None] = [None] * max_slots
+        self.counters = Counters()
+
+    def add(self, job: Job) -> None:
+        """Queue a job; an image that is already encoded goes straight to the ready queue."""
+        image = job.image
+        if image.prefix is not None:
+            self.ready.append(job)
+            return
+        if not image.jobs:
+            self.waiting.append(image)
+        image.jobs.append(job)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.ready or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(image.jobs) for image in self.waiting) + len(self.ready)
+
+    @property
+    def num_running(self) -> int:
+        return sum(owner is not None for owner in self.owners)
+
+    def step(self) -> None:
+        self._drop_cancelled()
+        self._encode()
+        self._fill_slots()
+        self._decode()
+
+    def jobs(self) -> list[Job]:
+        """Everything unfinished."""
+        waiting = [job for image in self.waiting for job in image.jobs]
+        return [*waiting, *self.ready, *dict.fromkeys(text.job for text in self.running)]
+
+    def _drop_cancelled(self) -> None:
+        cancelled = [text for text in self.running if text.job.is_cancelled]
+        if cancelled:
+            self._retire(cancelled)
+
+    # Encoding -------------------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        """Encode a batch while the ready queue does not cover the free slots.
+
+        A batch that is not full waits as long as there is something else to do.
+        """
+        images = self._next_images()
+        if not images:
+            return
+        features, prefixes = self.runner.encode([image.pixels for image in images])
+        self.counters.num_encode_calls += 1
+        self.counters.num_images_encoded += len(images)
+        for image, feature, prefix in zip(images, features, prefixes, strict=True):
+            image.qformer_features, image.prefix = feature, prefix
+            self.ready.extend(image.jobs)
+            image.jobs.clear()
+
+    def _next_images(self) -> list[EncodedImage]:
+        num_free = self.max_slots - self.num_running
+        if num_free <= sum(job.num_slots for job in self.ready):
+            return []
+        if len(self.waiting) < self.encode_batch and self.ready:
+            return []
+        images: list[EncodedImage] = []
+        while self.waiting and len(images) < self.encode_batch:
+            image = self.waiting.popleft()
+            image.jobs = [job for job in image.jobs if not job.is_cancelled]
+            if image.jobs:
+                images.append(image)
+        return images
+
+    # Filling slots --------------------------------------------------------------------------------------
+
+    def _fill_slots(self) -> None:
+        """Prefill the ready jobs that fit, in order of arrival, and take their first tokens."""
+        free = [slot for slot, owner in enumerate(self.owners) if owner is None]
+        jobs: list[Job] = []
+        while self.ready and (self.ready[0].is_cancelled or self.ready[0].num_slots <= len(free)):
+            job = self.ready.popleft()
+            if job.is_cancelled:
+                continue
+            jobs.append(job)
+            for search in job.searches:
+                self._place(job, search, [free.pop(0) for _ in range(search.num_slots)])
+        if not jobs:
+            return
+        texts = self.running[-sum(len(job.searches) for job in jobs) :]
+        first_slot = {id(text.job): text.slots[0] for text in reversed(texts)}
+        logits = self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs])
+        source = {id(job): row for row, job in enumerate(jobs)}
+        self._share_prefixes(texts, first_slot)
+        rows = [source[id(text.job)] for text in texts for _ in text.slots]
+        self._take_tokens(logits if len(rows) == len(jobs) else logits[rows], texts)
+
+    def _place(self, job: Job, search: TextSearch | BeamSearch, slots: list[int]) -> None:
+        prefix_length = self.runner.cached_length(job)
+        text = RunningText(job, search, slots, prefix_length, prefix_length)
+        self.running.append(text)
+        for slot in slots:
+            self.owners[slot] = text
+
+    def _share_prefixes(self, texts: list[RunningText], first_slot: dict[int, int]) -> None:
+        """Copy a job's prefix to its other slots: beams and samples start from the same image."""
+        pairs = [
+            (first_slot[id(text.job)], slot, text.length)
+            for text in texts
+            for slot in text.slots
+            if slot != first_slot[id(text.job)]
+        ]
+        if pairs:
+            sources, targets, lengths = (list(column) for column in zip(*pairs, strict=True))
+            self.runner.fork(sources, targets, max(lengths))
+
+    # Decoding -------------------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        """Append the last token of every running text to its slot, and choose the next."""
+        if not self.running:
+            return
+        self._close_holes()
+        token_ids, lengths = [0] * self.num_running, [0] * self.num_running
+        for text in self.running:
+            for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
+                token_ids[slot], lengths[slot] = token_id, text.length
+            text.length += 1
+        logits = self.runner.decode(token_ids, lengths)
+        self.counters.num_decode_steps += 1
+        order = [slot for text in self.running for slot in text.slots]
+        self._take_tokens(logits, self.running, order)
+
+    def _take_tokens(self, logits: Tensor, texts: list[RunningText], order: list[int] | None = None) -> None:
+        """Let each text take its step.
+
+        Args:
+            logits: float[rows, V]; the texts' slots one after the other, or wherever `order` says.
+        """
+        rows = iter(order if order is not None else range(logits.shape[0]))
+        searches = [(text.search, [next(rows) for _ in text.slots]) for text in texts]
+        parents = advance(logits, searches)
+        self.counters.num_tokens += len(texts)
+        self._reorder_beams(texts, parents)
+        done = [text for text in texts if text.search.done]
+        if done:
+            self._retire(done)
+
+    def _reorder_beams(self, texts: list[RunningText], parents: list[list[int] | None]) -> None:
+        sources, targets, starts, stops = [], [], [], []
+        for text, found in zip(texts, parents, strict=True):
+            if found is None or text.search.done or text.length == text.prefix_length:
+                continue
+            for slot, parent in zip(text.slots, found, strict=True):
+                if text.slots[parent] != slot:
+                    sources.append(text.slots[parent])
+                    targets.append(slot)
+                    starts.append(text.prefix_length)
+                    stops.append(text.length)
+        if sources:
+            self.runner.reorder(sources, targets, min(starts), max(stops))
+
+    def _retire(self, texts: list[RunningText]) -> None:
+        """Free the slots of finished or cancelled texts, and deliver jobs that are complete."""
+        gone = set(map(id, texts))
+        for text in texts:
+            for slot in text.slots:
+                self.owners[slot] = None
+        self.running = [text for text in self.running if id(text) not in gone]
+        for job in dict.fromkeys(text.job for text in texts):
+            if not job.is_cancelled and all(search.done for search in job.searches):
+                job.finish()
+                self.counters.num_finished += 1
+
+    def _close_holes(self) -> None:
+        """Move texts from the last slots into free ones, so that running slots are the first ones."""
+        count = self.num_running
+        holes = [slot for slot in range(count) if self.owners[slot] is None]
+        if not holes:
+            return
+        movers = [slot for slot in range(count, self.max_slots) if self.owners[slot] is not None]
+        for source, target in zip(movers, holes, strict=True):
+            text = self.owners[source]
+            assert text is not None  # by the choice of movers
+            text.slots[text.slots.index(source)] = target
+            self.owners[source], self.owners[target] = None, text
+        longest = max(text.length for text in self.running)
+        self.runner.fork(movers, holes, longest)

@@ -1,0 +1,105 @@
+"""The engine's token ids against transformers' `generate`, in float32, whatever shares the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Blip2ForConditionalGeneration
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+
+PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
+TIE = 1e-4
+"""Where the reference's two best logits lie closer than this, either token is right."""
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    @cache
+    def start(language: str = "opt", max_slots: int = 64, encode_batch: int = 4, **options: Any) -> Engine:
+        config = EngineConfig(
+            model=str(checkpoint_folder(language, **options)),
+            dtype="float32",
+            device="cpu",
+            max_slots=max_slots,
+            encode_batch=encode_batch,
+        )
+        engines.append(Engine(config))
+        return engines[-1]
+
+    yield start
+    for started in engines:
+        started.close()
+
+
+def reference_ids(
+    model: Blip2ForConditionalGeneration, language: str, image: torch.Tensor, prompt: str | None, **options: Any
+) -> list[list[int]]:
+    """New tokens of the reference for one image alone."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    pixel_values = (image[None].permute(0, 3, 1, 2).float() / 255 - mean) / std
+    text = make_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
+    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text])
+    output = model.generate(
+        pixel_values, input_ids=input_ids, attention_mask=torch.ones_like(input_ids), pad_token_id=1, **options
+    )
+    start = input_ids.shape[1] if language == "opt" else 1
+    found = []
+    for row in output[:, start:].tolist():
+        end = row.index(EOS) + 1 if EOS in row else len(row)
+        found.append(row[:end])
+    return found
+
+
+def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Request]:
+    return [
+        Request(image=image.numpy(), prompt=prompts[i % len(prompts)]) for i, image in enumerate(images(count))
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_layer_norm_before": False}, {"tie_word_embeddings": False}])
+def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, options) -> None:
+    """Padding, positions or a neighbour's keys leaking into a row would change its tokens."""
+    asked = requests(12)
+    results = engine(**options).generate(asked, GenerationOptions(max_new_tokens=20))
+    for request, result in zip(asked, results, strict=True):
+        (expected,) = reference_ids(
+            reference(**options), "opt", torch.from_numpy(request.image), request.prompt, max_new_tokens=20, do_sample=False
+        )
+        assert list(result.token_ids) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 3, "length_penalty": 2.0},
+        {"num_beams": 5, "length_penalty": -1.0, "num_return_sequences": 3},
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.5},
+        {"num_beams": 5, "min_new_tokens": 6, "repetition_penalty": 1.5},
+        {"num_beams": 3, "no_repeat_ngram_size": 2},
+        {"min_new_tokens": 8},
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_search_options_equal_the_reference(engine, reference, options) -> None:
+    """A beam whose keys are not reordered, or a score normalised otherwise, gives other tokens."""
+    asked = requests(6)
+    results = engine().generate(asked, GenerationOptions(max_new_tokens=12, **options))
+    for request, result in zip(asked, results, strict=True):
+        expected = reference_ids(
+            reference(), "opt", torch.from_numpy(request.image), request.prompt, max_new_tokens=12, do_sample=False, **options
+        )
+        assert [list(c.token_ids) for c in result.completions] == expected
