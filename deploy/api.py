@@ -1,0 +1,148 @@
+"""The HTTP surface: routes, the shape of answers, the page to try it on. Knows no Ray.
+
+`create_api` makes it for anything that can caption a call, so that it is tested without a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from blip2_actor import GenerationOptions, ModelInfo, Result
+from deploy.errors import ApiError
+from deploy.request_body import FIELDS, CaptionCall, read_call
+from deploy.scene import draw_scene_png
+
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class CaptionService(Protocol):
+    """What the routes ask of whoever captions."""
+
+    model: ModelInfo
+    options: GenerationOptions
+    max_image_bytes: int
+    timeout_s: float
+
+    def admit(self) -> None:
+        """Raise ApiError 503 when there is already too much to do; balanced by `leave`."""
+        ...
+
+    def leave(self) -> None: ...
+
+    async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
+        """Give an ok result with the original image's width and height, or raise ApiError."""
+        ...
+
+    async def check_ready(self) -> None:
+        """Raise ApiError 503 unless a caption could be had now."""
+        ...
+
+
+def create_api(service: CaptionService) -> FastAPI:
+    """Bind the routes to a service."""
+    api = FastAPI(title="BLIP-2", description="Captions and answers for images.", version="1")
+    api.add_exception_handler(ApiError, _answer_api_error)
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(Exception, _answer_anything_else)
+
+    @api.post("/v1/caption", openapi_extra=_caption_body())
+    async def caption(request: Request) -> JSONResponse:
+        """Caption one image, or continue a prompt about it."""
+        service.admit()
+        try:
+            async with asyncio.timeout(service.timeout_s):
+                call = await read_call(request, service.options, service.max_image_bytes)
+                result, width, height = await service.caption(call)
+        except TimeoutError:
+            message = f"no caption within {service.timeout_s:g} s; try again, or ask for fewer tokens"
+            raise ApiError(504, "timeout", message) from None
+        finally:
+            service.leave()
+        return JSONResponse(_caption_answer(result, width, height, service.model.model))
+
+    @api.get("/v1/model")
+    async def model() -> JSONResponse:
+        """Describe the model, and the options of a request that gives none."""
+        return JSONResponse(asdict(service.model) | {"options": asdict(service.options)})
+
+    @api.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """200 when a caption could be had now, 503 otherwise."""
+        await service.check_ready()
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(
+            PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY}
+        )
+
+    @api.get("/scene.png", include_in_schema=False)
+    def scene() -> Response:
+        """A picture that the demonstration model can caption; no other model needs one."""
+        if service.model.model != "demo":
+            raise HTTPException(404)
+        png, caption = draw_scene_png()
+        return Response(png, media_type="image/png", headers={"X-Caption": caption})
+
+    return api
+
+
+def _caption_answer(result: Result, width: int | None, height: int | None, model: str) -> dict[str, Any]:
+    """The columns of the batch job's output, under the same names."""
+    several = len(result.completions) > 1
+    return {
+        "caption": result.text,
+        "captions": [completion.text for completion in result.completions] if several else None,
+        "logprobs": [completion.logprob for completion in result.completions] if several else None,
+        "logprob": result.logprob,
+        "num_tokens": len(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "status": result.status.value,
+        "width": width,
+        "height": height,
+        "model": model,
+    }
+
+
+def _caption_body() -> dict[str, Any]:
+    """The OpenAPI description of a body that the route reads by itself."""
+    image, prompt, options = FIELDS
+    text = {"type": "string"}
+    form = {image: {"type": "string", "format": "binary"}, prompt: text, options: text}
+    document = {image: {"type": "string", "format": "byte"}, prompt: text, options: {"type": "object"}}
+    content = {
+        media: {"schema": {"type": "object", "required": [image], "properties": properties}}
+        for media, properties in (("multipart/form-data", form), ("application/json", document))
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _answer_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _answer_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = str(error.detail).lower().replace(" ", "_")
+    response = ApiError(error.status_code, kind, str(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _answer_anything_else(_: Request, error: Exception) -> Response:
+    # The middleware around this handler raises the error again, into the replica's log.
+    return ApiError(500, "internal", "the service failed on this request; its log says why").response()

@@ -1,0 +1,151 @@
+"""The cluster files as their readers will see them: Ray's launcher, Serve and KubeRay's field names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+from deploy.app import build
+from deploy.check import check, check_cluster, check_serve_config, main
+
+ROOT = Path(__file__).parents[2]
+KUBERAY = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
+
+
+def load(path: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    return load(f"deploy/kubernetes/{kind.lower()}.yaml")
+
+
+def cluster_spec(kind: str) -> dict[str, Any]:
+    spec = manifest(kind)["spec"]
+    return {
+        "RayCluster": spec,
+        "RayJob": spec.get("rayClusterSpec"),
+        "RayService": spec.get("rayClusterConfig"),
+    }[kind]
+
+
+def test_the_committed_files_are_valid(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main([]) == 0, capsys.readouterr().err
+
+
+def test_the_cluster_grows_from_a_head_that_runs_no_work() -> None:
+    cluster = load("ray_cluster.yaml")
+    types = cluster["available_node_types"]
+    assert set(types) == {"head", "cpu", "accelerator"} and cluster["head_node_type"] == "head"
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["accelerator"]["min_workers"] == 0 and types["accelerator"]["resources"]["GPU"] == 1
+    assert [types[name]["labels"]["pool"] for name in types] == list(types)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c.update(max_worker=3), "max_worker"),
+        (lambda c: c["available_node_types"]["cpu"].update(min_workers=100), "max_workers"),
+        (lambda c: c.update(head_node_type="heads"), "head_node_type"),
+        (lambda c: c["available_node_types"]["accelerator"]["resources"].update(GPU=0.5), "GPU"),
+    ],
+)
+def test_a_wrong_cluster_is_refused_by_name(change: Any, named: str) -> None:
+    cluster = load("ray_cluster.yaml")
+    change(cluster)
+    with pytest.raises(ValueError, match=named):
+        check_cluster(cluster)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c.update(http_option={}), "http_option"),
+        (lambda c: c["http_options"].update(prot=1), "http_options.prot"),
+        (lambda c: c["applications"][0].update(runtime={}), r"applications\[0\].runtime"),
+        (
+            lambda c: c["applications"][0]["deployments"][0].update(max_ongoing=9),
+            r"deployments\[0\].max_ongoing",
+        ),
+        (
+            lambda c: c["applications"][0]["deployments"][1]["autoscaling_config"].update(max_replica=2),
+            r"autoscaling_config.max_replica",
+        ),
+        (lambda c: c["applications"][0]["deployments"][1]["ray_actor_options"].update(num_gpu=1), "num_gpu"),
+        (lambda c: c["applications"][0]["deployments"][1].update(name="Captoiner"), "Captoiner"),
+        (lambda c: c["applications"][0]["args"].update(timeout=3), "timeout"),
+        (lambda c: c["applications"][0]["args"]["engine"].update(modle="x"), "modle"),
+        (lambda c: c["applications"][0]["args"]["options"].update(num_beams=0), "num_beams"),
+    ],
+)
+def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: str) -> None:
+    config = load("deploy/serve_config.yaml")
+    change(config)
+    with pytest.raises(ValueError, match=named):
+        check_serve_config(config)
+
+
+def test_serve_itself_checks_the_args_of_the_builder() -> None:
+    # With postponed annotations Serve does not see the model and hands `build` an unchecked dictionary.
+    with pytest.raises(ValueError, match="modle"):
+        call_user_app_builder_with_args_if_necessary(build, {"engine": {"modle": "demo"}})
+    call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}})
+
+
+def test_a_file_of_neither_kind_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("a: 1\n")
+    with pytest.raises(ValueError, match="applications"):
+        check(other)
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_manifests_use_the_fields_of_kuberay(kind: str) -> None:
+    document = manifest(kind)
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
+    schema = KUBERAY["kinds"][kind] | {"$defs": KUBERAY["$defs"]}
+    jsonschema.validate(document["spec"], schema)
+    # The schema refuses what KubeRay would drop in silence.
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document["spec"] | {"rayClusterspec": {}}, schema)
+
+
+def test_the_three_manifests_describe_one_cluster() -> None:
+    assert cluster_spec("RayJob") == cluster_spec("RayCluster") == cluster_spec("RayService")
+    accelerators = cluster_spec("RayCluster")["workerGroupSpecs"][1]
+    assert accelerators["minReplicas"] == accelerators["replicas"] == 0
+    limits = accelerators["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "1"
+
+
+def test_kubernetes_serves_what_serve_config_says() -> None:
+    assert yaml.safe_load(manifest("RayService")["spec"]["serveConfigV2"]) == load("deploy/serve_config.yaml")
+
+
+def test_every_file_names_the_pinned_ray() -> None:
+    [version] = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    docker = load("ray_cluster.yaml")
+    images = [
+        docker["docker"]["image"],
+        docker["available_node_types"]["accelerator"]["docker"]["worker_image"],
+        (ROOT / "deploy/Dockerfile").read_text().split("FROM ")[1].split()[0],
+    ]
+    assert all(image.startswith(f"rayproject/ray:{version}-py311") for image in images)
+    assert cluster_spec("RayCluster")["rayVersion"] == version
+
+
+def test_the_image_holds_all_that_its_installation_reads() -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    for name in ("constraints.txt", "pyproject.toml", "README.md", "blip2_actor", "pipeline", "deploy"):
+        assert re.search(rf"^COPY .*\b{re.escape(name)}\b", dockerfile, re.MULTILINE), name
