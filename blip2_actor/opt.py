@@ -90,11 +90,17 @@ class OptDecoder(nn.Module):
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
 
-    def new_cache(self, num_slots: int, max_length: int) -> SlotCache:
-        weight = self.embed_positions.weight
+    def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> SlotCache:
+        weight, max_length = self.embed_positions.weight, prefix_length + max_new_tokens
         return SlotCache(
             len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype
         )
+
+    def context_ids(self, input_ids: list[int]) -> list[int]:
+        return input_ids
+
+    def cached_length(self, prefix_length: int) -> int:
+        return prefix_length
 
     def _embed(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
         if self.project_in is not None:

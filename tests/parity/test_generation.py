@@ -15,8 +15,6 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
-TIE = 1e-4
-"""Where the reference's two best logits lie closer than this, either token is right."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,11 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Callable[..., Eng
 
 
 def reference_ids(
-    model: Blip2ForConditionalGeneration, language: str, image: torch.Tensor, prompt: str | None, **options: Any
+    model: Blip2ForConditionalGeneration,
+    language: str,
+    image: torch.Tensor,
+    prompt: str | None,
+    **options: Any,
 ) -> list[list[int]]:
     """New tokens of the reference for one image alone."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
@@ -50,7 +52,11 @@ def reference_ids(
     text = make_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
     input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text])
     output = model.generate(
-        pixel_values, input_ids=input_ids, attention_mask=torch.ones_like(input_ids), pad_token_id=1, **options
+        pixel_values,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        pad_token_id=1,
+        **options,
     )
     start = input_ids.shape[1] if language == "opt" else 1
     found = []
@@ -62,7 +68,8 @@ def reference_ids(
 
 def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Request]:
     return [
-        Request(image=image.numpy(), prompt=prompts[i % len(prompts)]) for i, image in enumerate(images(count))
+        Request(image=image.numpy(), prompt=prompts[i % len(prompts)])
+        for i, image in enumerate(images(count))
     ]
 
 
@@ -73,7 +80,12 @@ def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, opti
     results = engine(**options).generate(asked, GenerationOptions(max_new_tokens=20))
     for request, result in zip(asked, results, strict=True):
         (expected,) = reference_ids(
-            reference(**options), "opt", torch.from_numpy(request.image), request.prompt, max_new_tokens=20, do_sample=False
+            reference(**options),
+            "opt",
+            torch.from_numpy(request.image),
+            request.prompt,
+            max_new_tokens=20,
+            do_sample=False,
         )
         assert list(result.token_ids) == expected
 
@@ -100,6 +112,12 @@ def test_search_options_equal_the_reference(engine, reference, options) -> None:
     results = engine().generate(asked, GenerationOptions(max_new_tokens=12, **options))
     for request, result in zip(asked, results, strict=True):
         expected = reference_ids(
-            reference(), "opt", torch.from_numpy(request.image), request.prompt, max_new_tokens=12, do_sample=False, **options
+            reference(),
+            "opt",
+            torch.from_numpy(request.image),
+            request.prompt,
+            max_new_tokens=12,
+            do_sample=False,
+            **options,
         )
         assert [list(c.token_ids) for c in result.completions] == expected
