@@ -74,7 +74,7 @@ class Engine:
 
         A request's own options win over `options`. A bad image or prompt is a result with a status.
         """
-        futures = [self.submit(request, options) for request in requests]
+        futures = self._submit([(request, options, None) for request in requests])
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -88,7 +88,7 @@ class Engine:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit(request, options, on_text=None)
+        return self._submit([(request, options, None)])[0]
 
     def stream(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Iterator[str]:
         """Yield the text in pieces, as its tokens come; closing the iterator cancels the request.
@@ -100,7 +100,7 @@ class Engine:
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self._submit(request, chosen, on_text=pieces.put)
+        (future,) = self._submit([(request, chosen, pieces.put)])
         future.add_done_callback(lambda _: pieces.put(None))
         sent = ""
         try:
@@ -151,21 +151,25 @@ class Engine:
     # From a request to a job ----------------------------------------------------------------------------
 
     def _submit(
-        self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None
-    ) -> Future[Result]:
-        try:
-            job = self._make_job(request, options, on_text)
-        except _Refusal as refusal:
-            refused: Future[Result] = Future()
-            refused.set_result(Result(status=refusal.status, error=str(refusal)))
-            return refused
+        self, asked: Sequence[tuple[Request, GenerationOptions, Callable[[str], None] | None]]
+    ) -> list[Future[Result]]:
+        """Queue requests together, so that they are encoded together."""
+        jobs: list[Job] = []
+        futures: list[Future[Result]] = []
+        for request, options, on_text in asked:
+            try:
+                jobs.append(self._make_job(request, options, on_text))
+                futures.append(jobs[-1].future)
+            except _Refusal as refusal:
+                futures.append(Future())
+                futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
         with self._wake:
             if self._is_closed or self._failure is not None:
                 raise RuntimeError("the engine is closed") from self._failure
-            self._num_requests += 1
-            self._arrived.append(job)
+            self._num_requests += len(asked)
+            self._arrived.extend(jobs)
             self._wake.notify()
-        return job.future
+        return futures
 
     def _make_job(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None

@@ -6,6 +6,7 @@ transformers 4.47, concatenation before), so image tokens never occur here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, Blip2Config
@@ -38,7 +39,7 @@ class Prompts:
             )
         return token_ids
 
-    def decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without end tokens and surrounding spaces."""
         kept = [t for t in token_ids if t not in self.end_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
