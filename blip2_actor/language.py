@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,11 +34,35 @@ class Slots(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A decoder that works in slots."""
+    """A decoder that works in slots; `cache` is what its own `new_slots` made."""
 
     embed_tokens: nn.Embedding
+    lm_head: nn.Linear
     max_positions: int | None
     """Most positions of one text, prefix and new tokens together; None where there is no limit."""
+
+    def tie_weights(self) -> None:
+        """Share the head with the embeddings."""
+        ...
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """To `dtype`, but for what must stay in another."""
+        ...
+
+    def __call__(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Teacher forcing as the reference's `forward(labels=…)`.
+
+        float[B, Q, Dw], int64[B, T], int64[B, U] -> float[B, U, V], logits that predict the labels.
+        """
+        ...
+
+    def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+        """Logits of given texts: float[T_i, Dw] and int64[U_i] each -> float[U_i, V] each."""
+        ...
+
+    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
+        """Last hidden states of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
+        ...
 
     def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> Slots: ...
 
@@ -49,10 +74,10 @@ class LanguageModel(Protocol):
         """Positions of the decoder's own cache that `prefill` fills."""
         ...
 
-    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: Slots) -> Tensor:
+    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: Any) -> Tensor:
         """float[T_i, Dw] each -> float[n, V], logits of the first new tokens."""
         ...
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Slots, max_length: int) -> Tensor:
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, max_length: int) -> Tensor:
         """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1."""
         ...

@@ -1,8 +1,9 @@
-"""The two pieces that every part of the model is made of: a linear layer with its activation, and heads."""
+"""The pieces that every part of the model is made of: linear layers, lists of layers, heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,6 +42,16 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         output = F.linear(input, self.weight, self.bias)
         return output if self.activation is None else self.activation(output)
+
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+class Layers(nn.ModuleList, Generic[LayerT]):
+    """A `nn.ModuleList` that knows what it holds."""
+
+    def __iter__(self) -> Iterator[LayerT]:
+        return cast("Iterator[LayerT]", super().__iter__())
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OPTConfig
 
-from blip2_actor.layers import Linear, merge_heads, split_heads
+from blip2_actor.layers import Layers, Linear
 from blip2_actor.packing import Packing
 from blip2_actor.slots import SlotCache
 
@@ -72,19 +72,22 @@ class OptDecoder(nn.Module):
         self.project_out = (
             Linear(config.hidden_size, config.word_embed_proj_dim, bias=False) if projects else None
         )
-        self.layers = nn.ModuleList([OptLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers: Layers[OptLayer] = Layers([OptLayer(config) for _ in range(config.num_hidden_layers)])
         has_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = (
             nn.LayerNorm(config.hidden_size, elementwise_affine=affine) if has_norm else None
         )
         self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
-        self.tie_weights()
+        if config.tie_word_embeddings:
+            self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the head with the embeddings where the checkpoint does; needed again after `to_empty`."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        """Share the head with the embeddings; needed again after `to_empty`."""
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def cast(self, dtype: torch.dtype) -> OptDecoder:
+        return self.to(dtype)
 
     @property
     def max_positions(self) -> int:
@@ -107,25 +110,54 @@ class OptDecoder(nn.Module):
             inputs_embeds = self.project_in(inputs_embeds)
         return inputs_embeds + self.embed_positions(positions + POSITION_OFFSET)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _normed(self, hidden: Tensor) -> Tensor:
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
-        if self.project_out is not None:
-            hidden = self.project_out(hidden)
-        return self.lm_head(hidden)
+        return hidden if self.project_out is None else self.project_out(hidden)
 
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        """Logits of every position, without a cache (scores, training).
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(self._normed(hidden))
 
-        float[B, T, Dw] -> float[B, T, V].
+    def forward(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Teacher forcing: the text behind an image, each token predicted from what is before it.
+
+        Args:
+            prefix: float[B, Q, Dw], the projected queries.
+            input_ids: int64[B, T], prompt and text.
+            labels: int64[B, T], `input_ids` again, or -100 where no loss is wanted.
+
+        Returns:
+            float[B, T, V], logits that predict each label.
         """
-        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        hidden = self._embed(inputs_embeds, positions)
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape {list(input_ids.shape)} of input_ids, got {list(labels.shape)}"
+            )
+        return torch.stack(self.predict(list(prefix), list(input_ids)))
+
+    def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+        """Logits that predict each token of given texts: float[T_i, Dw] and int64[U_i] -> float[U_i, V]."""
+        pairs = list(zip(prefixes, texts, strict=True))
+        sequences = [torch.cat([prefix, self.embed_tokens(text[:-1])]) for prefix, text in pairs]
+        packing = Packing([len(s) for s in sequences], prefixes[0].device)
+        hidden = packing.unpack(self._read(packing.pack(sequences), packing))
+        predicting = [h[len(p) - 1 :][: len(t)] for h, (p, t) in zip(hidden, pairs, strict=True)]
+        return list(self._logits(torch.cat(predicting)).split([len(t) for t in texts]))
+
+    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
+        """Last hidden states of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
+        packing = Packing([len(text) for text in texts], texts[0].device)
+        hidden = self._read(packing.pack([self.embed_tokens(text) for text in texts]), packing)
+        return packing.unpack(self._normed(hidden))
+
+    def _read(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        """All layers over packed sequences, without a cache: float[T_total, Dw] -> float[T_total, D]."""
+        hidden = self._embed(inputs_embeds, packing.positions)
         for layer in self.layers:
-            query, key, value = (split_heads(x, layer.num_heads) for x in layer.project(hidden))
-            context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            hidden = layer.finish(hidden, merge_heads(context))
-        return self._logits(hidden)
+            query, key, value = layer.project(hidden)
+            context = packing.attend(query, key, value, layer.num_heads, is_causal=True)
+            hidden = layer.finish(hidden, context)
+        return hidden
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: SlotCache) -> Tensor:
         """Run prefixes and leave their keys and values in slots.

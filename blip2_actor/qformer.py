@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig
 
-from blip2_actor.layers import Linear, merge_heads, split_heads
+from blip2_actor.layers import Layers, Linear, merge_heads, split_heads
 
 
 class PostNormMlp(nn.Module):
@@ -97,7 +97,7 @@ class QFormer(nn.Module):
         self.vision_width = config.encoder_hidden_size
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         readers = [i % config.cross_attention_frequency == 0 for i in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList([QFormerLayer(config, reads) for reads in readers])
+        self.layers: Layers[QFormerLayer] = Layers([QFormerLayer(config, reads) for reads in readers])
         self.cross_kv = Linear(config.encoder_hidden_size, 2 * sum(readers) * config.hidden_size)
 
     def image_keys_values(self, image_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:

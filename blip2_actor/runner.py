@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.jobs import Job
-from blip2_actor.language import Slots
+from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
 
 
@@ -21,7 +21,7 @@ class ModelRunner:
 
     def __init__(self, model: Blip2, num_slots: int) -> None:
         self.model = model
-        self.language_model = model.language_model
+        self.language_model: LanguageModel = model.language_model
         self.device = model.query_tokens.device
         self.dtype = model.query_tokens.dtype
         self.num_slots = num_slots
@@ -57,7 +57,8 @@ class ModelRunner:
             self._make_room(self.prefix_length(job), job.options.max_new_tokens)
         flat = torch.tensor([t for job in jobs for t in job.prompt_ids], device=self.device)
         texts = self.model.embed_tokens(flat).split([len(job.prompt_ids) for job in jobs])
-        prefixes = [torch.cat([job.image.prefix, text]) for job, text in zip(jobs, texts, strict=True)]
+        images = [job.image.prefix for job in jobs if job.image.prefix is not None]
+        prefixes = [torch.cat(pair) for pair in zip(images, texts, strict=True)]
         return self.language_model.prefill(prefixes, slots, self.slots)
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2VisionConfig
 
-from blip2_actor.layers import Linear, merge_heads, split_heads
+from blip2_actor.layers import Layers, Linear, merge_heads, split_heads
 
 
 class VisionBlock(nn.Module):
@@ -56,7 +56,9 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = Linear(3 * config.patch_size**2, width)
         self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
         self.position_embedding = nn.Parameter(torch.empty(1, self.grid**2 + 1, width))
-        self.layers = nn.ModuleList([VisionBlock(config) for _ in range(config.num_hidden_layers)])
+        self.layers: Layers[VisionBlock] = Layers(
+            [VisionBlock(config) for _ in range(config.num_hidden_layers)]
+        )
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def patches(self, pixel_values: Tensor) -> Tensor:
