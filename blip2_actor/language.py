@@ -10,6 +10,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from blip2_actor.layers import Linear
+
 
 class Slots(Protocol):
     """Whatever a language model remembers of each running text, one slot each."""
@@ -37,7 +39,7 @@ class LanguageModel(Protocol):
     """A decoder that works in slots; `cache` is what its own `new_slots` made."""
 
     embed_tokens: nn.Embedding
-    lm_head: nn.Linear
+    lm_head: Linear
     max_positions: int | None
     """Most positions of one text, prefix and new tokens together; None where there is no limit."""
 

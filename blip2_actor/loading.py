@@ -7,7 +7,11 @@ import torch
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.model import Blip2
 from blip2_actor.vision import PixelNormalizer
-from blip2_actor.weights import load_weights, opt_rules
+from blip2_actor.weights import load_weights, opt_rules, stored_parameters, t5_rules
+
+LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
+HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+"""A checkpoint that stores both does not share them, whatever its configuration says (Flan-T5's does not)."""
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2:
@@ -20,8 +24,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     config = checkpoint.config
     with torch.device("meta"):
         model = Blip2(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    model.language_model.tie_weights()
-    load_weights(model, checkpoint.folder, opt_rules(config.qformer_config.cross_attention_frequency))
+    model.to(dtype).language_model.cast(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
+    has_own_head = {HEAD, EMBEDDINGS} <= set(stored_parameters(checkpoint.folder, rules))
+    if config.text_config.tie_word_embeddings and not has_own_head:
+        model.language_model.tie_weights()
+    load_weights(model, checkpoint.folder, rules)
     model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
     return model

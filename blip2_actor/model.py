@@ -21,7 +21,11 @@ from transformers import Blip2Config
 from blip2_actor.layers import Linear
 from blip2_actor.opt import OptDecoder
 from blip2_actor.qformer import QFormer
+from blip2_actor.t5 import T5
 from blip2_actor.vision import PixelNormalizer, VisionEncoder
+
+LANGUAGE_MODELS: dict[str, type[OptDecoder] | type[T5]] = {"opt": OptDecoder, "t5": T5}
+"""By `model_type` of the text configuration."""
 
 
 class Blip2(nn.Module):
@@ -38,7 +42,7 @@ class Blip2(nn.Module):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_width))
         self.qformer = QFormer(config.qformer_config)
         self.language_projection = Linear(qformer_width, config.text_config.hidden_size)
-        self.language_model = OptDecoder(config.text_config)
+        self.language_model = LANGUAGE_MODELS[config.text_config.model_type](config.text_config)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """float[B, 3, S, S] -> float[B, P, Dv]."""
@@ -68,21 +72,18 @@ class Blip2(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: logits for a text behind an image, and the mean loss.
+        """Teacher forcing: logits for a text that belongs to an image, and the mean loss.
 
         Args:
             pixel_values: float[B, 3, S, S], normalised.
-            input_ids: int64[B, T], without image tokens.
-            labels: int64[B, T], -100 where no loss is wanted; None takes `input_ids`.
+            input_ids: int64[B, T], without image tokens: prompt and text for OPT, the prompt for T5.
+            labels: int64[B, U], -100 where no loss is wanted: for OPT aligned with `input_ids` (U is T, the
+                last query predicts the first one), for T5 the text; None takes `input_ids`.
 
         Returns:
-            float[] mean loss over the labels (the last query predicts the first one), and float[B, T, V]
-            logits of the text positions.
+            float[] mean loss over the labels, and float[B, U, V] logits that predict them.
         """
-        prefix = self.project(self.qformer_features(self.image_features(pixel_values)))
-        num_queries = prefix.shape[1]
-        logits = self.language_model(torch.cat([prefix, self.embed_tokens(input_ids)], dim=1))
         labels = input_ids if labels is None else labels
-        predicting = logits[:, num_queries - 1 : -1]
-        loss = F.cross_entropy(predicting.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        return loss, logits[:, num_queries:]
+        prefix = self.project(self.qformer_features(self.image_features(pixel_values)))
+        logits = self.language_model(prefix, input_ids, labels)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100), logits

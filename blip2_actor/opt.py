@@ -61,6 +61,7 @@ class OptDecoder(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.max_positions: int | None = config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.word_embed_proj_dim)
         self.embed_positions = nn.Embedding(
             config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
@@ -88,10 +89,6 @@ class OptDecoder(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> OptDecoder:
         return self.to(dtype)
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
 
     def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> SlotCache:
         weight, max_length = self.embed_positions.weight, prefix_length + max_new_tokens

@@ -6,7 +6,9 @@ form a group, which is a plain view float[n, T, D], so that attention runs once 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,15 +34,27 @@ class Group:
 class Packing:
     """The layout of one batch of sequences."""
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
+    def __init__(
+        self, lengths: list[int], device: torch.device, keys: Sequence[tuple[int, ...]] | None = None
+    ) -> None:
+        """Plan the layout.
+
+        Args:
+            lengths: of each sequence.
+            device: where the sequences are.
+            keys: sequences of equal key form a group (and must be of equal length); None groups by length.
+                Two packings with the same keys have their groups side by side.
+        """
         self.device = device
-        self.order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        keys = [(length,) for length in lengths] if keys is None else keys
+        self.order = sorted(range(len(lengths)), key=keys.__getitem__)
         self.groups: list[Group] = []
         start = 0
-        for length in sorted(set(lengths)):
-            group = Group(start, lengths.count(length), length)
+        for _, members in groupby(self.order, key=keys.__getitem__):
+            indices = list(members)
+            group = Group(start, len(indices), lengths[indices[0]])
             self.groups.append(group)
-            start += group.count * length
+            start += group.count * group.length
         self.positions = torch.cat(
             [torch.arange(g.length, device=device).repeat(g.count) for g in self.groups]
         )
@@ -64,12 +78,61 @@ class Packing:
             ordered = ordered[group.count :]
         return found
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, is_causal: bool) -> Tensor:
-        """Attention within each sequence: three float[T_total, D] -> float[T_total, D]."""
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The sequences in their first order: [T_total, ...] -> [T_i, ...] each, views."""
+        ordered = packed.split([g.length for g in self.groups for _ in range(g.count)])
+        return [part for _, part in sorted(zip(self.order, ordered, strict=True), key=lambda pair: pair[0])]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_heads: int,
+        is_causal: bool = False,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention within each sequence.
+
+        Args:
+            query: float[T_total, D]; key and value likewise.
+            num_heads: H.
+            is_causal: each position sees itself and what is before it.
+            bias: float[H, T, T] for the longest T, added to the scores.
+            scale: of the scores; None is E ** -0.5.
+
+        Returns:
+            float[T_total, D].
+        """
         contexts = []
         for group in self.groups:
             q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
-            context = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+            mask = None if bias is None else bias[:, : group.length, : group.length]
+            context = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
+            )
+            contexts.append(merge_heads(context).flatten(0, 1))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def attend_across(
+        self,
+        other: Packing,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_heads: int,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of each sequence over all positions of its counterpart in `other`, of the same keys.
+
+        float[T_total, D], and two float[other.T_total, D] -> float[T_total, D].
+        """
+        contexts = []
+        for group, seen in zip(self.groups, other.groups, strict=True):
+            q = split_heads(group.view(query), num_heads)
+            k, v = (split_heads(seen.view(x), num_heads) for x in (key, value))
+            context = F.scaled_dot_product_attention(q, k, v, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 

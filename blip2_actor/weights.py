@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -113,13 +114,79 @@ _OPT: list[Rule] = [
     (r"language_model\.lm_head\.weight", _to("language_model.lm_head.weight")),
 ]
 
-_IGNORED = re.compile(r".*\.position_ids")
-"""Buffers that older versions of transformers stored; they hold 0, 1, 2, …"""
+_T5_LAYER = rf"language_model\.(?P<stack>encoder|decoder)\.block\.{INDEX}\.layer"
+_T5: list[Rule] = [
+    (
+        r"language_model\.(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight",
+        _to("language_model.embed_tokens.weight"),
+    ),
+    (
+        r"language_model\.(?P<stack>encoder|decoder)\.block\.0\.layer\.0\.SelfAttention"
+        r"\.relative_attention_bias\.weight",
+        _to("language_model.{stack}_bias.weight"),
+    ),
+    *(
+        (rf"{_T5_LAYER}\.0\.SelfAttention\.{x}\.weight", _to("language_model.{stack}.{i}.qkv.weight", part))
+        for part, x in enumerate("qkv")
+    ),
+    (rf"{_T5_LAYER}\.0\.SelfAttention\.o\.weight", _to("language_model.{stack}.{i}.out_proj.weight")),
+    (rf"{_T5_LAYER}\.0\.layer_norm\.weight", _to("language_model.{stack}.{i}.attention_norm.weight")),
+    (rf"{_T5_LAYER}\.1\.EncDecAttention\.q\.weight", _to("language_model.{stack}.{i}.cross_query.weight")),
+    *(
+        (
+            rf"{_T5_LAYER}\.1\.EncDecAttention\.{x}\.weight",
+            _to("language_model.{stack}.{i}.cross_kv.weight", part),
+        )
+        for part, x in enumerate("kv")
+    ),
+    (rf"{_T5_LAYER}\.1\.EncDecAttention\.o\.weight", _to("language_model.{stack}.{i}.cross_out_proj.weight")),
+    (
+        rf"language_model\.decoder\.block\.{INDEX}\.layer\.1\.layer_norm\.weight",
+        _to("language_model.decoder.{i}.cross_norm.weight"),
+    ),
+    (rf"{_T5_LAYER}\.[12]\.layer_norm\.weight", _to("language_model.{stack}.{i}.mlp_norm.weight")),
+    (rf"{_T5_LAYER}\.[12]\.DenseReluDense\.wi\.weight", _to("language_model.{stack}.{i}.wi.weight")),
+    *(
+        (
+            rf"{_T5_LAYER}\.[12]\.DenseReluDense\.wi_{part}\.weight",
+            _to("language_model.{stack}.{i}.wi.weight", part),
+        )
+        for part in (0, 1)
+    ),
+    (rf"{_T5_LAYER}\.[12]\.DenseReluDense\.wo\.weight", _to("language_model.{stack}.{i}.wo.weight")),
+    (
+        r"language_model\.(?P<stack>encoder|decoder)\.final_layer_norm\.weight",
+        _to("language_model.{stack}_norm.weight"),
+    ),
+    (r"language_model\.lm_head\.weight", _to("language_model.lm_head.weight")),
+]
+
+_IGNORED = re.compile(
+    r".*\.position_ids|.*\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+"""Buffers that older versions of transformers stored (0, 1, 2, …), and a table that T5 never reads."""
 
 
 def opt_rules(cross_attention_frequency: int) -> list[Rule]:
     """The name map of a checkpoint whose language model is OPT."""
     return [*_VISION, *_qformer(cross_attention_frequency), *_OPT]
+
+
+def t5_rules(cross_attention_frequency: int) -> list[Rule]:
+    """The name map of a checkpoint whose language model is T5."""
+    return [*_VISION, *_qformer(cross_attention_frequency), *_T5]
+
+
+def stored_parameters(folder: Path, rules: list[Rule]) -> Iterator[str]:
+    """Our names of the parameters that a checkpoint stores.
+
+    Raises:
+        OSError: a file is missing or not readable safetensors.
+    """
+    compiled = [(re.compile(pattern), place) for pattern, place in rules]
+    for name, _ in _tensors(folder):
+        if place := _find_place(name, compiled):
+            yield place.name
 
 
 def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
@@ -187,6 +254,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, lambda file=file, name=name: file.get_tensor(name)
+                    yield name, partial(file.get_tensor, name)
         except SafetensorError as error:
             raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error

@@ -116,9 +116,15 @@ def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.15) -> None:
         parameter.copy_(1 + noise if is_norm else noise)
 
 
-def save_checkpoint(folder: Path, language: str = "opt", image_token: bool = True, seed: int = 0, **text: Any) -> Path:
+def save_checkpoint(
+    folder: Path, language: str = "opt", image_token: bool = True, seed: int = 0, **text: Any
+) -> Path:
     """A random checkpoint as transformers itself writes it."""
     model = Blip2ForConditionalGeneration(make_config(language, image_token, **text)).eval()
+    if language == "t5" and not model.config.text_config.scale_decoder_outputs:
+        # transformers ties every new T5; a head of its own comes with a checkpoint that stores one.
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     randomize(model, seed)
     model.save_pretrained(folder)
     make_tokenizer(language).save_pretrained(folder)
@@ -128,4 +134,6 @@ def save_checkpoint(folder: Path, language: str = "opt", image_token: bool = Tru
 def images(count: int, seed: int = 0) -> torch.Tensor:
     """uint8[count, S, S, 3]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), generator=generator, dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), generator=generator, dtype=torch.uint8
+    )
