@@ -1,0 +1,65 @@
+"""How good a checkpoint is: captions right word for word, and where the others go wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+
+from blip2_actor.demo.scenes import BACKGROUNDS, COLOURS, SHAPES
+
+_KINDS = {
+    **dict.fromkeys(COLOURS, "colour"),
+    **dict.fromkeys(SHAPES, "shape"),
+    **dict.fromkeys(("above", "left", "right"), "arrangement"),
+    **dict.fromkeys(BACKGROUNDS, "background"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Shares between 0 and 1."""
+
+    exact: float
+    """Captions right word for word."""
+    by_kind: dict[str, float]
+    """Words right at their place: colour, shape, arrangement, background, and other words."""
+    wrong: tuple[tuple[str, str], ...]
+    """(caption, truth) of the first twenty that are not."""
+
+
+@torch.inference_mode()
+def generate_captions(
+    model: Blip2ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    pixel_values: torch.Tensor,
+    batch_size: int = 250,
+) -> list[str]:
+    """Caption greedily with transformers' own `generate`."""
+    captions: list[str] = []
+    start = model.config.num_query_tokens + 1
+    for batch in pixel_values.split(batch_size):
+        token_ids = model.generate(pixel_values=batch, max_new_tokens=30, do_sample=False)
+        captions += tokenizer.batch_decode(token_ids[:, start:], skip_special_tokens=True)
+    return captions
+
+
+def score_captions(captions: list[str], truths: list[str]) -> Score:
+    """Compare captions with the truth."""
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for caption, truth in zip(captions, truths, strict=True):
+        for said, word in zip_longest(caption.split(), truth.split()):
+            kind = _KINDS.get(word, "other")
+            total[kind] += 1
+            right[kind] += said == word
+    wrong = [(c, t) for c, t in zip(captions, truths, strict=True) if c != t]
+    return Score(
+        exact=float(np.mean([c == t for c, t in zip(captions, truths, strict=True)])),
+        by_kind={kind: right[kind] / total[kind] for kind in sorted(total)},
+        wrong=tuple(wrong[:20]),
+    )

@@ -1,0 +1,71 @@
+"""The demonstration's data set: its truth table must be what a reader of the files finds."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from blip2_actor.demo.scenes import all_captions
+from blip2_actor.preprocess import decode_image
+from pipeline.demo_dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
+
+NUM_IMAGES = 400
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expected]]:
+    folder = tmp_path_factory.mktemp("dataset")
+    return folder, write_demo_dataset(folder, num_images=NUM_IMAGES, seed=3)
+
+
+def read_images(folder: Path) -> dict[str, bytes | None]:
+    images: dict[str, bytes | None] = {}
+    for path in sorted((folder / SHARD_FOLDER).iterdir()):
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            images.update(zip(table["key"].to_pylist(), table["image"].to_pylist(), strict=True))
+            continue
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, extension = member.name.split(".")
+                images.setdefault(key, None)
+                if extension not in ("txt", "json"):
+                    images[key] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return images
+
+
+def test_files_hold_exactly_the_rows_of_the_truth_in_order(dataset) -> None:
+    folder, truth = dataset
+    assert list(read_images(folder)) == list(truth)
+    assert len(truth) == NUM_IMAGES
+    assert read_truth(folder) == truth
+
+
+def test_every_row_decodes_to_its_expected_status(dataset) -> None:
+    folder, truth = dataset
+    for key, image in read_images(folder).items():
+        decoded = decode_image(image, 64)
+        assert decoded.status is truth[key].status, (key, truth[key], decoded.error)
+
+
+def test_some_rows_are_broken_in_every_way_and_most_are_plain(dataset) -> None:
+    notes = Counter(expected.note for expected in dataset[1].values())
+    assert len(notes) == 7
+    assert notes[""] >= 0.95 * NUM_IMAGES
+
+
+def test_captions_were_held_out_from_training(dataset) -> None:
+    held_out = {str(c) for c in all_captions() if c.split == "held_out"}
+    captions = {expected.caption for expected in dataset[1].values() if expected.caption is not None}
+    assert captions <= held_out
+
+
+def test_equal_seeds_write_equal_files(dataset, tmp_path: Path) -> None:
+    folder, _ = dataset
+    write_demo_dataset(tmp_path, num_images=NUM_IMAGES, seed=3)
+    for path in sorted((folder / SHARD_FOLDER).iterdir()):
+        assert (tmp_path / SHARD_FOLDER / path.name).read_bytes() == path.read_bytes(), path.name
