@@ -1,40 +1,63 @@
-"""Shards as a Ray Datasource: one read task per shard, everything it reads fixed when the plan is made."""
+"""Shards as a Ray Datasource: one read task per shard, all that it reads fixed when the plan is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
+import pyarrow as pa
 from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
 
-from pipeline.reading import END, READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.shards import Shard
+from pipeline.formats import read_shard
+from pipeline.reading import ReadOptions, ShardReport, ShardWork
 
-__all__ = [
-    "END", "READ_COLUMNS", "ReadOptions", "ShardReport", "ShardSource", "ShardWork",
-    "check_options", "read_shard",
-]  # fmt: skip
-
-
-def check_options(shards: Sequence[Shard], options: ReadOptions) -> None:
-    """Refuse, before Ray starts, options that the first shard of each format cannot meet.
-
-    Raises:
-        InputError: a named column does not exist or has the wrong type, or no image column is found.
-    """
-    raise NotImplementedError
-
-
-def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
-    """Tables of the rows asked for, in order; the generator's return value is the ShardReport."""
-    raise NotImplementedError
+OnEnd = Callable[[ShardReport], None]
 
 
 class ShardSource(Datasource):
-    """Calls `on_end(report)` in the worker when a shard's rows have all been given; it must be picklable
-    and, since Ray may run a read again, do no harm when called twice."""
+    """Reads each piece of work in a task of its own.
 
-    def __init__(
-        self, work: Sequence[ShardWork], options: ReadOptions, on_end: Callable[[ShardReport], None]
-    ) -> None:
+    Read it with `ray.data.read_datasource(source, override_num_blocks=len(work), concurrency=…)`:
+    left to itself, Ray splits the tables of few shards into blocks of a few rows.
+
+    Args:
+        work: what is still to do; what is finished does not appear here. Ray may run a read again
+            to restore lost blocks, and needs the same blocks then, so nothing is decided later.
+        options: which columns or members are read.
+        on_end: called in the worker when the last table of a shard has been taken, whether the
+            shard was whole or not. Must be picklable, and do no harm when called twice.
+    """
+
+    def __init__(self, work: Sequence[ShardWork], options: ReadOptions, on_end: OnEnd) -> None:
         super().__init__()
-        raise NotImplementedError
+        self._work = tuple(work)
+        self._options = options
+        self._on_end = on_end
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                partial(_read, work, self._options, self._on_end),
+                BlockMetadata(
+                    num_rows=None,
+                    size_bytes=work.shard.size_bytes,
+                    input_files=[work.shard.uri],
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for work in self._work
+        ]
+
+
+def _read(work: ShardWork, options: ReadOptions, on_end: OnEnd) -> Iterator[pa.Table]:
+    report = yield from read_shard(work, options)
+    on_end(report)

@@ -1,4 +1,62 @@
-"""How each kind of shard is read. A reader is `read(work, options)`: tables, then a report.
+"""How each kind of shard is read. A reader gives tables of the rows asked for, then a report.
 
 No image is decoded here and no row is lost: where its bytes cannot be had, the row says why.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from pipeline.formats import folder, parquet, webdataset
+from pipeline.formats.columns import Columns
+from pipeline.formats.rows import member_type
+from pipeline.reading import ReadOptions, ShardWork, Tables
+from pipeline.shards import Format, InputError, Shard
+
+READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
+    "webdataset": webdataset.read,
+    "parquet": parquet.read,
+    "folder": folder.read,
+}
+
+
+def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
+    """Tables of the rows asked for, in order; the ShardReport is the generator's return value."""
+    return READERS[work.shard.format](work, options)
+
+
+def count_rows(shard: Shard, at_most: int) -> int:
+    """Rows of a shard, or that number when there are more: by the file's own account, or by walking a tar."""
+    if shard.num_rows is not None:
+        return min(shard.num_rows, at_most)
+    if shard.format == "parquet":
+        return min(parquet.count_rows(shard), at_most)
+    return webdataset.count_rows(shard, at_most)
+
+
+def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Field]:
+    """Refuse, before anything is read, options that the shards cannot meet; describe the kept columns.
+
+    Raises:
+        InputError: a column is not there or has a type that does not fit, no image column is found,
+            or an option means nothing to these shards.
+    """
+    formats = {shard.format for shard in shards}
+    if options.key_column is not None and "parquet" not in formats:
+        raise InputError(
+            f"key_column must be left out without Parquet tables, got {options.key_column!r}; "
+            "the key of a file is its path"
+        )
+    if formats == {"folder"}:
+        for name in ("image_column", "prompt_column", "keep"):
+            if getattr(options, name):
+                raise InputError(
+                    f"{name} must be left out for folders of files, got {getattr(options, name)!r}"
+                )
+    for shard in shards:
+        if shard.format == "parquet":
+            columns = Columns.find(parquet.schema_of(shard), options)
+            return [field.with_name(name) for name, field in columns.kept.items()]
+    return [pa.field(name, member_type(source)) for name, source in options.kept.items()]

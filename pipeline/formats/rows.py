@@ -23,7 +23,7 @@ class TableBuilder:
         if options.prompt_column is not None:
             fields["prompt"] = pa.string()
         for name, source in options.kept.items():
-            fields[name] = pa.string() if _is_text(source) else pa.binary()
+            fields[name] = member_type(source)
         self._schema = pa.schema(fields)
         self._rows: list[tuple[object, ...]] = []
         self._num_bytes = 0
@@ -52,9 +52,8 @@ class TableBuilder:
             values.append(None if prompt is None else prompt.decode(errors="replace").rstrip("\r\n"))
         for source in self._options.kept.values():
             content = members.get(source.lower())
-            values.append(
-                content if content is None or not _is_text(source) else content.decode(errors="replace")
-            )
+            as_text = content is not None and member_type(source) == pa.string()
+            values.append(content.decode(errors="replace") if content is not None and as_text else content)
         self._rows.append(tuple(values))
         self._num_bytes += len(image or b"") + sum(map(len, members.values()))
 
@@ -65,8 +64,9 @@ class TableBuilder:
         return pa.Table.from_arrays(arrays, schema=self._schema)
 
 
-def _is_text(source: str) -> bool:
-    return source.lower().rpartition(".")[2] in TEXT_EXTENSIONS
+def member_type(extension: str) -> pa.DataType:
+    """The type of the column that a kept member becomes."""
+    return pa.string() if extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS else pa.binary()
 
 
 def _printable(name: str) -> str:

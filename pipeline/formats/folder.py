@@ -1,0 +1,59 @@
+"""Folders of image files: one file, one row; its key is its path."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from blip2_actor import Status
+from pipeline.formats.rows import TableBuilder
+from pipeline.reading import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.shards import InputError
+from pipeline.storage import join, open_filesystem
+
+FILES_AT_ONCE = 16
+"""Files asked for at the same time: an object store answers each after tens of milliseconds."""
+
+Content = tuple[bytes | None, Status | None, str | None]
+"""An image, or the status and the sentence that say why there is none."""
+
+
+def read(work: ShardWork, options: ReadOptions) -> Tables:
+    """Give the files asked for; one that cannot be read is a row that says so."""
+    shard, table = work.shard, TableBuilder(work.shard.name, options)
+    try:
+        filesystem, root = open_filesystem(shard.root)
+    except InputError as error:
+        return ShardReport(shard=shard.name, num_rows=0, complete=False, reason=str(error))
+
+    def read_row(row: int) -> Content:
+        return _read_file(filesystem, join(root, shard.files[row]), options.max_image_bytes)
+
+    num_rows = shard.rows_of(len(shard.files))
+    rows = (row for span in work.overlaps(0, num_rows) for row in range(*span))
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+        while batch := list(islice(rows, FILES_AT_ONCE)):
+            for row, (image, status, why) in zip(batch, threads.map(read_row, batch), strict=True):
+                table.add(row, shard.files[row], image=image, status=status, error=why, members={})
+                if table.full:
+                    yield table.take()
+    if len(table):
+        yield table.take()
+    return ShardReport(shard=shard.name, num_rows=num_rows, complete=True)
+
+
+def _read_file(filesystem: pafs.FileSystem, path: str, most_bytes: int) -> Content:
+    try:
+        with filesystem.open_input_file(path) as file:
+            num_bytes = file.size()
+            if num_bytes > most_bytes:
+                return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {most_bytes}"
+            content = file.read()
+    except (OSError, UnicodeError, pa.ArrowException) as error:
+        return None, Status.UNREADABLE, f"the file cannot be read: {error}"
+    if not content:
+        return None, Status.MISSING_IMAGE, "the file is empty"
+    return content, None, None
