@@ -11,8 +11,10 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from pipeline.formats import read_shard
+from pipeline.formats import check_options, read_shard
 from pipeline.reading import ReadOptions, ShardReport, ShardWork
+
+__all__ = ["ReadOptions", "ShardReport", "ShardSource", "ShardWork", "check_options", "read_shard"]
 
 OnEnd = Callable[[ShardReport], None]
 

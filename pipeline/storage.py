@@ -1,4 +1,4 @@
-"""URIs to filesystems: local paths, file://, s3://, gs:// through Arrow, every other scheme through fsspec."""
+"""URIs to filesystems: local paths, file://, s3://, gs:// through Arrow, all others through fsspec."""
 
 from __future__ import annotations
 
