@@ -1,0 +1,60 @@
+"""Joining a Ray cluster, or starting one on this machine, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.placement import ClusterSize
+
+
+@contextmanager
+def connected() -> Iterator[ClusterSize]:
+    """Be connected to Ray: a running connection, the cluster at RAY_ADDRESS, or a fresh local one.
+
+    A local cluster ends with the block. Its token lives in the environment alone: the file that Ray
+    would write to the home directory changes how later clusters start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    already = ray.is_initialized()
+    if not already:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else {"include_dashboard": False}),
+        )
+    try:
+        quiet_ray_data()
+        yield size_of_cluster()
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's plans and bars off the terminal; its own log file has them."""
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def size_of_cluster() -> ClusterSize:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterSize(
+        num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        cpus_per_node=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+    )

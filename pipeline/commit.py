@@ -1,0 +1,134 @@
+"""Committing a shard: its fragments become one Parquet file, in order, whole or not there.
+
+Committing takes each row number once, so that duplicates dissolve; a row that is ok wins over one that
+is not, so that merging what `retry` made is the same act.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from blip2_actor.status import Status
+from pipeline.folder import Folder
+from pipeline.fragments import delete_fragments, list_fragments, read_fragment
+from pipeline.ledger import SUFFIX, end_name
+from pipeline.reading import ShardReport
+from pipeline.schema import ROW_CONTRACT
+
+FINGERPRINT_KEY = b"blip2.fingerprint"
+RUN_KEY = b"blip2.run"
+SUMMARY_KEY = b"blip2.summary"
+ROW_GROUP_BYTES = 32 << 20
+MOST_ROW_GROUP_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished shard's file holds; stands in its footer."""
+
+    shard: str
+    num_rows: int
+    by_status: Mapping[str, int] = field(default_factory=dict)
+    complete: bool = True
+    reason: str | None = None
+    """Why the shard is partial, when it is."""
+
+    @property
+    def num_failed(self) -> int:
+        return self.num_rows - self.by_status.get(Status.OK.value, 0)
+
+
+def output_name(shard: str) -> str:
+    return shard + SUFFIX
+
+
+def commit_shard(
+    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], kept: tuple[str, ...] = ()
+) -> Summary | None:
+    """Merge what a shard's file and fragments hold into its file.
+
+    Args:
+        report: how reading the shard ended.
+        metadata: for the footer: the run's fingerprint.
+        kept: names of kept columns, for a shard without rows.
+
+    Returns:
+        What the file now holds, or None, nothing changed, when rows are missing.
+    """
+    fragments = list_fragments(folder, report.shard)
+    tables = [read_fragment(folder, fragment.name) for fragment in fragments]
+    before = read_rows(folder, report.shard)
+    # A shard that is read again and less of it can be read keeps the rows it has.
+    num_rows = max(report.num_rows, 0 if before is None else len(before))
+    found = [table for table in [*tables, before] if table is not None]
+    rows = merge(found).slice(0, num_rows) if found else _no_rows(kept)
+    if rows["row"].to_pylist() != list(range(num_rows)):
+        return None
+    summary = Summary(
+        shard=report.shard,
+        num_rows=num_rows,
+        by_status=_counts(rows["status"]),
+        complete=report.complete,
+        reason=report.reason,
+    )
+    folder.put(output_name(report.shard), _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)}))
+    delete_fragments(folder, fragments)
+    folder.delete(end_name(report.shard))
+    return summary
+
+
+def merge(tables: list[pa.Table]) -> pa.Table:
+    """Each row number once, in order; of several, one that is ok, else one of the first table."""
+    rows = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    numbers = rows["row"].to_numpy()
+    not_ok = pc.not_equal(rows["status"], Status.OK.value).to_numpy()
+    order = np.lexsort((np.arange(len(numbers)), not_ok, numbers))
+    first = np.ones(len(order), bool)
+    first[1:] = numbers[order][1:] != numbers[order][:-1]
+    return rows.take(pa.array(order[first]))
+
+
+def read_rows(folder: Folder, shard: str) -> pa.Table | None:
+    """The rows of a finished shard, or None where it has no file."""
+    content = folder.get(output_name(shard))
+    if content is None:
+        return None
+    return pq.read_table(io.BytesIO(content)).replace_schema_metadata(None)
+
+
+def read_summary(folder: Folder, shard: str) -> Summary:
+    """What the footer of a finished shard says."""
+    with folder.filesystem.open_input_file(folder.path(output_name(shard))) as file:
+        metadata = pq.ParquetFile(file).metadata.metadata or {}
+    return Summary(**json.loads(metadata[SUMMARY_KEY]))
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    counts = pc.value_counts(column.combine_chunks()).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
+
+
+def _no_rows(kept: tuple[str, ...]) -> pa.Table:
+    return pa.schema([*ROW_CONTRACT, *(pa.field(name, pa.null()) for name in kept)]).empty_table()
+
+
+def _json(summary: Summary) -> bytes:
+    return json.dumps(asdict(summary)).encode()
+
+
+def _parquet(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
+    row_bytes = max(1, rows.nbytes // max(1, len(rows)))
+    group_rows = min(MOST_ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES // row_bytes))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows.replace_schema_metadata(dict(metadata)), sink, row_group_size=group_rows, compression="zstd"
+    )
+    return sink.getvalue().to_pybytes()

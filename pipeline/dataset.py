@@ -1,0 +1,104 @@
+"""`caption`: the two stages on anyone's Ray Dataset with a column of images."""
+
+from __future__ import annotations
+
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from blip2_actor import EngineConfig, GenerationOptions
+from blip2_actor.preprocess import ImageLimits
+from blip2_actor.request import EngineBuilder
+from pipeline.caption_stage import CaptionStage
+from pipeline.cluster import size_of_cluster
+from pipeline.decode_stage import BATCH_ROWS, PIXELS, DecodeStage
+from pipeline.placement import Placement, Reservations, reserve, settle_engine
+from pipeline.schema import refuse_taken_names, result_fields
+
+GPU_CALL_ROWS = 256
+"""Eight such calls keep an engine's slots full, and one is a fragment."""
+
+
+def caption(
+    ds: Dataset,
+    engine: EngineBuilder = EngineConfig(),
+    options: GenerationOptions = GenerationOptions(),
+    *,
+    image_column: str = "image",
+    prompt: str | None = None,
+    prompt_column: str | None = None,
+    placement: Placement = Placement(),
+    limits: ImageLimits = ImageLimits(),
+) -> Dataset:
+    """Add captions to a dataset, lazily; every row comes back, a bad image with a status.
+
+    Args:
+        image_column: encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3].
+        prompt: text that every answer continues; None captions.
+        prompt_column: column with each row's own prompt, instead of `prompt`.
+
+    Returns:
+        The dataset with all its columns, and caption, logprob, num_tokens, finish_reason, flags, status,
+        error, width, height and sha256 (captions and logprobs too, when several texts are asked for).
+        Rows may come in another order, as from every stage of Ray Data.
+
+    Raises:
+        ValueError: the model is unknown, a column is missing, or one has the name of a new column.
+    """
+    if prompt is not None and prompt_column is not None:
+        raise ValueError("prompt_column must be alone, got prompt too; name one of them")
+    info = engine.info()
+    columns = ds.columns() or []
+    for flag, name in (("image_column", image_column), ("prompt_column", prompt_column)):
+        if name is not None and name not in columns:
+            raise ValueError(f"{flag} must be one of {', '.join(columns)}, got {name!r}")
+    new = [field.name for field in result_fields(options.num_return_sequences)]
+    refuse_taken_names(columns, [*new, PIXELS], "dataset")
+    if not ray.is_initialized():
+        ray.init()
+    reservations = reserve(placement, size_of_cluster())
+    decoded = decode(ds, info.image_size_px, limits, image_column, placement, reservations, keeps_image=True)
+    return decoded.map_batches(
+        CaptionStage,
+        fn_constructor_args=(settle_engine(engine, reservations), options, prompt, prompt_column),
+        **caption_pool(placement, reservations),
+    )
+
+
+def decode(
+    ds: Dataset,
+    size_px: int,
+    limits: ImageLimits,
+    image_column: str,
+    placement: Placement,
+    reservations: Reservations,
+    **stage: object,
+) -> Dataset:
+    """The decode stage on a dataset, in a pool that grows and shrinks."""
+    return ds.map_batches(
+        DecodeStage,
+        fn_constructor_args=(size_px, limits, image_column),
+        fn_constructor_kwargs=stage,
+        batch_size=BATCH_ROWS,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=placement.max_decode_actors),
+        num_cpus=reservations.decode_cpus,
+    )
+
+
+def caption_pool(placement: Placement, reservations: Reservations) -> dict[str, object]:
+    """How `map_batches` is to run a captioning stage: several calls at once in one actor.
+
+    On CPUs a call takes a block. For accelerators Ray wants a number, and joins blocks to reach it.
+    """
+    return {
+        "batch_size": GPU_CALL_ROWS if reservations.caption_gpus else None,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(
+            min_size=placement.min_actors,
+            max_size=reservations.max_actors,
+            max_concurrent_calls_per_actor=placement.calls_per_actor,
+            enable_true_multi_threading=True,
+        ),
+        "num_cpus": reservations.caption_cpus,
+        "num_gpus": reservations.caption_gpus or None,
+    }

@@ -1,0 +1,180 @@
+"""The driver's loop: take receipts, commit complete shards, show progress, obey signals."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from pipeline.board import Board, Load
+from pipeline.commit import commit_shard
+from pipeline.lease import Lease, OutputInUse
+from pipeline.ledger import Progress, load_end, shards_with_an_end
+from pipeline.placement import ClusterSize
+from pipeline.progress import Console, Rate, Snapshot
+from pipeline.reading import ShardReport
+from pipeline.stream import ReceiptStream, receipts_dataset
+from pipeline.tracker import Tracker
+from pipeline.verdict import busy_fractions, verdict
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+
+TICK_S = 0.2
+LOOK_FOR_ENDS_EVERY_S = 1.0
+COMMITS_AT_ONCE = 8
+FLUSH_S = 20.0
+"""How long calls may take to write what they have after a signal; a preempted machine is given 30 s."""
+
+
+class Stopped(RuntimeError):
+    """The run was stopped; everything finished is kept."""
+
+
+class Driver:
+    """One session of a run, in the main thread."""
+
+    def __init__(self, max_failed_fraction: float, console: Console) -> None:
+        self._max_failed_fraction = max_failed_fraction
+        self._console = console
+        self._stop = threading.Event()
+        self._rate = Rate()
+        self._snapshot: Snapshot | None = None
+        self._looked_for_ends = 0.0
+
+    def progress(self) -> dict[str, Any]:
+        """For the heartbeat."""
+        return self._snapshot.as_plain() if self._snapshot else {}
+
+    def run(self, job: Job, left: list[Progress], cluster: ClusterSize, lease: Lease) -> None:
+        """Caption what is left and commit it, until it is done or stopped.
+
+        Raises:
+            Stopped: by a signal, or because most rows fail.
+            OutputInUse: another driver has taken the lease.
+        """
+        self._job, self._tracker = job, Tracker(left)
+        self._num_left = len(left)
+        self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        self._commits: dict[Any, ShardReport] = {}
+        work = [progress.work for progress in left]
+        dataset = receipts_dataset(job.settings, job.engine, job.info, work, job.folder, self._board, cluster)
+        with self._signals():
+            stream = ReceiptStream(dataset)
+            while not stream.ended:
+                self._step(stream)
+                self._obey(stream, lease)
+            self._commit_rest()
+        self._console.say(verdict(self._busy()))
+
+    def _step(self, stream: ReceiptStream) -> None:
+        for receipt in stream.take(TICK_S):
+            self._tracker.add(receipt)
+        now = time.monotonic()
+        if now - self._looked_for_ends >= LOOK_FOR_ENDS_EVERY_S:
+            self._looked_for_ends = now
+            self._look_for_ends()
+        self._commit(wait=False)
+        self._rate.add(self._tracker.num_rows, now)
+        if self._console.wants_progress():
+            self._show()
+
+    def _look_for_ends(self) -> None:
+        """Learn how reading ended from the files that the readers leave."""
+        for shard in shards_with_an_end(self._job.folder):
+            if not self._tracker.knows_end(shard):
+                report = load_end(self._job.folder, shard)
+                if report is not None:
+                    self._tracker.ended(report)
+
+    def _commit(self, wait: bool) -> None:
+        """Hand complete shards to merging tasks and take back what they have done."""
+        task = ray.remote(num_cpus=0, max_retries=-1)(commit_shard)
+        for report in self._tracker.take_complete():
+            ref = task.remote(self._job.folder, report, self._job.metadata, self._job.kept)
+            self._commits[ref] = report
+        while self._commits:
+            full = wait or len(self._commits) > COMMITS_AT_ONCE
+            done, _ = ray.wait(list(self._commits), timeout=None if full else 0)
+            if not done:
+                return
+            for ref in done:
+                ray.get(ref)
+                del self._commits[ref]
+
+    def _commit_rest(self) -> None:
+        self._look_for_ends()
+        self._commit(wait=True)
+
+    def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
+        if lease.lost:
+            raise OutputInUse(
+                f"the lease of {self._job.folder.uri} was taken by another driver; this one stops"
+            )
+        if self._stop.is_set():
+            self._flush(stream)
+            raise Stopped("stopped by a signal; what was finished is kept, run the same command to go on")
+        if self._tracker.is_rotten(self._max_failed_fraction):
+            self._flush(stream)
+            seen = ", ".join(f"{n:,} {status}" for status, n in self._tracker.by_status.most_common())
+            raise Rotten(
+                f"stopped after {self._tracker.num_rows:,} rows ({seen}), most of which failed; look at the "
+                "input, or raise --max-failed-fraction and run the same command to go on"
+            )
+
+    def _flush(self, stream: ReceiptStream) -> None:
+        """Let running calls write what they have, and commit what is complete."""
+        ray.get(self._board.stop.remote())
+        deadline = time.monotonic() + FLUSH_S
+        while time.monotonic() < deadline and ray.get(self._board.num_running.remote()) and not stream.ended:
+            self._step(stream)
+        self._step(stream)
+        self._commit_rest()
+
+    def _show(self) -> None:
+        left_rows = self._tracker.estimate_rows_left()
+        rate = self._rate.mean
+        num_shards = len(self._job.run.shards)
+        self._snapshot = Snapshot(
+            num_rows=self._tracker.num_rows,
+            num_failed=self._tracker.num_failed,
+            images_per_s=self._rate.recent,
+            mean_images_per_s=rate,
+            shards_done=num_shards - self._tracker.num_open - len(self._commits),
+            num_shards=num_shards,
+            left_s=left_rows / rate if rate and left_rows is not None else None,
+            busy=self._busy(),
+        )
+        self._console.show(self._snapshot)
+
+    def _busy(self) -> dict[str, float]:
+        loads: Mapping[str, Mapping[str, Load]] = ray.get(self._board.loads.remote())
+        return busy_fractions(loads)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for an orderly stop; a second SIGINT ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _: object) -> None:
+            if self._stop.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Rotten(Stopped):
+    """Most of the input fails; the job has stopped early."""

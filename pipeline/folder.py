@@ -1,0 +1,107 @@
+"""`Folder`: a place where files appear whole or not at all, on a disk or in an object store.
+
+On a disk a file is written aside, flushed and renamed; in an object store one PUT does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow.fs as pafs
+
+from pipeline.storage import open_filesystem
+
+ASIDE = "_blip2/tmp"
+"""Where a file on a disk waits until it is whole; swept when a run starts."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files under one URI by their relative names; picklable, so that workers write by themselves."""
+
+    uri: str
+    filesystem: pafs.FileSystem = field(init=False, repr=False, compare=False)
+    root: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        filesystem, root = open_filesystem(self.uri)
+        object.__setattr__(self, "filesystem", filesystem)
+        object.__setattr__(self, "root", root.rstrip("/"))
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return Folder, (self.uri,)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write or replace a file in one step that readers cannot see half done."""
+        if not self.is_local:
+            # One write and one close: a PUT, or a multipart upload that exists when it is complete.
+            with self.filesystem.open_output_stream(self.path(name)) as stream:
+                stream.write(content)
+            return
+        aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
+        target = self.path(name)
+        for attempt in (1, 2):
+            try:
+                os.makedirs(os.path.dirname(aside), exist_ok=True)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(aside, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(aside, target)
+                return
+            except FileNotFoundError:
+                # A sweep removed an empty folder between our making it and our using it.
+                if attempt == 2:
+                    raise
+            except OSError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(aside)
+                raise
+
+    def get(self, name: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
+        try:
+            with self.filesystem.open_input_stream(self.path(name)) as stream:
+                return stream.readall()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(name))
+
+    def delete_tree(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path(name))
+
+    def names(self, under: str = "") -> Iterator[str]:
+        """Yield the relative names of all files below a folder, in no order; none where it is missing."""
+        base = self.path(under).rstrip("/")
+        selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                yield info.path[len(self.root) + 1 :]
+
+    def require_writable(self) -> None:
+        """Raise ValueError unless a file can be put here and taken away."""
+        probe = f"_blip2/probe-{uuid.uuid4().hex}"
+        try:
+            self.put(probe, b"")
+            self.delete(probe)
+        except OSError as error:
+            raise ValueError(
+                f"output must be a folder that can be written, got {self.uri}: {error}; "
+                "give another --output or the missing permission"
+            ) from error

@@ -1,0 +1,231 @@
+"""The job's last stage: captions are written as fragments by the call that made them.
+
+What goes on are small receipts; captions never cross the object store. A call that has died before
+runs alone in its process and in small steps, so that the row that kills is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from blip2_actor import GenerationOptions, Result, Status
+from blip2_actor.request import EngineBuilder
+from pipeline.board import Attempt, Receipt
+from pipeline.caption_stage import CaptionStage, EngineFault, Settled
+from pipeline.folder import Folder
+from pipeline.fragments import write_fragment
+from pipeline.patience import patiently
+from pipeline.rowset import RowSet, runs
+from pipeline.schema import IDENTITY, RESULTS
+
+FRAGMENT_ROWS = 256
+FRAGMENT_S = 2.0
+"""A fragment is written when either is reached: at most so much of a call is ever done twice."""
+CAREFUL_ROWS = 32
+"""Rows that run together after their call has died once: few enough to go on soon, enough for a batch."""
+
+RECEIPTS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("starts", pa.list_(pa.int64())),
+        ("stops", pa.list_(pa.int64())),
+        ("statuses", pa.list_(pa.string())),
+        ("counts", pa.list_(pa.int64())),
+    ]
+)
+
+logger = logging.getLogger(__name__)
+
+
+class FragmentStage:
+    """Captions tables of the decode stage into fragments; several calls run at once in one actor."""
+
+    def __init__(
+        self,
+        engine: EngineBuilder,
+        options: GenerationOptions,
+        prompt: str | None,
+        prompt_column: str | None,
+        kept: Sequence[str],
+        folder: Folder,
+        board: Any,
+    ) -> None:
+        """`board` is the handle of the job's `Board` actor."""
+        self._stage = CaptionStage(engine, options, prompt, prompt_column)
+        self._kept = list(kept)
+        self._folder = folder
+        self._board = board
+        self._room = Room()
+        self._worker = f"{os.uname().nodename}-{os.getpid()}"
+        self._started, self._write_s = time.monotonic(), 0.0
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        call = _name_of(table)
+        attempt: Attempt = ray.get(self._board.begin.remote(call))
+        receipts = list(attempt.receipts)
+        try:
+            for positions, written in self._run(call, table, attempt):
+                receipts += written
+                ray.get(self._board.wrote.remote(call, positions, written))
+        except EngineFault:
+            # Ray starts a fresh process and runs its calls again; an exception would end the whole job.
+            logger.exception("The captioning engine has failed; its process ends and is started afresh")
+            os._exit(1)
+        ray.get(self._board.end.remote(call))
+        self._report()
+        return _receipts_table(receipts)
+
+    def _run(
+        self, call: str, table: pa.Table, attempt: Attempt
+    ) -> Iterator[tuple[list[tuple[int, int]], list[Receipt]]]:
+        """Caption what is not finished; yield positions and receipts of each fragment written."""
+        finished = RowSet(attempt.finished)
+        todo = [row for row in range(len(table)) if row not in finished]
+        if attempt.number == 1:
+            with self._room.shared():
+                for piece in self._stage.settle(table, todo, FRAGMENT_ROWS, FRAGMENT_S):
+                    yield list(runs(row for row, _ in piece)), self._write(table, piece)
+                    if ray.get(self._board.is_stopping.remote()):
+                        return
+            return
+        with self._room.alone():
+            for step in _steps(todo, RowSet(attempt.suspects)):
+                if ray.get(self._board.is_stopping.remote()):
+                    return
+                if step[0] in attempt.condemned:
+                    piece = [(step[0], _condemned())]
+                else:
+                    ray.get(self._board.trying.remote(call, step[0], step[-1] + 1))
+                    piece = [pair for part in self._stage.settle(table, step) for pair in part]
+                yield list(runs(step)), self._write(table, piece)
+
+    def _write(self, table: pa.Table, piece: Settled) -> list[Receipt]:
+        if not piece:
+            return []
+        started = time.monotonic()
+        rows = self._stage.with_results(table, piece)
+        receipts = []
+        for shard in pc.unique(rows["shard"]).to_pylist():
+            of_shard = _contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept)
+            patiently(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
+            numbers = sorted(of_shard["row"].to_pylist())
+            by_status = Counter(of_shard["status"].to_pylist())
+            receipts.append(Receipt(shard, tuple(runs(numbers)), tuple(sorted(by_status.items()))))
+        self._write_s += time.monotonic() - started
+        return receipts
+
+    def _report(self) -> None:
+        alive_s = time.monotonic() - self._started
+        busy_s = self._stage.actor.stats().busy_s
+        self._board.report.remote("caption", self._worker, busy_s, alive_s)
+        self._board.report.remote("write", self._worker, self._write_s, alive_s)
+
+
+def _contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
+    """Exactly the columns of the output, in order and with the contract's types."""
+    columns = {field.name: field for field in (*IDENTITY, *RESULTS)}
+    fields, arrays = [], []
+    for name in (*columns, *kept):
+        field = columns.get(name)
+        if name not in rows.column_names and field is not None:
+            array: Any = pa.nulls(len(rows), field.type)
+        else:
+            array = rows[name] if field is None else rows[name].cast(field.type)
+        fields.append(field or rows.schema.field(name))
+        arrays.append(array)
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def _condemned() -> Result:
+    return Result(status=Status.FAILED, error="the captioning process died each time on this image alone")
+
+
+def _steps(todo: Sequence[int], suspects: RowSet) -> Iterator[list[int]]:
+    """Runs of neighbouring positions of at most CAREFUL_ROWS; suspects one by one."""
+    step: list[int] = []
+    for row in todo:
+        if step and (row in suspects or row != step[-1] + 1 or len(step) == CAREFUL_ROWS):
+            yield step
+            step = []
+        step.append(row)
+        if row in suspects:
+            yield step
+            step = []
+    if step:
+        yield step
+
+
+def _name_of(table: pa.Table) -> str:
+    """The same table has the same name when Ray runs its call again."""
+    if not len(table):
+        return "empty"
+    return "{}:{}-{}:{}".format(table["shard"][0], table["row"][0], table["row"][len(table) - 1], len(table))
+
+
+def _receipts_table(receipts: Sequence[Receipt]) -> pa.Table:
+    return pa.table(
+        {
+            "shard": [receipt.shard for receipt in receipts],
+            "starts": [[start for start, _ in receipt.ranges] for receipt in receipts],
+            "stops": [[stop for _, stop in receipt.ranges] for receipt in receipts],
+            "statuses": [[status for status, _ in receipt.by_status] for receipt in receipts],
+            "counts": [[count for _, count in receipt.by_status] for receipt in receipts],
+        },
+        schema=RECEIPTS,
+    )
+
+
+def receipts_of(table: pa.Table) -> Iterator[Receipt]:
+    for row in table.to_pylist():
+        yield Receipt(
+            row["shard"],
+            tuple(zip(row["starts"], row["stops"], strict=True)),
+            tuple(zip(row["statuses"], row["counts"], strict=True)),
+        )
+
+
+class Room:
+    """Many calls share the process, or one has it alone; who wants it alone comes first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._want_alone = 0
+        self._taken = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._taken and not self._want_alone)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._want_alone += 1
+            self._condition.wait_for(lambda: not self._taken and not self._inside)
+            self._want_alone -= 1
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._taken = False
+                self._condition.notify_all()

@@ -1,0 +1,103 @@
+"""Fragments: finished rows of one shard on their way into its file.
+
+A fragment is any set of finished rows, named by the rows it holds and by its content, put in place
+whole. Progress is the union of all fragments, so that duplicates and stragglers dissolve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.folder import Folder
+from pipeline.rowset import RowSet, runs
+
+FRAGMENTS = "_blip2/fragments"
+_NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One fragment file; what its name says suffices to plan, unless its rows have gaps."""
+
+    shard: str
+    name: str
+    """Relative to the output folder."""
+    first: int
+    last: int
+    count: int
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.count != self.last - self.first + 1
+
+
+def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
+    """Put finished rows of one shard in place.
+
+    Args:
+        rows: at least one row in the output schema, all of one shard, each row number once.
+    """
+    rows = rows.sort_by("row").combine_chunks()
+    numbers = rows["row"]
+    shard = rows["shard"][0].as_py()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(rows)
+    content = sink.getvalue()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    first, last = numbers[0].as_py(), numbers[-1].as_py()
+    name = f"{FRAGMENTS}/{shard}/{first:09d}-{last:09d}-{len(numbers)}-{digest}.arrow"
+    folder.put(name, content)
+    return Fragment(shard, name, first, last, len(numbers))
+
+
+def read_fragment(folder: Folder, name: str) -> pa.Table | None:
+    """The rows of a fragment, or None where a commit has deleted it meanwhile."""
+    content = folder.get(name)
+    return None if content is None else pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+
+def parse_fragment(name: str) -> Fragment | None:
+    """What the name of a file below the output says, or None when it is no fragment."""
+    shard, _, last = name.removeprefix(f"{FRAGMENTS}/").rpartition("/")
+    match = _NAME.match(last)
+    if not match:
+        return None
+    return Fragment(shard, name, *(int(match[group]) for group in ("first", "last", "count")))
+
+
+def list_fragments(folder: Folder, shard: str) -> list[Fragment]:
+    """The fragments of one shard."""
+    found = (parse_fragment(name) for name in folder.names(f"{FRAGMENTS}/{shard}"))
+    # One shard's name may be a folder of another's: "a" and "a/b".
+    return [fragment for fragment in found if fragment is not None and fragment.shard == shard]
+
+
+def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
+    """Which rows have reached a fragment, by shard; only fragments with gaps are opened."""
+    finished: dict[str, RowSet] = {shard: RowSet() for shard in fragments}
+    gappy: list[Fragment] = []
+    for shard, of_shard in fragments.items():
+        for fragment in of_shard:
+            if fragment.has_gaps:
+                gappy.append(fragment)
+            else:
+                finished[shard].add(fragment.first, fragment.last + 1)
+    with ThreadPoolExecutor(16) as pool:
+        for fragment, rows in zip(
+            gappy, pool.map(lambda f: read_fragment(folder, f.name), gappy), strict=True
+        ):
+            if rows is not None:
+                finished[fragment.shard].update(runs(rows["row"].to_pylist()))
+    return finished
+
+
+def delete_fragments(folder: Folder, fragments: Iterable[Fragment]) -> None:
+    for fragment in fragments:
+        folder.delete(fragment.name)

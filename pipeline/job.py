@@ -1,0 +1,134 @@
+"""The captioning job: prepare, go on from what is there, run, commit, reconcile."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from blip2_actor import ModelInfo
+from blip2_actor.request import EngineBuilder
+from pipeline.cluster import connected
+from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
+from pipeline.fingerprint import Fingerprint, FingerprintMismatch
+from pipeline.folder import Folder
+from pipeline.lease import Lease
+from pipeline.ledger import Run, State, begin_run, load_run, look, unfinished
+from pipeline.listing import list_shards
+from pipeline.progress import Console
+from pipeline.reading import ShardReport
+from pipeline.reconcile import Reconciliation, reconcile
+from pipeline.settings import CaptionSettings
+from pipeline.source import check_options
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose settings have been checked against model, input and output; nothing has been written."""
+
+    settings: CaptionSettings
+    engine: EngineBuilder
+    info: ModelInfo
+    folder: Folder
+    run: Run
+    is_new: bool
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """What the footer of every file says about the run."""
+        fingerprint = self.run.fingerprint
+        return {FINGERPRINT_KEY: fingerprint.digest.encode(), RUN_KEY: fingerprint.canonical.encode()}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return tuple(self.settings.reading.kept)
+
+
+def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
+    """Check everything that can be checked without Ray.
+
+    Raises:
+        ValueError, OSError: the model is unknown, the input missing or empty, the output not writable
+            or begun with other settings; the message says what to do.
+    """
+    engine = engine or settings.engine
+    info = engine.info()
+    fingerprint = settings.fingerprint(info)
+    folder = Folder(settings.output)
+    run = load_run(folder)
+    if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
+        # Named by what is asked for, so that the same command goes on with the same fork.
+        folder = Folder(f"{settings.output.rstrip('/')}-{fingerprint.digest[:8]}")
+        settings = dataclasses.replace(settings, output=folder.uri)
+        run = load_run(folder)
+    if run is not None:
+        fingerprint.require_same(run.fingerprint, folder.uri)
+        return Job(settings, engine, info, folder, run, is_new=False)
+    run = _new_run(settings, fingerprint)
+    folder.require_writable()
+    _refuse_foreign_files(folder, run)
+    return Job(settings, engine, info, folder, run, is_new=True)
+
+
+def _new_run(settings: CaptionSettings, fingerprint: Fingerprint) -> Run:
+    shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
+    check_options(shards, settings.read_options)
+    return Run(fingerprint, settings.as_plain(), tuple(shards))
+
+
+def _refuse_foreign_files(folder: Folder, run: Run) -> None:
+    taken = look(folder).finished & {shard.name for shard in run.shards}
+    if taken:
+        raise FingerprintMismatch(
+            f"output must be empty or of an earlier run, got {folder.uri} with {output_name(min(taken))} "
+            "in it and no record of a run; give another --output or delete what is there"
+        )
+
+
+def run_job(job: Job, console: Console) -> Reconciliation:
+    """Run what is left of a job and reconcile.
+
+    Raises:
+        OutputInUse: another driver works on this output.
+        Stopped: a signal has stopped the run; what was finished is kept.
+    """
+    from pipeline.driver import Driver
+
+    driver = Driver(job.settings.max_failed_fraction, console)
+    with Lease(job.folder, progress=driver.progress) as lease:
+        if job.is_new:
+            begin_run(job.folder, job.run)
+        state = look(job.folder)
+        sweep(job, state)
+        left = unfinished(job.folder, job.run, state)
+        complete = [p for p in left if p.is_complete and _commit(job, p.report)]
+        left = [p for p in left if p not in complete]
+        _announce(job, console, len(job.run.shards) - len(left))
+        if left:
+            with connected() as cluster:
+                driver.run(job, left, cluster, lease)
+        return reconcile(job.folder, job.run.shards, look(job.folder).finished)
+
+
+def sweep(job: Job, state: State) -> None:
+    """Finish what a dead driver or a straggler has left: half-written files, fragments of finished shards."""
+    for name in state.litter:
+        job.folder.delete(name)
+    for shard in sorted(state.finished & (state.fragments.keys() | state.ends)):
+        summary = read_summary(job.folder, shard)
+        report = ShardReport(
+            shard=shard, num_rows=summary.num_rows, complete=summary.complete, reason=summary.reason
+        )
+        _commit(job, report)
+
+
+def _commit(job: Job, report: ShardReport | None) -> bool:
+    return report is not None and commit_shard(job.folder, report, job.metadata, job.kept) is not None
+
+
+def _announce(job: Job, console: Console, num_finished: int) -> None:
+    total = len(job.run.shards)
+    console.say(
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {total:,} shards"
+        + (f", {num_finished:,} of them finished before" if not job.is_new else "")
+        + f", output in {job.folder.uri}"
+    )

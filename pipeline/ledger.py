@@ -1,0 +1,156 @@
+"""The ledger: a run's state in its output folder, enough to go on after any death.
+
+    <output>/<shard>.parquet       one file per finished shard, whole or not there
+    <output>/_blip2/run.json       fingerprint and settings, written last: where it is, a run has begun
+    <output>/_blip2/shards.jsonl.gz    the shard list, made once
+    <output>/_blip2/ends/          how reading a shard ended: its number of rows, until it is committed
+    <output>/_blip2/fragments/     finished rows on their way into a shard's file
+    <output>/_blip2/lease.json     the driver at work
+
+State is the union of finished files and fragments; nothing else has to be right for a resume.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.fingerprint import Fingerprint
+from pipeline.folder import ASIDE, Folder
+from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
+from pipeline.reading import ShardReport, ShardWork
+from pipeline.rowset import RowSet
+from pipeline.shards import Shard
+
+STATE = "_blip2"
+RUN = f"{STATE}/run.json"
+SHARDS = f"{STATE}/shards.jsonl.gz"
+ENDS = f"{STATE}/ends"
+SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is: written once, when it begins."""
+
+    fingerprint: Fingerprint
+    settings: Mapping[str, Any]
+    """The command's settings as plain values, so that `retry` and `status` need the output alone."""
+    shards: tuple[Shard, ...]
+
+
+def begin_run(folder: Folder, run: Run) -> None:
+    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in run.shards)
+    folder.put(SHARDS, gzip.compress(lines.encode(), mtime=0))
+    record = {"fingerprint": run.fingerprint.parts, "settings": run.settings}
+    folder.put(RUN, json.dumps(record, indent=1).encode())
+
+
+def load_run(folder: Folder) -> Run | None:
+    """The run that was begun in a folder, or None."""
+    record, shards = folder.get(RUN), folder.get(SHARDS)
+    if record is None or shards is None:
+        return None
+    values = json.loads(record)
+    return Run(
+        fingerprint=Fingerprint(values["fingerprint"]),
+        settings=values["settings"],
+        shards=tuple(Shard(**json.loads(line)) for line in gzip.decompress(shards).splitlines()),
+    )
+
+
+@dataclass(frozen=True)
+class StoreEnd:
+    """Keeps a shard's report; called in the worker that has read it, twice where Ray reads it again."""
+
+    folder: Folder
+
+    def __call__(self, report: ShardReport) -> None:
+        self.folder.put(end_name(report.shard), json.dumps(asdict(report)).encode())
+
+
+def end_name(shard: str) -> str:
+    return f"{ENDS}/{shard}.json"
+
+
+def load_end(folder: Folder, shard: str) -> ShardReport | None:
+    content = folder.get(end_name(shard))
+    return ShardReport(**json.loads(content)) if content else None
+
+
+def shards_with_an_end(folder: Folder) -> set[str]:
+    return {_shard_of_end(name) for name in folder.names(ENDS)}
+
+
+def _shard_of_end(name: str) -> str:
+    return name.removeprefix(f"{ENDS}/").removesuffix(".json")
+
+
+@dataclass(frozen=True)
+class State:
+    """What one listing of the output shows."""
+
+    finished: frozenset[str]
+    """Shards whose file is there."""
+    fragments: Mapping[str, Sequence[Fragment]]
+    ends: frozenset[str]
+    """Shards that were read to their end and are not committed."""
+    litter: tuple[str, ...]
+    """Half-written files of drivers and workers that died."""
+
+
+def look(folder: Folder) -> State:
+    """List the output once and sort what is there."""
+    finished, ends, litter = set(), set(), []
+    fragments: dict[str, list[Fragment]] = {}
+    for name in folder.names():
+        if name.startswith(f"{FRAGMENTS}/"):
+            fragment = parse_fragment(name)
+            if fragment is not None:
+                fragments.setdefault(fragment.shard, []).append(fragment)
+        elif name.startswith(f"{ENDS}/"):
+            ends.add(_shard_of_end(name))
+        elif name.startswith(f"{ASIDE}/"):
+            litter.append(name)
+        elif name.endswith(SUFFIX) and not name.startswith(f"{STATE}/"):
+            finished.add(name.removesuffix(SUFFIX))
+    return State(frozenset(finished), fragments, frozenset(ends), tuple(litter))
+
+
+@dataclass
+class Progress:
+    """How far one unfinished shard is."""
+
+    shard: Shard
+    done: RowSet
+    report: ShardReport | None = None
+    """How reading it ended, once it has."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.report is not None and self.done.covers(self.report.num_rows)
+
+    @property
+    def work(self) -> ShardWork:
+        """The rows still to do, fixed now: a read task that runs again reads the same."""
+        stop = None if self.report is None else self.report.num_rows
+        return ShardWork(shard=self.shard, missing=tuple(self.done.missing(stop)))
+
+
+def unfinished(folder: Folder, run: Run, state: State) -> list[Progress]:
+    """The shards of a run that have no file yet, with what is known of each."""
+    open_shards = [shard for shard in run.shards if shard.name not in state.finished]
+    done = rows_in(
+        folder, {s.name: state.fragments[s.name] for s in open_shards if s.name in state.fragments}
+    )
+    return [
+        Progress(
+            shard=shard,
+            done=done.get(shard.name, RowSet()),
+            report=load_end(folder, shard.name) if shard.name in state.ends else None,
+        )
+        for shard in open_shards
+    ]

@@ -1,0 +1,102 @@
+"""Where the stages run: actors, and what each reserves, so that a job fits two cores as well as a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from blip2_actor.request import EngineBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How many actors caption and decode, and what each takes."""
+
+    min_actors: int = 1
+    """Captioning actors that are there from start to end."""
+    max_actors: int | None = None
+    """Most captioning actors; default: one per accelerator of the cluster, or one on CPUs."""
+    num_gpus: float | None = None
+    """Accelerators per captioning actor; default: 1 where the cluster has any, else 0."""
+    calls_per_actor: int = 8
+    """Blocks of images that one actor captions at once."""
+    max_decode_actors: int | None = None
+    """Most decoding actors (one decoding process each); default: as many as the cluster holds."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_actors", "max_actors", "calls_per_actor", "max_decode_actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(
+                f"max_actors must be at least min_actors ({self.min_actors}), got {self.max_actors}"
+            )
+        if self.num_gpus is not None and self.num_gpus < 0:
+            raise ValueError(f"num_gpus must be at least 0, got {self.num_gpus}")
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What a cluster has now; one that starts nodes on demand may come to have more."""
+
+    num_cpus: float
+    num_gpus: float
+    cpus_per_node: float
+
+
+@dataclass(frozen=True)
+class Reservations:
+    """What each stage asks of Ray. Read, decode and caption must fit at the same time, or nothing moves."""
+
+    read_cpus: float
+    decode_cpus: float
+    caption_cpus: float
+    caption_gpus: float
+    max_actors: int
+    num_threads: int | None
+    """Of the engine on CPUs: Ray would give a worker as many as it has whole CPUs reserved."""
+
+
+def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
+    """Fit the stages into a cluster.
+
+    Up to four cores, decoding and captioning reserve a quarter each: room for reading, and for a step
+    of the user's own that wants a core of two. Captioning computes on every core of its node all the
+    same: reservations are for Ray's books.
+    """
+    num_gpus = placement.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if cluster.num_gpus else 0.0
+    max_actors = placement.max_actors
+    if max_actors is None:
+        most = math.floor(cluster.num_gpus / num_gpus) if num_gpus else 1
+        max_actors = max(placement.min_actors, most)
+    share = min(1.0, max(cluster.num_cpus, 1.0) / 4)
+    node_cpus = max(1.0, cluster.cpus_per_node)
+    nodes = max(1, round(cluster.num_cpus / node_cpus))
+    per_node = math.ceil(max_actors / nodes)
+    return Reservations(
+        read_cpus=share / 2,
+        decode_cpus=share,
+        caption_cpus=0.0 if num_gpus else node_cpus / 4 / per_node,
+        caption_gpus=num_gpus,
+        max_actors=max_actors,
+        num_threads=None if num_gpus else max(1, math.floor(node_cpus / per_node)),
+    )
+
+
+def settle_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
+    """The engine's recipe with device and threads said, where the user left them open."""
+    known: Any = engine
+    names = {field.name for field in dataclasses.fields(known)}
+    if reservations.caption_gpus:
+        return engine
+    changes: dict[str, Any] = {}
+    if "num_threads" in names and known.num_threads is None:
+        changes["num_threads"] = reservations.num_threads
+    if "device" in names and known.device == "auto":
+        changes["device"] = "cpu"
+    return dataclasses.replace(known, **changes)

@@ -1,0 +1,130 @@
+"""Progress for people: one line that rewrites itself in a terminal, plain lines now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TextIO
+
+LIVE_EVERY_S = 0.5
+LOG_EVERY_S = 10.0
+RATE_WINDOW_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """How far a run is now."""
+
+    num_rows: int
+    """Rows finished in this session."""
+    num_failed: int
+    images_per_s: float
+    """Over the last seconds."""
+    mean_images_per_s: float
+    """Since the first row of this session."""
+    shards_done: int
+    num_shards: int
+    left_s: float | None
+    """Seconds to go, when that can be told."""
+    busy: Mapping[str, float] = field(default_factory=dict)
+    """Busy fraction by stage."""
+
+    def line(self) -> str:
+        parts = [
+            f"{self.num_rows:,} images",
+            f"{self.images_per_s:,.1f}/s",
+            f"{self.num_failed:,} failed",
+            f"shards {self.shards_done:,}/{self.num_shards:,}",
+            f"left {duration(self.left_s)}",
+        ]
+        if self.busy:
+            parts.append("busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items()))
+        return " · ".join(parts)
+
+    def as_plain(self) -> dict[str, Any]:
+        """For the lease's heartbeat, where `blip2 status` finds it."""
+        return {
+            "num_rows": self.num_rows,
+            "num_failed": self.num_failed,
+            "images_per_s": round(self.images_per_s, 3),
+            "left_s": self.left_s,
+        }
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most: 3 d 4 h, 5 min 6 s."""
+    if seconds is None:
+        return "unknown"
+    seconds = int(seconds + 0.5)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (big, size), (small, less) in pairwise(units):
+        if seconds >= size:
+            rest = seconds % size // less
+            return f"{seconds // size} {big} {rest} {small}" if rest else f"{seconds // size} {big}"
+    return f"{seconds} s"
+
+
+class Rate:
+    """Images per second, now and over all; time before the first image is start-up and does not count."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, int]] = []
+        self._first: tuple[float, int] | None = None
+
+    def add(self, num_rows: int, now: float) -> None:
+        if self._first is None:
+            if not num_rows:
+                return
+            self._first = (now, num_rows)
+        self._points.append((now, num_rows))
+        while self._points[0][0] < now - RATE_WINDOW_S and len(self._points) > 2:
+            self._points.pop(0)
+
+    @property
+    def recent(self) -> float:
+        return _slope(self._points[0], self._points[-1]) if self._points else 0.0
+
+    @property
+    def mean(self) -> float:
+        return _slope(self._first, self._points[-1]) if self._first and self._points else 0.0
+
+
+def _slope(start: tuple[float, int], end: tuple[float, int]) -> float:
+    seconds = end[0] - start[0]
+    return (end[1] - start[1]) / seconds if seconds > 0 else 0.0
+
+
+class Console:
+    """Where a command speaks: sentences, and progress between them."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._is_live = self._stream.isatty()
+        self._last = 0.0
+        self._width = 0
+
+    def say(self, text: str = "") -> None:
+        self._clear()
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def wants_progress(self) -> bool:
+        return time.monotonic() - self._last >= (LIVE_EVERY_S if self._is_live else LOG_EVERY_S)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._last = time.monotonic()
+        if not self._is_live:
+            self.say(snapshot.line())
+            return
+        line = snapshot.line()
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def _clear(self) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0

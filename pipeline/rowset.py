@@ -1,0 +1,91 @@
+"""`RowSet`: which rows of a shard are finished, as sorted disjoint ranges.
+
+Progress is a set union (a row number counts once, however often it was written), and a shard's
+million rows are a few ranges, so that the driver's memory stays flat.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+
+Range = tuple[int, int]
+"""Rows start (included) to stop (excluded)."""
+
+
+class RowSet:
+    """A set of row numbers that grows by union."""
+
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[int]) -> RowSet:
+        return cls(runs(rows))
+
+    def add(self, start: int, stop: int) -> None:
+        """Unite with the rows from start (included) to stop (excluded)."""
+        if start >= stop:
+            return
+        # Ranges that overlap or touch [start, stop) become one.
+        low = bisect_left(self._stops, start)
+        high = bisect_right(self._starts, stop)
+        if low < high:
+            start = min(start, self._starts[low])
+            stop = max(stop, self._stops[high - 1])
+        self._starts[low:high] = [start]
+        self._stops[low:high] = [stop]
+
+    def update(self, ranges: Iterable[Range]) -> None:
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    def covers(self, num_rows: int) -> bool:
+        """Whether every row from 0 to num_rows (excluded) is in the set."""
+        return next(self.missing(num_rows), None) is None
+
+    def missing(self, num_rows: int | None) -> Iterator[tuple[int, int | None]]:
+        """Yield the ranges below num_rows that are not in the set; None stands for an unknown end."""
+        at = 0
+        for start, stop in self:
+            if num_rows is not None and start >= num_rows:
+                break
+            if at < start:
+                yield at, start
+            at = stop
+        if num_rows is None or at < num_rows:
+            yield at, num_rows
+
+    def __iter__(self) -> Iterator[Range]:
+        return iter(zip(self._starts, self._stops, strict=True))
+
+    def __contains__(self, row: int) -> bool:
+        at = bisect_right(self._starts, row) - 1
+        return at >= 0 and row < self._stops[at]
+
+    def __len__(self) -> int:
+        return sum(self._stops) - sum(self._starts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowSet) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return f"RowSet({list(self)})"
+
+
+def runs(rows: Iterable[int]) -> Iterator[Range]:
+    """Yield ascending row numbers as ranges; equal neighbours dissolve."""
+    start = stop = None
+    for row in rows:
+        if start is None or stop is None:
+            start, stop = row, row + 1
+        elif row == stop:
+            stop += 1
+        elif row != stop - 1:
+            yield start, stop
+            start, stop = row, row + 1
+    if start is not None and stop is not None:
+        yield start, stop

@@ -1,0 +1,74 @@
+"""The row contract: the columns of every output file, with exact types, frozen by a test.
+
+Every input row becomes one row here: same shard, same order. After these columns come the named
+outputs and then the kept columns of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Part of every run's fingerprint; grows when a column or a status changes its meaning."""
+
+IDENTITY = (
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("shard", pa.string(), nullable=False),
+    pa.field("row", pa.int64(), nullable=False),
+)
+"""Where a row came from."""
+
+RESULTS = (
+    pa.field("caption", pa.string()),
+    pa.field("captions", pa.list_(pa.string())),
+    pa.field("logprobs", pa.list_(pa.float32())),
+    pa.field("logprob", pa.float32()),
+    pa.field("num_tokens", pa.int32()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("flags", pa.list_(pa.string()), nullable=False),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("sha256", pa.binary()),
+)
+"""What became of it: the columns that `pipeline.caption` adds to anyone's dataset."""
+
+ROW_CONTRACT = pa.schema([*IDENTITY, *RESULTS])
+
+SINGLE_RESULTS = tuple(field for field in RESULTS if field.name not in ("captions", "logprobs"))
+"""The columns that are there when one text per image is asked for."""
+
+
+def result_fields(num_return_sequences: int) -> tuple[pa.Field, ...]:
+    """The result columns of a dataset stage; the lists come only when more than one text is asked for."""
+    return RESULTS if num_return_sequences > 1 else SINGLE_RESULTS
+
+
+def output_schema(kept: Iterable[pa.Field] = ()) -> pa.Schema:
+    """The whole schema of a run's files.
+
+    Args:
+        kept: columns of the input that the user keeps, in the order asked for.
+
+    Raises:
+        ValueError: a kept column has the name of a column of the contract, or comes twice.
+    """
+    kept = list(kept)
+    refuse_taken_names([field.name for field in kept], ROW_CONTRACT.names, "keep")
+    return pa.schema([*ROW_CONTRACT, *kept])
+
+
+def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
+    """Raise ValueError when a name is taken or comes twice."""
+    collisions = sorted(set(names) & set(taken))
+    if collisions:
+        raise ValueError(
+            f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
+            "rename them in the input or drop them"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{flag} must name each column once, got {', '.join(twice)} more than once")

@@ -1,0 +1,121 @@
+"""The plan on Ray Data: read, decode, caption, receipts. One thread pulls it, so that the driver can
+look at the clock, commit shards and obey signals while it waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.data import DataContext, Dataset
+
+from blip2_actor import ModelInfo
+from blip2_actor.request import EngineBuilder
+from pipeline.board import Receipt, ReportLoad
+from pipeline.dataset import caption_pool, decode
+from pipeline.folder import Folder
+from pipeline.fragment_stage import FragmentStage, receipts_of
+from pipeline.ledger import StoreEnd
+from pipeline.placement import ClusterSize, reserve, settle_engine
+from pipeline.reading import ShardWork
+from pipeline.settings import CaptionSettings
+from pipeline.source import ShardSource
+
+CALL_ROWS = 256
+"""Rows of pixels in one block, and so in one captioning call, where memory allows."""
+MOST_BLOCK_BYTES = 16 << 20
+LEAST_BLOCK_BYTES = 1 << 20
+OPEN_SHARDS_PER_CPU = 2
+
+
+def receipts_dataset(
+    settings: CaptionSettings,
+    engine: EngineBuilder,
+    info: ModelInfo,
+    work: Sequence[ShardWork],
+    folder: Folder,
+    board: Any,
+    cluster: ClusterSize,
+) -> Dataset:
+    """The job as a lazy dataset of receipts; nothing runs yet."""
+    reservations = reserve(settings.placement, cluster)
+    options = settings.read_options
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    block_bytes = CALL_ROWS * info.image_size_px**2 * 3
+    context.target_max_block_size = min(MOST_BLOCK_BYTES, max(LEAST_BLOCK_BYTES, block_bytes))
+    # A model of tens of gigabytes may take longer to fetch than Ray Data waits for a sign of life.
+    context.execution_no_progress_timeout_s = -1
+    with DataContext.current(context):
+        encoded = ray.data.read_datasource(
+            ShardSource(work, options, StoreEnd(folder)),
+            override_num_blocks=len(work),
+            num_cpus=reservations.read_cpus,
+            concurrency=max(2, int(OPEN_SHARDS_PER_CPU * cluster.num_cpus)),
+        )
+        decoded = decode(
+            encoded,
+            info.image_size_px,
+            settings.limits,
+            "image",
+            settings.placement,
+            reservations,
+            report=ReportLoad(board, "decode"),
+        )
+        return decoded.map_batches(
+            FragmentStage,
+            fn_constructor_args=(
+                settle_engine(engine, reservations),
+                settings.generation,
+                settings.prompt,
+                "prompt" if options.prompt_column else None,
+                tuple(options.kept),
+                folder,
+                board,
+            ),
+            **caption_pool(settings.placement, reservations),
+        )
+
+
+class ReceiptStream:
+    """Receipts as they come, pulled from a dataset by a thread of its own."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._queue: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._pull, args=(dataset,), name="receipts", daemon=True)
+        self._thread.start()
+        self.ended = False
+
+    def take(self, timeout_s: float) -> list[Receipt]:
+        """What has come, after waiting for the first at most so long; sets `ended` after the last.
+
+        Raises:
+            Exception: what ended the dataset early.
+        """
+        taken: list[Receipt] = []
+        while not self.ended:
+            try:
+                item = self._queue.get(timeout=0 if taken else timeout_s)
+            except queue.Empty:
+                break
+            if item is None:
+                self.ended = True
+            elif isinstance(item, BaseException):
+                self.ended = True
+                raise item
+            else:
+                taken.append(item)
+        return taken
+
+    def _pull(self, dataset: Dataset) -> None:
+        try:
+            for bundle in dataset.iter_internal_ref_bundles():
+                for table in ray.get(list(bundle.block_refs)):
+                    for receipt in receipts_of(table):
+                        self._queue.put(receipt)
+            self._queue.put(None)
+        except BaseException as error:  # handed to the driver's thread, which raises it
+            self._queue.put(error)

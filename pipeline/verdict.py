@@ -1,0 +1,38 @@
+"""The verdict: which stage held the others up, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.board import Load
+
+BUSY = 0.7
+"""From this busy fraction on a stage is the bottleneck."""
+REMEDIES = {
+    "caption": "more captioning actors (--max-actors) or a faster device would help",
+    "decode": "more decoding actors (--max-decode-actors, more CPUs) or --image-jpeg-draft would help",
+    "write": "a faster store for the output would help",
+    "read": "a faster store for the input, or more and smaller shards, would help",
+}
+
+
+def busy_fractions(loads: Mapping[str, Mapping[str, Load]]) -> dict[str, float]:
+    """Busy seconds over lived seconds, of all workers of a stage together."""
+    fractions = {}
+    for stage in ("decode", "caption", "write"):
+        workers = loads.get(stage, {}).values()
+        alive_s = sum(load.alive_s for load in workers)
+        if alive_s:
+            fractions[stage] = min(1.0, sum(load.busy_s for load in workers) / alive_s)
+    return fractions
+
+
+def verdict(busy: Mapping[str, float]) -> str:
+    """One sentence. Reading is what is left when no other stage was busy."""
+    if not busy:
+        return "bottleneck: none, there was nothing to do"
+    stage = max(busy, key=lambda name: busy[name])
+    if busy[stage] < BUSY:
+        shown = ", ".join(f"{name} {part:.0%}" for name, part in busy.items())
+        return f"bottleneck: reading or start-up, no later stage was busy ({shown}); {REMEDIES['read']}"
+    return f"bottleneck: {stage}, busy {busy[stage]:.0%} of the time; {REMEDIES[stage]}"

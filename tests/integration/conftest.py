@@ -1,0 +1,29 @@
+"""One local Ray for the whole session: starting it is the slowest part of these tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Two CPUs and a small object store, apart from any other Ray of this machine."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    # Short: the paths of Ray's sockets may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=200 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()

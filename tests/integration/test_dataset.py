@@ -1,0 +1,113 @@
+"""`pipeline.caption` on people's own datasets: their columns stay, a bad image costs only its row."""
+
+import hashlib
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from PIL import Image
+
+import pipeline
+from blip2_actor import GenerationOptions
+from blip2_actor.preprocess import decode_image
+from pipeline.placement import Placement
+from tests.fake_engine import FakeEngineConfig, fake_caption
+
+SIZE_PX = 32
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def png(seed: int, side: int = 40) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def right_caption(image: bytes, prompt: str | None = None) -> str:
+    return fake_caption(decode_image(image, SIZE_PX).array(SIZE_PX), prompt)
+
+
+def by_id(ds) -> list[dict]:
+    return sorted(ds.take_all(), key=lambda row: row["id"])
+
+
+def test_keeps_every_column_and_adds_the_contracts():
+    images = [png(seed) for seed in range(6)] + [b"not an image", None]
+    ds = ray.data.from_arrow(pa.table({"id": range(8), "label": list("abcdefgh"), "image": images}))
+    rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
+    assert [row["id"] for row in rows] == list(range(8))
+    assert set(rows[0]) == {
+        *("id", "label", "image", "caption", "logprob", "num_tokens", "finish_reason", "flags"),
+        *("status", "error", "width", "height", "sha256"),
+    }
+    for row, image in zip(rows[:6], images, strict=False):
+        assert row["caption"] == right_caption(image)
+        assert (row["status"], row["error"], row["width"], row["height"]) == ("ok", None, 40, 40)
+        assert row["sha256"] == hashlib.sha256(image).digest()
+        assert row["image"] == image
+    assert [row["status"] for row in rows[6:]] == ["undecodable", "missing_image"]
+    assert all(row["caption"] is None and row["error"] for row in rows[6:])
+
+
+def test_takes_the_struct_of_the_datasets_library(tmp_path):
+    (tmp_path / "there.png").write_bytes(png(2))
+    images = [
+        {"bytes": png(1), "path": "x.png"},
+        {"bytes": None, "path": str(tmp_path / "there.png")},
+        {"bytes": None, "path": str(tmp_path / "absent.png")},
+    ]
+    ds = ray.data.from_arrow(pa.table({"id": range(3), "picture": images}))
+    rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig(), image_column="picture"))
+    assert [row["caption"] for row in rows] == [right_caption(png(1)), right_caption(png(2)), None]
+
+
+def test_takes_arrays_of_one_size_and_of_several():
+    same = np.random.default_rng(0).integers(0, 256, (3, SIZE_PX, SIZE_PX, 3), np.uint8)
+    ds = ray.data.from_numpy(same).map_batches(lambda b: {"id": np.arange(3), "image": b["data"]})
+    rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
+    assert [row["caption"] for row in rows] == [fake_caption(pixels) for pixels in same]
+
+    several = [np.zeros((20, 30, 3), np.uint8), np.zeros((5, 6, 3), np.uint8)]
+    ds = ray.data.from_items([{"id": n, "image": pixels} for n, pixels in enumerate(several)])
+    rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
+    assert [(row["width"], row["height"], row["status"]) for row in rows] == [(30, 20, "ok"), (6, 5, "ok")]
+
+
+def test_prompts_from_a_column_and_several_texts():
+    prompts = ["Question: what? Answer:", "a photo of"]
+    table = pa.table({"id": range(2), "image": [png(1), png(2)], "ask": prompts})
+    options = GenerationOptions(num_beams=2, num_return_sequences=2)
+    ds = pipeline.caption(
+        ray.data.from_arrow(table), engine=FakeEngineConfig(), options=options, prompt_column="ask"
+    )
+    for row, prompt in zip(by_id(ds), prompts, strict=True):
+        best = right_caption(row["image"], prompt)
+        assert row["caption"] == best
+        assert row["captions"] == [best, f"{best} 1"]
+        assert len(row["logprobs"]) == 2
+
+
+def test_a_column_with_a_name_of_the_contract_is_refused():
+    ds = ray.data.from_arrow(pa.table({"image": [png(1)], "status": ["mine"]}))
+    with pytest.raises(ValueError, match="status"):
+        pipeline.caption(ds, engine=FakeEngineConfig())
+
+
+def test_a_missing_image_column_is_refused_by_name():
+    ds = ray.data.from_arrow(pa.table({"picture": [png(1)]}))
+    with pytest.raises(ValueError, match="image_column must be one of picture, got 'image'"):
+        pipeline.caption(ds, engine=FakeEngineConfig())
+
+
+def test_several_calls_are_in_flight_in_one_actor(tmp_path):
+    """With calls one after the other the engine's slots would run empty between blocks."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    ds = ray.data.from_arrow([pa.table({"id": [n], "image": [png(n)]}) for n in range(6)])
+    engine = FakeEngineConfig(opens_gate_at=3, gate=str(gate))
+    rows = pipeline.caption(ds, engine=engine, placement=Placement(calls_per_actor=4)).take_all()
+    assert len(rows) == 6
+    assert not gate.exists()

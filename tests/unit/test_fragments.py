@@ -1,0 +1,156 @@
+"""Fragments and commits decide exactly-once: a wrong union loses rows, a wrong merge doubles them."""
+
+import os
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
+from pipeline.folder import Folder
+from pipeline.fragments import list_fragments, parse_fragment, rows_in, write_fragment
+from pipeline.ledger import StoreEnd, look
+from pipeline.reading import ShardReport
+from pipeline.rowset import RowSet
+from pipeline.schema import ROW_CONTRACT
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(str(tmp_path))
+
+
+def rows(numbers, shard="a/0.tar", status="ok", word="caption") -> pa.Table:
+    numbers = list(numbers)
+    values = [
+        {
+            "key": f"k{n}",
+            "shard": shard,
+            "row": n,
+            "caption": f"{word} {n}" if status == "ok" else None,
+            "flags": [],
+            "status": status,
+            "error": None if status == "ok" else "why",
+        }
+        for n in numbers
+    ]
+    return pa.Table.from_pylist(values, schema=ROW_CONTRACT)
+
+
+def report(num_rows, shard="a/0.tar", **changes) -> ShardReport:
+    return ShardReport(**{"shard": shard, "num_rows": num_rows, "complete": True, **changes})
+
+
+def test_the_name_says_which_rows_are_in_it(folder):
+    fragment = write_fragment(folder, rows([3, 4, 5]))
+    assert parse_fragment(fragment.name) == fragment
+    assert not fragment.has_gaps
+    assert rows_in(folder, {"a/0.tar": [fragment]}) == {"a/0.tar": RowSet([(3, 6)])}
+
+
+def test_rows_with_gaps_are_looked_up(folder):
+    fragment = write_fragment(folder, rows([9, 1, 5]))
+    assert fragment.has_gaps
+    assert rows_in(folder, {"a/0.tar": [fragment]}) == {"a/0.tar": RowSet([(1, 2), (5, 6), (9, 10)])}
+
+
+def test_writing_the_same_rows_twice_is_one_fragment(folder):
+    assert write_fragment(folder, rows([1, 2])) == write_fragment(folder, rows([2, 1]))
+    assert len(list_fragments(folder, "a/0.tar")) == 1
+
+
+def test_a_shard_below_another_shards_name_is_not_mixed_up(folder):
+    write_fragment(folder, rows([0], shard="a"))
+    write_fragment(folder, rows([0], shard="a/b"))
+    assert [f.shard for f in list_fragments(folder, "a")] == ["a"]
+
+
+def test_a_commit_takes_each_row_once_in_order_whatever_the_overlap(folder):
+    numbers = list(range(50))
+    for seed in range(6):
+        write_fragment(folder, rows(random.Random(seed).sample(numbers, 25), word="any"))
+    write_fragment(folder, rows(numbers, word="any"))
+    summary = commit_shard(folder, report(50), {b"k": b"v"})
+    table = pq.read_table(folder.path(output_name("a/0.tar")))
+    assert table["row"].to_pylist() == numbers
+    assert table["key"].to_pylist() == [f"k{n}" for n in numbers]
+    assert table.schema.metadata[b"k"] == b"v"
+    assert summary == read_summary(folder, "a/0.tar")
+    assert dict(summary.by_status) == {"ok": 50}
+
+
+def test_a_commit_with_a_missing_row_changes_nothing(folder):
+    write_fragment(folder, rows([0, 1, 3]))
+    assert commit_shard(folder, report(4), {}) is None
+    assert look(folder).finished == frozenset()
+    assert len(list_fragments(folder, "a/0.tar")) == 1
+
+
+def test_a_commit_cleans_up_after_itself(folder):
+    write_fragment(folder, rows(range(3)))
+    StoreEnd(folder)(report(3))
+    commit_shard(folder, report(3), {})
+    state = look(folder)
+    assert (state.finished, dict(state.fragments), state.ends) == ({"a/0.tar"}, {}, frozenset())
+
+
+def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folder):
+    write_fragment(folder, rows([0, 1]))
+    write_fragment(folder, rows([2, 3], status="undecodable"))
+    commit_shard(folder, report(4), {})
+    write_fragment(folder, rows([2], word="second"))
+    write_fragment(folder, rows([0, 3], status="too_large"))
+    summary = commit_shard(folder, report(4), {})
+    table = pq.read_table(folder.path(output_name("a/0.tar"))).to_pydict()
+    assert table["status"] == ["ok", "ok", "ok", "too_large"]
+    assert table["caption"] == ["caption 0", "caption 1", "second 2", None]
+    assert summary.num_failed == 1
+
+
+def test_a_shard_that_can_be_read_less_far_the_second_time_keeps_its_rows(folder):
+    write_fragment(folder, rows(range(5)))
+    commit_shard(folder, report(5, complete=False, reason="ends early"), {})
+    summary = commit_shard(folder, report(0, complete=False, reason="vanished"), {})
+    assert summary.num_rows == 5
+    assert len(pq.read_table(folder.path(output_name("a/0.tar")))) == 5
+
+
+def test_a_shard_without_rows_has_a_file_with_the_columns(folder):
+    summary = commit_shard(folder, report(0), {}, kept=("url",))
+    table = pq.read_table(folder.path(output_name("a/0.tar")))
+    assert table.column_names == [*ROW_CONTRACT.names, "url"]
+    assert summary.num_rows == len(table) == 0
+
+
+def test_half_written_files_are_litter_and_not_results(folder):
+    folder.put("_blip2/run.json", b"{}")
+    aside = folder.path("_blip2/tmp/half")
+    os.makedirs(os.path.dirname(aside), exist_ok=True)
+    with open(aside, "wb") as file:
+        file.write(b"PAR1")
+    state = look(folder)
+    assert state.litter == ("_blip2/tmp/half",)
+    assert state.finished == frozenset()
+
+
+def test_a_failed_put_leaves_the_old_file_and_no_litter(folder, monkeypatch):
+    folder.put("x.parquet", b"old")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.put("x.parquet", b"new")
+    assert folder.get("x.parquet") == b"old"
+    assert look(folder).litter == ()
+
+
+def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
+    monkeypatch.setattr("pipeline.commit.ROW_GROUP_BYTES", 1000)
+    write_fragment(folder, rows(range(200)))
+    commit_shard(folder, report(200), {})
+    file = pq.ParquetFile(folder.path(output_name("a/0.tar")))
+    assert file.num_row_groups > 10
+    assert SUMMARY_KEY in file.metadata.metadata

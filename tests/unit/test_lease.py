@@ -1,0 +1,89 @@
+"""Two drivers on one output double the cost; a lease that outlives its driver blocks the resume."""
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+
+import pytest
+
+from pipeline.folder import Folder
+from pipeline.lease import LEASE, Holder, Lease, OutputInUse, read_holder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(str(tmp_path))
+
+
+def elsewhere(**changes) -> Holder:
+    return replace(Holder.of_this_process(), machine="another", host="node-7", **changes)
+
+
+def put(folder: Folder, holder: Holder) -> None:
+    folder.put(LEASE, json.dumps(asdict(holder)).encode())
+
+
+def test_second_driver_is_refused_with_the_name_of_the_first(folder):
+    with Lease(folder), pytest.raises(OutputInUse, match=r"process \d+ on .* started"), Lease(folder):
+        pass
+
+
+def test_released_at_the_end(folder):
+    with Lease(folder):
+        pass
+    assert read_holder(folder) is None
+    with Lease(folder):
+        pass
+
+
+def test_lease_of_a_killed_driver_on_this_machine_does_not_wait(folder):
+    code = (
+        "import os, sys, signal; sys.path.insert(0, '.')\n"
+        "from pipeline.folder import Folder; from pipeline.lease import Lease\n"
+        f"Lease(Folder({folder.uri!r})).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert read_holder(folder) is not None
+    with Lease(folder, dead_after_s=1e9):
+        pass
+
+
+def test_driver_elsewhere_that_stands_still_is_replaced(folder):
+    put(folder, elsewhere())
+    with Lease(folder, beat_s=0.01, dead_after_s=0.05):
+        assert read_holder(folder).host != "node-7"
+
+
+def test_driver_elsewhere_that_beats_is_respected(folder):
+    beating = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not beating.wait(0.01):
+            number += 1
+            put(folder, elsewhere(token="other", beat=number))
+
+    put(folder, elsewhere(token="other"))
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(OutputInUse, match="node-7"), Lease(folder, beat_s=0.1, dead_after_s=60):
+            pass
+    finally:
+        beating.set()
+        thread.join()
+
+
+def test_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):
+    with Lease(folder, beat_s=0.01) as lease:
+        while lease._thread.is_alive():  # a beat may be under way and overwrite once
+            put(folder, elsewhere(token="other"))
+        assert lease.lost
+    assert read_holder(folder).token == "other"
+
+
+def test_heartbeat_carries_the_progress(folder):
+    with Lease(folder, progress=lambda: {"rows": 7}):
+        assert read_holder(folder).progress == {"rows": 7}
