@@ -26,6 +26,8 @@ from blip2_actor.request import ModelInfo
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched of a hub repository or a bucket."""
+RETRIEVAL = "Blip2ForImageTextRetrieval"
+"""The architecture of checkpoints without a language model, such as blip2-itm-vit-g."""
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 
 
@@ -37,15 +39,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Blip2Config:
-        """Raises ValueError where the folder holds something else than a BLIP-2 this package runs."""
-        raw = self._json("config.json")
-        if raw is None:
-            raise ValueError(f"{self.folder} must hold a config.json, got none; name a checkpoint's folder")
-        if raw.get("model_type") != "blip-2":
+        """Raises ValueError where the folder holds something else than a BLIP-2 that writes text."""
+        config = self._blip2_config()
+        if RETRIEVAL in (config.architectures or []):
             raise ValueError(
-                f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
+                f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
+                "it scores images and texts, name another for captions"
             )
-        config = Blip2Config.from_dict(raw)
         if config.text_config.model_type not in ("opt", "t5"):
             raise ValueError(
                 f"language model must be opt or t5, got {config.text_config.model_type!r} in {self.folder}"
@@ -58,6 +58,24 @@ class Checkpoint:
                 f"got {text.word_embed_proj_dim}"
             )
         return config
+
+    @cached_property
+    def retrieval_config(self) -> Blip2Config:
+        """Raises ValueError where the folder holds something else than a BLIP-2 for image-text retrieval."""
+        config = self._blip2_config()
+        if RETRIEVAL not in (config.architectures or []):
+            raise ValueError(f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}")
+        return config
+
+    def _blip2_config(self) -> Blip2Config:
+        raw = self._json("config.json")
+        if raw is None:
+            raise ValueError(f"{self.folder} must hold a config.json, got none; name a checkpoint's folder")
+        if raw.get("model_type") != "blip-2":
+            raise ValueError(
+                f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
+            )
+        return Blip2Config.from_dict(raw)
 
     @cached_property
     def image_processor(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import torch
 
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.model import Blip2
+from blip2_actor.retrieval import Blip2Retrieval
 from blip2_actor.vision import PixelNormalizer
-from blip2_actor.weights import load_weights, opt_rules, stored_parameters, t5_rules
+from blip2_actor.weights import load_weights, opt_rules, retrieval_rules, stored_parameters, t5_rules
 
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -15,7 +16,7 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2:
-    """Build the model without memory, then let each tensor find its place.
+    """Build the captioning model without memory, then let each tensor find its place.
 
     Raises:
         ValueError: the tensors are not those of the configuration.
@@ -28,8 +29,22 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
     has_own_head = {HEAD, EMBEDDINGS} <= set(stored_parameters(checkpoint.folder, rules))
+    language_model = model.language_model
     if config.text_config.tie_word_embeddings and not has_own_head:
-        model.language_model.tie_weights()
+        language_model.tie_weights()
     load_weights(model, checkpoint.folder, rules)
+    if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
+        language_model.tie_weights()
+    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    return model
+
+
+def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2Retrieval:
+    """The same for a checkpoint of image-text retrieval; raises the same."""
+    config = checkpoint.retrieval_config
+    with torch.device("meta"):
+        model = Blip2Retrieval(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    load_weights(model, checkpoint.folder, retrieval_rules(config.qformer_config.cross_attention_frequency))
     model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
     return model

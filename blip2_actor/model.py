@@ -69,6 +69,10 @@ class Blip2(nn.Module):
         image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
         return self.language_model.context_ids(image_ids + prompt_ids)
 
+    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
+        """Texts alone, as the language model (T5: its encoder) reads them: int64[T_i] -> float[T_i, Dw]."""
+        return self.language_model.text_features(texts)
+
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

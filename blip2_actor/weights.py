@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -177,6 +178,16 @@ def t5_rules(cross_attention_frequency: int) -> list[Rule]:
     return [*_VISION, *_qformer(cross_attention_frequency), *_T5]
 
 
+def retrieval_rules(cross_attention_frequency: int) -> list[Rule]:
+    """The name map of a checkpoint for image-text retrieval."""
+    return [
+        *_VISION,
+        *_qformer(cross_attention_frequency),
+        (r"embeddings\.(?P<x>word_embeddings|position_embeddings)\.weight", _to("{x}.weight")),
+        (rf"(?P<x>vision_projection|text_projection|itm_head)\.{WB}", _to("{x}.{wb}")),
+    ]
+
+
 def stored_parameters(folder: Path, rules: list[Rule]) -> Iterator[str]:
     """Our names of the parameters that a checkpoint stores.
 
@@ -211,7 +222,10 @@ def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
         if target is None:
             problems.append(f"{name} has shape {list(tensor.shape)}, does not fit {list(parameter.shape)}")
             continue
-        target.copy_(tensor.reshape(target.shape))
+        tensor = tensor.reshape(target.shape)
+        if place.part in filled[id(parameter)] and not torch.equal(target, tensor.to(target)):
+            problems.append(f"{name} differs from the tensor that it should share")
+        target.copy_(tensor)
         filled[id(parameter)][place.part] = tensor.numel()
     problems += [f"missing {n}" for n, p in parameters.items() if sum(filled[id(p)].values()) != p.numel()]
     if problems:
