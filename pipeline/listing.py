@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -59,15 +58,25 @@ def list_shards(
         for kind, files in choose_files(found, format).items():
             chosen.setdefault((found.root, kind), {}).update(files)
     prefixes = _prefixes(addresses)
-    shards = _sorted(
-        chain.from_iterable(
-            _of_folder(root, prefixes[root] or addresses[root][-1], files, files_per_shard)
-            if kind == "folder"
-            else _of_files(root, prefixes[root], kind, files, range_bytes)
-            for (root, kind), files in chosen.items()
-        )
-    )
+    if len(addresses) > 1:
+        _refuse_repeated(f"{prefixes[root]}/{file}" for (root, _), files in chosen.items() for file in files)
+    shards: list[Shard] = []
+    for (root, kind), files in chosen.items():
+        if kind == "folder":
+            shards += _of_folder(root, prefixes[root] or addresses[root][-1], files, files_per_shard)
+        else:
+            shards += _of_files(root, prefixes[root], kind, files, range_bytes)
+    _refuse_repeated(shard.name for shard in shards)
+    shards.sort(key=lambda shard: shard.name)
     return shards if limit is None else list(_first_rows(shards, limit))
+
+
+def _refuse_repeated(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"inputs must not overlap, got {name} twice; name each file in one input only")
+        seen.add(name)
 
 
 def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:
@@ -85,11 +94,16 @@ def _of_files(root: str, prefix: str, kind: Format, files: Sizes, range_bytes: i
         if size_bytes is None and os.path.exists(os.path.join(root, file)):
             size_bytes = os.path.getsize(os.path.join(root, file))
         shards.append(Shard(name=name, format=kind, root=root, files=(file,), size_bytes=size_bytes))
-    large = [shard for shard in shards if kind == "parquet" and (shard.size_bytes or 0) > range_bytes]
+    if kind != "parquet":
+        return shards
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
-        parts = threads.map(lambda shard: parquet.split(shard, range_bytes), large)
-        names = {shard.name for shard in large}
-        return [shard for shard in shards if shard.name not in names] + list(chain.from_iterable(parts))
+        parts = threads.map(
+            lambda shard: (
+                parquet.split(shard, range_bytes) if (shard.size_bytes or 0) > range_bytes else [shard]
+            ),
+            shards,
+        )
+        return list(chain.from_iterable(parts))
 
 
 def _of_folder(root: str, name: str, files: Sizes, per_shard: int) -> Iterator[Shard]:
@@ -107,14 +121,6 @@ def _of_folder(root: str, name: str, files: Sizes, per_shard: int) -> Iterator[S
             num_rows=len(part),
             size_bytes=None if None in sizes else sum(filter(None, sizes)),
         )
-
-
-def _sorted(shards: Iterable[Shard]) -> list[Shard]:
-    ordered = sorted(shards, key=lambda shard: shard.name)
-    twice = [name for name, count in Counter(shard.name for shard in ordered).items() if count > 1]
-    if twice:
-        raise InputError(f"inputs must not overlap, got {twice[0]} twice; name each file in one input only")
-    return ordered
 
 
 def _first_rows(shards: Iterable[Shard], limit: int) -> Iterator[Shard]:
