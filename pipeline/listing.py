@@ -97,12 +97,7 @@ def _of_files(root: str, prefix: str, kind: Format, files: Sizes, range_bytes: i
     if kind != "parquet":
         return shards
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
-        parts = threads.map(
-            lambda shard: (
-                parquet.split(shard, range_bytes) if (shard.size_bytes or 0) > range_bytes else [shard]
-            ),
-            shards,
-        )
+        parts = threads.map(lambda shard: parquet.split(shard, range_bytes), shards)
         return list(chain.from_iterable(parts))
 
 

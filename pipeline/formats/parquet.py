@@ -67,7 +67,9 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
 
 
 def split(shard: Shard, most_bytes: int) -> list[Shard]:
-    """Cut a file into ranges of row groups of about so many bytes; one that cannot be opened stays whole."""
+    """Cut a larger file into ranges of row groups of about so many bytes; a damaged one stays whole."""
+    if shard.size_bytes is not None and shard.size_bytes <= most_bytes:
+        return [shard]
     try:
         with _open(shard) as file:
             metadata = file.metadata
