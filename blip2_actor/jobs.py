@@ -43,14 +43,20 @@ class Job:
     options: GenerationOptions
     searches: list[TextSearch | BeamSearch]
     future: Future[Result] = field(default_factory=Future)
+    _told: bool = False
 
     @property
     def num_slots(self) -> int:
         return sum(search.num_slots for search in self.searches)
 
-    @property
-    def is_cancelled(self) -> bool:
-        return self.future.cancelled()
+    def is_dropped(self) -> bool:
+        """True once the caller has cancelled; whoever waits for the future is told."""
+        if not self.future.cancelled():
+            return False
+        if not self._told:
+            self._told = True
+            self.future.set_running_or_notify_cancel()
+        return True
 
     def finish(self) -> None:
         """Deliver the result; a request that was cancelled meanwhile is dropped."""
@@ -58,9 +64,9 @@ class Job:
         self.resolve(Result(completions=completions))
 
     def resolve(self, result: Result) -> None:
-        if self.future.set_running_or_notify_cancel():
+        if not self.is_dropped() and self.future.set_running_or_notify_cancel():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if not self.is_dropped() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)

@@ -92,7 +92,7 @@ class Scheduler:
         return [*waiting, *self.ready, *dict.fromkeys(text.job for text in self.running)]
 
     def _drop_cancelled(self) -> None:
-        cancelled = [text for text in self.running if text.job.is_cancelled]
+        cancelled = [text for text in self.running if text.job.is_dropped()]
         if cancelled:
             self._retire(cancelled)
 
@@ -123,7 +123,7 @@ class Scheduler:
         images: list[EncodedImage] = []
         while self.waiting and len(images) < self.encode_batch:
             image = self.waiting.popleft()
-            image.jobs = [job for job in image.jobs if not job.is_cancelled]
+            image.jobs = [job for job in image.jobs if not job.is_dropped()]
             if image.jobs:
                 images.append(image)
         return images
@@ -134,9 +134,9 @@ class Scheduler:
         """Prefill the ready jobs that fit, in order of arrival, and take their first tokens."""
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
         jobs: list[Job] = []
-        while self.ready and (self.ready[0].is_cancelled or self.ready[0].num_slots <= len(free)):
+        while self.ready and (self.ready[0].is_dropped() or self.ready[0].num_slots <= len(free)):
             job = self.ready.popleft()
-            if job.is_cancelled:
+            if job.is_dropped():
                 continue
             jobs.append(job)
             for search in job.searches:
@@ -224,7 +224,7 @@ class Scheduler:
                 self.owners[slot] = None
         self.running = [text for text in self.running if id(text) not in gone]
         for job in dict.fromkeys(text.job for text in texts):
-            if not job.is_cancelled and all(search.done for search in job.searches):
+            if not job.is_dropped() and all(search.done for search in job.searches):
                 job.finish()
                 self.counters.num_finished += 1
 

@@ -1,0 +1,190 @@
+"""Continuous batching: what a request gets does not depend on what runs beside it, or when."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from tests.parity.tiny import IMAGE_SIZE_PX, images
+
+PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
+END_OFTEN = 65
+"""A token that the random model likes: as end token it makes texts of many lengths."""
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint_folder: Callable[..., Path]) -> Path:
+    return checkpoint_folder(eos_token_id=END_OFTEN, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=7, encode_batch=3
+    )
+    with Engine(config) as started:
+        yield started
+
+
+def make_requests(count: int, seed: int = 0) -> list[Request]:
+    choose = random.Random(seed)
+    return [
+        Request(
+            image=image.numpy(),
+            prompt=choose.choice(PROMPTS),
+            options=GenerationOptions(
+                max_new_tokens=choose.randint(1, 16), num_beams=choose.choice([1, 1, 1, 2, 3])
+            ),
+        )
+        for image in images(count, seed)
+    ]
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Request]:
+    return make_requests(64)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine, asked: list[Request]) -> list[tuple[int, ...]]:
+    """Token ids of each request by itself."""
+    return [engine.generate([request])[0].token_ids for request in asked]
+
+
+def test_a_batch_of_64_gives_what_each_request_gives_alone(engine, asked, alone) -> None:
+    assert [r.token_ids for r in engine.generate(asked)] == alone
+    assert len({len(ids) for ids in alone}) > 8, "the texts must differ in length for this to mean anything"
+
+
+def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, asked, alone) -> None:
+    """200 seeded sequences: a slot freed too early, moved wrongly or not at all changes a neighbour."""
+    for seed in range(200):
+        choose = random.Random(seed)
+        picked = choose.sample(range(len(asked)), choose.randint(1, 9))
+        futures = []
+        for index in picked:
+            futures.append((index, engine.submit(asked[index])))
+            if choose.random() < 0.25:
+                choose.choice(futures)[1].cancel()
+            if choose.random() < 0.2:
+                concurrent.futures.wait([futures[0][1]], timeout=60)
+        for index, future in futures:
+            try:
+                assert future.result(timeout=60).token_ids == alone[index], (
+                    f"sequence {seed}, request {index}"
+                )
+            except CancelledError:
+                continue
+    assert engine.stats().num_running == 0
+
+
+def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
+    """Sixteen threads with one image each must not cost sixteen passes."""
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=16, encode_batch=8
+    )
+    with Engine(config) as engine:
+        start = threading.Barrier(16)
+        results = [None] * 16
+
+        def call(index: int, request: Request) -> None:
+            start.wait()
+            results[index] = engine.generate([request])[0].token_ids
+
+        threads = [threading.Thread(target=call, args=pair) for pair in enumerate(make_requests(16, 5))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(results)
+        assert engine.stats().num_encode_calls < 16
+        assert engine.stats().num_images_encoded == 16
+
+
+def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
+    """Several prompts and several texts of one image cost one pass of the vision encoder."""
+    shared = engine.image(images(1, 9)[0].numpy())
+    before = engine.stats().num_images_encoded
+    results = engine.generate([Request(image=shared, prompt=p) for p in PROMPTS])
+    again = engine.generate(
+        [Request(image=shared, options=GenerationOptions(num_beams=3, num_return_sequences=3))]
+    )
+    assert engine.stats().num_images_encoded == before + 1
+    assert len(again[0].completions) == 3
+    separate = engine.generate([Request(image=images(1, 9)[0].numpy(), prompt=p) for p in PROMPTS])
+    assert [r.token_ids for r in results] == [r.token_ids for r in separate]
+
+
+def test_cancelling_frees_the_slot_for_the_next_request(folder) -> None:
+    """With one slot, a cancelled long text must not keep the next one waiting for its end."""
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
+    )
+    with Engine(config) as engine:
+        image = images(1)[0].numpy()
+        options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
+        stream = engine.stream(Request(image=image), options)
+        next(stream)
+        stream.close()
+        result = engine.generate([Request(image=image)], GenerationOptions(max_new_tokens=3))[0]
+        assert len(result.token_ids) <= 3
+        assert engine.stats().num_decode_steps < 59
+
+
+def test_stream_pieces_join_to_the_text_and_never_cut_a_character(engine) -> None:
+    for request in make_requests(12, 4):
+        options = GenerationOptions(max_new_tokens=24)
+        plain = Request(image=request.image, prompt=request.prompt)
+        text = engine.generate([plain], options)[0].text
+        pieces = list(engine.stream(plain, options))
+        assert "".join(pieces).strip() == text
+
+
+def test_refused_requests_fail_alone(engine, asked, alone) -> None:
+    """A bad neighbour gets its status; the others do not notice."""
+    bad = [
+        (Request(image=b"not an image"), Status.UNDECODABLE),
+        (Request(image=b""), Status.MISSING_IMAGE),
+        (Request(image=asked[0].image, prompt="long " * 50), Status.REFUSED),
+        (Request(image=asked[0].image, prompt="an <image> token"), Status.REFUSED),
+        (Request(image=asked[0].image, options=GenerationOptions(num_beams=8)), Status.REFUSED),
+        (Request(image=np.zeros((0, 4, 3), np.uint8)), Status.UNDECODABLE),
+    ]
+    mixed = [request for pair in zip(asked, [b for b, _ in bad], strict=False) for request in pair]
+    results = engine.generate(mixed)
+    assert [r.token_ids for r in results[::2]] == alone[: len(bad)]
+    for result, (_, status) in zip(results[1::2], bad, strict=True):
+        assert result.status is status
+        assert result.error
+        assert result.text is None
+
+
+def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
+    request = Request(image=images(1)[0].numpy())
+    options = GenerationOptions(max_new_tokens=24, min_new_tokens=24)
+    whole = engine.generate([request], options)[0].text
+    stop = whole[len(whole) // 2]
+    stopped = engine.generate(
+        [request], GenerationOptions(max_new_tokens=24, min_new_tokens=24, stop=(stop,))
+    )[0]
+    assert stopped.text == whole[: whole.index(stop)].strip()
+    assert stopped.finish_reason == "stop"
+    pieces = engine.stream(request, GenerationOptions(max_new_tokens=24, min_new_tokens=24, stop=(stop,)))
+    assert "".join(pieces).strip() == stopped.text
+
+
+def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
+    engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1))
+    future = engine.submit(Request(image=np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)))
+    engine.close()
+    assert future.result(timeout=0).ok
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(Request(image=np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)))

@@ -1,0 +1,152 @@
+"""Each stage of the model against transformers', on the same random weights, read by the real loader."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.loading import load_model
+from blip2_actor.model import Blip2
+from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_folder: Callable[..., Path]) -> Blip2:
+    return load_model(Checkpoint(checkpoint_folder()), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pixel_values(model: Blip2) -> torch.Tensor:
+    return model.normalizer(images(3), torch.float32)
+
+
+@torch.no_grad()
+def test_vision_output_equals_the_reference(model, reference, pixel_values) -> None:
+    expected = reference().vision_model(pixel_values)
+    image_embeds = model.image_features(pixel_values)
+    assert_close(image_embeds, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert_close(model.vision.pool(image_embeds), expected.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_qformer_and_projection_equal_the_reference(model, reference, pixel_values) -> None:
+    expected = reference().get_image_features(pixel_values)
+    features = model.qformer_features(model.image_features(pixel_values))
+    assert_close(features, expected.qformer_outputs.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert_close(model.project(features), expected.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [None, "Question: how many? Answer:"])
+@torch.no_grad()
+def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt) -> None:
+    """Packed prefill, positions and the head, without any search around them."""
+    text = make_tokenizer("opt")(prompt).input_ids if prompt else [2]
+    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text]).expand(3, -1)
+    expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
+    prefix = model.project(model.qformer_features(model.image_features(pixel_values)))
+    embeds = model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
+    slots = model.language_model.new_slots(4, prefix.shape[1] + len(text), 5)
+    found = model.language_model.prefill(list(torch.cat([prefix, embeds], 1)), [2, 0, 3], slots)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_maps_equal_the_reference(checkpoint_folder, model, reference, pixel_values) -> None:
+    recorded: dict[str, torch.Tensor] = {}
+    image_embeds = model.image_features(pixel_values)
+    model.qformer_features(image_embeds, record=recorded.__setitem__)
+    qformer = reference().qformer
+    qformer.set_attn_implementation("eager")
+    try:
+        queries = reference().query_tokens.expand(3, -1, -1)
+        expected = qformer(query_embeds=queries, encoder_hidden_states=image_embeds, output_attentions=True)
+    finally:
+        qformer.set_attn_implementation("sdpa")
+    maps = [value for name, value in recorded.items() if name.endswith("cross_attention")]
+    assert len(maps) == len(expected.cross_attentions) > 0
+    for found, wanted in zip(maps, expected.cross_attentions, strict=True):
+        assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_another_size_are_refused(model) -> None:
+    """The reference would interpolate positions on request, or fail on a shape; here the field is named."""
+    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 28, 28\].*resize"):
+        model.image_features(torch.zeros(1, 3, 42, 42))
+
+
+def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_folder) -> None:
+    """Checkpoints from before transformers 4.47 know no image token; their weights are the same."""
+    newer = checkpoint_folder()
+    older = tmp_path / "older"
+    shutil.copytree(newer, older)
+    config = (older / "config.json").read_text()
+    older.joinpath("config.json").write_text(
+        "\n".join(line for line in config.splitlines() if "image_token_index" not in line)
+    )
+    asked = [Request(image=i.numpy(), prompt=p) for i in images(3) for p in (None, "what is it")]
+    found = []
+    for folder in (newer, older):
+        with EngineConfig(model=str(folder), dtype="float32").build() as engine:
+            results = engine.generate(asked, GenerationOptions(max_new_tokens=10))
+            found.append([r.token_ids for r in results])
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 1
+
+
+def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(tmp_path, checkpoint_folder) -> None:
+    """transformers fills missing tensors with random numbers and says so in a log line only."""
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_folder(), broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["vision_model.encoder.layers.1.mlp.fc1.bias"], tensors["query_tokens"]
+    tensors["surprise.weight"] = torch.zeros(2)
+    tensors["language_projection.bias"] = torch.zeros(7)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="must be those of its config") as refusal:
+        load_model(Checkpoint(broken), CPU, torch.float32)
+    for name in (
+        "missing vision.layers.1.fc1.bias",
+        "missing query_tokens",
+        "unexpected surprise.weight",
+        "[7]",
+    ):
+        assert name in str(refusal.value)
+
+
+def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_folder(), broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"model.safetensors must be a whole safetensors file"):
+        load_model(Checkpoint(broken), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "./no/such/folder"}, "model must be a folder that exists"),
+        ({"model": "demo", "device": "cuda:7"}, "device must exist here"),
+        (
+            {"model": "demo", "dtype": "float16", "device": "cpu"},
+            "dtype must be float32 or bfloat16 on a CPU",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused_before_loading(options, message) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        EngineConfig(**options).info()
+
+
+def test_end_token_constant_is_the_tokenizers() -> None:
+    assert make_tokenizer("opt").eos_token_id == EOS
