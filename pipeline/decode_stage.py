@@ -135,7 +135,7 @@ def _of_struct(value: dict[str, Any] | None) -> bytes | None:
         return None if value is None else value.get("bytes")
     filesystem, path = open_filesystem(value["path"])
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return stream.readall()
     except OSError:
         return None

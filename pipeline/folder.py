@@ -46,7 +46,7 @@ class Folder:
         """Write or replace a file in one step that readers cannot see half done."""
         if not self.is_local:
             # One write and one close: a PUT, or a multipart upload that exists when it is complete.
-            with self.filesystem.open_output_stream(self.path(name)) as stream:
+            with self.filesystem.open_output_stream(self.path(name), compression=None) as stream:
                 stream.write(content)
             return
         aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
@@ -73,7 +73,7 @@ class Folder:
     def get(self, name: str) -> bytes | None:
         """The content of a file, or None where there is none."""
         try:
-            with self.filesystem.open_input_stream(self.path(name)) as stream:
+            with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
                 return stream.readall()
         except FileNotFoundError:
             return None

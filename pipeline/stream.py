@@ -54,7 +54,7 @@ def receipts_dataset(
             ShardSource(work, options, StoreEnd(folder)),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
-            concurrency=max(2, int(OPEN_SHARDS_PER_CPU * cluster.num_cpus)),
+            concurrency=min(len(work), max(2, int(OPEN_SHARDS_PER_CPU * cluster.num_cpus))),
         )
         decoded = decode(
             encoded,

@@ -1,0 +1,122 @@
+"""The captioning job on a real local Ray, with a fake engine: every row once, whatever happens."""
+
+import io
+import os
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.fingerprint import FingerprintMismatch
+from pipeline.folder import Folder
+from pipeline.job import prepare, run_job
+from pipeline.lease import Lease, OutputInUse
+from pipeline.ledger import look
+from pipeline.progress import Console
+from pipeline.settings import CaptionSettings
+from tests.fake_engine import FakeEngineConfig, captions_made
+from tests.integration.inputs import BROKEN, check_output, png, read_output, write_tar, write_tars
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def settings(tmp_path, **changes) -> CaptionSettings:
+    changes = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")} | changes
+    return CaptionSettings(**changes)
+
+
+def run(caption_settings, engine=None, console=None):
+    engine = engine or FakeEngineConfig()
+    return run_job(prepare(caption_settings, engine), console or Console(io.StringIO()))
+
+
+def test_every_row_in_its_shards_file_in_order_and_broken_images_cost_only_their_rows(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=40, broken_every=7)
+    said = io.StringIO()
+    result = run(settings(tmp_path), console=Console(said))
+    check_output(tmp_path / "out", truth)
+    num_broken = sum(image == BROKEN for images in truth.values() for image in images.values())
+    assert (result.num_rows, result.num_failed) == (120, num_broken)
+    assert result.by_status["undecodable"] == num_broken
+    assert result.exit_status(0.0) == 2
+    assert result.exit_status(0.5) == 0
+    assert "bottleneck" in said.getvalue()
+
+
+def test_the_same_command_again_does_nothing_and_says_the_same(tmp_path):
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
+    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
+    first = run(settings(tmp_path), engine)
+    second = run(settings(tmp_path), engine)
+    assert first == second
+    assert len(captions_made(tmp_path / "trace")) == 20
+
+
+def test_nothing_is_left_of_the_work_but_results_and_the_record(tmp_path):
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
+    run(settings(tmp_path))
+    state = look(Folder(str(tmp_path / "out")))
+    assert (dict(state.fragments), state.ends, state.litter) == ({}, frozenset(), ())
+    left = {name for name in Folder(str(tmp_path / "out")).names("_blip2")}
+    assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
+
+
+def test_an_input_that_has_grown_is_not_listed_again(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
+    run(settings(tmp_path))
+    write_tar(tmp_path / "in" / "late.tar", {"late": png(99)})
+    run(settings(tmp_path))
+    check_output(tmp_path / "out", truth)
+
+
+def test_another_prompt_is_refused_by_name_and_forked_on_request(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    run(settings(tmp_path))
+    other = settings(tmp_path, prompt="a photo of")
+    with pytest.raises(FingerprintMismatch, match="prompt: None -> 'a photo of'"):
+        prepare(other, FakeEngineConfig())
+    check_output(tmp_path / "out", truth)
+
+    forked = settings(tmp_path, prompt="a photo of", fork=True)
+    job = prepare(forked, FakeEngineConfig())
+    assert job.folder.uri.startswith(str(tmp_path / "out-"))
+    run_job(job, Console(io.StringIO()))
+    check_output(job.folder.uri, truth, prompt="a photo of")
+    check_output(tmp_path / "out", truth)
+    assert not prepare(forked, FakeEngineConfig()).is_new, "the same command goes on with the same fork"
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    run(settings(tmp_path))
+    with pytest.raises(FingerprintMismatch, match="model: "):
+        prepare(settings(tmp_path), FakeEngineConfig(model="other"))
+
+
+def test_a_second_driver_is_refused(tmp_path):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    with Lease(Folder(str(tmp_path / "out"))), pytest.raises(OutputInUse, match="process"):
+        run(settings(tmp_path))
+
+
+def test_a_tar_that_ends_early_is_partial_and_an_empty_one_has_an_empty_file(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=30)
+    cut = tmp_path / "in" / "part0" / "00000.tar"
+    os.truncate(cut, cut.stat().st_size // 2)
+    write_tar(tmp_path / "in" / "empty.tar", {})
+    result = run(settings(tmp_path))
+    assert [summary.shard for summary in result.partial] == ["part0/00000.tar"]
+    assert result.partial[0].reason
+    assert result.exit_status(0.0) == 2
+    readable = len(read_output(tmp_path / "out", "part0/00000.tar"))
+    assert 5 < readable < 30
+    assert read_output(tmp_path / "out", "empty.tar") == []
+    first = dict(list(truth["part0/00000.tar"].items())[:readable])
+    check_output(tmp_path / "out", {**truth, "part0/00000.tar": first, "empty.tar": {}})
+
+
+def test_the_footer_names_the_run(tmp_path):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    job = prepare(settings(tmp_path), FakeEngineConfig())
+    run_job(job, Console(io.StringIO()))
+    metadata = pq.read_schema(tmp_path / "out" / "part0" / "00000.tar.parquet").metadata
+    assert metadata[b"blip2.fingerprint"].decode() == job.run.fingerprint.digest
