@@ -91,10 +91,7 @@ class ShardWork:
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of the rows from start (included) to stop (excluded) that are to do."""
-        if self.missing is None:
-            yield start, stop
-            return
-        for first, end in self.missing:
+        for first, end in ((0, None),) if self.missing is None else self.missing:
             low, high = max(first, start), stop if end is None else min(end, stop)
             if low < high:
                 yield low, high

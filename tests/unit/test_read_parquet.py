@@ -1,0 +1,212 @@
+"""Reading Parquet: which column is the image, ranges of row groups, and what damage may cost."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.formats import check_options, parquet
+from pipeline.listing import list_shards
+from pipeline.reading import ReadOptions
+from pipeline.shards import InputError
+from tests.unit.reading_cases import read_rows, read_tables, shard_at
+
+
+def write(tmp_path, table: pa.Table | dict, **more):
+    path = tmp_path / "0.parquet"
+    pq.write_table(pa.table(table), path, **more)
+    return shard_at(path, "parquet", size_bytes=path.stat().st_size)
+
+
+def numbered(num_rows: int, size: int = 1) -> dict:
+    return {
+        "id": list(range(100, 100 + num_rows)),
+        "image": [b"%04d" % at * size for at in range(num_rows)],
+        "text": [f"text {at}" for at in range(num_rows)],
+    }
+
+
+def test_reads_what_the_datasets_library_writes(tmp_path):
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"photo": [picture, None, picture], "label": [0, 1, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "0.parquet")
+    shard = shard_at(tmp_path / "0.parquet", "parquet")
+    rows, report = read_rows(shard, keep=("label",))
+    assert (report.num_rows, report.complete) == (3, True)
+    assert rows[0]["image"].startswith(b"\x89PNG")
+    assert [(row["key"], row["row"], row["status"], row["label"]) for row in rows] == [
+        ("0", 0, None, 0),
+        ("1", 1, "missing_image", 1),
+        ("2", 2, None, 1),
+    ]
+    assert rows[1]["error"] == "the cell is null"
+
+
+def test_a_struct_with_only_a_path_is_missing_and_says_how_to_help(tmp_path):
+    type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = [
+        {"bytes": b"x", "path": "0.jpg"},
+        {"bytes": None, "path": "1.jpg"},
+        None,
+        {"bytes": b"", "path": None},
+    ]
+    rows, _ = read_rows(write(tmp_path, {"image": pa.array(cells, type)}))
+    assert [(row["image"], row["status"]) for row in rows] == [(b"x", None)] + [(None, "missing_image")] * 3
+    assert rows[1]["error"] == "the cell has no bytes, only the path '1.jpg'; embed the images in the table"
+    assert [row["error"] for row in rows[2:]] == ["the cell is null", "the cell is empty"]
+
+
+def test_a_cell_too_large_costs_only_its_row(tmp_path):
+    rows, _ = read_rows(write(tmp_path, {"image": [b"x" * 10, b"x" * 11]}), max_image_bytes=10)
+    assert [(row["image"], row["status"]) for row in rows] == [(b"x" * 10, None), (None, "too_large")]
+
+
+@pytest.mark.parametrize(
+    "type", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_every_arrow_type_of_bytes_is_an_image(tmp_path, type):
+    column = pa.array([b"a", None, b"b"])
+    column = column.dictionary_encode() if pa.types.is_dictionary(type) else column.cast(type)
+    rows, _ = read_rows(write(tmp_path, {"id": [1, 2, 3], "photo": column}))
+    assert [row["image"] for row in rows] == [b"a", None, b"b"]
+
+
+def test_key_prompt_and_kept_columns(tmp_path):
+    table = numbered(4) | {"key": ["k0", None, "k2", "k3"], "nested": [[1], [2, 3], [], None]}
+    shard = write(tmp_path, table)
+    tables, _ = read_tables(shard, prompt_column="text", keep=("nested", "key_was=key"))
+    assert tables[0]["key"].to_pylist() == ["k0", "1", "k2", "k3"]
+    assert tables[0]["prompt"].to_pylist() == table["text"]
+    assert tables[0]["nested"].to_pylist() == table["nested"]
+    assert tables[0].column_names[6:] == ["prompt", "nested", "key_was"]
+    rows, _ = read_rows(shard, key_column="id")
+    assert [row["key"] for row in rows] == ["100", "101", "102", "103"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"a": [b"x"], "b": [b"y"]}, {}, "any of the columns a, b; name one with --image-column"),
+        ({"url": ["u"], "sha256": ["s"]}, {}, "no column of image bytes, only url, sha256"),
+        (
+            {"image": [b"x"]},
+            {"image_column": "img"},
+            "image_column must be one of the columns image, got",
+        ),
+        ({"image": ["x.jpg"]}, {"image_column": "image"}, "image_column must hold bytes"),
+        ({"image": [b"x"], "n": [1.5]}, {"key_column": "n"}, "key_column must hold text or integers"),
+        ({"image": [b"x"], "n": [1]}, {"prompt_column": "n"}, "prompt_column must hold text"),
+        ({"image": [b"x"]}, {"keep": ("label",)}, "keep must be one of the columns image, got 'label'"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused_beforehand(tmp_path, columns, options, message):
+    shard = write(tmp_path, columns)
+    with pytest.raises(InputError, match=message.replace("'", ".")):
+        check_options([shard], ReadOptions(**options))
+    rows, report = read_rows(shard, **options)
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    assert report.reason.startswith(shard.uri)
+
+
+def test_the_usual_name_decides_between_columns_of_bytes(tmp_path):
+    rows, _ = read_rows(write(tmp_path, {"digest": [b"d"], "JPG": [b"x"]}))
+    assert rows[0]["image"] == b"x"
+
+
+def test_ranges_of_row_groups_cover_every_row_once(tmp_path):
+    table = numbered(95, size=100)
+    write(tmp_path, table, row_group_size=10)
+    shards = list_shards(str(tmp_path), range_bytes=12_000)
+    assert [shard.name for shard in shards] == [
+        "0.parquet~00-19",
+        "0.parquet~20-39",
+        "0.parquet~40-59",
+        "0.parquet~60-79",
+        "0.parquet~80-94",
+    ]
+    assert [shard.num_rows for shard in shards] == [20, 20, 20, 20, 15]
+    rows = [row for shard in shards for row in read_rows(shard)[0]]
+    assert [row["image"] for row in rows] == table["image"]
+    assert [row["key"] for row in rows] == [str(at) for at in range(95)], "keys count the file's rows"
+    assert [row["row"] for row in rows] == [at % 20 for at in range(95)], "rows count the shard's"
+
+
+def test_only_missing_rows_are_read_and_all_are_counted(tmp_path):
+    shard = write(tmp_path, numbered(50), row_group_size=7)
+    whole, _ = read_rows(shard)
+    assert len(whole) == 50
+    for missing in ((), ((0, 1),), ((6, 8), (20, 30), (49, None)), ((60, None),)):
+        rows, report = read_rows(shard, missing=missing, table_rows=4)
+        wanted = [at for at in range(50) if any(low <= at < (high or 99) for low, high in missing)]
+        assert rows == [whole[at] for at in wanted]
+        assert (report.num_rows, report.complete) == (50, True)
+
+
+def test_row_groups_of_which_nothing_is_missing_are_not_touched(tmp_path):
+    shard = write(tmp_path, numbered(30), row_group_size=10, compression="snappy")
+    damage(tmp_path / "0.parquet", group=0)
+    rows, report = read_rows(shard, missing=((10, 30),))
+    assert len(rows) == 20 and report.complete
+
+
+def test_a_limit_caps_rows_and_is_not_partial(tmp_path):
+    shard = write(tmp_path, numbered(30), row_group_size=10)
+    (capped,) = list_shards(str(tmp_path), limit=13)
+    rows, report = read_rows(capped)
+    assert rows == read_rows(shard)[0][:13]
+    assert (capped.num_rows, report.num_rows, report.complete) == (13, 13, True)
+
+
+def damage(path, group: int) -> None:
+    """Overwrite the pages of a row group's images."""
+    metadata = pq.read_metadata(path)
+    names = [metadata.schema.column(at).path for at in range(metadata.num_columns)]
+    chunk = metadata.row_group(group).column(names.index("image"))
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+
+
+def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
+    shard = write(tmp_path, numbered(30), row_group_size=10)
+    whole, _ = read_rows(shard, keep=("text",))
+    damage(tmp_path / "0.parquet", group=1)
+    tables, report = read_tables(shard, keep=("text",))
+    rows = pa.concat_tables(tables).to_pylist()  # One schema, or this fails.
+    assert rows[:10] == whole[:10] and rows[20:] == whole[20:]
+    assert [row["row"] for row in rows] == list(range(30))
+    assert {(row["image"], row["status"]) for row in rows[10:20]} == {(None, "unreadable")}
+    assert all("row group 1" in row["error"] for row in rows[10:20])
+    assert report.num_rows == 30 and not report.complete and "row group 1" in report.reason
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 3, 200, -5])
+def test_a_table_cut_short_is_a_partial_shard(tmp_path, keep_bytes):
+    shard = write(tmp_path, numbered(30))
+    path = tmp_path / "0.parquet"
+    path.write_bytes(path.read_bytes()[:keep_bytes])
+    rows, report = read_rows(shard)
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    assert [s.name for s in list_shards(str(tmp_path), range_bytes=1)] == ["0.parquet"]
+
+
+def test_tables_are_small_and_the_same_every_time(tmp_path):
+    shard = write(tmp_path, numbered(100, size=250), compression="none")
+    tables, _ = read_tables(shard, table_rows=30)
+    assert [len(table) for table in tables] == [30, 30, 30, 10]
+    tables, _ = read_tables(shard, table_bytes=10_000)
+    assert max(len(table) for table in tables) <= 10
+    assert tables == read_tables(shard, table_bytes=10_000)[0]
+    assert {table.schema.field("image").type for table in tables} == {pa.binary()}
+
+
+def test_an_empty_table_is_complete(tmp_path):
+    rows, report = read_rows(write(tmp_path, {"image": pa.array([], pa.binary())}))
+    assert (rows, report.num_rows, report.complete) == ([], 0, True)
+    assert parquet.count_rows(shard_at(tmp_path / "0.parquet", "parquet")) == 0
