@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -64,7 +65,7 @@ def find_files(name: str) -> Found:
 def _split(name: str) -> tuple[str, str, str]:
     """Where to begin, the pattern below it (empty when the name is plain), and a URI's query."""
     if name.startswith("file://"):
-        name = open_filesystem(name)[1]
+        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
     scheme, separator, path = name.partition("://")
     query = ""
     if separator:

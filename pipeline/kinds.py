@@ -114,4 +114,5 @@ def _stem(file: str) -> str:
 
 def _count(files: Iterable[str]) -> str:
     endings = Counter(posixpath.splitext(file)[1] or "without ending" for file in files)
-    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+    most_first = sorted(endings.items(), key=lambda entry: (-entry[1], entry[0]))
+    return ", ".join(f"{count} {ending}" for ending, count in most_first[:5])

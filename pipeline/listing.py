@@ -59,7 +59,7 @@ def list_shards(
             chosen.setdefault((found.root, kind), {}).update(files)
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
-        _refuse_repeated(f"{prefixes[root]}/{file}" for (root, _), files in chosen.items() for file in files)
+        _refuse_repeated(_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files)
     shards: list[Shard] = []
     for (root, kind), files in chosen.items():
         if kind == "folder":
@@ -86,14 +86,19 @@ def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:
     return {root: "/".join(address[common:]) for root, address in addresses.items()}
 
 
+def _name(prefix: str, file: str) -> str:
+    return f"{prefix}/{file}" if prefix else file
+
+
 def _of_files(root: str, prefix: str, kind: Format, files: Sizes, range_bytes: int) -> list[Shard]:
     """A shard per file, or several for a large Parquet file."""
     shards = []
     for file, size_bytes in files.items():
-        name = f"{prefix}/{file}" if prefix else file
         if size_bytes is None and os.path.exists(os.path.join(root, file)):
             size_bytes = os.path.getsize(os.path.join(root, file))
-        shards.append(Shard(name=name, format=kind, root=root, files=(file,), size_bytes=size_bytes))
+        shards.append(
+            Shard(name=_name(prefix, file), format=kind, root=root, files=(file,), size_bytes=size_bytes)
+        )
     if kind != "parquet":
         return shards
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:

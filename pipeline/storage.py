@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
-from fsspec.registry import known_implementations
 
 from pipeline.shards import InputError
 
@@ -25,24 +25,17 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
         if scheme in ARROW_SCHEMES:
-            try:
+            with contextlib.suppress(pa.ArrowNotImplementedError):  # Not in this build of Arrow.
                 return pafs.FileSystem.from_uri(uri)
-            except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-                # Not in this build of Arrow, or a form that only fsspec knows.
-                if scheme == "file" or scheme not in known_implementations:
-                    raise InputError(f"{uri} is not a URI that can be opened: {error}") from error
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
         raise InputError(f"{scheme}:// needs a package that is not installed: {error}") from error
     except OSError as error:
         hint = "; name the bucket's region: ?region=us-east-1" if scheme == "s3" else ""
         raise InputError(f"{uri} cannot be reached: {error}{hint}") from error
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(
-            f"{uri} has a scheme that is not known ({error}); use a local path, s3://, gs:// "
-            "or any scheme of fsspec"
+            f"{uri} must be a local path, s3://, gs:// or a URI that fsspec knows: {error}"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 

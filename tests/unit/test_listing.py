@@ -1,0 +1,229 @@
+"""From what the user names to shards: the same list every time, and a sentence when in doubt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+
+import pyarrow.fs as pafs
+import pytest
+
+from pipeline.listing import list_shards
+from pipeline.shards import InputError, Shard
+from pipeline.storage import open_filesystem
+from tests.unit.reading_cases import read_rows, tar_bytes
+
+
+def touch(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def names(*inputs, **options) -> list[str]:
+    return [shard.name for shard in list_shards([str(each) for each in inputs], **options)]
+
+
+def refused(*inputs, **options) -> str:
+    with pytest.raises(InputError) as refusal:
+        names(*inputs, **options)
+    return str(refusal.value)
+
+
+def test_a_folder_of_tars_is_listed_below_its_root_and_sorted(tmp_path):
+    touch(tmp_path, "b/1.tar", "b/0.TAR", "a/0.tar.gz", "a/00.tgz", "c.tar", "notes.txt")
+    assert names(tmp_path) == ["a/0.tar.gz", "a/00.tgz", "b/0.TAR", "b/1.tar", "c.tar"]
+
+
+def test_shards_survive_json(tmp_path):
+    touch(tmp_path, "x.jpg", "y.jpg")
+    shards = list_shards(str(tmp_path))
+    again = [Shard(**json.loads(json.dumps(dataclasses.asdict(shard)))) for shard in shards]
+    assert again == shards and hash(again[0]) == hash(shards[0])
+
+
+def test_one_file_of_each_kind(tmp_path):
+    touch(tmp_path, "0.tar", "0.parquet", "0.jpg")
+    shards = list_shards([str(tmp_path / name) for name in ("0.tar", "0.parquet", "0.jpg")])
+    assert [(shard.name, shard.format) for shard in shards] == [
+        ("0.parquet", "parquet"),
+        ("0.tar", "webdataset"),
+        (f"{tmp_path.name}~0-0", "folder"),
+    ]
+
+
+def test_img2dataset_tables_beside_tars_are_no_inputs(tmp_path, caplog):
+    for at in ("00000", "00001"):
+        touch(tmp_path, f"{at}.tar", f"{at}.parquet", f"{at}_stats.json")
+    with caplog.at_level(logging.INFO):
+        assert names(tmp_path) == ["00000.tar", "00001.tar"]
+    assert "2 .json, 2 .parquet" in caplog.text, "what is not read is told"
+    assert names(tmp_path / "*") == ["00000.tar", "00001.tar"]
+    assert names(tmp_path, format="parquet") == ["00000.parquet", "00001.parquet"]
+
+
+def test_img2dataset_tables_beside_folders_of_images_are_no_inputs(tmp_path):
+    touch(tmp_path, "00000/000000000.jpg", "00000/000000000.txt", "00000.parquet", "00000_stats.json")
+    assert names(tmp_path) == [f"{tmp_path.name}~0-0"]
+
+
+def test_a_folder_that_could_be_two_things_is_refused_with_the_way_out(tmp_path):
+    touch(tmp_path, "0.tar", "other.parquet")
+    message = refused(tmp_path)
+    assert (
+        "got 1 Parquet tables and 1 tars; say which with --format parquet or --format webdataset" in message
+    )
+    assert names(tmp_path, format="webdataset") == ["0.tar"]
+    assert names(tmp_path / "*.tar", tmp_path / "*.parquet") == ["0.tar", "other.parquet"]
+    touch(tmp_path / "t", "0.tar", "preview.png")
+    assert "1 images and 1 tars" in refused(tmp_path / "t")
+
+
+def test_what_other_tools_keep_for_themselves_is_no_input(tmp_path):
+    touch(tmp_path, "0.parquet", "_delta_log/1.parquet", "_tmp.parquet", ".hidden.parquet", ".git/x.parquet")
+    touch(tmp_path, "_blip2/fragments/f.parquet", "__MACOSX/0.parquet")
+    assert names(tmp_path) == ["0.parquet"]
+    touch(tmp_path / "camera", "_DSC0001.JPG", "._DSC0001.JPG", ".thumbs/a.jpg")
+    (shard,) = list_shards(str(tmp_path / "camera"))
+    assert shard.files == ("_DSC0001.JPG",)
+
+
+def test_braces_and_globs(tmp_path):
+    touch(tmp_path, *(f"{part}/{at:05d}.tar" for part in ("train", "val") for at in range(3)), "train/x.json")
+    assert names(f"{tmp_path}/train/{{00000..00002}}.tar") == ["00000.tar", "00001.tar", "00002.tar"]
+    assert names(f"{tmp_path}/{{train,val}}/00001.tar") == ["train/00001.tar", "val/00001.tar"]
+    assert names(f"{tmp_path}/*/0000[12].tar") == [
+        f"{p}/0000{n}.tar" for p in ("train", "val") for n in (1, 2)
+    ]
+    assert (
+        len(names(f"{tmp_path}/**/*.tar"))
+        == len(names(f"{tmp_path}/{{train,val}}"))
+        == len(names(f"{tmp_path}/*"))
+        == 6
+    )
+    (tmp_path / "we{i,r}d [1].tar").write_bytes(b"")
+    assert names(tmp_path / "we{i,r}d [1].tar") == ["we{i,r}d [1].tar"], (
+        "a file that is there is meant literally"
+    )
+
+
+def test_what_a_pattern_misses_is_named(tmp_path):
+    touch(tmp_path, *(f"{at:05d}.tar" for at in range(3)))
+    assert "got none for 00003.tar, 00004.tar" in refused(f"{tmp_path}/{{00000..00004}}.tar")
+    assert "got none for val*.tar" in refused(f"{tmp_path}/{{,val}}*.tar")
+
+
+def test_names_of_several_inputs_never_collide(tmp_path):
+    touch(tmp_path, "a/0.tar", "b/0.tar", "c/x.jpg", "d/x.jpg")
+    assert names(tmp_path / "a", tmp_path / "b") == ["a/0.tar", "b/0.tar"]
+    assert names(tmp_path / "a/0.tar", tmp_path / "b/0.tar") == ["a/0.tar", "b/0.tar"]
+    assert names(tmp_path / "c", tmp_path / "d") == ["c~0-0", "d~0-0"]
+    assert "a/0.tar twice" in refused(tmp_path / "a", tmp_path, format="webdataset")
+    assert "c/x.jpg twice" in refused(tmp_path / "c", tmp_path, format="folder")
+    assert names(tmp_path / "a", tmp_path / "a/0.tar") == ["0.tar"], "the same file by two names is read once"
+
+
+@pytest.mark.parametrize(
+    ("make", "input", "options", "message"),
+    [
+        ([], "gone", {}, "must be a file or folder that is there"),
+        ([], "", {}, "got an empty folder"),
+        (
+            ["a.json", "b.json", "c"],
+            "",
+            {},
+            "must hold tars or Parquet tables or images, got only 2 .json, 1 without",
+        ),
+        (["a.tar"], "", {"format": "folder"}, "must hold images, got only 1 .tar"),
+        (["a.json"], "a.json", {}, "a.json must be a tar, a Parquet table or an image"),
+        (["a.tar"], "", {"format": "tar"}, "format must be auto, webdataset, parquet, folder, got 'tar'"),
+        (["a.tar"], "", {"limit": 0}, "limit must be at least 1, got 0"),
+    ],
+)
+def test_every_refusal_says_what_to_do(tmp_path, make, input, options, message):
+    touch(tmp_path, *make)
+    assert message in refused(tmp_path / input, **options)
+
+
+def test_no_input_at_all_is_refused():
+    assert "got none" in refused()
+
+
+def test_a_named_file_may_have_any_name_when_the_format_is_told(tmp_path):
+    touch(tmp_path, "part-0")
+    assert names(tmp_path / "part-0", format="webdataset") == ["part-0"]
+
+
+def test_folders_are_sliced_by_their_sorted_listing(tmp_path):
+    touch(tmp_path / "in", *(f"{at % 4}/{at:03d}.jpg" for at in range(25)), "0/notes.txt")
+    shards = list_shards(str(tmp_path / "in"), files_per_shard=10)
+    assert [shard.name for shard in shards] == ["in~00-09", "in~10-19", "in~20-24"]
+    files = [file for shard in shards for file in shard.files]
+    assert files == sorted(files) and len(files) == 25
+    assert [shard.num_rows for shard in shards] == [10, 10, 5]
+
+
+def test_a_folder_is_listed_without_asking_for_each_file(tmp_path, monkeypatch):
+    # A disk answers a question per file in milliseconds when it is a network's: hours for 10^8 files.
+    touch(tmp_path, *(f"{at}.jpg" for at in range(50)))
+    asked = []
+    monkeypatch.setattr(os, "stat", lambda *path, **more: asked.append(path))
+    monkeypatch.setattr(os.path, "getsize", lambda path: asked.append(path))
+    assert list_shards(str(tmp_path))[0].num_rows == 50
+    assert asked == []
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path, "elsewhere/a.jpg", "in/b.jpg")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    (shard,) = list_shards(str(tmp_path / "in"))
+    assert shard.files == ("b.jpg", "link/a.jpg")
+
+
+def test_a_limit_takes_the_first_rows_over_the_sorted_shards(tmp_path):
+    for at in range(3):
+        members = [(f"{at}-{row}.jpg", b"x") for row in range(5)]
+        (tmp_path / f"{at}.tar").write_bytes(tar_bytes(members))
+    for limit in (1, 5, 7, 10, 14, 15, 99):
+        shards = list_shards(str(tmp_path), limit=limit)
+        keys = [row["key"] for shard in shards for row in read_rows(shard)[0]]
+        assert keys == [f"{at}-{row}" for at in range(3) for row in range(5)][:limit]
+        assert len(shards) == min(3, -(-limit // 5))
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_uris_give_the_same_shards_as_paths(tmp_path, scheme):
+    base = f"memory://listing{tmp_path}" if scheme == "memory" else f"file://{tmp_path}"
+    filesystem, root = open_filesystem(base)
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar", "b/_x/0.tar", "b/.hidden/0.tar"):
+        filesystem.create_dir(f"{root}/{name.rpartition('/')[0]}", recursive=True)
+        with filesystem.open_output_stream(f"{root}/{name}") as file:
+            file.write(tar_bytes([("1.jpg", name.encode())]))
+    assert names(base) == ["a/0.tar", "a/1.tar", "b/0.tar"]
+    assert names(f"{base}/a/") == ["0.tar", "1.tar"]
+    assert names(f"{base}/a/*.tar") == names(f"{base}/a/{{0..1}}.tar") == ["0.tar", "1.tar"]
+    assert names(f"{base}/*/0.tar") == names(f"{base}/{{a,b}}/0.tar") == ["a/0.tar", "b/0.tar"]
+    assert names(f"{base}/a/0.tar") == ["0.tar"]
+    for shard in list_shards(base):
+        assert read_rows(shard)[0][0]["image"] == shard.name.encode()
+        assert shard.size_bytes and shard.size_bytes >= 1024
+    assert "must be a file or folder that is there" in refused(f"{base}/gone")
+
+
+def test_a_bucket_is_not_guessed():
+    assert "must name its bucket" in refused("memory://{a,b}")
+
+
+def test_files_of_a_remote_folder_know_their_bytes(tmp_path):
+    filesystem, root = open_filesystem(f"memory://sizes{tmp_path}")
+    assert isinstance(filesystem, pafs.PyFileSystem)
+    filesystem.create_dir(root, recursive=True)
+    for at in range(3):
+        with filesystem.open_output_stream(f"{root}/{at}.png") as file:
+            file.write(b"12345")
+    (shard,) = list_shards(f"memory://sizes{tmp_path}")
+    assert shard.size_bytes == 15
+    assert [row["image"] for row in read_rows(shard)[0]] == [b"12345"] * 3

@@ -1,0 +1,52 @@
+"""URIs to filesystems, and what is said when there is none."""
+
+from __future__ import annotations
+
+import pyarrow.fs as pafs
+import pytest
+
+from pipeline.shards import InputError
+from pipeline.storage import join, open_filesystem
+
+
+def test_local_paths_in_every_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b").write_bytes(b"x")
+    for uri in ("a b", "~/a b", str(tmp_path / "a b"), f"file://{tmp_path}/a%20b"):
+        filesystem, path = open_filesystem(uri)
+        assert isinstance(filesystem, pafs.LocalFileSystem)
+        assert filesystem.open_input_stream(path).read() == b"x"
+
+
+def test_any_scheme_of_fsspec():
+    filesystem, path = open_filesystem("memory://bucket/a")
+    with filesystem.open_output_stream(path) as file:
+        file.write(b"x")
+    again, _ = open_filesystem("memory://bucket")
+    assert [info.base_name for info in again.get_file_info(pafs.FileSelector("/bucket"))] == ["a"]
+
+
+def test_s3_options_travel_in_the_uri():
+    uri = "s3://key:secret@bucket/a/b?endpoint_override=localhost:1&scheme=http&region=eu-west-1"
+    filesystem, path = open_filesystem(uri)
+    assert isinstance(filesystem, pafs.S3FileSystem)
+    assert (path, filesystem.region) == ("bucket/a/b", "eu-west-1")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("nosuch://x/y", "must be a local path, s3://, gs:// or a URI that fsspec knows: Protocol not known"),
+        ("az://container/x", "needs a package that is not installed: Install adlfs"),
+        ("s3://bucket/x?region=us-east-1&nope=1", "fsspec knows: Unexpected query parameter"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_with_the_remedy(uri, message):
+    with pytest.raises(InputError, match=message):
+        open_filesystem(uri)
+
+
+def test_join_below_any_root():
+    assert join("/", "a") == "/a"
+    assert join("bucket/x/", "a/b") == "bucket/x/a/b"
