@@ -10,24 +10,13 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
 
 from blip2_actor import EngineConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """The command line."""
-
-    model: str
-    revision: str | None
-    device: str
-    dtype: str
-    host: str
-    port: int
+APPLICATION = "blip2"
 
 
-def parse_arguments(argv: list[str] | None) -> Arguments:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     defaults = EngineConfig()
     parser = argparse.ArgumentParser(
         prog="python -m deploy", description="Serve captions over HTTP from this machine."
@@ -43,34 +32,38 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         help="address to listen on (default %(default)s)",
     )
     add("--port", default=8000, type=int, help="port to listen on (default %(default)s)")
-    return Arguments(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; 0 after a clean end, 1 when it cannot start."""
     arguments = parse_arguments(argv)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _on_stop(stop)
     try:
         _refuse_taken_port(arguments.host, arguments.port)
         engine = EngineConfig(
             model=arguments.model,
             revision=arguments.revision,
             device=arguments.device,
-            dtype=arguments.dtype,  # type: ignore[arg-type]  # checked by EngineConfig itself
+            dtype=arguments.dtype,
             num_threads=os.cpu_count(),
         )
         engine.info()
         serve_until(stop, engine, arguments.host, arguments.port)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    sys.stdout.write("stopped\n")
     return 0
 
 
 def serve_until(stop: threading.Event, engine: EngineConfig, host: str, port: int) -> None:
-    """Start a Ray of our own and the application on it; end both when `stop` is set."""
+    """Start a Ray of our own and the application on it; end both, requests in flight first.
+
+    Raises:
+        RuntimeError: the application does not start.
+    """
     # A cluster of this process alone: nobody else knows its token, and no token file is left behind.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -80,16 +73,18 @@ def serve_until(stop: threading.Event, engine: EngineConfig, host: str, port: in
     from deploy.app import compose
     from deploy.settings import Settings
 
-    # Logical CPUs place our three actors; they do not bind threads.
-    ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        object_store_memory=512 << 20,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        # Logical CPUs place our actors; they do not bind threads.
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=512 << 20,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+        _on_stop(stop)  # again: Ray has set its own handlers
         num_gpus = 1 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
         application = compose(
             engine,
@@ -97,14 +92,36 @@ def serve_until(stop: threading.Event, engine: EngineConfig, host: str, port: in
             captioner={"ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus}},
         )
         serve.start(http_options={"host": host, "port": port})
-        serve.run(application)
-        sys.stdout.write(_invitation(engine.model, host, port))
-        sys.stdout.flush()
-        stop.wait()
-        sys.stdout.write("stopping\n")
+        target = serve.RunTarget(application, name=APPLICATION)
+        serve.run_many([target], wait_for_applications_running=False)
+        if _wait_until_running(stop):
+            sys.stdout.write(_invitation(engine.model, host, port))
+            sys.stdout.flush()
+            stop.wait()
+            serve.delete(APPLICATION)
     finally:
-        serve.shutdown()
         ray.shutdown()
+
+
+def _wait_until_running(stop: threading.Event) -> bool:
+    """Wait for the application; False when told to stop before it was there."""
+    from ray import serve
+
+    while not stop.wait(0.2):
+        application = serve.status().applications[APPLICATION]
+        if application.status == "RUNNING":
+            return True
+        if application.status == "DEPLOY_FAILED":
+            reasons = [deployment.message for deployment in application.deployments.values()]
+            raise RuntimeError("\n".join([application.message, *filter(None, reasons)]))
+    return False
+
+
+def _on_stop(stop: threading.Event) -> None:
+    # An event, not KeyboardInterrupt: raised inside Ray it can end the process with its children alive.
+    # SIGINT by name, because a shell makes its background jobs deaf to it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _invitation(model: str, host: str, port: int) -> str:

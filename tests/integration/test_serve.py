@@ -19,6 +19,7 @@ import ray
 from PIL import Image
 from ray import serve
 
+from blip2_actor import EngineStats
 from blip2_actor.preprocess import ImageLimits
 from deploy.app import compose
 from deploy.settings import Settings
@@ -71,10 +72,15 @@ def url(gate: Path) -> Iterator[str]:
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     engine = FakeEngineConfig(model="demo", gate=str(gate))
-    settings = Settings(
-        max_in_flight=NUM_CALLERS, timeout_s=20, image=ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
+    limits = ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
+    patient = Settings(max_in_flight=NUM_CALLERS, timeout_s=20, image=limits)
+    hasty = Settings(timeout_s=0.5, decode_children=1)
+    serve.run_many(
+        [
+            serve.RunTarget(compose(engine, patient), name="patient", route_prefix="/"),
+            serve.RunTarget(compose(engine, hasty), name="hasty", route_prefix="/hasty"),
+        ]
     )
-    serve.run(compose(engine, settings), name="blip2")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -91,8 +97,8 @@ def closed_gate(gate: Path) -> Iterator[Path]:
     gate.unlink(missing_ok=True)
 
 
-def engine_stats():  # type: ignore[no-untyped-def]
-    return serve.get_deployment_handle("Captioner", "blip2").stats.remote().result(timeout_s=10)
+def engine_stats(app: str = "patient") -> EngineStats:
+    return serve.get_deployment_handle("Captioner", app).stats.remote().result(timeout_s=10)
 
 
 def post(url: str, image: bytes, **fields: str) -> httpx.Response:
@@ -149,6 +155,17 @@ def test_a_caller_that_goes_away_frees_its_place(url: str, closed_gate: Path) ->
         codes = list(callers.map(lambda _: post(url, image).status_code, range(NUM_CALLERS)))
     assert codes == [200] * NUM_CALLERS
     assert engine_stats().num_finished - before.num_finished < 2 * NUM_CALLERS
+
+
+def test_a_request_that_times_out_gives_its_slot_back(url: str, closed_gate: Path) -> None:
+    with ThreadPoolExecutor(4) as callers:
+        answers = list(callers.map(lambda seed: post(f"{url}/hasty", png(seed)), range(4)))
+    assert {(answer.status_code, answer.json()["error"]["type"]) for answer in answers} == {(504, "timeout")}
+    closed_gate.unlink()
+    assert post(f"{url}/hasty", png(9)).status_code == 200
+    # The engine held one of the four; the others were given up before their turn (but the news of the
+    # last may still have been on its way).
+    assert engine_stats("hasty").num_finished < 5
 
 
 def test_the_page_the_model_and_readiness(url: str) -> None:
