@@ -103,16 +103,16 @@ def test_greedy_in_slots(models: tuple[T5, T5ForConditionalGeneration]) -> None:
 def test_forks_reorders_and_growth(models: tuple[T5, T5ForConditionalGeneration]) -> None:
     """A text moved between slots takes its prefix, its length and its tokens along."""
     t5, reference = models
-    short, long = make_prefixes([6, 40])
+    short, long = make_prefixes([6, 70])
     slots = t5.new_slots(4, 6, 4)
     assert slots.holds(6, 4) and not slots.holds(6, 5) and not slots.holds(7, 4)
     t5.prefill([short], [0], slots)
-    slots.grow(40, 4)
-    assert slots.holds(40, 4)
+    slots.grow(70, 4)
+    assert slots.holds(70, 4)
     t5.prefill([long], [1], slots)
     step(t5, slots, [[7], [8]])
     slots.grow(6, 20)
-    assert slots.holds(40, 20)
+    assert slots.holds(70, 20)
     slots.fork([0, 1, 1], [1, 0, 2], 2)  # swap, and one more of the long text: now long, short, long
     step(t5, slots, [[8, 9], [7, 10], [8, 11]])
     slots.reorder([2], [0], 2, 3)  # texts 0 and 2 differ from position 2 on

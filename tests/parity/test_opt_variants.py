@@ -1,0 +1,75 @@
+"""Every shape that OPT comes in, against transformers: given texts, and one token at a time in slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import OPTForCausalLM
+
+from blip2_actor.opt import OptDecoder
+from blip2_actor.weights import load_weights, opt_rules
+from tests.parity.tiny import make_config, randomize
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "norms after": {"do_layer_norm_before": False},
+    "narrow embeddings, norms after (350m)": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "narrow embeddings": {"word_embed_proj_dim": 16},
+    "head of its own": {"tie_word_embeddings": False},
+    "no biases": {"enable_bias": False},
+    "norms without weights": {"layer_norm_elementwise_affine": False},
+    "no final norm": {"_remove_final_layer_norm": True},
+}
+
+
+class Holder(nn.Module):
+    """Gives the decoder the name that it has in a checkpoint."""
+
+    def __init__(self, language_model: OptDecoder) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+
+@pytest.fixture(params=VARIANTS)
+def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, OPTForCausalLM]:
+    config = make_config("opt", **VARIANTS[request.param]).text_config
+    reference = OPTForCausalLM(config).eval()
+    randomize(reference)
+    tensors = {f"language_model.{name}": p.detach() for name, p in reference.named_parameters()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    ours = OptDecoder(config).eval()
+    load_weights(Holder(ours), tmp_path, opt_rules(2))
+    return ours, reference
+
+
+@torch.no_grad()
+def expected_logits(reference: OPTForCausalLM, prefix: Tensor, text: Tensor) -> Tensor:
+    """float[U, V], what predicts each token of the text."""
+    embeds = torch.cat([prefix, reference.get_input_embeddings()(text)])[None]
+    return reference(inputs_embeds=embeds).logits[0, len(prefix) - 1 : -1]
+
+
+@torch.no_grad()
+def test_given_and_decoded_texts(models: tuple[OptDecoder, OPTForCausalLM]) -> None:
+    """A norm, bias or projection that a variant lacks or moves changes every logit."""
+    ours, reference = models
+    generator = torch.Generator().manual_seed(8)
+    width = ours.embed_tokens.embedding_dim
+    prefixes = [torch.randn(n, width, generator=generator) for n in (7, 5, 7)]
+    texts = [torch.randint(5, 260, (4,), generator=generator) for _ in prefixes]
+    expected = [expected_logits(reference, p, t) for p, t in zip(prefixes, texts, strict=True)]
+    torch.testing.assert_close(ours.predict(prefixes, texts), expected, rtol=1e-4, atol=1e-4)
+
+    slots = ours.new_slots(3, 7, 4)
+    steps = [ours.prefill(prefixes, [0, 1, 2], slots)]
+    for i in range(3):
+        lengths = torch.tensor([len(p) + i for p in prefixes])
+        steps.append(ours.decode(torch.stack([t[i] for t in texts]), lengths, slots, int(lengths.max())))
+    torch.testing.assert_close(
+        list(torch.stack(steps, dim=1)), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"in slots: {m}"
+    )

@@ -1,0 +1,93 @@
+"""Image-text matching and contrastive scores against `Blip2ForImageTextRetrieval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Blip2ForImageTextRetrieval
+
+from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.loading import load_model, load_retrieval
+from blip2_actor.retrieval import Blip2Retrieval
+from tests.parity.tiny import IMAGE_SIZE_PX, make_config, randomize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = make_config("opt", image_token=False)
+    config.qformer_config.use_qformer_text_input = True
+    config.image_text_hidden_size = 12
+    model = Blip2ForImageTextRetrieval(config)
+    randomize(model)
+    path = tmp_path_factory.mktemp("retrieval")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> tuple[Blip2Retrieval, Blip2ForImageTextRetrieval]:
+    ours = load_retrieval(Checkpoint(folder), CPU, torch.float32)
+    return ours, Blip2ForImageTextRetrieval.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randint(5, 260, (n,), generator=generator) for n in (6, 3, 11)]
+
+
+@torch.no_grad()
+def test_scores(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]) -> None:
+    """A text that reads its padding, or an image that misses its queries, moves every score."""
+    ours, theirs = models
+    pixel_values = torch.randn(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
+    image_embeds = ours.image_features(pixel_values)
+    inputs = {
+        "pixel_values": pixel_values,
+        "input_ids": pad_sequence(texts, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], batch_first=True),
+    }
+    matching = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
+    torch.testing.assert_close(ours.matching_logits(image_embeds, texts), matching, rtol=1e-4, atol=1e-4)
+
+    expected = theirs(**inputs, use_image_text_matching_head=False)
+    image_embeddings, text_embeddings = ours.image_embeddings(image_embeds), ours.text_embeddings(texts)
+    torch.testing.assert_close(image_embeddings, expected.image_embeds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(text_embeddings, expected.text_embeds, rtol=1e-4, atol=1e-4)
+    scores = ours.contrastive_scores(image_embeddings, text_embeddings)
+    torch.testing.assert_close(scores, expected.logits_per_image, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_neighbours_do_not_matter(
+    models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]
+) -> None:
+    """A short text scores the same alone as padded beside a long one."""
+    ours, _ = models
+    image_embeds = torch.randn(3, 17, 24, generator=torch.Generator().manual_seed(5))
+    together = ours.matching_logits(image_embeds, texts)
+    for i, text in enumerate(texts):
+        alone = ours.matching_logits(image_embeds[i : i + 1], [text])[0]
+        torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_each_loader_refuses_the_others_checkpoint(
+    folder: Path, checkpoint_folder: Callable[..., Path]
+) -> None:
+    """By its architecture, before a list of some hundred tensors says it less plainly."""
+    with pytest.raises(ValueError, match="must have a language model, got Blip2ForImageTextRetrieval"):
+        load_model(Checkpoint(folder), CPU, torch.float32)
+    with pytest.raises(ValueError, match="must be a Blip2ForImageTextRetrieval"):
+        load_retrieval(Checkpoint(checkpoint_folder("opt")), CPU, torch.float32)
+
+
+def test_text_too_long(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval]) -> None:
+    with pytest.raises(ValueError, match="text must be at most 64 tokens, got 65"):
+        models[0].text_embeddings([torch.ones(65, dtype=torch.int64)])

@@ -1,0 +1,150 @@
+"""Losses, gradients, scores, features and attention maps against transformers, for both language models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Blip2ForConditionalGeneration, Blip2Model
+
+from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.loading import LANGUAGE_RULES, load_model
+from blip2_actor.model import Blip2
+from blip2_actor.scoring import text_logprobs
+from blip2_actor.weights import load_weights
+from tests.parity.tiny import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
+
+LANGUAGES = ["opt", "t5"]
+CPU = torch.device("cpu")
+
+
+def load(folder: Path) -> Blip2:
+    return load_model(Checkpoint(folder), CPU, torch.float32)
+
+
+def make_pixels(count: int) -> Tensor:
+    return torch.randn(count, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
+
+
+def make_ids(*shape: int, seed: int = 6) -> Tensor:
+    return torch.randint(5, 260, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_loss(
+    model: Blip2ForConditionalGeneration, pixel_values: Tensor, input_ids: Tensor, labels: Tensor
+) -> Tensor:
+    """The reference wants its image tokens, and for OPT labels for them too."""
+    image_ids = torch.full((len(input_ids), NUM_QUERIES), IMAGE)
+    if model.config.text_config.model_type == "opt":
+        labels = torch.cat([torch.full_like(image_ids, -100), labels], dim=1)
+    return model(pixel_values, input_ids=torch.cat([image_ids, input_ids], dim=1), labels=labels).loss
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_loss_and_gradients(
+    language: str,
+    checkpoint_folder: Callable[..., Path],
+    reference: Callable[..., Blip2ForConditionalGeneration],
+    tmp_path: Path,
+) -> None:
+    """A detached piece, or a parameter that two places should share and do not, shows in the gradients."""
+    ours, theirs = load(checkpoint_folder(language)).requires_grad_(True), reference(language)
+    pixel_values, input_ids = make_pixels(3), make_ids(3, 7)
+    labels = input_ids.clone() if language == "opt" else make_ids(3, 5, seed=7)
+    labels[0, :2] = labels[1, -2:] = -100
+    theirs.zero_grad()
+    expected = reference_loss(theirs, pixel_values, input_ids, labels)
+    expected.backward()
+    loss, logits = ours(pixel_values, input_ids, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert logits.shape == (*labels.shape, 264)
+
+    # The reference's gradients take the way of its weights, so that each meets its counterpart.
+    shutil.copy(checkpoint_folder(language) / "config.json", tmp_path)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()
+    }
+    save_file(gradients, tmp_path / "model.safetensors")
+    expected_gradients = load(checkpoint_folder(language))
+    load_weights(
+        expected_gradients,
+        tmp_path,
+        LANGUAGE_RULES[language](theirs.config.qformer_config.cross_attention_frequency),
+    )
+    counterparts = dict(expected_gradients.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(
+            gradient, counterparts[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_scores_of_texts(
+    language: str,
+    checkpoint_folder: Callable[..., Path],
+    reference: Callable[..., Blip2ForConditionalGeneration],
+) -> None:
+    """Rows of different prompts and texts, two of them of one image, each as if it were scored alone."""
+    ours, theirs = load(checkpoint_folder(language)), reference(language)
+    pixel_values = make_pixels(2)
+    image_of_row, prompt_lengths, text_lengths = [0, 1, 1, 0], [1, 4, 4, 2], [6, 3, 9, 1]
+    prompts = [make_ids(n, seed=i).tolist() for i, n in enumerate(prompt_lengths)]
+    texts = [make_ids(n, seed=10 + i).tolist() for i, n in enumerate(text_lengths)]
+    prefix = ours.project(ours.qformer_features(ours.image_features(pixel_values)))
+    logprobs = text_logprobs(ours, [prefix[i] for i in image_of_row], prompts, texts)
+    for image, prompt, text, logprob in zip(image_of_row, prompts, texts, logprobs, strict=True):
+        if language == "opt":
+            input_ids, labels = [*prompt, *text], [-100] * len(prompt) + text
+        else:
+            input_ids, labels = prompt, text
+        expected = reference_loss(
+            theirs, pixel_values[image : image + 1], torch.tensor([input_ids]), torch.tensor([labels])
+        )
+        assert logprob.shape == (len(text),)
+        torch.testing.assert_close(-logprob.mean(), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_features(language: str, checkpoint_folder: Callable[..., Path]) -> None:
+    """What the seed model's `get_*_features` gave."""
+    folder = checkpoint_folder(language)
+    ours, theirs = load(folder), Blip2Model.from_pretrained(folder).eval()
+    pixel_values = make_pixels(2)
+    image_embeds = ours.image_features(pixel_values)
+    torch.testing.assert_close(
+        image_embeds, theirs.get_image_features(pixel_values).last_hidden_state, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        ours.qformer_features(image_embeds), theirs.get_qformer_features(pixel_values), rtol=1e-4, atol=1e-4
+    )
+    texts = [make_ids(n) for n in (4, 9, 4)]
+    for text, features in zip(texts, ours.text_features(texts), strict=True):
+        expected = theirs.get_text_features(text[None]).last_hidden_state[0]
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_maps_of_the_queries(checkpoint_folder: Callable[..., Path]) -> None:
+    """Each cross-attention's map over the image, named by its layer."""
+    folder = checkpoint_folder("opt")
+    ours = load(folder)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    image_embeds = ours.image_features(make_pixels(2))
+    recorded: dict[str, Tensor] = {}
+    ours.qformer_features(image_embeds, record=recorded.__setitem__)
+    expected = theirs.qformer(
+        theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image_embeds, output_attentions=True
+    )
+    maps = {name: value for name, value in recorded.items() if name.endswith("cross_attention")}
+    assert list(maps) == ["qformer.layers.0.cross_attention", "qformer.layers.2.cross_attention"]
+    for weights, expected_weights in zip(maps.values(), expected.cross_attentions, strict=True):
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
