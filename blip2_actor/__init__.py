@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from blip2_actor.actor import Blip2Actor
 from blip2_actor.config import EngineConfig
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, EngineStats, ModelInfo, Request, Result
+from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
@@ -22,10 +22,12 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Features",
     "GenerationOptions",
     "ModelInfo",
     "Request",
     "Result",
+    "Score",
     "Status",
 ]
 

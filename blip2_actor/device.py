@@ -21,7 +21,7 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {device!r}') from error
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device must exist here, got {device!r} and torch sees {torch.cuda.device_count()} CUDA devices; "
+            f"device must exist here, got {device!r}, torch sees {torch.cuda.device_count()} CUDA devices; "
             "use --device auto or install a torch build for your accelerator"
         )
     return resolved

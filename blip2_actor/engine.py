@@ -12,24 +12,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from blip2_actor.beam import BeamSearch
 from blip2_actor.checkpoint import resolve
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
-from blip2_actor.preprocess import decode_image, resize_image
 from blip2_actor.prompts import Prompts
-from blip2_actor.request import EngineStats, ImageLike, Request, Result
+from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
-from blip2_actor.search import TextSearch
-from blip2_actor.status import Status
 
 DEFAULT_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
 DEFAULT_MAX_SLOTS = {"cpu": 128, "cuda": 256}
@@ -55,8 +54,11 @@ class Engine:
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         max_slots = config.max_slots or DEFAULT_MAX_SLOTS.get(device.type, 32)
         encode_batch = config.encode_batch or DEFAULT_ENCODE_BATCH.get(device.type, 16)
-        self._scheduler = Scheduler(ModelRunner(self.model, max_slots), max_slots, encode_batch)
+        self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
+        self._runner = ModelRunner(self.model, max_slots)
+        self._scheduler = Scheduler(self._runner, max_slots, encode_batch)
         self._arrived: deque[Job] = deque()
+        self._unfinished: set[Job] = set()
         self._wake = threading.Condition()
         self._is_closed = False
         self._failure: BaseException | None = None
@@ -122,7 +124,73 @@ class Engine:
         Raises:
             ValueError: the image cannot be read.
         """
-        return EncodedImage(self._pixels(image))
+        return self._intake.image(image)
+
+    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
+        """What the encoders make of images, in order; a bad image is an entry with a status.
+
+        Args:
+            images: as in `Request.image`.
+            with_image_embeds: also return the vision encoder's own output.
+        """
+        found: list[Features] = []
+        for encoded in self._encode(images, with_image_embeds):
+            if isinstance(encoded, Refusal):
+                found.append(Features(status=encoded.status, error=str(encoded)))
+            else:
+                found.append(
+                    Features(
+                        qformer_features=_to_numpy(encoded.qformer_features),
+                        image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
+                    )
+                )
+        return found
+
+    def score(
+        self,
+        images: Sequence[ImageLike],
+        texts: Sequence[str],
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[Score]:
+        """How probable each text is behind its image (and prompt), the end token included.
+
+        A bad image or text is an entry with a status. An image of `image()` that is scored with several
+        texts is encoded once.
+        """
+        prompts = [None] * len(texts) if prompts is None else prompts
+        asked: list[tuple[EncodedImage, list[int], list[int]] | Refusal] = []
+        for encoded, text, prompt in zip(self._encode(images), texts, prompts, strict=True):
+            asked.append(
+                encoded if isinstance(encoded, Refusal) else self._intake.text(encoded, prompt, text)
+            )
+        served = [row for row in asked if not isinstance(row, Refusal)]
+        logprobs = iter(self._runner.text_logprobs(served))
+        return [
+            Score(status=row.status, error=str(row))
+            if isinstance(row, Refusal)
+            else Score(logprob=sum(found := next(logprobs)), num_tokens=len(found))
+            for row in asked
+        ]
+
+    def _encode(
+        self, images: Sequence[ImageLike], with_image_embeds: bool = False
+    ) -> list[EncodedImage | Refusal]:
+        """Bring images through the encoder, batched with whatever else is running."""
+        encoded: list[EncodedImage | Refusal] = []
+        for image in images:
+            try:
+                found = self._intake.image(image)
+                found.keeps_image_embeds |= with_image_embeds
+                encoded.append(found)
+            except Refusal as refusal:
+                encoded.append(refusal)
+        jobs = [
+            Job(image, [], GenerationOptions(), []) for image in encoded if isinstance(image, EncodedImage)
+        ]
+        self._enqueue(jobs)
+        for job in jobs:
+            job.future.result()
+        return encoded
 
     def stats(self) -> EngineStats:
         """Counters since the start; cheap, from any thread."""
@@ -148,7 +216,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # From a request to a job ----------------------------------------------------------------------------
+    # The engine's thread --------------------------------------------------------------------------------
 
     def _submit(
         self, asked: Sequence[tuple[Request, GenerationOptions, Callable[[str], None] | None]]
@@ -158,79 +226,27 @@ class Engine:
         futures: list[Future[Result]] = []
         for request, options, on_text in asked:
             try:
-                jobs.append(self._make_job(request, options, on_text))
+                jobs.append(self._intake.job(request, options, on_text))
                 futures.append(jobs[-1].future)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 futures.append(Future())
                 futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
+        self._enqueue(jobs, num_requests=len(asked))
+        return futures
+
+    def _enqueue(self, jobs: Sequence[Job], num_requests: int = 0) -> None:
         with self._wake:
             if self._is_closed or self._failure is not None:
                 raise RuntimeError("the engine is closed") from self._failure
-            self._num_requests += len(asked)
+            self._num_requests += num_requests
             self._arrived.extend(jobs)
+            self._unfinished.update(jobs)
             self._wake.notify()
-        return futures
+        for job in jobs:
+            job.future.add_done_callback(partial(self._forget, job))
 
-    def _make_job(
-        self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None
-    ) -> Job:
-        image = request.image
-        encoded = image if isinstance(image, EncodedImage) else EncodedImage(self._pixels(image))
-        try:
-            prompt_ids = self.prompts.encode(request.prompt)
-        except ValueError as error:
-            raise _Refusal(Status.REFUSED, str(error)) from error
-        options = request.options or options
-        self._check_fits(prompt_ids, options)
-        context = self.model.context_ids(prompt_ids)
-        searches: list[TextSearch | BeamSearch]
-        if options.num_beams > 1:
-            searches = [BeamSearch(options, context, self.prompts)]
-        else:
-            on_token = None if on_text is None else self._text_sender(on_text, options.stop)
-            count = options.num_return_sequences
-            seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
-            searches = [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
-        return Job(encoded, prompt_ids, options, searches)
-
-    def _pixels(self, image: ImageLike) -> np.ndarray:
-        """uint8[S, S, 3], whatever the request held."""
-        if isinstance(image, bytes):
-            decoded = decode_image(image, self.image_size_px)
-            if decoded.status is not Status.OK:
-                raise _Refusal(decoded.status, decoded.error or decoded.status)
-            return decoded.array(self.image_size_px)
-        try:
-            return resize_image(image, self.image_size_px)
-        except ValueError as error:
-            raise _Refusal(Status.UNDECODABLE, str(error)) from error
-
-    def _check_fits(self, prompt_ids: list[int], options: GenerationOptions) -> None:
-        limit = self.model.language_model.max_positions
-        needed = self.model.config.num_query_tokens + len(prompt_ids) + options.max_new_tokens
-        if limit is not None and needed > limit:
-            raise _Refusal(
-                Status.REFUSED,
-                f"prompt must leave room for max_new_tokens in the model's {limit} positions, got "
-                f"{len(prompt_ids)} prompt tokens and {options.max_new_tokens} new tokens; shorten either",
-            )
-        slots = max(options.num_beams, options.num_return_sequences)
-        if slots > self._scheduler.max_slots:
-            raise _Refusal(
-                Status.REFUSED,
-                f"num_beams and num_return_sequences must be at most {self._scheduler.max_slots}, "
-                f"got {slots}; raise max_slots",
-            )
-
-    def _text_sender(
-        self, on_text: Callable[[str], None], stop: Sequence[str]
-    ) -> Callable[[Sequence[int]], None]:
-        def send(token_ids: Sequence[int]) -> None:
-            on_text(_settled(self.prompts.decode(token_ids), stop))
-
-        return send
-
-    # The engine's thread --------------------------------------------------------------------------------
+    def _forget(self, job: Job, _: Future[Result]) -> None:
+        self._unfinished.discard(job)
 
     def _run(self) -> None:
         if self.config.num_threads is not None:
@@ -244,8 +260,7 @@ class Engine:
             # Whatever broke the device broke every request; the host decides whether the process lives on.
             with self._wake:
                 self._failure = error
-                unfinished = [*self._scheduler.jobs(), *self._arrived]
-            for job in unfinished:
+            for job in list(self._unfinished):
                 job.fail(error)
 
     def _take_arrivals(self) -> bool:
@@ -254,20 +269,8 @@ class Engine:
             self._wake.wait_for(lambda: self._arrived or self._scheduler.has_work or self._is_closed)
             while self._arrived:
                 self._scheduler.add(self._arrived.popleft())
-            return self._scheduler.has_work
+            return self._scheduler.has_work or not self._is_closed
 
 
-class _Refusal(ValueError):
-    """A request that cannot be served; its status and why."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """The part of a growing text that later tokens will not change: no cut character, no begun stop text."""
-    text = text.rstrip("\ufffd")
-    begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
-    longest = max(begun, default=0)
-    return text[: len(text) - longest].rstrip()
+def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.float().cpu().numpy()

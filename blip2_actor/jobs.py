@@ -19,24 +19,32 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class EncodedImage:
-    """One image on its way through the encoder; jobs of the same image share it.
+    """One image on its way through the encoder; requests that hold the same one share its pass.
 
-    `prefix` and `qformer_features` are there once the encoder has seen it.
+    The tensors are there once the encoder has seen it, and live as long as this object is held.
     """
 
     pixels: np.ndarray
     """uint8[S, S, 3]."""
+    keeps_image_embeds: bool = False
+    """Also keep the vision encoder's own output; large, so only where it is wanted."""
     prefix: Tensor | None = None
     """float[Q, Dw], what the language model sees of the image."""
     qformer_features: Tensor | None = None
     """float[Q, Dq]."""
+    image_embeds: Tensor | None = None
+    """float[P, Dv]."""
     jobs: list[Job] = field(default_factory=list)
     """Those that wait for the encoder."""
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.prefix is not None and not (self.keeps_image_embeds and self.image_embeds is None)
 
 
 @dataclass(eq=False)
 class Job:
-    """One request between `submit` and its result."""
+    """One request between `submit` and its result; without searches it only wants its image encoded."""
 
     image: EncodedImage
     prompt_ids: list[int]

@@ -33,11 +33,26 @@ class Prompts:
         if not prompt:
             return self.empty_ids
         token_ids: list[int] = self.tokenizer(prompt).input_ids
+        self._refuse_image_token(token_ids)
+        return token_ids
+
+    def _refuse_image_token(self, token_ids: list[int]) -> None:
         if self.image_token_id in token_ids:
             raise ValueError(
-                "prompt must not contain the image token, got it; leave it out, the image always comes first"
+                "text must not contain the image token, got it; leave it out, the image always comes first"
             )
-        return token_ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to score: nothing in front, the end token behind.
+
+        Raises:
+            ValueError: the text is empty or holds the image token.
+        """
+        token_ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if not token_ids:
+            raise ValueError("text must have at least one token to score, got an empty text")
+        self._refuse_image_token(token_ids)
+        return [*token_ids, min(self.end_ids)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without end tokens and surrounding spaces."""

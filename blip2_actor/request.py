@@ -74,6 +74,34 @@ class Result:
         return self.completions[0].finish_reason if self.completions else None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """What the encoders make of one image; None where `status` is not ok."""
+
+    status: Status = Status.OK
+    error: str | None = None
+    qformer_features: np.ndarray | None = None
+    """float32[Q, Dq], one row per query."""
+    image_embeds: np.ndarray | None = None
+    """float32[P, Dv], the vision encoder's own output, where it was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How probable a given text is behind an image."""
+
+    status: Status = Status.OK
+    error: str | None = None
+    logprob: float | None = None
+    """Sum over the text's tokens, natural log."""
+    num_tokens: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean negative log-probability: the reference's `forward(labels=...)` for this row."""
+        return None if self.logprob is None else -self.logprob / self.num_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Counters since the engine started."""

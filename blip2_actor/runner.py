@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.jobs import Job
+from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
+from blip2_actor.scoring import text_logprobs
+
+SCORE_BATCH = 64
+"""Texts scored at once; bounds the memory of their logits."""
 
 
 class ModelRunner:
@@ -28,21 +32,18 @@ class ModelRunner:
         self._slots: Slots | None = None
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Through the vision encoder, the Q-Former and the projection.
-
-        Args:
-            images: uint8[S, S, 3] each.
-
-        Returns:
-            float[B, Q, Dq], float[B, Q, Dw].
-        """
-        batch = torch.from_numpy(np.stack(images))
+    def encode(self, images: Sequence[EncodedImage]) -> None:
+        """Through the vision encoder, the Q-Former and the projection, as one batch."""
+        batch = torch.from_numpy(np.stack([image.pixels for image in images]))
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
-        pixel_values = self.model.normalizer(batch, self.dtype)
-        features = self.model.qformer_features(self.model.image_features(pixel_values))
-        return features, self.model.project(features)
+        image_embeds = self.model.image_features(self.model.normalizer(batch, self.dtype))
+        features = self.model.qformer_features(image_embeds)
+        prefixes = self.model.project(features)
+        for row, image in enumerate(images):
+            image.qformer_features, image.prefix = features[row], prefixes[row]
+            if image.keeps_image_embeds:
+                image.image_embeds = image_embeds[row].clone()  # a view would keep the whole batch
 
     def prefix_length(self, job: Job) -> int:
         return self.model.config.num_query_tokens + len(job.prompt_ids)
@@ -67,6 +68,16 @@ class ModelRunner:
         ids = torch.tensor(token_ids, device=self.device)
         positions = torch.tensor(lengths, device=self.device)
         return self.language_model.decode(ids, positions, self.slots, max(lengths))
+
+    @torch.inference_mode()
+    def text_logprobs(self, rows: Sequence[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
+        """Log-probability of each token of given texts: (image, prompt ids, text ids) -> list per text."""
+        found: list[list[float]] = []
+        for start in range(0, len(rows), SCORE_BATCH):
+            images, prompt_ids, text_ids = zip(*rows[start : start + SCORE_BATCH], strict=True)
+            prefixes = [image.prefix for image in images]
+            found += [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids)]
+        return found
 
     @torch.inference_mode()
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:

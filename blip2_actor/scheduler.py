@@ -59,10 +59,10 @@ class Scheduler:
         self.counters = Counters()
 
     def add(self, job: Job) -> None:
-        """Queue a job; an image that is already encoded goes straight to the ready queue."""
+        """Queue a job; an image that is already encoded is not encoded again."""
         image = job.image
-        if image.prefix is not None:
-            self.ready.append(job)
+        if image.is_encoded:
+            self._make_ready(job)
             return
         if not image.jobs:
             self.waiting.append(image)
@@ -74,7 +74,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(image.jobs) for image in self.waiting) + len(self.ready)
+        """Images not yet encoded and jobs without a slot; safe to ask from any thread."""
+        return len(self.waiting) + len(self.ready)
 
     @property
     def num_running(self) -> int:
@@ -85,11 +86,6 @@ class Scheduler:
         self._encode()
         self._fill_slots()
         self._decode()
-
-    def jobs(self) -> list[Job]:
-        """Everything unfinished."""
-        waiting = [job for image in self.waiting for job in image.jobs]
-        return [*waiting, *self.ready, *dict.fromkeys(text.job for text in self.running)]
 
     def _drop_cancelled(self) -> None:
         cancelled = [text for text in self.running if text.job.is_dropped()]
@@ -106,13 +102,20 @@ class Scheduler:
         images = self._next_images()
         if not images:
             return
-        features, prefixes = self.runner.encode([image.pixels for image in images])
+        self.runner.encode(images)
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
-        for image, feature, prefix in zip(images, features, prefixes, strict=True):
-            image.qformer_features, image.prefix = feature, prefix
-            self.ready.extend(image.jobs)
+        for image in images:
+            for job in image.jobs:
+                self._make_ready(job)
             image.jobs.clear()
+
+    def _make_ready(self, job: Job) -> None:
+        """Queue for a slot; who only wanted the image encoded is served."""
+        if job.searches:
+            self.ready.append(job)
+        else:
+            job.finish()
 
     def _next_images(self) -> list[EncodedImage]:
         num_free = self.max_slots - self.num_running

@@ -73,15 +73,24 @@ def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Reques
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"do_layer_norm_before": False}, {"tie_word_embeddings": False}])
-def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, options) -> None:
+@pytest.mark.parametrize(
+    ("language", "options"),
+    [
+        ("opt", {}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"tie_word_embeddings": False}),
+        ("t5", {}),
+        ("t5", {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
+    ],
+)
+def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, language, options) -> None:
     """Padding, positions or a neighbour's keys leaking into a row would change its tokens."""
     asked = requests(12)
-    results = engine(**options).generate(asked, GenerationOptions(max_new_tokens=20))
+    results = engine(language, **options).generate(asked, GenerationOptions(max_new_tokens=20))
     for request, result in zip(asked, results, strict=True):
         (expected,) = reference_ids(
-            reference(**options),
-            "opt",
+            reference(language, **options),
+            language,
             torch.from_numpy(request.image),
             request.prompt,
             max_new_tokens=20,
@@ -90,6 +99,7 @@ def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, opti
         assert list(result.token_ids) == expected
 
 
+@pytest.mark.parametrize("language", ["opt", "t5"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,14 +116,14 @@ def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, opti
     ],
     ids=str,
 )
-def test_search_options_equal_the_reference(engine, reference, options) -> None:
+def test_search_options_equal_the_reference(engine, reference, language, options) -> None:
     """A beam whose keys are not reordered, or a score normalised otherwise, gives other tokens."""
     asked = requests(6)
-    results = engine().generate(asked, GenerationOptions(max_new_tokens=12, **options))
+    results = engine(language).generate(asked, GenerationOptions(max_new_tokens=12, **options))
     for request, result in zip(asked, results, strict=True):
         expected = reference_ids(
-            reference(),
-            "opt",
+            reference(language),
+            language,
             torch.from_numpy(request.image),
             request.prompt,
             max_new_tokens=12,

@@ -1,0 +1,117 @@
+"""From what a caller hands over to what the scheduler works on; the place where requests are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from blip2_actor.beam import BeamSearch
+from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.model import Blip2
+from blip2_actor.options import GenerationOptions
+from blip2_actor.preprocess import decode_image, resize_image
+from blip2_actor.prompts import Prompts
+from blip2_actor.request import ImageLike, Request
+from blip2_actor.search import TextSearch
+from blip2_actor.status import Status
+
+
+class Refusal(ValueError):
+    """A request that cannot be served; its status and why."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Intake:
+    """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
+
+    def __init__(self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.image_size_px = image_size_px
+        self.max_slots = max_slots
+
+    def image(self, image: ImageLike | EncodedImage) -> EncodedImage:
+        """Raises Refusal where the image cannot be read."""
+        if isinstance(image, EncodedImage):
+            return image
+        if isinstance(image, bytes):
+            decoded = decode_image(image, self.image_size_px)
+            if decoded.status is not Status.OK:
+                raise Refusal(decoded.status, decoded.error or decoded.status)
+            return EncodedImage(decoded.array(self.image_size_px))
+        try:
+            return EncodedImage(resize_image(image, self.image_size_px))
+        except ValueError as error:
+            raise Refusal(Status.UNDECODABLE, str(error)) from error
+
+    def job(
+        self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
+    ) -> Job:
+        """Raises Refusal where the image or the prompt cannot be served."""
+        options = request.options or options
+        image = self.image(request.image)
+        try:
+            prompt_ids = self.prompts.encode(request.prompt)
+        except ValueError as error:
+            raise Refusal(Status.REFUSED, str(error)) from error
+        self._check_room(prompt_ids, options)
+        context = self.model.context_ids(prompt_ids)
+        searches: list[TextSearch | BeamSearch]
+        if options.num_beams > 1:
+            searches = [BeamSearch(options, context, self.prompts)]
+        else:
+            on_token = None if on_text is None else self._text_sender(on_text, options.stop)
+            count = options.num_return_sequences
+            seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
+            searches = [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
+        return Job(image, prompt_ids, options, searches)
+
+    def text(
+        self, image: EncodedImage, prompt: str | None, text: str
+    ) -> tuple[EncodedImage, list[int], list[int]] | Refusal:
+        """Image, prompt ids and text ids of one text to score; or why it cannot be scored."""
+        try:
+            prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
+            self._check_length(len(prompt_ids) + len(text_ids), "prompt and text together")
+        except Refusal as refusal:
+            return refusal
+        except ValueError as error:
+            return Refusal(Status.REFUSED, str(error))
+        return image, prompt_ids, text_ids
+
+    def _check_length(self, num_tokens: int, what: str) -> None:
+        """Raises Refusal where queries and `num_tokens` exceed the model's positions."""
+        limit, num_queries = self.model.language_model.max_positions, self.model.config.num_query_tokens
+        if limit is not None and num_queries + num_tokens > limit:
+            raise Refusal(
+                Status.REFUSED,
+                f"{what} must have at most {limit - num_queries} tokens (the model's {limit} positions less "
+                f"{num_queries} queries), got {num_tokens}; shorten the text",
+            )
+
+    def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
+        self._check_length(len(prompt_ids) + options.max_new_tokens, "prompt and max_new_tokens together")
+        num_slots = max(options.num_beams, options.num_return_sequences)
+        if num_slots > self.max_slots:
+            raise Refusal(
+                Status.REFUSED,
+                f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
+                "raise max_slots",
+            )
+
+    def _text_sender(
+        self, on_text: Callable[[str], None], stop: Sequence[str]
+    ) -> Callable[[Sequence[int]], None]:
+        def send(token_ids: Sequence[int]) -> None:
+            on_text(settled(self.prompts.decode(token_ids), stop))
+
+        return send
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a growing text that later tokens will not change: no cut character, no begun stop text."""
+    text = text.rstrip("\ufffd")
+    begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
+    return text[: len(text) - max(begun, default=0)].rstrip()

@@ -1,0 +1,96 @@
+"""Scores and features through the engine: equal to the reference, and one encode for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+
+LANGUAGES = ["opt", "t5"]
+
+
+@pytest.fixture(scope="module", params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[Engine]:
+    config = EngineConfig(
+        model=str(checkpoint_folder(language)), dtype="float32", device="cpu", num_threads=1
+    )
+    with Engine(config) as started:
+        yield started
+
+
+@torch.no_grad()
+def test_scores_are_the_references_loss_per_row(engine, reference, language) -> None:
+    """Texts and prompts of several lengths in one call; padding would move every one of them."""
+    model = reference(language)
+    texts = ["a cat", "été", "two dogs on a sofa"]
+    prompts = [None, "Question: who? Answer:", None]
+    pictures = images(3)
+    scores = engine.score([p.numpy() for p in pictures], texts, prompts)
+    pixel_values = engine.model.normalizer(pictures, torch.float32)
+    for row, (text, prompt, score) in enumerate(zip(texts, prompts, scores, strict=True)):
+        tokenizer = make_tokenizer(language)
+        start = tokenizer(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
+        text_ids = [*tokenizer(text, add_special_tokens=False).input_ids, EOS]
+        if language == "opt":
+            ids = [IMAGE] * NUM_QUERIES + start + text_ids
+            labels = [-100] * (NUM_QUERIES + len(start)) + text_ids
+        else:
+            ids, labels = [IMAGE] * NUM_QUERIES + start, text_ids
+        loss = model(
+            pixel_values=pixel_values[row : row + 1],
+            input_ids=torch.tensor([ids]),
+            labels=torch.tensor([labels]),
+        ).loss
+        assert score.num_tokens == len(text_ids)
+        assert score.loss == pytest.approx(loss.item(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_features_equal_the_references(engine, reference, language) -> None:
+    pictures = images(3)
+    expected = reference(language).get_image_features(engine.model.normalizer(pictures, torch.float32))
+    found = engine.features([p.numpy() for p in pictures], with_image_embeds=True)
+    for row, features in enumerate(found):
+        vision, qformer = (
+            expected.vision_outputs.last_hidden_state,
+            expected.qformer_outputs.last_hidden_state,
+        )
+        assert_close(torch.from_numpy(features.image_embeds), vision[row], atol=1e-5, rtol=1e-5)
+        assert_close(torch.from_numpy(features.qformer_features), qformer[row], atol=1e-5, rtol=1e-5)
+
+
+def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
+    """Two ways through the model (slots, teacher forcing) must agree on the same tokens."""
+    shared = engine.image(images(1)[0].numpy())
+    result = engine.generate([Request(image=shared)], GenerationOptions(max_new_tokens=9))[0]
+    rows = [(shared, engine.prompts.encode(None), list(result.token_ids))]
+    assert sum(engine._runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
+
+
+def test_caption_answers_score_and_embedding_cost_one_encode(engine) -> None:
+    shared = engine.image(images(1, 7)[0].numpy())
+    before = engine.stats().num_images_encoded
+    engine.generate([Request(image=shared, prompt=p) for p in (None, "what?", "who?")])
+    engine.score([shared, shared], ["a cat", "a dog"])
+    engine.features([shared])
+    assert engine.stats().num_images_encoded == before + 1
+
+
+def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
+    good = images(1)[0].numpy()
+    scores = engine.score([good, b"junk", good], ["a", "a", ""])
+    assert [s.status for s in scores] == [Status.OK, Status.UNDECODABLE, Status.REFUSED]
+    assert engine.features([b"junk"])[0].status is Status.UNDECODABLE
+    assert np.isfinite(scores[0].logprob)
