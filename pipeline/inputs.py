@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.patterns import expand_braces, is_glob, matches
-from pipeline.shards import InputError
+from pipeline.shards import InputError, without_secrets
 from pipeline.storage import join, open_filesystem
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX")
@@ -36,10 +36,10 @@ class Found:
     @property
     def address(self) -> tuple[str, ...]:
         """Scheme, bucket and folders of the root, by which roots relate to each other."""
-        scheme, separator, path = self.root.partition("://")
+        scheme, separator, path = without_secrets(self.root).partition("://")
         if not separator:
             return tuple(self.root.strip("/").split("/"))
-        return scheme, *path.partition("?")[0].strip("/").split("/")
+        return scheme, *path.strip("/").split("/")
 
 
 def find_files(name: str) -> Found:

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Format = Literal["webdataset", "parquet", "folder"]
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@")
 
 
 class InputError(ValueError):
@@ -45,9 +48,14 @@ class Shard:
     @property
     def uri(self) -> str:
         """What is read, for people: the file, or the folder of a slice."""
-        root = self.root.partition("?")[0] if "://" in self.root else self.root
+        root = without_secrets(self.root)
         return root if self.format == "folder" else f"{root.rstrip('/')}/{self.files[0]}"
 
     def rows_of(self, num_rows: int) -> int:
         """How many of so many rows belong to the shard."""
         return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
+
+
+def without_secrets(uri: str) -> str:
+    """A URI less its options and what stands before its bucket, either of which may hold a password."""
+    return _CREDENTIALS.sub("", uri.partition("?")[0]) if "://" in uri else uri

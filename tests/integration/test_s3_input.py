@@ -1,0 +1,91 @@
+"""Inputs in a bucket: a real S3 protocol on loopback, listed and read like a disk."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipeline.formats import check_options, read_shard
+from pipeline.listing import list_shards
+from pipeline.reading import ReadOptions, ShardWork
+from pipeline.shards import InputError
+from pipeline.storage import open_filesystem
+from tests.unit.reading_cases import read_rows, tar_bytes
+
+
+@pytest.fixture(scope="module")
+def query() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    options = f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    filesystem, _ = open_filesystem(f"s3://key:secret@bucket{options}")
+    filesystem.create_dir("bucket")
+    table = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"%d" % at for at in range(30)]}), table, row_group_size=10)
+    objects = {
+        f"tars/{part}/{at}.tar": tar_bytes([(f"{part}{at}.jpg", b"x")]) for part in "ab" for at in (0, 1)
+    }
+    objects |= {"tables/0.parquet": table.getvalue(), "images/a b/é #1.jpg": b"one", "images/2.jpg": b"two"}
+    for name, content in objects.items():
+        with filesystem.open_output_stream(f"bucket/{name}") as file:
+            file.write(content)
+    yield options
+    server.stop()
+
+
+def uri(path: str, query: str) -> str:
+    return f"s3://key:secret@{path}{query}"
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("bucket/tars", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("bucket/tars/", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("bucket/tars/a/{0..1}.tar", ["0.tar", "1.tar"]),
+        ("bucket/*/*/0.tar", ["tars/a/0.tar", "tars/b/0.tar"]),
+        ("bucket/tars/b/1.tar", ["1.tar"]),
+    ],
+)
+def test_a_bucket_is_listed_like_a_disk(query, path, names):
+    shards = list_shards(uri(path, query))
+    assert [shard.name for shard in shards] == names
+    assert all(shard.size_bytes for shard in shards)
+    assert [read_rows(shard)[0][0]["image"] for shard in shards] == [b"x"] * len(names)
+    assert "secret" not in shards[0].uri + shards[0].name
+
+
+def test_tables_and_folders_in_a_bucket(query):
+    shards = list_shards(uri("bucket/tables", query), range_bytes=100)
+    assert len(shards) == 3 and check_options(shards, ReadOptions()) == []
+    assert [row["image"] for shard in shards for row in read_rows(shard)[0]] == [
+        b"%d" % at for at in range(30)
+    ]
+    (shard,) = list_shards(uri("bucket/images", query))
+    assert [(row["key"], row["image"]) for row in read_rows(shard)[0]] == [
+        ("2.jpg", b"two"),
+        ("a b/é #1.jpg", b"one"),
+    ]
+
+
+def test_what_is_not_there_is_refused_and_what_vanishes_is_partial(query):
+    with pytest.raises(InputError, match="must be a file or folder that is there"):
+        list_shards(uri("bucket/gone", query))
+    (shard,) = list_shards(uri("bucket/tars/a/0.tar", query))
+    filesystem, path = open_filesystem(uri("bucket/tars/a/0.tar", query))
+    content = filesystem.open_input_stream(path).read()
+    filesystem.delete_file(path)
+    try:
+        rows, report = read_rows(shard)
+    finally:
+        with filesystem.open_output_stream(path) as file:
+            file.write(content)
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    assert "secret" not in report.reason
+    assert len(list(read_shard(ShardWork(shard=shard), ReadOptions()))) == 1

@@ -1,0 +1,94 @@
+"""Shards read by a real Ray: every row once, in whatever pieces, and a report for every shard."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline.listing import list_shards
+from pipeline.reading import ReadOptions, ShardWork
+from pipeline.source import ShardSource
+from tests.integration.inputs import as_table, png, write_tar
+from tests.integration.stored_reports import StoreReport
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def read(work, on_end, options=ReadOptions()) -> list[dict]:
+    source = ShardSource(work, options, on_end)
+    ds = ray.data.read_datasource(source, override_num_blocks=len(work), concurrency=2)
+    return sorted(ds.take_all(), key=lambda row: (row["shard"], row["row"]))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    folder = tmp_path / "in"
+    images = {f"{at:03d}": png(at) for at in range(40)}
+    write_tar(folder / "a/0.tar", images)
+    write_tar(folder / "a/1.tar", images)
+    content = (folder / "a/1.tar").read_bytes()
+    (folder / "a/1.tar").write_bytes(content[: len(content) // 2])
+    pq.write_table(as_table(images), folder / "0.parquet", row_group_size=10)
+    for key, image in images.items():
+        (folder / "files").mkdir(exist_ok=True)
+        (folder / "files" / f"{key}.png").write_bytes(image)
+    names = [str(folder / name) for name in ("a", "0.parquet", "files")]
+    return list_shards(names, files_per_shard=30, range_bytes=1000), images
+
+
+@pytest.fixture
+def stored(tmp_path):
+    (tmp_path / "reports").mkdir()
+    return tmp_path / "reports"
+
+
+def test_shards_of_every_format_in_one_dataset(inputs, stored):
+    shards, images = inputs
+    rows = read([ShardWork(shard=shard) for shard in shards], StoreReport(stored))
+    reports = StoreReport(stored).reports()
+    assert set(reports) == {shard.name for shard in shards} and len(shards) == 8
+    by_shard = {name: [row for row in rows if row["shard"] == name] for name in reports}
+    for name, report in reports.items():
+        assert [row["row"] for row in by_shard[name]] == list(range(report.num_rows))
+        assert report.complete == (name != "a/1.tar")
+    assert [row["image"] for row in by_shard["a/0.tar"]] == list(images.values())
+    cut = by_shard["a/1.tar"]
+    assert 0 < len(cut) < 40 and [row["image"] for row in cut] == list(images.values())[: len(cut)]
+    in_ranges = [row["image"] for name in sorted(by_shard) if "parquet" in name for row in by_shard[name]]
+    assert in_ranges == list(images.values())
+    in_slices = [row["image"] for name in sorted(by_shard) if "files" in name for row in by_shard[name]]
+    assert in_slices == list(images.values())
+
+
+def test_what_is_done_is_not_read_and_a_shard_without_work_still_reports(inputs, stored):
+    shards, _ = inputs
+    (tar,) = [shard for shard in shards if shard.name == "a/0.tar"]
+    (part, *_) = [shard for shard in shards if shard.format == "parquet"]
+    work = [ShardWork(shard=tar, missing=((3, 5), (38, None))), ShardWork(shard=part, missing=())]
+    rows = read(work, StoreReport(stored))
+    assert [(row["shard"], row["row"]) for row in rows] == [("a/0.tar", row) for row in (3, 4, 38, 39)]
+    assert {name: report.num_rows for name, report in StoreReport(stored).reports().items()} == {
+        "a/0.tar": 40,
+        part.name: 10,
+    }
+
+
+def test_a_reader_that_is_killed_at_its_end_is_run_again_and_gives_the_same(inputs, stored):
+    shards, _ = inputs
+    work = [ShardWork(shard=shard) for shard in shards]
+    rows = read(work, StoreReport(stored, dies_once=True))
+    assert (stored / "died").exists()
+    assert set(StoreReport(stored).reports()) == {shard.name for shard in shards}
+    places = [(row["shard"], row["row"]) for row in rows]
+    assert len(places) == len(set(places))
+    (stored / "died").unlink()
+    assert rows == read(work, StoreReport(stored))
+
+
+def test_few_shards_are_not_split_into_crumbs(inputs, stored):
+    shards, _ = inputs
+    (tar,) = [shard for shard in shards if shard.name == "a/0.tar"]
+    source = ShardSource([ShardWork(shard=tar)], ReadOptions(), StoreReport(stored))
+    assert ray.data.read_datasource(source, override_num_blocks=1).materialize().num_blocks() == 1
+    assert ray.data.read_datasource(source).materialize().num_blocks() > 1, "then the advice is out of date"
