@@ -66,6 +66,7 @@ class Board:
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, Load]] = {}
+        self._fresh: list[Receipt] = []
         self._stopping = False
 
     def begin(self, call: str) -> Attempt:
@@ -93,6 +94,7 @@ class Board:
 
     def wrote(self, call: str, positions: Sequence[Range], receipts: Sequence[Receipt]) -> None:
         """Note that these positions have reached fragments."""
+        self._fresh.extend(receipts)
         if call in self._calls:
             state = self._calls[call]
             state.trying = None
@@ -115,9 +117,10 @@ class Board:
     def report(self, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
         self._loads.setdefault(stage, {})[worker] = Load(busy_s, alive_s)
 
-    def loads(self) -> dict[str, dict[str, Load]]:
-        """By stage and worker."""
-        return self._loads
+    def news(self) -> tuple[list[Receipt], dict[str, dict[str, Load]]]:
+        """Receipts since the last time, long before their calls end; loads by stage and worker."""
+        fresh, self._fresh = self._fresh, []
+        return fresh, self._loads
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ def connected() -> Iterator[ClusterSize]:
     would write to the home directory changes how later clusters start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's core warns on every actor of Ray Data, past Python's logging, straight to the terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     if not address and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
-from pipeline.driver import Rotten, Stopped
-from pipeline.job import prepare, run_job
+from blip2_actor.request import EngineBuilder
+from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.lease import OutputInUse
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings
+from pipeline.settings import CaptionSettings, RetrySettings, StatusSettings
+from pipeline.standing import standing
+from pipeline.stopped import Rotten, Stopped
 
 P = ParamSpec("P")
 
@@ -37,11 +39,29 @@ def _refuse(error: Exception, status: int) -> int:
 
 
 @speaks
-def caption(settings: CaptionSettings) -> int:
+def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
     """Caption an input, or go on with it."""
+    return _finish(prepare(settings, engine), settings.max_failed_fraction)
+
+
+@speaks
+def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
+    """Try the rows again that are not ok."""
+    return _finish(prepare_retry(settings, engine), settings.max_failed_fraction)
+
+
+@speaks
+def status(settings: StatusSettings) -> int:
+    """Say how far a run is."""
     console = Console()
-    job = prepare(settings)
+    for line in standing(settings.output):
+        console.say(line)
+    return 0
+
+
+def _finish(job: Job, max_failed_fraction: float) -> int:
+    console = Console()
     result = run_job(job, console)
     for line in result.lines():
         console.say(line)
-    return result.exit_status(settings.max_failed_fraction)
+    return result.exit_status(max_failed_fraction)

@@ -10,7 +10,7 @@ from blip2_actor.preprocess import ImageLimits
 from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster
-from pipeline.decode_stage import BATCH_ROWS, PIXELS, DecodeStage
+from pipeline.decode_stage import PIXELS, DecodeStage
 from pipeline.placement import Placement, Reservations, reserve, settle_engine
 from pipeline.schema import refuse_taken_names, result_fields
 
@@ -78,7 +78,8 @@ def decode(
         DecodeStage,
         fn_constructor_args=(size_px, limits, image_column),
         fn_constructor_kwargs=stage,
-        batch_size=BATCH_ROWS,
+        # Whole blocks: with a number, Ray would join the blocks of several shards to reach it.
+        batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=placement.max_decode_actors),
         num_cpus=reservations.decode_cpus,

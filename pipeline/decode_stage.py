@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ PIXELS = "_blip2_pixels"
 DECODED = ("status", "error", "width", "height", "sha256")
 """What this stage says of each row."""
 BATCH_ROWS = 128
-"""Rows given to the decode children at once: bounds the memory of one call, whatever a block holds."""
+"""Rows given to the decode children at once."""
 
 Report = Callable[[str, float, float], None]
 """Takes a worker's name, its busy seconds and the seconds it has lived."""
@@ -50,7 +50,12 @@ class DecodeStage:
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._busy_s = time.monotonic(), 0.0
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Decode a block in small tables: a block of a thousand small files is a large one of pixels."""
+        for start in range(0, len(table), BATCH_ROWS):
+            yield self._decode_batch(table.slice(start, BATCH_ROWS))
+
+    def _decode_batch(self, table: pa.Table) -> pa.Table:
         started = time.monotonic()
         images, hashes = _images(table[self._image_column])
         settled = _settled(table)

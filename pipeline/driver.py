@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.board import Board, Load
+from pipeline.board import Board
 from pipeline.commit import commit_shard
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Progress, load_end, shards_with_an_end
 from pipeline.placement import ClusterSize
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.reading import ShardReport
+from pipeline.stopped import Rotten, Stopped
 from pipeline.stream import ReceiptStream, receipts_dataset
 from pipeline.tracker import Tracker
 from pipeline.verdict import busy_fractions, verdict
@@ -26,14 +28,10 @@ if TYPE_CHECKING:
     from pipeline.job import Job
 
 TICK_S = 0.2
-LOOK_FOR_ENDS_EVERY_S = 1.0
+LOOK_AROUND_EVERY_S = 1.0
 COMMITS_AT_ONCE = 8
 FLUSH_S = 20.0
 """How long calls may take to write what they have after a signal; a preempted machine is given 30 s."""
-
-
-class Stopped(RuntimeError):
-    """The run was stopped; everything finished is kept."""
 
 
 class Driver:
@@ -45,11 +43,12 @@ class Driver:
         self._stop = threading.Event()
         self._rate = Rate()
         self._snapshot: Snapshot | None = None
-        self._looked_for_ends = 0.0
+        self._looked_around = 0.0
+        self._busy: dict[str, float] = {}
 
     def progress(self) -> dict[str, Any]:
         """For the heartbeat."""
-        return self._snapshot.as_plain() if self._snapshot else {}
+        return dataclasses.asdict(self._snapshot) if self._snapshot else {}
 
     def run(self, job: Job, left: list[Progress], cluster: ClusterSize, lease: Lease) -> None:
         """Caption what is left and commit it, until it is done or stopped.
@@ -70,22 +69,26 @@ class Driver:
                 self._step(stream)
                 self._obey(stream, lease)
             self._commit_rest()
-        self._console.say(verdict(self._busy()))
+        self._console.say(verdict(self._busy))
 
     def _step(self, stream: ReceiptStream) -> None:
         for receipt in stream.take(TICK_S):
             self._tracker.add(receipt)
         now = time.monotonic()
-        if now - self._looked_for_ends >= LOOK_FOR_ENDS_EVERY_S:
-            self._looked_for_ends = now
-            self._look_for_ends()
+        if now - self._looked_around >= LOOK_AROUND_EVERY_S:
+            self._looked_around = now
+            self._look_around()
         self._commit(wait=False)
         self._rate.add(self._tracker.num_rows, now)
         if self._console.wants_progress():
             self._show()
 
-    def _look_for_ends(self) -> None:
-        """Learn how reading ended from the files that the readers leave."""
+    def _look_around(self) -> None:
+        """Learn from the board what calls under way have written, and from files how reading ended."""
+        receipts, loads = ray.get(self._board.news.remote())
+        for receipt in receipts:
+            self._tracker.add(receipt)
+        self._busy = busy_fractions(loads)
         for shard in shards_with_an_end(self._job.folder):
             if not self._tracker.knows_end(shard):
                 report = load_end(self._job.folder, shard)
@@ -108,7 +111,7 @@ class Driver:
                 del self._commits[ref]
 
     def _commit_rest(self) -> None:
-        self._look_for_ends()
+        self._look_around()
         self._commit(wait=True)
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
@@ -144,17 +147,12 @@ class Driver:
             num_rows=self._tracker.num_rows,
             num_failed=self._tracker.num_failed,
             images_per_s=self._rate.recent,
-            mean_images_per_s=rate,
             shards_done=num_shards - self._tracker.num_open - len(self._commits),
             num_shards=num_shards,
             left_s=left_rows / rate if rate and left_rows is not None else None,
-            busy=self._busy(),
+            busy=self._busy,
         )
         self._console.show(self._snapshot)
-
-    def _busy(self) -> dict[str, float]:
-        loads: Mapping[str, Mapping[str, Load]] = ray.get(self._board.loads.remote())
-        return busy_fractions(loads)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -174,7 +172,3 @@ class Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Rotten(Stopped):
-    """Most of the input fails; the job has stopped early."""

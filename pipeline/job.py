@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blip2_actor import ModelInfo
@@ -12,13 +13,15 @@ from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name,
 from pipeline.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.lease import Lease
-from pipeline.ledger import Run, State, begin_run, load_run, look, unfinished
+from pipeline.ledger import Run, State, begin_run, load_end, load_run, look, unfinished
 from pipeline.listing import list_shards
 from pipeline.progress import Console
-from pipeline.reading import ShardReport
 from pipeline.reconcile import Reconciliation, reconcile
-from pipeline.settings import CaptionSettings
+from pipeline.retry import report_of, to_retry
+from pipeline.settings import CaptionSettings, RetrySettings, from_plain
 from pipeline.source import check_options
+
+COMMITS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Job:
     folder: Folder
     run: Run
     is_new: bool
+    """Whether the run has still to be begun in its folder."""
+    is_retry: bool = False
+    """Whether finished shards are gone over for rows that are not ok."""
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
@@ -69,6 +75,30 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     return Job(settings, engine, info, folder, run, is_new=True)
 
 
+def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
+    """Check that an earlier run can be tried again with the model it was made with.
+
+    Raises:
+        ValueError, OSError: there is no run, or its model is no longer the same.
+    """
+    folder = Folder(settings.output)
+    run = load_run(folder)
+    if run is None:
+        raise ValueError(
+            f"output must be a folder with a run, got {settings.output} without one; name that of --output"
+        )
+    plain = dict(run.settings)
+    if engine is not None:
+        del plain["engine"]
+    first = dataclasses.replace(
+        from_plain(CaptionSettings, plain), output=settings.output, placement=settings.placement
+    )
+    engine = engine or first.engine
+    info = engine.info()
+    first.fingerprint(info).require_same(run.fingerprint, folder.uri)
+    return Job(first, engine, info, folder, run, is_new=False, is_retry=True)
+
+
 def _new_run(settings: CaptionSettings, fingerprint: Fingerprint) -> Run:
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)
@@ -97,12 +127,11 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     with Lease(job.folder, progress=driver.progress) as lease:
         if job.is_new:
             begin_run(job.folder, job.run)
+        sweep(job, look(job.folder))
         state = look(job.folder)
-        sweep(job, state)
-        left = unfinished(job.folder, job.run, state)
-        complete = [p for p in left if p.is_complete and _commit(job, p.report)]
-        left = [p for p in left if p not in complete]
-        _announce(job, console, len(job.run.shards) - len(left))
+        find = to_retry if job.is_retry else unfinished
+        left = [p for p in find(job.folder, job.run, state) if not p.is_complete]
+        _announce(job, console, len(left))
         if left:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
@@ -110,25 +139,22 @@ def run_job(job: Job, console: Console) -> Reconciliation:
 
 
 def sweep(job: Job, state: State) -> None:
-    """Finish what a dead driver or a straggler has left: half-written files, fragments of finished shards."""
+    """Finish what a dead driver or a straggler has left: half-written files, shards that lack nothing."""
     for name in state.litter:
         job.folder.delete(name)
+    reports = [p.report for p in unfinished(job.folder, job.run, state) if p.is_complete]
     for shard in sorted(state.finished & (state.fragments.keys() | state.ends)):
-        summary = read_summary(job.folder, shard)
-        report = ShardReport(
-            shard=shard, num_rows=summary.num_rows, complete=summary.complete, reason=summary.reason
-        )
-        _commit(job, report)
+        report = load_end(job.folder, shard) or report_of(read_summary(job.folder, shard))
+        # Without either the shard is partial, and what lies there is of a retry that will go on.
+        reports.append(report)
+    with ThreadPoolExecutor(COMMITS_AT_ONCE) as pool:
+        list(pool.map(lambda r: commit_shard(job.folder, r, job.metadata, job.kept), filter(None, reports)))
 
 
-def _commit(job: Job, report: ShardReport | None) -> bool:
-    return report is not None and commit_shard(job.folder, report, job.metadata, job.kept) is not None
-
-
-def _announce(job: Job, console: Console, num_finished: int) -> None:
+def _announce(job: Job, console: Console, num_left: int) -> None:
     total = len(job.run.shards)
     console.say(
         f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {total:,} shards"
-        + (f", {num_finished:,} of them finished before" if not job.is_new else "")
+        + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.folder.uri}"
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import TextIO
 
 LIVE_EVERY_S = 0.5
 LOG_EVERY_S = 10.0
@@ -23,8 +23,6 @@ class Snapshot:
     num_failed: int
     images_per_s: float
     """Over the last seconds."""
-    mean_images_per_s: float
-    """Since the first row of this session."""
     shards_done: int
     num_shards: int
     left_s: float | None
@@ -43,15 +41,6 @@ class Snapshot:
         if self.busy:
             parts.append("busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items()))
         return " · ".join(parts)
-
-    def as_plain(self) -> dict[str, Any]:
-        """For the lease's heartbeat, where `blip2 status` finds it."""
-        return {
-            "num_rows": self.num_rows,
-            "num_failed": self.num_failed,
-            "images_per_s": round(self.images_per_s, 3),
-            "left_s": self.left_s,
-        }
 
 
 def duration(seconds: float | None) -> str:

@@ -2,19 +2,28 @@
 
 import io
 import os
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
-from pipeline.job import prepare, run_job
+from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.lease import Lease, OutputInUse
-from pipeline.ledger import look
+from pipeline.ledger import begin_run, look
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings
+from pipeline.settings import CaptionSettings, RetrySettings
 from tests.fake_engine import FakeEngineConfig, captions_made
-from tests.integration.inputs import BROKEN, check_output, png, read_output, write_tar, write_tars
+from tests.integration.inputs import (
+    BROKEN,
+    check_output,
+    png,
+    read_output,
+    right_caption,
+    write_tar,
+    write_tars,
+)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -56,7 +65,7 @@ def test_nothing_is_left_of_the_work_but_results_and_the_record(tmp_path):
     run(settings(tmp_path))
     state = look(Folder(str(tmp_path / "out")))
     assert (dict(state.fragments), state.ends, state.litter) == ({}, frozenset(), ())
-    left = {name for name in Folder(str(tmp_path / "out")).names("_blip2")}
+    left = set(Folder(str(tmp_path / "out")).names("_blip2"))
     assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
 
@@ -120,3 +129,44 @@ def test_the_footer_names_the_run(tmp_path):
     run_job(job, Console(io.StringIO()))
     metadata = pq.read_schema(tmp_path / "out" / "part0" / "00000.tar.parquet").metadata
     assert metadata[b"blip2.fingerprint"].decode() == job.run.fingerprint.digest
+
+
+def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
+    refused = right_caption(truth["part0/00000.tar"]["image-000003"])
+    trace = str(tmp_path / "trace")
+    first = run(settings(tmp_path), FakeEngineConfig(trace=trace, refuses_on=(refused,)))
+    assert dict(first.by_status) == {"ok": 39, "refused": 1}
+    other = tmp_path / "out" / "part1" / "00001.tar.parquet"
+    untouched = other.stat().st_mtime_ns
+    result = run_retry(tmp_path, FakeEngineConfig(trace=trace))
+    assert dict(result.by_status) == {"ok": 40}
+    check_output(tmp_path / "out", truth)
+    assert Counter(captions_made(trace))[refused] == 2
+    assert len(captions_made(trace)) == 41
+    assert other.stat().st_mtime_ns == untouched
+
+
+def test_retry_reads_a_partial_shard_again(tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=1, rows_per_tar=30)
+    tar = tmp_path / "in" / "part0" / "00000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: len(whole) // 2])
+    assert len(run(settings(tmp_path)).partial) == 1
+    tar.write_bytes(whole)
+    result = run_retry(tmp_path)
+    assert (result.num_rows, result.partial) == (30, [])
+    check_output(tmp_path / "out", truth)
+
+
+def test_retry_of_an_unfinished_run_is_refused(tmp_path):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    job = prepare(settings(tmp_path), FakeEngineConfig())
+    begin_run(job.folder, job.run)
+    with pytest.raises(ValueError, match="run the caption command again first"):
+        run_retry(tmp_path)
+
+
+def run_retry(tmp_path, engine=None):
+    job = prepare_retry(RetrySettings(output=str(tmp_path / "out")), engine or FakeEngineConfig())
+    return run_job(job, Console(io.StringIO()))

@@ -1,0 +1,125 @@
+"""`blip2 demo`: the real job on drawn scenes whose captions are known, so that it can check itself."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from blip2_actor import EngineConfig, Status
+from pipeline.commands import speaks
+from pipeline.demo_dataset import SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.job import prepare, run_job
+from pipeline.ledger import STATE
+from pipeline.progress import Console
+from pipeline.settings import CaptionSettings, DemoSettings
+
+LEAST_ACCURACY = 0.95
+NUM_SHOWN = 6
+MARK = ".blip2-demo"
+"""Says that a folder is a demo's own and may be wiped."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came out against what should have."""
+
+    num_readable: int
+    num_exact: int
+    wrong_status: tuple[str, ...]
+    """Rows whose status is not the expected one, or that are missing or too many."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_exact / self.num_readable if self.num_readable else 0.0
+
+
+@speaks
+def demo(settings: DemoSettings) -> int:
+    """Render, caption, compare; 1 when less than 95 % is right or a row is not accounted for."""
+    console = Console()
+    folder = _fresh_folder(settings.output)
+    console.say(f"Rendering {settings.num_images:,} drawn scenes, some broken on purpose, to {folder}/")
+    truth = write_demo_dataset(folder, num_images=settings.num_images)
+    captions = folder / "captions"
+    job = prepare(
+        CaptionSettings(
+            input=(str(folder / SHARD_FOLDER),),
+            output=str(captions),
+            engine=EngineConfig(model="demo"),
+            max_failed_fraction=1.0,
+        )
+    )
+    started = time.monotonic()
+    result = run_job(job, console)
+    seconds = time.monotonic() - started
+    rows = _read(captions)
+    _show(console, rows, truth)
+    score = compare(rows, truth)
+    console.say(
+        f"\naccuracy: {score.num_exact:,} of {score.num_readable:,} readable images captioned word for word "
+        f"right ({score.accuracy:.1%}; {LEAST_ACCURACY:.0%} wanted)"
+    )
+    console.say(
+        f"throughput: {result.num_rows / seconds:,.0f} images/s over {seconds:.0f} s, start-up included"
+    )
+    for line in result.lines():
+        console.say(line)
+    _say_expected(console, rows, truth, score)
+    console.say(f"output: {captions}/**/*.parquet")
+    done = result.exit_status(1.0) == 0 and not score.wrong_status
+    return 0 if done and score.accuracy >= LEAST_ACCURACY else 1
+
+
+def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Score:
+    """Rows by key against the truth."""
+    readable = [key for key, expected in truth.items() if expected.status is Status.OK]
+    exact = sum(key in rows and rows[key]["caption"] == truth[key].caption for key in readable)
+    wrong = [key for key in truth if key not in rows or rows[key]["status"] != truth[key].status]
+    return Score(len(readable), exact, tuple([*wrong, *(key for key in rows if key not in truth)]))
+
+
+def _fresh_folder(output: str) -> Path:
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            raise ValueError(
+                f"output must be a new folder or one of an earlier demo, got {folder} with other files in it; "
+                "give another --output"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    return folder
+
+
+def _read(captions: Path) -> dict[str, dict]:
+    files = [path for path in sorted(captions.rglob("*.parquet")) if STATE not in path.parts]
+    columns = ["key", "caption", "status", "error"]
+    return {row["key"]: row for file in files for row in pq.read_table(file, columns=columns).to_pylist()}
+
+
+def _show(console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> None:
+    console.say("\nA handful of captions:")
+    shown = [key for key, expected in truth.items() if expected.status is Status.OK]
+    for key in shown[:: max(1, len(shown) // NUM_SHOWN)][:NUM_SHOWN]:
+        said = rows[key]["caption"]
+        right = "" if said == truth[key].caption else f"   (truth: {truth[key].caption})"
+        console.say(f"  {key}  {said}{right}")
+
+
+def _say_expected(
+    console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected], score: Score
+) -> None:
+    broken = Counter((e.note, e.status.value) for e in truth.values() if e.note)
+    console.say("odd images, as expected:" if not score.wrong_status else "odd images, expected:")
+    for (note, status), count in sorted(broken.items()):
+        console.say(f"  {count:3} {status:16} {note}")
+    for key in score.wrong_status[:NUM_SHOWN]:
+        expected = truth[key].status.value if key in truth else "no such row"
+        console.say(f"  {key}: expected {expected}, got {rows[key]['status'] if key in rows else 'no row'}")

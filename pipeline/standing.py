@@ -1,0 +1,50 @@
+"""What `blip2 status` says: read from the output alone, while a driver works on it or long after."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.folder import Folder
+from pipeline.fragments import rows_in
+from pipeline.lease import Holder, read_holder
+from pipeline.ledger import load_run, look
+from pipeline.progress import Snapshot
+from pipeline.reconcile import reconcile
+
+
+def standing(uri: str) -> list[str]:
+    """The lines of the report.
+
+    Raises:
+        ValueError: there is no run in the folder.
+    """
+    folder = Folder(uri)
+    run = load_run(folder)
+    if run is None:
+        raise ValueError(f"output must be a folder with a run, got {uri} without one; name that of --output")
+    state = look(folder)
+    done = reconcile(folder, run.shards, state.finished)
+    open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
+    waiting = sum(len(rows) for rows in rows_in(folder, open_shards).values())
+    lines = done.lines()
+    if waiting:
+        lines.append(f"under way: {waiting:,} rows finished in {len(open_shards):,} shards")
+    lines.append(_driver_line(read_holder(folder), bool(done.missing)))
+    return lines
+
+
+def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
+    if holder is None or holder.is_known_dead:
+        died = "" if holder is None else f"; {holder} has died"
+        if not is_unfinished:
+            return f"finished{died}"
+        return f"no driver at work{died}; run the same command to go on"
+    if not holder.progress:
+        return f"at work: {holder}, starting"
+    return f"at work: {holder}: {Snapshot(**holder.progress).line()}{_end(holder.progress['left_s'])}"
+
+
+def _end(left_s: float | None) -> str:
+    if left_s is None:
+        return ""
+    return time.strftime(", ends about %Y-%m-%d %H:%M", time.localtime(time.time() + left_s))

@@ -1,0 +1,101 @@
+"""A driver that dies: the same command goes on, and what had reached a fragment is not captioned again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.folder import Folder
+from pipeline.fragments import read_fragment
+from pipeline.ledger import look
+from tests.fake_engine import captions_made
+from tests.integration.inputs import check_output, write_tars
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
+    """Start the caption command on the tests' own Ray; what still runs at the end is killed."""
+    started: list[subprocess.Popen] = []
+
+    def run(settings: dict, engine: dict) -> subprocess.Popen:
+        arguments = json.dumps({"settings": settings, "engine": engine})
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.drive", arguments],
+                env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], object], driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert driver.poll() is None, driver.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, start):
+    truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=60, broken_every=11)
+    gate, trace, output = tmp_path / "gate", tmp_path / "trace", tmp_path / "out"
+    gate.touch()
+    settings = {
+        "input": [str(tmp_path / "in")],
+        "output": str(output),
+        "max_failed_fraction": 0.5,
+        "placement": {"calls_per_actor": 1},
+    }
+    engine = {"trace": str(trace), "gate": str(gate), "gate_after": 70}
+    folder = Folder(str(output))
+
+    first = start(settings, engine)
+    wait_until(lambda: look(folder).finished and look(folder).fragments, first)
+    second = start(settings, engine)
+    said, _ = second.communicate()
+    assert second.returncode == 1
+    assert f"process {first.pid}" in said
+
+    first.send_signal(number)
+    said, _ = first.communicate()
+    assert first.returncode == (-number if number == signal.SIGKILL else 1), said
+    state = look(folder)
+    finished_before = {
+        caption
+        for fragments in state.fragments.values()
+        for fragment in fragments
+        for caption in read_fragment(folder, fragment.name)["caption"].to_pylist()
+    }
+    files_before = {shard: (output / f"{shard}.parquet").stat().st_mtime_ns for shard in state.finished}
+    assert len(state.finished) < 3
+
+    gate.unlink()
+    again = start(settings, engine)
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    check_output(output, truth)
+    made = Counter(captions_made(trace))
+    assert all(made[caption] == 1 for caption in finished_before - {None})
+    for shard, changed in files_before.items():
+        assert (output / f"{shard}.parquet").stat().st_mtime_ns == changed, (
+            "a finished shard was written again"
+        )
