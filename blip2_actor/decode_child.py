@@ -37,22 +37,31 @@ _INPUT_BUFFER_BYTES = 1 << 20
 def main() -> None:
     size_px, limits = int(sys.argv[1]), ImageLimits(**json.loads(sys.argv[2]))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # a library that prints must not be taken for an answer
     _restrict(limits)
     requests = os.fdopen(0, "rb", buffering=_INPUT_BUFFER_BYTES)
+    _silence()
     replies.write(HELLO)
-    while len(header := requests.read(REQUEST.size)) == REQUEST.size:
-        data = requests.read(REQUEST.unpack(header)[0])
-        reply = _pack(_decode_in_time(data, size_px, limits))
-        try:
-            replies.write(reply)
-        except BrokenPipeError:
-            return  # the parent is gone
+    try:
+        while len(header := requests.read(REQUEST.size)) == REQUEST.size:
+            data = requests.read(REQUEST.unpack(header)[0])
+            replies.write(_pack(_decode_in_time(data, size_px, limits)))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except BrokenPipeError:
+        pass  # the parent is gone
+
+
+def _silence() -> None:
+    """Codecs comment on damaged bytes: on standard output that would pass for an answer, on standard error
+    it would fill the caller's log."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 def _restrict(limits: ImageLimits) -> None:
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = limits.max_pixels
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels is the limit here
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
@@ -68,13 +77,10 @@ def _decode_in_time(data: bytes, size_px: int, limits: ImageLimits) -> DecodedIm
     # Left at their defaults these signals end the process even when C code never returns to Python.
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
     signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
-    try:
-        return decode_or_exhaust(data, size_px, limits)
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    image = decode_or_exhaust(data, size_px, limits)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return image
 
 
 def _pack(image: DecodedImage) -> bytes:

@@ -35,6 +35,8 @@ _READ_BYTES = 1 << 18
 _MOST_STARTS = 3
 _OVERDUE_S = 10.0
 """A child ends itself after `wall_s`; one that cannot, because it is stopped, is killed this much later."""
+_LAST_WORDS_S = 1.0
+"""A child whose output has ended is given this long to end with its own exit code."""
 
 Ended = list[tuple[int, DecodedImage]]
 """Images that came to an end, each with the index it was added under."""
@@ -102,6 +104,7 @@ class DecodeProcess:
         """Kill the child and forget what it was to do."""
         self._pending.clear()
         self._suspected = False
+        self._num_failed_starts = 0
         self._kill()
 
     def _restart_clock(self) -> None:
@@ -152,13 +155,13 @@ class DecodeProcess:
             chunk = os.read(self._stdout_fd, _READ_BYTES)
         except BlockingIOError:
             return True
-        if chunk and not self._greeted:
+        alive = bool(chunk)
+        if alive and not self._greeted:
             self._greeted, self._num_failed_starts = True, 0
+            self._restart_clock()
             chunk = chunk[len(HELLO) :]
-            self._received += chunk
-            return True
         self._received += chunk
-        return bool(chunk)
+        return alive
 
     def _answers(self) -> tuple[Ended, bool]:
         """Take whole answers out of what was received; False when they make no sense."""
@@ -190,7 +193,7 @@ class DecodeProcess:
 
     def _bury(self, *, overdue: bool) -> Ended:
         """Kill the child if it still lives, judge the image it was on, and start another for the rest."""
-        greeted, exit_code = self._greeted, self._kill()
+        greeted, exit_code = self._greeted, self._kill(after_s=0.0 if overdue else _LAST_WORDS_S)
         ended: Ended = []
         if not greeted:
             self._num_failed_starts += 1
@@ -226,17 +229,19 @@ class DecodeProcess:
         error = f"the decoding process died twice on this image ({cause})"
         return DecodedImage(status=Status.DECODER_CRASHED, error=error)
 
-    def _kill(self) -> int:
-        """End the child; the exit code is its own where it was dead already."""
+    def _kill(self, after_s: float = 0.0) -> int:
+        """End the child, and give its exit code: its own where it is dying already."""
         self._unsent.clear()
         self._received.clear()
         process, self._process = self._process, None
         if process is None:
             return 0
-        process.kill()
-        with process:  # closes the pipes and waits
-            pass
-        return process.returncode
+        with process:  # closes the pipes in the end
+            try:
+                return process.wait(after_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return process.wait()
 
 
 def _enlarge(pipe_fd: int) -> None:

@@ -11,6 +11,7 @@ engine's, on its device.
 from __future__ import annotations
 
 import io
+import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -69,8 +70,8 @@ class ImageLimits:
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,7 @@ class DecodedImage:
     pixels: bytes | None = None
     """uint8[S, S, 3], RGB, row-major; None unless ok."""
     width: int | None = None
-    """Of the original image as a person sees it, turned as its EXIF says. Known when ok, and from the
-    header (not turned) when the image has too many pixels."""
+    """Of the original image as a person sees it, turned as its EXIF says; None unless ok."""
     height: int | None = None
 
     def array(self, size_px: int) -> np.ndarray:
@@ -131,11 +131,13 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
         return _decode(data, size_px, limits)
     except MemoryError:
         raise
-    except Image.DecompressionBombError as error:
-        return DecodedImage(status=Status.TOO_LARGE, error=_sentence(error))
+    except Image.DecompressionBombError:  # in this process Pillow's own limit holds too
+        assert Image.MAX_IMAGE_PIXELS is not None
+        reason = f"the image has more pixels than Pillow allows here ({2 * Image.MAX_IMAGE_PIXELS})"
+        return DecodedImage(status=Status.TOO_LARGE, error=reason)
     except UnidentifiedImageError:
-        error_text = f"the bytes are none of the formats {', '.join(FORMATS)}"
-        return DecodedImage(status=Status.UNDECODABLE, error=error_text)
+        reason = f"the bytes are no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        return DecodedImage(status=Status.UNDECODABLE, error=reason)
     except Exception as error:  # the row boundary: Pillow raises almost anything for damaged bytes
         if "out of memory" in str(error):  # Pillow's codecs say so in an OSError
             raise MemoryError from error
@@ -147,7 +149,7 @@ def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
     width, height = image.size
     if width * height > limits.max_pixels:
         error = f"the image has {width} x {height} pixels, more than max_pixels ({limits.max_pixels})"
-        return DecodedImage(status=Status.TOO_LARGE, error=error, width=width, height=height)
+        return DecodedImage(status=Status.TOO_LARGE, error=error)
     drafted = limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
     image.load()
     if not drafted:

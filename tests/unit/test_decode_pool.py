@@ -1,0 +1,228 @@
+"""Decoding children die, hang and swell for real; every image gets its fate and its neighbours theirs."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blip2_actor import decode_process
+from blip2_actor.decode_pool import DecodePool
+from blip2_actor.preprocess import DecodedImage, ImageLimits, decode_image
+from blip2_actor.status import Status
+from tests.unit.image_corpus import encode, malformed_images, noise
+
+SIZE = 32
+HOSTILE_CHILD = (sys.executable, str(Path(__file__).with_name("hostile_child.py")))
+GOOD = [encode(noise(40, 30, seed), "PNG") for seed in range(8)]
+EXPECTED = [decode_image(data, SIZE) for data in GOOD]
+
+
+def deed(name: str, *arguments: object) -> bytes:
+    return " ".join(["BM" + name, *map(str, arguments)]).encode()
+
+
+def hostile_pool(num_children: int = 1, **limits: float) -> DecodePool:
+    return DecodePool(SIZE, ImageLimits(**limits), num_children, command=HOSTILE_CHILD)
+
+
+def fate_among_neighbours(pool: DecodePool, hostile: bytes) -> DecodedImage:
+    """Decode it in the middle of good images, which must come out as ever, now and afterwards."""
+    *before, fate, last = pool.decode([*GOOD[:3], hostile, GOOD[3]])
+    assert [*before, last] == EXPECTED[:4]
+    assert pool.decode(GOOD) == EXPECTED
+    return fate
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "status", "complaint"),
+    [
+        ("segfault", {}, Status.DECODER_CRASHED, "died twice on this image (SIGSEGV)"),
+        ("leave", {}, Status.DECODER_CRASHED, "died twice on this image (exit code 3)"),
+        ("babble", {}, Status.DECODER_CRASHED, "died twice on this image (SIGKILL)"),
+        ("spin", {"cpu_s": 0.2}, Status.DECODER_TIMED_OUT, "more than cpu_s (0.2 s of CPU time)"),
+        ("sleep", {"wall_s": 1}, Status.DECODER_TIMED_OUT, "more than wall_s (1 s)"),
+        ("stop", {"wall_s": 1}, Status.DECODER_TIMED_OUT, "more than wall_s (1 s)"),
+        ("swell", {"memory_bytes": 300 << 20}, Status.TOO_LARGE, "more than memory_bytes (314572800)"),
+        ("chatter", {}, Status.OK, None),
+    ],
+)
+def test_a_hostile_image_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    limits: dict[str, float],
+    status: Status,
+    complaint: str | None,
+) -> None:
+    monkeypatch.setattr(decode_process, "_OVERDUE_S", 3.0)  # for the stopped one
+    with hostile_pool(num_children=2, **limits) as pool:
+        image = fate_among_neighbours(pool, deed(name))
+    assert image.status is status
+    assert complaint in image.error if complaint else image.error is None
+
+
+def test_many_hostile_images_in_a_row_each_get_their_own_fate() -> None:
+    """Blame must not move on to the next image, nor must three deaths in a row look like a failing start."""
+    batch = [
+        deed("segfault"),
+        deed("leave"),
+        GOOD[0],
+        deed("segfault"),
+        deed("segfault"),
+        deed("leave"),
+        GOOD[1],
+    ]
+    with hostile_pool() as pool:
+        statuses = [image.status for image in pool.decode(batch)]
+    crashed = Status.DECODER_CRASHED
+    assert statuses == [crashed, crashed, Status.OK, crashed, crashed, crashed, Status.OK]
+
+
+def test_a_single_death_is_not_the_images_fault(tmp_path: Path) -> None:
+    """The out-of-memory killer, or heap damage left by the image before, must not fail a good image."""
+    with hostile_pool() as pool:
+        image = fate_among_neighbours(pool, deed("segfault_once", tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert image.status is Status.OK
+
+
+def test_a_child_killed_between_two_calls_is_not_noticed(tmp_path: Path) -> None:
+    with hostile_pool() as pool:
+        child = child_pid(pool, tmp_path)
+        os.kill(child, signal.SIGKILL)
+        assert ends(child)
+        assert pool.decode(GOOD) == EXPECTED
+
+
+def child_pid(pool: DecodePool, folder: Path) -> int:
+    told = folder / "pid"
+    assert pool.decode([deed("tell_pid", told)])[0].status is Status.OK
+    return int(told.read_text())
+
+
+def ends(pid: int) -> bool:
+    """Wait for the end of a process that is no child of ours, or not reaped yet."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], 20)[0])
+    finally:
+        os.close(process)
+
+
+@pytest.mark.parametrize("doing", ["nothing", "sleep"])
+def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
+    """A preempted worker must not leave decoders behind, not even one that sleeps in an image."""
+    program = (
+        "import sys, os; sys.path[:0] = [os.getcwd()]\n"
+        "from tests.unit.test_decode_pool import child_pid, hostile_pool, deed, Path\n"
+        "pool = hostile_pool(wall_s=2)\n"
+        "print(child_pid(pool, Path(sys.argv[1])), flush=True)\n"
+        "if sys.argv[2] == 'sleep': pool.decode([deed('sleep')])\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), doing]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    assert ends(child)
+
+
+def test_a_child_that_cannot_start_is_an_error_and_not_a_status() -> None:
+    """A broken installation would otherwise mark a million good images as crashed."""
+    with DecodePool(SIZE, command=(sys.executable, "-c", "raise SystemExit(7)")) as pool:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="children must start, got exit code 7 3 times"):
+                pool.decode(GOOD)
+
+
+def test_order_and_pixels_are_those_of_decoding_here() -> None:
+    batch: list[bytes | None] = [encode(noise(8 + i % 50, 9, i), "PNG") for i in range(200)]
+    batch[5:5] = [None, b"", b"no image", GOOD[0][:100]]
+    with DecodePool(SIZE, num_children=2) as pool:
+        assert pool.decode(batch) == [decode_image(data, SIZE) for data in batch]
+        assert pool.decode([]) == []
+
+
+def test_files_and_answers_larger_than_the_pipes_do_not_block() -> None:
+    """Parent and child would wait for each other, each with a full pipe before it."""
+    large = [encode(noise(800, 800, seed), "BMP") for seed in range(4)] * 3
+    with DecodePool(700, num_children=2) as pool:
+        decoded = pool.decode(large)
+    expected = [decode_image(data, 700) for data in large[:4]]
+    assert decoded == expected * 3
+
+
+def test_calls_from_many_threads_share_the_children() -> None:
+    with DecodePool(SIZE, num_children=2) as pool, ThreadPoolExecutor(8) as threads:
+        batches = [GOOD[start:] + GOOD[:start] for start in range(8)] * 4
+        for start, decoded in enumerate(threads.map(pool.decode, batches)):
+            assert decoded == EXPECTED[start % 8 :] + EXPECTED[: start % 8]
+
+
+def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
+    """An online host decodes request by request: one call must not keep all the children to itself."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # writing to it blocks the child until someone reads
+    with hostile_pool(num_children=2) as pool:
+        first = threading.Thread(target=pool.decode, args=([deed("tell_pid", fifo)],))
+        first.start()
+        try:
+            assert pool.decode(GOOD) == EXPECTED
+            assert first.is_alive()
+        finally:
+            fifo.read_text()
+            first.join()
+
+
+def test_limits_hold_before_bytes_are_sent() -> None:
+    with DecodePool(
+        SIZE, ImageLimits(max_file_bytes=len(deed("segfault")) - 1), command=HOSTILE_CHILD
+    ) as pool:
+        assert pool.decode([deed("segfault")])[0].status is Status.TOO_LARGE
+
+
+def test_a_closed_pool_says_so() -> None:
+    pool = DecodePool(SIZE)
+    assert pool.decode(GOOD[:1]) == EXPECTED[:1]
+    pool.close()
+    pool.close()
+    with pytest.raises(RuntimeError, match="must be open"):
+        pool.decode(GOOD)
+
+
+@pytest.mark.parametrize(("size_px", "num_children", "name"), [(0, 1, "size_px"), (8, 0, "num_children")])
+def test_sizes_that_make_no_sense_are_refused(size_px: int, num_children: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        DecodePool(size_px, num_children=num_children)
+
+
+def test_every_malformed_image_ends_as_a_row_and_leaves_its_neighbours_alone() -> None:
+    """300 damaged files of every format, each between good ones, twice: nothing lost, nothing by chance."""
+    names, damaged = zip(*malformed_images(300, seed=11), strict=True)
+    batch = [data for index, bad in enumerate(damaged) for data in (bad, GOOD[index % 8])]
+    with DecodePool(SIZE, num_children=2) as pool:
+        decoded = pool.decode(batch)
+        again = pool.decode(batch)
+
+    assert decoded == again
+    assert decoded[1::2] == [EXPECTED[index % 8] for index in range(300)]
+    for name, image in zip(names, decoded[::2], strict=True):
+        if image.status is Status.OK:
+            assert image.error is None and image.pixels is not None, name
+            assert len(image.pixels) == SIZE * SIZE * 3 and image.width and image.height, name
+        else:
+            assert image.pixels is None and image.width is None and image.height is None, name
+            assert image.error and image.error.isprintable() and len(image.error) < 300, name
+    statuses = {image.status for image in decoded[::2]}
+    assert {Status.OK, Status.UNDECODABLE, Status.TOO_LARGE} <= statuses

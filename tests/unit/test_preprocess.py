@@ -1,0 +1,296 @@
+"""Pixels as a person sees them, and a status for everything that is no picture."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from blip2_actor.preprocess import DecodedImage, ImageLimits, decode_image, resize_image
+from blip2_actor.status import Status
+from tests.unit.image_corpus import encode, good_images, noise
+
+SIZE = 32
+
+
+def pixels(data: bytes, size_px: int = SIZE, limits: ImageLimits = ImageLimits()) -> np.ndarray:
+    image = decode_image(data, size_px, limits)
+    assert image.status is Status.OK, image.error
+    return image.array(size_px)
+
+
+def resized(image: Image.Image, size_px: int = SIZE) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((size_px, size_px), Image.Resampling.BICUBIC))
+
+
+def flat(image: Image.Image, image_format: str, **options: object) -> list[int]:
+    """The one colour of an image of one colour."""
+    colours = pixels(encode(image, image_format, **options)).reshape(-1, 3)
+    assert (colours == colours[0]).all()
+    return colours[0].tolist()
+
+
+# --- Pixels
+
+
+@pytest.mark.parametrize("size", [(40, 30), (7, 300), (1, 1), (SIZE, SIZE)])
+def test_plain_rgb_is_a_bicubic_resize(size: tuple[int, int]) -> None:
+    """A detour (thumbnails, reducing gaps, another order of steps) would move pixels off the reference's."""
+    image = noise(*size)
+    assert (pixels(encode(image, "PNG")) == resized(image)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
+def test_grey_palette_and_cmyk_equal_resizing_in_colour(mode: str) -> None:
+    """Grey takes a shortcut through one channel, and resizing palette indices would mix colours."""
+    image = noise(40, 30).convert(mode)
+    assert (pixels(encode(image, "TIFF")) == resized(image)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_turns_the_picture_once(image_format: str, orientation: int) -> None:
+    """Phone pictures came out on their side; TIFFs, which Pillow turns by itself, came out turned twice."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(noise(48, 20), image_format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
+    image = decode_image(data, SIZE)
+
+    assert (image.array(SIZE) == resized(upright)).all()
+    assert (image.width, image.height) == upright.size == ((48, 20) if orientation < 5 else (20, 48))
+    assert (resize_image(Image.open(io.BytesIO(data)), SIZE) == image.array(SIZE)).all()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "block", [b"", b"no TIFF at all", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x02\x01\x12"]
+)
+def test_damaged_exif_costs_nothing_but_the_turn(block: bytes) -> None:
+    image = noise(40, 30)
+    data = encode(image, "JPEG", quality=95, exif=b"Exif\0\0" + block)
+    assert (pixels(data) == resized(Image.open(io.BytesIO(encode(image, "JPEG", quality=95))))).all()
+
+
+def test_alpha_lies_on_white() -> None:
+    """Dropping alpha shows what the transparent pixels hide, mostly black."""
+    half_red = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    assert flat(half_red, "PNG") == [255, 127, 127]
+    assert flat(half_red, "TIFF") == [255, 127, 127]
+    assert flat(Image.new("LA", (8, 8), (0, 51)), "PNG") == [204, 204, 204]
+    assert flat(Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "WEBP") == [255, 255, 255]
+    assert flat(Image.new("RGBA", (8, 8), (10, 20, 30, 255)), "PNG") == [10, 20, 30]
+
+
+def test_transparency_without_an_alpha_channel_lies_on_white_too() -> None:
+    """A colour, a palette index or a palette's own alpha may be transparent."""
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([9, 9, 9] * 256)
+    assert flat(palette, "PNG", transparency=3) == [255, 255, 255]
+    assert flat(palette, "PNG", transparency=bytes([255, 255, 255, 51])) == [206, 206, 206]
+    assert flat(palette, "PNG", transparency=4) == [9, 9, 9]
+    assert flat(palette, "GIF", transparency=3) == [255, 255, 255]
+    assert flat(Image.new("RGB", (8, 8), (1, 2, 3)), "PNG", transparency=(1, 2, 3)) == [255, 255, 255]
+    assert flat(Image.new("L", (8, 8), 7), "PNG", transparency=7) == [255, 255, 255]
+    assert flat(Image.new("1", (8, 8), 0), "PNG", transparency=0) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_animations(image_format: str) -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, *others = (Image.new("RGB", (16, 16), colour) for colour in colours)
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    assert flat(first, image_format, save_all=True, append_images=others, **options) == [200, 0, 0]
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled(image_format: str) -> None:
+    """Pillow's own conversion clips at 255: nearly all of such a picture came out white."""
+    values = np.linspace(0, 65535, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
+    data = encode(Image.fromarray(values), image_format)
+    assert (pixels(data)[..., 1] == values >> 8).all()
+
+
+def test_sixteen_bit_grey_of_the_other_byte_order_is_scaled() -> None:
+    values = np.linspace(0, 65535, SIZE * SIZE).astype(">u2").reshape(SIZE, SIZE)
+    data = encode(Image.frombytes("I;16B", (SIZE, SIZE), values.tobytes()), "TIFF")
+    assert (pixels(data)[..., 1] == values >> 8).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_grey_is_stretched_from_least_to_most(dtype: type) -> None:
+    values = np.linspace(-3000, 90000, SIZE * SIZE).astype(dtype).reshape(SIZE, SIZE)
+    grey = pixels(encode(Image.fromarray(values), "TIFF"))[..., 0].astype(float)
+    assert np.abs(grey - (values + 3000.0) * 255 / 93000).max() <= 1
+
+
+def test_numbers_that_are_none_make_a_picture_still() -> None:
+    values = np.full((8, 8), np.nan, np.float32)
+    assert flat(Image.fromarray(values), "TIFF") == [0, 0, 0]
+
+
+def test_cmyk_jpegs_keep_their_colours() -> None:
+    """Adobe writes CMYK JPEGs inverted: read as they stand, red turns into its complement."""
+    red, green, blue = flat(Image.new("RGB", (16, 16), (220, 30, 40)).convert("CMYK"), "JPEG", quality=95)
+    assert abs(red - 220) < 8 and abs(green - 30) < 8 and abs(blue - 40) < 8
+
+
+@pytest.mark.parametrize(("name", "data"), list(good_images()))
+def test_every_format_and_mode_is_read(name: str, data: bytes) -> None:
+    image = decode_image(data, SIZE)
+    assert (image.status, image.error) == (Status.OK, None)
+    assert sorted((image.width or 0, image.height or 0)) == [30, 40]
+
+
+def test_draft_reads_large_jpegs_smaller_and_others_exactly() -> None:
+    """The difference stays below 2 of 255 on a smooth picture, and the original size is still told."""
+    ramp = np.linspace(0, 255, 512).astype(np.uint8)
+    smooth = Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:384, None], ramp[None]), -1))
+    draft = ImageLimits(jpeg_draft=True)
+    jpeg, png = encode(smooth, "JPEG", quality=95), encode(smooth, "PNG")
+
+    image = decode_image(jpeg, SIZE, draft)
+
+    assert (image.width, image.height) == (512, 384)
+    difference = np.abs(image.array(SIZE).astype(int) - pixels(jpeg).astype(int))
+    assert difference.max() > 0 and difference.mean() < 2
+    assert (pixels(png, limits=draft) == pixels(png)).all()
+    assert (pixels(jpeg, 200, draft) == pixels(jpeg, 200)).all()  # below twice the size nothing is drafted
+
+
+# --- Statuses
+
+
+def test_no_bytes_are_a_missing_image() -> None:
+    assert decode_image(None, SIZE).status is decode_image(b"", SIZE).status is Status.MISSING_IMAGE
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_half_a_file_is_undecodable(image_format: str) -> None:
+    """A grey lower half must not be captioned as if it were the picture."""
+    data = encode(noise(64, 64), image_format)
+    image = decode_image(data[: len(data) // 2], SIZE)
+    assert image.status is Status.UNDECODABLE
+    assert image.pixels is None and image.error
+
+
+def test_other_formats_are_not_even_tried() -> None:
+    """Pillow would run Ghostscript on a PostScript file; the tried formats are a closed list."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    for data in (
+        encode(noise(8, 8), "PPM"),
+        encode(noise(8, 8), "TGA"),
+        postscript,
+        b"<svg/>",
+        b"plain text",
+    ):
+        image = decode_image(data, SIZE)
+        assert (image.status, image.error) == (
+            Status.UNDECODABLE,
+            "the bytes are no readable JPEG, PNG, WEBP, GIF, BMP or TIFF file",
+        )
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises this size and has no pixels at all."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [101, 20_000, 2**31 - 1])
+def test_a_bomb_is_told_by_its_header(side: int) -> None:
+    """It must never be unpacked: these have nothing to unpack and would be undecodable if it were tried."""
+    assert (
+        decode_image(png_header(side, side), SIZE, ImageLimits(max_pixels=10_000)).status is Status.TOO_LARGE
+    )
+
+
+def test_the_pixel_limit_itself_is_allowed() -> None:
+    limits = ImageLimits(max_pixels=1200)
+    assert decode_image(encode(noise(40, 30), "PNG"), SIZE, limits).status is Status.OK
+    image = decode_image(encode(noise(41, 30), "PNG"), SIZE, limits)
+    assert (image.status, image.error) == (
+        Status.TOO_LARGE,
+        "the image has 41 x 30 pixels, more than max_pixels (1200)",
+    )
+
+
+def test_too_many_bytes_are_not_opened() -> None:
+    data = encode(noise(40, 30), "PNG")
+    assert decode_image(data, SIZE, ImageLimits(max_file_bytes=len(data))).status is Status.OK
+    image = decode_image(data, SIZE, ImageLimits(max_file_bytes=len(data) - 1))
+    assert image.status is Status.TOO_LARGE
+    assert "max_file_bytes" in (image.error or "")
+
+
+def test_a_picture_without_area_is_undecodable() -> None:
+    for size in ((0, 0), (0, 5), (5, 0)):
+        assert decode_image(png_header(*size), SIZE).status is Status.UNDECODABLE
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_limits_that_limit_nothing_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be above 0"):
+        ImageLimits(**{name: value})
+
+
+# --- Images that are decoded already
+
+
+def test_arrays_and_pil_images_get_the_same_pixels_as_bytes() -> None:
+    image = noise(40, 30)
+    expected = pixels(encode(image, "PNG"))
+    array = np.asarray(image)
+    assert (resize_image(image, SIZE) == expected).all()
+    assert (resize_image(array, SIZE) == expected).all()
+    assert (resize_image(np.asfortranarray(array), SIZE) == expected).all()
+    assert (resize_image(image.convert("RGBA"), SIZE) == expected).all()
+    assert resize_image(expected, SIZE) is expected
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (Image.new("RGB", (0, 4)), "must have pixels, got 0 x 4"),
+        (np.zeros((4, 0, 3), np.uint8), r"got uint8\[4, 0, 3\]"),
+        (np.zeros((4, 4, 3), np.float32), r"got float32\[4, 4, 3\]"),
+        (np.zeros((3, 4, 4), np.uint8), r"got uint8\[3, 4, 4\]"),
+        (np.zeros((4, 4), np.uint8), r"got uint8\[4, 4\]"),
+        ("picture.jpg", "got str"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        resize_image(image, SIZE)  # type: ignore[arg-type]
+
+
+def test_a_pil_image_that_cannot_be_loaded_is_refused() -> None:
+    data = encode(noise(64, 64), "JPEG")
+    with pytest.raises(ValueError, match=r"must be readable.*truncated"):
+        resize_image(Image.open(io.BytesIO(data[: len(data) // 2])), SIZE)
+
+
+def test_pixels_that_are_not_there_are_not_viewed() -> None:
+    with pytest.raises(ValueError, match="undecodable, no"):
+        DecodedImage(status=Status.UNDECODABLE, error="no").array(SIZE)
+
+
+def test_children_import_neither_numpy_nor_torch() -> None:
+    """A child must be up in a tenth of a second, and there may be one per core."""
+    program = "import sys, blip2_actor.decode_child; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"numpy", "torch", "transformers", "ray", "pyarrow"} & set(modules.split())
