@@ -67,6 +67,7 @@ def list_shards(
         else:
             shards += _of_files(root, prefixes[root], kind, files, range_bytes)
     _refuse_repeated(shard.name for shard in shards)
+    _refuse_unwritable(shards)
     shards.sort(key=lambda shard: shard.name)
     return shards if limit is None else list(_first_rows(shards, limit))
 
@@ -77,6 +78,14 @@ def _refuse_repeated(names: Iterable[str]) -> None:
         if name in seen:
             raise InputError(f"inputs must not overlap, got {name} twice; name each file in one input only")
         seen.add(name)
+
+
+def _refuse_unwritable(shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        try:
+            shard.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{shard.name!a} must be UTF-8, outputs are named after it; rename it") from None
 
 
 def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pyarrow.fs as pafs
 
 from blip2_actor import Status
 from pipeline.formats.rows import TableBuilder
+from pipeline.patient_input import open_input
 from pipeline.reading import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.shards import InputError
 from pipeline.storage import join, open_filesystem
@@ -47,7 +48,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
 
 def _read_file(filesystem: pafs.FileSystem, path: str, most_bytes: int) -> Content:
     try:
-        with filesystem.open_input_file(path) as file:
+        with open_input(filesystem, path) as file:
             num_bytes = file.size()
             if num_bytes > most_bytes:
                 return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {most_bytes}"

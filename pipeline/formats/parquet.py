@@ -6,6 +6,7 @@ other row keeps its number.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from pipeline.formats.columns import Columns
+from pipeline.patient_input import open_input
 from pipeline.reading import READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.shards import InputError, Shard
 from pipeline.storage import join, open_filesystem
@@ -233,9 +235,13 @@ def _rows_at_once(group: pq.RowGroupMetaData, rows: _Rows) -> int:
 def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
     filesystem, root = open_filesystem(shard.root)
     with (
-        filesystem.open_input_file(join(root, shard.files[0])) as source,
+        open_input(filesystem, join(root, shard.files[0])) as source,
         pq.ParquetFile(
-            source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            # Arrow takes what one call of a Python file's `read` gives for all there is.
+            source if isinstance(source, pa.NativeFile) else io.BufferedReader(source),
+            buffer_size=BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
         ) as file,
     ):
         yield file

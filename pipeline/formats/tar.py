@@ -18,6 +18,7 @@ from typing import IO, cast
 
 import pyarrow as pa
 
+from pipeline.patient_input import open_input
 from pipeline.shards import InputError, Shard
 from pipeline.storage import join, open_filesystem
 
@@ -38,7 +39,7 @@ DAMAGE = (EndsEarly, InputError, OSError, EOFError, tarfile.TarError, zlib.error
 @contextmanager
 def open_tar(shard: Shard) -> Iterator[tarfile.TarFile]:
     filesystem, root = open_filesystem(shard.root)
-    with filesystem.open_input_file(join(root, shard.files[0])) as source:
+    with open_input(filesystem, join(root, shard.files[0])) as source:
         content = _decompressed(io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES))
         yield tarfile.TarFile(fileobj=content, tarinfo=_Header, encoding="utf-8")
 

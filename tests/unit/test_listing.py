@@ -227,3 +227,8 @@ def test_files_of_a_remote_folder_know_their_bytes(tmp_path):
     (shard,) = list_shards(f"memory://sizes{tmp_path}")
     assert shard.size_bytes == 15
     assert [row["image"] for row in read_rows(shard)[0]] == [b"12345"] * 3
+
+
+def test_a_name_that_no_output_could_have_is_refused(tmp_path):
+    (tmp_path / "\udcff.tar").write_bytes(b"")
+    assert "must be UTF-8" in refused(tmp_path)

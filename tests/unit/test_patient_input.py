@@ -1,0 +1,84 @@
+"""A store that fails for a moment in the middle of a file costs no row and leaves no shard partial."""
+
+from __future__ import annotations
+
+import io
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline import patient_input
+from pipeline.shards import Shard
+from tests.unit.reading_cases import read_rows, tar_bytes
+
+
+class FlakyStore(MemoryFileSystem):
+    """Every read that `failing` names, by its number since the start, raises."""
+
+    protocol = "flaky"
+    cachable = False
+    failing: frozenset[int] = frozenset()
+    num_reads = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def open(self, path, mode="rb", **more):
+        file = super().open(path, mode, **more)
+        if "r" not in mode:
+            return file
+        content = file.read()
+
+        class Flaky(io.BytesIO):
+            def read(self, size=-1):
+                FlakyStore.num_reads += 1
+                if FlakyStore.num_reads in FlakyStore.failing:
+                    raise OSError("503 slow down")
+                return super().read(size)
+
+        return Flaky(content)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    fsspec.register_implementation("flaky", FlakyStore, clobber=True)
+    monkeypatch.setattr(patient_input, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(FlakyStore, "num_reads", 0)
+    store = FlakyStore()
+    table = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"%d" % at * 1000 for at in range(30)]}), table, row_group_size=10)
+    store.pipe("/s/0.tar", tar_bytes((f"{at}.jpg", b"%d" % at * 100_000) for at in range(90)))
+    store.pipe("/s/0.parquet", table.getvalue())
+    store.pipe("/s/0.jpg", b"image")
+    return store
+
+
+@pytest.mark.parametrize("format", ["webdataset", "parquet", "folder"])
+def test_a_moment_of_failure_costs_nothing(store, monkeypatch, format):
+    file = {"webdataset": "0.tar", "parquet": "0.parquet", "folder": "0.jpg"}[format]
+    shard = Shard(name="s", format=format, root="flaky://s", files=(file,))
+    whole, report = read_rows(shard)
+    num_reads = FlakyStore.num_reads
+    assert report.complete and num_reads > 0
+    # Every single read fails once, then one fails three times running.
+    for failing in [{at} for at in range(1, num_reads + 1)] + [{1, 2, 3}, set(range(1, 2 * num_reads, 2))]:
+        monkeypatch.setattr(FlakyStore, "num_reads", 0)
+        monkeypatch.setattr(FlakyStore, "failing", frozenset(failing))
+        rows, again = read_rows(shard)
+        assert (rows, again) == (whole, report), failing
+
+
+def test_a_store_that_stays_away_leaves_a_partial_shard(store, monkeypatch):
+    monkeypatch.setattr(FlakyStore, "failing", frozenset(range(1, 1000)))
+    rows, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("0.tar",)))
+    assert (rows, report.complete) == ([], False) and "503 slow down" in report.reason
+
+
+def test_what_is_not_there_is_not_waited_for(store, monkeypatch):
+    monkeypatch.setattr(patient_input, "PAUSES_S", (3600.0,))
+    _, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("gone.tar",)))
+    assert not report.complete and report.reason.endswith("is not there")
