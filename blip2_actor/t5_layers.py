@@ -1,0 +1,114 @@
+"""What T5 is made of: its norm, its relative position bias, its layers.
+
+In a float16 model `wo` and the residual stream are float32 (see `t5.py`); everything here goes by the
+dtypes it finds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config
+
+from blip2_actor.layers import Linear, find_activation
+
+
+class T5Norm(nn.Module):
+    """Root mean square norm, computed in float32; the result has the dtype of the weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight.to(hidden.dtype)
+        return F.rms_norm(hidden, weight.shape, weight, self.eps).to(self.weight.dtype)
+
+
+class RelativeBias(nn.Embedding):
+    """What is added to the scores of two positions, by their distance; one table for all layers."""
+
+    def __init__(self, config: T5Config, is_bidirectional: bool) -> None:
+        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        self.is_bidirectional = is_bidirectional
+        self.farthest = config.relative_attention_max_distance
+
+    def forward(self, relative: Tensor) -> Tensor:
+        """Key position minus query position: int64[N, K] -> float[H, N, K]."""
+        return super().forward(self._rows(relative)).permute(2, 0, 1)
+
+    def _rows(self, relative: Tensor) -> Tensor:
+        """Half of the rows are for one distance each, the rest for ranges that grow with the logarithm.
+
+        The float32 arithmetic is the reference's, step by step: another order moves the ranges' borders.
+        """
+        if self.is_bidirectional:
+            num_rows = self.num_embeddings // 2
+            offset, distance = (relative > 0).long() * num_rows, relative.abs()
+        else:
+            num_rows = self.num_embeddings
+            offset, distance = torch.zeros_like(relative), (-relative).clamp(min=0)
+        num_exact = num_rows // 2
+        ratio = torch.log(distance.float() / num_exact) / math.log(self.farthest / num_exact)
+        far = num_exact + (ratio * (num_rows - num_exact)).long()
+        return offset + torch.where(distance < num_exact, distance, far.clamp(max=num_rows - 1))
+
+
+class T5Layer(nn.Module):
+    """Self-attention, cross-attention where `reads_prefix` (the decoder), feed-forward; norms come first."""
+
+    def __init__(self, config: T5Config, reads_prefix: bool) -> None:
+        super().__init__()
+        width, inner, eps = config.d_model, config.num_heads * config.d_kv, config.layer_norm_epsilon
+        self.attention_norm = T5Norm(width, eps)
+        self.qkv = Linear(width, 3 * inner, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
+        if reads_prefix:
+            self.cross_norm = T5Norm(width, eps)
+            self.cross_query = Linear(width, inner, bias=False)
+            self.cross_kv = Linear(width, 2 * inner, bias=False)
+            self.cross_out_proj = Linear(inner, width, bias=False)
+        self.mlp_norm = T5Norm(width, eps)
+        self.is_gated = config.is_gated_act
+        self.activation = find_activation(config.dense_act_fn)
+        self.wi = Linear(width, config.d_ff * (2 if self.is_gated else 1), bias=False)
+        self.wo = Linear(config.d_ff, width, bias=False)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of each position: float[..., Dw] -> three float[..., D]."""
+        query, key, value = self.qkv(self.attention_norm(hidden)).chunk(3, -1)
+        return query, key, value
+
+    def project_prefix(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention's key and value of each prefix position: float[..., Dw] -> two float[..., D]."""
+        key, value = self.cross_kv(encoded).chunk(2, -1)
+        return key, value
+
+    def project_cross(self, hidden: Tensor) -> Tensor:
+        """Cross-attention's query: float[..., Dw] -> float[..., D]."""
+        return self.cross_query(self.cross_norm(hidden))
+
+    def add_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return hidden + _bounded(self.out_proj(context))
+
+    def add_cross(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return hidden + _bounded(self.cross_out_proj(context))
+
+    def add_mlp(self, hidden: Tensor) -> Tensor:
+        inner = self.wi(self.mlp_norm(hidden)).to(self.wo.weight.dtype)
+        if self.is_gated:
+            gate, linear = inner.chunk(2, -1)
+            return hidden + self.wo(self.activation(gate) * linear)
+        return hidden + self.wo(self.activation(inner))
+
+
+def _bounded(update: Tensor) -> Tensor:
+    """An overflow in float16 as its largest number; element by element, so that no neighbour is touched."""
+    if update.dtype is not torch.float16:
+        return update
+    largest = torch.finfo(torch.float16).max
+    return update.clamp(-largest, largest)

@@ -1,0 +1,73 @@
+"""What T5 remembers of each running text: its own tokens, and the prefix that its decoder looks at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip2_actor.slots import SlotCache
+
+ALIGNMENT = 8
+"""Rows of masks and biases begin at multiples of this, else CUDA's attention copies them in every layer
+(`aten/native/transformers/attention.cpp`, `pad_bias`)."""
+
+
+class T5Slots:
+    """Keys and values of each running text: its own tokens (`own`) and its encoded prefix (`cross`)."""
+
+    def __init__(self, own: SlotCache, cross: SlotCache) -> None:
+        self.own = own
+        self.cross = cross
+        self.num_slots = own.num_slots
+        self.prefix_lengths = torch.zeros(own.num_slots, dtype=torch.int64, device=own.keys.device)
+        self._host_lengths = [0] * own.num_slots
+        """`prefix_lengths`, known without asking the device."""
+
+    def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
+        return self.own.holds(1, max_new_tokens) and self.cross.holds(prefix_length, 0)
+
+    def grow(self, prefix_length: int, max_new_tokens: int) -> None:
+        if not self.own.holds(1, max_new_tokens):
+            self.own.grow(1, max_new_tokens)
+        if not self.cross.holds(prefix_length, 0):
+            self.cross.grow(prefix_length, 0)
+
+    def occupy(self, slots: list[int], prefix_lengths: list[int]) -> None:
+        """Note how long the prefixes in `slots` are."""
+        for slot, length in zip(slots, prefix_lengths, strict=True):
+            self._host_lengths[slot] = length
+        device = self.prefix_lengths.device
+        self.prefix_lengths[torch.tensor(slots, device=device)] = torch.tensor(prefix_lengths, device=device)
+
+    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy whole texts, prefixes too; overlapping sources and targets are safe."""
+        prefix_lengths = [self._host_lengths[slot] for slot in sources]
+        self.own.fork(sources, targets, length)
+        self.cross.fork(sources, targets, max(prefix_lengths))
+        self.occupy(targets, prefix_lengths)
+
+    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Copy the texts' own positions [start, stop); slots of one image share their prefix already."""
+        self.own.reorder(sources, targets, start, stop)
+
+    def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
+        """How far the cross-attention of the first R slots reaches, and what it adds to the scores.
+
+        Both follow from lengths that the host knows: the shape of a step is the same while these are.
+
+        Returns:
+            The longest prefix, P; and float[R, 1, 1, P], -inf behind each slot's own prefix, or None where
+            all are equally long.
+        """
+        lengths = self._host_lengths[:num_rows]
+        reach = max(lengths)
+        if min(lengths) == reach:
+            return reach, None
+        outside = aligned_arange(reach, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
+        mask = torch.zeros(outside.shape, dtype=self.own.keys.dtype, device=outside.device)
+        return reach, mask.masked_fill_(outside, float("-inf"))[:, None, None, :reach]
+
+
+def aligned_arange(length: int, device: torch.device) -> Tensor:
+    """0, 1, 2, … up to at least `length`, in a multiple of `ALIGNMENT`."""
+    return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
