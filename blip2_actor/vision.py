@@ -115,14 +115,17 @@ class PixelNormalizer(nn.Module):
 
     mean: Tensor
     std: Tensor
+    divisor: Tensor
 
     def __init__(self, mean: list[float], std: list[float], rescale_factor: float) -> None:
         super().__init__()
-        self.rescale_factor = rescale_factor
+        # The reference multiplies in float64 and rounds; a float32 division gives the same bits, a product
+        # does not. A tensor, because CUDA turns a division by a Python number into a product.
+        self.register_buffer("divisor", torch.tensor(1 / rescale_factor), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8[B, S, S, 3] -> float[B, 3, S, S] in `dtype`, computed in float32 as the reference does."""
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32) * self.rescale_factor
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / self.divisor
         return ((pixels - self.mean) / self.std).to(dtype)
