@@ -8,16 +8,8 @@ from blip2_actor import Status
 
 RETRY_AFTER_S = 1
 
-STATUS_CODES: dict[Status, int] = {
-    Status.MISSING_IMAGE: 422,
-    Status.UNDECODABLE: 422,
-    Status.TOO_LARGE: 413,
-    Status.DECODER_CRASHED: 422,
-    Status.DECODER_TIMED_OUT: 422,
-    Status.REFUSED: 422,
-    Status.FAILED: 500,
-}
-"""HTTP code of every fate of an image but `OK`; the image is at fault, except for `FAILED`."""
+STATUS_CODES = {Status.TOO_LARGE: 413, Status.FAILED: 500}
+"""HTTP codes of an image's fate; 422 for the others, where the image or what was asked of it is at fault."""
 
 
 class ApiError(Exception):
@@ -42,4 +34,6 @@ def bad_request(message: str) -> ApiError:
 
 def of_status(status: Status, error: str | None) -> ApiError:
     """The answer for an image that came to grief; its type is the status."""
-    return ApiError(STATUS_CODES[status], status.value, error or f"the image ended as {status.value}")
+    return ApiError(
+        STATUS_CODES.get(status, 422), status.value, error or f"the image ended as {status.value}"
+    )

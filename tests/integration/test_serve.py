@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 from ray import serve
 
-from blip2_actor import EngineStats
+from blip2_actor import EngineConfig, EngineStats
 from blip2_actor.preprocess import ImageLimits
+from blip2_actor.request import EngineBuilder
 from deploy.app import compose
 from deploy.settings import Settings
+from pipeline.job import prepare, run_job
+from pipeline.progress import Console
+from pipeline.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig, fake_caption
+from tests.parity.tiny import save_checkpoint
 
 NUM_CALLERS = 16
+COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
 SIDE_PX = FakeEngineConfig().image_size_px
 
 
@@ -55,39 +59,34 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(gate: Path) -> Iterator[str]:
+def real_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    model = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    temp = tempfile.mkdtemp(prefix="rsv", dir="/tmp")  # short: Unix socket paths are
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=temp,
-    )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    engine = FakeEngineConfig(model="demo", gate=str(gate))
+    gated = FakeEngineConfig(model="demo", gate=str(gate))
     limits = ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
-    patient = Settings(max_in_flight=NUM_CALLERS, timeout_s=20, image=limits)
-    hasty = Settings(timeout_s=0.5, decode_children=1)
     serve.run_many(
         [
-            serve.RunTarget(compose(engine, patient), name="patient", route_prefix="/"),
-            serve.RunTarget(compose(engine, hasty), name="hasty", route_prefix="/hasty"),
+            target("/", gated, max_in_flight=NUM_CALLERS, timeout_s=20, image=limits),
+            target("/real", real_engine),
         ]
     )
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
-    ray.shutdown()
-    shutil.rmtree(temp, ignore_errors=True)
-    os.environ.pop("RAY_AUTH_MODE")
-    if before is not None:
-        os.environ["RAY_AUTH_MODE"] = before
+
+
+def target(route: str, engine: EngineBuilder, **settings: Any) -> serve.RunTarget:
+    """One application; its actors take none of the two CPUs, which the batch job needs."""
+    free = {"ray_actor_options": {"num_cpus": 0}}
+    application = compose(engine, Settings(**settings), captioner=free, gateway=free)
+    return serve.RunTarget(application, name=route, route_prefix=route)
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def closed_gate(gate: Path) -> Iterator[Path]:
     gate.unlink(missing_ok=True)
 
 
-def engine_stats(app: str = "patient") -> EngineStats:
+def engine_stats(app: str = "/") -> EngineStats:
     return serve.get_deployment_handle("Captioner", app).stats.remote().result(timeout_s=10)
 
 
@@ -157,15 +156,25 @@ def test_a_caller_that_goes_away_frees_its_place(url: str, closed_gate: Path) ->
     assert engine_stats().num_finished - before.num_finished < 2 * NUM_CALLERS
 
 
-def test_a_request_that_times_out_gives_its_slot_back(url: str, closed_gate: Path) -> None:
-    with ThreadPoolExecutor(4) as callers:
-        answers = list(callers.map(lambda seed: post(f"{url}/hasty", png(seed)), range(4)))
-    assert {(answer.status_code, answer.json()["error"]["type"]) for answer in answers} == {(504, "timeout")}
-    closed_gate.unlink()
-    assert post(f"{url}/hasty", png(9)).status_code == 200
-    # The engine held one of the four; the others were given up before their turn (but the news of the
-    # last may still have been on its way).
-    assert engine_stats("hasty").num_finished < 5
+def test_captions_are_those_of_the_batch_job_in_fewer_passes_than_requests(
+    url: str, real_engine: EngineConfig, tmp_path: Path
+) -> None:
+    images = {f"{n:02}": png(n) for n in range(NUM_CALLERS)}
+    (tmp_path / "in").mkdir()
+    for key, image in images.items():
+        (tmp_path / "in" / f"{key}.png").write_bytes(image)
+    job = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), engine=real_engine)
+    run_job(prepare(job), Console(io.StringIO()))
+    [output] = (tmp_path / "out").glob("*.parquet")
+    rows = pq.read_table(output).select(COLUMNS).to_pylist()
+
+    before = engine_stats("/real")
+    with ThreadPoolExecutor(NUM_CALLERS) as callers:
+        answers = callers.map(lambda image: post(f"{url}/real", image).json(), images.values())
+        online = [{name: answer[name] for name in COLUMNS} for answer in answers]
+    assert engine_stats("/real").num_encode_calls - before.num_encode_calls < NUM_CALLERS
+    assert len({answer["caption"] for answer in online}) > 1
+    assert online == rows
 
 
 def test_the_page_the_model_and_readiness(url: str) -> None:
