@@ -7,6 +7,7 @@ written, gathers how busy the stages are, and passes on the word to stop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,7 @@ class Board:
 
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}
-        self._loads: dict[str, dict[str, Load]] = {}
+        self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._fresh: list[Receipt] = []
         self._stopping = False
 
@@ -115,12 +116,18 @@ class Board:
         return len(self._calls)
 
     def report(self, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
-        self._loads.setdefault(stage, {})[worker] = Load(busy_s, alive_s)
+        """Note what a worker says of itself; it lives on while it says nothing."""
+        self._loads.setdefault(stage, {})[worker] = (busy_s, alive_s - time.monotonic())
 
     def news(self) -> tuple[list[Receipt], dict[str, dict[str, Load]]]:
         """Receipts since the last time, long before their calls end; loads by stage and worker."""
         fresh, self._fresh = self._fresh, []
-        return fresh, self._loads
+        now = time.monotonic()
+        loads = {
+            stage: {worker: Load(busy_s, born_s + now) for worker, (busy_s, born_s) in workers.items()}
+            for stage, workers in self._loads.items()
+        }
+        return fresh, loads
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+from pipeline.cluster import settle_environment
 from pipeline.flags import Parser, add_flags, build
 from pipeline.settings import CaptionSettings, DemoSettings, RetrySettings, StatusSettings
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"blip2 {given.command}: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    settle_environment()
     return command.load()(settings)
 
 

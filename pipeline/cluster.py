@@ -5,42 +5,66 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.placement import ClusterSize
 
 
-@contextmanager
-def connected() -> Iterator[ClusterSize]:
-    """Be connected to Ray: a running connection, the cluster at RAY_ADDRESS, or a fresh local one.
+def settle_environment() -> None:
+    """Say what Ray reads from the environment while it is imported: call this before.
 
-    A local cluster ends with the block. Its token lives in the environment alone: the file that Ray
-    would write to the home directory changes how later clusters start.
+    The token of a fresh local cluster lives in the environment alone: the file that Ray would write to
+    the home directory changes how later clusters start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns on every actor of Ray Data, past Python's logging, straight to the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    address = os.environ.get("RAY_ADDRESS")
-    if not address and "RAY_AUTH_MODE" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextmanager
+def connected() -> Iterator[ClusterSize]:
+    """Be connected to Ray: a running connection, the cluster at RAY_ADDRESS, or a fresh local one.
+
+    A local cluster ends with the block.
+    """
     import ray
 
+    address = os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else {"include_dashboard": False}),
-        )
+        with _silent_stderr():
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if address else {"include_dashboard": False}),
+            )
     try:
         quiet_ray_data()
         yield size_of_cluster()
     finally:
         if not already:
             ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what Ray's core writes to the terminal while it starts; its errors are raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def quiet_ray_data() -> None:

@@ -49,7 +49,7 @@ def demo(settings: DemoSettings) -> int:
     captions = folder / "captions"
     job = prepare(
         CaptionSettings(
-            input=(str(folder / SHARD_FOLDER),),
+            input=(f"{folder}/{SHARD_FOLDER}/*.tar", f"{folder}/{SHARD_FOLDER}/*.parquet"),
             output=str(captions),
             engine=EngineConfig(model="demo"),
             max_failed_fraction=1.0,
@@ -81,7 +81,7 @@ def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Score:
     readable = [key for key, expected in truth.items() if expected.status is Status.OK]
     exact = sum(key in rows and rows[key]["caption"] == truth[key].caption for key in readable)
     wrong = [key for key in truth if key not in rows or rows[key]["status"] != truth[key].status]
-    return Score(len(readable), exact, tuple([*wrong, *(key for key in rows if key not in truth)]))
+    return Score(len(readable), exact, (*wrong, *(key for key in rows if key not in truth)))
 
 
 def _fresh_folder(output: str) -> Path:
@@ -89,8 +89,8 @@ def _fresh_folder(output: str) -> Path:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).exists():
             raise ValueError(
-                f"output must be a new folder or one of an earlier demo, got {folder} with other files in it; "
-                "give another --output"
+                f"output must be a new folder or one of an earlier demo, got {folder} with other files "
+                "in it; give another --output"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

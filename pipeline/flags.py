@@ -56,7 +56,7 @@ def add_flags(
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         help_text = help_of[field.name]
         if not required and hint is not bool and field.default not in (None, ()):
-            help_text += f" (default: {field.default})"
+            help_text += f" (default: {_shown(field.default)})"
         parser.add_argument(
             flag_of(prefix + field.name),
             dest=prefix + field.name,
@@ -143,6 +143,11 @@ def _choices(hint: Any) -> list[Any]:
         if any(typing.get_origin(part) is Literal for part in parts):
             return [c for part in parts for c in ([True, False] if part is bool else _choices(part))]
     return []
+
+
+def _shown(default: object) -> str:
+    """As it is written on the command line."""
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _metavar(name: str) -> str:

@@ -75,7 +75,7 @@ class Folder:
         try:
             with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
                 return stream.readall()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def delete(self, name: str) -> None:

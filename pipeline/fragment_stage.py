@@ -100,7 +100,7 @@ class FragmentStage:
                         return
             return
         with self._room.alone():
-            for step in _steps(todo, RowSet(attempt.suspects)):
+            for step in careful_steps(todo, RowSet(attempt.suspects)):
                 if ray.get(self._board.is_stopping.remote()):
                     return
                 if step[0] in attempt.condemned:
@@ -151,7 +151,7 @@ def _condemned() -> Result:
     return Result(status=Status.FAILED, error="the captioning process died each time on this image alone")
 
 
-def _steps(todo: Sequence[int], suspects: RowSet) -> Iterator[list[int]]:
+def careful_steps(todo: Sequence[int], suspects: RowSet) -> Iterator[list[int]]:
     """Runs of neighbouring positions of at most CAREFUL_ROWS; suspects one by one."""
     step: list[int] = []
     for row in todo:

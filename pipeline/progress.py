@@ -31,6 +31,8 @@ class Snapshot:
     """Busy fraction by stage."""
 
     def line(self) -> str:
+        if not self.num_rows:
+            return f"starting · shards {self.shards_done:,}/{self.num_shards:,}"
         parts = [
             f"{self.num_rows:,} images",
             f"{self.images_per_s:,.1f}/s",

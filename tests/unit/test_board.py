@@ -1,0 +1,128 @@
+"""The row that kills its process must be found alone, and no neighbour condemned with it."""
+
+import threading
+
+from pipeline.board import Board, Receipt
+from pipeline.fragment_stage import CAREFUL_ROWS, Room, careful_steps
+from pipeline.rowset import RowSet
+
+
+def test_a_call_that_ends_is_forgotten():
+    board = Board()
+    assert board.begin("call").number == 1
+    board.end("call")
+    assert board.begin("call").number == 1
+
+
+def test_a_call_that_dies_comes_back_with_what_it_had_written():
+    board = Board()
+    board.begin("call")
+    receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
+    board.wrote("call", [(0, 2)], [receipt])
+    again = board.begin("call")
+    assert (again.number, again.finished, again.receipts) == (2, ((0, 2),), (receipt,))
+    assert (again.suspects, again.condemned) == ((), frozenset())
+
+
+def test_rows_that_ran_together_become_suspects_and_a_row_alone_is_condemned_at_its_second_death():
+    board = Board()
+    board.begin("call")
+    board.begin("call")
+    board.trying("call", 4, 8)
+    assert board.begin("call").suspects == ((4, 8),)
+    board.trying("call", 6, 7)
+    assert board.begin("call").condemned == frozenset()
+    board.trying("call", 6, 7)
+    assert board.begin("call").condemned == {6}
+
+
+def test_rows_that_were_written_are_not_suspected():
+    board = Board()
+    board.begin("call")
+    board.trying("call", 0, 4)
+    board.wrote("call", [(0, 4)], [])
+    assert board.begin("call").suspects == ()
+
+
+def run_until_done(poison: set[int], num_rows: int) -> tuple[set[int], int]:
+    """Play a call whose process dies on poison rows; give the condemned rows and the deaths."""
+    board, failed = Board(), set()
+    board.begin("call")  # the first attempt, all at once
+    if not poison:
+        return failed, 0
+    for deaths in range(1, 100):
+        attempt = board.begin("call")
+        todo = [row for row in range(num_rows) if row not in RowSet(attempt.finished)]
+        for step in careful_steps(todo, RowSet(attempt.suspects)):
+            if step[0] in attempt.condemned:
+                failed.add(step[0])
+            else:
+                board.trying("call", step[0], step[-1] + 1)
+                if poison & set(step):
+                    break
+            board.wrote("call", [(step[0], step[-1] + 1)], [])
+        else:
+            return failed, deaths
+    raise AssertionError("never done")
+
+
+def test_exactly_the_poison_is_condemned():
+    assert run_until_done({100}, 200) == ({100}, 4)
+    failed, deaths = run_until_done({0, 31, 32, 199}, 200)
+    assert failed == {0, 31, 32, 199}
+    assert deaths <= 1 + 4 * 3
+
+
+def test_steps_are_runs_of_neighbours_and_suspects_go_alone():
+    todo = [0, 1, 2, 5, 6, 7]
+    assert list(careful_steps(todo, RowSet([(1, 2), (6, 8)]))) == [[0], [1], [2], [5], [6], [7]]
+    assert [len(step) for step in careful_steps(range(80), RowSet())] == [CAREFUL_ROWS, CAREFUL_ROWS, 16]
+
+
+def test_news_are_told_once_and_a_silent_worker_ages():
+    board = Board()
+    receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
+    board.begin("call")
+    board.wrote("call", [(0, 2)], [receipt])
+    board.report("decode", "worker", 2.0, 4.0)
+    receipts, loads = board.news()
+    assert receipts == [receipt]
+    assert loads["decode"]["worker"].busy_s == 2.0
+    assert loads["decode"]["worker"].alive_s >= 4.0
+    later, loads_later = board.news()
+    assert later == []
+    assert loads_later["decode"]["worker"].alive_s > loads["decode"]["worker"].alive_s
+
+
+def test_who_wants_the_room_alone_waits_for_the_others_and_keeps_new_ones_out():
+    room, order = Room(), []
+    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
+
+    def sharing() -> None:
+        with room.shared():
+            inside.set()
+            leave.wait()
+            order.append("first")
+
+    def wanting_alone() -> None:
+        inside.wait()
+        waiting.set()
+        with room.alone():
+            order.append("alone")
+
+    def late() -> None:
+        with room.shared():
+            order.append("late")
+
+    threads = [threading.Thread(target=target) for target in (sharing, wanting_alone)]
+    for thread in threads:
+        thread.start()
+    waiting.wait()
+    while not room._want_alone:
+        pass
+    threads.append(threading.Thread(target=late))
+    threads[-1].start()
+    leave.set()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert order == ["first", "alone", "late"]
