@@ -47,6 +47,8 @@ class FakeEngineConfig:
     """Captions an engine makes before it heeds the gate."""
     opens_gate_at: int | None = None
     """Requests that must have arrived for the engine to remove the gate by itself."""
+    holds_on: tuple[str, ...] = ()
+    """Captions (digests) that wait for the gate, and no others."""
     kills_on: tuple[str, ...] = ()
     """Captions (digests) on which the process dies by SIGKILL."""
     kills_once: str | None = None
@@ -145,8 +147,9 @@ class FakeEngine:
     def _finish(self, request: Request, options: GenerationOptions, future: Future[Result]) -> None:
         config = self._config
         caption = fake_caption(np.asarray(request.image), request.prompt)
-        while config.gate and self._num_finished >= config.gate_after and os.path.exists(config.gate):
-            time.sleep(0.01)
+        if caption in config.holds_on or (not config.holds_on and self._num_finished >= config.gate_after):
+            while config.gate and os.path.exists(config.gate):
+                time.sleep(0.01)
         if config.kills_once and not os.path.exists(config.kills_once):
             Path(config.kills_once).touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -111,3 +113,32 @@ def test_several_calls_are_in_flight_in_one_actor(tmp_path):
     rows = pipeline.caption(ds, engine=engine, placement=Placement(calls_per_actor=4)).take_all()
     assert len(rows) == 6
     assert not gate.exists()
+
+
+def test_the_pool_grows_while_there_is_work_and_shrinks_when_it_ends(tmp_path):
+    """1 -> 2 -> 1: idle accelerators are given back, busy pools take what the cluster has."""
+    gate, trace = tmp_path / "gate", tmp_path / "trace"
+    gate.touch()
+    ds = ray.data.from_arrow([pa.table({"id": [n], "image": [png(n)]}) for n in range(24)])
+    engine = FakeEngineConfig(trace=str(trace), gate=str(gate), holds_on=(right_caption(png(0)),))
+    placement = Placement(min_actors=1, max_actors=2, calls_per_actor=2)
+    captioned = pipeline.caption(ds, engine=engine, placement=placement)
+    with ThreadPoolExecutor(1) as pool:
+        rows = pool.submit(captioned.take_all)
+        sizes = [1]
+        while sizes != [1, 2, 1]:
+            assert not rows.done(), rows.result()
+            alive = sum(is_alive(int(file.name.partition("-")[0])) for file in trace.glob("*.log"))
+            if alive and alive != sizes[-1]:
+                sizes.append(alive)
+            time.sleep(0.05)
+        gate.unlink()
+        assert len(rows.result()) == 24
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
