@@ -53,10 +53,10 @@ class Engine:
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         max_slots = config.max_slots or DEFAULT_MAX_SLOTS.get(device.type, 32)
-        encode_batch = config.encode_batch or DEFAULT_ENCODE_BATCH.get(device.type, 16)
+        self.encode_batch = config.encode_batch or DEFAULT_ENCODE_BATCH.get(device.type, 16)
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
-        self._runner = ModelRunner(self.model, max_slots)
-        self._scheduler = Scheduler(self._runner, max_slots, encode_batch)
+        self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
+        self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)
         self._arrived: deque[Job] = deque()
         self._unfinished: set[Job] = set()
         self._wake = threading.Condition()
@@ -184,9 +184,7 @@ class Engine:
                 encoded.append(found)
             except Refusal as refusal:
                 encoded.append(refusal)
-        jobs = [
-            Job(image, [], GenerationOptions(), []) for image in encoded if isinstance(image, EncodedImage)
-        ]
+        jobs = [Job(image) for image in encoded if isinstance(image, EncodedImage)]
         self._enqueue(jobs)
         for job in jobs:
             job.future.result()

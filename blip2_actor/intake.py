@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from blip2_actor.beam import BeamSearch
-from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.model import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.preprocess import decode_image, resize_image
@@ -58,15 +58,16 @@ class Intake:
             raise Refusal(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
         context = self.model.context_ids(prompt_ids)
-        searches: list[TextSearch | BeamSearch]
-        if options.num_beams > 1:
-            searches = [BeamSearch(options, context, self.prompts)]
-        else:
+
+        def make_searches() -> Searches:
+            if options.num_beams > 1:
+                return [BeamSearch(options, context, self.prompts)]
             on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
-            searches = [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
-        return Job(image, prompt_ids, options, searches)
+            return [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
+
+        return Job(image, prompt_ids, options, make_searches)
 
     def text(
         self, image: EncodedImage, prompt: str | None, text: str

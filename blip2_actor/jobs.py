@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,16 +43,27 @@ class EncodedImage:
         return self.prefix is not None and not (self.keeps_image_embeds and self.image_embeds is None)
 
 
+Searches = list["TextSearch | BeamSearch"]
+
+
 @dataclass(eq=False)
 class Job:
     """One request between `submit` and its result; without searches it only wants its image encoded."""
 
     image: EncodedImage
-    prompt_ids: list[int]
-    options: GenerationOptions
-    searches: list[TextSearch | BeamSearch]
+    prompt_ids: list[int] = field(default_factory=list)
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    make_searches: Callable[[], Searches] = list
     future: Future[Result] = field(default_factory=Future)
+    searches: Searches = field(init=False)
     _told: bool = False
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin at the first token again."""
+        self.searches = self.make_searches()
 
     @property
     def num_slots(self) -> int:

@@ -23,27 +23,51 @@ SCORE_BATCH = 64
 class ModelRunner:
     """Encode, prefill, decode."""
 
-    def __init__(self, model: Blip2, num_slots: int) -> None:
+    def __init__(self, model: Blip2, num_slots: int, compiled_batch: int | None = None) -> None:
+        """
+        Args:
+            num_slots: texts decoded at once.
+            compiled_batch: compile the encoders for batches of exactly this size; None leaves them alone.
+        """
         self.model = model
         self.language_model: LanguageModel = model.language_model
         self.device = model.query_tokens.device
         self.dtype = model.query_tokens.dtype
         self.num_slots = num_slots
         self._slots: Slots | None = None
+        self._compiled_batch = compiled_batch
+        self._encoders = self._run_encoders
+        if compiled_batch is not None:
+            self._encoders = torch.compile(self._run_encoders, dynamic=False, fullgraph=True)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[EncodedImage]) -> None:
         """Through the vision encoder, the Q-Former and the projection, as one batch."""
-        batch = torch.from_numpy(np.stack([image.pixels for image in images]))
+        pixels = [image.pixels for image in images]
+        if self._compiled_batch is not None:
+            pixels += pixels[-1:] * (self._compiled_batch - len(pixels))
+        batch = torch.from_numpy(np.stack(pixels))
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
-        image_embeds = self.model.image_features(self.model.normalizer(batch, self.dtype))
-        features = self.model.qformer_features(image_embeds)
-        prefixes = self.model.project(features)
+        image_embeds, features, prefixes = self._encoders(batch)
         for row, image in enumerate(images):
             image.qformer_features, image.prefix = features[row], prefixes[row]
             if image.keeps_image_embeds:
                 image.image_embeds = image_embeds[row].clone()  # a view would keep the whole batch
+
+    def _run_encoders(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8[B, S, S, 3] -> float[B, P, Dv], float[B, Q, Dq], float[B, Q, Dw]."""
+        image_embeds = self.model.image_features(self.model.normalizer(images, self.dtype))
+        features = self.model.qformer_features(image_embeds)
+        return image_embeds, features, self.model.project(features)
+
+    def shrink(self, num_slots: int) -> None:
+        """Keep only the first slots, and give the memory of the others back."""
+        self.num_slots = num_slots
+        if self._slots is not None:
+            self._slots.shrink(num_slots)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prefix_length(self, job: Job) -> int:
         return self.model.config.num_query_tokens + len(job.prompt_ids)

@@ -9,16 +9,22 @@ scheduler is driven by one thread and knows no locks.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from blip2_actor.beam import BeamSearch
 from blip2_actor.decoding import advance
 from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.request import Result
 from blip2_actor.runner import ModelRunner
 from blip2_actor.search import TextSearch
+from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Scheduler:
         self.runner = runner
         self.max_slots = max_slots
         self.encode_batch = encode_batch
+        self.prefill_batch = max_slots
         self.waiting: deque[EncodedImage] = deque()
         self.ready: deque[Job] = deque()
         self.running: list[RunningText] = []
@@ -102,7 +109,12 @@ class Scheduler:
         images = self._next_images()
         if not images:
             return
-        self.runner.encode(images)
+        try:
+            self.runner.encode(images)
+        except torch.OutOfMemoryError as error:
+            self.waiting.extendleft(reversed(images))
+            self._encode_less(error)
+            return
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
         for image in images:
@@ -138,6 +150,8 @@ class Scheduler:
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
         jobs: list[Job] = []
         while self.ready and (self.ready[0].is_dropped() or self.ready[0].num_slots <= len(free)):
+            if len(jobs) == self.prefill_batch:
+                break
             job = self.ready.popleft()
             if job.is_dropped():
                 continue
@@ -148,7 +162,12 @@ class Scheduler:
             return
         texts = self.running[-sum(len(job.searches) for job in jobs) :]
         first_slot = {id(text.job): text.slots[0] for text in reversed(texts)}
-        logits = self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs])
+        try:
+            logits = self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs])
+        except torch.OutOfMemoryError as error:
+            self._restart(jobs)
+            self._prefill_less(len(jobs), error)
+            return
         source = {id(job): row for row, job in enumerate(jobs)}
         self._share_prefixes(texts, first_slot)
         rows = [source[id(text.job)] for text in texts for _ in text.slots]
@@ -184,8 +203,13 @@ class Scheduler:
         for text in self.running:
             for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
                 token_ids[slot], lengths[slot] = token_id, text.length
+        try:
+            logits = self.runner.decode(token_ids, lengths)
+        except torch.OutOfMemoryError as error:
+            self._shrink(error)
+            return
+        for text in self.running:
             text.length += 1
-        logits = self.runner.decode(token_ids, lengths)
         self.counters.num_decode_steps += 1
         order = [slot for text in self.running for slot in text.slots]
         self._take_tokens(logits, self.running, order)
@@ -245,3 +269,48 @@ class Scheduler:
             self.owners[source], self.owners[target] = None, text
         longest = max(text.length for text in self.running)
         self.runner.fork(movers, holes, longest)
+
+    # Out of memory --------------------------------------------------------------------------------------
+
+    def _encode_less(self, error: torch.OutOfMemoryError) -> None:
+        if self.encode_batch == 1:
+            self._shrink(error)
+            return
+        self.encode_batch //= 2
+        logger.warning("Out of memory: images are encoded %d at a time from now on", self.encode_batch)
+
+    def _prefill_less(self, num_jobs: int, error: torch.OutOfMemoryError) -> None:
+        if num_jobs == 1:
+            self._shrink(error)
+            return
+        self.prefill_batch = num_jobs // 2
+        logger.warning("Out of memory: prompts are read %d at a time from now on", self.prefill_batch)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Go on with half the slots; the texts of the others begin again.
+
+        Raises:
+            OutOfMemoryError: there is only one slot.
+        """
+        if self.max_slots == 1:
+            raise error
+        self.max_slots //= 2
+        logger.warning("Out of memory: %d texts are decoded at once from now on", self.max_slots)
+        evicted = {text.job: None for text in self.owners[self.max_slots :] if text is not None}
+        self._restart(list(evicted))
+        del self.owners[self.max_slots :]
+        self.runner.shrink(self.max_slots)
+        for job in [job for job in self.ready if job.num_slots > self.max_slots]:
+            self.ready.remove(job)
+            job.resolve(Result(status=Status.FAILED, error=f"{job.num_slots} texts at once: out of memory"))
+
+    def _restart(self, jobs: list[Job]) -> None:
+        """Take jobs out of their slots and put them in front of the ready queue."""
+        gone = set(map(id, jobs))
+        for text in [text for text in self.running if id(text.job) in gone]:
+            self.running.remove(text)
+            for slot in text.slots:
+                self.owners[slot] = None
+        for job in jobs:
+            job.restart()
+        self.ready.extendleft(reversed(jobs))

@@ -73,6 +73,10 @@ class SlotCache:
         self.values = F.pad(self.values, (0, 0, 0, length - self.max_length))
         self.max_length = length
 
+    def shrink(self, num_slots: int) -> None:
+        self.keys, self.values = self.keys[:, :num_slots].clone(), self.values[:, :num_slots].clone()
+        self.num_slots = num_slots
+
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts into other slots; overlapping sources and targets are safe."""
         self.reorder(sources, targets, 0, length)

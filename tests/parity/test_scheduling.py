@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
 from tests.parity.tiny import IMAGE_SIZE_PX, images
@@ -179,6 +180,42 @@ def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
     assert stopped.finish_reason == "stop"
     pieces = engine.stream(request, GenerationOptions(max_new_tokens=24, min_new_tokens=24, stop=(stop,)))
     assert "".join(pieces).strip() == stopped.text
+
+
+@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
+def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage) -> None:
+    """A device that holds only a few rows at once: everything is served all the same, in smaller pieces."""
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=16)
+    with Engine(config) as engine:
+        real = getattr(engine._runner, stage)
+
+        def small_device(rows: list[object], *more: object) -> object:
+            if len(rows) > 4:
+                raise torch.OutOfMemoryError("no more than 4 rows")
+            return real(rows, *more)
+
+        monkeypatch.setattr(engine._runner, stage, small_device)
+        assert [r.token_ids for r in engine.generate(asked)] == alone
+        assert (
+            min(engine._scheduler.max_slots, engine._scheduler.encode_batch, engine._scheduler.prefill_batch)
+            <= 4
+        )
+
+
+def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch) -> None:
+    """Futures that never end would hang the host; it must learn that the engine is gone."""
+    with Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)) as engine:
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("the device fell off")
+
+        monkeypatch.setattr(engine._runner, "encode", broken)
+        futures = [engine.submit(request) for request in make_requests(5)]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="fell off"):
+                future.result(timeout=30)
+        with pytest.raises(RuntimeError, match="closed"):
+            engine.submit(make_requests(1)[0])
 
 
 def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
