@@ -116,9 +116,7 @@ class Driver:
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
         if lease.lost:
-            raise OutputInUse(
-                f"the lease of {self._job.folder.uri} was taken by another driver; this one stops"
-            )
+            raise OutputInUse(f"the lease of {self._job.folder} was taken by another driver; this one stops")
         if self._stop.is_set():
             self._flush(stream)
             raise Stopped("stopped by a signal; what was finished is kept, run the same command to go on")

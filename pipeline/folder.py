@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
 
+from pipeline.shards import without_secrets
 from pipeline.storage import open_filesystem
 
 ASIDE = "_blip2/tmp"
@@ -34,6 +35,15 @@ class Folder:
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return Folder, (self.uri,)
+
+    def __str__(self) -> str:
+        """The URI for people, without secrets."""
+        return without_secrets(self.uri)
+
+    def beside(self, suffix: str) -> str:
+        """The URI of a folder next to this one."""
+        path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return f"{path.rstrip('/')}-{suffix}{question}{options}"
 
     @property
     def is_local(self) -> bool:
@@ -102,6 +112,6 @@ class Folder:
             self.delete(probe)
         except OSError as error:
             raise ValueError(
-                f"output must be a folder that can be written, got {self.uri}: {error}; "
+                f"output must be a folder that can be written, got {self}: {error}; "
                 "give another --output or the missing permission"
             ) from error

@@ -63,11 +63,11 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     run = load_run(folder)
     if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
         # Named by what is asked for, so that the same command goes on with the same fork.
-        folder = Folder(f"{settings.output.rstrip('/')}-{fingerprint.digest[:8]}")
+        folder = Folder(folder.beside(fingerprint.digest[:8]))
         settings = dataclasses.replace(settings, output=folder.uri)
         run = load_run(folder)
     if run is not None:
-        fingerprint.require_same(run.fingerprint, folder.uri)
+        fingerprint.require_same(run.fingerprint, str(folder))
         return Job(settings, engine, info, folder, run, is_new=False)
     run = _new_run(settings, fingerprint)
     folder.require_writable()
@@ -85,7 +85,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     run = load_run(folder)
     if run is None:
         raise ValueError(
-            f"output must be a folder with a run, got {settings.output} without one; name that of --output"
+            f"output must be a folder with a run, got {folder} without one; name that of --output"
         )
     plain = dict(run.settings)
     if engine is not None:
@@ -95,7 +95,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     )
     engine = engine or first.engine
     info = engine.info()
-    first.fingerprint(info).require_same(run.fingerprint, folder.uri)
+    first.fingerprint(info).require_same(run.fingerprint, str(folder))
     return Job(first, engine, info, folder, run, is_new=False, is_retry=True)
 
 
@@ -109,7 +109,7 @@ def _refuse_foreign_files(folder: Folder, run: Run) -> None:
     taken = look(folder).finished & {shard.name for shard in run.shards}
     if taken:
         raise FingerprintMismatch(
-            f"output must be empty or of an earlier run, got {folder.uri} with {output_name(min(taken))} "
+            f"output must be empty or of an earlier run, got {folder} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
 
@@ -156,5 +156,5 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
     console.say(
         f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {total:,} shards"
         + (f", {num_left:,} of them to do" if num_left < total else "")
-        + f", output in {job.folder.uri}"
+        + f", output in {job.folder}"
     )

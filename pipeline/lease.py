@@ -120,7 +120,7 @@ class Lease:
             return
         if holder.is_on_this_machine or self._beats(holder):
             raise OutputInUse(
-                f"output must have one driver at a time, got {self._folder.uri} while {holder} works on it; "
+                f"output must have one driver at a time, got {self._folder} while {holder} works on it; "
                 "wait for it, stop it, or give another --output"
             )
 

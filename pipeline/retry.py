@@ -25,7 +25,7 @@ def to_retry(folder: Folder, run: Run, state: State) -> list[Progress]:
     unfinished = [shard.name for shard in run.shards if shard.name not in state.finished]
     if unfinished:
         raise ValueError(
-            f"output must be of a finished run, got {folder.uri} with {len(unfinished):,} shards still "
+            f"output must be of a finished run, got {folder} with {len(unfinished):,} shards still "
             "to do; run the caption command again first"
         )
     by_name = {shard.name: shard for shard in run.shards}

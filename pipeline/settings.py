@@ -16,6 +16,7 @@ from pipeline.flags import hiding, prefixed
 from pipeline.placement import Placement
 from pipeline.reading import ReadOptions
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
+from pipeline.shards import without_secrets
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ class CaptionSettings:
         """Everything that decides what the rows say, and nothing else."""
         limits, reading = self.limits, self.reading
         parts = {
-            "input": self.input,
+            "input": [without_secrets(uri) for uri in self.input],
             "format": self.format,
             "limit": self.limit,
             "model": info.digest,
@@ -96,8 +97,11 @@ class CaptionSettings:
         return Fingerprint(json.loads(json.dumps(parts)))
 
     def as_plain(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_plain` gives the settings back."""
-        return dataclasses.asdict(self)
+        """Plain values that JSON can hold, without secrets; `from_plain` gives the settings back."""
+        inputs = tuple(without_secrets(uri) for uri in self.input)
+        return dataclasses.asdict(
+            dataclasses.replace(self, input=inputs, output=without_secrets(self.output))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,9 @@ def standing(uri: str) -> list[str]:
     folder = Folder(uri)
     run = load_run(folder)
     if run is None:
-        raise ValueError(f"output must be a folder with a run, got {uri} without one; name that of --output")
+        raise ValueError(
+            f"output must be a folder with a run, got {folder} without one; name that of --output"
+        )
     state = look(folder)
     done = reconcile(folder, run.shards, state.finished)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}

@@ -1,0 +1,85 @@
+"""Results in a bucket: the same ledger on an object store, through a real S3 protocol on loopback."""
+
+import io
+from collections.abc import Iterator
+
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipeline.folder import Folder
+from pipeline.job import prepare, run_job
+from pipeline.lease import Lease, OutputInUse
+from pipeline.ledger import look
+from pipeline.progress import Console
+from pipeline.settings import CaptionSettings
+from pipeline.standing import standing
+from pipeline.storage import open_filesystem
+from tests.fake_engine import FakeEngineConfig, captions_made
+from tests.integration.inputs import right_caption, write_tars
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A URI up to the path; with a password, as people have them."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    open_filesystem(f"s3://key:secret@bucket?{options}")[0].create_dir("bucket")
+    yield "s3://key:secret@bucket/{}?" + options
+    server.stop()
+
+
+def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
+    folder = Folder(bucket.format("folder"))
+    assert list(folder.names()) == []
+    assert folder.get("a/b") is None
+    folder.put("a/b", b"1")
+    folder.put("a/b", b"2")
+    folder.put("a/b/c", b"3")
+    assert (folder.get("a/b"), folder.get("a/b/c")) == (b"2", b"3")
+    assert sorted(folder.names()) == ["a/b", "a/b/c"]
+    folder.delete("a/b")
+    folder.delete("a/b")
+    assert list(folder.names("a")) == ["a/b/c"]
+    folder.require_writable()
+    with Lease(folder), pytest.raises(OutputInUse), Lease(folder):
+        pass
+
+
+def test_a_bucket_that_cannot_be_written_is_refused_without_the_password(bucket):
+    uri = bucket.format("x").replace("bucket/x", "absent/x").replace("allow_bucket_creation=true", "")
+    with pytest.raises(ValueError, match="output must be a folder that can be written") as refusal:
+        Folder(uri).require_writable()
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
+    filesystem, root = open_filesystem(bucket.format("in"))
+    pafs.copy_files(
+        str(tmp_path / "in"),
+        root,
+        source_filesystem=pafs.LocalFileSystem(),
+        destination_filesystem=filesystem,
+    )
+    settings = CaptionSettings(input=(bucket.format("in"),), output=bucket.format("out"))
+    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
+    said = io.StringIO()
+    for _ in range(2):
+        result = run_job(prepare(settings, engine), Console(said))
+        assert (result.num_ok, result.exit_status(0.0)) == (40, 0)
+    assert len(captions_made(tmp_path / "trace")) == 40
+    for shard, images in truth.items():
+        with filesystem.open_input_file(f"bucket/out/{shard}.parquet") as file:
+            table = pq.read_table(file)
+        assert table["key"].to_pylist() == list(images)
+        assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
+        assert all(b"secret" not in value for value in table.schema.metadata.values())
+    folder = Folder(settings.output)
+    assert not look(folder).fragments
+    assert b"secret" not in (folder.get("_blip2/run.json") or b"")
+    assert "secret" not in said.getvalue() + "".join(standing(settings.output))
