@@ -63,7 +63,7 @@ class ImageLimits:
     wall_s: float = 120.0
     """Most seconds by the clock: for decoders that sleep, generous so that load changes no status."""
     memory_bytes: int = 2 << 30
-    """Address space of a decoding process, about 0.1 GB of which is its own (Linux only)."""
+    """Address space of a decoding process, 30 MB of which are its own (Linux only)."""
     jpeg_draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size, at least twice the model's:
     faster, and the pixels differ slightly (docs/preprocessing.md has the measure)."""

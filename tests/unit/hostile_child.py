@@ -5,6 +5,7 @@ A file is b"BM" (so that the BMP plugin would be asked) and the name of a deed b
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import itertools
 import os
@@ -26,7 +27,9 @@ def segfault() -> None:
 
 
 def leave() -> None:
-    os._exit(3)
+    """Take a while to go after the pipe to the parent has been closed."""
+    atexit.register(time.sleep, 0.2)
+    sys.exit(3)
 
 
 def spin() -> None:

@@ -93,6 +93,14 @@ def test_a_single_death_is_not_the_images_fault(tmp_path: Path) -> None:
     assert image.status is Status.OK
 
 
+def test_suspicion_does_not_pass_to_the_next_image(tmp_path: Path) -> None:
+    """Whether the image before was guilty or cleared, the next one has its second try."""
+    batch = [deed("leave"), deed("segfault_once", tmp_path / "a"), deed("segfault_once", tmp_path / "b")]
+    with hostile_pool() as pool:
+        statuses = [image.status for image in pool.decode(batch)]
+    assert statuses == [Status.DECODER_CRASHED, Status.OK, Status.OK]
+
+
 def test_a_child_killed_between_two_calls_is_not_noticed(tmp_path: Path) -> None:
     with hostile_pool() as pool:
         child = child_pid(pool, tmp_path)
