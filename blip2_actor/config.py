@@ -33,6 +33,8 @@ class EngineConfig:
     """Images per pass of the vision encoder; None chooses by device."""
     compile: bool = False
     """Compile the vision encoder and the Q-Former (needs a C compiler on a CPU)."""
+    skip_canary: bool = False
+    """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
 
     def __post_init__(self) -> None:
         if not self.model:

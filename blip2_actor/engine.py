@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.checkpoint import resolve
+from blip2_actor import canary
+from blip2_actor.checkpoint import CACHE_FOLDER, Checkpoint, resolve
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.intake import Intake, Refusal
@@ -56,6 +57,7 @@ class Engine:
         self.encode_batch = config.encode_batch or DEFAULT_ENCODE_BATCH.get(device.type, 16)
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
+        self.canary = self._run_canary(checkpoint, max_slots)
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)
         self._arrived: deque[Job] = deque()
         self._unfinished: set[Job] = set()
@@ -66,6 +68,15 @@ class Engine:
         self._busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="blip2-engine", daemon=True)
         self._thread.start()
+
+    def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
+        if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
+            return None
+        record = canary.check(self._runner, self.prompts.empty_ids, self.image_size_px)
+        canary.compare_with_last(
+            record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.query_tokens.dtype
+        )
+        return record
 
     # Requests -------------------------------------------------------------------------------------------
 

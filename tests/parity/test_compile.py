@@ -13,6 +13,7 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from tests.parity.tiny import images
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..., Path]) -> None:
     """Five images in batches of four: the second batch is filled up, and its filling must not come out."""

@@ -1,0 +1,132 @@
+"""The canary: at start, built-in images captioned alone and in a batch, before anybody's are.
+
+A kernel, a library or a device that makes neighbours disturb each other shows here. What came out is
+also remembered per checkpoint, dtype and device, so that an upgrade that changes captions is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+NUM_IMAGES = 3
+NUM_TOKENS = 4
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest difference of first logits, alone against batched, over their standard deviation: far above what
+rounding does (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23), far below a leak."""
+
+
+@dataclass(frozen=True)
+class CanaryRecord:
+    """What came out, and on what."""
+
+    digest: str
+    """Of the captions' token ids."""
+    torch: str
+    transformers: str
+    device: str
+
+
+class CanaryFailure(RuntimeError):
+    """Alone and in a batch, the same image gave different results: no caption can be trusted."""
+
+
+def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> CanaryRecord:
+    """Caption the built-in images alone and together.
+
+    Raises:
+        CanaryFailure: the results differ by more than the dtype explains.
+    """
+    pictures = _pictures(size_px)
+    together_logits, token_ids = _caption(runner, pictures, start_ids)
+    alone_logits = torch.cat([_caption(runner, pictures[i : i + 1], start_ids)[0] for i in range(NUM_IMAGES)])
+    spread = together_logits.std().clamp(min=1e-6)
+    difference = float(((together_logits - alone_logits).abs().max() / spread).item())
+    if not difference <= TOLERANCE[runner.dtype]:  # also where it is not a number
+        raise CanaryFailure(
+            f"logits of an image alone and in a batch must differ by at most {TOLERANCE[runner.dtype]} "
+            f"of their deviation in {runner.dtype}, got {difference:.3g}; try --dtype float32, and another torch "
+            "build or driver for this device"
+        )
+    return CanaryRecord(
+        digest=hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16],
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=_device_name(runner.device),
+    )
+
+
+def compare_with_last(
+    record: CanaryRecord, folder: Path, checkpoint_digest: str, dtype: torch.dtype
+) -> str | None:
+    """Remember a record, and say what has changed where its digest is not that of the last start.
+
+    Args:
+        folder: where records are kept, one file per checkpoint, dtype and device.
+    """
+    key = hashlib.sha256(f"{checkpoint_digest} {dtype} {record.device}".encode()).hexdigest()[:24]
+    path = folder / f"{key}.json"
+    last = json.loads(path.read_text()) if path.exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(record)))
+    if last is None or last["digest"] == record.digest:
+        return None
+    changes = [
+        f"{name} {last[name]} -> {getattr(record, name)}"
+        for name in ("torch", "transformers")
+        if last[name] != getattr(record, name)
+    ]
+    message = (
+        f"captions of the built-in images have changed since the last start ({last['digest']} -> "
+        f"{record.digest}); changed since: {', '.join(changes) or 'neither torch nor transformers'}"
+    )
+    logger.warning(message)
+    return message
+
+
+def _caption(
+    runner: ModelRunner, pictures: np.ndarray, start_ids: Sequence[int]
+) -> tuple[Tensor, list[list[int]]]:
+    """First logits float32[n, V] and a few greedy tokens of each image, in slots 0..n-1."""
+    images = [EncodedImage(picture) for picture in pictures]
+    runner.encode(images)
+    jobs = [Job(image, list(start_ids)) for image in images]
+    logits = first = runner.prefill(jobs, list(range(len(jobs)))).float().cpu()
+    length = runner.cached_length(jobs[0])
+    found: list[list[int]] = [[] for _ in jobs]
+    for step in range(NUM_TOKENS):
+        chosen = logits.argmax(dim=-1).tolist()
+        for row, token_id in zip(found, chosen, strict=True):
+            row.append(token_id)
+        if step < NUM_TOKENS - 1:
+            logits = runner.decode(chosen, [length + step] * len(jobs)).float().cpu()
+    return first, found
+
+
+def _pictures(size_px: int) -> np.ndarray:
+    """uint8[n, S, S, 3]: a gradient, stripes, and noise; the same everywhere."""
+    ramp = np.linspace(0, 255, size_px).astype(np.uint8)
+    gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(128)), axis=-1)
+    stripes = np.broadcast_to(
+        ((np.arange(size_px) // 7 % 2) * 255).astype(np.uint8)[:, None, None], gradient.shape
+    )
+    noise = np.random.Generator(np.random.PCG64(0)).integers(0, 256, gradient.shape, dtype=np.uint8)
+    return np.ascontiguousarray(np.stack([gradient, stripes, noise]))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

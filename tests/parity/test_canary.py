@@ -1,0 +1,58 @@
+"""The canary sees what it is there for, and stays quiet otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_actor import Engine, EngineConfig
+from blip2_actor.canary import CanaryFailure, CanaryRecord, check, compare_with_last
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint_folder: Callable[..., Path]) -> Engine:
+    config = EngineConfig(model=str(checkpoint_folder()), dtype="float32", device="cpu", num_threads=1)
+    with Engine(config) as started:
+        yield started
+
+
+def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None:
+    again = check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+    assert engine.canary == again
+
+
+def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None:
+    """As a kernel would that reads a neighbour's memory when the batch is larger than one."""
+    real = engine.model.qformer_features
+
+    def leaking(image_embeds: torch.Tensor) -> torch.Tensor:
+        features = real(image_embeds)
+        return features + 0.5 * features.roll(1, dims=0) if len(features) > 1 else features
+
+    monkeypatch.setattr(engine.model, "qformer_features", leaking)
+    with pytest.raises(CanaryFailure, match="alone and in a batch"):
+        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+
+
+def test_nan_is_refused(engine, monkeypatch) -> None:
+    monkeypatch.setattr(
+        engine.model, "project", lambda features: features.new_full((*features.shape[:2], 32), torch.nan)
+    )
+    with pytest.raises(CanaryFailure, match="nan"):
+        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+
+
+def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
+    first = CanaryRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
+    assert compare_with_last(first, tmp_path, "c", torch.float32) is None
+    assert compare_with_last(first, tmp_path, "c", torch.float32) is None
+    upgraded = replace(first, digest="bbbb", torch="2.13")
+    assert compare_with_last(upgraded, tmp_path, "other checkpoint", torch.float32) is None
+    message = compare_with_last(upgraded, tmp_path, "c", torch.float32)
+    assert message is not None
+    assert "torch 2.11 -> 2.13" in message
+    assert "transformers" not in message.split("changed since")[1]
