@@ -38,8 +38,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; 0 after a clean end, 1 when it cannot start."""
     arguments = parse_arguments(argv)
-    stop = threading.Event()
-    _on_stop(stop)
     try:
         _refuse_taken_port(arguments.host, arguments.port)
         engine = EngineConfig(
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             num_threads=os.cpu_count(),
         )
         engine.info()
-        serve_until(stop, engine, arguments.host, arguments.port)
+        serve_until_stopped(engine, arguments.host, arguments.port)
     except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -58,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def serve_until(stop: threading.Event, engine: EngineConfig, host: str, port: int) -> None:
-    """Start a Ray of our own and the application on it; end both, requests in flight first.
+def serve_until_stopped(engine: EngineConfig, host: str, port: int) -> None:
+    """Start a Ray of our own and the application on it; at a signal end both, requests in flight first.
 
     Raises:
         RuntimeError: the application does not start.
@@ -74,6 +72,8 @@ def serve_until(stop: threading.Event, engine: EngineConfig, host: str, port: in
     from deploy.settings import Settings
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    stop = threading.Event()
+    _on_stop(stop)
     try:
         # Logical CPUs place our actors; they do not bind threads.
         ray.init(

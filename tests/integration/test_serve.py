@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +17,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -182,3 +188,33 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
     model = httpx.get(f"{url}/v1/model").json()
     assert model["model"] == "demo" and model["options"]["max_new_tokens"] == 30
     assert "<form" in httpx.get(url).text
+
+
+@pytest.mark.timeout(300)
+def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "deploy", "--model", "demo", "--device", "cpu", "--port", str(port)],
+            env=environment | {"RAY_TMPDIR": folder, "HOME": str(tmp_path)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert command.stdout is not None
+        lines = [command.stdout.readline() for _ in range(3)]
+        assert f"http://127.0.0.1:{port}/" in lines[0], lines
+        scene = httpx.get(f"http://127.0.0.1:{port}/scene.png")
+        answer = post(f"http://127.0.0.1:{port}", scene.content)
+        assert answer.json()["caption"].endswith("background")
+        started = psutil.Process(command.pid).children(recursive=True)
+        assert len(started) > 3
+        command.send_signal(signal.SIGTERM)
+        assert command.communicate(timeout=120)[0] == "stopped\n"
+        assert command.returncode == 0
+        _, alive = psutil.wait_procs(started, timeout=30)
+        assert not alive
+    # A token file would change how every later Ray of this user starts.
+    assert not (tmp_path / ".ray" / "auth_token").exists()
