@@ -20,6 +20,7 @@ from blip2_actor.status import Status
 from pipeline.folder import Folder
 from pipeline.fragments import delete_fragments, list_fragments, read_fragment
 from pipeline.ledger import SUFFIX, end_name
+from pipeline.patience import patiently
 from pipeline.reading import ShardReport
 from pipeline.schema import ROW_CONTRACT
 
@@ -79,7 +80,8 @@ def commit_shard(
         complete=report.complete,
         reason=report.reason,
     )
-    folder.put(output_name(report.shard), _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)}))
+    content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
+    patiently(lambda: folder.put(output_name(report.shard), content))
     delete_fragments(folder, fragments)
     folder.delete(end_name(report.shard))
     return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -60,14 +61,22 @@ class Driver:
         self._job, self._tracker = job, Tracker(left)
         self._num_left = len(left)
         self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        self._commit_task = ray.remote(num_cpus=0, max_retries=-1)(commit_shard)
         self._commits: dict[Any, ShardReport] = {}
         work = [progress.work for progress in left]
         dataset = receipts_dataset(job.settings, job.engine, job.info, work, job.folder, self._board, cluster)
         with self._signals():
             stream = ReceiptStream(dataset)
-            while not stream.ended:
-                self._step(stream)
-                self._obey(stream, lease)
+            try:
+                while not stream.ended:
+                    self._step(stream)
+                    self._obey(stream, lease)
+            except ray.exceptions.RayError as error:
+                self._commit_rest()
+                raise Stopped(
+                    f"the job has failed: {_last_line(error)}; what was finished is kept, mend the cause and "
+                    "run the same command to go on"
+                ) from error
             self._commit_rest()
         self._console.say(verdict(self._busy))
 
@@ -89,6 +98,10 @@ class Driver:
         for receipt in receipts:
             self._tracker.add(receipt)
         self._busy = busy_fractions(loads)
+        with contextlib.suppress(OSError):  # a store that answers badly is asked again in a second
+            self._look_for_ends()
+
+    def _look_for_ends(self) -> None:
         for shard in shards_with_an_end(self._job.folder):
             if not self._tracker.knows_end(shard):
                 report = load_end(self._job.folder, shard)
@@ -97,9 +110,8 @@ class Driver:
 
     def _commit(self, wait: bool) -> None:
         """Hand complete shards to merging tasks and take back what they have done."""
-        task = ray.remote(num_cpus=0, max_retries=-1)(commit_shard)
         for report in self._tracker.take_complete():
-            ref = task.remote(self._job.folder, report, self._job.metadata, self._job.kept)
+            ref = self._commit_task.remote(self._job.folder, report, self._job.metadata, self._job.kept)
             self._commits[ref] = report
         while self._commits:
             full = wait or len(self._commits) > COMMITS_AT_ONCE
@@ -112,6 +124,7 @@ class Driver:
 
     def _commit_rest(self) -> None:
         self._look_around()
+        self._look_for_ends()
         self._commit(wait=True)
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
@@ -170,3 +183,9 @@ class Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _last_line(error: BaseException) -> str:
+    """What a worker's exception said: the end of the traceback that Ray quotes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from blip2_actor import GenerationOptions, Result, Status
+from blip2_actor import GenerationOptions, ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
 from pipeline.board import Attempt, Receipt
 from pipeline.caption_stage import CaptionStage, EngineFault, Settled
@@ -27,7 +27,7 @@ from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.patience import patiently
 from pipeline.rowset import RowSet, runs
-from pipeline.schema import IDENTITY, RESULTS
+from pipeline.schema import output_schema
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0
@@ -54,6 +54,7 @@ class FragmentStage:
     def __init__(
         self,
         engine: EngineBuilder,
+        info: ModelInfo,
         options: GenerationOptions,
         prompt: str | None,
         prompt_column: str | None,
@@ -61,7 +62,16 @@ class FragmentStage:
         folder: Folder,
         board: Any,
     ) -> None:
-        """`board` is the handle of the job's `Board` actor."""
+        """Start an engine.
+
+        Args:
+            info: what the driver found the model to be, and has put into the run's fingerprint.
+            board: handle of the job's `Board` actor.
+
+        Raises:
+            ValueError: this machine finds the model to be another one.
+        """
+        _require_same_model(info, engine.info())
         self._stage = CaptionStage(engine, options, prompt, prompt_column)
         self._kept = list(kept)
         self._folder = folder
@@ -132,19 +142,29 @@ class FragmentStage:
         self._board.report.remote("write", self._worker, self._write_s, alive_s)
 
 
+def _require_same_model(expected: ModelInfo, found: ModelInfo) -> None:
+    if found.dtype != expected.dtype:
+        raise ValueError(
+            f"dtype must be the same on every machine, got {expected.dtype} where the job was started and "
+            f"{found.dtype} where it runs; add --dtype {found.dtype}"
+        )
+    if found.digest != expected.digest:
+        raise ValueError(
+            f"model must be the same on every machine, got other files at {found.model} where the job runs "
+            "than where it was started; name a place that all machines share"
+        )
+
+
 def _contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
     """Exactly the columns of the output, in order and with the contract's types."""
-    columns = {field.name: field for field in (*IDENTITY, *RESULTS)}
-    fields, arrays = [], []
-    for name in (*columns, *kept):
-        field = columns.get(name)
-        if name not in rows.column_names and field is not None:
-            array: Any = pa.nulls(len(rows), field.type)
-        else:
-            array = rows[name] if field is None else rows[name].cast(field.type)
-        fields.append(field or rows.schema.field(name))
-        arrays.append(array)
-    return pa.table(arrays, schema=pa.schema(fields))
+    schema = output_schema(rows.schema.field(name) for name in kept)
+    arrays = [
+        rows[field.name].cast(field.type)
+        if field.name in rows.column_names
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
 
 
 def _condemned() -> Result:

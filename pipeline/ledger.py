@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.fingerprint import Fingerprint
 from pipeline.folder import ASIDE, Folder
 from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
+from pipeline.patience import patiently
 from pipeline.reading import ShardReport, ShardWork
 from pipeline.rowset import RowSet
 from pipeline.shards import Shard
@@ -69,7 +70,8 @@ class StoreEnd:
     folder: Folder
 
     def __call__(self, report: ShardReport) -> None:
-        self.folder.put(end_name(report.shard), json.dumps(asdict(report)).encode())
+        content = json.dumps(asdict(report)).encode()
+        patiently(lambda: self.folder.put(end_name(report.shard), content))
 
 
 def end_name(shard: str) -> str:

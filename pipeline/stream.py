@@ -69,6 +69,7 @@ def receipts_dataset(
             FragmentStage,
             fn_constructor_args=(
                 settle_engine(engine, reservations),
+                info,
                 settings.generation,
                 settings.prompt,
                 "prompt" if options.prompt_column else None,

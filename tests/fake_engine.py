@@ -45,6 +45,8 @@ class FakeEngineConfig:
     """While this file exists, no caption is finished: tests hold the job at a known point."""
     gate_after: int = 0
     """Captions an engine makes before it heeds the gate."""
+    fails_to_build: str | None = None
+    """What an engine that cannot be built says."""
     opens_gate_at: int | None = None
     """Requests that must have arrived for the engine to remove the gate by itself."""
     holds_on: tuple[str, ...] = ()
@@ -69,6 +71,8 @@ class FakeEngineConfig:
         )
 
     def build(self) -> FakeEngine:
+        if self.fails_to_build:
+            raise ValueError(self.fails_to_build)
         return FakeEngine(self)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.commands import caption
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.job import prepare, prepare_retry, run_job
@@ -170,3 +171,12 @@ def test_retry_of_an_unfinished_run_is_refused(tmp_path):
 def run_retry(tmp_path, engine=None):
     job = prepare_retry(RetrySettings(output=str(tmp_path / "out")), engine or FakeEngineConfig())
     return run_job(job, Console(io.StringIO()))
+
+
+def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_words(tmp_path, capsys):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    engine = FakeEngineConfig(fails_to_build="device must be there, got none")
+    assert caption(settings(tmp_path), engine) == 1
+    said = capsys.readouterr().err
+    assert "ValueError: device must be there, got none; what was finished is kept" in said
+    assert "Traceback" not in said

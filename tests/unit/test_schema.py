@@ -1,0 +1,62 @@
+"""The row contract is a promise to everyone who reads the files: a change here is a new SCHEMA_VERSION."""
+
+import pyarrow as pa
+import pytest
+
+from blip2_actor import Status
+from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, output_schema
+
+FROZEN = """\
+key: string not null
+shard: string not null
+row: int64 not null
+caption: string
+captions: list<item: string>
+  child 0, item: string
+logprobs: list<item: float>
+  child 0, item: float
+logprob: float
+num_tokens: int32
+finish_reason: string
+flags: list<item: string> not null
+  child 0, item: string
+status: string not null
+error: string
+width: int32
+height: int32
+sha256: binary"""
+STATUSES = [
+    "ok",
+    "missing_image",
+    "unreadable",
+    "undecodable",
+    "too_large",
+    "decoder_crashed",
+    "decoder_timed_out",
+    "refused",
+    "failed",
+]
+
+
+def test_columns_types_and_statuses_are_frozen():
+    assert str(ROW_CONTRACT) == FROZEN
+    assert [status.value for status in Status] == STATUSES
+    assert SCHEMA_VERSION == 1
+
+
+def test_kept_columns_come_last_as_they_came():
+    kept = [pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 4))]
+    assert output_schema(kept) == pa.schema([*ROW_CONTRACT, *kept])
+
+
+@pytest.mark.parametrize("name", ROW_CONTRACT.names)
+def test_a_kept_column_cannot_take_a_name_of_the_contract(name):
+    with pytest.raises(
+        ValueError, match=f"keep must not name columns that the output has itself, got {name};"
+    ):
+        output_schema([pa.field(name, pa.string())])
+
+
+def test_a_kept_column_comes_once():
+    with pytest.raises(ValueError, match="url more than once"):
+        output_schema([pa.field("url", pa.string())] * 2)
