@@ -27,6 +27,7 @@ from blip2_actor.demo.scenes import (
 
 IMAGE_SIDE_PX = 64
 PATCH_PX = 8
+NUM_PATCHES = (IMAGE_SIDE_PX // PATCH_PX) ** 2
 DRAWN_SIDES_PX = (64, 64, 80, 96, 128, 192)
 _CHUNK = 500
 _BICUBIC = Image.Resampling.BICUBIC
@@ -42,7 +43,8 @@ class Examples:
     attributes: np.ndarray
     """int64[N, 6]: first colour, first shape, second colour, second shape, arrangement, background."""
     patches: np.ndarray
-    """int64[N, 64, 2]: colour and shape of the object in whose square the patch's centre lies."""
+    """int64[N, 64, 3]: colour and shape of the object in whose square the patch's centre lies, and
+    whether it is named first (1) or second (2)."""
 
 
 def make_examples(split: Split, seed: int, num_examples: int, num_processes: int = 2) -> Examples:
@@ -106,7 +108,7 @@ def _patches(scenes: Scenes) -> np.ndarray:
     grid = (np.arange(IMAGE_SIDE_PX // PATCH_PX) + 0.5) * PATCH_PX / IMAGE_SIDE_PX
     y, x = np.meshgrid(grid, grid, indexing="ij")
     attributes = _attributes(scenes.captions)
-    labels = np.zeros((len(scenes), grid.size**2, 2), np.int64)
+    labels = np.zeros((len(scenes), grid.size**2, 3), np.int64)
     for slot in range(2):
         away = np.maximum(
             np.abs(x.ravel() - scenes.centres[:, slot, :1]), np.abs(y.ravel() - scenes.centres[:, slot, 1:])
@@ -114,4 +116,5 @@ def _patches(scenes: Scenes) -> np.ndarray:
         inside = away < scenes.sizes[:, slot, None] / 2
         for kind in range(2):
             labels[..., kind] = np.where(inside, attributes[:, slot * 2 + kind, None], labels[..., kind])
+        labels[..., 2][inside] = slot + 1
     return labels

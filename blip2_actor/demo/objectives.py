@@ -53,6 +53,8 @@ class Heads(nn.Module):
         super().__init__()
         self.patch = nn.ModuleList([nn.Linear(WIDTH, len(COLOURS) + 1), nn.Linear(WIDTH, len(SHAPES) + 1)])
         self.ground = nn.Linear(WIDTH, len(BACKGROUNDS) + 1)
+        self.order = nn.Linear(WIDTH, 3)
+        self.layout = nn.Linear(WIDTH, len(ARRANGEMENTS) + 1)
         answers = [len(names) + 1 for names in (COLOURS, SHAPES, COLOURS, SHAPES, ARRANGEMENTS, BACKGROUNDS)]
         self.query = nn.ModuleList([nn.Linear(WIDTH, n) for n in answers])
 
@@ -64,6 +66,13 @@ class Heads(nn.Module):
         loss = loss + 0.2 * F.cross_entropy(self.ground(image_embeds[:, 0]).float(), attributes[:, 5])
         right = shapes.argmax(-1) == patches[..., 1]
         return loss, right[patches[..., 1] > 0].float().mean()
+
+    def place_loss(self, image_embeds: Tensor, patches: Tensor, attributes: Tensor) -> Tensor:
+        """Loss over float[B, P + 1, D]: which object is named first, and how the two are arranged."""
+        order = F.cross_entropy(
+            self.order(image_embeds[:, 1:]).float().flatten(0, 1), patches[..., 2].flatten()
+        )
+        return order + 0.2 * F.cross_entropy(self.layout(image_embeds[:, 0]).float(), attributes[:, 4])
 
     def query_loss(self, query_output: Tensor, attributes: Tensor) -> Tensor:
         """Mean loss over float[B, Q, D]; one query answers for both colour and shape of an object."""
@@ -99,11 +108,13 @@ class Objectives:
         return told + asked, {"caption_loss": told.item(), "query_loss": asked.item()}
 
     def finish(self, pixel_values: Tensor, patches: Tensor, input_ids: Tensor, attributes: Tensor) -> Losses:
-        """Everything at once."""
+        """Everything at once, and the patches also learn whose turn it is to be named."""
         image_embeds = self.model.vision_model(pixel_values).last_hidden_state
         seen, seen_figures = self._seen(image_embeds, patches, attributes)
+        placed = self.heads.place_loss(image_embeds, patches, attributes)
         told, told_figures = self.tell(image_embeds, input_ids, attributes)
-        return told + 0.5 * seen, seen_figures | told_figures
+        figures = seen_figures | {"place_loss": placed.item()} | told_figures
+        return told + 0.5 * seen + placed, figures
 
     def _seen(self, image_embeds: Tensor, patches: Tensor, attributes: Tensor) -> Losses:
         loss, shapes = self.heads.patch_loss(image_embeds, patches, attributes)

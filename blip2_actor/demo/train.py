@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import transformers
 from torch import Tensor, nn
 
-from blip2_actor.demo.architecture import build_model, build_processor
+from blip2_actor.demo.architecture import WIDTH, build_model, build_processor
 from blip2_actor.demo.evaluation import Score, generate_captions, score_captions
-from blip2_actor.demo.examples import Examples, make_examples
+from blip2_actor.demo.examples import NUM_PATCHES, Examples, make_examples
 from blip2_actor.demo.objectives import Heads, Losses, Objectives, encode_captions, to_pixel_values
 from blip2_actor.demo.tokenizer import build_tokenizer
 
@@ -40,28 +43,34 @@ class Training:
         self.args = args
         self.start = time.monotonic()
         self.log: list[dict[str, Any]] = []
+        self.rank = 0
         torch.manual_seed(args.seed)
-        self.rng = np.random.default_rng(args.seed)
         self.tokenizer = build_tokenizer()
         self.model = build_model(self.tokenizer)
         self.heads = Heads()
         self.objectives = Objectives(self.model, self.heads)
-        self.examples = make_examples("train", args.seed + 1, args.examples)
+        self.examples = make_examples("train", args.seed + 1, args.examples, args.workers)
         self.patches = torch.from_numpy(self.examples.patches)
         self.attributes = torch.from_numpy(self.examples.attributes)
         self.input_ids = encode_captions(self.tokenizer, self.examples)
         self.checked = {split: make_examples(split, args.seed + 2, 500) for split in ("held_out", "unseen")}
+        # Filled after the first stage, by all workers: what the vision encoder makes of every example.
+        self.seen = torch.empty(args.examples, NUM_PATCHES + 1, WIDTH, dtype=torch.bfloat16).share_memory_()
         self._note("examples drawn", examples=args.examples)
 
-    def run(self) -> None:
-        """Train and save; a checkpoint is saved after every `save_every` steps that can caption."""
+    def run(self, rank: int = 0, rendezvous: str = "") -> None:
+        """Train as one of `workers` processes that average their gradients; the first one also saves."""
         args, model = self.args, self.model
+        self.rank = rank
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers)
         self._stage("look", args.look_steps, args.look_rate, [model.vision_model], self._look)
-        self.seen = self._see_all()
+        if not (args.stages / "tell.pt").exists():
+            self._see_all()
         language = [model.qformer, model.language_projection, model.language_model]
         self._stage("tell", args.tell_steps, args.tell_rate, language, self._tell, [model.query_tokens])
-        del self.seen
         self._stage("finish", args.finish_steps, args.finish_rate, [model], self._finish)
+        dist.destroy_process_group()
 
     def save(self) -> None:
         """Put the checkpoint in place whole: the folder is replaced, never half written."""
@@ -91,15 +100,24 @@ class Training:
         losses: Callable[[np.ndarray], Losses],
         more: Sequence[nn.Parameter] = (),
     ) -> None:
+        args, finished = self.args, self.args.stages / f"{name}.pt"
+        if finished.exists():
+            state = torch.load(finished)
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            self.log = state["log"]
+            return
+        rng = np.random.default_rng([args.seed, self.rank, *name.encode()])
         parameters = [p for module in [*modules, self.heads] for p in module.parameters()] + [*more]
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         recent: list[dict[str, float]] = []
         for step in range(1, steps + 1):
-            chosen = self.rng.integers(len(self.input_ids), size=self.args.batch)
+            chosen = rng.integers(len(self.input_ids), size=args.batch // args.workers)
             with torch.autocast("cpu", torch.bfloat16):
                 loss, figures = losses(chosen)
             loss.backward()
+            self._average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -108,8 +126,11 @@ class Training:
             if step % 50 == 0 or step == steps:
                 self._note(name, step=step, **_means(recent))
                 recent.clear()
-            if name != "look" and (step % self.args.save_every == 0 or step == steps):
+            if self.rank == 0 and name != "look" and (step % args.save_every == 0 or step == steps):
                 self.save()
+        if self.rank == 0:
+            state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "log": self.log}
+            torch.save(state, finished)
 
     def _look(self, chosen: np.ndarray) -> Losses:
         return self.objectives.look(self._pixels(chosen), self.patches[chosen], self.attributes[chosen])
@@ -125,15 +146,22 @@ class Training:
     def _pixels(self, chosen: np.ndarray) -> Tensor:
         return to_pixel_values(self.examples.images[chosen])
 
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.args.workers
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
     @torch.no_grad()
-    def _see_all(self) -> Tensor:
-        """bfloat16[N, P + 1, D]: what the vision encoder makes of every example."""
-        seen = []
-        with torch.autocast("cpu", torch.bfloat16):
-            for chosen in np.array_split(np.arange(len(self.input_ids)), len(self.input_ids) // 200):
-                seen.append(self.model.vision_model(self._pixels(chosen)).last_hidden_state.bfloat16())
+    def _see_all(self) -> None:
+        for chosen in torch.arange(self.rank, len(self.seen), self.args.workers).split(200):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = self.model.vision_model(self._pixels(chosen.numpy()))
+            self.seen[chosen] = out.last_hidden_state.bfloat16()
+        dist.barrier()
         self._note("examples seen")
-        return torch.cat(seen)
 
     def _score(self, examples: Examples) -> Score:
         self.model.eval()
@@ -144,13 +172,16 @@ class Training:
     def _note(self, what: str, **figures: float) -> None:
         entry = {"what": what, "seconds": round(time.monotonic() - self.start, 1)}
         self.log.append(entry | {name: round(value, 5) for name, value in figures.items()})
-        logger.info("%s", json.dumps(self.log[-1]))
+        if self.rank == 0:
+            logger.info("%s", json.dumps(self.log[-1]))
 
     def _write_log(self, folder: Path, scores: dict[str, Score]) -> None:
         about = {
-            "command": vars(self.args) | {"output": self.args.output.name},
+            "command": {
+                name: value for name, value in vars(self.args).items() if not isinstance(value, Path)
+            },
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "hardware": f"{torch.get_num_threads()} threads of {_processor_name()}",
+            "hardware": f"{self.args.workers} cores of {_processor_name()}, shared with other work",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "wall_s": round(time.monotonic() - self.start),
             "scores": {name: asdict(score) for name, score in scores.items()},
@@ -182,18 +213,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
+    parser.add_argument(
+        "--stages", type=Path, required=True, help="folder that keeps each finished stage, to go on from"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--examples", type=int, default=40_000, help="scenes drawn for training")
-    parser.add_argument("--batch", type=int, default=128)
-    for stage, steps, rate in (("look", 900, 2e-3), ("tell", 3000, 1e-3), ("finish", 700, 6e-4)):
+    parser.add_argument("--batch", type=int, default=96)
+    for stage, steps, rate in (("look", 1000, 2e-3), ("tell", 3000, 1e-3), ("finish", 900, 8e-4)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-rate", type=float, default=rate, help="highest learning rate")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(args.threads)
-    Training(args).run()
+    args.stages.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    training = Training(args)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = os.path.join(folder, "rendezvous")
+        # Forked, so that the workers share the examples.
+        mp.start_processes(training.run, (meeting,), nprocs=args.workers, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def test_patch_labels_lie_on_their_objects() -> None:
     palette = [*COLOURS.values()]
     side = IMAGE_SIDE_PX // PATCH_PX
     agree = []
-    for image, labels in zip(examples.images, examples.patches.reshape(-1, side, side, 2), strict=True):
+    for image, labels in zip(examples.images, examples.patches.reshape(-1, side, side, 3), strict=True):
         middles = image.astype(int)[PATCH_PX // 2 :: PATCH_PX, PATCH_PX // 2 :: PATCH_PX]
         for y, x in np.argwhere(labels[1:-1, 1:-1, 0] > 0) + 1:
-            colour, shape = labels[y, x]
+            colour, shape, _ = labels[y, x]
             inside = (labels[[y - 1, y + 1, y, y], [x, x, x - 1, x + 1], 0] == colour).all()
             if inside and SHAPES[shape - 1] in ("square", "circle"):
                 agree.append(np.abs(middles[y, x] - palette[colour - 1]).max() < 40)
