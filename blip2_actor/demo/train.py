@@ -11,8 +11,6 @@ import argparse
 import json
 import logging
 import os
-import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,20 +22,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import transformers
 from torch import Tensor, nn
 
-from blip2_actor.demo.architecture import WIDTH, build_model, build_processor
+from blip2_actor.demo.architecture import WIDTH, build_model
 from blip2_actor.demo.evaluation import Score, generate_captions, score_captions
 from blip2_actor.demo.examples import NUM_PATCHES, Examples, make_examples
 from blip2_actor.demo.objectives import Heads, Losses, Objectives, encode_captions, to_pixel_values
+from blip2_actor.demo.saving import save_checkpoint
 from blip2_actor.demo.tokenizer import build_tokenizer
 
 logger = logging.getLogger("blip2_actor.demo.train")
 
 
 class Training:
-    """One run: data, model, heads, and the log that is saved with the checkpoint."""
+    """One run: data, model, heads, and the log that is saved with the checkpoint.
+
+    Built once, then forked into workers of one thread each: on few and busy cores, processes that meet once
+    a step train faster than threads that meet in every product.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -65,31 +67,23 @@ class Training:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers)
         self._stage("look", args.look_steps, args.look_rate, [model.vision_model], self._look)
-        if not (args.stages / "tell.pt").exists():
-            self._see_all()
+        self._see_all()
         language = [model.qformer, model.language_projection, model.language_model]
         self._stage("tell", args.tell_steps, args.tell_rate, language, self._tell, [model.query_tokens])
         self._stage("finish", args.finish_steps, args.finish_rate, [model], self._finish)
         dist.destroy_process_group()
 
     def save(self) -> None:
-        """Put the checkpoint in place whole: the folder is replaced, never half written."""
+        """Score the model and replace the checkpoint."""
         scores = {name: self._score(examples) for name, examples in self.checked.items()}
         for name, score in scores.items():
             self._note(f"score {name}", exact=score.exact, **score.by_kind)
-        output = self.args.output.resolve()
-        new, old = output.with_name(output.name + ".new"), output.with_name(output.name + ".old")
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.model.save_pretrained(new)
-        processor = build_processor(self.tokenizer)
-        processor.save_pretrained(new)
-        processor.image_processor.save_pretrained(new)  # preprocessor_config.json, which most tools read
-        self._write_log(new, scores)
-        if output.exists():
-            os.rename(output, old)
-        os.rename(new, output)
-        shutil.rmtree(old, ignore_errors=True)
+        about = {
+            "options": {name: value for name, value in vars(self.args).items() if name != "output"},
+            "wall_s": round(time.monotonic() - self.start),
+            "scores": {name: asdict(score) for name, score in scores.items()},
+        }
+        save_checkpoint(self.args.output, self.model, self.tokenizer, about, self.log)
 
     def _stage(
         self,
@@ -100,13 +94,7 @@ class Training:
         losses: Callable[[np.ndarray], Losses],
         more: Sequence[nn.Parameter] = (),
     ) -> None:
-        args, finished = self.args, self.args.stages / f"{name}.pt"
-        if finished.exists():
-            state = torch.load(finished)
-            self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state["heads"])
-            self.log = state["log"]
-            return
+        args = self.args
         rng = np.random.default_rng([args.seed, self.rank, *name.encode()])
         parameters = [p for module in [*modules, self.heads] for p in module.parameters()] + [*more]
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -128,9 +116,6 @@ class Training:
                 recent.clear()
             if self.rank == 0 and name != "look" and (step % args.save_every == 0 or step == steps):
                 self.save()
-        if self.rank == 0:
-            state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "log": self.log}
-            torch.save(state, finished)
 
     def _look(self, chosen: np.ndarray) -> Losses:
         return self.objectives.look(self._pixels(chosen), self.patches[chosen], self.attributes[chosen])
@@ -175,21 +160,6 @@ class Training:
         if self.rank == 0:
             logger.info("%s", json.dumps(self.log[-1]))
 
-    def _write_log(self, folder: Path, scores: dict[str, Score]) -> None:
-        about = {
-            "command": {
-                name: value for name, value in vars(self.args).items() if not isinstance(value, Path)
-            },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "hardware": f"{self.args.workers} cores of {_processor_name()}, shared with other work",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "wall_s": round(time.monotonic() - self.start),
-            "scores": {name: asdict(score) for name, score in scores.items()},
-            "log": self.log,
-        }
-        (folder / "training_log.json").write_text(json.dumps(about, indent=1) + "\n")
-        (folder / "training_log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
-
 
 def _rate(step: int, steps: int) -> float:
     """Warm up over 150 steps, hold until half, then fall linearly to zero."""
@@ -200,22 +170,11 @@ def _means(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
 
 
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
-    parser.add_argument(
-        "--stages", type=Path, required=True, help="folder that keeps each finished stage, to go on from"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--examples", type=int, default=40_000, help="scenes drawn for training")
@@ -223,10 +182,9 @@ def main() -> None:
     for stage, steps, rate in (("look", 1000, 2e-3), ("tell", 3000, 1e-3), ("finish", 900, 8e-4)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-rate", type=float, default=rate, help="highest learning rate")
-    parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=600, help="steps between checkpoints")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.stages.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     training = Training(args)
     with tempfile.TemporaryDirectory() as folder:
