@@ -59,8 +59,8 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> Canary
     if not difference <= TOLERANCE[runner.dtype]:  # also where it is not a number
         raise CanaryFailure(
             f"logits of an image alone and in a batch must differ by at most {TOLERANCE[runner.dtype]} "
-            f"of their deviation in {runner.dtype}, got {difference:.3g}; try --dtype float32, and another torch "
-            "build or driver for this device"
+            f"of their deviation in {runner.dtype}, got {difference:.3g}; try --dtype float32, or another "
+            "torch build or driver for this device"
         )
     return CanaryRecord(
         digest=hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16],

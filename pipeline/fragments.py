@@ -18,6 +18,8 @@ from pipeline.folder import Folder
 from pipeline.rowset import RowSet, runs
 
 FRAGMENTS = "_blip2/fragments"
+ROWS = ".rows"
+"""Ends the folder of a shard's fragments: no name here may end in .parquet, or globs would find it."""
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 
@@ -52,7 +54,7 @@ def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
     content = sink.getvalue()
     digest = hashlib.sha256(content).hexdigest()[:16]
     first, last = numbers[0].as_py(), numbers[-1].as_py()
-    name = f"{FRAGMENTS}/{shard}/{first:09d}-{last:09d}-{len(numbers)}-{digest}.arrow"
+    name = f"{FRAGMENTS}/{shard}{ROWS}/{first:09d}-{last:09d}-{len(numbers)}-{digest}.arrow"
     folder.put(name, content)
     return Fragment(shard, name, first, last, len(numbers))
 
@@ -65,17 +67,17 @@ def read_fragment(folder: Folder, name: str) -> pa.Table | None:
 
 def parse_fragment(name: str) -> Fragment | None:
     """What the name of a file below the output says, or None when it is no fragment."""
-    shard, _, last = name.removeprefix(f"{FRAGMENTS}/").rpartition("/")
+    of_shard, _, last = name.removeprefix(f"{FRAGMENTS}/").rpartition("/")
     match = _NAME.match(last)
-    if not match:
+    if not match or not of_shard.endswith(ROWS):
         return None
-    return Fragment(shard, name, *(int(match[group]) for group in ("first", "last", "count")))
+    return Fragment(of_shard.removesuffix(ROWS), name, *(int(match[group]) for group in ("first", "last", "count")))
 
 
 def list_fragments(folder: Folder, shard: str) -> list[Fragment]:
     """The fragments of one shard."""
-    found = (parse_fragment(name) for name in folder.names(f"{FRAGMENTS}/{shard}"))
-    # One shard's name may be a folder of another's: "a" and "a/b".
+    found = (parse_fragment(name) for name in folder.names(f"{FRAGMENTS}/{shard}{ROWS}"))
+    # A folder may hold another shard's: "a" and "a.rows/b".
     return [fragment for fragment in found if fragment is not None and fragment.shard == shard]
 
 

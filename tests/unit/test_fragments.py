@@ -154,3 +154,9 @@ def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
     file = pq.ParquetFile(folder.path(output_name("a/0.tar")))
     assert file.num_row_groups > 10
     assert SUMMARY_KEY in file.metadata.metadata
+
+
+def test_no_name_in_the_state_ends_in_parquet(folder, tmp_path):
+    """`output/**/*.parquet` must find results alone, also for a shard that is a Parquet file itself."""
+    write_fragment(folder, rows([0, 1], shard="a/0.parquet"))
+    assert not list(tmp_path.rglob("*.parquet"))
