@@ -71,7 +71,8 @@ def parse_fragment(name: str) -> Fragment | None:
     match = _NAME.match(last)
     if not match or not of_shard.endswith(ROWS):
         return None
-    return Fragment(of_shard.removesuffix(ROWS), name, *(int(match[group]) for group in ("first", "last", "count")))
+    numbers = (int(match[group]) for group in ("first", "last", "count"))
+    return Fragment(of_shard.removesuffix(ROWS), name, *numbers)
 
 
 def list_fragments(folder: Folder, shard: str) -> list[Fragment]:
