@@ -58,7 +58,7 @@ def malformed_images(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     for number in range(count):
         name, data = good[number % len(good)]
         damage = rng.choice(_DAMAGES)
-        yield f"{number}: {damage.__name__} of {name}", damage(data, rng)
+        yield f"{number}: {damage.__name__[1:]} of {name}", damage(data, rng)
 
 
 def _cut_short(data: bytes, rng: random.Random) -> bytes:

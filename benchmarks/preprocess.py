@@ -1,0 +1,220 @@
+"""Images/s/core of our preprocessing over the checkpoint's own image processor, for the same pixels.
+
+Both call the same Pillow functions to decode and to resize, and those are most of the work: at 640 x 480
+some 1.2 ms and 2.5 ms of 4. What can be gained is what the processor does around them: copies between
+layouts before and after the resize, float64 on the way to float32. The engine normalises on its device,
+where it costs next to nothing; "normalised" adds it here on the CPU, so that both sides end with the
+same float32 values, bit for bit (checked at the start).
+
+"children" is `DecodePool`, its process and ours on the same core. Draft mode decodes large JPEGs smaller; its
+pixels differ, by as much as is printed.
+
+All runs on one core, in alternating rounds. The figures are CPU time, which other work on the machine
+disturbs least; wall time stands beside it.
+
+    python -m benchmarks.preprocess --output benchmarks/results/preprocess_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import psutil
+import torch
+from PIL import Image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from benchmarks.measure import Timing, ratio, report
+from blip2_actor.decode_pool import DecodePool
+from blip2_actor.preprocess import ImageLimits, decode_image, resize_image
+from blip2_actor.vision import PixelNormalizer
+
+SIZE_PX = 224
+PHOTOGRAPHS = {(640, 480): 24, (1280, 960): 10, (2048, 1536): 5}
+"""Width and height to images per round."""
+DEMO_SIZE_PX = 64
+SMALL = {(64, 64): 500, (128, 128): 250, (320, 240): 100}
+DRAFT = ImageLimits(jpeg_draft=True)
+TO_REACH = {"with decoding": 1.25, "after decoding": 1.45, "draft": 2.0}
+
+
+def photograph(width: int, height: int, seed: int) -> bytes:
+    """A JPEG of gradients, waves and sensor noise: about as large as a camera's of that size."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    gradients = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1)
+    waves = 40 * np.sin(x / rng.uniform(10, 40) + y / rng.uniform(10, 40))[..., None]
+    pixels = gradients + waves + rng.normal(0, 10, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def measure(
+    contenders: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Run all in turn, `rounds` times after one to warm up: their CPU time and their wall time."""
+    cpu_s: dict[str, list[float]] = {name: [] for name in contenders}
+    wall_s: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            wall, cpu = time.perf_counter(), cpu_time_s()
+            run()
+            if turn > 0:
+                cpu_s[name].append(cpu_time_s() - cpu)
+                wall_s[name].append(time.perf_counter() - wall)
+    return tuple({n: Timing(s) for n, s in found.items()} for found in (cpu_s, wall_s))  # type: ignore[return-value]
+
+
+def cpu_time_s() -> float:
+    """CPU seconds of this process and its children, to the nanosecond."""
+    children = psutil.Process().children()
+    nanoseconds = sum(int(Path(f"/proc/{child.pid}/schedstat").read_text().split()[0]) for child in children)
+    return time.process_time() + nanoseconds / 1e9
+
+
+def figures(name: str, cpu: dict[str, Timing], wall: dict[str, Timing], num_images: int) -> dict[str, Any]:
+    return {
+        "images_per_s_per_core": round(num_images / cpu[name].median_s, 1),
+        "ms": round(cpu[name].median_s / num_images * 1e3, 3),
+        "spread": round(cpu[name].spread, 3),
+        "wall_ms": round(wall[name].median_s / num_images * 1e3, 3),
+    }
+
+
+def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:
+    """All contenders on photographs of one size."""
+    files = [photograph(*size, seed) for seed in range(num_images)]
+    decoded = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+    processor = BlipImageProcessorPil(size={"height": SIZE_PX, "width": SIZE_PX})
+    normalizer = PixelNormalizer(
+        list(processor.image_mean), list(processor.image_std), processor.rescale_factor
+    )
+
+    def reference(images: list[Image.Image]) -> np.ndarray:
+        return processor(images, return_tensors="np")["pixel_values"]
+
+    def ours(limits: ImageLimits = ImageLimits()) -> np.ndarray:
+        return np.stack([decode_image(data, SIZE_PX, limits).array(SIZE_PX) for data in files])
+
+    def normalised(pixels: np.ndarray) -> np.ndarray:
+        return normalizer(torch.from_numpy(pixels), torch.float32).numpy()
+
+    if not (normalised(ours()) == reference(decoded)).all():
+        raise SystemExit("the pixels must equal the reference's, got others; run tests/parity first")
+    with DecodePool(SIZE_PX) as pool, DecodePool(SIZE_PX, DRAFT) as draft_pool:
+        contenders: dict[str, Callable[[], Any]] = {
+            "reference after decoding": lambda: reference(decoded),
+            "ours after decoding": lambda: [resize_image(image, SIZE_PX) for image in decoded],
+            "reference with decoding": lambda: reference([Image.open(io.BytesIO(data)) for data in files]),
+            "ours with decoding": lambda: [decode_image(data, SIZE_PX) for data in files],
+            "ours normalised": lambda: normalised(ours()),
+            "ours draft": lambda: [decode_image(data, SIZE_PX, DRAFT) for data in files],
+            "children with decoding": lambda: pool.decode(files),
+            "children draft": lambda: draft_pool.decode(files),
+        }
+        cpu, wall = measure(contenders, rounds)
+    difference = np.abs(ours().astype(int) - ours(DRAFT))
+    pairs = [("reference after decoding", "ours after decoding")]
+    pairs += [("reference with decoding", name) for name in list(contenders)[3:]]
+    return {
+        "file_kib": round(statistics.mean(map(len, files)) / 1024),
+        "contenders": {name: figures(name, cpu, wall, num_images) for name in contenders},
+        "ratios": {
+            name: {
+                "median": round(ratio(cpu, slow, name), 2),
+                "least": round(min(quotients(cpu, slow, name)), 2),
+                "most": round(max(quotients(cpu, slow, name)), 2),
+                "wall": round(ratio(wall, slow, name), 2),
+            }
+            for slow, name in pairs
+        },
+        "draft_difference_of_255": {
+            "mean": round(float(difference.mean()), 2),
+            "most": int(difference.max()),
+        },
+    }
+
+
+def quotients(timings: dict[str, Timing], slow: str, fast: str) -> list[float]:
+    return [s / f for s, f in zip(timings[slow].seconds, timings[fast].seconds, strict=True)]
+
+
+def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:
+    """What a child costs where decoding costs little: images of the demonstration's size."""
+    files = [photograph(*size, seed % 20) for seed in range(num_images)]
+    with DecodePool(DEMO_SIZE_PX) as pool:
+        contenders: dict[str, Callable[[], Any]] = {
+            "ours": lambda: [decode_image(data, DEMO_SIZE_PX) for data in files],
+            "children": lambda: pool.decode(files),
+        }
+        cpu, wall = measure(contenders, rounds)
+    return {name: figures(name, cpu, wall, num_images) for name in contenders}
+
+
+def mean_ratio(results: dict[str, Any], name: str) -> float:
+    """Geometric mean over the sizes."""
+    found = [result["ratios"][name]["median"] for result in results.values()]
+    return round(math.exp(statistics.mean(map(math.log, found))), 2)
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    difference = result["draft_difference_of_255"]
+    print(f"\n{name}, {result['file_kib']} KiB, to {SIZE_PX} px: CPU time, images/s/core, over the reference")
+    for contender, found in result["contenders"].items():
+        times = result["ratios"].get(contender)
+        print(
+            f"  {contender:26}{found['ms']:8.2f} ms{found['images_per_s_per_core']:9.1f}/s"
+            + (
+                f"{times['median']:7.2f} ({times['least']} to {times['most']}; wall {times['wall']})"
+                if times
+                else ""
+            )
+        )
+    print(f"  draft differs by {difference['mean']} of 255, at most by {difference['most']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for the children too
+    torch.set_num_threads(1)
+
+    load = os.getloadavg()[0]
+    results = {}
+    for (width, height), num_images in PHOTOGRAPHS.items():
+        name = f"{width}x{height}"
+        results[name] = compare((width, height), num_images, arguments.rounds)
+        show(name, results[name])
+    small = {f"{w}x{h}": small_images((w, h), n, arguments.rounds) for (w, h), n in SMALL.items()}
+    report(
+        {
+            "benchmark": "preprocess",
+            "size_px": SIZE_PX,
+            "cores": 1,
+            "rounds": arguments.rounds,
+            "load_average_before": load,
+            "pillow": PIL.__version__,
+            "to_reach": TO_REACH,
+            "mean_ratios": {name: mean_ratio(results, name) for name in results["640x480"]["ratios"]},
+            "photographs": results,
+            f"small_images_to_{DEMO_SIZE_PX}_px": small,
+        },
+        arguments.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
