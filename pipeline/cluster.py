@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.placement import ClusterSize
+from blip2_actor import ModelInfo
+from blip2_actor.request import EngineBuilder
+from pipeline.placement import ClusterSize, Placement, reserve
 
 
 def settle_environment() -> None:
@@ -65,6 +67,26 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
+
+
+def info_where_it_runs(engine: EngineBuilder, info: ModelInfo, placement: Placement) -> ModelInfo:
+    """What the machines that will caption find the model to be.
+
+    The driver of a cluster often has no accelerator, and "auto" would stand for another dtype there.
+    """
+    if not os.environ.get("RAY_ADDRESS") or getattr(engine, "dtype", None) != "auto":
+        return info
+    import ray
+
+    with connected() as cluster:
+        num_gpus = reserve(placement, cluster).caption_gpus
+        if not num_gpus:
+            return info
+        return ray.get(ray.remote(num_cpus=0, num_gpus=num_gpus)(_info).remote(engine))
+
+
+def _info(engine: EngineBuilder) -> ModelInfo:
+    return engine.info()
 
 
 def quiet_ray_data() -> None:

@@ -82,7 +82,7 @@ def commit_shard(
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
     patiently(lambda: folder.put(output_name(report.shard), content))
-    delete_fragments(folder, fragments)
+    delete_fragments(folder, report.shard, fragments)
     folder.delete(end_name(report.shard))
     return summary
 

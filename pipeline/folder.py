@@ -92,9 +92,11 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
 
-    def delete_tree(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_dir(self.path(name))
+    def drop_if_empty(self, name: str) -> None:
+        """Remove a folder of a disk that holds nothing any more; object stores have no folders."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path(name))
 
     def names(self, under: str = "") -> Iterator[str]:
         """Yield the relative names of all files below a folder, in no order; none where it is missing."""

@@ -101,6 +101,7 @@ def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict
     return finished
 
 
-def delete_fragments(folder: Folder, fragments: Iterable[Fragment]) -> None:
+def delete_fragments(folder: Folder, shard: str, fragments: Iterable[Fragment]) -> None:
     for fragment in fragments:
         folder.delete(fragment.name)
+    folder.drop_if_empty(f"{FRAGMENTS}/{shard}")

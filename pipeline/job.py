@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
-from pipeline.cluster import connected
+from pipeline.cluster import connected, info_where_it_runs
 from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
-from pipeline.fingerprint import Fingerprint, FingerprintMismatch
+from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.lease import Lease
 from pipeline.ledger import Run, State, begin_run, load_end, load_run, look, unfinished
@@ -19,6 +19,7 @@ from pipeline.progress import Console
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.retry import report_of, to_retry
 from pipeline.settings import CaptionSettings, RetrySettings, from_plain
+from pipeline.shards import Shard
 from pipeline.source import check_options
 
 COMMITS_AT_ONCE = 8
@@ -50,7 +51,7 @@ class Job:
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
-    """Check everything that can be checked without Ray.
+    """Check everything that can be checked without Ray; on a cluster, ask its machines what "auto" means.
 
     Raises:
         ValueError, OSError: the model is unknown, the input missing or empty, the output not writable
@@ -58,21 +59,21 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     """
     engine = engine or settings.engine
     info = engine.info()
-    fingerprint = settings.fingerprint(info)
     folder = Folder(settings.output)
     run = load_run(folder)
+    shards = run.shards if run is not None else _list(settings, folder)
+    info = info_where_it_runs(engine, info, settings.placement)
+    fingerprint = settings.fingerprint(info)
     if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
         # Named by what is asked for, so that the same command goes on with the same fork.
         folder = Folder(folder.beside(fingerprint.digest[:8]))
         settings = dataclasses.replace(settings, output=folder.uri)
         run = load_run(folder)
+        shards = run.shards if run is not None else _list(settings, folder)
     if run is not None:
         fingerprint.require_same(run.fingerprint, str(folder))
         return Job(settings, engine, info, folder, run, is_new=False)
-    run = _new_run(settings, fingerprint)
-    folder.require_writable()
-    _refuse_foreign_files(folder, run)
-    return Job(settings, engine, info, folder, run, is_new=True)
+    return Job(settings, engine, info, folder, Run(fingerprint, settings.as_plain(), shards), is_new=True)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -94,24 +95,23 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         from_plain(CaptionSettings, plain), output=settings.output, placement=settings.placement
     )
     engine = engine or first.engine
-    info = engine.info()
+    info = info_where_it_runs(engine, engine.info(), settings.placement)
     first.fingerprint(info).require_same(run.fingerprint, str(folder))
     return Job(first, engine, info, folder, run, is_new=False, is_retry=True)
 
 
-def _new_run(settings: CaptionSettings, fingerprint: Fingerprint) -> Run:
+def _list(settings: CaptionSettings, folder: Folder) -> tuple[Shard, ...]:
+    """The shards of a run that is to begin in a folder."""
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)
-    return Run(fingerprint, settings.as_plain(), tuple(shards))
-
-
-def _refuse_foreign_files(folder: Folder, run: Run) -> None:
-    taken = look(folder).finished & {shard.name for shard in run.shards}
+    folder.require_writable()
+    taken = look(folder).finished & {shard.name for shard in shards}
     if taken:
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {folder} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
+    return tuple(shards)
 
 
 def run_job(job: Job, console: Console) -> Reconciliation:
@@ -135,6 +135,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         if left:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
+        sweep(job, look(job.folder))
         return reconcile(job.folder, job.run.shards, look(job.folder).finished)
 
 

@@ -16,6 +16,7 @@ import ray
 from pipeline.folder import Folder
 from pipeline.fragments import read_fragment
 from pipeline.ledger import look
+from pipeline.standing import standing
 from tests.fake_engine import captions_made
 from tests.integration.inputs import check_output, write_tars
 
@@ -75,6 +76,8 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert second.returncode == 1
     assert f"process {first.pid}" in said
 
+    assert f"at work: process {first.pid}" in standing(str(output))[-1]
+
     first.send_signal(number)
     said, _ = first.communicate()
     assert first.returncode == (-number if number == signal.SIGKILL else 1), said
@@ -88,11 +91,16 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     files_before = {shard: (output / f"{shard}.parquet").stat().st_mtime_ns for shard in state.finished}
     assert len(state.finished) < 3
 
+    last = standing(str(output))[-1]
+    assert last.startswith("no driver at work") and last.endswith("run the same command to go on")
+    assert ("has died" in last) == (number == signal.SIGKILL)
+
     gate.unlink()
     again = start(settings, engine)
     said, _ = again.communicate()
     assert again.returncode == 0, said
     check_output(output, truth)
+    assert standing(str(output))[-1] == "finished"
     made = Counter(captions_made(trace))
     assert all(made[caption] == 1 for caption in finished_before - {None})
     for shard, changed in files_before.items():

@@ -1,0 +1,144 @@
+"""Each kind of death, once, in the middle of a run on several nodes: all rows equal the undisturbed run's.
+
+The engine is held at a gate, so that the death comes at a known point; nothing here waits for time.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from pipeline.folder import Folder
+from pipeline.ledger import look
+from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver, wait_until
+from tests.integration.inputs import check_output, write_tars
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    with cluster(num_nodes=2) as made:
+        yield made
+
+
+@dataclass
+class Scene:
+    """A run held in the middle."""
+
+    cluster: Cluster
+    driver: subprocess.Popen
+    folder: Path
+    log: Path
+
+    def kill_each(self, what: str) -> None:
+        found = wait_until(lambda: processes(self.cluster, what), self.driver, self.log)
+        for pid in found:
+            kill(pid)
+        wait_until(lambda: not set(found) & set(processes(self.cluster, what)), self.driver, self.log)
+
+
+def kill_decode_children(scene: Scene) -> None:
+    scene.kill_each("decode_child")
+
+
+def kill_decode_actors(scene: Scene) -> None:
+    scene.kill_each("DecodeStage")
+
+
+def kill_caption_actors(scene: Scene) -> None:
+    scene.kill_each("FragmentStage")
+
+
+def kill_caption_actors_twice(scene: Scene) -> None:
+    scene.kill_each("FragmentStage")
+    wait_until(lambda: processes(scene.cluster, "FragmentStage"), scene.driver, scene.log)
+    scene.kill_each("FragmentStage")
+
+
+def kill_the_board(scene: Scene) -> None:
+    scene.kill_each("ray::Board")
+
+
+def kill_a_node(scene: Scene) -> None:
+    """The node that captions goes, as a machine that is taken away; another comes."""
+    captioning = set(processes(scene.cluster, "FragmentStage"))
+    for node in list(scene.cluster.worker_nodes):
+        alone = Cluster.__new__(Cluster)
+        alone.head_node, alone.worker_nodes = None, {node}
+        if captioning & set(processes(alone, "FragmentStage")):
+            scene.cluster.remove_node(node, allow_graceful=False)
+            scene.cluster.add_node(**NODE)
+
+
+def kill_the_driver(scene: Scene) -> None:
+    scene.driver.kill()
+
+
+def terminate_the_driver(scene: Scene) -> None:
+    scene.driver.send_signal(signal.SIGTERM)
+
+
+def break_the_disk(scene: Scene) -> None:
+    """Writing fails while a file stands where the folder of fragments should be."""
+    fragments = scene.folder / "_blip2" / "fragments"
+    aside = scene.folder / "_blip2" / "aside"
+    fragments.rename(aside)
+    fragments.write_text("in the way")
+    (scene.folder.parent / "gate").unlink()
+    wait_until(lambda: "trying again" in worker_logs(), scene.driver, scene.log)
+    fragments.unlink()
+    aside.rename(fragments)
+
+
+def worker_logs() -> str:
+    import os
+
+    logs = Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
+    return "".join(log.read_text(errors="replace") for log in logs)
+
+
+DEATHS: list[Callable[[Scene], None]] = [
+    kill_decode_children,
+    kill_decode_actors,
+    kill_caption_actors,
+    kill_caption_actors_twice,
+    kill_the_board,
+    kill_a_node,
+    kill_the_driver,
+    terminate_the_driver,
+    break_the_disk,
+]
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
+def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable[[Scene], None]):
+    truth = write_tars(tmp_path / "in", num_tars=6, rows_per_tar=40, broken_every=13)
+    gate, output, log = tmp_path / "gate", tmp_path / "out", tmp_path / "log"
+    gate.touch()
+    settings: dict[str, Any] = {
+        "input": [str(tmp_path / "in")],
+        "output": str(output),
+        "max_failed_fraction": 0.5,
+        "placement": {"max_actors": 2, "calls_per_actor": 2},
+    }
+    engine = {"gate": str(gate), "gate_after": 50, "trace": str(tmp_path / "trace")}
+
+    driver = start_driver(nodes, settings, engine, log)
+    try:
+        wait_until(lambda: look(Folder(str(output))).fragments, driver, log)
+        death(Scene(nodes, driver, output, log))
+        gate.unlink(missing_ok=True)
+        if driver.wait() != 0:
+            driver = start_driver(nodes, settings, engine, log)
+        assert driver.wait() == 0, log.read_text()
+    finally:
+        driver.kill()
+    check_output(output, truth)
+    left = look(Folder(str(output)))
+    assert (dict(left.fragments), left.ends, left.litter) == ({}, frozenset(), ())
