@@ -6,12 +6,16 @@ A plain class that knows no Ray; `app` makes a deployment of it.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import time
 
 import numpy as np
 
 from blip2_actor import Blip2Actor, EngineStats, GenerationOptions, ModelInfo, Request, Result
 from blip2_actor.request import EngineBuilder
+
+logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
 """An engine with work that finishes nothing for so long is replaced; compiling takes less."""
@@ -28,7 +32,13 @@ class Captioner:
     async def caption(self, pixels: np.ndarray, prompt: str | None, options: GenerationOptions) -> Result:
         """Caption uint8[S, S, 3]; a caller that goes away frees its slot."""
         request = Request(image=pixels, prompt=prompt, options=options)
-        return await asyncio.wrap_future(self._actor.submit(request))
+        try:
+            return await asyncio.wrap_future(self._actor.submit(request))
+        except Exception:
+            # A bad request is a result with a status; what is raised is the end of the engine. A replica
+            # without one would answer fastest and draw all requests until its health is next asked for.
+            logger.exception("the engine has failed; this replica ends, to be replaced")
+            os._exit(1)
 
     def info(self) -> ModelInfo:
         return self._actor.info

@@ -34,6 +34,9 @@ from pipeline.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.parity.tiny import save_checkpoint
 
+# Six processes import Ray, and one of them torch: minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(480)
+
 NUM_CALLERS = 16
 COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
 SIDE_PX = FakeEngineConfig().image_size_px
@@ -49,6 +52,10 @@ def png(seed: int) -> bytes:
 
 def caption_of(image: bytes, prompt: str | None = None) -> str:
     return fake_caption(np.asarray(Image.open(io.BytesIO(image))), prompt)
+
+
+FAULTY = png(1_000)
+"""The picture on which the fake engine's device fails."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -76,7 +83,7 @@ def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    gated = FakeEngineConfig(model="demo", gate=str(gate))
+    gated = FakeEngineConfig(model="demo", gate=str(gate), faults_on=(caption_of(FAULTY),))
     limits = ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
     serve.run_many(
         [
@@ -151,15 +158,15 @@ def test_a_picture_of_too_many_pixels_is_413(url: str) -> None:
 def test_a_caller_that_goes_away_frees_its_place(url: str, closed_gate: Path) -> None:
     image = png(1)
     before = engine_stats()
-    for _ in range(NUM_CALLERS):
+    for _ in range(NUM_CALLERS + 4):
+        # Had those before it kept their places, the last four would be refused instead of left waiting.
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/caption", files={"image": image}, timeout=httpx.Timeout(10, read=0.2))
+            httpx.post(f"{url}/v1/caption", files={"image": image}, timeout=httpx.Timeout(10, read=0.15))
     closed_gate.unlink()
-    # Had they kept their places, these would be refused; had they kept their slots, all be captioned.
-    with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        codes = list(callers.map(lambda _: post(url, image).status_code, range(NUM_CALLERS)))
-    assert codes == [200] * NUM_CALLERS
-    assert engine_stats().num_finished - before.num_finished < 2 * NUM_CALLERS
+    assert post(url, image).status_code == 200
+    # The engine was busy with the first; the others were given up before their turn.
+    assert engine_stats().num_requests - before.num_requests > 2
+    assert engine_stats().num_finished - before.num_finished < 5
 
 
 def test_captions_are_those_of_the_batch_job_in_fewer_passes_than_requests(
@@ -183,6 +190,13 @@ def test_captions_are_those_of_the_batch_job_in_fewer_passes_than_requests(
     assert online == rows
 
 
+def test_an_engine_that_fails_is_replaced(url: str) -> None:
+    refused = post(url, FAULTY)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
+    wait_for(lambda: post(url, png(2)).status_code == 200, seconds=120)
+    assert engine_stats().num_finished < 5  # another engine, with counters of its own
+
+
 def test_the_page_the_model_and_readiness(url: str) -> None:
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
     model = httpx.get(f"{url}/v1/model").json()
@@ -190,7 +204,6 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
     assert "<form" in httpx.get(url).text
 
 
-@pytest.mark.timeout(300)
 def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
