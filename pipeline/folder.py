@@ -34,7 +34,8 @@ class Folder:
         object.__setattr__(self, "root", root.rstrip("/"))
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
-        return Folder, (self.uri,)
+        # A relative path means the driver's working folder, also in a worker that has another one.
+        return Folder, (self.root if self.is_local else self.uri,)
 
     def __str__(self) -> str:
         """The URI for people, without secrets."""

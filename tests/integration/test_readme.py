@@ -1,0 +1,94 @@
+"""The README's commands and code, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip2_actor.demo.scenes import SceneSampler, draw
+from pipeline.cli import main, make_parser
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `runs` where the README marks it as runnable anywhere."""
+
+    language: str
+    text: str
+    runs: bool
+
+    @property
+    def commands(self) -> list[list[str]]:
+        return [words for line in self.text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def blocks(language: str) -> list[Block]:
+    text = (ROOT / "README.md").read_text()
+    found = (Block(m["language"], m["text"], bool(m["run"])) for m in BLOCK.finditer(text))
+    return [block for block in found if block.language == language]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder with a picture in it."""
+    scenes = SceneSampler("held_out", 0).sample(1)
+    Image.fromarray(np.asarray(draw(scenes, 96)[0])).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_is_one_that_the_command_line_takes() -> None:
+    """A renamed flag must not live on in the README."""
+    seen = 0
+    for block in blocks("sh"):
+        for words in block.commands:
+            if words[:4] == ["ray", "job", "submit", "--working-dir"]:
+                words = ["blip2", *words[words.index("pipeline") + 1 :]]
+            if words[0] == "blip2" and words[1] != "serve":
+                make_parser().parse_args(words[1:])
+                seen += 1
+            if words[0] == "make":
+                subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+    assert seen >= 7
+
+
+def test_the_runnable_commands_run(local_ray: None, folder: Path) -> None:
+    (block,) = [block for block in blocks("sh") if block.runs]
+    for words in block.commands:
+        assert words[0] == "blip2"
+        assert main(words[1:]) == 0, shlex.join(words)
+    assert list((folder / "captions").rglob("*.parquet"))
+
+
+def test_the_python_blocks_run(local_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runnable = [block for block in blocks("python") if block.runs]
+    assert len(runnable) == 2
+    for block in runnable:
+        exec(compile(block.text, "README.md", "exec"), {})
+    engine_line, stage_line = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert engine_line.endswith(" ok")
+    caption = stage_line.removesuffix(" camera 1")
+    assert caption in engine_line, "the engine alone and the stage must say the same of one picture"
+
+
+def test_the_tree_names_what_is_there() -> None:
+    """Every file and folder of the annotated tree exists."""
+    (tree,) = [b.text for b in blocks("text") if b.text.startswith("blip2_actor/")]
+    folder = ""
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0] if line.split()[0].endswith("/") else ""
+            assert (ROOT / line.split()[0]).exists(), line
+        for name in re.findall(r"[\w/]+\.py|(?<=  )\w+/(?=\s)", line):
+            assert (ROOT / folder / name).exists() or (ROOT / name).exists(), f"{folder}{name}"
