@@ -59,7 +59,6 @@ class Driver:
             OutputInUse: another driver has taken the lease.
         """
         self._job, self._tracker = job, Tracker(left)
-        self._num_left = len(left)
         self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         self._commit_task = ray.remote(num_cpus=0, max_retries=-1)(commit_shard)
         self._commits: dict[Any, ShardReport] = {}

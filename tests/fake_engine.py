@@ -36,6 +36,8 @@ class FakeEngineConfig:
 
     model: str = "fake"
     image_size_px: int = 32
+    dtype: str = "float32"
+    """"auto" is bfloat16 where Ray has given an accelerator."""
     seconds_per_batch: float = 0.0
     seconds_per_image: float = 0.0
     max_batch: int = 64
@@ -66,9 +68,15 @@ class FakeEngineConfig:
         return ModelInfo(
             model=self.model,
             image_size_px=self.image_size_px,
-            dtype="float32",
+            dtype=self._resolved_dtype,
             digest=hashlib.sha256(self.model.encode()).hexdigest(),
         )
+
+    @property
+    def _resolved_dtype(self) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if os.environ.get("CUDA_VISIBLE_DEVICES") else "float32"
 
     def build(self) -> FakeEngine:
         if self.fails_to_build:

@@ -21,12 +21,12 @@ DEADLINE_S = 240
 
 
 @contextmanager
-def cluster(num_nodes: int) -> Iterator[Cluster]:
+def cluster(num_nodes: int, **node: Any) -> Iterator[Cluster]:
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(num_nodes):
-            made.add_node(**NODE)
+            made.add_node(**NODE, **node)
         made.wait_for_nodes()
         yield made
     finally:

@@ -1,0 +1,29 @@
+"""A cluster whose driver has no accelerator: actors take those of the workers, and "auto" means theirs.
+
+The accelerator is one in Ray's books only, as the engine is a fake one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.folder import Folder
+from pipeline.ledger import load_run
+from tests.chaos.cluster import cluster, start_driver
+from tests.integration.inputs import check_output, write_tars
+
+
+@pytest.mark.timeout(300)
+def test_captions_are_made_where_the_accelerator_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=30)
+    output, log = tmp_path / "out", tmp_path / "log"
+    settings = {"input": [str(tmp_path / "in")], "output": str(output)}
+    with cluster(num_nodes=1, num_gpus=1) as nodes:
+        driver = start_driver(nodes, settings, {"dtype": "auto"}, log)
+        assert driver.wait() == 0, log.read_text()
+    check_output(output, truth)
+    run = load_run(Folder(str(output)))
+    assert run.fingerprint.parts["dtype"] == "bfloat16"
