@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.util import metrics
 
 from blip2_actor import GenerationOptions, ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
@@ -77,6 +78,7 @@ class FragmentStage:
         self._folder = folder
         self._board = board
         self._room = Room()
+        self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
 
@@ -132,6 +134,8 @@ class FragmentStage:
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(runs(numbers)), tuple(sorted(by_status.items()))))
+            for status, count in by_status.items():
+                self._rows.inc(count, {"status": status})
         self._write_s += time.monotonic() - started
         return receipts
 
