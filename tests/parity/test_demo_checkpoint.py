@@ -75,7 +75,7 @@ def test_a_prompt_is_continued(model, processor) -> None:
     images = [Image.fromarray(image) for image in draw(scenes, 64)]
     inputs = processor(images=images, text=["a"] * 40, return_tensors="pt", padding=True)
     with torch.inference_mode():
-        token_ids = model.generate(**inputs, do_sample=False)
+        token_ids = model.generate(**inputs, do_sample=False, max_new_tokens=30)
     texts = processor.batch_decode(token_ids, skip_special_tokens=True)
     said = [text == str(c) for text, c in zip(texts, scenes.captions, strict=True) if str(c).startswith("a ")]
     assert np.mean(said) >= 0.9
