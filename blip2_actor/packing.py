@@ -12,9 +12,8 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from blip2_actor.layers import merge_heads, split_heads
+from blip2_actor.layers import attend, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,7 @@ class Packing:
             q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
             # Four axes: with three, the CPU's fused kernel steps aside.
             mask = None if bias is None else bias[None, :, : group.length, : group.length]
-            context = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
-            )
+            context = attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
@@ -133,7 +130,7 @@ class Packing:
         for group, seen in zip(self.groups, other.groups, strict=True):
             q = split_heads(group.view(query), num_heads)
             k, v = (split_heads(seen.view(x), num_heads) for x in (key, value))
-            context = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            context = attend(q, k, v, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
@@ -142,6 +139,6 @@ class Packing:
         contexts = []
         for group in self.groups:
             q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
-            context = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+            context = attend(q[:, :, -1:], k, v)
             contexts.append(merge_heads(context).flatten(1))
         return torch.cat(contexts)

@@ -16,10 +16,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Blip2QFormerConfig
 
-from blip2_actor.layers import Layers, Linear, merge_heads, split_heads
+from blip2_actor.layers import Layers, Linear, attend, merge_heads, split_heads
 
 
 class PostNormMlp(nn.Module):
@@ -70,7 +69,7 @@ class QFormerLayer(nn.Module):
             is one (its product with the keys is the attention map).
         """
         query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(hidden).chunk(3, dim=-1))
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        context = attend(query, key, value, mask=mask)
         hidden = self.attention_norm(self.attention_output(merge_heads(context)) + hidden)
         if num_queries == 0:
             return self.text_mlp(hidden), None
@@ -80,7 +79,7 @@ class QFormerLayer(nn.Module):
             if image_kv is None:
                 raise ValueError("image_kv must be given when queries are, got None")
             cross_query = split_heads(self.cross_query(queries), self.num_heads)
-            context = F.scaled_dot_product_attention(cross_query, *image_kv)
+            context = attend(cross_query, *image_kv)
             queries = self.cross_norm(self.cross_output(merge_heads(context)) + queries)
         queries = self.query_mlp(queries)
         if text.shape[1] == 0:

@@ -18,14 +18,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import T5Config
 
-from blip2_actor.layers import Layers, Linear, merge_heads
+from blip2_actor.layers import Layers, Linear
 from blip2_actor.packing import Packing
-from blip2_actor.slots import SlotCache
+from blip2_actor.slots import SlotCache, aligned_arange
 from blip2_actor.t5_layers import RelativeBias, T5Layer, T5Norm
-from blip2_actor.t5_slots import T5Slots, aligned_arange
+from blip2_actor.t5_slots import T5Slots
 
 SCALE = 1.0
 """T5 does not scale attention scores; its initialisation does instead."""
@@ -168,10 +167,10 @@ class T5(nn.Module):
         for index, layer in enumerate(self.decoder):
             query, key, value = layer.project(hidden)
             cache.own.write_step(index, rows, key, value)
-            keys_values = cache.own.read(index, num_rows, reach, self.num_heads)
-            hidden = layer.add_attention(hidden, self._attend_slots(query, keys_values, bias))
-            keys_values = cache.cross.read(index, num_rows, prefix_reach, self.num_heads)
-            context = self._attend_slots(layer.project_cross(hidden), keys_values, cross_mask)
+            context = cache.own.attend(index, query, reach, self.num_heads, bias, SCALE)
+            hidden = layer.add_attention(hidden, context)
+            query = layer.project_cross(hidden)
+            context = cache.cross.attend(index, query, prefix_reach, self.num_heads, cross_mask, SCALE)
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self._logits(self.decoder_norm(hidden))
 
@@ -219,12 +218,6 @@ class T5(nn.Module):
             )
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self.decoder_norm(hidden)
-
-    def _attend_slots(self, query: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """One query per slot: float[R, D] -> float[R, D]."""
-        query = query.unflatten(-1, (self.num_heads, 1, -1))
-        context = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, scale=SCALE)
-        return merge_heads(context).flatten(1)
 
     def _causal_bias(self, positions: Tensor, reach: int) -> Tensor:
         """Bias of the decoder's self-attention, -inf at what comes later.

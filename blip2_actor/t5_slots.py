@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2_actor.slots import SlotCache
-
-ALIGNMENT = 8
-"""Rows of masks and biases begin at multiples of this, else CUDA's attention copies them in every layer
-(`aten/native/transformers/attention.cpp`, `pad_bias`)."""
+from blip2_actor.slots import SlotCache, aligned_arange
 
 
 class T5Slots:
@@ -71,8 +67,3 @@ class T5Slots:
         outside = aligned_arange(reach, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
         mask = torch.zeros(outside.shape, dtype=self.own.keys.dtype, device=outside.device)
         return reach, mask.masked_fill_(outside, float("-inf"))[:, None, None, :reach]
-
-
-def aligned_arange(length: int, device: torch.device) -> Tensor:
-    """0, 1, 2, … up to at least `length`, in a multiple of `ALIGNMENT`."""
-    return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Blip2VisionConfig
 
-from blip2_actor.layers import Layers, Linear, merge_heads, split_heads
+from blip2_actor.layers import Layers, Linear, attend, merge_heads, split_heads
 
 
 class VisionBlock(nn.Module):
@@ -35,7 +34,7 @@ class VisionBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """float[B, P, Dv] -> float[B, P, Dv]."""
         query, key, value = self.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
-        heads = F.scaled_dot_product_attention(
+        heads = attend(
             split_heads(query, self.num_heads),
             split_heads(key, self.num_heads),
             split_heads(value, self.num_heads),
