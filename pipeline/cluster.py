@@ -23,6 +23,8 @@ def settle_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns on every actor of Ray Data, past Python's logging, straight to the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # A thread of Ray Data that outlives a stopped job must not start a cluster of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -90,11 +92,13 @@ def _info(engine: EngineBuilder) -> ModelInfo:
 
 
 def quiet_ray_data() -> None:
-    """Keep Ray Data's plans and bars off the terminal; its own log file has them."""
+    """Keep Ray Data's plans, bars and tracebacks off the terminal; its own log file has them."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler) and isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def size_of_cluster() -> ClusterSize:

@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import sys
 
-from pipeline.commands import caption
-from pipeline.settings import CaptionSettings, from_plain
-from tests.fake_engine import FakeEngineConfig
+from pipeline.cluster import settle_environment
+
+
+def drive(arguments: str) -> int:
+    settle_environment()
+    from pipeline.commands import caption
+    from pipeline.settings import CaptionSettings, from_plain
+    from tests.fake_engine import FakeEngineConfig
+
+    values = json.loads(arguments)
+    settings = from_plain(CaptionSettings, values["settings"])
+    return caption(settings, from_plain(FakeEngineConfig, values["engine"]))
+
 
 if __name__ == "__main__":
-    values = json.loads(sys.argv[1])
-    sys.exit(
-        caption(
-            from_plain(CaptionSettings, values["settings"]), from_plain(FakeEngineConfig, values["engine"])
-        )
-    )
+    sys.exit(drive(sys.argv[1]))
