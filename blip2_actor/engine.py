@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -71,6 +72,7 @@ class Engine:
         self._busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="blip2-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._abandon)
 
     def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
         if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
@@ -221,6 +223,13 @@ class Engine:
             self._is_closed = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """At the interpreter's end: a thread that is still computing then would abort the process."""
+        for job in list(self._unfinished):
+            job.future.cancel()
+        self.close()
 
     def __enter__(self) -> Engine:
         return self

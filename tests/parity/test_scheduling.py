@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -223,3 +225,17 @@ def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
     assert future.result(timeout=0).ok
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(Request(image=np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)))
+
+
+def test_a_process_that_never_closes_its_engine_ends_cleanly(folder) -> None:
+    """A thread inside torch while the interpreter goes away aborts the process with SIGABRT."""
+    code = f"""
+import numpy as np
+from blip2_actor import EngineConfig, GenerationOptions, Request
+engine = EngineConfig(model={str(folder)!r}, dtype="float32", device="cpu", num_threads=1).build()
+request = Request(image=np.zeros(({IMAGE_SIZE_PX}, {IMAGE_SIZE_PX}, 3), np.uint8))
+futures = [engine.submit(request, GenerationOptions(max_new_tokens=60, min_new_tokens=60)) for _ in range(300)]
+futures[0].result()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
