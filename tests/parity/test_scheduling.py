@@ -234,7 +234,8 @@ import numpy as np
 from blip2_actor import EngineConfig, GenerationOptions, Request
 engine = EngineConfig(model={str(folder)!r}, dtype="float32", device="cpu", num_threads=1).build()
 request = Request(image=np.zeros(({IMAGE_SIZE_PX}, {IMAGE_SIZE_PX}, 3), np.uint8))
-futures = [engine.submit(request, GenerationOptions(max_new_tokens=60, min_new_tokens=60)) for _ in range(300)]
+options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
+futures = [engine.submit(request, options) for _ in range(300)]
 futures[0].result()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
