@@ -3,6 +3,8 @@
 import io
 import os
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +16,7 @@ from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import begin_run, look
 from pipeline.progress import Console
+from pipeline.reconcile import Reconciliation
 from pipeline.settings import CaptionSettings, RetrySettings
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import (
@@ -34,6 +37,13 @@ def settings(tmp_path, **changes) -> CaptionSettings:
     return CaptionSettings(**changes)
 
 
+@dataclass(frozen=True)
+class Finished:
+    root: Path
+    truth: dict[str, dict[str, bytes]]
+    result: Reconciliation
+
+
 def run(caption_settings, engine=None, console=None):
     engine = engine or FakeEngineConfig()
     return run_job(prepare(caption_settings, engine), console or Console(io.StringIO()))
@@ -52,54 +62,56 @@ def test_every_row_in_its_shards_file_in_order_and_broken_images_cost_only_their
     assert "bottleneck" in said.getvalue()
 
 
-def test_the_same_command_again_does_nothing_and_says_the_same(tmp_path):
-    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
-    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
-    first = run(settings(tmp_path), engine)
-    second = run(settings(tmp_path), engine)
-    assert first == second
-    assert len(captions_made(tmp_path / "trace")) == 20
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, local_ray) -> Finished:
+    """A run that is done; the tests that take it leave it as it is."""
+    root = tmp_path_factory.mktemp("finished")
+    truth = write_tars(root / "in", num_tars=2, rows_per_tar=10)
+    return Finished(root, truth, run(settings(root), FakeEngineConfig(trace=str(root / "trace"))))
 
 
-def test_nothing_is_left_of_the_work_but_results_and_the_record(tmp_path):
-    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
-    run(settings(tmp_path))
-    state = look(Folder(str(tmp_path / "out")))
+def test_the_same_command_again_does_nothing_and_says_the_same(finished):
+    again = run(settings(finished.root), FakeEngineConfig(trace=str(finished.root / "trace")))
+    assert again == finished.result
+    assert len(captions_made(finished.root / "trace")) == 20
+
+
+def test_nothing_is_left_of_the_work_but_results_and_the_record(finished):
+    folder = Folder(str(finished.root / "out"))
+    state = look(folder)
     assert (dict(state.fragments), state.ends, state.litter) == ({}, frozenset(), ())
-    left = set(Folder(str(tmp_path / "out")).names("_blip2"))
-    assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
+    assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
 
-def test_an_input_that_has_grown_is_not_listed_again(tmp_path):
-    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
-    run(settings(tmp_path))
-    write_tar(tmp_path / "in" / "late.tar", {"late": png(99)})
-    run(settings(tmp_path))
-    check_output(tmp_path / "out", truth)
+def test_the_footer_names_the_run(finished):
+    job = prepare(settings(finished.root), FakeEngineConfig())
+    metadata = pq.read_schema(finished.root / "out" / "part0" / "00000.tar.parquet").metadata
+    assert metadata[b"blip2.fingerprint"].decode() == job.run.fingerprint.digest
 
 
-def test_another_prompt_is_refused_by_name_and_forked_on_request(tmp_path):
-    truth = write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
-    run(settings(tmp_path))
-    other = settings(tmp_path, prompt="a photo of")
-    with pytest.raises(FingerprintMismatch, match="prompt: None -> 'a photo of'"):
-        prepare(other, FakeEngineConfig())
-    check_output(tmp_path / "out", truth)
-
-    forked = settings(tmp_path, prompt="a photo of", fork=True)
-    job = prepare(forked, FakeEngineConfig())
-    assert job.folder.uri.startswith(str(tmp_path / "out-"))
-    run_job(job, Console(io.StringIO()))
-    check_output(job.folder.uri, truth, prompt="a photo of")
-    check_output(tmp_path / "out", truth)
-    assert not prepare(forked, FakeEngineConfig()).is_new, "the same command goes on with the same fork"
+def test_an_input_that_has_grown_is_not_listed_again(finished):
+    late = finished.root / "in" / "late.tar"
+    write_tar(late, {"late": png(99)})
+    run(settings(finished.root))
+    late.unlink()
+    check_output(finished.root / "out", finished.truth)
 
 
-def test_another_model_is_refused_by_name(tmp_path):
-    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
-    run(settings(tmp_path))
+def test_another_model_is_refused_by_name(finished):
     with pytest.raises(FingerprintMismatch, match="model: "):
-        prepare(settings(tmp_path), FakeEngineConfig(model="other"))
+        prepare(settings(finished.root), FakeEngineConfig(model="other"))
+
+
+def test_another_prompt_is_refused_by_name_and_forked_on_request(finished):
+    with pytest.raises(FingerprintMismatch, match="prompt: None -> 'a photo of'"):
+        prepare(settings(finished.root, prompt="a photo of"), FakeEngineConfig())
+    forked = settings(finished.root, prompt="a photo of", fork=True)
+    job = prepare(forked, FakeEngineConfig())
+    assert job.folder.uri.startswith(str(finished.root / "out-"))
+    run_job(job, Console(io.StringIO()))
+    check_output(job.folder.uri, finished.truth, prompt="a photo of")
+    check_output(finished.root / "out", finished.truth)
+    assert not prepare(forked, FakeEngineConfig()).is_new, "the same command goes on with the same fork"
 
 
 def test_a_second_driver_is_refused(tmp_path):
@@ -122,14 +134,6 @@ def test_a_tar_that_ends_early_is_partial_and_an_empty_one_has_an_empty_file(tmp
     assert read_output(tmp_path / "out", "empty.tar") == []
     first = dict(list(truth["part0/00000.tar"].items())[:readable])
     check_output(tmp_path / "out", {**truth, "part0/00000.tar": first, "empty.tar": {}})
-
-
-def test_the_footer_names_the_run(tmp_path):
-    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
-    job = prepare(settings(tmp_path), FakeEngineConfig())
-    run_job(job, Console(io.StringIO()))
-    metadata = pq.read_schema(tmp_path / "out" / "part0" / "00000.tar.parquet").metadata
-    assert metadata[b"blip2.fingerprint"].decode() == job.run.fingerprint.digest
 
 
 def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path):
