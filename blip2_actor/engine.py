@@ -27,14 +27,19 @@ from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
+from blip2_actor.model import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
 
-DEFAULT_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
-DEFAULT_MAX_SLOTS = {"cpu": 128, "cuda": 256}
+LEAST_SLOTS = {"cpu": 128, "cuda": 256}
+LEAST_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
+MOST_ENCODE_BATCH = 128
+ENCODE_BATCH_ELEMENTS = 1 << 20
+"""Image tokens times width that are worth one pass: small models take more images. On the demonstration
+model, 128 images a pass are 1.1 to 1.3 times as fast as 16 (one EPYC core, 2026-11-23)."""
 
 
 class Engine:
@@ -57,8 +62,8 @@ class Engine:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
-        max_slots = config.max_slots or DEFAULT_MAX_SLOTS.get(device.type, 32)
-        self.encode_batch = config.encode_batch or DEFAULT_ENCODE_BATCH.get(device.type, 16)
+        self.encode_batch = config.encode_batch or _default_encode_batch(self.model, device)
+        max_slots = config.max_slots or max(LEAST_SLOTS.get(device.type, 128), 2 * self.encode_batch)
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
         self.canary = self._run_canary(checkpoint, max_slots)
@@ -291,6 +296,13 @@ class Engine:
             while self._arrived:
                 self._scheduler.add(self._arrived.popleft())
             return self._scheduler.has_work or not self._is_closed
+
+
+def _default_encode_batch(model: Blip2, device: torch.device) -> int:
+    vision = model.config.vision_config
+    elements = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.hidden_size
+    least = LEAST_ENCODE_BATCH.get(device.type, 16)
+    return min(MOST_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // elements))
 
 
 def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
