@@ -167,8 +167,8 @@ def _fetch(uri: str) -> Path:
         listed = {e["name"]: e for e in filesystem.ls(root, detail=True) if e["type"] == "file"}
     except ImportError as error:
         raise OSError(f"{uri} needs a package that is missing: {error}; install it") from error
-    except OSError as error:
-        raise OSError(f"{uri} must be a readable folder, got {error}") from error
+    except Exception as error:  # every store's library has exceptions of its own
+        raise OSError(f"{uri} must be a readable folder, got {type(error).__name__}: {error}") from error
     wanted = sorted(name for name in listed if any(Path(name).match(pattern) for pattern in FILES))
     if not wanted:
         raise FileNotFoundError(f"{uri} must hold a checkpoint's files, got none of {', '.join(FILES)}")
