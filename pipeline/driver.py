@@ -64,7 +64,7 @@ class Driver:
         self._commits: dict[Any, ShardReport] = {}
         work = [progress.work for progress in left]
         dataset = receipts_dataset(job.settings, job.engine, job.info, work, job.folder, self._board, cluster)
-        with self._signals():
+        with self._signals(), self._board_at_work():
             stream = ReceiptStream(dataset)
             try:
                 while not stream.ended:
@@ -163,6 +163,14 @@ class Driver:
             busy=self._busy,
         )
         self._console.show(self._snapshot)
+
+    @contextmanager
+    def _board_at_work(self) -> Iterator[None]:
+        """End the board with the session: Ray itself may live on."""
+        try:
+            yield
+        finally:
+            ray.kill(self._board)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
