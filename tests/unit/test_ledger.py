@@ -1,0 +1,60 @@
+"""What a resume knows: a wrong plan reads finished shards again, or leaves rows out for good."""
+
+import pytest
+
+from pipeline.fingerprint import Fingerprint
+from pipeline.folder import Folder
+from pipeline.fragments import write_fragment
+from pipeline.ledger import Run, StoreEnd, begin_run, load_run, look, unfinished
+from pipeline.reading import ShardReport
+from pipeline.settings import CaptionSettings
+from pipeline.shards import Shard
+from tests.unit.test_fragments import rows
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(str(tmp_path / "out"))
+
+
+def shard(name: str) -> Shard:
+    return Shard(name=name, format="webdataset", root="/in", files=(name,), size_bytes=7)
+
+
+def make_run(*names: str) -> Run:
+    settings = CaptionSettings(input=("/in",), output="/out").as_plain()
+    return Run(Fingerprint({"prompt": None}), settings, tuple(shard(name) for name in names))
+
+
+def test_a_run_is_read_back_as_it_was_begun(folder):
+    assert load_run(folder) is None
+    begin_run(folder, make_run("a.tar", "b/c.tar"))
+    loaded = load_run(folder)
+    assert loaded.shards == make_run("a.tar", "b/c.tar").shards
+    assert loaded.fingerprint.differences(Fingerprint({"prompt": None})) == []
+
+
+def test_the_plan_leaves_out_what_is_finished_and_rows_that_reached_a_fragment(folder):
+    run = make_run("done.tar", "begun.tar", "read.tar", "full.tar", "fresh.tar")
+    folder.put("done.tar.parquet", b"")
+    write_fragment(folder, rows([0, 1, 2], shard="begun.tar"))
+    write_fragment(folder, rows([5, 6], shard="begun.tar"))
+    for name in ("read.tar", "full.tar"):
+        write_fragment(folder, rows([0, 1], shard=name))
+    StoreEnd(folder)(ShardReport(shard="read.tar", num_rows=4, complete=True))
+    StoreEnd(folder)(ShardReport(shard="full.tar", num_rows=2, complete=True))
+    plan = {progress.shard.name: progress for progress in unfinished(folder, run, look(folder))}
+    assert {name: progress.work.missing for name, progress in plan.items()} == {
+        "begun.tar": ((3, 5), (7, None)),
+        "read.tar": ((2, 4),),
+        "full.tar": (),
+        "fresh.tar": ((0, None),),
+    }
+    assert [name for name, progress in plan.items() if progress.is_complete] == ["full.tar"]
+
+
+def test_a_run_without_its_shard_list_has_not_begun(folder):
+    """The list is written first; a driver that dies between the two begins anew."""
+    begin_run(folder, make_run("a.tar"))
+    folder.delete("_blip2/run.json")
+    assert load_run(folder) is None
