@@ -30,7 +30,7 @@ def advance(logits: Tensor, searches: Searches) -> list[list[int] | None]:
     """
     logits = logits.float()
     normalizer = logits.logsumexp(dim=-1)
-    largest, ids = logits.max(dim=-1)
+    largest, ids = _without_early_ends(logits, searches).max(dim=-1)
     greedy_ids, greedy_logprobs = ids.tolist(), (largest - normalizer).tolist()
     parents: list[list[int] | None] = [None] * len(searches)
     beams: dict[int, list[int]] = defaultdict(list)
@@ -48,6 +48,17 @@ def advance(logits: Tensor, searches: Searches) -> list[list[int] | None]:
         for index, found in zip(indices, _advance_beams(logits, normalizer, group), strict=True):
             parents[index] = found
     return parents
+
+
+def _without_early_ends(logits: Tensor, searches: Searches) -> Tensor:
+    """Logits with the end tokens banned from texts that must go on: float32[rows, V]."""
+    rows = [own[0] for search, own in searches if isinstance(search, TextSearch) and search.must_go_on]
+    if not rows:
+        return logits
+    end_ids = next(s.vocabulary.end_ids for s, _ in searches)
+    banned = logits.clone()
+    banned[torch.tensor(rows, device=logits.device)[:, None], list(end_ids)] = float("-inf")
+    return banned
 
 
 def _advance_beams(logits: Tensor, normalizer: Tensor, group: Searches) -> list[list[int]]:

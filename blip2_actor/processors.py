@@ -15,7 +15,7 @@ from blip2_actor.options import GenerationOptions
 
 
 def changes_scores(options: GenerationOptions) -> bool:
-    """True where greedy search must not simply take the largest logit."""
+    """True where scores depend on what the text already holds (min_new_tokens only bans the end)."""
     return options.min_new_tokens > 0 or options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
 
 

@@ -26,6 +26,9 @@ from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)
 
+FEWEST_FILLED = 4
+"""Free slots that are worth a prefill, and an eighth of all where there are many."""
+
 
 @dataclass
 class Counters:
@@ -146,8 +149,14 @@ class Scheduler:
     # Filling slots --------------------------------------------------------------------------------------
 
     def _fill_slots(self) -> None:
-        """Prefill the ready jobs that fit, in order of arrival, and take their first tokens."""
+        """Prefill the ready jobs that fit, in order of arrival, and take their first tokens.
+
+        A prefill costs as much as a decode step even for one text, so a few free slots are awaited.
+        """
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
+        wanted = sum(job.num_slots for job in self.ready)
+        if self.running and len(free) < min(wanted, max(FEWEST_FILLED, self.max_slots // 8)):
+            return
         jobs: list[Job] = []
         while self.ready and (self.ready[0].is_dropped() or self.ready[0].num_slots <= len(free)):
             if len(jobs) == self.prefill_batch:

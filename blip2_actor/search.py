@@ -68,11 +68,17 @@ class TextSearch:
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
         self.takes_largest = self.generator is None and not changes_scores(options)
+        """True where the next token is the largest logit, end tokens aside while `must_go_on`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
 
     def tokens(self) -> list[int]:
         return self.token_ids[-1:]
+
+    @property
+    def must_go_on(self) -> bool:
+        """True while the end token is not allowed yet."""
+        return len(self.token_ids) < self.options.min_new_tokens
 
     def choose(self, logits: Tensor) -> int:
         """The next token, where it is not simply the largest logit: float32[V] -> id."""
