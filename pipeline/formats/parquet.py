@@ -24,20 +24,6 @@ from pipeline.storage import join, open_filesystem
 
 BUFFER_BYTES = 4 << 20
 """A column is read in such pieces, never a row group at once: one may be larger than memory."""
-USUAL_IMAGE_COLUMNS = (
-    "image",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "img",
-    "image_bytes",
-    "bytes",
-    "content",
-    "data",
-)
-"""Where several columns hold bytes, the first of these is the image."""
-USUAL_KEY_COLUMNS = ("__key__", "key")
 
 _DAMAGE = (OSError, pa.ArrowException)
 
