@@ -192,7 +192,8 @@ def run(case: Case, folder: Path, device: torch.device, quick: bool) -> dict[str
     compute_dtype = engine.model.query_tokens.dtype
     contenders["2048^3 product"] = product(compute_dtype, device)
     contenders["vision encoder"] = _vision(engine, pixels[: min(num_images, 32)])
-    timings = alternate(contenders, rounds=1 if quick else case.rounds)
+    rounds = 1 if quick else case.rounds
+    timings = alternate(contenders, rounds)
     engine.close()
     names = [name for name in timings if name.startswith("reference")]
     best = min(names, key=lambda name: timings[name].median_s)
@@ -217,6 +218,7 @@ def run(case: Case, folder: Path, device: torch.device, quick: bool) -> dict[str
         "dtype": str(compute_dtype),
         "reference_dtype": str(reference_dtype),
         "num_images": num_images,
+        "rounds": rounds,
     }
     print(
         f"  ratio {result['ratio']:.2f} (to reach {case.to_reach}, limit {case.limit}), "
