@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.2
 LOOK_AROUND_EVERY_S = 1.0
-COMMITS_AT_ONCE = 8
+COMMITS_AT_ONCE = 4
 FLUSH_S = 20.0
 """How long calls may take to write what they have after a signal; a preempted machine is given 30 s."""
 
