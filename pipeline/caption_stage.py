@@ -17,6 +17,7 @@ from blip2_actor import Blip2Actor, GenerationOptions, Request, Result, Status
 from blip2_actor.request import EngineBuilder
 from pipeline.decode_stage import PIXELS
 from pipeline.schema import result_fields
+from pipeline.worker_exit import end_without_ceremony
 
 
 class EngineFault(RuntimeError):
@@ -37,6 +38,7 @@ class CaptionStage:
         prompt: str | None = None,
         prompt_column: str | None = None,
     ) -> None:
+        end_without_ceremony()
         self.actor = Blip2Actor(engine, options)
         self.fields = result_fields(options.num_return_sequences)
         self._prompt = prompt

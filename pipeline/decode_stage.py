@@ -19,6 +19,7 @@ from blip2_actor.decode_pool import DecodePool
 from blip2_actor.preprocess import DecodedImage, ImageLimits, resize_image
 from blip2_actor.status import Status
 from pipeline.storage import open_filesystem
+from pipeline.worker_exit import end_without_ceremony
 
 PIXELS = "_blip2_pixels"
 """uint8[S, S, 3] as bytes, between the two stages only."""
@@ -42,6 +43,7 @@ class DecodeStage:
         keeps_image: bool = False,
         report: Report | None = None,
     ) -> None:
+        end_without_ceremony()
         self._size_px = size_px
         self._image_column = image_column
         self._dropped = {*DECODED} if keeps_image else {*DECODED, image_column}
