@@ -87,6 +87,15 @@ def commit_shard(
     return summary
 
 
+class Committer:
+    """A plain class; the job makes actors of it that take no CPU."""
+
+    def commit(
+        self, folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], kept: tuple[str, ...]
+    ) -> None:
+        commit_shard(folder, report, metadata, kept)
+
+
 def merge(tables: list[pa.Table]) -> pa.Table:
     """Each row number once, in order; of several, one that is ok, else one of the first table."""
     rows = pa.concat_tables(tables, promote_options="permissive").combine_chunks()

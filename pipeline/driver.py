@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pipeline.board import Board
-from pipeline.commit import commit_shard
+from pipeline.commit import Committer
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Progress, load_end, shards_with_an_end
 from pipeline.placement import ClusterSize
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
 TICK_S = 0.2
 LOOK_AROUND_EVERY_S = 1.0
-COMMITS_AT_ONCE = 4
+CPUS_PER_COMMITTER = 4
+MOST_COMMITTERS = 8
+COMMITS_WAITING = 32
+"""From so many on the driver waits for one to be done."""
 FLUSH_S = 20.0
 """How long calls may take to write what they have after a signal; a preempted machine is given 30 s."""
 
@@ -60,11 +64,12 @@ class Driver:
         """
         self._job, self._tracker = job, Tracker(left)
         self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-        self._commit_task = ray.remote(num_cpus=0, max_retries=-1)(commit_shard)
+        committers = _committers(cluster)
+        self._committers = itertools.cycle(committers)
         self._commits: dict[Any, ShardReport] = {}
         work = [progress.work for progress in left]
         dataset = receipts_dataset(job.settings, job.engine, job.info, work, job.folder, self._board, cluster)
-        with self._signals(), self._board_at_work():
+        with self._signals(), _ended_after(self._board, *committers):
             stream = ReceiptStream(dataset)
             try:
                 while not stream.ended:
@@ -108,12 +113,13 @@ class Driver:
                     self._tracker.ended(report)
 
     def _commit(self, wait: bool) -> None:
-        """Hand complete shards to merging tasks and take back what they have done."""
+        """Hand complete shards to be merged and take back what is done."""
         for report in self._tracker.take_complete():
-            ref = self._commit_task.remote(self._job.folder, report, self._job.metadata, self._job.kept)
+            committer = next(self._committers)
+            ref = committer.commit.remote(self._job.folder, report, self._job.metadata, self._job.kept)
             self._commits[ref] = report
         while self._commits:
-            full = wait or len(self._commits) > COMMITS_AT_ONCE
+            full = wait or len(self._commits) > COMMITS_WAITING
             done, _ = ray.wait(list(self._commits), timeout=None if full else 0)
             if not done:
                 return
@@ -165,14 +171,6 @@ class Driver:
         self._console.show(self._snapshot)
 
     @contextmanager
-    def _board_at_work(self) -> Iterator[None]:
-        """End the board with the session: Ray itself may live on."""
-        try:
-            yield
-        finally:
-            ray.kill(self._board)
-
-    @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT ask for an orderly stop; a second SIGINT ends at once."""
         if threading.current_thread() is not threading.main_thread():
@@ -190,6 +188,25 @@ class Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _ended_after(*actors: Any) -> Iterator[None]:
+    """End actors with the session: Ray itself may live on."""
+    try:
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _committers(cluster: ClusterSize) -> list[Any]:
+    """Actors that merge shards. As tasks, which come in bursts, they would have Ray start a process each."""
+    number = max(1, min(MOST_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
+    kind = ray.remote(Committer).options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
+    )
+    return [kind.remote() for _ in range(number)]
 
 
 def _last_line(error: BaseException) -> str:

@@ -28,7 +28,8 @@ CALL_ROWS = 256
 """Rows of pixels in one block, and so in one captioning call, where memory allows."""
 MOST_BLOCK_BYTES = 16 << 20
 LEAST_BLOCK_BYTES = 1 << 20
-OPEN_SHARDS_PER_CPU = 2
+LEAST_OPEN_SHARDS = 2
+"""Shards read at once, one more per CPU: Ray keeps so many idle workers, and would start others anew."""
 
 
 def receipts_dataset(
@@ -54,7 +55,7 @@ def receipts_dataset(
             ShardSource(work, options, StoreEnd(folder)),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
-            concurrency=min(len(work), max(2, int(OPEN_SHARDS_PER_CPU * cluster.num_cpus))),
+            concurrency=min(len(work), max(LEAST_OPEN_SHARDS, int(cluster.num_cpus))),
         )
         decoded = decode(
             encoded,
