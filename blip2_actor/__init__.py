@@ -8,22 +8,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
-from blip2_actor.config import EngineConfig
+from blip2_actor.config import EngineConfig, MatchingConfig
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
+from blip2_actor.request import (
+    Completion,
+    Embedding,
+    EngineStats,
+    Features,
+    Match,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+)
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
     from blip2_actor.engine import Engine
+    from blip2_actor.matching import MatchingEngine
 
 __all__ = [
     "Blip2Actor",
     "Completion",
+    "Embedding",
     "Engine",
     "EngineConfig",
     "EngineStats",
     "Features",
     "GenerationOptions",
+    "Match",
+    "MatchingConfig",
+    "MatchingEngine",
     "ModelInfo",
     "Request",
     "Result",
@@ -33,9 +48,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Engine brings torch: decode workers and drivers import this package without it.
+    # The engines bring torch: decode workers and drivers import this package without it.
     if name == "Engine":
         from blip2_actor.engine import Engine
 
         return Engine
+    if name == "MatchingEngine":
+        from blip2_actor.matching import MatchingEngine
+
+        return MatchingEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

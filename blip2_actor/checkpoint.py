@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import Blip2Config
 
-from blip2_actor.config import EngineConfig
+from blip2_actor.config import ModelConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -44,7 +45,7 @@ class Checkpoint:
         if RETRIEVAL in (config.architectures or []):
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
-                "it scores images and texts, name another for captions"
+                "build it with MatchingConfig, which scores images and texts, or name another for captions"
             )
         if config.text_config.model_type not in ("opt", "t5"):
             raise ValueError(
@@ -64,7 +65,10 @@ class Checkpoint:
         """Raises ValueError where the folder holds something else than a BLIP-2 for image-text retrieval."""
         config = self._blip2_config()
         if RETRIEVAL not in (config.architectures or []):
-            raise ValueError(f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}")
+            raise ValueError(
+                f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
+                "build one that writes text with EngineConfig"
+            )
         return config
 
     def _blip2_config(self) -> Blip2Config:
@@ -134,15 +138,19 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(_snapshot(model, revision))
 
 
-def describe(config: EngineConfig) -> ModelInfo:
-    """See `EngineConfig.info`."""
+def describe(config: ModelConfig, read: Callable[[Checkpoint], Blip2Config]) -> ModelInfo:
+    """See `EngineConfig.info`; `read` says which of the checkpoint's configurations is wanted."""
     checkpoint = resolve(config.model, config.revision)
     dtype = resolve_dtype(config, resolve_device(config.device))
+    found = read(checkpoint)
     return ModelInfo(
         model=config.model,
-        image_size_px=checkpoint.config.vision_config.image_size,
+        image_size_px=found.vision_config.image_size,
         dtype=str(dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
+        vision_width=found.vision_config.hidden_size,
+        qformer_width=found.qformer_config.hidden_size,
+        num_queries=found.num_query_tokens,
     )
 
 

@@ -1,4 +1,7 @@
-"""How an engine is built: `EngineConfig`, one frozen value that travels to every host."""
+"""How an engine is built: frozen values that travel to every host.
+
+`EngineConfig` is for checkpoints with a language model, `MatchingConfig` for those of image-text retrieval.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,15 @@ from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
     from blip2_actor.engine import Engine
-
-DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b"
+    from blip2_actor.matching import MatchingEngine
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Which model, where and in what shape. `build()` gives the engine, `info()` only describes it."""
+class ModelConfig:
+    """Which checkpoint, where and in what dtype: what every engine is told."""
 
-    model: str = DEFAULT_MODEL
-    """Hub name, folder, s3:// or gs:// folder, or "demo" for the checkpoint that comes with the project."""
+    model: str
+    """Hub name, folder, s3:// or gs:// folder."""
     revision: str | None = None
     """Commit, tag or branch of a hub model; pin it for reproducible captions."""
     device: str = "auto"
@@ -27,6 +29,27 @@ class EngineConfig:
     """"auto" is bfloat16 where the device computes in it, float32 elsewhere."""
     num_threads: int | None = None
     """CPU threads of the engine; None keeps torch's own choice."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError('model must be a hub name, a folder or "demo", got an empty text')
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        self._require_positive("num_threads")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ModelConfig):
+    """Which model, where and in what shape. `build()` gives the engine, `info()` only describes it."""
+
+    model: str = "Salesforce/blip2-opt-2.7b"
+    """Hub name, folder, s3:// or gs:// folder, or "demo" for the checkpoint that comes with the project."""
     max_slots: int | None = None
     """Texts decoded at once; None sizes them from free memory."""
     encode_batch: int | None = None
@@ -37,14 +60,8 @@ class EngineConfig:
     """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError('model must be a hub name, a folder or "demo", got an empty text')
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
-        for name in ("num_threads", "max_slots", "encode_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        self._require_positive("max_slots", "encode_batch")
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.
@@ -55,10 +72,30 @@ class EngineConfig:
         """
         from blip2_actor.checkpoint import describe
 
-        return describe(self)
+        return describe(self, lambda checkpoint: checkpoint.config)
 
     def build(self) -> Engine:
         """Load the weights and start the engine; raises what `info` raises, and more."""
         from blip2_actor.engine import Engine
 
         return Engine(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig(ModelConfig):
+    """A checkpoint of image-text retrieval (`Blip2ForImageTextRetrieval`), and where it runs."""
+
+    model: str = "Salesforce/blip2-itm-vit-g"
+    """Hub name, folder, s3:// or gs:// folder of a retrieval checkpoint."""
+
+    def info(self) -> ModelInfo:
+        """As `EngineConfig.info`."""
+        from blip2_actor.checkpoint import describe
+
+        return describe(self, lambda checkpoint: checkpoint.retrieval_config)
+
+    def build(self) -> MatchingEngine:
+        """Load the weights; raises what `info` raises, and more."""
+        from blip2_actor.matching import MatchingEngine
+
+        return MatchingEngine(self)

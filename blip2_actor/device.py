@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from blip2_actor.config import EngineConfig
+from blip2_actor.config import ModelConfig
 
 
 def resolve_device(device: str) -> torch.device:
@@ -27,7 +27,7 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
 
     Raises:

@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Blip2VisionConfig
 
 from blip2_actor import canary
 from blip2_actor.checkpoint import CACHE_FOLDER, Checkpoint, resolve
@@ -27,7 +28,6 @@ from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
-from blip2_actor.model import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score
@@ -62,7 +62,9 @@ class Engine:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
-        self.encode_batch = config.encode_batch or _default_encode_batch(self.model, device)
+        self.encode_batch = config.encode_batch or default_encode_batch(
+            checkpoint.config.vision_config, device
+        )
         max_slots = config.max_slots or max(LEAST_SLOTS.get(device.type, 128), 2 * self.encode_batch)
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
@@ -162,6 +164,7 @@ class Engine:
                 found.append(
                     Features(
                         qformer_features=_to_numpy(encoded.qformer_features),
+                        pooled=_to_numpy(encoded.pooled),
                         image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
                     )
                 )
@@ -298,8 +301,8 @@ class Engine:
             return self._scheduler.has_work or not self._is_closed
 
 
-def _default_encode_batch(model: Blip2, device: torch.device) -> int:
-    vision = model.config.vision_config
+def default_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:
+    """Images that fill one pass of the vision encoder."""
     elements = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.hidden_size
     least = LEAST_ENCODE_BATCH.get(device.type, 16)
     return min(MOST_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // elements))

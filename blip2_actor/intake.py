@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from blip2_actor.beam import BeamSearch
 from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.model import Blip2
@@ -23,6 +25,21 @@ class Refusal(ValueError):
         self.status = status
 
 
+def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
+    """uint8[S, S, 3] of an image that is encoded or not; raises Refusal where it cannot be read."""
+    if isinstance(image, EncodedImage):
+        return image.pixels
+    if isinstance(image, bytes):
+        decoded = decode_image(image, size_px)
+        if decoded.status is not Status.OK:
+            raise Refusal(decoded.status, decoded.error or decoded.status)
+        return decoded.array(size_px)
+    try:
+        return resize_image(image, size_px)
+    except ValueError as error:
+        raise Refusal(Status.UNDECODABLE, str(error)) from error
+
+
 class Intake:
     """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
 
@@ -32,19 +49,11 @@ class Intake:
         self.image_size_px = image_size_px
         self.max_slots = max_slots
 
-    def image(self, image: ImageLike | EncodedImage) -> EncodedImage:
+    def image(self, image: ImageLike) -> EncodedImage:
         """Raises Refusal where the image cannot be read."""
-        if isinstance(image, EncodedImage):
-            return image
-        if isinstance(image, bytes):
-            decoded = decode_image(image, self.image_size_px)
-            if decoded.status is not Status.OK:
-                raise Refusal(decoded.status, decoded.error or decoded.status)
-            return EncodedImage(decoded.array(self.image_size_px))
-        try:
-            return EncodedImage(resize_image(image, self.image_size_px))
-        except ValueError as error:
-            raise Refusal(Status.UNDECODABLE, str(error)) from error
+        return (
+            image if isinstance(image, EncodedImage) else EncodedImage(to_pixels(image, self.image_size_px))
+        )
 
     def job(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-ImageLike = Union[bytes, "Image", "np.ndarray"]
-"""Encoded bytes, a PIL image, or uint8[H, W, 3] in RGB."""
+    from blip2_actor.jobs import EncodedImage
+
+ImageLike = Union[bytes, "Image", "np.ndarray", "EncodedImage"]
+"""Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or what the engine's `image()` made of one."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the end token or a stop text; `length`: max_new_tokens was reached."""
@@ -26,7 +28,7 @@ class Request:
     """One image and what to do with it."""
 
     image: ImageLike
-    """Encoded bytes, a PIL image, or uint8[H, W, 3] in RGB."""
+    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image shared through `Engine.image`."""
     prompt: str | None = None
     """Text the answer continues; None (or empty) captions the image."""
     options: GenerationOptions | None = None
@@ -82,6 +84,9 @@ class Features:
     error: str | None = None
     qformer_features: np.ndarray | None = None
     """float32[Q, Dq], one row per query."""
+    pooled: np.ndarray | None = None
+    """float32[Dv], the vision encoder's output at the class token, normed once more: the reference's
+    `pooler_output`."""
     image_embeds: np.ndarray | None = None
     """float32[P, Dv], the vision encoder's own output, where it was asked for."""
 
@@ -100,6 +105,31 @@ class Score:
     def loss(self) -> float | None:
         """Mean negative log-probability: the reference's `forward(labels=...)` for this row."""
         return None if self.logprob is None else -self.logprob / self.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """How well a text fits an image, by a retrieval checkpoint."""
+
+    status: Status = Status.OK
+    error: str | None = None
+    itm: float | None = None
+    """Probability that the text describes the image, by the matching head."""
+    itc: float | None = None
+    """Cosine of the text and the image's best query, by the contrastive embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedding:
+    """Unit vectors for contrastive search; None where `status` is not ok.
+
+    An image and a text fit by `(image.vectors @ text.vectors.T).max()`, which is `Match.itc`.
+    """
+
+    status: Status = Status.OK
+    error: str | None = None
+    vectors: np.ndarray | None = None
+    """float32[Q, De] of an image, one row per query; float32[1, De] of a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +164,12 @@ class ModelInfo:
     """Resolved: "float32", "bfloat16" or "float16"."""
     digest: str
     """Identifies the checkpoint's content: equal digests, equal captions."""
+    vision_width: int = 0
+    """Channels of the vision encoder's output, Dv."""
+    qformer_width: int = 0
+    """Channels of the Q-Former's output, Dq."""
+    num_queries: int = 0
+    """Rows of the Q-Former's output, Q."""
 
 
 class EngineLike(Protocol):
@@ -144,6 +180,17 @@ class EngineLike(Protocol):
     def submit(self, request: Request, options: GenerationOptions = ...) -> Future[Result]: ...
 
     def stream(self, request: Request, options: GenerationOptions = ...) -> Iterable[str]: ...
+
+    def image(self, image: ImageLike) -> ImageLike: ...
+
+    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = ...) -> list[Features]: ...
+
+    def score(
+        self,
+        images: Sequence[ImageLike],
+        texts: Sequence[str],
+        prompts: Sequence[str | None] | None = ...,
+    ) -> list[Score]: ...
 
     def stats(self) -> EngineStats: ...
 

@@ -49,17 +49,17 @@ class ModelRunner:
         batch = torch.from_numpy(np.stack(pixels))
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
-        image_embeds, features, prefixes = self._encoders(batch)
+        image_embeds, pooled, features, prefixes = self._encoders(batch)
         for row, image in enumerate(images):
-            image.qformer_features, image.prefix = features[row], prefixes[row]
+            image.pooled, image.qformer_features, image.prefix = pooled[row], features[row], prefixes[row]
             if image.keeps_image_embeds:
                 image.image_embeds = image_embeds[row].clone()  # a view would keep the whole batch
 
-    def _run_encoders(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8[B, S, S, 3] -> float[B, P, Dv], float[B, Q, Dq], float[B, Q, Dw]."""
+    def _run_encoders(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """uint8[B, S, S, 3] -> float[B, P, Dv], float[B, Dv], float[B, Q, Dq], float[B, Q, Dw]."""
         image_embeds = self.model.image_features(self.model.normalizer(images, self.dtype))
         features = self.model.qformer_features(image_embeds)
-        return image_embeds, features, self.model.project(features)
+        return image_embeds, self.model.vision.pool(image_embeds), features, self.model.project(features)
 
     def shrink(self, num_slots: int) -> None:
         """Keep only the first slots, and give the memory of the others back."""

@@ -104,9 +104,9 @@ def _prefix(field: dataclasses.Field[Any]) -> str:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field, as one line."""
+    """The docstring under each field, inherited ones too, as one line."""
+    docs = {name: text for base in reversed(cls.__mro__[1:-1]) for name, text in field_docs(base).items()}
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
-    docs: dict[str, str] = {}
     for statement, after in pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -1,0 +1,193 @@
+"""Image-text matching and contrastive search with a retrieval checkpoint: an engine of its own.
+
+No text is generated, so there are no slots: each call is cut into batches that one thread computes.
+Callers of several threads take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from blip2_actor.checkpoint import resolve
+from blip2_actor.config import MatchingConfig
+from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.engine import default_encode_batch
+from blip2_actor.intake import Refusal, to_pixels
+from blip2_actor.layers import pack_for_cpu
+from blip2_actor.loading import load_retrieval
+from blip2_actor.request import Embedding, ImageLike, Match
+from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+FoundT = TypeVar("FoundT")
+
+
+class MatchingEngine:
+    """A loaded retrieval model. Close it, or use it as a context manager."""
+
+    def __init__(self, config: MatchingConfig) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: the configuration or the checkpoint cannot be run; the field is named.
+            OSError: the checkpoint cannot be found or read.
+        """
+        device = resolve_device(config.device)
+        checkpoint = resolve(config.model, config.revision)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.model = load_retrieval(checkpoint, device, resolve_dtype(config, device))
+        if device.type == "cpu":
+            pack_for_cpu(self.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self.image_size_px: int = self.model.config.vision_config.image_size
+        self.batch_size = default_encode_batch(self.model.config.vision_config, device)
+        self._thread = ThreadPoolExecutor(1, "blip2-matching", self._set_num_threads)
+
+    def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:
+        """How well each text fits its image, in order; a bad image or text is an entry with a status.
+
+        An image that is given several times, as the same object, is decoded and encoded once.
+        """
+        found: list[Match | None] = []
+        asked: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
+        for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):
+            ids = self._token_ids(text)
+            refusal = next((x for x in (pixels, ids) if isinstance(x, Refusal)), None)
+            found.append(None if refusal is None else Match(status=refusal.status, error=str(refusal)))
+            if not isinstance(pixels, Refusal) and not isinstance(ids, Refusal):
+                _, ids_of_image, rows = asked.setdefault(id(pixels), (pixels, [], []))
+                ids_of_image.append(ids)
+                rows.append(row)
+        scored = self._run(self._score, [(pixels, ids) for pixels, ids, _ in asked.values()])
+        for (_, _, rows), matches in zip(asked.values(), scored, strict=True):
+            for row, match in zip(rows, matches, strict=True):
+                found[row] = match
+        return [match for match in found if match is not None]
+
+    def image_embeddings(self, images: Sequence[ImageLike]) -> list[Embedding]:
+        """Unit vectors of images, one per query; a bad image is an entry with a status."""
+        return self._embed(self._pixels(images), self._embed_images)
+
+    def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
+        """Unit vectors of texts; one that is empty or too long is an entry with a status."""
+        return self._embed([self._token_ids(text) for text in texts], self._embed_texts)
+
+    def close(self) -> None:
+        """Finish what was begun, refuse what comes."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> MatchingEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # In the caller's thread -----------------------------------------------------------------------------
+
+    def _pixels(self, images: Sequence[ImageLike]) -> list[np.ndarray | Refusal]:
+        """uint8[S, S, 3] of each image; the same object where the image is the same object."""
+        images = list(images)  # a stack of arrays makes its items anew at each pass, under the same ids
+        known: dict[int, np.ndarray | Refusal] = {}
+        for image in images:
+            if id(image) not in known:
+                try:
+                    known[id(image)] = to_pixels(image, self.image_size_px)
+                except Refusal as refusal:
+                    known[id(image)] = refusal
+        return [known[id(image)] for image in images]
+
+    def _token_ids(self, text: str) -> list[int] | Refusal:
+        """Ids as the reference's processor makes them, special tokens included, image tokens not."""
+        if not text:
+            return Refusal(Status.REFUSED, "text must say something, got an empty text")
+        token_ids: list[int] = self.tokenizer(text).input_ids
+        limit = self.model.position_embeddings.num_embeddings
+        if len(token_ids) > limit:
+            return Refusal(
+                Status.REFUSED, f"text must be at most {limit} tokens, got {len(token_ids)}; shorten it"
+            )
+        if max(token_ids) >= self.model.word_embeddings.num_embeddings or (
+            self.model.config.image_token_index in token_ids
+        ):
+            return Refusal(
+                Status.REFUSED,
+                "text must not contain the image token or one the model does not know, got one; leave it out",
+            )
+        return token_ids
+
+    def _embed(
+        self, asked: list[ItemT | Refusal], embed: Callable[[list[ItemT]], list[np.ndarray]]
+    ) -> list[Embedding]:
+        vectors = iter(self._run(embed, [x for x in asked if not isinstance(x, Refusal)]))
+        return [
+            Embedding(status=x.status, error=str(x))
+            if isinstance(x, Refusal)
+            else Embedding(vectors=next(vectors))
+            for x in asked
+        ]
+
+    def _run(self, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]) -> list[FoundT]:
+        return self._thread.submit(self._in_batches, work, items).result()
+
+    # In the engine's thread -----------------------------------------------------------------------------
+
+    def _set_num_threads(self) -> None:
+        if self.config.num_threads is not None:
+            torch.set_num_threads(self.config.num_threads)  # OpenMP keeps this number per thread
+
+    @torch.inference_mode()
+    def _in_batches(self, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]) -> list[FoundT]:
+        """Batch by batch, one result per item; smaller ones from where memory does not suffice."""
+        found: list[FoundT] = []
+        while len(found) < len(items):
+            try:
+                found += work(items[len(found) : len(found) + self.batch_size])
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                logger.warning("Out of memory: %d images or texts at a time from now on", self.batch_size)
+        return found
+
+    def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
+        """Images with all their texts."""
+        image_embeds = self._encode([pixels for pixels, _ in asked])
+        image_vectors = self.model.image_embeddings(image_embeds).float()
+
+        def match(rows: list[tuple[int, list[int]]]) -> list[Match]:
+            indices = torch.tensor([index for index, _ in rows], device=image_embeds.device)
+            texts = self._tensors([ids for _, ids in rows])
+            itm = self.model.matching_logits(image_embeds[indices], texts).float().softmax(dim=-1)[:, 1]
+            text_vectors = self.model.text_embeddings(texts).float()
+            itc = torch.einsum("nqd,nd->nq", image_vectors[indices], text_vectors).amax(dim=1)
+            return [Match(itm=p, itc=c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
+
+        rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
+        matches = iter(self._in_batches(match, rows))
+        return [[next(matches) for _ in texts] for _, texts in asked]
+
+    def _embed_images(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
+        return list(self.model.image_embeddings(self._encode(pixels)).float().cpu().numpy())
+
+    def _embed_texts(self, token_ids: list[list[int]]) -> list[np.ndarray]:
+        return list(self.model.text_embeddings(self._tensors(token_ids))[:, None].float().cpu().numpy())
+
+    def _encode(self, pixels: list[np.ndarray]) -> Tensor:
+        """uint8[S, S, 3] each -> float[B, P, Dv]."""
+        images = torch.from_numpy(np.stack(pixels)).to(self.model.query_tokens.device)
+        return self.model.image_features(self.model.normalizer(images, self.model.query_tokens.dtype))
+
+    def _tensors(self, token_ids: list[list[int]]) -> list[Tensor]:
+        return [torch.tensor(ids, device=self.model.query_tokens.device) for ids in token_ids]

@@ -1,0 +1,183 @@
+"""The engine of retrieval checkpoints against `Blip2ForImageTextRetrieval` behind its own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import (
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    BlipImageProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
+from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, images, make_config, randomize
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "dog",
+    "cat",
+    "on",
+    "the",
+    "sofa",
+    "##s",
+    "[DEC]",
+    "<image>",
+]
+TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
+
+
+def make_bert_tokenizer() -> PreTrainedTokenizerFast:
+    """As in the published checkpoint: BERT's, lower case, with [DEC] as the start of sentence."""
+    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="[DEC]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        additional_special_tokens=["<image>"],
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "image-token"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both layouts of the processor: without image tokens, and with them in front of the text."""
+    config = make_config("opt", image_token=False)
+    config.image_token_index = WORDS.index("<image>") if request.param else None
+    config.qformer_config.use_qformer_text_input = True
+    config.image_text_hidden_size = 12
+    model = Blip2ForImageTextRetrieval(config)
+    randomize(model)
+    path = tmp_path_factory.mktemp("matching")
+    model.save_pretrained(path)
+    size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
+    Blip2Processor(
+        BlipImageProcessor(size=size), make_bert_tokenizer(), NUM_QUERIES if request.param else None
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[MatchingEngine]:
+    with MatchingConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1).build() as built:
+        yield built
+
+
+@torch.no_grad()
+def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, folder: Path) -> None:
+    """Each pair alone through the reference and its processor: another token in front moves every score."""
+    model, processor = (
+        Blip2ForImageTextRetrieval.from_pretrained(folder).eval(),
+        Blip2Processor.from_pretrained(folder),
+    )
+    pictures = images(3).numpy()
+    matches = engine.score(pictures, TEXTS)
+    image_vectors, text_vectors = engine.image_embeddings(pictures), engine.text_embeddings(TEXTS)
+    rows = zip(pictures, TEXTS, matches, image_vectors, text_vectors, strict=True)
+    for picture, text, match, of_image, of_text in rows:
+        inputs = processor(images=Image.fromarray(picture), text=text, return_tensors="pt")
+        itm = model(**inputs, use_image_text_matching_head=True).logits_per_image
+        itc = model(**inputs, use_image_text_matching_head=False)
+        assert match.itm == pytest.approx(itm.softmax(dim=1)[0, 1].item(), abs=1e-5)
+        assert match.itc == pytest.approx(itc.logits_per_image.item(), abs=1e-5)
+        np.testing.assert_allclose(of_image.vectors, itc.image_embeds[0], atol=1e-5)
+        np.testing.assert_allclose(of_text.vectors, itc.text_embeds, atol=1e-5)
+        assert (of_image.vectors @ of_text.vectors.T).max() == pytest.approx(match.itc, abs=1e-5)
+    assert len({match.itm for match in matches}) == len({match.itc for match in matches}) == 3
+
+
+def count_encoded(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of each batch that goes through the vision encoder from here on."""
+    sizes: list[int] = []
+    real = engine.model.image_features
+    monkeypatch.setattr(engine.model, "image_features", lambda x: (sizes.append(len(x)), real(x))[1])
+    return sizes
+
+
+def test_an_image_given_for_several_texts_is_encoded_once(
+    engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions are filtered by asking for each of them: the vision encoder is nearly all of the cost."""
+    first, second = (image.numpy() for image in images(2))
+    asked = [(first, TEXTS[0]), (second, TEXTS[1]), (first, TEXTS[2]), (first, TEXTS[1])]
+    alone = [engine.score([image], [text])[0] for image, text in asked]
+    sizes = count_encoded(engine, monkeypatch)
+    monkeypatch.setattr(engine, "batch_size", 2)
+    together = engine.score(*zip(*asked, strict=True))
+    assert sizes == [2]
+    for found, expected in zip(together, alone, strict=True):
+        assert (found.itm, found.itc) == pytest.approx((expected.itm, expected.itc), abs=1e-5)
+
+
+def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) -> None:
+    good = images(1)[0].numpy()
+    long = "a dog " * 40
+    matches = engine.score([good, b"junk", good, good], ["a dog", "a dog", "", long])
+    assert [m.status for m in matches] == [Status.OK, Status.UNDECODABLE, Status.REFUSED, Status.REFUSED]
+    assert "at most 64 tokens, got 82" in matches[3].error
+    in_vocabulary = engine.model.config.image_token_index is None  # then it is a word like others
+    status = Status.OK if in_vocabulary else Status.REFUSED
+    assert engine.score([good], ["a <image>"])[0].status is status
+    assert engine.image_embeddings([b"junk", good])[0].status is Status.UNDECODABLE
+    assert [e.status for e in engine.text_embeddings(["", "a dog"])] == [Status.REFUSED, Status.OK]
+    assert engine.score([], []) == []
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [image.numpy() for image in images(5)]
+    expected = engine.score(pictures, ["a dog"] * 5)
+    real = engine.model.image_features
+
+    def short_of_memory(pixel_values: torch.Tensor) -> torch.Tensor:
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("too many")
+        return real(pixel_values)
+
+    monkeypatch.setattr(engine.model, "image_features", short_of_memory)
+    monkeypatch.setattr(engine, "batch_size", 8)
+    found = engine.score(pictures, ["a dog"] * 5)
+    assert engine.batch_size == 2
+    assert [m.itm for m in found] == pytest.approx([m.itm for m in expected], abs=1e-5)
+
+
+def test_callers_of_several_threads_get_their_own_scores(engine: MatchingEngine) -> None:
+    pictures = [image.numpy() for image in images(6)]
+    expected = [engine.score([picture], ["a cat"])[0].itc for picture in pictures]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(lambda picture: engine.score([picture], ["a cat"])[0].itc, pictures)
+    assert list(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_each_config_refuses_the_others_checkpoint(
+    folder: Path, checkpoint_folder: Callable[..., Path]
+) -> None:
+    """Before anything is loaded, and naming the configuration that fits."""
+    with pytest.raises(ValueError, match=r"must have a language model.*MatchingConfig"):
+        EngineConfig(model=str(folder)).info()
+    with pytest.raises(ValueError, match=r"must be a Blip2ForImageTextRetrieval.*EngineConfig"):
+        MatchingConfig(model=str(checkpoint_folder("opt"))).info()
+    info = MatchingConfig(model=str(folder)).info()
+    assert (info.image_size_px, info.vision_width, info.qformer_width) == (IMAGE_SIZE_PX, 24, 16)
+    assert info.num_queries == NUM_QUERIES
