@@ -20,6 +20,7 @@ from blip2_actor.request import (
     Request,
     Result,
     Score,
+    TextFeatures,
 )
 from blip2_actor.status import Status
 
@@ -44,6 +45,7 @@ __all__ = [
     "Result",
     "Score",
     "Status",
+    "TextFeatures",
 ]
 
 

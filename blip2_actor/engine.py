@@ -30,7 +30,7 @@ from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
 from blip2_actor.prompts import Prompts
-from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score
+from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
 
@@ -149,26 +149,48 @@ class Engine:
         """
         return self._intake.image(image)
 
-    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
+    def features(
+        self,
+        images: Sequence[ImageLike],
+        with_image_embeds: bool = False,
+        with_attention_maps: bool = False,
+    ) -> list[Features]:
         """What the encoders make of images, in order; a bad image is an entry with a status.
 
         Args:
             images: as in `Request.image`.
             with_image_embeds: also return the vision encoder's own output.
+            with_attention_maps: also return the weights of the Q-Former's cross-attentions.
         """
         found: list[Features] = []
-        for encoded in self._encode(images, with_image_embeds):
+        for encoded in self._encode(images, with_image_embeds or with_attention_maps):
             if isinstance(encoded, Refusal):
                 found.append(Features(status=encoded.status, error=str(encoded)))
             else:
+                maps = self._runner.attention_maps(encoded) if with_attention_maps else None
                 found.append(
                     Features(
                         qformer_features=_to_numpy(encoded.qformer_features),
                         pooled=_to_numpy(encoded.pooled),
                         image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
+                        attention_maps=maps,
                     )
                 )
         return found
+
+    def text_features(self, texts: Sequence[str]) -> list[TextFeatures]:
+        """Texts without an image, as the language model (T5: its encoder) reads them.
+
+        A text that is empty or too long is an entry with a status.
+        """
+        asked = [self._intake.text_alone(text) for text in texts]
+        features = iter(self._runner.text_features([ids for ids in asked if not isinstance(ids, Refusal)]))
+        return [
+            TextFeatures(status=ids.status, error=str(ids))
+            if isinstance(ids, Refusal)
+            else TextFeatures(features=_to_numpy(next(features)))
+            for ids in asked
+        ]
 
     def score(
         self,

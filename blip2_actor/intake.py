@@ -91,6 +91,21 @@ class Intake:
             return Refusal(Status.REFUSED, str(error))
         return image, prompt_ids, text_ids
 
+    def text_alone(self, text: str) -> list[int] | Refusal:
+        """Ids of a text that no image stands before; or why it cannot be read."""
+        if not text:
+            return Refusal(Status.REFUSED, "text must say something, got an empty text")
+        try:
+            token_ids = self.prompts.encode(text)
+        except ValueError as error:
+            return Refusal(Status.REFUSED, str(error))
+        limit = self.model.language_model.max_positions
+        if limit is not None and len(token_ids) > limit:
+            return Refusal(
+                Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
+            )
+        return token_ids
+
     def _check_length(self, num_tokens: int, what: str) -> None:
         """Raises Refusal where queries and `num_tokens` exceed the model's positions."""
         limit, num_queries = self.model.language_model.max_positions, self.model.config.num_query_tokens

@@ -6,16 +6,15 @@ Callers of several threads take turns.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from blip2_actor.batches import Batches, FoundT, ItemT
 from blip2_actor.checkpoint import resolve
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import resolve_device, resolve_dtype
@@ -25,11 +24,6 @@ from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
 from blip2_actor.request import Embedding, ImageLike, Match
 from blip2_actor.status import Status
-
-logger = logging.getLogger(__name__)
-
-ItemT = TypeVar("ItemT")
-FoundT = TypeVar("FoundT")
 
 
 class MatchingEngine:
@@ -52,7 +46,8 @@ class MatchingEngine:
             pack_for_cpu(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.image_size_px: int = self.model.config.vision_config.image_size
-        self.batch_size = default_encode_batch(self.model.config.vision_config, device)
+        size = default_encode_batch(self.model.config.vision_config, device)
+        self._image_batches, self._text_batches = Batches(size, "images"), Batches(size, "texts")
         self._thread = ThreadPoolExecutor(1, "blip2-matching", self._set_num_threads)
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:
@@ -70,7 +65,8 @@ class MatchingEngine:
                 _, ids_of_image, rows = asked.setdefault(id(pixels), (pixels, [], []))
                 ids_of_image.append(ids)
                 rows.append(row)
-        scored = self._run(self._score, [(pixels, ids) for pixels, ids, _ in asked.values()])
+        by_image = [(pixels, ids) for pixels, ids, _ in asked.values()]
+        scored = self._run(self._image_batches, self._score, by_image)
         for (_, _, rows), matches in zip(asked.values(), scored, strict=True):
             for row, match in zip(rows, matches, strict=True):
                 found[row] = match
@@ -78,11 +74,12 @@ class MatchingEngine:
 
     def image_embeddings(self, images: Sequence[ImageLike]) -> list[Embedding]:
         """Unit vectors of images, one per query; a bad image is an entry with a status."""
-        return self._embed(self._pixels(images), self._embed_images)
+        return self._embed(self._image_batches, self._embed_images, self._pixels(images))
 
     def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
         """Unit vectors of texts; one that is empty or too long is an entry with a status."""
-        return self._embed([self._token_ids(text) for text in texts], self._embed_texts)
+        token_ids = [self._token_ids(text) for text in texts]
+        return self._embed(self._text_batches, self._embed_texts, token_ids)
 
     def close(self) -> None:
         """Finish what was begun, refuse what comes."""
@@ -128,9 +125,12 @@ class MatchingEngine:
         return token_ids
 
     def _embed(
-        self, asked: list[ItemT | Refusal], embed: Callable[[list[ItemT]], list[np.ndarray]]
+        self,
+        batches: Batches,
+        embed: Callable[[list[ItemT]], list[np.ndarray]],
+        asked: list[ItemT | Refusal],
     ) -> list[Embedding]:
-        vectors = iter(self._run(embed, [x for x in asked if not isinstance(x, Refusal)]))
+        vectors = iter(self._run(batches, embed, [x for x in asked if not isinstance(x, Refusal)]))
         return [
             Embedding(status=x.status, error=str(x))
             if isinstance(x, Refusal)
@@ -138,28 +138,16 @@ class MatchingEngine:
             for x in asked
         ]
 
-    def _run(self, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]) -> list[FoundT]:
-        return self._thread.submit(self._in_batches, work, items).result()
+    def _run(
+        self, batches: Batches, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]
+    ) -> list[FoundT]:
+        return self._thread.submit(torch.inference_mode()(batches.run), work, items).result()
 
     # In the engine's thread -----------------------------------------------------------------------------
 
     def _set_num_threads(self) -> None:
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)  # OpenMP keeps this number per thread
-
-    @torch.inference_mode()
-    def _in_batches(self, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]) -> list[FoundT]:
-        """Batch by batch, one result per item; smaller ones from where memory does not suffice."""
-        found: list[FoundT] = []
-        while len(found) < len(items):
-            try:
-                found += work(items[len(found) : len(found) + self.batch_size])
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
-                logger.warning("Out of memory: %d images or texts at a time from now on", self.batch_size)
-        return found
 
     def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
         """Images with all their texts."""
@@ -175,7 +163,7 @@ class MatchingEngine:
             return [Match(itm=p, itc=c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
 
         rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
-        matches = iter(self._in_batches(match, rows))
+        matches = iter(self._text_batches.run(match, rows))
         return [[next(matches) for _ in texts] for _, texts in asked]
 
     def _embed_images(self, pixels: list[np.ndarray]) -> list[np.ndarray]:

@@ -89,6 +89,18 @@ class Features:
     `pooler_output`."""
     image_embeds: np.ndarray | None = None
     """float32[P, Dv], the vision encoder's own output, where it was asked for."""
+    attention_maps: dict[str, np.ndarray] | None = None
+    """float32[H, Q, P] by layer, where they were asked for: what each query looks at in the image."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextFeatures:
+    """A text alone, as the language model reads it; None where `status` is not ok."""
+
+    status: Status = Status.OK
+    error: str | None = None
+    features: np.ndarray | None = None
+    """float32[T, Dw], last hidden states; one row per token, special tokens included."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2_actor.batches import Batches
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
 from blip2_actor.scoring import text_logprobs
 
 SCORE_BATCH = 64
-"""Texts scored at once; bounds the memory of their logits."""
+"""Texts read at once outside the slots; bounds the memory of their logits."""
 
 
 class ModelRunner:
@@ -35,6 +36,7 @@ class ModelRunner:
         self.dtype = model.query_tokens.dtype
         self.num_slots = num_slots
         self._slots: Slots | None = None
+        self._text_batches = Batches(SCORE_BATCH, "texts")
         self._compiled_batch = compiled_batch
         self._encoders = self._run_encoders
         if compiled_batch is not None:
@@ -94,14 +96,37 @@ class ModelRunner:
         return self.language_model.decode(ids, positions, self.slots, max(lengths))
 
     @torch.inference_mode()
-    def text_logprobs(self, rows: Sequence[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
+    def text_logprobs(self, rows: list[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
         """Log-probability of each token of given texts: (image, prompt ids, text ids) -> list per text."""
-        found: list[list[float]] = []
-        for start in range(0, len(rows), SCORE_BATCH):
-            images, prompt_ids, text_ids = zip(*rows[start : start + SCORE_BATCH], strict=True)
+
+        def score(batch: list[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
+            images, prompt_ids, text_ids = zip(*batch, strict=True)
             prefixes = [image.prefix for image in images]
-            found += [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids)]
-        return found
+            return [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids)]
+
+        return self._text_batches.run(score, rows)
+
+    @torch.inference_mode()
+    def text_features(self, token_ids: list[list[int]]) -> list[Tensor]:
+        """Last hidden states of texts alone: float[T_i, Dw] each."""
+
+        def read(batch: list[list[int]]) -> list[Tensor]:
+            return self.model.text_features([torch.tensor(ids, device=self.device) for ids in batch])
+
+        return self._text_batches.run(read, token_ids)
+
+    @torch.inference_mode()
+    def attention_maps(self, image: EncodedImage) -> dict[str, np.ndarray]:
+        """What each query looks at, by layer: float32[H, Q, P] each, of an image with kept embeddings."""
+        recorded: dict[str, Tensor] = {}
+        assert image.image_embeds is not None, "the image must keep its embeddings"
+        self.model.qformer_features(image.image_embeds[None], recorded.__setitem__)
+        suffix = ".cross_attention"
+        return {
+            name.removesuffix(suffix): weights[0].float().cpu().numpy()
+            for name, weights in recorded.items()
+            if name.endswith(suffix)
+        }
 
     @torch.inference_mode()
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
 from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
@@ -73,6 +74,36 @@ def test_features_equal_the_references(engine, reference, language) -> None:
         assert_close(torch.from_numpy(features.qformer_features), qformer[row], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_text_features_equal_the_references(engine, checkpoint_folder, language) -> None:
+    """Texts of several lengths in one call, through the checkpoint's own tokenizer."""
+    model = Blip2Model.from_pretrained(checkpoint_folder(language)).eval()
+    texts = ["a cat", "été", "two dogs on a sofa"]
+    for text, found in zip(texts, engine.text_features(texts), strict=True):
+        token_ids = torch.tensor([make_tokenizer(language)(text).input_ids])
+        expected = model.get_text_features(token_ids).last_hidden_state[0]
+        assert_close(torch.from_numpy(found.features), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_maps_equal_the_references(engine, checkpoint_folder, language) -> None:
+    """Through the engine, whose linear layers are packed."""
+    model = Blip2ForConditionalGeneration.from_pretrained(
+        checkpoint_folder(language), attn_implementation="eager"
+    ).eval()
+    pictures = images(2)
+    image_embeds = model.vision_model(engine.model.normalizer(pictures, torch.float32)).last_hidden_state
+    expected = model.qformer(
+        model.query_tokens.expand(2, -1, -1), encoder_hidden_states=image_embeds, output_attentions=True
+    ).cross_attentions
+    found = engine.features([p.numpy() for p in pictures], with_attention_maps=True)
+    for row, features in enumerate(found):
+        assert list(features.attention_maps) == ["qformer.layers.0", "qformer.layers.2"]
+        assert features.image_embeds is None
+        for weights, wanted in zip(features.attention_maps.values(), expected, strict=True):
+            assert_close(torch.from_numpy(weights), wanted[row], atol=1e-5, rtol=1e-5)
+
+
 def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
     """Two ways through the model (slots, teacher forcing) must agree on the same tokens."""
     shared = engine.image(images(1)[0].numpy())
@@ -95,4 +126,9 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
     scores = engine.score([good, b"junk", good], ["a", "a", ""])
     assert [s.status for s in scores] == [Status.OK, Status.UNDECODABLE, Status.REFUSED]
     assert engine.features([b"junk"])[0].status is Status.UNDECODABLE
+    texts = engine.text_features(["", "a", "<image>", "a" * 97])
+    assert texts[0].status is texts[2].status is Status.REFUSED
+    assert texts[1].features is not None
+    has_limit = engine.model.language_model.max_positions is not None
+    assert texts[3].status is (Status.REFUSED if has_limit else Status.OK)
     assert np.isfinite(scores[0].logprob)

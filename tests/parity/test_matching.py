@@ -122,7 +122,7 @@ def test_an_image_given_for_several_texts_is_encoded_once(
     asked = [(first, TEXTS[0]), (second, TEXTS[1]), (first, TEXTS[2]), (first, TEXTS[1])]
     alone = [engine.score([image], [text])[0] for image, text in asked]
     sizes = count_encoded(engine, monkeypatch)
-    monkeypatch.setattr(engine, "batch_size", 2)
+    monkeypatch.setattr(engine._text_batches, "size", 2)
     together = engine.score(*zip(*asked, strict=True))
     assert sizes == [2]
     for found, expected in zip(together, alone, strict=True):
@@ -156,9 +156,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
         return real(pixel_values)
 
     monkeypatch.setattr(engine.model, "image_features", short_of_memory)
-    monkeypatch.setattr(engine, "batch_size", 8)
+    monkeypatch.setattr(engine._image_batches, "size", 8)
     found = engine.score(pictures, ["a dog"] * 5)
-    assert engine.batch_size == 2
+    assert engine._image_batches.size == 2
     assert [m.itm for m in found] == pytest.approx([m.itm for m in expected], abs=1e-5)
 
 
