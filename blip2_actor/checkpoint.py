@@ -8,28 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
-import fsspec
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import Blip2Config
 
 from blip2_actor.config import ModelConfig
 from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.fetching import CACHE_FOLDER, DESCRIPTION, FILES, fetch_from_bucket, fetch_from_hub, matches
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""What is fetched of a hub repository or a bucket."""
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """The architecture of checkpoints without a language model, such as blip2-itm-vit-g."""
-CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,8 @@ class Checkpoint:
     """A checkpoint's files on this machine."""
 
     folder: Path
+    version: str | None = None
+    """What names the content where it came from: the hub's commit, a digest of the bucket's listing."""
 
     @cached_property
     def config(self) -> Blip2Config:
@@ -99,11 +96,12 @@ class Checkpoint:
         return json.loads(path.read_text()) if path.exists() else None
 
     def digest(self) -> str:
-        """Identifies the content: the hub's commit, or a hash of every file, cached by size and time."""
-        parents = [p.name for p in self.folder.parents]
-        if parents[:1] == ["snapshots"]:
-            return self.folder.name
-        files = sorted(p for p in self.folder.iterdir() if any(p.match(pattern) for pattern in FILES))
+        """Identifies the content: its version, or a hash of every file, cached by size and time."""
+        if self.version is not None:
+            return self.version
+        if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
+            return self.folder.name  # the hub's own cache, named as a folder
+        files = sorted(path for path in self.folder.iterdir() if matches(path.name, FILES))
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
         cached = CACHE_FOLDER / "digests" / key
@@ -114,20 +112,28 @@ class Checkpoint:
             with path.open("rb") as file:
                 total.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
         cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text(total.hexdigest())
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_text(total.hexdigest())
+        partial.rename(cached)  # processes that start together must not read half of it
         return total.hexdigest()
 
 
-def resolve(model: str, revision: str | None = None) -> Checkpoint:
+def resolve(model: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
     """Find a checkpoint, fetching it once per machine where it is remote.
+
+    Args:
+        model: as in `ModelConfig.model`.
+        revision: of a hub model.
+        with_weights: False leaves remote weights where they are: enough to describe it.
 
     Raises:
         OSError: it cannot be found or fetched.
     """
     if model == "demo":
         return Checkpoint(DEMO_FOLDER)
+    patterns = FILES if with_weights else DESCRIPTION
     if "://" in model:
-        return Checkpoint(_fetch(model))
+        return Checkpoint(*fetch_from_bucket(model, patterns))
     if Path(model).is_dir():
         return Checkpoint(Path(model))
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
@@ -135,12 +141,12 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
             f'model must be a folder that exists, a hub name such as "Salesforce/blip2-opt-2.7b", '
             f'an s3:// or gs:// folder, or "demo", got {model!r}'
         )
-    return Checkpoint(_snapshot(model, revision))
+    return Checkpoint(*fetch_from_hub(model, revision, patterns))
 
 
 def describe(config: ModelConfig, read: Callable[[Checkpoint], Blip2Config]) -> ModelInfo:
     """See `EngineConfig.info`; `read` says which of the checkpoint's configurations is wanted."""
-    checkpoint = resolve(config.model, config.revision)
+    checkpoint = resolve(config.model, config.revision, with_weights=False)
     dtype = resolve_dtype(config, resolve_device(config.device))
     found = read(checkpoint)
     return ModelInfo(
@@ -152,44 +158,3 @@ def describe(config: ModelConfig, read: Callable[[Checkpoint], Blip2Config]) -> 
         qformer_width=found.qformer_config.hidden_size,
         num_queries=found.num_query_tokens,
     )
-
-
-def _snapshot(model: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"model must exist on the hub, got {model!r}; check its spelling or log in"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise OSError(
-            f"{model!r} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
-            'give --model a folder, an s3:// or gs:// folder, or "demo", or run where the hub can be reached'
-        ) from error
-
-
-def _fetch(uri: str) -> Path:
-    """Copy a bucket's folder to this machine's cache, once for all processes."""
-    try:
-        filesystem, root = fsspec.core.url_to_fs(uri)
-        listed = {e["name"]: e for e in filesystem.ls(root, detail=True) if e["type"] == "file"}
-    except ImportError as error:
-        raise OSError(f"{uri} needs a package that is missing: {error}; install it") from error
-    except Exception as error:  # every store's library has exceptions of its own
-        raise OSError(f"{uri} must be a readable folder, got {type(error).__name__}: {error}") from error
-    wanted = sorted(name for name in listed if any(Path(name).match(pattern) for pattern in FILES))
-    if not wanted:
-        raise FileNotFoundError(f"{uri} must hold a checkpoint's files, got none of {', '.join(FILES)}")
-    stamp = [
-        (n, listed[n]["size"], str(listed[n].get("ETag") or listed[n].get("etag") or "")) for n in wanted
-    ]
-    folder = CACHE_FOLDER / "checkpoints" / hashlib.sha256(json.dumps([uri, stamp]).encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(exist_ok=True)
-            for name in wanted:
-                filesystem.get_file(name, str(partial / Path(name).name))
-            partial.rename(folder)
-    return folder

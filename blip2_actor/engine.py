@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import Blip2VisionConfig
 
 from blip2_actor import canary
-from blip2_actor.checkpoint import CACHE_FOLDER, Checkpoint, resolve
+from blip2_actor.checkpoint import Checkpoint, resolve
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.layers import pack_for_cpu

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from blip2_actor import checkpoint
+from blip2_actor import EngineConfig, fetching
 from blip2_actor.checkpoint import DEMO_FOLDER, resolve
 
 
@@ -28,7 +30,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(checkpoint, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
     client = boto3.client("s3")
     client.create_bucket(Bucket="models")
     for path in DEMO_FOLDER.iterdir():
@@ -39,17 +41,36 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     monkeypatch.undo()
 
 
-def test_actors_of_one_machine_fetch_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight actors that start together must not fetch eight times, or read a half-fetched file."""
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every file that is fetched from the store from here on."""
     import s3fs
 
-    fetched = []
+    names: list[str] = []
     real = s3fs.S3FileSystem.get_file
     monkeypatch.setattr(
         s3fs.S3FileSystem,
         "get_file",
-        lambda self, *args, **kw: (fetched.append(args[0]), real(self, *args, **kw)),
+        lambda self, name, *args, **kw: (names.append(name), real(self, name, *args, **kw))[1],
     )
+    return names
+
+
+def test_describing_fetches_no_weights(bucket: str, fetched: list[str]) -> None:
+    """A driver without a device must not download 15 GB to learn an image size."""
+    info = EngineConfig(model=f"{bucket}/demo", device="cpu").info()
+    assert info.image_size_px == 64
+    assert fetched
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    assert resolve(f"{bucket}/demo").digest() == info.digest
+    assert len([name for name in fetched if name.endswith(".safetensors")]) == 1
+
+
+def test_actors_of_one_machine_fetch_once(
+    bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Eight actors that start together must not fetch eight times, or read a half-fetched file."""
+    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(resolve, [f"{bucket}/demo"] * 8))
     assert len({c.folder for c in found}) == 1
@@ -57,6 +78,53 @@ def test_actors_of_one_machine_fetch_once(bucket: str, monkeypatch: pytest.Monke
     assert found[0].config.vision_config.image_size == 64
     weights = (found[0].folder / "model.safetensors").read_bytes()
     assert weights == (DEMO_FOLDER / "model.safetensors").read_bytes()
+
+
+def test_a_fetch_that_was_cut_goes_on_where_it_stopped(
+    bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half a file must not count as one, and the others must not be fetched again."""
+    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
+    folder = resolve(f"{bucket}/demo", with_weights=False).folder
+    (folder / "model.safetensors.partial").write_bytes(b"half")
+    fetched.clear()
+    weights = (resolve(f"{bucket}/demo").folder / "model.safetensors").read_bytes()
+    assert weights == (DEMO_FOLDER / "model.safetensors").read_bytes()
+    assert len(fetched) == 1
+
+
+def test_other_content_under_the_same_name_has_another_digest(bucket: str) -> None:
+    """Weights that were trained on have the size of the old ones; a resumed run must notice."""
+    client = boto3.client("s3")
+    for path in DEMO_FOLDER.iterdir():
+        client.upload_file(str(path), "models", f"changing/{path.name}")
+    before = EngineConfig(model=f"{bucket}/changing", device="cpu").info().digest
+    assert before == EngineConfig(model=f"{bucket}/demo", device="cpu").info().digest
+    weights = bytearray((DEMO_FOLDER / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    client.put_object(Bucket="models", Key="changing/model.safetensors", Body=bytes(weights))
+    assert EngineConfig(model=f"{bucket}/changing", device="cpu").info().digest != before
+
+
+def test_a_hub_model_is_described_without_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The hub's own client, but for its downloads; the digest is the commit on both sides."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+        folder = tmp_path / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in DEMO_FOLDER.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, folder)
+        return str(folder)
+
+    monkeypatch.setattr(fetching, "snapshot_download", snapshot_download)
+    assert EngineConfig(model="some/model", device="cpu").info().digest == commit
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert resolve("some/model").digest() == commit
+    assert list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_folder_without_a_checkpoint_is_refused(bucket: str) -> None:
