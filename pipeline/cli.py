@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from pipeline.cluster import settle_environment
 from pipeline.flags import Parser, add_flags, build
-from pipeline.settings import CaptionSettings, DemoSettings, RetrySettings, StatusSettings
+from pipeline.settings import CaptionSettings, DemoSettings, PlanSettings, RetrySettings, StatusSettings
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Command:
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo:demo"),
     "caption": Command(CaptionSettings, "pipeline.commands:caption"),
+    "plan": Command(PlanSettings, "pipeline.plan:plan"),
     "status": Command(StatusSettings, "pipeline.commands:status"),
     "retry": Command(RetrySettings, "pipeline.commands:retry"),
 }

@@ -55,7 +55,7 @@ def add_flags(
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         help_text = help_of[field.name]
-        if not required and hint is not bool and field.default not in (None, ()):
+        if not required and hint is not bool and field.default not in (None, (), ""):
             help_text += f" (default: {_shown(field.default)})"
         parser.add_argument(
             flag_of(prefix + field.name),

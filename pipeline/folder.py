@@ -46,6 +46,11 @@ class Folder:
         path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return f"{path.rstrip('/')}-{suffix}{question}{options}"
 
+    def below(self, name: str) -> Folder:
+        """A folder inside this one."""
+        path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Folder(f"{path.rstrip('/')}/{name}{question}{options}")
+
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
@@ -92,6 +97,11 @@ class Folder:
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
+
+    def erase(self) -> None:
+        """Delete the folder itself with all that is in it."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.root)
 
     def drop_if_empty(self, name: str) -> None:
         """Remove a folder of a disk that holds nothing any more; object stores have no folders."""

@@ -129,7 +129,7 @@ class FragmentStage:
         rows = self._stage.with_results(table, piece)
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
-            of_shard = _contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept)
+            of_shard = contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept)
             patiently(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
@@ -159,7 +159,7 @@ def _require_same_model(expected: ModelInfo, found: ModelInfo) -> None:
         )
 
 
-def _contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
+def contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
     """Exactly the columns of the output, in order and with the contract's types."""
     schema = output_schema(rows.schema.field(name) for name in kept)
     arrays = [

@@ -125,6 +125,23 @@ class StatusSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSettings(CaptionSettings):
+    """Say what a caption command would take: time, workers, bottleneck, bytes. Samples; needs no Ray."""
+
+    output: str = ""
+    """Folder or URI in which writing is timed; nothing stays there. Default: a folder of this machine."""
+    sample: int = 64
+    """Rows to read, decode, caption and write."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample < 1:
+            raise ValueError(f"sample must be at least 1, got {self.sample}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """Render a data set, caption it with the demonstration checkpoint, and compare with the truth."""
 

@@ -38,10 +38,20 @@ DAMAGE = (EndsEarly, InputError, OSError, EOFError, tarfile.TarError, zlib.error
 
 @contextmanager
 def open_tar(shard: Shard) -> Iterator[tarfile.TarFile]:
+    with open_file(shard) as file:
+        yield untar(file)
+
+
+@contextmanager
+def open_file(shard: Shard) -> Iterator[io.BufferedReader[io.RawIOBase]]:
+    """The tar as it is stored, maybe compressed."""
     filesystem, root = open_filesystem(shard.root)
     with open_input(filesystem, join(root, shard.files[0])) as source:
-        content = _decompressed(io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES))
-        yield tarfile.TarFile(fileobj=content, tarinfo=_Header, encoding="utf-8")
+        yield io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES)
+
+
+def untar(file: io.BufferedReader[io.RawIOBase]) -> tarfile.TarFile:
+    return tarfile.TarFile(fileobj=_decompressed(file), tarinfo=_Header, encoding="utf-8")
 
 
 def _decompressed(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:

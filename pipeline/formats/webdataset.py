@@ -19,7 +19,7 @@ from typing import IO, cast
 
 from blip2_actor import Status
 from pipeline.formats.rows import TableBuilder
-from pipeline.formats.tar import DAMAGE, EndsEarly, members, open_tar, what_follows
+from pipeline.formats.tar import DAMAGE, EndsEarly, members, open_file, open_tar, untar, what_follows
 from pipeline.reading import IMAGE_EXTENSIONS, ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.shards import Shard
 
@@ -57,15 +57,26 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
 
 def count_rows(shard: Shard, at_most: int) -> int:
     """Count the samples of a tar by its headers, up to a number."""
+    return first_rows(shard, at_most)[0]
+
+
+def first_rows(shard: Shard, at_most: int) -> tuple[int, int | None]:
+    """Walk the first samples of a tar.
+
+    Returns:
+        How many there are, up to the number, and the bytes of the file that they take: None when the
+        file holds no more than these.
+    """
     samples = _Samples(ReadOptions(), lambda row: False)
     try:
-        with open_tar(shard) as archive:
-            for _ in samples.of(archive):
+        with open_file(shard) as file:
+            for _ in samples.of(untar(file)):
                 if samples.num_rows == at_most:
-                    break
+                    # The header of the next sample has been read.
+                    return at_most, max(1, file.tell() - tarfile.BLOCKSIZE)
     except DAMAGE:
         pass  # Reading it will say what is wrong; what can be read counts.
-    return samples.num_rows
+    return samples.num_rows, None
 
 
 @dataclass(slots=True)

@@ -1,0 +1,165 @@
+"""`blip2 plan`: list, sample, time each stage on the sample, and say what the whole would take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from blip2_actor import ModelInfo
+from blip2_actor.request import EngineBuilder
+from blip2_actor.status import Status
+from pipeline.commands import speaks
+from pipeline.extent import Extent, measure_extent
+from pipeline.listing import list_shards
+from pipeline.prediction import Prediction, predict
+from pipeline.progress import Console, duration
+from pipeline.sample import Sample, take_sample
+from pipeline.settings import PlanSettings
+from pipeline.source import check_options
+from pipeline.trial import Trial, try_stages
+from pipeline.verdict import REMEDIES
+
+MOST_ERRORS_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that was found."""
+
+    settings: PlanSettings
+    info: ModelInfo
+    extent: Extent
+    sample: Sample
+    trial: Trial
+    num_cpus: int
+
+    @property
+    def prediction(self) -> Prediction:
+        return predict(self.trial.costs, self.extent.num_rows, self.num_cpus, self.settings.placement)
+
+    @property
+    def by_status(self) -> Counter[str]:
+        return Counter(self.trial.rows["status"].to_pylist())
+
+    @property
+    def failed_fraction(self) -> float:
+        return 1 - self.by_status[Status.OK.value] / len(self.trial.rows)
+
+    @property
+    def output_bytes(self) -> float:
+        return self.extent.num_rows * self.trial.row_bytes + self.extent.num_shards * self.trial.file_bytes
+
+
+@speaks
+def plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> int:
+    """Print a plan."""
+    found = make_plan(settings, engine)
+    console = Console()
+    if settings.json:
+        console.say(json.dumps(_as_plain(found)))
+        return 0
+    for line in lines(found):
+        console.say(line)
+    return 0
+
+
+def make_plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> Plan:
+    """List, sample and try.
+
+    Raises:
+        ValueError, OSError: as the caption command would; or nothing in the sample can be captioned.
+    """
+    engine = engine or settings.engine
+    info = engine.info()
+    shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
+    check_options(shards, settings.read_options)
+    sample = take_sample(shards, settings.read_options, settings.sample)
+    return Plan(
+        settings=settings,
+        info=info,
+        extent=measure_extent(shards, settings.limit),
+        sample=sample,
+        trial=try_stages(settings, engine, info.image_size_px, sample),
+        num_cpus=len(os.sched_getaffinity(0)),
+    )
+
+
+def lines(found: Plan) -> Iterator[str]:
+    """The plan for people."""
+    extent, trial, prediction = found.extent, found.trial, found.prediction
+    size = "" if extent.num_bytes is None else f", {num_bytes(extent.num_bytes)}"
+    yield f"input     {extent.num_shards:,} shards{size}, {_rows(extent)}"
+    counts = ", ".join(f"{n:,} {status}" for status, n in found.by_status.most_common())
+    yield f"sample    {len(trial.rows):,} rows of {len(found.sample.shards):,} shards: {counts}"
+    yield from (f"          {line}" for line in _errors(found))
+    yield f"model     {found.info.model} ({found.info.dtype}), ready after {duration(trial.start_s)}"
+    yield ""
+    yield f"{'stage':9}{'images/s of one':>17}{'workers per captioning actor':>32}{'their CPU cores':>18}"
+    for name, stage in prediction.stages.items():
+        rate = f"{stage.images_per_s:,.1f}"
+        yield f"{name:9}{rate:>17}{stage.workers_per_actor:>32,}{stage.cpus_per_actor:>18.1f}"
+    yield ""
+    yield (
+        f"an actor  {duration(prediction.actor_s)} for everything, if it never waits: "
+        f"{prediction.decode_workers_per_actor:,} decoding workers and {prediction.cpus_per_actor:.1f} cores "
+        "keep it busy"
+    )
+    actors = found.settings.placement.max_actors
+    if actors and actors > 1:
+        yield (
+            f"{actors:,} actors".ljust(10)
+            + f"{duration(prediction.actor_s / actors)}, with {actors * prediction.cpus_per_actor:,.1f} cores"
+        )
+    yield (
+        f"here      {duration(prediction.here_s)} with one actor on {found.num_cpus:,} cores; bottleneck: "
+        f"{prediction.bottleneck}; {REMEDIES[prediction.bottleneck]}"
+    )
+    yield f"output    about {num_bytes(found.output_bytes)} in {extent.num_shards:,} Parquet files"
+    if found.failed_fraction > found.settings.max_failed_fraction:
+        yield (
+            f"failures  {found.failed_fraction:.1%} of the sample; above --max-failed-fraction "
+            f"{found.settings.max_failed_fraction:g}, the run would end with exit status 2"
+        )
+
+
+def num_bytes(number: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
+
+
+def _rows(extent: Extent) -> str:
+    if extent.is_counted:
+        return f"{extent.num_rows:,} rows"
+    return f"about {extent.num_rows:,} rows ({extent.least_rows:,} to {extent.most_rows:,}) by their bytes"
+
+
+def _errors(found: Plan) -> Iterator[str]:
+    rows = found.trial.rows.select(["key", "shard", "status", "error"]).to_pylist()
+    failed = [row for row in rows if row["status"] != Status.OK.value]
+    for row in failed[:MOST_ERRORS_SHOWN]:
+        yield f"{row['shard']} {row['key']}: {row['status']}: {row['error']}"
+    if len(failed) > MOST_ERRORS_SHOWN:
+        yield f"... and {len(failed) - MOST_ERRORS_SHOWN:,} more"
+    yield from (f"partial: {reason}" for reason in found.sample.partial)
+
+
+def _as_plain(found: Plan) -> dict[str, Any]:
+    """For machines."""
+    return {
+        "model": dataclasses.asdict(found.info),
+        "input": dataclasses.asdict(found.extent),
+        "sample": {"num_rows": len(found.trial.rows), "by_status": dict(found.by_status)},
+        "prediction": dataclasses.asdict(found.prediction),
+        "decode_workers_per_actor": found.prediction.decode_workers_per_actor,
+        "output_bytes": round(found.output_bytes),
+        "start_s": found.trial.start_s,
+        "num_cpus": found.num_cpus,
+    }

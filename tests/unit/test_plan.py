@@ -1,0 +1,165 @@
+"""`blip2 plan` against inputs whose size and engines whose cost are known."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import extent, trial
+from pipeline.cli import main
+from pipeline.extent import measure_extent
+from pipeline.listing import list_shards
+from pipeline.placement import Placement
+from pipeline.plan import lines, make_plan, num_bytes
+from pipeline.prediction import predict
+from pipeline.reading import ReadOptions
+from pipeline.sample import Cost, take_sample
+from pipeline.settings import PlanSettings
+from tests.fake_engine import FakeEngineConfig
+from tests.integration.inputs import BROKEN, png, write_tar, write_tars
+
+SLACK = 1.6
+"""The machine has other work too."""
+
+
+@pytest.fixture(autouse=True)
+def _short_passes(monkeypatch):
+    monkeypatch.setattr(trial, "LEAST_S", 0.1)
+
+
+def settings(folder: Path, **changes) -> PlanSettings:
+    return PlanSettings(**{"input": (str(folder),)} | changes)
+
+
+def test_the_prediction_is_what_the_engine_costs(tmp_path):
+    """Start-up, the first batch or the failed rows counted in would make it several times too long."""
+    write_tars(tmp_path / "in", num_tars=4, rows_per_tar=50)
+    found = make_plan(settings(tmp_path / "in"), FakeEngineConfig(seconds_per_image=0.005))
+    prediction = found.prediction
+    assert found.extent.num_rows == 200
+    assert 1.0 <= prediction.actor_s <= 1.0 * SLACK
+    assert prediction.here_s == prediction.actor_s
+    assert (prediction.bottleneck, prediction.stages["caption"].workers_per_actor) == ("caption", 1)
+    assert len(found.sample.shards) == 4
+
+
+def test_a_fast_engine_is_held_up_by_decoding(tmp_path):
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)).save(noise, "PNG")
+    write_tar(tmp_path / "in" / "0.tar", {f"{n}": noise.getvalue() for n in range(8)})
+    found = make_plan(settings(tmp_path / "in"), FakeEngineConfig(image_size_px=8))
+    assert found.prediction.bottleneck == "decode"
+    assert found.prediction.decode_workers_per_actor > 1
+
+
+def test_workers_hours_and_bottleneck_by_arithmetic():
+    costs = {
+        "read": Cost(0.001, 0.0005),
+        "decode": Cost(0.010, 0.010),
+        "caption": Cost(0.002, 0.001),
+        "write": Cost(0.0001, 0.0001),
+    }
+    found = predict(costs, 1_000_000, num_cpus=2, placement=Placement())
+    assert found.decode_workers_per_actor == 5
+    assert found.cpus_per_actor == pytest.approx(5.8)
+    assert found.actor_s == pytest.approx(2000)
+    # Two cores share 11.6 ms of work a row.
+    assert found.here_s == pytest.approx(5800)
+    assert found.bottleneck == "decode"
+    roomy = predict(costs, 1_000_000, num_cpus=16, placement=Placement())
+    assert (roomy.here_s, roomy.bottleneck) == (pytest.approx(2000), "caption")
+    one_decoder = predict(costs, 1_000_000, num_cpus=16, placement=Placement(max_decode_actors=1))
+    assert (one_decoder.here_s, one_decoder.bottleneck) == (pytest.approx(10_000), "decode")
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
+    """Walking a thousand tars of a bucket to count them would be reading them."""
+    monkeypatch.setattr(extent, "WALKED_ROWS", 50)
+    monkeypatch.setattr(extent, "MOST_WALKED_TARS", 4)
+    for at in range(9):
+        tar = tmp_path / f"{at}.tar"
+        write_tar(tar, {f"{row}": os.urandom(10_000 * (1 + at % 3)) for row in range(150 + 20 * at)})
+        if ending == "tar.gz":
+            tar.with_name(f"{at}.tar.gz").write_bytes(gzip.compress(tar.read_bytes(), 1))
+            tar.unlink()
+    shards = list_shards(str(tmp_path))
+    found = measure_extent(shards)
+    truth = sum(150 + 20 * at for at in range(9))
+    assert not found.is_counted
+    if ending == "tar":
+        assert found.least_rows <= truth <= found.most_rows
+    assert 0.75 < found.num_rows / truth < 1.25
+    assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert measure_extent(list_shards(str(tmp_path), limit=200), 200).num_rows == 200
+
+
+def test_small_inputs_are_counted(tmp_path):
+    write_tars(tmp_path, num_tars=3, rows_per_tar=11)
+    found = measure_extent(list_shards(str(tmp_path)))
+    assert (found.num_rows, found.is_counted) == (33, True)
+
+
+def test_a_folder_is_sampled_all_over(tmp_path):
+    """The first files of a sorted folder often come from one source."""
+    for at in range(100):
+        (tmp_path / f"{at:02}.png").write_bytes(png(at))
+    sample = take_sample(list_shards(str(tmp_path)), ReadOptions(), 10)
+    assert sample.rows["key"].to_pylist() == [f"{at}0.png" for at in range(10)]
+
+
+def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20, broken_every=4)
+    cut = tmp_path / "in" / "cut.tar"
+    write_tar(cut, {"whole": png(0), "lost": png(1)})
+    cut.write_bytes(cut.read_bytes()[:3000])
+    found = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
+    said = "\n".join(lines(found))
+    assert found.by_status == {"ok": 31, "undecodable": 10}
+    assert "31 ok, 10 undecodable" in said and "image-000003: undecodable: " in said
+    assert "partial: " in said and "cut.tar" in said
+    assert "exit status 2" in said
+
+
+def test_an_input_of_which_nothing_can_be_decoded_is_refused_with_the_reason(tmp_path):
+    write_tar(tmp_path / "0.tar", {"a": BROKEN, "b": BROKEN})
+    with pytest.raises(ValueError, match=r"got none in 2 sampled rows .*; look at the input"):
+        make_plan(settings(tmp_path), FakeEngineConfig())
+
+
+def test_writing_is_timed_in_the_output_and_nothing_stays(tmp_path):
+    """A fragment left there would count as finished rows of a run."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine").touch()
+    found = make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
+    assert os.listdir(output) == ["mine"]
+    assert 50 < found.trial.row_bytes < 500 and found.trial.file_bytes > 500
+    assert found.output_bytes == 5 * found.trial.row_bytes + found.trial.file_bytes
+
+
+def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=8)
+    command = ["plan", "--input", str(tmp_path / "in"), "--model", "demo", "--num-threads", "1"]
+    command += ["--skip-canary", "--sample", "8", "--max-new-tokens", "4"]
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["input"]["num_rows"] == 16
+    assert said["sample"] == {"num_rows": 8, "by_status": {"ok": 8}}
+    assert set(said["prediction"]["stages"]) == {"read", "decode", "caption", "write"}
+    assert said["prediction"]["actor_s"] > 0
+    assert main([*command, "--sample", "0"]) == 1
+    assert "sample must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_bytes_for_people():
+    said = [num_bytes(n) for n in (7, 1234, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
+    assert said == ["7 bytes", "1.23 kB", "56.8 MB", "1.2 GB", "3.4 TB", "5,600 TB"]
