@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from blip2_actor.tensor_file import StoredTensor, list_tensors
 
 WB = r"(?P<wb>weight|bias)"
 INDEX = r"(?P<i>\d+)"
@@ -195,7 +196,7 @@ def stored_parameters(folder: Path, rules: list[Rule]) -> Iterator[str]:
         OSError: a file is missing or not readable safetensors.
     """
     compiled = [(re.compile(pattern), place) for pattern, place in rules]
-    for name, _ in _tensors(folder):
+    for name in _tensors(folder):
         if place := _find_place(name, compiled):
             yield place.name
 
@@ -211,22 +212,25 @@ def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     filled: dict[int, dict[int | None, int]] = {id(p): {} for p in parameters.values()}
     problems: list[str] = []
-    for name, read in _tensors(folder):
+    for name, stored in _tensors(folder).items():
         place = _find_place(name, compiled)
         if place is None or place.name not in parameters:
             if not _IGNORED.fullmatch(name):
                 problems.append(f"unexpected {name}")
             continue
-        parameter, tensor = parameters[place.name], read()
-        target = _slice(parameter.data, place.part, tensor)
+        parameter = parameters[place.name]
+        target = _slice(parameter.data, place.part, stored.shape)
         if target is None:
-            problems.append(f"{name} has shape {list(tensor.shape)}, does not fit {list(parameter.shape)}")
-            continue
-        tensor = tensor.reshape(target.shape)
-        if place.part in filled[id(parameter)] and not torch.equal(target, tensor.to(target)):
+            problems.append(f"{name} has shape {list(stored.shape)}, does not fit {list(parameter.shape)}")
+        elif place.part not in filled[id(parameter)]:
+            for start, piece in stored.pieces():
+                target[start : start + len(piece)].copy_(piece)
+            filled[id(parameter)][place.part] = target.numel()
+        elif any(
+            not torch.equal(target[start : start + len(piece)], piece.to(target))
+            for start, piece in stored.pieces()
+        ):
             problems.append(f"{name} differs from the tensor that it should share")
-        target.copy_(tensor)
-        filled[id(parameter)][place.part] = tensor.numel()
     problems += [f"missing {n}" for n, p in parameters.items() if sum(filled[id(p)].values()) != p.numel()]
     if problems:
         listed = "\n  ".join(sorted(set(problems)))
@@ -242,32 +246,29 @@ def _find_place(
     return None
 
 
-def _slice(parameter: Tensor, part: int | None, tensor: Tensor) -> Tensor | None:
-    """The rows of `parameter` that `tensor` fills, or None where it does not fit."""
+def _slice(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tensor | None:
+    """The elements of `parameter` that a tensor of `shape` fills, flat, or None where it does not fit."""
     if part is None:
-        fits = parameter.numel() == tensor.numel() and parameter.shape[0] == tensor.shape[0]
-        return parameter if fits else None
-    rows = tensor.shape[0]
+        fits = parameter.numel() == prod(shape) and parameter.shape[:1] == shape[:1]
+        return parameter.view(-1) if fits else None
+    rows = shape[0] if shape else 0
     target = parameter[part * rows : (part + 1) * rows]
-    return target if target.shape == tensor.shape else None
+    return target.view(-1) if target.shape == shape else None
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and reader of every tensor; the index, where there is one, says which files count."""
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor by name; the index, where there is one, says which files count."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["model.safetensors"]
+    found: dict[str, StoredTensor] = {}
     for path in (folder / name for name in names):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} must exist, it is part of the checkpoint; fetch the checkpoint again "
                 "(weights must be safetensors: convert older .bin files with transformers' save_pretrained)"
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, partial(file.get_tensor, name)
-        except SafetensorError as error:
-            raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error
+        found |= list_tensors(path)
+    return found

@@ -1,0 +1,100 @@
+"""A safetensors file, read piece by piece.
+
+The library's own reader maps the file, and every page that was looked at stays in this process's memory
+until the file is closed: a second copy of the weights. Reading costs one small buffer.
+
+Source: the format at https://huggingface.co/docs/safetensors (a length, a JSON header, the bytes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 4 << 20
+"""Read at once."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in its file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, from the beginning of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """The elements in order, as the index of the first one and a flat tensor that the next overwrites."""
+        buffer = torch.empty(min(PIECE_BYTES, self.num_bytes), dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for done in range(0, self.num_bytes, PIECE_BYTES):
+                piece = buffer[: self.num_bytes - done]
+                _read_whole(file, piece, self.path)
+                yield done // self.dtype.itemsize, piece.view(self.dtype)
+
+
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What a file holds, by name.
+
+    Raises:
+        OSError: it is not readable safetensors, or not all of it is there.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if header_size > size - 8:
+                raise ValueError(f"a header of {header_size} bytes in a file of {size}")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(
+                path,
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + header_size + entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+        for name, tensor in found.items():
+            if tensor.start < 0 or tensor.start + tensor.num_bytes > size:
+                raise ValueError(f"{name} beyond the end of a file of {size} bytes")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error
+    return found
+
+
+def _read_whole(file: FileIO, piece: Tensor, path: Path) -> None:
+    view = memoryview(cast("bytearray", piece.numpy()))  # a buffer, whatever numpy's annotations say
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{path} must be a whole safetensors file, got its end too early; fetch it again")
+        view = view[count:]
