@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 
 from pipeline.cluster import settle_environment
 from pipeline.flags import Parser, add_flags, build
-from pipeline.settings import CaptionSettings, DemoSettings, PlanSettings, RetrySettings, StatusSettings
+from pipeline.settings import (
+    CaptionSettings,
+    DemoSettings,
+    EmbedSettings,
+    PlanSettings,
+    RetrySettings,
+    ScoreSettings,
+    StatusSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Command:
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo:demo"),
     "caption": Command(CaptionSettings, "pipeline.commands:caption"),
+    "embed": Command(EmbedSettings, "pipeline.commands:embed"),
+    "score": Command(ScoreSettings, "pipeline.commands:score"),
     "plan": Command(PlanSettings, "pipeline.plan:plan"),
     "status": Command(StatusSettings, "pipeline.commands:status"),
     "retry": Command(RetrySettings, "pipeline.commands:retry"),

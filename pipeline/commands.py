@@ -11,7 +11,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.lease import OutputInUse
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings, RetrySettings, StatusSettings
+from pipeline.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings, StatusSettings
 from pipeline.standing import standing
 from pipeline.stopped import Rotten, Stopped
 
@@ -42,6 +42,18 @@ def _refuse(error: Exception, status: int) -> int:
 def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
     """Caption an input, or go on with it."""
     return _finish(prepare(settings, engine), settings.max_failed_fraction)
+
+
+@speaks
+def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
+    """Embed an input, or go on with it."""
+    return _finish(prepare(settings.job(), engine), settings.max_failed_fraction)
+
+
+@speaks
+def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
+    """Score the texts of an input, or go on with it."""
+    return _finish(prepare(settings.job(), engine), settings.max_failed_fraction)
 
 
 @speaks

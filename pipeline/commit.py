@@ -52,14 +52,17 @@ def output_name(shard: str) -> str:
 
 
 def commit_shard(
-    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], kept: tuple[str, ...] = ()
+    folder: Folder,
+    report: ShardReport,
+    metadata: Mapping[bytes, bytes],
+    empty_schema: pa.Schema = ROW_CONTRACT,
 ) -> Summary | None:
     """Merge what a shard's file and fragments hold into its file.
 
     Args:
         report: how reading the shard ended.
         metadata: for the footer: the run's fingerprint.
-        kept: names of kept columns, for a shard without rows.
+        empty_schema: of a shard without rows.
 
     Returns:
         What the file now holds, or None, nothing changed, when rows are missing.
@@ -70,7 +73,7 @@ def commit_shard(
     # A shard that is read again and less of it can be read keeps the rows it has.
     num_rows = max(report.num_rows, 0 if before is None else len(before))
     found = [table for table in [*tables, before] if table is not None]
-    rows = merge(found).slice(0, num_rows) if found else _no_rows(kept)
+    rows = merge(found).slice(0, num_rows) if found else empty_schema.empty_table()
     if rows["row"].to_pylist() != list(range(num_rows)):
         return None
     summary = Summary(
@@ -91,9 +94,9 @@ class Committer:
     """A plain class; the job makes actors of it that take no CPU."""
 
     def commit(
-        self, folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], kept: tuple[str, ...]
+        self, folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
     ) -> None:
-        commit_shard(folder, report, metadata, kept)
+        commit_shard(folder, report, metadata, empty_schema)
 
 
 def merge(tables: list[pa.Table]) -> pa.Table:
@@ -125,10 +128,6 @@ def read_summary(folder: Folder, shard: str) -> Summary:
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     counts = pc.value_counts(column.combine_chunks()).to_pylist()
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
-
-
-def _no_rows(kept: tuple[str, ...]) -> pa.Table:
-    return pa.schema([*ROW_CONTRACT, *(pa.field(name, pa.null()) for name in kept)]).empty_table()
 
 
 def _json(summary: Summary) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
@@ -11,6 +13,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster
 from pipeline.decode_stage import PIXELS, DecodeStage
+from pipeline.outputs import EmbedKind, Outputs
 from pipeline.placement import Placement, Reservations, reserve, settle_engine
 from pipeline.schema import refuse_taken_names, result_fields
 
@@ -26,6 +29,11 @@ def caption(
     image_column: str = "image",
     prompt: str | None = None,
     prompt_column: str | None = None,
+    asks: Mapping[str, str] | None = None,
+    embeds: Mapping[str, EmbedKind] | None = None,
+    scores: Mapping[str, str] | None = None,
+    regenerate: bool = False,
+    reuse_identical: bool = False,
     placement: Placement = Placement(),
     limits: ImageLimits = ImageLimits(),
 ) -> Dataset:
@@ -35,10 +43,16 @@ def caption(
         image_column: encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3].
         prompt: text that every answer continues; None captions.
         prompt_column: column with each row's own prompt, instead of `prompt`.
+        asks: new text columns, and the prompts whose answers they hold.
+        embeds: new columns of vectors, and of which kind: "vision", "qformer" or "queries".
+        scores: new columns of log-probabilities, and whose texts they are of: "caption", an ask, or a column.
+        regenerate: caption once more where the guard marks a caption in `flags`.
+        reuse_identical: make the texts of images whose bytes are the same once per actor.
 
     Returns:
         The dataset with all its columns, and caption, logprob, num_tokens, finish_reason, flags, status,
-        error, width, height and sha256 (captions and logprobs too, when several texts are asked for).
+        error, width, height and sha256 (captions and logprobs too, when several texts are asked for),
+        and the named columns; what has been made of an image shares one pass of the vision encoder.
         Rows may come in another order, as from every stage of Ray Data.
 
     Raises:
@@ -47,11 +61,14 @@ def caption(
     if prompt is not None and prompt_column is not None:
         raise ValueError("prompt_column must be alone, got prompt too; name one of them")
     info = engine.info()
+    outputs = Outputs.of(asks, embeds, scores, regenerate=regenerate)
     columns = ds.columns() or []
-    for flag, name in (("image_column", image_column), ("prompt_column", prompt_column)):
+    texts = (("scores", name) for name in outputs.text_columns)
+    for flag, name in (("image_column", image_column), ("prompt_column", prompt_column), *texts):
         if name is not None and name not in columns:
             raise ValueError(f"{flag} must be one of {', '.join(columns)}, got {name!r}")
-    new = [field.name for field in result_fields(options.num_return_sequences)]
+    outputs.refuse_taken(columns)
+    new = [field.name for field in result_fields(outputs.caption, options.num_return_sequences)]
     refuse_taken_names(columns, [*new, PIXELS], "dataset")
     if not ray.is_initialized():
         ray.init()
@@ -59,7 +76,14 @@ def caption(
     decoded = decode(ds, info.image_size_px, limits, image_column, placement, reservations, keeps_image=True)
     return decoded.map_batches(
         CaptionStage,
-        fn_constructor_args=(settle_engine(engine, reservations), options, prompt, prompt_column),
+        fn_constructor_args=(
+            settle_engine(engine, reservations),
+            options,
+            prompt,
+            prompt_column,
+            outputs,
+            reuse_identical,
+        ),
         **caption_pool(placement, reservations),
     )
 

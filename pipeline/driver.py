@@ -116,7 +116,9 @@ class Driver:
         """Hand complete shards to be merged and take back what is done."""
         for report in self._tracker.take_complete():
             committer = next(self._committers)
-            ref = committer.commit.remote(self._job.folder, report, self._job.metadata, self._job.kept)
+            ref = committer.commit.remote(
+                self._job.folder, report, self._job.metadata, self._job.empty_schema
+            )
             self._commits[ref] = report
         while self._commits:
             full = wait or len(self._commits) > COMMITS_WAITING

@@ -63,7 +63,7 @@ def add_flags(
             required=required,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
-            **_reading(hint, field.name),
+            **_reading(hint, field.name) | _metavar_of(field),
         )
 
 
@@ -92,6 +92,15 @@ def hiding(*names: str) -> dict[str, Any]:
 def prefixed(prefix: str) -> dict[str, Any]:
     """Metadata for a field whose dataclass has names that would say too little on their own."""
     return {"prefix": f"{prefix}_"}
+
+
+def written_as(metavar: str) -> dict[str, Any]:
+    """Metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
+    return {"metavar": metavar}
+
+
+def _metavar_of(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    return {"metavar": field.metadata["metavar"]} if "metavar" in field.metadata else {}
 
 
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:
@@ -147,6 +156,8 @@ def _choices(hint: Any) -> list[Any]:
 
 def _shown(default: object) -> str:
     """As it is written on the command line."""
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

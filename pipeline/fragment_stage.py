@@ -20,15 +20,18 @@ import pyarrow.compute as pc
 import ray
 from ray.util import metrics
 
-from blip2_actor import GenerationOptions, ModelInfo, Result, Status
+from blip2_actor import ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
 from pipeline.board import Attempt, Receipt
 from pipeline.caption_stage import CaptionStage, EngineFault, Settled
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.made import Made
 from pipeline.patience import patiently
+from pipeline.reading import PROMPT, TEXT
 from pipeline.rowset import RowSet, runs
 from pipeline.schema import output_schema
+from pipeline.settings import CaptionSettings
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0
@@ -56,10 +59,7 @@ class FragmentStage:
         self,
         engine: EngineBuilder,
         info: ModelInfo,
-        options: GenerationOptions,
-        prompt: str | None,
-        prompt_column: str | None,
-        kept: Sequence[str],
+        settings: CaptionSettings,
         folder: Folder,
         board: Any,
     ) -> None:
@@ -73,8 +73,8 @@ class FragmentStage:
             ValueError: this machine finds the model to be another one.
         """
         _require_same_model(info, engine.info())
-        self._stage = CaptionStage(engine, options, prompt, prompt_column)
-        self._kept = list(kept)
+        self._stage = caption_stage(engine, settings)
+        self._kept = list(settings.reading.kept)
         self._folder = folder
         self._board = board
         self._room = Room()
@@ -129,7 +129,7 @@ class FragmentStage:
         rows = self._stage.with_results(table, piece)
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
-            of_shard = contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept)
+            of_shard = contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
             patiently(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
@@ -159,9 +159,22 @@ def _require_same_model(expected: ModelInfo, found: ModelInfo) -> None:
         )
 
 
-def contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
+def caption_stage(engine: EngineBuilder, settings: CaptionSettings) -> CaptionStage:
+    """The stage that makes what a job asks for, of tables as the job's readers make them."""
+    return CaptionStage(
+        engine,
+        settings.generation,
+        settings.prompt,
+        PROMPT if settings.reading.prompt_column else None,
+        settings.outputs,
+        settings.reuse_identical,
+        text_prefix=TEXT,
+    )
+
+
+def contract(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
     """Exactly the columns of the output, in order and with the contract's types."""
-    schema = output_schema(rows.schema.field(name) for name in kept)
+    schema = output_schema((rows.schema.field(name) for name in kept), stage.named, stage.captioned)
     arrays = [
         rows[field.name].cast(field.type)
         if field.name in rows.column_names
@@ -171,8 +184,9 @@ def contract(rows: pa.Table, kept: Sequence[str]) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _condemned() -> Result:
-    return Result(status=Status.FAILED, error="the captioning process died each time on this image alone")
+def _condemned() -> Made:
+    error = "the captioning process died each time on this image alone"
+    return Made(Result(status=Status.FAILED, error=error))
 
 
 def careful_steps(todo: Sequence[int], suspects: RowSet) -> Iterator[list[int]]:

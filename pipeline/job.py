@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
 
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
@@ -18,6 +21,7 @@ from pipeline.listing import list_shards
 from pipeline.progress import Console
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.retry import report_of, to_retry
+from pipeline.schema import output_schema
 from pipeline.settings import CaptionSettings, RetrySettings, from_plain
 from pipeline.shards import Shard
 from pipeline.source import check_options
@@ -46,8 +50,11 @@ class Job:
         return {FINGERPRINT_KEY: fingerprint.digest.encode(), RUN_KEY: fingerprint.canonical.encode()}
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        return tuple(self.settings.reading.kept)
+    def empty_schema(self) -> pa.Schema:
+        """Of the file of a shard without rows, whose kept columns are not known."""
+        outputs = self.settings.outputs
+        kept = (pa.field(name, pa.null()) for name in self.settings.reading.kept)
+        return output_schema(kept, outputs.fields(self.info), outputs.caption)
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
@@ -148,8 +155,9 @@ def sweep(job: Job, state: State) -> None:
         report = load_end(job.folder, shard) or report_of(read_summary(job.folder, shard))
         # Without either the shard is partial, and what lies there is of a retry that will go on.
         reports.append(report)
+    commit = partial(commit_shard, job.folder, metadata=job.metadata, empty_schema=job.empty_schema)
     with ThreadPoolExecutor(COMMITS_AT_ONCE) as pool:
-        list(pool.map(lambda r: commit_shard(job.folder, r, job.metadata, job.kept), filter(None, reports)))
+        list(pool.map(commit, filter(None, reports)))
 
 
 def _announce(job: Job, console: Console, num_left: int) -> None:

@@ -25,7 +25,11 @@ READ_COLUMNS = {
     "status": pa.string(),  # a blip2_actor.Status when reading already settled the row, else null
     "error": pa.string(),  # one sentence when status is not null
 }
-"""First columns of every table; then `prompt` (string) if a prompt column is named, then the kept ones."""
+"""First columns of every table; then those of `ReadOptions.texts` (string), then the kept ones."""
+
+PROMPT = "prompt"
+TEXT = "_blip2_text_"
+"""Begins the names of columns with text that is scored."""
 
 Tables = Generator[pa.Table, None, "ShardReport"]
 """A reader: tables to iterate over, and the report as the generator's return value."""
@@ -41,6 +45,8 @@ class ReadOptions:
     """Parquet column with each row's key; None takes `__key__` or `key`, else the row number in the file."""
     prompt_column: str | None = None
     """Column, or extension of the member, with each row's own prompt."""
+    text_columns: tuple[str, ...] = ()
+    """Columns, or members by extension, whose text is scored."""
     keep: tuple[str, ...] = ()
     """Columns, or members by extension, carried to the output; `new=old` renames one on the way."""
     max_image_bytes: int = 128 << 20
@@ -51,12 +57,13 @@ class ReadOptions:
     """A table ends once it holds so many bytes of images."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
+        for name in ("text_columns", "keep"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_image_bytes", "table_rows", "table_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         names = list(self.kept)
-        taken = sorted({*READ_COLUMNS, "prompt"}.intersection(names))
+        taken = sorted({*READ_COLUMNS, PROMPT}.intersection(names))
         if taken:
             raise ValueError(
                 f"keep must not use the name {taken[0]!r}, which every output has itself; "
@@ -64,6 +71,12 @@ class ReadOptions:
             )
         if len(names) < len(self.keep):
             raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Columns of text between the stages, to their names in the input: the prompt, what is scored."""
+        prompt = {} if self.prompt_column is None else {PROMPT: self.prompt_column}
+        return prompt | {TEXT + name: name for name in self.text_columns}
 
     @property
     def kept(self) -> dict[str, str]:

@@ -38,27 +38,38 @@ RESULTS = (
 
 ROW_CONTRACT = pa.schema([*IDENTITY, *RESULTS])
 
-SINGLE_RESULTS = tuple(field for field in RESULTS if field.name not in ("captions", "logprobs"))
-"""The columns that are there when one text per image is asked for."""
+LISTS = ("captions", "logprobs")
+"""The columns that are there when more than one text per image is asked for."""
+OF_CAPTIONS = ("caption", *LISTS, "logprob", "num_tokens", "finish_reason")
+"""The columns that are there when captions are made."""
 
 
-def result_fields(num_return_sequences: int) -> tuple[pa.Field, ...]:
+def result_fields(captioned: bool, num_return_sequences: int) -> tuple[pa.Field, ...]:
     """The result columns of a dataset stage; the lists come only when more than one text is asked for."""
-    return RESULTS if num_return_sequences > 1 else SINGLE_RESULTS
+    without = () if captioned else OF_CAPTIONS
+    if num_return_sequences == 1:
+        without = (*without, *LISTS)
+    return tuple(field for field in RESULTS if field.name not in without)
 
 
-def output_schema(kept: Iterable[pa.Field] = ()) -> pa.Schema:
+def output_schema(
+    kept: Iterable[pa.Field] = (), named: Iterable[pa.Field] = (), captioned: bool = True
+) -> pa.Schema:
     """The whole schema of a run's files.
 
     Args:
         kept: columns of the input that the user keeps, in the order asked for.
+        named: columns that the user has named: answers, vectors, scores.
+        captioned: whether captions are made; else their columns are left out.
 
     Raises:
-        ValueError: a kept column has the name of a column of the contract, or comes twice.
+        ValueError: a kept column has the name of a column of the output, or comes twice.
     """
-    kept = list(kept)
-    refuse_taken_names([field.name for field in kept], ROW_CONTRACT.names, "keep")
-    return pa.schema([*ROW_CONTRACT, *kept])
+    kept, named = list(kept), list(named)
+    taken = [*ROW_CONTRACT.names, *(field.name for field in named)]
+    refuse_taken_names([field.name for field in kept], taken, "keep")
+    contract = [field for field in ROW_CONTRACT if captioned or field.name not in OF_CAPTIONS]
+    return pa.schema([*contract, *named, *kept])
 
 
 def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
@@ -67,7 +78,7 @@ def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) ->
     if collisions:
         raise ValueError(
             f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
-            "rename them in the input or drop them"
+            "give them other names or drop them"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

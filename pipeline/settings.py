@@ -1,4 +1,7 @@
-"""What a captioning run is asked to do: one frozen value, which is also the flags of `blip2 caption`."""
+"""What a run is asked to do: one frozen value per command, which is also the command's flags.
+
+Captions, embeddings and scores are one job, `CaptionSettings`, that differs in its outputs.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,30 @@ from typing import Any, Literal, TypeVar
 from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Status
 from blip2_actor.preprocess import ImageLimits
 from pipeline.fingerprint import Fingerprint
-from pipeline.flags import hiding, prefixed
+from pipeline.flags import hiding, prefixed, written_as
+from pipeline.outputs import FORMS, Outputs
 from pipeline.placement import Placement
 from pipeline.reading import ReadOptions
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
 from pipeline.shards import without_secrets
 
 T = TypeVar("T")
+NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns")
+"""Of `ReadOptions`: what users cannot set."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSettings:
-    """Caption every image of an input into Parquet files, one per shard; run again to resume."""
+class JobSettings:
+    """What every job over an input is told: where from and to, with what model, on what actors."""
 
     input: tuple[str, ...]
     """Tars, Parquet files, folders, globs and {00..99} ranges; local or s3://, gs:// and the like."""
     output: str
     """Folder or URI for the results; the run's state stands in it too, under _blip2."""
-    prompt: str | None = None
-    """Text that every answer continues, such as "Question: what is this? Answer:"; default: captions."""
     format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
     """What the input is, where its names leave doubt."""
     limit: int | None = None
-    """Caption the first so many rows only."""
+    """Take the first so many rows only."""
     max_failed_fraction: float = 0.0
     """Exit status 2 when a larger share of the rows fails. A job of which more than half fails (or more
     than this, where it is larger) stops early."""
@@ -42,11 +46,7 @@ class CaptionSettings:
     """When the output was begun with other settings, begin a fresh one beside it."""
     engine: EngineConfig = field(default=EngineConfig())
     """model and device"""
-    generation: GenerationOptions = field(default=GenerationOptions())
-    """generation"""
-    reading: ReadOptions = field(
-        default=ReadOptions(), metadata=hiding("max_image_bytes", "table_rows", "table_bytes")
-    )
+    reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
     """columns and members"""
     limits: ImageLimits = field(default=ImageLimits(), metadata=prefixed("image"))
     """what one image may cost"""
@@ -60,14 +60,36 @@ class CaptionSettings:
             raise ValueError(f"max_failed_fraction must be from 0 to 1, got {self.max_failed_fraction}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+        refuse_taken_names(list(self.reading.kept), ROW_CONTRACT.names, "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(JobSettings):
+    """Caption every image of an input into Parquet files, one per shard; run again to resume."""
+
+    prompt: str | None = None
+    """Text that every answer continues, such as "Question: what is this? Answer:"; default: captions."""
+    reuse_identical: bool = False
+    """Make the texts of images whose bytes are the same once per actor; the rows are the same without."""
+    outputs: Outputs = field(default=Outputs(), metadata=hiding("caption"))
+    """more of each image, in the same pass of the vision encoder"""
+    generation: GenerationOptions = field(default=GenerationOptions())
+    """generation"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompt is not None and self.reading.prompt_column is not None:
             raise ValueError("prompt_column must be alone, got prompt too; name one of them")
-        refuse_taken_names(list(self.reading.kept), ROW_CONTRACT.names, "keep")
+        self.outputs.refuse_taken([*ROW_CONTRACT.names, *self.reading.kept])
 
     @property
     def read_options(self) -> ReadOptions:
-        """Files that decoding would refuse by size are not read at all."""
-        return dataclasses.replace(self.reading, max_image_bytes=self.limits.max_file_bytes)
+        """Files that decoding would refuse by size are not read at all; texts to score are."""
+        return dataclasses.replace(
+            self.reading,
+            max_image_bytes=self.limits.max_file_bytes,
+            text_columns=self.outputs.text_columns,
+        )
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
         """Everything that decides what the rows say, and nothing else."""
@@ -80,6 +102,7 @@ class CaptionSettings:
             "dtype": info.dtype,
             "prompt": self.prompt,
             "options": dataclasses.asdict(self.generation),
+            "outputs": self.outputs.parts,
             "image": {
                 "size_px": info.image_size_px,
                 "max_pixels": limits.max_pixels,
@@ -102,6 +125,40 @@ class CaptionSettings:
         return dataclasses.asdict(
             dataclasses.replace(self, input=inputs, output=without_secrets(self.output))
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(JobSettings):
+    """Embed every image of an input into Parquet files; no text is written. Run again to resume."""
+
+    embed: tuple[str, ...] = field(default=("embedding=qformer",), metadata=written_as(FORMS["embed"]))
+    """A column of float32 vectors; KIND is vision (the vision encoder's pooled output),
+    qformer (the mean of the Q-Former's queries) or queries (every query)."""
+    reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS, "prompt_column"))
+    """columns and members"""
+
+    def job(self) -> CaptionSettings:
+        return CaptionSettings(**_shared(self), outputs=Outputs(caption=False, embed=self.embed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(JobSettings):
+    """Score a text beside every image of an input: how well they fit. Run again to resume."""
+
+    text_column: str
+    """Column, or extension of the member, with the text; a row without one has no score."""
+    name: str = "score"
+    """Column of the output with the score."""
+    prompt: str | None = None
+    """Text between image and text, such as the question whose answer is scored."""
+
+    def job(self) -> CaptionSettings:
+        outputs = Outputs(caption=False, score=(f"{self.name}={self.text_column}",))
+        return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
+
+
+def _shared(settings: JobSettings) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(JobSettings)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,10 +71,7 @@ def receipts_dataset(
             fn_constructor_args=(
                 settle_engine(engine, reservations),
                 info,
-                settings.generation,
-                settings.prompt,
-                "prompt" if options.prompt_column else None,
-                tuple(options.kept),
+                settings,
                 folder,
                 board,
             ),

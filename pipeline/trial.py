@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,11 +17,10 @@ import pyarrow.parquet as pq
 
 from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
-from pipeline.caption_stage import CaptionStage
 from pipeline.commit import commit_shard, output_name
 from pipeline.decode_stage import DecodeStage
 from pipeline.folder import ASIDE, Folder
-from pipeline.fragment_stage import contract
+from pipeline.fragment_stage import caption_stage, contract
 from pipeline.fragments import write_fragment
 from pipeline.ledger import STATE
 from pipeline.reading import ShardReport
@@ -70,15 +70,15 @@ def try_stages(settings: CaptionSettings, engine: EngineBuilder, size_px: int, s
             "look at the input, or take a larger --sample"
         )
     started = perf_counter()
-    prompt_column = "prompt" if settings.reading.prompt_column else None
-    captioning = CaptionStage(engine, settings.generation, settings.prompt, prompt_column)
+    # Rows come again here that would not in the job.
+    captioning = caption_stage(engine, dataclasses.replace(settings, reuse_identical=False))
     start_s = perf_counter() - started
     try:
         captioning(readable.slice(0, 1))
         captioned, caption_cost = _timed(captioning, decoded)
     finally:
         captioning.actor.close()
-    rows = contract(captioned, list(settings.reading.kept))
+    rows = contract(captioned, list(settings.reading.kept), captioning)
     with _folder_for_trial(settings.output) as folder:
         write_cost, row_bytes, file_bytes = _write(folder, rows)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": write_cost}

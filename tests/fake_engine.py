@@ -18,12 +18,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, EngineStats, ModelInfo, Request, Result
+from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
 from blip2_actor.status import Status
+
+MOST_LETTERS = 100
+"""Longer texts are refused by `score`."""
+VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES = 5, 3, 2
 
 
 class DeviceFault(RuntimeError):
@@ -70,6 +75,9 @@ class FakeEngineConfig:
             image_size_px=self.image_size_px,
             dtype=self._resolved_dtype,
             digest=hashlib.sha256(self.model.encode()).hexdigest(),
+            vision_width=VISION_WIDTH,
+            qformer_width=QFORMER_WIDTH,
+            num_queries=NUM_QUERIES,
         )
 
     @property
@@ -90,6 +98,30 @@ def fake_caption(pixels: np.ndarray, prompt: str | None = None) -> str:
     return f"{prompt} {digest}" if prompt else digest
 
 
+def fake_features(pixels: np.ndarray) -> Features:
+    """The right vectors for uint8[H, W, 3]."""
+    seed = int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels)).digest()[:8])
+    random = np.random.default_rng(seed)
+    return Features(
+        pooled=random.random(VISION_WIDTH, np.float32),
+        qformer_features=random.random((NUM_QUERIES, QFORMER_WIDTH), np.float32),
+    )
+
+
+def fake_score(pixels: np.ndarray, text: str, prompt: str | None = None) -> float:
+    """The right score."""
+    digest = hashlib.sha256(f"{fake_caption(pixels, prompt)} {text}".encode()).digest()
+    return -digest[0] / 256
+
+
+class SharedImage:
+    """What `FakeEngine.image` gives."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.is_encoded = False
+
+
 class FakeEngine:
     """One thread that takes what waits, up to max_batch, and sleeps what it costs."""
 
@@ -98,7 +130,7 @@ class FakeEngine:
         self._queue: queue.SimpleQueue[tuple[Request, GenerationOptions, Future[Result]] | None] = (
             queue.SimpleQueue()
         )
-        self._num_requests = self._num_finished = self._num_batches = 0
+        self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
         self._busy_s = 0.0
         self._trace = None
         if config.trace:
@@ -124,12 +156,38 @@ class FakeEngine:
     def stream(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Iterable[str]:
         yield self.submit(request, options).result().text or ""
 
+    def image(self, image: np.ndarray) -> SharedImage:
+        return SharedImage(image)
+
+    def features(self, images: Sequence[Any], with_image_embeds: bool = False) -> list[Features]:
+        return [fake_features(self._encode(image)) for image in images]
+
+    def score(
+        self, images: Sequence[Any], texts: Sequence[str], prompts: Sequence[str | None] | None = None
+    ) -> list[Score]:
+        prompts = [None] * len(texts) if prompts is None else prompts
+        return [
+            Score(status=Status.REFUSED, error="text is too long")
+            if len(text) > MOST_LETTERS
+            else Score(logprob=fake_score(self._encode(image), text, prompt), num_tokens=1)
+            for image, text, prompt in zip(images, texts, prompts, strict=True)
+        ]
+
+    def _encode(self, image: Any) -> np.ndarray:
+        """Count an image, a shared one once, and give its pixels."""
+        if isinstance(image, SharedImage):
+            self._num_encoded += not image.is_encoded
+            image.is_encoded = True
+            return image.pixels
+        self._num_encoded += 1
+        return np.asarray(image)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_requests=self._num_requests,
             num_finished=self._num_finished,
             num_encode_calls=self._num_batches,
-            num_images_encoded=self._num_finished,
+            num_images_encoded=self._num_encoded,
             num_waiting=self._num_requests - self._num_finished,
             busy_s=self._busy_s,
         )
@@ -158,7 +216,9 @@ class FakeEngine:
 
     def _finish(self, request: Request, options: GenerationOptions, future: Future[Result]) -> None:
         config = self._config
-        caption = fake_caption(np.asarray(request.image), request.prompt)
+        pixels = self._encode(request.image)
+        # As a model under penalties would: it no longer says the prompt.
+        caption = fake_caption(pixels, request.prompt if options.repetition_penalty == 1 else None)
         if caption in config.holds_on or (not config.holds_on and self._num_finished >= config.gate_after):
             while config.gate and os.path.exists(config.gate):
                 time.sleep(0.01)

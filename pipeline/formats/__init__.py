@@ -50,7 +50,7 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Fiel
             "the key of a file is its path"
         )
     if formats == {"folder"}:
-        for name in ("image_column", "prompt_column", "keep"):
+        for name in ("image_column", "prompt_column", "text_columns", "keep"):
             if getattr(options, name):
                 raise InputError(
                     f"{name} must be left out for folders of files, got {getattr(options, name)!r}"

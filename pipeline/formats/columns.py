@@ -1,4 +1,4 @@
-"""Which column of a Parquet table is what: the image, the key, the prompt, and those that are kept.
+"""Which column of a Parquet table is what: the image, the key, texts, and those that are kept.
 
 An image is a column of bytes, or the `datasets` library's struct of bytes and path.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.reading import ReadOptions
+from pipeline.reading import PROMPT, ReadOptions
 from pipeline.shards import InputError
 
 USUAL_IMAGE_COLUMNS = (
@@ -35,7 +35,8 @@ class Columns:
 
     image: pa.Field
     key: pa.Field | None
-    prompt: pa.Field | None
+    texts: dict[str, pa.Field]
+    """The prompt and what is scored, by the name between the stages."""
     kept: dict[str, pa.Field]
     """By the name in the output."""
 
@@ -65,17 +66,18 @@ class Columns:
                     f"key_column must hold text or integers, got {key.name!r} of type {key.type}"
                 )
             key = None
-        prompt = None
-        if options.prompt_column is not None:
-            prompt = _named(schema, "prompt_column", options.prompt_column)
-            if not _is_text(prompt.type):
-                raise InputError(f"prompt_column must hold text, got {prompt.name!r} of type {prompt.type}")
+        texts = {}
+        for name, source in options.texts.items():
+            option = "prompt_column" if name == PROMPT else "text to score"
+            texts[name] = text = _named(schema, option, source)
+            if not _is_text(text.type):
+                raise InputError(f"{option} must hold text, got {text.name!r} of type {text.type}")
         kept = {name: _named(schema, "keep", source) for name, source in options.kept.items()}
-        return cls(image, key, prompt, kept)
+        return cls(image, key, texts, kept)
 
     @property
     def to_read(self) -> list[str]:
-        fields = [self.image, self.key, self.prompt, *self.kept.values()]
+        fields = [self.image, self.key, *self.texts.values(), *self.kept.values()]
         return list(dict.fromkeys(field.name for field in fields if field is not None))
 
 

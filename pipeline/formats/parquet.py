@@ -106,10 +106,9 @@ class _Rows:
         self._shard = shard
         self._offset = offset
         """Row of the file that is row 0 of the shard."""
-        prompt = {} if columns.prompt is None else {"prompt": pa.string()}
-        self._schema = pa.schema(
-            {**READ_COLUMNS, **prompt, **{name: field.type for name, field in columns.kept.items()}}
-        )
+        texts = dict.fromkeys(columns.texts, pa.string())
+        kept = {name: field.type for name, field in columns.kept.items()}
+        self._schema = pa.schema(READ_COLUMNS | texts | kept)
 
     def of(self, batch: pa.RecordBatch, row: int) -> pa.Table:
         """A table of a batch whose first row is so-and-so-many of the shard."""
@@ -117,9 +116,7 @@ class _Rows:
         keys = self._row_numbers(row, len(batch))
         if self.columns.key is not None:
             keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
-        others = []
-        if self.columns.prompt is not None:
-            others.append(batch.column(self.columns.prompt.name).cast(pa.string()))
+        others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
         others += [batch.column(field.name) for field in self.columns.kept.values()]
         return self._table(row, keys, images, statuses, errors, others)
 

@@ -19,9 +19,7 @@ class TableBuilder:
     def __init__(self, shard: str, options: ReadOptions) -> None:
         self._shard = shard
         self._options = options
-        fields = dict(READ_COLUMNS)
-        if options.prompt_column is not None:
-            fields["prompt"] = pa.string()
+        fields = READ_COLUMNS | dict.fromkeys(options.texts, pa.string())
         for name, source in options.kept.items():
             fields[name] = member_type(source)
         self._schema = pa.schema(fields)
@@ -47,9 +45,9 @@ class TableBuilder:
     ) -> None:
         """Add a row: its image or the status that says why there is none, and the other members it has."""
         values: list[object] = [_printable(key), self._shard, row, image, status, error]
-        if self._options.prompt_column is not None:
-            prompt = members.get(self._options.prompt_column.lower())
-            values.append(None if prompt is None else prompt.decode(errors="replace").rstrip("\r\n"))
+        for source in self._options.texts.values():
+            text = members.get(source.lower())
+            values.append(None if text is None else text.decode(errors="replace").rstrip("\r\n"))
         for source in self._options.kept.values():
             content = members.get(source.lower())
             as_text = content is not None and member_type(source) == pa.string()

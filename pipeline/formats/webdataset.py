@@ -99,7 +99,7 @@ class _Samples:
         self._options = options
         self._wants = wants
         self._image = options.image_column and options.image_column.lower()
-        others = [*options.kept.values(), *filter(None, [options.prompt_column])]
+        others = [*options.kept.values(), *options.texts.values()]
         self._others = {extension.lower() for extension in others}
         self._keys: set[str] = set()
         self.num_rows = 0

@@ -1,0 +1,65 @@
+"""The guard's marks are taken at their word: a mark on a good caption is as wrong as none on a bad one."""
+
+import pytest
+
+from blip2_actor import GenerationOptions
+from pipeline.guard import marks, sterner
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red circle above a blue square on a grey background",
+        "a man and a woman and a dog and a cat on a very very very large sofa",
+        "no. 7",
+        "猫",
+    ],
+)
+def test_ordinary_captions_have_no_mark(text):
+    assert marks(text) == marks(text, "a photo of") == []
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "...", "- -"])
+def test_nothing_said_is_empty(text):
+    assert marks(text, "a photo of") == ["empty"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dog dog dog dog",
+        "a dog, dog, dog, Dog",
+        "a photo of a cat of a cat of a cat",
+        "the quick brown fox and the quick brown fox and the quick brown fox and",
+        "it starts well and then then again then again then again",
+    ],
+)
+def test_words_that_follow_themselves_again_and_again_loop(text):
+    assert marks(text) == ["looping"]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "echoes"),
+    [
+        ("a photo of a cat", "a photo of", True),
+        ("A photo of", "a photo of", True),
+        ("what colour is it", "Question: what colour is it? Answer:", True),
+        ("a cat", "Question: is it a cat or a dog? Answer:", False),
+        ("a cat", "a", False),
+        ("a cat", None, False),
+    ],
+)
+def test_the_prompt_again_is_an_echo_and_a_short_answer_from_it_is_none(text, prompt, echoes):
+    assert marks(text, prompt) == (["echoes_prompt"] if echoes else [])
+
+
+def test_a_caption_may_have_several_marks():
+    assert marks("a photo of a photo of a photo of", "a photo of") == ["looping", "echoes_prompt"]
+
+
+def test_the_second_try_is_sterner_and_never_milder_than_the_first():
+    first = GenerationOptions(max_new_tokens=2, repetition_penalty=2.0, no_repeat_ngram_size=2)
+    second = sterner(first)
+    assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (2.0, 2, 2)
+    second = sterner(GenerationOptions())
+    assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (1.5, 3, 3)
