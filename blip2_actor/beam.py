@@ -52,7 +52,7 @@ class BeamSearch:
         self.vocabulary = vocabulary
         self.num_slots = options.num_beams
         self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
-        self.has_processors = changes_scores(options) or options.min_new_tokens > 0
+        self.has_processors = changes_scores(options)
         self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, 0.0) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
         self.improvable = True

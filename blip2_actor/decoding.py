@@ -30,8 +30,7 @@ def advance(logits: Tensor, searches: Searches) -> list[list[int] | None]:
     """
     logits = logits.float()
     normalizer = logits.logsumexp(dim=-1)
-    largest, ids = _without_early_ends(logits, searches).max(dim=-1)
-    greedy_ids, greedy_logprobs = ids.tolist(), (largest - normalizer).tolist()
+    greedy_ids, greedy_logprobs = _largest(logits, normalizer, searches)
     parents: list[list[int] | None] = [None] * len(searches)
     beams: dict[int, list[int]] = defaultdict(list)
     for index, (search, rows) in enumerate(searches):
@@ -50,15 +49,29 @@ def advance(logits: Tensor, searches: Searches) -> list[list[int] | None]:
     return parents
 
 
-def _without_early_ends(logits: Tensor, searches: Searches) -> Tensor:
-    """Logits with the end tokens banned from texts that must go on: float32[rows, V]."""
-    rows = [own[0] for search, own in searches if isinstance(search, TextSearch) and search.must_go_on]
-    if not rows:
-        return logits
-    end_ids = next(s.vocabulary.end_ids for s, _ in searches)
-    banned = logits.clone()
-    banned[torch.tensor(rows, device=logits.device)[:, None], list(end_ids)] = float("-inf")
-    return banned
+def _largest(logits: Tensor, normalizer: Tensor, searches: Searches) -> tuple[list[int], list[float]]:
+    """Id and log-probability of each row's largest logit, the end aside where a text must go on."""
+    ids, logprobs = _to_host(logits, normalizer)
+    early = [
+        own[0]
+        for search, own in searches
+        if isinstance(search, TextSearch) and search.must_go_on and ids[own[0]] in search.vocabulary.end_ids
+    ]
+    if early:
+        end_ids = next(search.vocabulary.end_ids for search, _ in searches)
+        others = logits[early].index_fill_(
+            1, torch.tensor(list(end_ids), device=logits.device), float("-inf")
+        )
+        for row, token_id, logprob in zip(early, *_to_host(others, normalizer[early]), strict=True):
+            ids[row], logprobs[row] = token_id, logprob
+    return ids, logprobs
+
+
+def _to_host(logits: Tensor, normalizer: Tensor) -> tuple[list[int], list[float]]:
+    """The largest logit of each row: its id and log-probability, in one copy."""
+    largest, ids = logits.max(dim=-1)
+    both = torch.stack([ids.double(), (largest - normalizer).double()]).tolist()
+    return [int(token_id) for token_id in both[0]], both[1]
 
 
 def _advance_beams(logits: Tensor, normalizer: Tensor, group: Searches) -> list[list[int]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.intake import Intake, Refusal
-from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.jobs import EncodedImage, Job, Task
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
@@ -34,6 +35,8 @@ from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
+
+T = TypeVar("T")
 
 LEAST_SLOTS = {"cpu": 128, "cuda": 256}
 LEAST_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
@@ -53,11 +56,24 @@ class Engine:
             ValueError: the configuration or the checkpoint cannot be run; the field is named.
             OSError: the checkpoint cannot be found or read.
         """
+        self.config = config
+        self._arrived: deque[Job | Task] = deque()
+        self._unfinished: set[Job | Task] = set()
+        self._wake = threading.Condition()
+        self._is_closed = False
+        self._failure: BaseException | None = None
+        self._num_requests = 0
+        self._busy_s = 0.0
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
+        self._thread.start()
+        loaded.result()
+        atexit.register(self._abandon)
+
+    def _load(self) -> None:
+        config = self.config
         device = resolve_device(config.device)
         checkpoint = resolve(config.model, config.revision)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        self.config = config
         self.model = load_model(checkpoint, device, resolve_dtype(config, device))
         if device.type == "cpu" and not config.compile:
             pack_for_cpu(self.model)
@@ -71,16 +87,6 @@ class Engine:
         self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
         self.canary = self._run_canary(checkpoint, max_slots)
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)
-        self._arrived: deque[Job] = deque()
-        self._unfinished: set[Job] = set()
-        self._wake = threading.Condition()
-        self._is_closed = False
-        self._failure: BaseException | None = None
-        self._num_requests = 0
-        self._busy_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="blip2-engine", daemon=True)
-        self._thread.start()
-        atexit.register(self._abandon)
 
     def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
         if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
@@ -211,7 +217,7 @@ class Engine:
                 encoded if isinstance(encoded, Refusal) else self._intake.text(encoded, prompt, text)
             )
         served = [row for row in asked if not isinstance(row, Refusal)]
-        logprobs = iter(self._runner.text_logprobs(served))
+        logprobs = iter(self._call(lambda: self._runner.text_logprobs(served)))
         return [
             Score(status=row.status, error=str(row))
             if isinstance(row, Refusal)
@@ -236,6 +242,12 @@ class Engine:
         for job in jobs:
             job.future.result()
         return encoded
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Have the engine's thread compute something between two steps, and wait for it."""
+        task = Task(work)
+        self._enqueue([task])
+        return task.future.result()
 
     def stats(self) -> EngineStats:
         """Counters since the start; cheap, from any thread."""
@@ -286,7 +298,7 @@ class Engine:
         self._enqueue(jobs, num_requests=len(asked))
         return futures
 
-    def _enqueue(self, jobs: Sequence[Job], num_requests: int = 0) -> None:
+    def _enqueue(self, jobs: Sequence[Job | Task], num_requests: int = 0) -> None:
         with self._wake:
             if self._is_closed or self._failure is not None:
                 raise RuntimeError("the engine is closed") from self._failure
@@ -297,12 +309,23 @@ class Engine:
         for job in jobs:
             job.future.add_done_callback(partial(self._forget, job))
 
-    def _forget(self, job: Job, _: Future[Result]) -> None:
+    def _forget(self, job: Job | Task, _: Future[Any]) -> None:
         self._unfinished.discard(job)
 
-    def _run(self) -> None:
-        if self.config.num_threads is not None:
-            torch.set_num_threads(self.config.num_threads)  # OpenMP keeps this number per thread
+    def _run(self, loaded: Future[None]) -> None:
+        """Everything that computes runs here, loading and scoring too.
+
+        OpenMP gives each thread that computes a pool of its own, and lets all of them sleep between two
+        operations once there are more than cores: two such threads halve the speed of a small model.
+        """
+        try:
+            if self.config.num_threads is not None:
+                torch.set_num_threads(self.config.num_threads)
+            self._load()
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
         try:
             while self._take_arrivals():
                 started = time.perf_counter()
@@ -317,11 +340,18 @@ class Engine:
 
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do; False when closed and done."""
+        tasks = []
         with self._wake:
             self._wake.wait_for(lambda: self._arrived or self._scheduler.has_work or self._is_closed)
             while self._arrived:
-                self._scheduler.add(self._arrived.popleft())
-            return self._scheduler.has_work or not self._is_closed
+                arrival = self._arrived.popleft()
+                if isinstance(arrival, Task):
+                    tasks.append(arrival)
+                else:
+                    self._scheduler.add(arrival)
+        for task in tasks:
+            task.run()
+        return self._scheduler.has_work or not self._is_closed
 
 
 def default_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:

@@ -14,9 +14,14 @@ from torch import Tensor
 from blip2_actor.options import GenerationOptions
 
 
+def penalizes(options: GenerationOptions) -> bool:
+    """True where scores depend on what the text already holds."""
+    return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
+
+
 def changes_scores(options: GenerationOptions) -> bool:
-    """True where scores depend on what the text already holds (min_new_tokens only bans the end)."""
-    return options.min_new_tokens > 0 or options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
+    """True where `process` does anything: penalties, or a least length, which only bans the end."""
+    return options.min_new_tokens > 0 or penalizes(options)
 
 
 def process(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import changes_scores, process, warp
+from blip2_actor.processors import penalizes, process, warp
 from blip2_actor.request import Completion, FinishReason
 
 
@@ -67,7 +67,7 @@ class TextSearch:
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
-        self.takes_largest = self.generator is None and not changes_scores(options)
+        self.takes_largest = self.generator is None and not penalizes(options)
         """True where the next token is the largest logit, end tokens aside while `must_go_on`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
