@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -56,12 +57,19 @@ class EngineConfig(ModelConfig):
     """Images per pass of the vision encoder; None chooses by device."""
     compile: bool = False
     """Compile the vision encoder and the Q-Former (needs a C compiler on a CPU)."""
+    device_map: str | None = None
+    """Split a model that is too large for one device: "auto", "balanced" or "sequential" plan by free memory,
+    a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
     skip_canary: bool = False
     """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("max_slots", "encode_batch")
+        if self.device_map is not None:
+            _check_device_map(self.device_map)
+            if self.compile:
+                raise ValueError("compile must be off where device_map splits the model, got both")
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.
@@ -79,6 +87,20 @@ class EngineConfig(ModelConfig):
         from blip2_actor.engine import Engine
 
         return Engine(self)
+
+
+def _check_device_map(device_map: str) -> None:
+    if device_map in ("auto", "balanced", "sequential"):
+        return
+    try:
+        places = json.loads(device_map)
+    except json.JSONDecodeError:
+        places = None
+    if not isinstance(places, dict) or any(type(place) not in (int, str) for place in places.values()):
+        raise ValueError(
+            "device_map must be auto, balanced, sequential or a JSON object from module names to a number, "
+            f'"cpu" or "disk", got {device_map!r}'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ class Engine:
         config = self.config
         device = resolve_device(config.device)
         checkpoint = resolve(config.model, config.revision)
-        self.model = load_model(checkpoint, device, resolve_dtype(config, device))
-        if device.type == "cpu" and not config.compile:
+        self.model = load_model(checkpoint, device, resolve_dtype(config, device), config.device_map)
+        if device.type == "cpu" and not config.compile and config.device_map is None:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
@@ -174,13 +174,13 @@ class Engine:
             if isinstance(encoded, Refusal):
                 found.append(Features(status=encoded.status, error=str(encoded)))
             else:
-                maps = self._runner.attention_maps(encoded) if with_attention_maps else None
+                look = partial(self._runner.attention_maps, encoded)
                 found.append(
                     Features(
                         qformer_features=_to_numpy(encoded.qformer_features),
                         pooled=_to_numpy(encoded.pooled),
                         image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
-                        attention_maps=maps,
+                        attention_maps=self._call(look) if with_attention_maps else None,
                     )
                 )
         return found
@@ -191,7 +191,8 @@ class Engine:
         A text that is empty or too long is an entry with a status.
         """
         asked = [self._intake.text_alone(text) for text in texts]
-        features = iter(self._runner.text_features([ids for ids in asked if not isinstance(ids, Refusal)]))
+        served = [ids for ids in asked if not isinstance(ids, Refusal)]
+        features = iter(self._call(lambda: self._runner.text_features(served)))
         return [
             TextFeatures(status=ids.status, error=str(ids))
             if isinstance(ids, Refusal)

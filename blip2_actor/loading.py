@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.model import Blip2
 from blip2_actor.retrieval import Blip2Retrieval
+from blip2_actor.splitting import Split
 from blip2_actor.vision import PixelNormalizer
 from blip2_actor.weights import load_weights, opt_rules, retrieval_rules, stored_parameters, t5_rules
 
@@ -15,18 +17,31 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens
 """A checkpoint that stores both does not share them, whatever its configuration says (Flan-T5's does not)."""
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2:
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, device_map: str | None = None
+) -> Blip2:
     """Build the captioning model without memory, then let each tensor find its place.
 
+    Args:
+        checkpoint: of a model that writes text.
+        device: where the model is, or its inputs where `device_map` splits it.
+        dtype: of the weights, but for what must stay in another.
+        device_map: as in `EngineConfig.device_map`.
+
     Raises:
-        ValueError: the tensors are not those of the configuration.
+        ValueError: the tensors are not those of the configuration, or the map's names not the model's.
         OSError: a file is missing or broken.
     """
     config = checkpoint.config
     with torch.device("meta"):
         model = Blip2(config)
     model.to(dtype).language_model.cast(dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    split = Split(model, device_map, device, CACHE_FOLDER / "offload") if device_map else None
+    if split is None:
+        model.to_empty(device=device)
+    else:
+        split.materialize()
+    model.eval().requires_grad_(False)
     rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
     has_own_head = {HEAD, EMBEDDINGS} <= set(stored_parameters(checkpoint.folder, rules))
     language_model = model.language_model
@@ -35,6 +50,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     load_weights(model, checkpoint.folder, rules)
     if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
         language_model.tie_weights()
+    if split is not None:
+        split.attach()
     model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
     return model
 

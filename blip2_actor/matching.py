@@ -36,11 +36,21 @@ class MatchingEngine:
             ValueError: the configuration or the checkpoint cannot be run; the field is named.
             OSError: the checkpoint cannot be found or read.
         """
-        device = resolve_device(config.device)
-        checkpoint = resolve(config.model, config.revision)
+        self.config = config
+        self._thread = ThreadPoolExecutor(1, "blip2-matching")
+        try:
+            self._thread.submit(self._load).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    def _load(self) -> None:
+        """On the thread that computes: each thread that does has a pool of OpenMP threads of its own."""
+        config = self.config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.config = config
+        device = resolve_device(config.device)
+        checkpoint = resolve(config.model, config.revision)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
@@ -48,7 +58,6 @@ class MatchingEngine:
         self.image_size_px: int = self.model.config.vision_config.image_size
         size = default_encode_batch(self.model.config.vision_config, device)
         self._image_batches, self._text_batches = Batches(size, "images"), Batches(size, "texts")
-        self._thread = ThreadPoolExecutor(1, "blip2-matching", self._set_num_threads)
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:
         """How well each text fits its image, in order; a bad image or text is an entry with a status.
@@ -144,10 +153,6 @@ class MatchingEngine:
         return self._thread.submit(torch.inference_mode()(batches.run), work, items).result()
 
     # In the engine's thread -----------------------------------------------------------------------------
-
-    def _set_num_threads(self) -> None:
-        if self.config.num_threads is not None:
-            torch.set_num_threads(self.config.num_threads)  # OpenMP keeps this number per thread
 
     def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
         """Images with all their texts."""

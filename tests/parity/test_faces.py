@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -132,3 +133,22 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
     has_limit = engine.model.language_model.max_positions is not None
     assert texts[3].status is (Status.REFUSED if has_limit else Status.OK)
     assert np.isfinite(scores[0].logprob)
+
+
+def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -> None:
+    """The caller's thread would run beside a decode step, on the same device and with other thread counts."""
+    pictures = [image.numpy() for image in images(2)]
+    seen = []
+
+    def fails(rows: object) -> None:
+        seen.append(threading.current_thread().name)
+        raise torch.OutOfMemoryError("one text alone does not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "text_logprobs", fails)
+        running = engine.submit(Request(image=pictures[0]), GenerationOptions(max_new_tokens=20))
+        with pytest.raises(torch.OutOfMemoryError, match="one text alone"):
+            engine.score(pictures, ["a", "b"])
+    assert seen == ["blip2-engine"]
+    assert running.result().ok
+    assert engine.score(pictures, ["a", "b"])[1].logprob is not None

@@ -1,0 +1,85 @@
+"""A model split over devices gives the same tokens as a whole one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_actor import EngineConfig, GenerationOptions, Request, splitting
+from tests.parity.tiny import images
+
+LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
+
+
+def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Token ids and scores; and that what is on disk is really out of the way."""
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, device_map=device_map
+    )
+    pictures = [image.numpy() for image in images(4)]
+    with config.build() as engine:
+        asked = [Request(image=p, prompt=t) for p in pictures for t in (None, "what is it?")]
+        results = engine.generate(asked, GenerationOptions(max_new_tokens=12))
+        scores = engine.score(pictures, ["a cat"] * 4)
+        placed = {name: parameter.device.type for name, parameter in engine.model.named_parameters()}
+        assert ("meta" in placed.values()) is (device_map is not None)
+    return [result.token_ids for result in results], [score.logprob for score in scores]
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_layers_on_disk_give_the_same_tokens(
+    language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole parts, single layers and one linear of a layer; embeddings and slots stay on the main device."""
+    monkeypatch.setattr("blip2_actor.loading.CACHE_FOLDER", tmp_path)
+    layers = LAYERS[language]
+    device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
+    device_map[f"{layers}.1.out_proj"] = "disk"
+    folder = checkpoint_folder(language)
+    whole_ids, whole_scores = captions(folder, None)
+    split_ids, split_scores = captions(folder, json.dumps(device_map))
+    assert split_ids == whole_ids
+    assert len(set(whole_ids)) > 1
+    assert split_scores == pytest.approx(whole_scores, abs=1e-4)
+    assert list((tmp_path / "offload").iterdir()) == [], "files must go with the process, however it ends"
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_a_plan_by_free_memory_fills_the_device_and_puts_the_rest_on_disk(
+    language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """accelerate's plan names our modules; layers must not be cut in two."""
+    monkeypatch.setattr("blip2_actor.loading.CACHE_FOLDER", tmp_path)
+    folder = checkpoint_folder(language)
+    whole = captions(folder, None)[0]
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(splitting, "get_max_memory", lambda: {0: 10 * size, "cpu": size // 2})
+    assert captions(folder, "auto")[0] == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "all over"}, "device_map must be auto, balanced, sequential or a JSON object"),
+        ({"device_map": '{"vision": null}'}, "device_map must be"),
+        ({"device_map": "auto", "compile": True}, "compile must be off"),
+    ],
+)
+def test_a_map_that_says_nothing_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+def test_a_map_with_names_of_another_model_is_refused(checkpoint_folder: Callable[..., Path]) -> None:
+    """Such as transformers' own, which would else put nothing anywhere."""
+    for device_map, message in (
+        ('{"language_model.model.decoder": "disk"}', r"got language_model\.model\.decoder; it has vision"),
+        ('{"vision": 9}', "device must exist here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(model=str(checkpoint_folder("opt")), device="cpu", device_map=device_map).build()
+    assert torch.get_default_device().type == "cpu"
