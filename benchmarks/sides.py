@@ -1,0 +1,149 @@
+"""The two sides of the engine's benchmark, and the bare vision encoder beside a matrix product.
+
+Each is made inside a process of its own (`contender.py`) and answers its methods with plain values.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+
+from benchmarks.measure import product
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.engine import default_encode_batch
+from blip2_actor.layers import pack_for_cpu
+from blip2_actor.loading import load_model
+from blip2_actor.vision import PixelNormalizer
+
+Work = list[tuple[int, "str | None", int]]
+"""Image, prompt and forced number of new tokens of each text; 0 lets it end by itself within 30."""
+
+
+def pictures(count: int, size_px: int) -> np.ndarray:
+    """uint8[count, S, S, 3], smooth noise."""
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    step = -(-size_px // 8)
+    return np.ascontiguousarray(coarse.repeat(step, 1).repeat(step, 2)[:, :size_px, :size_px])
+
+
+class EngineSide:
+    """Our engine."""
+
+    def __init__(self, config: EngineConfig, work: Work, num_beams: int) -> None:
+        self._work, self._num_beams = work, num_beams
+        started = time.perf_counter()
+        self._engine = Engine(config)
+        self._pixels = pictures(1 + max(image for image, *_ in work), self._engine.image_size_px)
+        self._engine.generate([Request(image=self._pixels[0])], GenerationOptions(max_new_tokens=1))
+        self._first_caption_s = time.perf_counter() - started
+
+    def first_caption_s(self) -> float:
+        """From nothing to the first caption: load, canary, one image."""
+        return self._first_caption_s
+
+    def run(self) -> list[list[int]]:
+        images = [self._engine.image(picture) for picture in self._pixels]
+        asked = [
+            Request(image=images[image], prompt=prompt, options=_options(length, self._num_beams))
+            for image, prompt, length in self._work
+        ]
+        return [list(result.token_ids) for result in self._engine.generate(asked)]
+
+
+def _options(length: int, num_beams: int) -> GenerationOptions:
+    if length == 0:
+        return GenerationOptions(max_new_tokens=30, num_beams=num_beams)
+    return GenerationOptions(max_new_tokens=length, min_new_tokens=length, num_beams=num_beams)
+
+
+class ReferenceSide:
+    """transformers, used as its documentation says, a batch at a time, with pixel values that are ready."""
+
+    def __init__(self, folder: Path, dtype: str, device: str, work: Work, num_beams: int) -> None:
+        self._device, self._work, self._num_beams = torch.device(device), work, num_beams
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=self.dtype)
+        self._model = model.eval().to(self._device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        normalizer = PixelNormalizer(**Checkpoint(folder).image_processor).to(self._device)
+        size_px = self._model.config.vision_config.image_size
+        pixels = torch.from_numpy(pictures(1 + max(image for image, *_ in work), size_px))
+        self._pixel_values = normalizer(pixels.to(self._device), self.dtype)
+
+    def run(self, batch: int) -> list[list[int]]:
+        """New tokens of each text; a batch runs to its longest."""
+        found: list[list[int]] = []
+        for start in range(0, len(self._work), batch):
+            found += self._generate(self._work[start : start + batch])
+        return found
+
+    def _generate(self, rows: Work) -> list[list[int]]:
+        ids = [self._input_ids(prompt) for _, prompt, _ in rows]
+        widest = max(map(len, ids))
+        input_ids = torch.tensor([[1] * (widest - len(i)) + i for i in ids], device=self._device)
+        longest = max(length for *_, length in rows)
+        forced = {"max_new_tokens": longest, "min_new_tokens": longest} if longest else {"max_new_tokens": 30}
+        output = self._model.generate(
+            self._pixel_values[[image for image, *_ in rows]],
+            input_ids=input_ids,
+            attention_mask=(input_ids != 1).long(),
+            do_sample=False,
+            num_beams=self._num_beams,
+            **forced,
+        )
+        skip = input_ids.shape[1] if self._model.config.text_config.model_type == "opt" else 1
+        new = output[:, skip:].tolist()
+        return [row[:length] if length else row for row, (*_, length) in zip(new, rows, strict=True)]
+
+    def _input_ids(self, prompt: str | None) -> list[int]:
+        config = self._model.config
+        text = config.text_config
+        start = text.bos_token_id if text.model_type == "opt" else text.eos_token_id
+        ids = self._tokenizer(prompt).input_ids if prompt else [start]
+        return [config.image_token_index] * config.num_query_tokens + ids
+
+    @torch.inference_mode()
+    def encode(self, num_images: int, batch: int) -> None:
+        """The vision encoder alone."""
+        for pixel_values in self._pixel_values[:num_images].split(batch):
+            self._model.vision_model(pixel_values)
+
+
+class EncoderSide:
+    """Our vision encoder alone, and the product that shows what the device can do."""
+
+    def __init__(self, config: EngineConfig, num_images: int) -> None:
+        device = resolve_device(config.device)
+        checkpoint = Checkpoint(Path(config.model))
+        self._vision_config = checkpoint.config.vision_config
+        dtype = resolve_dtype(config, device)
+        self._model = load_model(checkpoint, device, dtype)
+        if device.type == "cpu":
+            pack_for_cpu(self._model)
+        self.batch = config.encode_batch or default_encode_batch(self._vision_config, device)
+        pixels = torch.from_numpy(pictures(num_images, self._vision_config.image_size))
+        self._pixel_values = self._model.normalizer(pixels.to(device), dtype)
+        self._product = product(dtype, device)
+
+    def described(self) -> tuple[str, int, float]:
+        """dtype, images a pass, and FLOP of one image (2 per multiply-add, the products alone)."""
+        config = self._vision_config
+        width, tokens = config.hidden_size, (config.image_size // config.patch_size) ** 2 + 1
+        layer = 8 * tokens * width**2 + 4 * tokens * width * config.intermediate_size + 4 * tokens**2 * width
+        flops = config.num_hidden_layers * layer + 2 * (tokens - 1) * 3 * config.patch_size**2 * width
+        return str(self._pixel_values.dtype).removeprefix("torch."), self.batch, flops
+
+    @torch.inference_mode()
+    def encode(self) -> None:
+        for pixel_values in self._pixel_values.split(self.batch):
+            self._model.image_features(pixel_values)
+
+    def multiply(self) -> None:
+        self._product()
