@@ -62,6 +62,8 @@ class EngineConfig(ModelConfig):
     a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
     skip_canary: bool = False
     """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
+    skip_cuda_graphs: bool = False
+    """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a graph."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ from blip2_actor.checkpoint import Checkpoint, resolve
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.fetching import CACHE_FOLDER
+from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import EncodedImage, Job, Task
 from blip2_actor.layers import pack_for_cpu
@@ -84,7 +85,8 @@ class Engine:
         )
         max_slots = config.max_slots or max(LEAST_SLOTS.get(device.type, 128), 2 * self.encode_batch)
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
-        self._runner = ModelRunner(self.model, max_slots, self.encode_batch if config.compile else None)
+        compiled_batch = self.encode_batch if config.compile else None
+        self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)
 

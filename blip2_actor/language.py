@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Protocol, Self
 
 import torch
@@ -17,6 +18,15 @@ class Slots(Protocol):
     """Whatever a language model remembers of each running text, one slot each."""
 
     num_slots: int
+
+    @property
+    def max_length(self) -> int:
+        """Positions of one slot that `decode` appends to."""
+        ...
+
+    def step_shape(self, num_rows: int) -> Hashable:
+        """What the shape of a decode step over the first slots follows from, besides rows and reach."""
+        ...
 
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
         """True where a slot is long enough for such a text."""
@@ -84,6 +94,10 @@ class LanguageModel(Protocol):
         """float[T_i, Dw] each -> float[n, V], logits of the first new tokens."""
         ...
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, max_length: int) -> Tensor:
-        """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1."""
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, reach: int) -> Tensor:
+        """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1.
+
+        Its shapes follow from R, `reach` (positions to look at) and `Slots.step_shape`, its values from
+        tensors alone: it never waits for the device, and can be recorded and replayed.
+        """
         ...

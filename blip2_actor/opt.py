@@ -181,19 +181,18 @@ class OptDecoder(nn.Module):
             hidden = layer.finish(hidden, context)
         return self._logits(hidden)[packing.restore_order]
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, max_length: int) -> Tensor:
-        """Advance slots 0..R-1 by one token each.
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, reach: int) -> Tensor:
+        """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
 
         Args:
             token_ids: int64[R], the token to append to each slot.
             lengths: int64[R], positions already in each slot.
             cache: the slots.
-            max_length: the greatest of `lengths`, known to the host (no synchronisation here).
+            reach: positions to look at, more than the greatest of `lengths`.
 
         Returns:
             float[R, V], logits behind the appended tokens.
         """
-        reach = max_length + 1
         rows = cache.row_indices(lengths)
         visible = aligned_arange(reach, lengths.device) <= lengths[:, None]
         mask = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=lengths.device)

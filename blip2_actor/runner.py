@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.batches import Batches
+from blip2_actor.graphs import DecodeReplay, Recorder
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
@@ -24,11 +25,18 @@ SCORE_BATCH = 64
 class ModelRunner:
     """Encode, prefill, decode."""
 
-    def __init__(self, model: Blip2, num_slots: int, compiled_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Blip2,
+        num_slots: int,
+        compiled_batch: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         """
         Args:
             num_slots: texts decoded at once.
             compiled_batch: compile the encoders for batches of exactly this size; None leaves them alone.
+            recorder: replay decode steps in fixed shapes; None runs each as it is.
         """
         self.model = model
         self.language_model: LanguageModel = model.language_model
@@ -37,6 +45,7 @@ class ModelRunner:
         self.num_slots = num_slots
         self._slots: Slots | None = None
         self._text_batches = Batches(SCORE_BATCH, "texts")
+        self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
         self._compiled_batch = compiled_batch
         self._encoders = self._run_encoders
         if compiled_batch is not None:
@@ -66,6 +75,7 @@ class ModelRunner:
     def shrink(self, num_slots: int) -> None:
         """Keep only the first slots, and give the memory of the others back."""
         self.num_slots = num_slots
+        self._forget_recordings()
         if self._slots is not None:
             self._slots.shrink(num_slots)
         if self.device.type == "cuda":
@@ -91,9 +101,11 @@ class ModelRunner:
     @torch.inference_mode()
     def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
         """Append one token to each of the first slots; float[R, V]."""
+        if self._replay is not None:
+            return self._replay.decode(token_ids, lengths, self.slots)
         ids = torch.tensor(token_ids, device=self.device)
         positions = torch.tensor(lengths, device=self.device)
-        return self.language_model.decode(ids, positions, self.slots, max(lengths))
+        return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
 
     @torch.inference_mode()
     def text_logprobs(self, rows: list[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
@@ -145,4 +157,9 @@ class ModelRunner:
         if self._slots is None:
             self._slots = self.language_model.new_slots(self.num_slots, prefix_length, max_new_tokens)
         elif not self._slots.holds(prefix_length, max_new_tokens):
+            self._forget_recordings()
             self._slots.grow(prefix_length, max_new_tokens)
+
+    def _forget_recordings(self) -> None:
+        if self._replay is not None:
+            self._replay.forget()

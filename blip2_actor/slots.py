@@ -88,18 +88,22 @@ class SlotCache:
         context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=scale)
         return context.flatten(1).to(query.dtype)
 
+    def step_shape(self, num_rows: int) -> None:
+        """Nothing else shapes a step."""
+
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
         return prefix_length + max_new_tokens <= self.max_length
 
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
         """Lengthen every slot, in steps, so that growth is rare."""
         length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
-        self.keys = F.pad(self.keys, (0, 0, 0, length - self.max_length))
-        self.values = F.pad(self.values, (0, 0, 0, length - self.max_length))
-        self.max_length = length
+        keys, values = (F.pad(s, (0, 0, 0, length - self.max_length)) for s in (self.keys, self.values))
+        self.keys, self.values, self.max_length = keys, values, length  # together: memory may end between
 
     def shrink(self, num_slots: int) -> None:
-        self.keys, self.values = self.keys[:, :num_slots].clone(), self.values[:, :num_slots].clone()
+        """Keep only the first slots; one tensor after the other, for memory has just run out."""
+        self.keys = self.keys[:, :num_slots].clone()
+        self.values = self.values[:, :num_slots].clone()
         self.num_slots = num_slots
 
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:

@@ -147,20 +147,19 @@ class T5(nn.Module):
         hidden = self._decode_packed(self.embed_tokens(start), packing, encoded, prefix_packing, keep)
         return self._logits(hidden)[packing.restore_order]
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5Slots, max_length: int) -> Tensor:
-        """Advance slots 0..R-1 by one token each.
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5Slots, reach: int) -> Tensor:
+        """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
 
         Args:
             token_ids: int64[R], the token to append to each slot.
             lengths: int64[R], positions already in each slot, the start token included.
             cache: the slots.
-            max_length: the greatest of `lengths`, known to the host (no synchronisation here).
+            reach: own positions to look at, more than the greatest of `lengths`.
 
         Returns:
             float[R, V], logits behind the appended tokens.
         """
-        num_rows, reach = token_ids.shape[0], max_length + 1
-        prefix_reach, cross_mask = cache.prefix_mask(num_rows)
+        prefix_reach, cross_mask = cache.prefix_mask(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
         bias = self._causal_bias(lengths, reach).transpose(0, 1)[:, :, None]  # float[R, H, 1, reach]
         hidden = self._enter(self.embed_tokens(token_ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2_actor.slots import SlotCache, aligned_arange
+from blip2_actor.slots import ALIGNMENT, SlotCache, aligned_arange
 
 
 class T5Slots:
@@ -15,9 +15,14 @@ class T5Slots:
         self.own = own
         self.cross = cross
         self.num_slots = own.num_slots
-        self.prefix_lengths = torch.zeros(own.num_slots, dtype=torch.int64, device=own.keys.device)
-        self._host_lengths = [0] * own.num_slots
+        # A slot that never had a text shows one position of zeros: to look at none gives no number at all.
+        self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.keys.device)
+        self._host_lengths = [1] * own.num_slots
         """`prefix_lengths`, known without asking the device."""
+
+    @property
+    def max_length(self) -> int:
+        return self.own.max_length
 
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
         return self.own.holds(1, max_new_tokens) and self.cross.holds(prefix_length, 0)
@@ -51,18 +56,27 @@ class T5Slots:
         """Copy the texts' own positions [start, stop); slots of one image share their prefix already."""
         self.own.reorder(sources, targets, start, stop)
 
-    def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
-        """How far the cross-attention of the first R slots reaches, and what it adds to the scores.
+    def step_shape(self, num_rows: int) -> tuple[int, bool]:
+        """How far the cross-attention of the first R slots reaches, and whether some see less than others.
 
-        Both follow from lengths that the host knows: the shape of a step is the same while these are.
-
-        Returns:
-            The longest prefix, P; and float[R, 1, 1, P], -inf behind each slot's own prefix, or None where
-            all are equally long.
+        Both follow from lengths that the host knows. Unequal prefixes round their reach up, so that mixed
+        prompts do not make a shape of every length.
         """
         lengths = self._host_lengths[:num_rows]
         reach = max(lengths)
         if min(lengths) == reach:
+            return reach, False
+        return min(-(-reach // ALIGNMENT) * ALIGNMENT, self.cross.max_length), True
+
+    def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
+        """What the cross-attention of the first R slots looks at, and what it adds to the scores.
+
+        Returns:
+            The reach, P; and float[R, 1, 1, P], -inf behind each slot's own prefix, or None where all are
+            equally long.
+        """
+        reach, is_masked = self.step_shape(num_rows)
+        if not is_masked:
             return reach, None
         outside = aligned_arange(reach, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
         mask = torch.zeros(outside.shape, dtype=self.own.keys.dtype, device=outside.device)

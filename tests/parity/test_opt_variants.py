@@ -69,7 +69,7 @@ def test_given_and_decoded_texts(models: tuple[OptDecoder, OPTForCausalLM]) -> N
     steps = [ours.prefill(prefixes, [0, 1, 2], slots)]
     for i in range(3):
         lengths = torch.tensor([len(p) + i for p in prefixes])
-        steps.append(ours.decode(torch.stack([t[i] for t in texts]), lengths, slots, int(lengths.max())))
+        steps.append(ours.decode(torch.stack([t[i] for t in texts]), lengths, slots, int(lengths.max()) + 1))
     torch.testing.assert_close(
         list(torch.stack(steps, dim=1)), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"in slots: {m}"
     )

@@ -59,7 +59,7 @@ def expected_logits(reference: T5ForConditionalGeneration, prefix: Tensor, token
 def step(t5: T5, slots: T5Slots, texts: list[list[int]]) -> Tensor:
     """Decode the last token of each text; slot i holds text i."""
     token_ids, lengths = (torch.tensor(x) for x in zip(*((t[-1], len(t)) for t in texts), strict=True))
-    return t5.decode(token_ids, lengths, slots, max(len(t) for t in texts))
+    return t5.decode(token_ids, lengths, slots, max(len(t) for t in texts) + 1)
 
 
 @torch.no_grad()

@@ -1,0 +1,183 @@
+"""Decode steps replayed from recordings (CUDA graphs).
+
+A step over 32 layers is some 500 kernels of a few microseconds each: launching them one by one takes a GPU's
+host longer than the GPU takes to run them. A recording is launched as one, but it fixes every shape and
+every address. So a step that is to be replayed reads and writes buffers that stay where they are, and comes
+in few shapes: rows and reach are rounded up.
+
+The rows behind the running texts belong to free slots. Each appends token 0 at its slot's first position,
+which the next prefill into that slot overwrites, and sees that position alone, so that nothing is divided
+by zero; what comes out of it is not looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blip2_actor.config import EngineConfig
+from blip2_actor.language import LanguageModel, Slots
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[], None]
+"""Does the same work on the same buffers whenever it is called."""
+
+ROWS_STEP = 32
+"""Rows are rounded up to powers of two, and above this to its multiples: idle rows cost memory traffic."""
+REACH_STEP = 16
+"""Reach is rounded up to multiples of this, or to the slots' own length where that is nearer."""
+MOST_RECORDINGS = 64
+"""Each holds some MB of the driver's memory; beyond this the oldest goes."""
+
+
+class Recorder(Protocol):
+    """Makes steps repeatable at little cost."""
+
+    def record(self, step: Step) -> Step:
+        """What repeats `step`, which may run meanwhile; `RuntimeError` where it cannot be recorded."""
+        ...
+
+    def forget(self) -> None:
+        """All recordings are gone: their memory may go too."""
+        ...
+
+
+class Rerun:
+    """Records nothing and runs the step again: the shapes and buffers of a recording on any device."""
+
+    def record(self, step: Step) -> Step:
+        return step
+
+    def forget(self) -> None:
+        pass
+
+
+class CudaGraphs:
+    """Records steps as CUDA graphs that share their working memory, since they never run side by side."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        """Always the same one: cuBLAS keeps a workspace for each."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, step: Step) -> Step:
+        """Run the step once, then record it, on a stream of its own.
+
+        Other threads go on using the device meanwhile (scores are computed in their callers' threads), so
+        only what this thread does must be fit to be recorded. `torch.cuda.graph` is not used because it gives
+        back all cached memory, which the next batch of images would have to ask the driver for again.
+        """
+        graph = torch.cuda.CUDAGraph()
+        caller = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                step()  # lazily made handles and workspaces must not become part of the recording
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    with suppress(RuntimeError):  # a broken recording; the step's own error says why
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            caller.wait_stream(self._stream)
+        return graph.replay
+
+    def forget(self) -> None:
+        """A pool whose last graph is gone cannot be used again."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+def recorder_for(config: EngineConfig, device: torch.device) -> Recorder | None:
+    """How decode steps are recorded on this device; None where that gains nothing."""
+    return CudaGraphs(device) if device.type == "cuda" and not config.skip_cuda_graphs else None
+
+
+class Buffers:
+    """What recorded steps read and write: where it is never changes."""
+
+    def __init__(self, language_model: LanguageModel, num_slots: int, device: torch.device) -> None:
+        head = language_model.lm_head
+        self.staged = torch.zeros(2, num_slots, dtype=torch.int64, pin_memory=device.type == "cuda")
+        """int64[2, S]: token ids and lengths, on the host."""
+        self.inputs = torch.zeros(2, num_slots, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(num_slots, head.out_features, dtype=head.weight.dtype, device=device)
+
+
+class DecodeReplay:
+    """The decode steps of one language model in a few fixed shapes, each recorded when it comes again."""
+
+    def __init__(self, language_model: LanguageModel, recorder: Recorder, device: torch.device) -> None:
+        self._language_model = language_model
+        self._recorder = recorder
+        self._device = device
+        self._buffers: Buffers | None = None
+        self._seen: set[Hashable] = set()
+        self._recordings: dict[Hashable, Step] = {}
+
+    def decode(self, token_ids: list[int], lengths: list[int], slots: Slots) -> Tensor:
+        """Append one token to each of the first slots; float[R, V], valid until the next step.
+
+        A shape that comes for the first time may never come again, and recording it costs some ten steps.
+        """
+        if self._buffers is None:
+            self._buffers = Buffers(self._language_model, slots.num_slots, self._device)
+        rows = min(round_rows(len(token_ids)), slots.num_slots)
+        reach = min(-(-(max(lengths) + 1) // REACH_STEP) * REACH_STEP, slots.max_length)
+        self._upload(self._buffers, token_ids, lengths, rows)
+        shape = (rows, reach, slots.step_shape(rows))
+        step = partial(self._step, self._buffers, slots, rows, reach)
+        if shape not in self._seen:
+            self._seen.add(shape)
+            step()
+        else:
+            if shape not in self._recordings:
+                self._recordings[shape] = self._record(step)
+                if len(self._recordings) > MOST_RECORDINGS:
+                    del self._recordings[next(iter(self._recordings))]
+            self._recordings[shape]()
+        return self._buffers.logits[: len(token_ids)]
+
+    def forget(self) -> None:
+        """Throw everything away, because the slots are about to move."""
+        self._buffers = None
+        self._seen.clear()
+        self._recordings.clear()
+        self._recorder.forget()
+
+    def _upload(self, buffers: Buffers, token_ids: list[int], lengths: list[int], rows: int) -> None:
+        """The last step's upload is over: its logits have been looked at."""
+        idle = [0] * (rows - len(token_ids))
+        buffers.staged[:, :rows] = torch.tensor([token_ids + idle, lengths + idle])
+        buffers.inputs.copy_(buffers.staged, non_blocking=True)
+
+    def _step(self, buffers: Buffers, slots: Slots, rows: int, reach: int) -> None:
+        token_ids, lengths = buffers.inputs[:, :rows]
+        buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, reach)
+
+    def _record(self, step: Step) -> Step:
+        """Where steps cannot be recorded they are run again and again; it is said once."""
+        try:
+            return self._recorder.record(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning("Decode steps run kernel by kernel, they could not be recorded: %s", error)
+            self._recorder = Rerun()
+            return step
+
+
+def round_rows(count: int) -> int:
+    """How many rows a step of `count` running texts has."""
+    if count <= ROWS_STEP:
+        return 1 << (count - 1).bit_length()
+    return -(-count // ROWS_STEP) * ROWS_STEP

@@ -1,0 +1,53 @@
+"""What a CUDA graph does, on a CPU: the operations of one call, repeated on the same buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+READS_BACK = torch.ops.aten._local_scalar_dense.default
+"""What `.item()`, `.tolist()` and `if tensor:` come to."""
+
+
+class Tape(TorchDispatchMode):
+    """Records steps. What the host decided while recording, shapes above all, stays as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_recorded = 0
+        self._entries: list[tuple[Any, Any, Any, Any]] = []
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        self._entries = entries = []
+        with self:
+            step()
+        self.num_recorded += 1
+
+        def replay() -> None:
+            made: dict[int, Tensor] = {}
+
+            def now(value: Any) -> Any:
+                return made.get(id(value), value) if isinstance(value, Tensor) else value
+
+            for function, args, kwargs, output in entries:
+                again = function(*tree_map(now, args), **tree_map(now, kwargs))
+                for old, new in zip(tree_iter(output), tree_iter(again), strict=True):
+                    if isinstance(old, Tensor):
+                        made[id(old)] = new
+
+        return replay
+
+    def forget(self) -> None:
+        pass
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is READS_BACK:
+            raise RuntimeError("a recorded step must not ask the device for a value")
+        output = function(*args, **(kwargs or {}))
+        self._entries.append((function, args, kwargs or {}, output))
+        return output

@@ -1,0 +1,206 @@
+"""Replayed decode steps, in fixed shapes on fixed buffers, give what steps of exactly the right size give."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoint import resolve
+from blip2_actor.graphs import round_rows
+from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.loading import load_model
+from blip2_actor.model import Blip2
+from blip2_actor.runner import ModelRunner
+from tests.parity.tape import Tape
+from tests.parity.tiny import images
+
+NUM_SLOTS = 11
+PROMPT_LENGTHS = [1, 4, 1, 2, 9, 1, 3]
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def model(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Blip2:
+    return load_model(resolve(str(checkpoint_folder(request.param))), torch.device("cpu"), torch.float32)
+
+
+def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[Job]:
+    pictures = images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
+    return [
+        Job(EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens))
+        for i, (picture, length) in enumerate(zip(pictures, prompt_lengths, strict=True))
+    ]
+
+
+class Pair:
+    """The same work on two runners: one replays, one does not."""
+
+    def __init__(self, model: Blip2) -> None:
+        self.tape = Tape()
+        self.plain = ModelRunner(model, NUM_SLOTS)
+        self.replaying = ModelRunner(model, NUM_SLOTS, recorder=self.tape)
+        self.lengths: list[int] = []
+
+    def prefill(self, jobs: list[Job], slots: list[int]) -> None:
+        self.plain.encode([job.image for job in jobs])
+        for runner in (self.plain, self.replaying):
+            runner.prefill(jobs, slots)
+        self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
+        for job, slot in zip(jobs, slots, strict=True):
+            self.lengths[slot] = self.plain.cached_length(job)
+
+    def decode(self, steps: int) -> None:
+        for step in range(steps):
+            token_ids = [(3 * slot + step) % 200 + 8 for slot in range(len(self.lengths))]
+            expected = self.plain.decode(token_ids, self.lengths)
+            assert expected.isfinite().all()
+            torch.testing.assert_close(
+                self.replaying.decode(token_ids, self.lengths), expected, rtol=1e-5, atol=1e-5
+            )
+            self.lengths = [length + 1 for length in self.lengths]
+
+    def move_last_to(self, slot: int) -> None:
+        last = len(self.lengths) - 1
+        for runner in (self.plain, self.replaying):
+            runner.fork([last], [slot], self.lengths[last])
+        self.lengths[slot] = self.lengths.pop()
+
+    def shrink(self, num_slots: int) -> None:
+        for runner in (self.plain, self.replaying):
+            runner.shrink(num_slots)
+        self.lengths = self.lengths[:num_slots]
+
+
+def test_replayed_steps_give_the_logits_of_exact_ones(model: Blip2) -> None:
+    """Idle rows must not disturb running ones, nor a slot that is filled later; a recording must see new
+    lengths and new prefixes, and must not outlive the buffers it was made on."""
+    pair = Pair(model)
+    pair.prefill(make_jobs(PROMPT_LENGTHS), list(range(7)))
+    pair.decode(5)
+    pair.move_last_to(2)  # a text in the middle has ended
+    pair.decode(4)
+    pair.prefill(make_jobs([2, 5]), [6, 7])  # slots that idle rows have written to
+    pair.decode(3)
+    assert pair.tape.num_recorded >= 1
+    pair.prefill(make_jobs([3], max_new_tokens=50), [6])  # all slots grow
+    pair.decode(4)
+    pair.shrink(5)
+    pair.decode(4)
+    pair.prefill(make_jobs([1, 1, 1, 1, 1]), [0, 1, 2, 3, 4])
+    pair.decode(6)
+
+
+def test_a_recording_follows_prefixes_that_change_under_it(model: Blip2) -> None:
+    """Equal rows and reach, but other prefixes: a mask or a reach baked in would show the wrong ones."""
+    pair = Pair(model)
+    for prompt_lengths in (
+        [3, 3, 3, 3],
+        [3, 3, 3, 3],
+        [3, 1, 2, 3],
+        [1, 3, 3, 2],
+        [2, 2, 2, 2],
+        [3, 1, 3, 3],
+    ):
+        pair.lengths = []
+        pair.prefill(make_jobs(prompt_lengths), [0, 1, 2, 3])
+        pair.decode(3)
+
+
+def test_rows_round_up_to_few_sizes() -> None:
+    sizes = [round_rows(count) for count in range(1, 513)]
+    assert all(size >= count for count, size in enumerate(sizes, start=1))
+    assert sizes[:5] == [1, 2, 4, 4, 8]
+    assert len(set(sizes)) == 21
+
+
+@pytest.fixture(params=["opt", "t5"])
+def folder(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Path:
+    return checkpoint_folder(request.param)
+
+
+def make_engine(folder: Path) -> Engine:
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=13, encode_batch=4
+    )
+    return Engine(config)
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
+    """Engines replay as they do on a GPU."""
+    tape = Tape()
+    monkeypatch.setattr("blip2_actor.engine.recorder_for", lambda *_: tape)
+    yield tape
+
+
+def make_requests() -> list[Request]:
+    choose = random.Random(5)
+    return [
+        Request(
+            image=picture.numpy(),
+            prompt=choose.choice([None, "a", "what is it?"]),
+            options=GenerationOptions(
+                max_new_tokens=choose.randint(1, 30), num_beams=choose.choice([1, 1, 1, 3])
+            ),
+        )
+        for picture in images(24, seed=2)
+    ]
+
+
+def served(engine: Engine) -> list[tuple[int, ...]]:
+    """In two waves, so that texts arrive while others run, the second wave longer than the slots are."""
+    first, second = make_requests()[:14], make_requests()[14:]
+    futures = [engine.submit(request) for request in first]
+    futures[3].result(timeout=60)
+    futures += [engine.submit(request) for request in second]
+    long = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
+    futures.append(engine.submit(Request(image=images(1)[0].numpy()), long))
+    return [future.result(timeout=60).token_ids for future in futures]
+
+
+def test_an_engine_that_replays_gives_the_same_tokens(folder: Path, tape: Tape, monkeypatch) -> None:
+    with make_engine(folder) as engine:
+        replayed = served(engine)
+    assert tape.num_recorded > 3
+    monkeypatch.undo()
+    with make_engine(folder) as engine:
+        assert served(engine) == replayed
+
+
+def test_steps_that_cannot_be_recorded_run_all_the_same(
+    folder: Path, tape: Tape, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver or an operation that refuses must cost speed, not captions; and not a line per step."""
+
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tape, "record", refuse)
+    with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
+        found = served(engine)
+    assert sum("could not be recorded" in record.message for record in caplog.records) == 1
+    monkeypatch.undo()
+    with make_engine(folder) as engine:
+        assert served(engine) == found
+
+
+def test_out_of_memory_while_recording_halves_the_slots(folder: Path, tape: Tape, monkeypatch) -> None:
+    record, failures = tape.record, [torch.OutOfMemoryError("recording")]
+
+    def fail_once(step: Callable[[], None]) -> Callable[[], None]:
+        if failures and tape.num_recorded:
+            raise failures.pop()
+        return record(step)
+
+    with make_engine(folder) as engine:
+        monkeypatch.setattr(tape, "record", fail_once)
+        replayed = served(engine)
+        assert engine._scheduler.max_slots == 6
+    monkeypatch.undo()
+    with make_engine(folder) as engine:
+        assert served(engine) == replayed
