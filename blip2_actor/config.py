@@ -54,7 +54,7 @@ class EngineConfig(ModelConfig):
     max_slots: int | None = None
     """Texts decoded at once; None sizes them from free memory."""
     encode_batch: int | None = None
-    """Images per pass of the vision encoder; None chooses by device."""
+    """Images per pass of the vision encoder; None chooses by device and free memory."""
     compile: bool = False
     """Compile the vision encoder and the Q-Former (needs a C compiler on a CPU)."""
     device_map: str | None = None

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Blip2VisionConfig
 
 from blip2_actor import canary
 from blip2_actor.checkpoint import Checkpoint, resolve
@@ -36,15 +35,9 @@ from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
+from blip2_actor.sizing import size_engine
 
 T = TypeVar("T")
-
-LEAST_SLOTS = {"cpu": 128, "cuda": 256}
-LEAST_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
-MOST_ENCODE_BATCH = 128
-ENCODE_BATCH_ELEMENTS = 1 << 20
-"""Image tokens times width that are worth one pass: small models take more images. On the demonstration
-model, 128 images a pass are 1.1 to 1.3 times as fast as 16 (one EPYC core, 2026-11-23)."""
 
 
 class Engine:
@@ -80,10 +73,8 @@ class Engine:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
-        self.encode_batch = config.encode_batch or default_encode_batch(
-            checkpoint.config.vision_config, device
-        )
-        max_slots = config.max_slots or max(LEAST_SLOTS.get(device.type, 128), 2 * self.encode_batch)
+        sizes = size_engine(self.model, config.max_slots, config.encode_batch)
+        self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if config.compile else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
@@ -355,13 +346,6 @@ class Engine:
         for task in tasks:
             task.run()
         return self._scheduler.has_work or not self._is_closed
-
-
-def default_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:
-    """Images that fill one pass of the vision encoder."""
-    elements = ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.hidden_size
-    least = LEAST_ENCODE_BATCH.get(device.type, 16)
-    return min(MOST_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // elements))
 
 
 def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:

@@ -70,8 +70,8 @@ class CudaGraphs:
     def record(self, step: Step) -> Step:
         """Run the step once, then record it, on a stream of its own.
 
-        Other threads go on using the device meanwhile (scores are computed in their callers' threads), so
-        only what this thread does must be fit to be recorded. `torch.cuda.graph` is not used because it gives
+        Other threads may use the device meanwhile (another engine's), so only what this thread does must be
+        fit to be recorded. `torch.cuda.graph` is not used because it gives
         back all cached memory, which the next batch of images would have to ask the driver for again.
         """
         graph = torch.cuda.CUDAGraph()

@@ -24,6 +24,11 @@ class Slots(Protocol):
         """Positions of one slot that `decode` appends to."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots together."""
+        ...
+
     def step_shape(self, num_rows: int) -> Hashable:
         """What the shape of a decode step over the first slots follows from, besides rows and reach."""
         ...

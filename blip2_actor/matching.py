@@ -18,11 +18,11 @@ from blip2_actor.batches import Batches, FoundT, ItemT
 from blip2_actor.checkpoint import resolve
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import resolve_device, resolve_dtype
-from blip2_actor.engine import default_encode_batch
 from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
 from blip2_actor.request import Embedding, ImageLike, Match
+from blip2_actor.sizing import full_encode_batch
 from blip2_actor.status import Status
 
 
@@ -56,7 +56,7 @@ class MatchingEngine:
             pack_for_cpu(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.image_size_px: int = self.model.config.vision_config.image_size
-        size = default_encode_batch(self.model.config.vision_config, device)
+        size = full_encode_batch(self.model.config.vision_config, device)
         self._image_batches, self._text_batches = Batches(size, "images"), Batches(size, "texts")
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:

@@ -309,6 +309,7 @@ class Scheduler:
         self._restart(list(evicted))
         del self.owners[self.max_slots :]
         self.runner.shrink(self.max_slots)
+        self.prefill_batch = self.max_slots  # what failed may have been the slots' growth
         for job in [job for job in self.ready if job.num_slots > self.max_slots]:
             self.ready.remove(job)
             job.resolve(Result(status=Status.FAILED, error=f"{job.num_slots} texts at once: out of memory"))

@@ -42,6 +42,10 @@ class SlotCache:
         self.num_slots = num_slots
         self.max_length = max_length
 
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def row_indices(self, positions: Tensor) -> Tensor:
         """Where the next key of slots 0..R-1 goes, as rows of float[S * L, D].
 

@@ -24,6 +24,10 @@ class T5Slots:
     def max_length(self) -> int:
         return self.own.max_length
 
+    @property
+    def num_bytes(self) -> int:
+        return self.own.num_bytes + self.cross.num_bytes
+
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
         return self.own.holds(1, max_new_tokens) and self.cross.holds(prefix_length, 0)
 

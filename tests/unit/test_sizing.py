@@ -1,0 +1,88 @@
+"""How many slots and images: what is wanted where it fits, less where memory is short, never none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
+
+from blip2_actor.model import Blip2
+from blip2_actor.sizing import Sizes, container_bytes, free_bytes, image_bytes, plan_memory, slot_bytes
+
+GIB = 1 << 30
+WANTED = Sizes(max_slots=512, encode_batch=64)
+
+
+def plan(free: int, wanted: Sizes = WANTED) -> Sizes:
+    return plan_memory(free_bytes=free, slot_bytes=40 << 20, image_bytes=14 << 20, wanted=wanted)
+
+
+def test_plenty_of_memory_gives_what_is_wanted() -> None:
+    assert plan(70 * GIB) == WANTED
+
+
+def test_short_memory_gives_fewer_slots_before_fewer_images() -> None:
+    sizes = plan(8 * GIB)
+    assert sizes.encode_batch == 64
+    assert 100 < sizes.max_slots < 200
+
+
+def test_the_plan_fits() -> None:
+    """What is planned must leave some memory over, at every size of the device."""
+    for tenths in range(10, 400):
+        free = tenths * GIB // 10
+        sizes = plan(free)
+        assert sizes.max_slots * (40 << 20) + sizes.encode_batch * (14 << 20) <= 0.85 * free
+
+
+def test_no_memory_still_runs_one_by_one() -> None:
+    assert plan(1 << 20) == Sizes(max_slots=1, encode_batch=1)
+    assert plan(-1) == Sizes(max_slots=1, encode_batch=1)
+
+
+def full_size(text: OPTConfig | T5Config) -> Blip2:
+    """A published model's shape, without its memory."""
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(),
+        qformer_config=Blip2QFormerConfig(),
+        text_config=text,
+        num_query_tokens=32,
+    )
+    with torch.device("meta"):
+        return Blip2(config).to(torch.bfloat16)
+
+
+def test_a_slot_of_the_published_models_weighs_what_arithmetic_says() -> None:
+    """OPT 2.7B: keys and values of 32 layers of 2560, 128 positions, 2 bytes, are 40 MiB; prefill adds some."""
+    opt = OPTConfig(
+        hidden_size=2560, num_hidden_layers=32, ffn_dim=10240, num_attention_heads=32, vocab_size=50304
+    )
+    assert 40 << 20 < slot_bytes(full_size(opt)) < 50 << 20
+    t5 = T5Config(d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, vocab_size=32128)
+    assert 24 << 20 < slot_bytes(full_size(t5)) < 32 << 20
+    assert 8 << 20 < image_bytes(full_size(opt)) < 24 << 20
+
+
+def test_a_container_with_a_limit_has_what_the_limit_leaves(tmp_path: Path) -> None:
+    """The cache of files, such as those of the weights, is given up for the asking and must not count."""
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 250000\ninactive_file 300000\n")
+    assert container_bytes(tmp_path) == 700000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) is None
+    assert container_bytes(tmp_path / "elsewhere") is None
+
+
+def test_an_older_container_too(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text("1000000\n")
+    (folder / "memory.usage_in_bytes").write_text("600000\n")
+    (folder / "memory.stat").write_text("total_inactive_file 100000\n")
+    assert container_bytes(tmp_path) == 500000
+
+
+def test_this_machine_has_some_memory() -> None:
+    assert 64 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
