@@ -85,9 +85,7 @@ class Engine:
         if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
             return None
         record = canary.check(self._runner, self.prompts.empty_ids, self.image_size_px)
-        canary.compare_with_last(
-            record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.query_tokens.dtype
-        )
+        canary.compare_with_last(record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.dtype)
         return record
 
     # Requests -------------------------------------------------------------------------------------------

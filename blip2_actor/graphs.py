@@ -98,8 +98,10 @@ class CudaGraphs:
 
 
 def recorder_for(config: EngineConfig, device: torch.device) -> Recorder | None:
-    """How decode steps are recorded on this device; None where that gains nothing."""
-    return CudaGraphs(device) if device.type == "cuda" and not config.skip_cuda_graphs else None
+    """How decode steps are recorded; None where that gains nothing, or weights move between devices."""
+    if device.type != "cuda" or config.skip_cuda_graphs or config.device_map is not None:
+        return None
+    return CudaGraphs(device)
 
 
 class Buffers:

@@ -35,7 +35,7 @@ def load_model(
     config = checkpoint.config
     with torch.device("meta"):
         model = Blip2(config)
-    model.to(dtype).language_model.cast(dtype)
+    model.cast(dtype)
     split = Split(model, device_map, device, CACHE_FOLDER / "offload") if device_map else None
     if split is None:
         model.to_empty(device=device)
@@ -61,7 +61,7 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     config = checkpoint.retrieval_config
     with torch.device("meta"):
         model = Blip2Retrieval(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint.folder, retrieval_rules(config.qformer_config.cross_attention_frequency))
     model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
     return model

@@ -180,7 +180,7 @@ class MatchingEngine:
     def _encode(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8[S, S, 3] each -> float[B, P, Dv]."""
         images = torch.from_numpy(np.stack(pixels)).to(self.model.query_tokens.device)
-        return self.model.image_features(self.model.normalizer(images, self.model.query_tokens.dtype))
+        return self.model.image_features(self.model.normalizer(images, self.model.dtype))
 
     def _tensors(self, token_ids: list[list[int]]) -> list[Tensor]:
         return [torch.tensor(ids, device=self.model.query_tokens.device) for ids in token_ids]

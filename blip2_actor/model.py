@@ -44,6 +44,20 @@ class Blip2(nn.Module):
         self.language_projection = Linear(qformer_width, config.text_config.hidden_size)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](config.text_config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; in a float16 model some parts keep float32 (see `cast`)."""
+        return self.vision.class_embedding.dtype
+
+    def cast(self, dtype: torch.dtype) -> Blip2:
+        """To `dtype`, but for what float16 is too small for."""
+        self.to(dtype)
+        self.language_model.cast(dtype)
+        if dtype is torch.float16:
+            self.qformer.float()
+            self.query_tokens = nn.Parameter(self.query_tokens.float())
+        return self
+
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """float[B, 3, S, S] -> float[B, P, Dv]."""
         return self.vision(pixel_values)
@@ -53,7 +67,7 @@ class Blip2(nn.Module):
     ) -> Tensor:
         """float[B, P, Dv] -> float[B, Q, Dq]."""
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        return self.qformer(queries, image_embeds, record=record)
+        return self.qformer(queries, image_embeds, record=record).to(image_embeds.dtype)
 
     def project(self, qformer_features: Tensor) -> Tensor:
         """What the language model sees of an image: float[B, Q, Dq] -> float[B, Q, Dw]."""

@@ -7,6 +7,9 @@ feed-forward weights of their own, and never see the image directly.
 The keys and values of all cross-attentions depend on the image alone, so one matrix product makes
 them all (87 % of this module's arithmetic).
 
+In a float16 model this module stays in float32, as the reference's does (`_keep_in_fp32_modules`): its
+attention scores outgrow float16.
+
 Source: arXiv:2301.12597, section 3.1; transformers `Blip2QFormerModel`. Axis letters: `model.py`.
 """
 
@@ -131,15 +134,16 @@ class QFormer(nn.Module):
                 cross-attention's weights float[B, H, Q, P].
 
         Returns:
-            float[B, Q + T, Dq], in the dtype of `query_embeds`.
+            float[B, Q + T, Dq], in this module's dtype.
 
         Raises:
             ValueError: the last axis of `image_embeds` is not the configured vision width.
         """
         num_queries = query_embeds.shape[1] if num_queries is None else num_queries
-        image_kv = iter(self.image_keys_values(image_embeds) if image_embeds is not None else ())
+        dtype = self.layernorm.weight.dtype
+        image_kv = iter(self.image_keys_values(image_embeds.to(dtype)) if image_embeds is not None else ())
         mask = None if mask is None else mask[:, None, None, :]
-        hidden = self.layernorm(query_embeds)
+        hidden = self.layernorm(query_embeds.to(dtype))
         for index, layer in enumerate(self.layers):
             kv = next(image_kv, None) if layer.reads_image else None
             hidden, cross_query = layer(hidden, num_queries, kv, mask)

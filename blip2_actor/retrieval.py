@@ -39,6 +39,19 @@ class Blip2Retrieval(nn.Module):
         self.text_projection = Linear(qformer.hidden_size, config.image_text_hidden_size)
         self.itm_head = Linear(qformer.hidden_size, 2)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; in a float16 model some parts keep float32 (see `cast`)."""
+        return self.vision.class_embedding.dtype
+
+    def cast(self, dtype: torch.dtype) -> Blip2Retrieval:
+        """To `dtype`, but for what float16 is too small for."""
+        self.to(dtype)
+        if dtype is torch.float16:
+            self.qformer.float()
+            self.query_tokens = nn.Parameter(self.query_tokens.float())
+        return self
+
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """float[B, 3, S, S] -> float[B, P, Dv]."""
         return self.vision(pixel_values)
@@ -65,12 +78,13 @@ class Blip2Retrieval(nn.Module):
             num_queries,
             F.pad(mask, (num_queries, 0), value=True),
         )
-        return self.itm_head(hidden[:, :num_queries]).mean(dim=1)
+        return self.itm_head(hidden[:, :num_queries].to(image_embeds.dtype)).mean(dim=1)
 
     def image_embeddings(self, image_embeds: Tensor) -> Tensor:
         """Unit vectors of each image, one per query: float[B, P, Dv] -> float[B, Q, De]."""
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        return F.normalize(self.vision_projection(self.qformer(queries, image_embeds)), dim=-1)
+        features = self.qformer(queries, image_embeds).to(image_embeds.dtype)
+        return F.normalize(self.vision_projection(features), dim=-1)
 
     def text_embeddings(self, texts: list[Tensor]) -> Tensor:
         """Unit vectors of texts, taken at their first token: int64[T_i] each -> float[N, De].
@@ -80,7 +94,7 @@ class Blip2Retrieval(nn.Module):
         """
         embeds, mask = self._embed(texts)
         hidden = self.qformer(embeds, num_queries=0, mask=mask)
-        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
+        return F.normalize(self.text_projection(hidden[:, 0].to(embeds.dtype)), dim=-1)
 
     @staticmethod
     def contrastive_scores(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class ModelRunner:
         self.model = model
         self.language_model: LanguageModel = model.language_model
         self.device = model.query_tokens.device
-        self.dtype = model.query_tokens.dtype
+        self.dtype = model.dtype
         self.num_slots = num_slots
         self._slots: Slots | None = None
         self._text_batches = Batches(SCORE_BATCH, "texts")

@@ -88,7 +88,7 @@ def slot_bytes(model: Blip2) -> int:
     text = model.config.text_config
     prefix_length = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS
     slot = model.language_model.new_slots(1, prefix_length, PLANNED_NEW_TOKENS)
-    prefill = prefix_length * PREFILL_WIDTHS * text.hidden_size * model.query_tokens.element_size()
+    prefill = prefix_length * PREFILL_WIDTHS * text.hidden_size * model.dtype.itemsize
     return slot.num_bytes + prefill + LOGITS_BYTES * text.vocab_size
 
 
@@ -105,7 +105,7 @@ def image_bytes(model: Blip2) -> int:
     attention = 7 * vision.hidden_size + 2 * vision.num_attention_heads * tokens
     reading = vision.hidden_size + 2 * readers * qformer.hidden_size
     pixels = 3 * vision.image_size**2 * (1 + 3 * torch.float32.itemsize)
-    return pixels + tokens * max(mlp, attention, reading) * model.query_tokens.element_size()
+    return pixels + tokens * max(mlp, attention, reading) * model.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

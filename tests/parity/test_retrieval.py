@@ -91,3 +91,19 @@ def test_each_loader_refuses_the_others_checkpoint(
 def test_text_too_long(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval]) -> None:
     with pytest.raises(ValueError, match="text must be at most 64 tokens, got 65"):
         models[0].text_embeddings([torch.ones(65, dtype=torch.int64)])
+
+
+@torch.no_grad()
+def test_float16_keeps_the_qformer_in_float32(folder: Path, texts: list[Tensor], models) -> None:
+    """As the reference does; a border that is not cast raises."""
+    ours, exact = load_retrieval(Checkpoint(folder), CPU, torch.float16), models[0]
+    assert ours.qformer.layernorm.weight.dtype is torch.float32
+    pixel_values = torch.randn(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
+    embeds, exact_embeds = ours.image_features(pixel_values.half()), exact.image_features(pixel_values)
+    for found, expected in (
+        (ours.matching_logits(embeds, texts), exact.matching_logits(exact_embeds, texts)),
+        (ours.image_embeddings(embeds), exact.image_embeddings(exact_embeds)),
+        (ours.text_embeddings(texts), exact.text_embeddings(texts)),
+    ):
+        assert found.dtype is torch.float16
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)

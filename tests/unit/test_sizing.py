@@ -54,7 +54,7 @@ def full_size(text: OPTConfig | T5Config) -> Blip2:
 
 
 def test_a_slot_of_the_published_models_weighs_what_arithmetic_says() -> None:
-    """OPT 2.7B: keys and values of 32 layers of 2560, 128 positions, 2 bytes, are 40 MiB; prefill adds some."""
+    """OPT 2.7B: keys and values of 32 layers of 2560, 128 positions, 2 bytes, are 40 MiB; prefill adds."""
     opt = OPTConfig(
         hidden_size=2560, num_hidden_layers=32, ffn_dim=10240, num_attention_heads=32, vocab_size=50304
     )

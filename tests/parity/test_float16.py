@@ -1,0 +1,53 @@
+"""In float16 the Q-Former stays in float32, as the reference's does; computed here on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import Blip2ForConditionalGeneration
+
+from blip2_actor.checkpoint import resolve
+from blip2_actor.loading import load_model
+from tests.parity.tiny import NUM_QUERIES
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_the_qformer_survives_large_activations(checkpoint_folder: Callable[..., Path]) -> None:
+    """Scores of image features in the thousands outgrow float16: a Q-Former cast like the rest gives NaN."""
+    folder = checkpoint_folder("opt")
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float16).eval()
+    ours, plain = (load_model(resolve(str(folder)), CPU, torch.float16) for _ in range(2))
+    plain.qformer.half()
+    draw = torch.Generator().manual_seed(1)
+    image_embeds = (torch.randn(2, 17, 24, generator=draw) * 3e4).clamp(-6e4, 6e4).half()
+    found = ours.qformer_features(image_embeds)
+    assert found.dtype is torch.float16
+    assert ours.project(found).dtype is torch.float16
+    expected = theirs.qformer(
+        query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image_embeds
+    ).last_hidden_state
+    assert expected.dtype is torch.float32
+    torch.testing.assert_close(found, expected.half(), rtol=1e-3, atol=1e-3)
+    assert not plain.qformer_features(image_embeds).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_float16_model_is_close_to_a_float32_one(checkpoint_folder: Callable[..., Path]) -> None:
+    """Each part must hand the next one its dtype: an uncast border raises, and a wrong one drifts."""
+    for language in ("opt", "t5"):
+        folder = checkpoint_folder(language)
+        exact, rounded = (load_model(resolve(str(folder)), CPU, d) for d in (torch.float32, torch.float16))
+        assert rounded.dtype is torch.float16
+        draw = torch.Generator().manual_seed(2)
+        pixel_values = torch.randn(2, 3, 28, 28, generator=draw)
+        logits = []
+        for model in (exact, rounded):
+            features = model.qformer_features(model.image_features(pixel_values.to(model.dtype)))
+            prefixes = list(model.project(features))
+            slots = model.language_model.new_slots(2, NUM_QUERIES, 4)
+            logits.append(model.language_model.prefill(prefixes, [0, 1], slots).float())
+        torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)
