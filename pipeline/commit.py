@@ -67,6 +67,12 @@ def commit_shard(
     Returns:
         What the file now holds, or None, nothing changed, when rows are missing.
     """
+    return patiently(lambda: _commit(folder, report, metadata, empty_schema))
+
+
+def _commit(
+    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+) -> Summary | None:
     fragments = list_fragments(folder, report.shard)
     tables = [read_fragment(folder, fragment.name) for fragment in fragments]
     before = read_rows(folder, report.shard)
@@ -84,7 +90,7 @@ def commit_shard(
         reason=report.reason,
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
-    patiently(lambda: folder.put(output_name(report.shard), content))
+    folder.put(output_name(report.shard), content)
     delete_fragments(folder, report.shard, fragments)
     folder.delete(end_name(report.shard))
     return summary
@@ -120,8 +126,8 @@ def read_rows(folder: Folder, shard: str) -> pa.Table | None:
 
 def read_summary(folder: Folder, shard: str) -> Summary:
     """What the footer of a finished shard says."""
-    with folder.filesystem.open_input_file(folder.path(output_name(shard))) as file:
-        metadata = pq.ParquetFile(file).metadata.metadata or {}
+    with folder.open(output_name(shard)) as file:
+        metadata = pq.read_metadata(file).metadata or {}
     return Summary(**json.loads(metadata[SUMMARY_KEY]))
 
 

@@ -18,6 +18,7 @@ from pipeline.board import Board
 from pipeline.commit import Committer
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Progress, load_end, shards_with_an_end
+from pipeline.patience import PATIENCE_S, patiently
 from pipeline.placement import ClusterSize
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.reading import ShardReport
@@ -129,9 +130,9 @@ class Driver:
                 ray.get(ref)
                 del self._commits[ref]
 
-    def _commit_rest(self) -> None:
+    def _commit_rest(self, patience_s: float = PATIENCE_S) -> None:
         self._look_around()
-        self._look_for_ends()
+        patiently(self._look_for_ends, patience_s)
         self._commit(wait=True)
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
@@ -155,7 +156,8 @@ class Driver:
         while time.monotonic() < deadline and ray.get(self._board.num_running.remote()) and not stream.ended:
             self._step(stream)
         self._step(stream)
-        self._commit_rest()
+        with contextlib.suppress(OSError):  # then the next session finds out
+            self._commit_rest(patience_s=0.0)
 
     def _show(self) -> None:
         left_rows = self._tracker.estimate_rows_left()

@@ -6,13 +6,16 @@ On a disk a file is written aside, flushed and renamed; in an object store one P
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.patient_input import open_input
 from pipeline.shards import without_secrets
 from pipeline.storage import open_filesystem
 
@@ -89,10 +92,19 @@ class Folder:
     def get(self, name: str) -> bytes | None:
         """The content of a file, or None where there is none."""
         try:
-            with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
-                return stream.readall()
+            with open_input(self.filesystem, self.path(name)) as file:
+                content = file.read(file.size())
+                if len(content) < file.size():
+                    raise OSError(f"{name} must have {file.size()} bytes, got {len(content)}")
+                return content
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def open(self, name: str) -> pa.NativeFile | io.BufferedReader:
+        """A file to read from at any place; it must be there."""
+        file = open_input(self.filesystem, self.path(name))
+        # Arrow takes what one call of a Python file's `read` gives for all there is.
+        return file if isinstance(file, pa.NativeFile) else io.BufferedReader(file)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):

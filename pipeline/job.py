@@ -18,6 +18,7 @@ from pipeline.folder import Folder
 from pipeline.lease import Lease
 from pipeline.ledger import Run, State, begin_run, load_end, load_run, look, unfinished
 from pipeline.listing import list_shards
+from pipeline.patience import patiently
 from pipeline.progress import Console
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.retry import report_of, to_retry
@@ -133,17 +134,17 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     driver = Driver(job.settings.max_failed_fraction, console)
     with Lease(job.folder, progress=driver.progress) as lease:
         if job.is_new:
-            begin_run(job.folder, job.run)
-        sweep(job, look(job.folder))
-        state = look(job.folder)
+            patiently(lambda: begin_run(job.folder, job.run))
+        patiently(lambda: sweep(job, look(job.folder)))
         find = to_retry if job.is_retry else unfinished
-        left = [p for p in find(job.folder, job.run, state) if not p.is_complete]
+        found = patiently(lambda: find(job.folder, job.run, look(job.folder)))
+        left = [progress for progress in found if not progress.is_complete]
         _announce(job, console, len(left))
         if left:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
-        sweep(job, look(job.folder))
-        return reconcile(job.folder, job.run.shards, look(job.folder).finished)
+        patiently(lambda: sweep(job, look(job.folder)))
+        return patiently(lambda: reconcile(job.folder, job.run.shards, look(job.folder).finished))
 
 
 def sweep(job: Job, state: State) -> None:

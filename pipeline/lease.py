@@ -7,6 +7,7 @@ again after a kill does not wait.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -111,8 +112,10 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if not self.lost and self._is_mine():
-            self._folder.delete(LEASE)
+        # One that a bad spell of the store leaves behind is that of a dead driver.
+        with contextlib.suppress(OSError):
+            if not self.lost and self._is_mine():
+                self._folder.delete(LEASE)
 
     def _refuse_while_held(self) -> None:
         holder = read_holder(self._folder)

@@ -1,4 +1,4 @@
-"""Writing through a bad spell: a disk that is full for a while, a store that answers 503."""
+"""Working through a bad spell: a disk that is full for a while, a store that answers 503."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def patiently(
         except OSError as error:
             if clock() + pause_s > deadline:
                 raise
-            logger.warning("Writing failed, trying again in %.1f s: %s", pause_s, error)
+            logger.warning("The storage has failed, trying again in %.1f s: %s", pause_s, error)
             sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 T = TypeVar("T")
-PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Waited before each new try, on top of the tries that the store's own client makes."""
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         if scheme in ARROW_SCHEMES:
             with contextlib.suppress(pa.ArrowNotImplementedError):  # Not in this build of Arrow.
-                return pafs.FileSystem.from_uri(uri)
+                return pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
         raise InputError(f"{scheme}:// needs a package that is not installed: {error}") from error
@@ -38,6 +38,11 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             f"{uri} must be a local path, s3://, gs:// or a URI that fsspec knows: {error}"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def _with_single_puts(uri: str) -> str:
+    """Have Arrow write a small object in one request, not in the three of a multipart upload."""
+    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
 
 
 def join(folder: str, name: str) -> str:

@@ -1,0 +1,63 @@
+"""An output in a store that answers badly: each kind of request at first, then all of them for a while."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.folder import Folder
+from pipeline.job import prepare, run_job
+from pipeline.ledger import look
+from pipeline.progress import Console
+from pipeline.settings import CaptionSettings
+from pipeline.storage import open_filesystem
+from tests.fake_engine import FakeEngineConfig, captions_made
+from tests.integration.faulty_s3 import FaultyStore, faulty_store
+from tests.integration.inputs import right_caption, write_tars
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[FaultyStore]:
+    with faulty_store() as started:
+        open_filesystem(started.uri("bucket"))[0].create_dir("bucket")
+        yield started
+
+
+def test_a_small_file_is_one_request(store):
+    """Arrow alone makes three of it, and a job writes thousands of fragments."""
+    folder = Folder(store.uri("bucket/small"))
+    store.fail(each=1)
+    folder.put("_blip2/fragments/a", b"1")
+    assert store.failures() == {"PUT _blip2/fragments": 1}
+    assert folder.get("_blip2/fragments/a") == b"1"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_store_fails_while_a_job_writes_to_it(store, tmp_path):
+    """Each kind of request fails once, and when fragments begin to come all fail for longer than Arrow's
+    client tries: nothing may be lost, done twice or left behind."""
+    truth = write_tars(tmp_path / "in", num_tars=4, rows_per_tar=40)
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=store.uri("bucket/out"))
+    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
+    store.fail(each=1, spell_at="PUT _blip2/fragments")
+    result = run_job(prepare(settings, engine), Console(io.StringIO()))
+    failures = store.failures()
+    store.fail(each=0)
+    assert (result.num_ok, result.exit_status(0.0)) == (160, 0)
+    assert len(captions_made(tmp_path / "trace")) == 160
+    for kind in ("LIST", "PUT _blip2/fragments", "GET _blip2/fragments", "DELETE _blip2/fragments"):
+        assert failures[kind] == 1, failures
+    for kind in ("PUT _blip2/ends", "GET _blip2/ends", "DELETE _blip2/ends", "PUT .parquet", "GET .parquet"):
+        assert failures[kind] == 1, failures
+    assert failures["spell"] > 30, failures
+    filesystem, _ = open_filesystem(store.uri("bucket/out"))
+    for shard, images in truth.items():
+        with filesystem.open_input_file(f"bucket/out/{shard}.parquet") as file:
+            table = pq.read_table(file)
+        assert table["key"].to_pylist() == list(images)
+        assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
+    left = look(Folder(settings.output))
+    assert (dict(left.fragments), left.ends, left.litter) == ({}, frozenset(), ())
