@@ -17,8 +17,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {device!r}') from error
+    except RuntimeError:
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {device!r}')
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device must exist here, got {device!r}, torch sees {torch.cuda.device_count()} CUDA devices; "
@@ -37,6 +39,8 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, config.dtype)
         if device.type == "cpu" and dtype is torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 on a CPU, got float16; use --dtype auto")
+        if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"dtype must be float32 or float16 on {device}, got bfloat16; use --dtype auto")
         return dtype
     return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
 

@@ -11,7 +11,7 @@ from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.model import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.preprocess import decode_image, resize_image
-from blip2_actor.prompts import Prompts
+from blip2_actor.prompts import Prompts, require_something
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.search import TextSearch
 from blip2_actor.status import Status
@@ -93,9 +93,8 @@ class Intake:
 
     def text_alone(self, text: str) -> list[int] | Refusal:
         """Ids of a text that no image stands before; or why it cannot be read."""
-        if not text:
-            return Refusal(Status.REFUSED, "text must say something, got an empty text")
         try:
+            require_something(text)
             token_ids = self.prompts.encode(text)
         except ValueError as error:
             return Refusal(Status.REFUSED, str(error))

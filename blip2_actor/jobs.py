@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from blip2_actor.beam import BeamSearch
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Result
 from blip2_actor.search import TextSearch
+from blip2_actor.status import Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +46,8 @@ class EncodedImage:
     def is_encoded(self) -> bool:
         return self.prefix is not None and not (self.keeps_image_embeds and self.image_embeds is None)
 
+
+NO_NUMBERS = "the model's scores are not numbers for this image and prompt; try --dtype float32"
 
 Searches = list["TextSearch | BeamSearch"]
 
@@ -83,7 +87,10 @@ class Job:
     def finish(self) -> None:
         """Deliver the result; a request that was cancelled meanwhile is dropped."""
         completions = tuple(c for search in self.searches for c in search.completions())
-        self.resolve(Result(completions=completions))
+        if self.searches and (not completions or any(isnan(c.logprob) for c in completions)):
+            self.resolve(Result(status=Status.FAILED, error=NO_NUMBERS))
+        else:
+            self.resolve(Result(completions=completions))
 
     def resolve(self, result: Result) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():

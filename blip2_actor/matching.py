@@ -21,6 +21,7 @@ from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
+from blip2_actor.prompts import require_something
 from blip2_actor.request import Embedding, ImageLike, Match
 from blip2_actor.sizing import full_encode_batch
 from blip2_actor.status import Status
@@ -116,9 +117,10 @@ class MatchingEngine:
 
     def _token_ids(self, text: str) -> list[int] | Refusal:
         """Ids as the reference's processor makes them, special tokens included, image tokens not."""
-        if not text:
-            return Refusal(Status.REFUSED, "text must say something, got an empty text")
-        token_ids: list[int] = self.tokenizer(text).input_ids
+        try:
+            token_ids: list[int] = self.tokenizer(require_something(text)).input_ids
+        except ValueError as error:
+            return Refusal(Status.REFUSED, str(error))
         limit = self.model.position_embeddings.num_embeddings
         if len(token_ids) > limit:
             return Refusal(

@@ -7,7 +7,15 @@ search and 30 new tokens. An option that would have no effect is refused, never 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
+
+_RANGES = {
+    "repetition_penalty": (1e-3, 1e3),
+    "temperature": (1e-6, 1e6),
+    "length_penalty": (-50.0, 50.0),
+}
+"""Beyond these, float32 scores become infinite or nothing, and a text means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +61,22 @@ class GenerationOptions:
             ("no_repeat_ngram_size", 0),
             ("top_k", 0),
             ("num_return_sequences", 1),
+            ("seed", 0),
         ):
-            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
+            value = getattr(self, name)
+            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+            _require(is_whole, name, "a whole number", value)
+            _require(value >= least, name, f"at least {least}", value)
+        _require(self.seed < 1 << 63, "seed", f"below {1 << 63}", self.seed)
         _require(
             self.min_new_tokens <= self.max_new_tokens,
             "min_new_tokens",
             f"at most max_new_tokens ({self.max_new_tokens})",
             self.min_new_tokens,
         )
-        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
-        _require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            _require(low <= value <= high, name, f"from {low:g} to {high:g}", value)
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _require(
             self.early_stopping in (True, False, "never"),
@@ -70,7 +84,8 @@ class GenerationOptions:
             "true, false or 'never'",
             self.early_stopping,
         )
-        _require(all(self.stop), "stop", "texts that are not empty", self.stop)
+        are_texts = all(isinstance(text, str) and text for text in self.stop)
+        _require(are_texts, "stop", "texts that are not empty", self.stop)
         if not self.do_sample:
             for name in ("temperature", "top_k", "top_p", "seed"):
                 self._refuse_changed(name, "it only acts with do_sample=True; set do_sample or drop it")

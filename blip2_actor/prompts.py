@@ -28,11 +28,11 @@ class Prompts:
         """Token ids that follow the queries.
 
         Raises:
-            ValueError: the prompt holds the image token.
+            ValueError: the prompt is no text, or holds the image token.
         """
-        if not prompt:
+        if prompt is None or prompt == "":
             return self.empty_ids
-        token_ids: list[int] = self.tokenizer(prompt).input_ids
+        token_ids: list[int] = self.tokenizer(require_text(prompt)).input_ids
         self._refuse_image_token(token_ids)
         return token_ids
 
@@ -46,9 +46,9 @@ class Prompts:
         """Token ids of a text to score: nothing in front, the end token behind.
 
         Raises:
-            ValueError: the text is empty or holds the image token.
+            ValueError: it is no text, is empty or holds the image token.
         """
-        token_ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        token_ids: list[int] = self.tokenizer(require_text(text), add_special_tokens=False).input_ids
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
         self._refuse_image_token(token_ids)
@@ -58,3 +58,24 @@ class Prompts:
         """Text of generated ids, without end tokens and surrounding spaces."""
         kept = [t for t in token_ids if t not in self.end_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def require_text(text: object) -> str:
+    """The text itself; raises ValueError where it is none, or holds halves of characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be whole characters, got half of one at {error.start} (a lone surrogate); "
+            "decode it with errors='replace'"
+        ) from error
+    return text
+
+
+def require_something(text: object) -> str:
+    """As `require_text`, and not empty."""
+    if text == "":
+        raise ValueError("text must say something, got an empty text")
+    return require_text(text)

@@ -89,6 +89,8 @@ class TextSearch:
         if self.generator is None:
             return int(scores.argmax())
         probabilities = warp(scores, self.options).softmax(dim=-1).cpu()
+        if bool(probabilities.isnan().any()):  # scores that are no numbers, or all tokens banned
+            return int(scores.argmax())
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
     def accept(self, token_id: int, logprob: float) -> bool:

@@ -205,13 +205,16 @@ def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
     """Fill every parameter of `model` from the safetensors files of `folder`.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; every name is listed.
+        ValueError: tensors are missing, unexpected or of another shape; every name is listed, and nothing
+            has been read.
         OSError: a file is not readable safetensors.
     """
     compiled = [(re.compile(pattern), place) for pattern, place in rules]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     filled: dict[int, dict[int | None, int]] = {id(p): {} for p in parameters.values()}
     problems: list[str] = []
+    targets: dict[str, tuple[StoredTensor, Tensor]] = {}
+    repeated: dict[str, tuple[StoredTensor, Tensor]] = {}
     for name, stored in _tensors(folder).items():
         place = _find_place(name, compiled)
         if place is None or place.name not in parameters:
@@ -222,16 +225,26 @@ def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
         target = _slice(parameter.data, place.part, stored.shape)
         if target is None:
             problems.append(f"{name} has shape {list(stored.shape)}, does not fit {list(parameter.shape)}")
-        elif place.part not in filled[id(parameter)]:
-            for start, piece in stored.pieces():
-                target[start : start + len(piece)].copy_(piece)
+        elif place.part in filled[id(parameter)]:
+            repeated[name] = stored, target
+        else:
+            targets[name] = stored, target
             filled[id(parameter)][place.part] = target.numel()
-        elif any(
-            not torch.equal(target[start : start + len(piece)], piece.to(target))
-            for start, piece in stored.pieces()
-        ):
-            problems.append(f"{name} differs from the tensor that it should share")
     problems += [f"missing {n}" for n, p in parameters.items() if sum(filled[id(p)].values()) != p.numel()]
+    _refuse(problems, folder)
+    for stored, target in targets.values():
+        for start, piece in stored.pieces():
+            target[start : start + len(piece)].copy_(piece)
+    differing = [name for name, (stored, target) in repeated.items() if not _is_in(stored, target)]
+    _refuse([f"{name} differs from the tensor that it should share" for name in differing], folder)
+
+
+def _is_in(stored: StoredTensor, target: Tensor) -> bool:
+    """True where the target holds the stored tensor already."""
+    return all(torch.equal(target[i : i + len(piece)], piece.to(target)) for i, piece in stored.pieces())
+
+
+def _refuse(problems: list[str], folder: Path) -> None:
     if problems:
         listed = "\n  ".join(sorted(set(problems)))
         raise ValueError(f"the tensors of {folder} must be those of its config.json, got\n  {listed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.loading import load_model
 from blip2_actor.model import Blip2
+from blip2_actor.tensor_file import StoredTensor
 from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -103,8 +105,13 @@ def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_fol
     assert len(set(found[0])) > 1
 
 
-def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(tmp_path, checkpoint_folder) -> None:
-    """transformers fills missing tensors with random numbers and says so in a log line only."""
+def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
+    tmp_path, checkpoint_folder, monkeypatch
+) -> None:
+    """transformers fills missing tensors with random numbers and says so in a log line only.
+
+    The names come from the files' headers: nobody waits for 15 GB to be read first.
+    """
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint_folder(), broken)
     tensors = load_file(broken / "model.safetensors")
@@ -112,6 +119,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(tmp_path, ch
     tensors["surprise.weight"] = torch.zeros(2)
     tensors["language_projection.bias"] = torch.zeros(7)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(StoredTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="must be those of its config") as refusal:
         load_model(Checkpoint(broken), CPU, torch.float32)
     for name in (
@@ -137,6 +145,8 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
     [
         ({"model": "./no/such/folder"}, "model must be a folder that exists"),
         ({"model": "demo", "device": "cuda:7"}, "device must exist here"),
+        ({"model": "demo", "device": "meta"}, "device must be .*got 'meta'"),
+        ({"model": "demo", "device": "gpu"}, "device must be .*got 'gpu'"),
         (
             {"model": "demo", "dtype": "float16", "device": "cpu"},
             "dtype must be float32 or bfloat16 on a CPU",
@@ -146,6 +156,20 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
 def test_a_configuration_that_cannot_run_is_refused_before_loading(options, message) -> None:
     with pytest.raises((ValueError, OSError), match=message):
         EngineConfig(**options).info()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("gpt2", "language model must be opt or t5, got 'gpt2'"), ("llama", "must be opt or t5, got 'llama'")],
+)
+def test_another_language_model_is_refused_before_loading(
+    tmp_path, checkpoint_folder, model_type, message
+) -> None:
+    config = json.loads((checkpoint_folder() / "config.json").read_text())
+    config["text_config"] = {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(model=str(tmp_path), device="cpu").info()
 
 
 def test_end_token_constant_is_the_tokenizers() -> None:

@@ -1,0 +1,108 @@
+"""A request that cannot be served fails alone: its neighbours get their texts, and the engine goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
+from tests.parity.tiny import images
+
+GOOD = images(1)[0].numpy()
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
+    config = EngineConfig(
+        model=str(checkpoint_folder(request.param)), dtype="float32", device="cpu", num_threads=1, max_slots=8
+    )
+    with config.build() as started:
+        yield started
+
+
+def beside_a_good_one(engine: Engine, bad: Request) -> Result:
+    """What becomes of a request, once its neighbour has been found unharmed."""
+    good = Request(image=GOOD, options=GenerationOptions(max_new_tokens=4))
+    alone = engine.generate([good])[0]
+    result, neighbour = engine.generate([bad, good], GenerationOptions(max_new_tokens=4))
+    assert neighbour == alone
+    return result
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [5, b"x", ["a", "b"], "\ud800", "a <image> b"],
+    ids=["number", "bytes", "list", "half a character", "image token"],
+)
+def test_a_prompt_that_is_no_text_is_refused(engine: Engine, prompt: object) -> None:
+    """A list of texts gives a list of lists of ids, which would end the whole engine in its next step."""
+    result = beside_a_good_one(engine, Request(image=GOOD, prompt=prompt))  # type: ignore[arg-type]
+    assert result.status is Status.REFUSED
+    assert "text must" in result.error
+    assert engine.score([GOOD], [prompt])[0].status is Status.REFUSED
+    assert engine.text_features([prompt])[0].status is Status.REFUSED
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        "a.jpg",
+        b"",
+        [1, 2],
+        np.zeros((4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        torch.zeros(4, 4, 3),
+    ],
+    ids=["None", "a path", "no bytes", "a list", "grey", "no pixels", "a tensor"],
+)
+def test_an_image_that_is_none_has_a_status(engine: Engine, image: object) -> None:
+    result = beside_a_good_one(engine, Request(image=image))  # type: ignore[arg-type]
+    assert result.status in (Status.UNDECODABLE, Status.MISSING_IMAGE)
+    assert "image" in result.error
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.5}], ids=str
+)
+def test_scores_that_are_no_numbers_are_a_failure(
+    engine: Engine, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 overflows on some image: the first token of NaN is no caption, and drawing from NaN raises."""
+    real = engine._runner.prefill
+
+    def overflow(jobs: list, slots: list[int]) -> torch.Tensor:
+        logits = real(jobs, slots).clone()
+        poisoned = [row for row, job in enumerate(jobs) if job.options.max_new_tokens == 7]
+        logits[poisoned] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine._runner, "prefill", overflow)
+    chosen = GenerationOptions(max_new_tokens=7, **options)
+    result = beside_a_good_one(engine, Request(image=GOOD, options=chosen))
+    assert result.status is Status.FAILED
+    assert "not numbers" in result.error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number"),
+        ({"num_beams": True}, "num_beams must be a whole number"),
+        ({"temperature": 1e-40, "do_sample": True}, "temperature must be from 1e-06"),
+        ({"temperature": float("nan"), "do_sample": True}, "temperature must be"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be from 0.001 to 1000"),
+        ({"length_penalty": 1e10, "num_beams": 2}, "length_penalty must be from -50 to 50"),
+        ({"seed": -1, "do_sample": True}, "seed must be at least 0"),
+        ({"seed": 1 << 64, "do_sample": True}, "seed must be below"),
+        ({"stop": (5,)}, "stop must be texts"),
+    ],
+)
+def test_options_beyond_what_floats_hold_are_refused(options: dict, message: str) -> None:
+    """Each of them would raise, or draw from NaN, in the middle of everybody's batch."""
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**options)
