@@ -55,8 +55,9 @@ class EngineConfig(ModelConfig):
     """Texts decoded at once; None sizes them from free memory."""
     encode_batch: int | None = None
     """Images per pass of the vision encoder; None chooses by device and free memory."""
-    compile: bool = False
-    """Compile the vision encoder and the Q-Former (needs a C compiler on a CPU)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the vision encoder and the Q-Former for full batches; needs a C compiler, and triton on a GPU.
+    "auto" does so on a GPU that has both."""
     device_map: str | None = None
     """Split a model that is too large for one device: "auto", "balanced" or "sequential" plan by free memory,
     a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
@@ -70,7 +71,7 @@ class EngineConfig(ModelConfig):
         self._require_positive("max_slots", "encode_batch")
         if self.device_map is not None:
             _check_device_map(self.device_map)
-            if self.compile:
+            if self.compile is True:
                 raise ValueError("compile must be off where device_map splits the model, got both")
 
     def info(self) -> ModelInfo:

@@ -1,10 +1,17 @@
-"""Which device, which dtype: what "auto" means, resolved in one place."""
+"""Which device, which dtype, compiled or not: what "auto" means, resolved in one place."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import shutil
+
 import torch
 
-from blip2_actor.config import ModelConfig
+from blip2_actor.config import EngineConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -14,7 +21,7 @@ def resolve_device(device: str) -> torch.device:
         ValueError: this machine has no such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -26,7 +33,7 @@ def resolve_device(device: str) -> torch.device:
             f"device must exist here, got {device!r}, torch sees {torch.cuda.device_count()} CUDA devices; "
             "use --device auto or install a torch build for your accelerator"
         )
-    return resolved
+    return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -52,3 +59,17 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def resolve_compile(config: EngineConfig, device: torch.device) -> bool:
+    """ "auto" is true on a GPU with what torch.compile needs: triton, and a C compiler for its launchers."""
+    if config.compile != "auto":
+        return config.compile
+    if device.type != "cuda" or config.device_map is not None:
+        return False
+    has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+    if importlib.util.find_spec("triton") is None or not has_compiler:
+        logger.warning("The encoders run uncompiled: triton or a C compiler is not installed")
+        return False
+    logger.info("The encoders are compiled at start, which takes a minute or two; --compile false skips it")
+    return True

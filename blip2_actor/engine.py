@@ -23,7 +23,7 @@ from torch import Tensor
 from blip2_actor import canary
 from blip2_actor.checkpoint import Checkpoint, resolve
 from blip2_actor.config import EngineConfig
-from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.device import resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
@@ -67,16 +67,19 @@ class Engine:
     def _load(self) -> None:
         config = self.config
         device = resolve_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread, which is the only one that computes
         checkpoint = resolve(config.model, config.revision)
         self.model = load_model(checkpoint, device, resolve_dtype(config, device), config.device_map)
-        if device.type == "cpu" and not config.compile and config.device_map is None:
+        is_compiled = resolve_compile(config, device)
+        if device.type == "cpu" and not is_compiled and config.device_map is None:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         sizes = size_engine(self.model, config.max_slots, config.encode_batch)
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
-        compiled_batch = self.encode_batch if config.compile else None
+        compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)

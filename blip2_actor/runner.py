@@ -5,18 +5,22 @@ Everything that touches the device is here: uploads, dtype, the slots' memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip2_actor.batches import Batches
+from blip2_actor.encoders import Encoders
 from blip2_actor.graphs import DecodeReplay, Recorder
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
 from blip2_actor.scoring import text_logprobs
+from blip2_actor.upload import Upload
 
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""
@@ -35,7 +39,7 @@ class ModelRunner:
         """
         Args:
             num_slots: texts decoded at once.
-            compiled_batch: compile the encoders for batches of exactly this size; None leaves them alone.
+            compiled_batch: as in `Encoders`.
             recorder: replay decode steps in fixed shapes; None runs each as it is.
         """
         self.model = model
@@ -46,31 +50,25 @@ class ModelRunner:
         self._slots: Slots | None = None
         self._text_batches = Batches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
-        self._compiled_batch = compiled_batch
-        self._encoders = self._run_encoders
-        if compiled_batch is not None:
-            self._encoders = torch.compile(self._run_encoders, dynamic=False, fullgraph=True)
+        self._upload = Upload(self.device)
+        self.encoders = Encoders(model, compiled_batch)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[EncodedImage]) -> None:
         """Through the vision encoder, the Q-Former and the projection, as one batch."""
-        pixels = [image.pixels for image in images]
-        if self._compiled_batch is not None:
-            pixels += pixels[-1:] * (self._compiled_batch - len(pixels))
-        batch = torch.from_numpy(np.stack(pixels))
-        if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        image_embeds, pooled, features, prefixes = self._encoders(batch)
+        encoded = self.encoders(self._upload.take(images))
         for row, image in enumerate(images):
-            image.pooled, image.qformer_features, image.prefix = pooled[row], features[row], prefixes[row]
+            image.pooled, image.qformer_features = encoded.pooled[row], encoded.qformer_features[row]
+            image.prefix = encoded.prefixes[row]
             if image.keeps_image_embeds:
-                image.image_embeds = image_embeds[row].clone()  # a view would keep the whole batch
+                image.image_embeds = encoded.image_embeds[row].clone()  # a view would keep the whole batch
 
-    def _run_encoders(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """uint8[B, S, S, 3] -> float[B, P, Dv], float[B, Dv], float[B, Q, Dq], float[B, Q, Dw]."""
-        image_embeds = self.model.image_features(self.model.normalizer(images, self.dtype))
-        features = self.model.qformer_features(image_embeds)
-        return image_embeds, self.model.vision.pool(image_embeds), features, self.model.project(features)
+    def send_ahead(self, waiting: Collection[EncodedImage], count: int) -> None:
+        """While the device computes, bring it the images that it will most likely encode next."""
+        if not self._upload.runs_ahead or self._upload.has_sent or len(waiting) < count:
+            return
+        with suppress(torch.OutOfMemoryError):  # `encode` will send them, and smaller batches if need be
+            self._upload.send(list(islice(waiting, count)))
 
     def shrink(self, num_slots: int) -> None:
         """Keep only the first slots, and give the memory of the others back."""

@@ -92,6 +92,8 @@ class Scheduler:
         return sum(owner is not None for owner in self.owners)
 
     def step(self) -> None:
+        """What the device is given is queued there without waiting: a batch of images, the prefill of earlier
+        ones, a decode step. The host waits only for chosen tokens, of which it needs one small tensor."""
         self._drop_cancelled()
         self._encode()
         self._fill_slots()
@@ -214,6 +216,7 @@ class Scheduler:
                 token_ids[slot], lengths[slot] = token_id, text.length
         try:
             logits = self.runner.decode(token_ids, lengths)
+            self.runner.send_ahead(self.waiting, self.encode_batch)
         except torch.OutOfMemoryError as error:
             self._shrink(error)
             return
