@@ -19,6 +19,7 @@ from pipeline.settings import (
     DemoSettings,
     EmbedSettings,
     PlanSettings,
+    ReportSettings,
     RetrySettings,
     ScoreSettings,
     StatusSettings,
@@ -48,6 +49,7 @@ COMMANDS = {
     "embed": Command(EmbedSettings, "pipeline.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.commands:score"),
     "plan": Command(PlanSettings, "pipeline.plan:plan"),
+    "report": Command(ReportSettings, "pipeline.report:report"),
     "status": Command(StatusSettings, "pipeline.commands:status"),
     "retry": Command(RetrySettings, "pipeline.commands:retry"),
 }

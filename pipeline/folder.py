@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -123,11 +124,15 @@ class Folder:
 
     def names(self, under: str = "") -> Iterator[str]:
         """Yield the relative names of all files below a folder, in no order; none where it is missing."""
+        return (name for name, _ in self.changes(under))
+
+    def changes(self, under: str = "") -> Iterator[tuple[str, datetime]]:
+        """Yield each file's name, and when it was written."""
         base = self.path(under).rstrip("/")
         selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
         for info in self.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File:
-                yield info.path[len(self.root) + 1 :]
+                yield info.path[len(self.root) + 1 :], info.mtime
 
     def require_writable(self) -> None:
         """Raise ValueError unless a file can be put here and taken away."""

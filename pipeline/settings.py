@@ -174,6 +174,22 @@ class RetrySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Say what a run has made: failures and their reasons, lengths, repeated captions. Needs no Ray."""
+
+    output: str
+    """Folder or URI of a run."""
+    html: str | None = None
+    """File for a page with all of it and sample rows, which needs nothing else to be looked at."""
+    thumbnails: int = 24
+    """Most sample rows whose picture is read again from the input for the page."""
+
+    def __post_init__(self) -> None:
+        if self.thumbnails < 0:
+            raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusSettings:
     """Say what an output holds: done, failed by status, left, and when it will end. Needs no Ray."""
 

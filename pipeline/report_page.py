@@ -1,0 +1,189 @@
+"""The report as one HTML page that needs nothing else: no scripts, no fonts, pictures inside.
+
+Captions and keys come from strangers' data: every text is escaped, and the page forbids itself to load
+or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from blip2_actor.status import Status
+from pipeline.schema import ROW_CONTRACT
+
+if TYPE_CHECKING:
+    from pipeline.report import Report
+
+MOST_REASONS = 20
+MOST_CAPTIONS = 20
+MOST_VALUE_CHARS = 200
+STYLE = """
+:root { color-scheme: light; --ink: #1d2433; --soft: #5a6475; --line: #dfe3ea; --bar: #3467b8;
+  --bad: #b3261e; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p { margin: .25rem 0; } .soft { color: var(--soft); }
+dl { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0; padding: 0; }
+dl div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem 1rem; min-width: 7rem; }
+dt { color: var(--soft); font-size: .9rem; } dd { margin: 0; font-size: 1.4rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+caption { text-align: left; color: var(--soft); padding-bottom: .25rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; font-weight: normal;
+  border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+thead th { color: var(--soft); font-size: .9rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 6rem; }
+.share { width: 30%; min-width: 6rem; }
+.bar { display: block; height: .8rem; margin-top: .35rem; background: var(--bar); border-radius: .2rem;
+  min-width: 1px; }
+ul.samples { list-style: none; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+ul.samples li { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem;
+  overflow-wrap: anywhere; }
+ul.samples img { display: block; margin: 0 auto .5rem; max-width: 100%; height: auto; }
+.key { font-size: .85rem; color: var(--soft); } .bad { color: var(--bad); }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    body = "\n".join(_sections(report))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(report.output)}: BLIP-2 report</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _sections(report: Report) -> Iterator[str]:
+    tally = report.tally
+    yield from _head(report)
+    yield _counts("Rows by status", "status", sorted(tally.by_status.items(), key=lambda item: -item[1]))
+    yield from _failures(report)
+    if tally.flags:
+        yield _table(
+            "Flagged captions",
+            "What a guard noticed",
+            ("flag", "rows", "such as"),
+            [(flag, kind.count, ", ".join(kind.examples)) for flag, kind in sorted(tally.flags.items())],
+        )
+    if tally.num_tokens:
+        yield _counts("Length of captions", "tokens", sorted(tally.num_tokens.items()))
+    repeated = tally.captions.top(MOST_CAPTIONS)
+    if repeated:
+        counting = "" if tally.captions.is_exact else "; counts are at least these"
+        yield _counts(f"Most frequent captions{counting}", "caption", repeated)
+    if tally.long_side_px:
+        sizes = [(f"up to {side:,}", count) for side, count in sorted(tally.long_side_px.items())]
+        yield _counts("Size of images", "longer side, pixels", sizes)
+    yield from _samples(report)
+
+
+def _head(report: Report) -> Iterator[str]:
+    done, settings = report.reconciliation, report.run.settings
+    prompt = settings.get("prompt")
+    yield f"<h1>{escape(report.output)}</h1>"
+    yield f"<p>{escape(str(settings['engine'].get('model', '')))}" + (
+        f", prompt “{escape(prompt)}”</p>" if prompt else "</p>"
+    )
+    yield f'<p class="soft">{escape(report.pace)}</p>'
+    facts = (
+        ("rows", f"{done.num_rows:,}"),
+        ("ok", f"{done.num_ok:,}"),
+        ("failed", f"{done.num_failed:,}"),
+        ("failed share", f"{done.failed_fraction:.2%}"),
+        ("shards written", f"{len(done.summaries):,} of {done.num_shards:,}"),
+    )
+    yield "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts) + "</dl>"
+    named = [line for line in done.lines() if line.startswith(("partial:", "missing:", "..."))]
+    if named:
+        yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in named) + "</ul>"
+
+
+def _failures(report: Report) -> Iterator[str]:
+    reasons = sorted(report.tally.reasons.items(), key=lambda item: -item[1].count)
+    if not reasons:
+        return
+    rows = [
+        (status, reason, kind.count, ", ".join(kind.examples))
+        for (status, reason), kind in reasons[:MOST_REASONS]
+    ]
+    more = len(reasons) - MOST_REASONS
+    summary = "Numbers in errors are written N" + (f"; {more:,} more reasons" if more > 0 else "")
+    yield _table("Why rows failed", summary, ("status", "error", "rows", "such as"), rows)
+
+
+def _samples(report: Report) -> Iterator[str]:
+    yield f"<h2>{len(report.samples)} rows from all over the output</h2>"
+    yield '<ul class="samples">' + "\n".join(_sample(report, row) for row in report.samples) + "</ul>"
+
+
+def _sample(report: Report, row: dict[str, Any]) -> str:
+    parts = []
+    picture = report.pictures.get((row["shard"], row["row"]))
+    if picture is not None:
+        content = base64.b64encode(picture).decode()
+        parts.append(f'<img src="data:image/jpeg;base64,{content}" alt="The image of the row below">')
+    if row["status"] == Status.OK.value:
+        texts = row.get("captions") or [row.get("caption") or ""]
+        parts += [f"<p>{escape(text)}</p>" for text in texts]
+    else:
+        parts.append(f'<p class="bad">{escape(row["status"])}: {escape(row["error"] or "")}</p>')
+    parts += [f'<p class="bad">{escape(flag)}</p>' for flag in row["flags"]]
+    parts += [f"<p>{escape(name)}: {escape(_short(row[name]))}</p>" for name in row if _is_named(name)]
+    size = "" if row["width"] is None else f", {row['width']:,} × {row['height']:,}"
+    parts.append(f'<p class="key">{escape(row["key"])}<br>{escape(row["shard"])}{size}</p>')
+    return f"<li>{''.join(parts)}</li>"
+
+
+def _is_named(name: str) -> bool:
+    """Whether a column is no part of the contract: an answer, a score, a kept column."""
+    return name not in ROW_CONTRACT.names
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, bytes)):
+        return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= MOST_VALUE_CHARS else f"{text[:MOST_VALUE_CHARS]}…"
+
+
+def _counts(title: str, of: str, counts: Sequence[tuple[object, int]]) -> str:
+    """A table with a bar for each count, as long as its share of the largest."""
+    most = max((count for _, count in counts), default=1)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th><td class="number">{count:,}</td>'
+        f'<td class="share"><span class="bar" style="width:{100 * count / most:.1f}%"></span></td></tr>'
+        for name, count in counts
+    )
+    head = f'<th scope="col">{escape(of)}</th><th scope="col" class="number">rows</th><td></td>'
+    return f"<h2>{escape(title)}</h2>\n<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _table(title: str, summary: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    head = "".join(f'<th scope="col"{_class(name)}>{escape(name)}</th>' for name in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{_class(name)}>{f'{cell:,}' if isinstance(cell, int) else escape(str(cell))}</td>"
+            for name, cell in zip(columns, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<h2>{escape(title)}</h2>\n<div class="scroll"><table><caption>{escape(summary)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _class(column: str) -> str:
+    return ' class="number"' if column == "rows" else ""

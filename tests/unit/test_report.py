@@ -1,0 +1,153 @@
+"""`blip2 report` on outputs written without Ray, whose rows are known."""
+
+from __future__ import annotations
+
+import hashlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from blip2_actor.decode_pool import DecodePool
+from pipeline.cli import main
+from pipeline.commit import commit_shard
+from pipeline.fingerprint import Fingerprint
+from pipeline.folder import Folder
+from pipeline.fragments import write_fragment
+from pipeline.ledger import Run, begin_run
+from pipeline.listing import list_shards
+from pipeline.reading import ShardReport
+from pipeline.report import lines, make_report
+from pipeline.report_page import page
+from pipeline.schema import output_schema
+from pipeline.settings import CaptionSettings
+from pipeline.tally import Frequent, Tally
+from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=\"alert('y')\">"
+
+
+def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: int | None = None) -> Folder:
+    """A finished run over real tars: every tenth row is broken, every seventh is flagged, captions repeat."""
+    truth = write_tars(root / "in", num_tars, rows_per_tar, broken_every=10)
+    settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE)
+    folder = Folder(settings.output)
+    begin_run(folder, Run(Fingerprint({}), settings.as_plain(), tuple(list_shards(settings.input))))
+    schema = output_schema([pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
+    for shard, images in truth.items():
+        rows = []
+        for at, (key, image) in enumerate(images.items()):
+            row = {"key": f"{key}{HOSTILE}", "shard": shard, "row": at, "flags": [], "url": HOSTILE}
+            if image == BROKEN:
+                row |= {"status": "undecodable", "error": f"cut at byte {at} {HOSTILE}"}
+            else:
+                row |= {"status": "ok", "caption": f"{HOSTILE} {at % 3}", "num_tokens": at % 3 + 4}
+                row |= {"width": 24, "height": 20, "sha256": hashlib.sha256(image).digest()}
+                row |= {"flags": ["looping"] if at % 7 == 0 else [], "vector": [1.0, 2.0]}
+            rows.append(row)
+        write_fragment(folder, pa.Table.from_pylist(rows, schema=schema))
+        commit_shard(folder, ShardReport(shard=shard, num_rows=len(rows), complete=True), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Folder:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def test_rows_are_counted_like_the_reconciliation_does(folder):
+    found = make_report(folder.uri)
+    tally, done = found.tally, found.reconciliation
+    assert (tally.num_rows, tally.by_status) == (done.num_rows, done.by_status)
+    assert tally.by_status == {"ok": 54, "undecodable": 6}
+    assert tally.num_tokens == {4: 18, 5: 18, 6: 18}
+    assert sorted(tally.captions.top(9)) == [(f"{HOSTILE} {n}", 18) for n in range(3)]
+    assert tally.long_side_px == {32: 54}
+    assert tally.flags["looping"].count == 10
+    # One reason: that the byte differs is no other.
+    ((status, reason),) = tally.reasons
+    assert (status, reason) == ("undecodable", f"cut at byte N {HOSTILE}")
+    assert tally.reasons[status, reason].count == 6
+    assert len(found.samples) == 24 and not found.pictures
+
+
+def test_hostile_captions_are_text(folder):
+    """A caption is what a model made of a stranger's image, and a key a stranger's file name."""
+    found = Page(page(make_report(folder.uri, 8)))
+    assert not found.open
+    assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "iframe", "object"})
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    pictures = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert pictures and all((p["src"] or "").startswith("data:image/jpeg;base64,") for p in pictures)
+    assert all(p["alt"] for p in pictures)
+    assert HOSTILE in found.text and "url: <script>" in found.text and "2 values" in found.text
+    policy = next(a["content"] for tag, a in found.tags if tag == "meta" and "http-equiv" in a)
+    assert policy is not None and policy.startswith("default-src 'none'")
+
+
+def test_pictures_are_those_of_their_rows_and_go_with_the_input(tmp_path):
+    """An input may have changed since: a picture that is not the one captioned must not stand there."""
+    folder = write_run(tmp_path, num_tars=1, rows_per_tar=12)
+    found = make_report(folder.uri, 24)
+    assert {row for _, row in found.pictures} == {row for row in range(12) if row != 9}
+    with DecodePool(SIZE_PX) as pool:
+        (decoded,) = pool.decode([found.pictures["part0/00000.tar", 3]])
+    assert (decoded.width, decoded.height) == (192, 160)
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=11, broken_every=2)
+    assert {row for _, row in make_report(folder.uri, 24).pictures} == {0, 2, 4, 6, 8, 10}
+    (tmp_path / "in" / "part0" / "00000.tar").unlink()
+    assert make_report(folder.uri, 24).pictures == {}
+
+
+def test_the_command_writes_one_page_and_says_the_same(folder, tmp_path, capsys):
+    html = tmp_path / "report.html"
+    assert main(["report", "--output", folder.uri, "--html", str(html)]) == 0
+    said = capsys.readouterr().out
+    assert all(line in said for line in lines(make_report(folder.uri)))
+    assert "rows in 60 = ok 54 + failed 6" in said and "10 flagged looping" in said
+    assert html.read_text().startswith("<!DOCTYPE html>")
+    assert main(["report", "--output", str(tmp_path)]) == 1
+    assert "must be a folder with a run" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_number_of_texts():
+    frequent = Frequent(most=100)
+    for at in range(5_000):
+        frequent.add(f"rare {at}", 1)
+        frequent.add("common", 1)
+    assert len(frequent) <= 201 and not frequent.is_exact
+    assert frequent.top(5) == [("common", 5_000)]
+
+
+def test_an_output_without_captions_or_rows_is_counted():
+    """`embed` makes no captions; a shard may be empty."""
+    schema = output_schema(captioned=False)
+    tally = Tally()
+    tally.add(schema.empty_table())
+    row = {"key": "a", "shard": "s", "row": 0, "flags": [], "status": "ok", "width": 1, "height": 1}
+    tally.add(pa.Table.from_pylist([row], schema=schema))
+    assert (tally.num_rows, tally.num_tokens, tally.long_side_px) == (1, {}, {1: 1})
