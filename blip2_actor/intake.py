@@ -43,8 +43,11 @@ def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
 class Intake:
     """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
 
-    def __init__(self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int) -> None:
+    def __init__(
+        self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int, max_positions: int
+    ) -> None:
         self.model = model
+        self.max_positions = max_positions
         self.prompts = prompts
         self.image_size_px = image_size_px
         self.max_slots = max_slots
@@ -98,20 +101,20 @@ class Intake:
             token_ids = self.prompts.encode(text)
         except ValueError as error:
             return Refusal(Status.REFUSED, str(error))
-        limit = self.model.language_model.max_positions
-        if limit is not None and len(token_ids) > limit:
+        limit = self.max_positions
+        if len(token_ids) > limit:
             return Refusal(
                 Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
             )
         return token_ids
 
     def _check_length(self, num_tokens: int, what: str) -> None:
-        """Raises Refusal where queries and `num_tokens` exceed the model's positions."""
-        limit, num_queries = self.model.language_model.max_positions, self.model.config.num_query_tokens
-        if limit is not None and num_queries + num_tokens > limit:
+        """Raises Refusal where queries and `num_tokens` exceed the positions of the model or of memory."""
+        limit, num_queries = self.max_positions, self.model.config.num_query_tokens
+        if num_queries + num_tokens > limit:
             raise Refusal(
                 Status.REFUSED,
-                f"{what} must have at most {limit - num_queries} tokens (the model's {limit} positions less "
+                f"{what} must have at most {limit - num_queries} tokens ({limit} positions less "
                 f"{num_queries} queries), got {num_tokens}; shorten the text",
             )
 

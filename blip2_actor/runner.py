@@ -20,6 +20,7 @@ from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
 from blip2_actor.scoring import text_logprobs
+from blip2_actor.sizing import free_bytes, position_bytes
 from blip2_actor.upload import Upload
 
 SCORE_BATCH = 64
@@ -48,6 +49,7 @@ class ModelRunner:
         self.dtype = model.dtype
         self.num_slots = num_slots
         self._slots: Slots | None = None
+        self._position_bytes = position_bytes(model)
         self._text_batches = Batches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
         self._upload = Upload(self.device)
@@ -152,11 +154,22 @@ class ModelRunner:
         return self._slots
 
     def _make_room(self, prefix_length: int, max_new_tokens: int) -> None:
+        if self._slots is not None and self._slots.holds(prefix_length, max_new_tokens):
+            return
+        self._require_memory(prefix_length + max_new_tokens)
         if self._slots is None:
             self._slots = self.language_model.new_slots(self.num_slots, prefix_length, max_new_tokens)
-        elif not self._slots.holds(prefix_length, max_new_tokens):
+        else:
             self._forget_recordings()
             self._slots.grow(prefix_length, max_new_tokens)
+
+    def _require_memory(self, num_positions: int) -> None:
+        """A GPU says when its memory ends; a CPU's machine would swap, or end the process."""
+        needed = self.num_slots * num_positions * self._position_bytes
+        if self.device.type == "cpu" and needed > (free := free_bytes(self.device)):
+            raise torch.OutOfMemoryError(
+                f"{self.num_slots} slots of {num_positions} positions need {needed:,} bytes of {free:,} free"
+            )
 
     def _forget_recordings(self) -> None:
         if self._replay is not None:

@@ -292,6 +292,9 @@ class Scheduler:
         logger.warning("Out of memory: images are encoded %d at a time from now on", self.encode_batch)
 
     def _prefill_less(self, num_jobs: int, error: torch.OutOfMemoryError) -> None:
+        if num_jobs == 1 and self.max_slots == 1:
+            self.ready.popleft().resolve(Result(status=Status.FAILED, error=f"out of memory: {error}"))
+            return
         if num_jobs == 1:
             self._shrink(error)
             return

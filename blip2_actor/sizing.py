@@ -8,6 +8,7 @@ running out of memory, and halve.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,24 @@ def slot_bytes(model: Blip2) -> int:
     slot = model.language_model.new_slots(1, prefix_length, PLANNED_NEW_TOKENS)
     prefill = prefix_length * PREFILL_WIDTHS * text.hidden_size * model.dtype.itemsize
     return slot.num_bytes + prefill + LOGITS_BYTES * text.vocab_size
+
+
+def position_bytes(model: Blip2) -> int:
+    """Keys and values of one position in one slot."""
+    return model.language_model.new_slots(1, 64, 64).num_bytes // 128
+
+
+def longest_text(model: Blip2) -> int:
+    """Most positions of a text: the model's own limit, or what half of free memory holds of one alone.
+
+    T5 has no limit of its own; its encoder's scores grow with the square of the prompt.
+    """
+    scores_bytes = 2 * torch.float32.itemsize * model.config.text_config.num_attention_heads
+    linear = position_bytes(model)
+    budget = free_bytes(model.query_tokens.device) // 2
+    in_memory = (math.sqrt(linear**2 + 4 * scores_bytes * budget) - linear) / (2 * scores_bytes)
+    own = model.language_model.max_positions
+    return int(in_memory) if own is None else min(own, int(in_memory))
 
 
 def image_bytes(model: Blip2) -> int:

@@ -66,6 +66,35 @@ def test_an_image_that_is_none_has_a_status(engine: Engine, image: object) -> No
     assert "image" in result.error
 
 
+def test_a_text_longer_than_memory_is_refused(engine: Engine) -> None:
+    """T5 has no positions to run out of: a billion tokens would be asked of the allocator, for all slots."""
+    endless = Request(image=GOOD, options=GenerationOptions(max_new_tokens=10**9))
+    assert beside_a_good_one(engine, endless).status is Status.REFUSED
+    assert engine.score([GOOD], ["a" * 200_000])[0].status is Status.REFUSED
+
+
+def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_never_fits_fails(
+    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nobody says that memory ends, until the process does."""
+    config = EngineConfig(
+        model=str(checkpoint_folder("t5")), dtype="float32", device="cpu", num_threads=1, max_slots=8
+    )
+    with config.build() as engine:
+        position = engine._runner._position_bytes
+        monkeypatch.setattr("blip2_actor.runner.free_bytes", lambda _: position * 8 * 100)
+        short, long, endless = (
+            Request(image=GOOD, options=GenerationOptions(max_new_tokens=n, min_new_tokens=n))
+            for n in (10, 120, 1000)
+        )
+        results = engine.generate([short, long, endless, short])
+        assert [r.status for r in results] == [Status.OK, Status.OK, Status.FAILED, Status.OK]
+        assert len(results[1].token_ids) == 120
+        assert results[3] == results[0]
+        assert "out of memory" in results[2].error
+        assert engine._scheduler.max_slots == 1
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.5}], ids=str
 )
