@@ -45,7 +45,7 @@ class Split:
             ValueError: the map names a module or a device that does not exist.
         """
         self.model = model
-        self.main = _name(main)
+        self.main = str(main)
         self.offload_folder = offload_folder
         named = json.loads(device_map) if device_map.startswith("{") else _plan(model, device_map, main)
         self._places = {name: _place(place) for name, place in named.items()}
@@ -106,7 +106,7 @@ def _plan(model: nn.Module, strategy: str, main: torch.device) -> dict[str, int 
     memory = get_max_memory()
     if main.type == "cpu":
         memory = {"cpu": memory["cpu"]}
-    elif main.index not in (None, 0):
+    elif main.index != 0:
         memory = {main.index: memory.pop(main.index), **memory}
     memory = {k: v if k == "cpu" else int(v * ACCELERATOR_SHARE) for k, v in memory.items()}
     if strategy != "sequential":
@@ -120,9 +120,4 @@ def _place(place: int | str) -> str:
     """ "disk", or a device; raises ValueError where there is no such device."""
     if place == "disk":
         return place
-    return _name(resolve_device(f"cuda:{place}" if isinstance(place, int) else place))
-
-
-def _name(device: torch.device) -> str:
-    """The same for "cuda" and "cuda:0"."""
-    return device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    return str(resolve_device(f"cuda:{place}" if isinstance(place, int) else place))
