@@ -52,7 +52,7 @@ class Engine:
         """
         self.config = config
         self._arrived: deque[Job | Task] = deque()
-        self._unfinished: set[Job | Task] = set()
+        self._unfinished: dict[Future[Any], Job | Task] = {}
         self._wake = threading.Condition()
         self._is_closed = False
         self._failure: BaseException | None = None
@@ -267,8 +267,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """At the interpreter's end: a thread that is still computing then would abort the process."""
-        for job in list(self._unfinished):
-            job.future.cancel()
+        for future in list(self._unfinished):
+            future.cancel()
         self.close()
 
     def __enter__(self) -> Engine:
@@ -301,13 +301,14 @@ class Engine:
                 raise RuntimeError("the engine is closed") from self._failure
             self._num_requests += num_requests
             self._arrived.extend(jobs)
-            self._unfinished.update(jobs)
+            self._unfinished.update({job.future: job for job in jobs})
             self._wake.notify()
         for job in jobs:
-            job.future.add_done_callback(partial(self._forget, job))
+            job.future.add_done_callback(self._forget)
 
-    def _forget(self, job: Job | Task, _: Future[Any]) -> None:
-        self._unfinished.discard(job)
+    def _forget(self, future: Future[Any]) -> None:
+        # By future: one that held on to its job would keep an image's tensors until garbage is collected.
+        self._unfinished.pop(future, None)
 
     def _run(self, loaded: Future[None]) -> None:
         """Everything that computes runs here, loading and scoring too.
@@ -332,7 +333,7 @@ class Engine:
             # Whatever broke the device broke every request; the host decides whether the process lives on.
             with self._wake:
                 self._failure = error
-            for job in list(self._unfinished):
+            for job in list(self._unfinished.values()):
                 job.fail(error)
 
     def _take_arrivals(self) -> bool:

@@ -6,6 +6,7 @@ Callers of several threads take turns.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,7 @@ from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
 from blip2_actor.prompts import require_something
-from blip2_actor.request import Embedding, ImageLike, Match
+from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
 from blip2_actor.sizing import full_encode_batch
 from blip2_actor.status import Status
 
@@ -38,6 +39,7 @@ class MatchingEngine:
             OSError: the checkpoint cannot be found or read.
         """
         self.config = config
+        self._num_images, self._busy_s = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "blip2-matching")
         try:
             self._thread.submit(self._load).result()
@@ -90,6 +92,10 @@ class MatchingEngine:
         """Unit vectors of texts; one that is empty or too long is an entry with a status."""
         token_ids = [self._token_ids(text) for text in texts]
         return self._embed(self._text_batches, self._embed_texts, token_ids)
+
+    def stats(self) -> EngineStats:
+        """Images encoded and seconds worked since the start."""
+        return EngineStats(num_images_encoded=self._num_images, busy_s=self._busy_s)
 
     def close(self) -> None:
         """Finish what was begun, refuse what comes."""
@@ -152,9 +158,19 @@ class MatchingEngine:
     def _run(
         self, batches: Batches, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]
     ) -> list[FoundT]:
-        return self._thread.submit(torch.inference_mode()(batches.run), work, items).result()
+        return self._thread.submit(self._work, batches, work, items).result()
 
     # In the engine's thread -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _work(
+        self, batches: Batches, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]
+    ) -> list[FoundT]:
+        started = time.perf_counter()
+        try:
+            return batches.run(work, items)
+        finally:
+            self._busy_s += time.perf_counter() - started
 
     def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
         """Images with all their texts."""
@@ -181,6 +197,7 @@ class MatchingEngine:
 
     def _encode(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8[S, S, 3] each -> float[B, P, Dv]."""
+        self._num_images += len(pixels)
         images = torch.from_numpy(np.stack(pixels)).to(self.model.query_tokens.device)
         return self.model.image_features(self.model.normalizer(images, self.model.dtype))
 

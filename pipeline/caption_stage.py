@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +20,9 @@ from blip2_actor import Blip2Actor, GenerationOptions, Request, Result, Status
 from blip2_actor.request import EngineBuilder, ImageLike
 from pipeline.decode_stage import PIXELS
 from pipeline.guard import REGENERATED, marks, sterner
-from pipeline.made import Made, columns_of, vector_of
-from pipeline.outputs import CAPTION, Outputs
+from pipeline.made import Made, Pending, Row, columns_of
+from pipeline.measures import Measures
+from pipeline.outputs import Outputs
 from pipeline.schema import result_fields
 from pipeline.shared_results import SharedResults
 from pipeline.worker_exit import end_without_ceremony
@@ -34,22 +34,6 @@ class EngineFault(RuntimeError):
 
 Settled = list[tuple[int, Made]]
 """Rows of a table and what became of them."""
-Pending = Future[Result] | Result
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row under way."""
-
-    position: int
-    pending: list[Pending]
-    """The caption, where one is made, and the answers in the order of the asks."""
-    prompt: str | None = None
-    image: ImageLike | None = None
-    """Where more is to be made of it when the texts are there."""
-    identity: tuple[object, ...] = ()
-    """The same for identical images."""
-    results: list[Result] = field(default_factory=list)
 
 
 class CaptionStage:
@@ -79,10 +63,20 @@ class CaptionStage:
         self.fields = (*result_fields(outputs.caption, options.num_return_sequences), *self.named)
         self._prompt = prompt
         self._prompt_column = prompt_column
-        self._text_prefix = text_prefix
+        self._measures = Measures(outputs, self.actor.engine, outputs.matching(engine), text_prefix)
         self._shared = SharedResults() if reuse_identical else None
-        self._asks, self._embeds, self._scores = outputs.asks, outputs.embeds, outputs.scores
+        self._asks = outputs.asks
         self._again = sterner(options) if outputs.regenerate else None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engines have worked."""
+        return self.actor.stats().busy_s + self._measures.busy_s
+
+    def close(self) -> None:
+        """Finish what runs, refuse what comes, free the device."""
+        self.actor.close()
+        self._measures.close()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Caption a whole table and give it back with the result columns."""
@@ -107,7 +101,7 @@ class CaptionStage:
             EngineFault: the engine itself has failed; a bad row is a result, never an exception.
         """
         waiting = deque(self._submit(table, rows))
-        piece: list[_Row] = []
+        piece: list[Row] = []
         due = _due(piece_s)
         try:
             while waiting:
@@ -116,7 +110,6 @@ class CaptionStage:
                     piece, due = [], _due(piece_s)
                 row = waiting.popleft()
                 row.results = [_result(future) for future in row.pending]
-                row.pending.clear()  # futures hold on to the image
                 piece.append(row)
             if piece:
                 yield self._finish(table, piece)
@@ -140,18 +133,18 @@ class CaptionStage:
 
     # Texts ----------------------------------------------------------------------------------------------
 
-    def _submit(self, table: pa.Table, rows: Sequence[int]) -> list[_Row]:
+    def _submit(self, table: pa.Table, rows: Sequence[int]) -> list[Row]:
         statuses, errors, pixels = table["status"], table["error"], table[PIXELS]
         prompts = table[self._prompt_column] if self._prompt_column else None
         size_px = self.actor.info.image_size_px
         num_texts = len(self._asks) + self.captioned
-        is_shared = bool(num_texts > 1 or self._embeds or self._scores)
-        is_held = bool(self._embeds or self._scores or self._again)
-        submitted: list[_Row] = []
+        is_shared = num_texts > 1 or self._measures.share_the_encoder
+        is_held = self._measures.are_wanted or self._again is not None
+        submitted: list[Row] = []
         for position in rows:
             status = Status(statuses[position].as_py())
             if status is not Status.OK:
-                submitted.append(_Row(position, [Result(status=status, error=errors[position].as_py())]))
+                submitted.append(Row(position, [Result(status=status, error=errors[position].as_py())]))
                 continue
             image: ImageLike = np.frombuffer(pixels[position].as_buffer(), np.uint8).reshape(
                 size_px, size_px, 3
@@ -159,7 +152,7 @@ class CaptionStage:
             if is_shared:
                 image = self.actor.engine.image(image)
             prompt = self._prompt if prompts is None else prompts[position].as_py()
-            row = _Row(position, [], prompt, image if is_held else None)
+            row = Row(position, [], prompt, image if is_held else None)
             if self._shared is not None:
                 # Arrays of two shapes may have the same bytes.
                 row.identity = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
@@ -168,7 +161,7 @@ class CaptionStage:
             submitted.append(row)
         return submitted
 
-    def _request(self, row: _Row, request: Request) -> Pending:
+    def _request(self, row: Row, request: Request) -> Pending:
         with _faults():
             if self._shared is None:
                 return self.actor.submit(request)
@@ -177,19 +170,19 @@ class CaptionStage:
 
     # Everything else --------------------------------------------------------------------------------------
 
-    def _finish(self, table: pa.Table, rows: Sequence[_Row]) -> Settled:
+    def _finish(self, table: pa.Table, rows: Sequence[Row]) -> Settled:
         """Make of rows with texts what is made of several at once."""
         made = [self._guarded(row) for row in rows]
         if self._again is not None:
             self._regenerate(rows, made)
         good = [(row, one) for row, one in zip(rows, made, strict=True) if one.result.ok]
-        if good and (self._embeds or self._scores):
-            with _faults():
-                self._embed(good)
-                self._score(table, good)
+        with _faults():
+            self._measures.add(table, good)
+        for row in rows:
+            row.image = None  # encoded, it holds memory of the device
         return [(row.position, one) for row, one in zip(rows, made, strict=True)]
 
-    def _guarded(self, row: _Row) -> Made:
+    def _guarded(self, row: Row) -> Made:
         """The texts of a row, and what the guard says of its caption."""
         for result in row.results:
             if not result.ok:
@@ -201,7 +194,7 @@ class CaptionStage:
             made.flags = marks(made.result.text or "", row.prompt)
         return made
 
-    def _regenerate(self, rows: Sequence[_Row], made: Sequence[Made]) -> None:
+    def _regenerate(self, rows: Sequence[Row], made: Sequence[Made]) -> None:
         """A second try, with its own marks, for the captions that are marked."""
         tried = []
         for row, one in zip(rows, made, strict=True):
@@ -213,42 +206,6 @@ class CaptionStage:
             if result.ok:
                 one.result = result
                 one.flags = [*marks(result.text or "", row.prompt), REGENERATED]
-
-    def _embed(self, rows: Sequence[tuple[_Row, Made]]) -> None:
-        if not self._embeds:
-            return
-        found = self.actor.engine.features([row.image for row, _ in rows if row.image is not None])
-        for (_, made), features in zip(rows, found, strict=True):
-            for name, kind in self._embeds.items():
-                vector = vector_of(features, kind)
-                if vector is not None:
-                    made.named[name] = vector
-
-    def _score(self, table: pa.Table, rows: Sequence[tuple[_Row, Made]]) -> None:
-        """A row without a text has no score; a text that cannot be scored decides the row's status."""
-        for name, source in self._scores.items():
-            images, texts, prompts, scored = [], [], [], []
-            for row, made in rows:
-                text = self._text(table, row, made, source)
-                if text and text.strip() and row.image is not None:
-                    images.append(row.image)
-                    texts.append(text)
-                    prompts.append(self._asks.get(source, row.prompt))
-                    scored.append(made)
-            found = self.actor.engine.score(images, texts, prompts)
-            for made, score in zip(scored, found, strict=True):
-                if score.logprob is not None:
-                    made.named[name] = score.logprob
-                else:
-                    made.result = Result(status=score.status, error=f"{name}: {score.error}")
-
-    def _text(self, table: pa.Table, row: _Row, made: Made, source: str) -> str | None:
-        if source in self._asks:
-            return str(made.named[source])
-        if source == CAPTION and self.captioned:
-            return made.result.text
-        text: str | None = table[self._text_prefix + source][row.position].as_py()
-        return text
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster
 from pipeline.decode_stage import PIXELS, DecodeStage
-from pipeline.outputs import EmbedKind, Outputs
+from pipeline.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.placement import Placement, Reservations, reserve, settle_engine
 from pipeline.schema import refuse_taken_names, result_fields
 
@@ -32,6 +32,8 @@ def caption(
     asks: Mapping[str, str] | None = None,
     embeds: Mapping[str, EmbedKind] | None = None,
     scores: Mapping[str, str] | None = None,
+    score_model: str | None = None,
+    score_kind: ScoreKind | None = None,
     regenerate: bool = False,
     reuse_identical: bool = False,
     placement: Placement = Placement(),
@@ -46,6 +48,8 @@ def caption(
         asks: new text columns, and the prompts whose answers they hold.
         embeds: new columns of vectors, and of which kind: "vision", "qformer" or "queries".
         scores: new columns of log-probabilities, and whose texts they are of: "caption", an ask, or a column.
+        score_model: retrieval checkpoint that computes the scores instead.
+        score_kind: of it, "itm" (probability of a match, the default) or "itc" (cosine).
         regenerate: caption once more where the guard marks a caption in `flags`.
         reuse_identical: make the texts of images whose bytes are the same once per actor.
 
@@ -61,7 +65,10 @@ def caption(
     if prompt is not None and prompt_column is not None:
         raise ValueError("prompt_column must be alone, got prompt too; name one of them")
     info = engine.info()
-    outputs = Outputs.of(asks, embeds, scores, regenerate=regenerate)
+    outputs = Outputs.of(
+        asks, embeds, scores, score_model=score_model, score_kind=score_kind, regenerate=regenerate
+    )
+    outputs.score_digest(engine, info)
     columns = ds.columns() or []
     texts = (("scores", name) for name in outputs.text_columns)
     for flag, name in (("image_column", image_column), ("prompt_column", prompt_column), *texts):

@@ -141,7 +141,7 @@ class FragmentStage:
 
     def _report(self) -> None:
         alive_s = time.monotonic() - self._started
-        busy_s = self._stage.actor.stats().busy_s
+        busy_s = self._stage.busy_s
         self._board.report.remote("caption", self._worker, busy_s, alive_s)
         self._board.report.remote("write", self._worker, self._write_s, alive_s)
 
@@ -168,7 +168,7 @@ def caption_stage(engine: EngineBuilder, settings: CaptionSettings) -> CaptionSt
         PROMPT if settings.reading.prompt_column else None,
         settings.outputs,
         settings.reuse_identical,
-        text_prefix=TEXT,
+        TEXT,
     )
 
 

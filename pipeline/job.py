@@ -65,7 +65,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         ValueError, OSError: the model is unknown, the input missing or empty, the output not writable
             or begun with other settings; the message says what to do.
     """
-    engine = engine or settings.engine
+    engine = engine or settings.builder
     info = engine.info()
     folder = Folder(settings.output)
     run = load_run(folder)
@@ -102,7 +102,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     first = dataclasses.replace(
         from_plain(CaptionSettings, plain), output=settings.output, placement=settings.placement
     )
-    engine = engine or first.engine
+    engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)
     first.fingerprint(info).require_same(run.fingerprint, str(folder))
     return Job(first, engine, info, folder, run, is_new=False, is_retry=True)

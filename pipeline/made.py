@@ -1,14 +1,35 @@
-"""What became of a row, and the columns that rows of it make."""
+"""A row under way, what became of it, and the columns that this makes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Features, Result
+from blip2_actor import Result
+from blip2_actor.request import ImageLike
+
+Pending = Future[Result] | Result
+
+
+@dataclass(slots=True)
+class Row:
+    """A row between its requests and what becomes of them."""
+
+    position: int
+    """In its table."""
+    pending: list[Pending]
+    """The caption, where one is made, and the answers in the order of the asks."""
+    prompt: str | None = None
+    image: ImageLike | None = None
+    """Where more is to be made of it when the texts are there."""
+    identity: tuple[object, ...] = ()
+    """The same for identical images, where they are looked for."""
+    results: list[Result] = field(default_factory=list)
+    """Of the requests, once they are done."""
 
 
 @dataclass(slots=True)
@@ -50,14 +71,6 @@ def columns_of(made: Sequence[Made], named: Sequence[pa.Field]) -> dict[str, pa.
             fixed_lists(values, column.type) if is_vector else pa.array(values, column.type)  # type: ignore[arg-type]
         )
     return columns
-
-
-def vector_of(features: Features, kind: str) -> np.ndarray | None:
-    """float32[Dv], float32[Dq] or float32[Q, Dq], by the kind that `Outputs.embed` names."""
-    if kind == "vision":
-        return features.pooled
-    queries = features.qformer_features
-    return queries if queries is None or kind == "queries" else queries.mean(axis=0)
 
 
 def fixed_lists(vectors: Sequence[np.ndarray | None], type: pa.DataType) -> pa.Array:

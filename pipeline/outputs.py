@@ -8,11 +8,13 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from blip2_actor import ModelInfo
+from blip2_actor import MatchingConfig, ModelInfo
+from blip2_actor.request import EngineBuilder
 from pipeline.flags import written_as
 from pipeline.schema import ROW_CONTRACT, refuse_taken_names
 
 EmbedKind = Literal["vision", "qformer", "queries"]
+ScoreKind = Literal["itm", "itc"]
 CAPTION = "caption"
 FORMS = {"ask": "NAME=PROMPT", "embed": "NAME=KIND", "score": "NAME=COLUMN"}
 """How the fields are written that name columns."""
@@ -33,6 +35,11 @@ class Outputs:
     score: tuple[str, ...] = field(default=(), metadata=written_as(FORMS["score"]))
     """A float32 column, how probable (natural log) a text is behind the image and the prompt:
     that of "caption", of an ask, or of a column or member of the input."""
+    score_model: str | None = None
+    """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores instead."""
+    score_kind: ScoreKind | None = None
+    """Of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of their
+    contrastive embeddings; default: itm."""
     regenerate: bool = False
     """Caption once more, with penalties for repetition, where the guard marks a caption in `flags`."""
 
@@ -49,6 +56,10 @@ class Outputs:
                 raise ValueError(
                     f"embed must be NAME=KIND with one of {', '.join(get_args(EmbedKind))}, got {name}={kind}"
                 )
+        if self.score_model and not self.score:
+            raise ValueError("score_model must be left out without score, got it alone; add --score")
+        if self.score_kind and not self.score_model:
+            raise ValueError("score_kind must be left out without score_model; name a retrieval checkpoint")
         if self.regenerate and not self.caption:
             raise ValueError("regenerate must be left out without captions")
         if not (self.caption or self.names):
@@ -97,6 +108,37 @@ class Outputs:
         return tuple(dict.fromkeys(source for source in self.scores.values() if source not in made))
 
     @property
+    def only_matches(self) -> bool:
+        """Whether a retrieval checkpoint makes everything there is, so that no language model is loaded."""
+        return self.score_model is not None and not (self.caption or self.ask or self.embed)
+
+    def matching(self, engine: EngineBuilder) -> MatchingConfig | None:
+        """The retrieval checkpoint, in place and dtype as the engine."""
+        if self.score_model is None:
+            return None
+        same = ("device", "dtype", "num_threads")
+        return MatchingConfig(
+            model=self.score_model, **{name: getattr(engine, name) for name in same if hasattr(engine, name)}
+        )
+
+    def score_digest(self, engine: EngineBuilder, info: ModelInfo) -> str | None:
+        """Identifies the retrieval checkpoint's content.
+
+        Raises:
+            ValueError: it takes images of another size than the model they are made ready for.
+        """
+        matching = self.matching(engine)
+        if matching is None:
+            return None
+        found = matching.info()
+        if found.image_size_px != info.image_size_px:
+            raise ValueError(
+                f"score_model must take images of {info.image_size_px} px as the model does, got "
+                f"{found.image_size_px} px; score in a run of its own: blip2 score"
+            )
+        return found.digest
+
+    @property
     def parts(self) -> dict[str, Any]:
         """What a run's fingerprint says: column by column, and their order."""
         return {
@@ -104,6 +146,7 @@ class Outputs:
             "ask": self.asks,
             "embed": self.embeds,
             "score": self.scores,
+            "score_kind": (self.score_kind or "itm") if self.score_model else "logprob",
             "regenerate": self.regenerate,
         }
 

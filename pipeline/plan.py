@@ -73,7 +73,7 @@ def make_plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> Pl
     Raises:
         ValueError, OSError: as the caption command would; or nothing in the sample can be captioned.
     """
-    engine = engine or settings.engine
+    engine = engine or settings.builder
     info = engine.info()
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)

@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar
 
 from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Status
 from blip2_actor.preprocess import ImageLimits
+from blip2_actor.request import EngineBuilder
 from pipeline.fingerprint import Fingerprint
 from pipeline.flags import hiding, prefixed, written_as
-from pipeline.outputs import FORMS, Outputs
+from pipeline.outputs import FORMS, Outputs, ScoreKind
 from pipeline.placement import Placement
 from pipeline.reading import ReadOptions
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
@@ -83,6 +84,12 @@ class CaptionSettings(JobSettings):
         self.outputs.refuse_taken([*ROW_CONTRACT.names, *self.reading.kept])
 
     @property
+    def builder(self) -> EngineBuilder:
+        """The engine that makes what is asked for."""
+        builder = self.outputs.matching(self.engine) if self.outputs.only_matches else self.engine
+        return typing.cast(EngineBuilder, builder)
+
+    @property
     def read_options(self) -> ReadOptions:
         """Files that decoding would refuse by size are not read at all; texts to score are."""
         return dataclasses.replace(
@@ -103,6 +110,7 @@ class CaptionSettings(JobSettings):
             "prompt": self.prompt,
             "options": dataclasses.asdict(self.generation),
             "outputs": self.outputs.parts,
+            "score_model": self.outputs.score_digest(self.engine, info),
             "image": {
                 "size_px": info.image_size_px,
                 "max_pixels": limits.max_pixels,
@@ -151,9 +159,31 @@ class ScoreSettings(JobSettings):
     """Column of the output with the score."""
     prompt: str | None = None
     """Text between image and text, such as the question whose answer is scored."""
+    score_model: str | None = None
+    """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores; no other model is
+    loaded. Default: the log-probability by the language model of --model."""
+    score_kind: ScoreKind | None = None
+    """Of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of their
+    contrastive embeddings; default: itm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_model is None:
+            return
+        for name, value in (("prompt", self.prompt), ("prompt_column", self.reading.prompt_column)):
+            if value is not None:
+                raise ValueError(f"{name} must be left out with score_model, which reads the text alone")
+        for name in ("model", "revision", "max_slots", "encode_batch", "compile", "skip_canary"):
+            if getattr(self.engine, name) != getattr(EngineConfig(), name):
+                raise ValueError(f"{name} must be left out with score_model, the only model that is loaded")
 
     def job(self) -> CaptionSettings:
-        outputs = Outputs(caption=False, score=(f"{self.name}={self.text_column}",))
+        outputs = Outputs(
+            caption=False,
+            score=(f"{self.name}={self.text_column}",),
+            score_model=self.score_model,
+            score_kind=self.score_kind,
+        )
         return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
 
 

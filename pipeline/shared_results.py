@@ -35,7 +35,7 @@ class SharedResults:
         return future
 
     def _settle(self, key: Hashable, future: Future[Result]) -> None:
-        """Keep the result alone: a future holds on to its request, and that to an image."""
+        """Keep the result alone: a future with its lock is as large again."""
         with self._lock:
             if self._known.get(key) is not future:
                 return

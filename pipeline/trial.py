@@ -77,7 +77,7 @@ def try_stages(settings: CaptionSettings, engine: EngineBuilder, size_px: int, s
         captioning(readable.slice(0, 1))
         captioned, caption_cost = _timed(captioning, decoded)
     finally:
-        captioning.actor.close()
+        captioning.close()
     rows = contract(captioned, list(settings.reading.kept), captioning)
     with _folder_for_trial(settings.output) as folder:
         write_cost, row_bytes, file_bytes = _write(folder, rows)

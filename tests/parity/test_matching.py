@@ -10,71 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
-from transformers import (
-    Blip2ForImageTextRetrieval,
-    Blip2Processor,
-    BlipImageProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
-from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, images, make_config, randomize
+from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, images
+from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "a",
-    "dog",
-    "cat",
-    "on",
-    "the",
-    "sofa",
-    "##s",
-    "[DEC]",
-    "<image>",
-]
 TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
-
-
-def make_bert_tokenizer() -> PreTrainedTokenizerFast:
-    """As in the published checkpoint: BERT's, lower case, with [DEC] as the start of sentence."""
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="[DEC]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        additional_special_tokens=["<image>"],
-    )
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "image-token"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both layouts of the processor: without image tokens, and with them in front of the text."""
-    config = make_config("opt", image_token=False)
-    config.image_token_index = WORDS.index("<image>") if request.param else None
-    config.qformer_config.use_qformer_text_input = True
-    config.image_text_hidden_size = 12
-    model = Blip2ForImageTextRetrieval(config)
-    randomize(model)
-    path = tmp_path_factory.mktemp("matching")
-    model.save_pretrained(path)
-    size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
-    Blip2Processor(
-        BlipImageProcessor(size=size), make_bert_tokenizer(), NUM_QUERIES if request.param else None
-    ).save_pretrained(path)
-    return path
+    return save_retrieval_checkpoint(tmp_path_factory.mktemp("matching"), request.param)
 
 
 @pytest.fixture(scope="module")

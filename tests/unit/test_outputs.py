@@ -2,6 +2,7 @@
 
 import io
 import threading
+import weakref
 from concurrent.futures import Future
 
 import numpy as np
@@ -78,6 +79,20 @@ def test_the_real_engine_encodes_each_image_once():
         assert row["status"] == "ok"
         assert abs(row["fit"] - row["logprob"]) < 1e-3, "the caption, scored, is as probable as it was"
         assert row["colour"] is not None and any(row["mean"])
+
+
+def test_images_are_let_go_with_their_piece():
+    """An encoded image holds memory of the device, and a call has hundreds."""
+    images = np.asarray(draw(SceneSampler("held_out", 0).sample(6), 64))
+    engine = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_canary=True)
+    making = stage(Outputs.of(ASKS, {"mean": "qformer"}), engine, GenerationOptions(max_new_tokens=3))
+    held = []
+    real = making.actor.engine.image
+    making.actor.engine.image = lambda image: held.append(weakref.ref(made := real(image))) or made
+    pieces = making.settle(decoded(images), range(6), piece_rows=3)
+    next(pieces)
+    making.actor.close()
+    assert [ref() is None for ref in held] == [True] * 3 + [False] * 3
 
 
 def test_a_row_that_has_failed_has_no_named_values():
@@ -163,7 +178,7 @@ def test_what_is_remembered_is_bounded_shared_in_flight_and_never_a_fault():
     assert shared.get("a", submit) is first and len(made) == 1
     result = Result()
     made[0].set_result(result)
-    assert shared.get("a", submit) is result, "the future, and the image behind it, are let go"
+    assert shared.get("a", submit) is result, "the future is let go"
     shared.get("b", submit)
     shared.get("a", submit)
     shared.get("c", submit)
