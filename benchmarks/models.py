@@ -65,6 +65,9 @@ def checkpoint(size: str, folder: Path, device: str, dtype: torch.dtype) -> Path
     _fill(model)
     model.save_pretrained(path)
     _tokenizer(config(size)).save_pretrained(path)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the contenders are other processes, and size themselves by what is free
     return path
 
 

@@ -8,7 +8,6 @@ from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.model import Blip2
 from blip2_actor.retrieval import Blip2Retrieval
-from blip2_actor.splitting import Split
 from blip2_actor.vision import PixelNormalizer
 from blip2_actor.weights import load_weights, opt_rules, retrieval_rules, stored_parameters, t5_rules
 
@@ -36,7 +35,11 @@ def load_model(
     with torch.device("meta"):
         model = Blip2(config)
     model.cast(dtype)
-    split = Split(model, device_map, device, CACHE_FOLDER / "offload") if device_map else None
+    split = None
+    if device_map is not None:
+        from blip2_actor.splitting import Split  # accelerate, which nothing else needs
+
+        split = Split(model, device_map, device, CACHE_FOLDER / "offload")
     if split is None:
         model.to_empty(device=device)
     else:
