@@ -62,19 +62,19 @@ class Reconciliation:
             return 1
         return 2 if self.failed_fraction > max_failed_fraction else 0
 
-    def lines(self) -> list[str]:
-        """The report."""
+    def lines(self, is_over: bool = True) -> list[str]:
+        """The report; of a run that may still go on, shards without a file are not missing but left."""
         failed = ", ".join(
             f"{n:,} {status}" for status, n in sorted(self.by_status.items()) if status != "ok"
         )
         lines = [
             f"rows in {self.num_rows:,} = ok {self.num_ok:,} + failed {self.num_failed:,}"
             + (f" ({failed})" if failed else ""),
-            f"shards {self.num_shards:,} = written {len(self.summaries):,} + missing {len(self.missing):,}",
+            f"shards {self.num_shards:,} = written {len(self.summaries):,} + "
+            f"{'missing' if is_over else 'left'} {len(self.missing):,}",
         ]
         lines += _named([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
-        lines += _named([f"missing: {shard}" for shard in self.missing])
-        return lines
+        return lines + (_named([f"missing: {shard}" for shard in self.missing]) if is_over else [])
 
 
 def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str]) -> Reconciliation:

@@ -108,7 +108,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
 
 def lines(found: Report) -> Iterator[str]:
     """The summary for people."""
-    yield from found.reconciliation.lines()
+    yield from found.reconciliation.lines(is_over=not found.reconciliation.missing)
     yield found.pace
     reasons = sorted(found.tally.reasons.items(), key=lambda item: -item[1].count)
     for (status, reason), kind in reasons[:MOST_LINES]:

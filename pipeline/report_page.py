@@ -103,7 +103,7 @@ def _head(report: Report) -> Iterator[str]:
         ("shards written", f"{len(done.summaries):,} of {done.num_shards:,}"),
     )
     yield "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts) + "</dl>"
-    named = [line for line in done.lines() if line.startswith(("partial:", "missing:", "..."))]
+    named = [line for line in done.lines(is_over=False) if line.startswith(("partial:", "..."))]
     if named:
         yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in named) + "</ul>"
 

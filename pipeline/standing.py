@@ -7,9 +7,9 @@ import time
 from pipeline.folder import Folder
 from pipeline.fragments import rows_in
 from pipeline.lease import Holder, read_holder
-from pipeline.ledger import load_run, look
+from pipeline.ledger import Run, load_run, look
 from pipeline.progress import Snapshot
-from pipeline.reconcile import reconcile
+from pipeline.reconcile import Reconciliation, reconcile
 
 
 def standing(uri: str) -> list[str]:
@@ -28,11 +28,25 @@ def standing(uri: str) -> list[str]:
     done = reconcile(folder, run.shards, state.finished)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
     waiting = sum(len(rows) for rows in rows_in(folder, open_shards).values())
-    lines = done.lines()
+    lines = done.lines(is_over=not done.missing)
     if waiting:
         lines.append(f"under way: {waiting:,} rows finished in {len(open_shards):,} shards")
+    if done.missing:
+        rows = _estimate_rows(run, done)
+        about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
+        lines.append(f"left: {about}{len(done.missing):,} shards")
     lines.append(_driver_line(read_holder(folder), bool(done.missing)))
     return lines
+
+
+def _estimate_rows(run: Run, done: Reconciliation) -> int | None:
+    """Rows of the shards without a file; those of unknown length are taken to be as long as the others."""
+    known = {shard.name: shard.num_rows for shard in run.shards if shard.num_rows is not None}
+    known |= {summary.shard: summary.num_rows for summary in done.summaries}
+    if not known:
+        return None
+    typical = sum(known.values()) / len(known)
+    return round(sum(known.get(name, typical) for name in done.missing))
 
 
 def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:

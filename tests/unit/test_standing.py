@@ -1,0 +1,98 @@
+"""`blip2 status` on outputs as they are in the middle of a run: done, failed, left, rate and end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.cli import main
+from pipeline.commit import commit_shard
+from pipeline.fingerprint import Fingerprint
+from pipeline.folder import Folder
+from pipeline.fragments import write_fragment
+from pipeline.lease import Lease
+from pipeline.ledger import Run, begin_run
+from pipeline.progress import Snapshot
+from pipeline.reading import ShardReport
+from pipeline.schema import ROW_CONTRACT
+from pipeline.shards import Shard
+from pipeline.standing import standing
+
+
+def write_rows(folder: Folder, shard: str, num_rows: int, failed: int = 0) -> None:
+    rows = [
+        {"key": f"{n}", "shard": shard, "row": n, "flags": [], "status": "ok" if n >= failed else "too_large"}
+        for n in range(num_rows)
+    ]
+    write_fragment(folder, pa.Table.from_pylist(rows, schema=ROW_CONTRACT))
+
+
+def finish(folder: Folder, shard: str) -> None:
+    commit_shard(folder, ShardReport(shard=shard, num_rows=100, complete=True), {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Five shards: one finished with failures, one half done, one that is known to have 40 rows."""
+    folder = Folder(str(tmp_path))
+    shards = [Shard(name=f"{n}.tar", format="webdataset", root="/in", files=(f"{n}.tar",)) for n in range(4)]
+    shards.append(Shard(name="4~0-39", format="folder", root="/in", files=("x",), num_rows=40))
+    begin_run(folder, Run(Fingerprint({}), {}, tuple(shards)))
+    write_rows(folder, "0.tar", 100, failed=3)
+    finish(folder, "0.tar")
+    write_rows(folder, "1.tar", 50)
+    return folder
+
+
+def test_a_run_without_a_driver(folder):
+    assert standing(folder.uri) == [
+        "rows in 100 = ok 97 + failed 3 (3 too_large)",
+        "shards 5 = written 1 + left 4",
+        "under way: 50 rows finished in 1 shards",
+        "left: about 200 rows, 4 shards",  # 40, and three of 70, of which 50 are done
+        "no driver at work; run the same command to go on",
+    ]
+
+
+def test_a_run_at_work_has_a_rate_and_an_end(folder, capsys):
+    snapshot = Snapshot(
+        num_rows=150,
+        num_failed=3,
+        images_per_s=12.5,
+        shards_done=1,
+        num_shards=5,
+        left_s=90.0,
+        busy={"decode": 0.5},
+    )
+    with Lease(folder, progress=lambda: dataclasses.asdict(snapshot)):
+        assert main(["status", "--output", folder.uri]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("at work: process ")
+    assert "150 images · 12.5/s · 3 failed · shards 1/5 · left 1 min 30 s · busy decode 50%" in last
+    assert ", ends about 20" in last
+
+
+def test_a_finished_run(folder):
+    for shard in ("1.tar", "2.tar", "3.tar", "4~0-39"):
+        write_rows(folder, shard, 100)
+        finish(folder, shard)
+    assert standing(folder.uri) == [
+        "rows in 500 = ok 497 + failed 3 (3 too_large)",
+        "shards 5 = written 5 + missing 0",
+        "finished",
+    ]
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    folder = Folder(str(tmp_path))
+    shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
+    begin_run(folder, Run(Fingerprint({}), {}, (shard,)))
+    assert standing(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "left: 1 shards"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["status", "--output", str(tmp_path)]) == 1
+    assert "must be a folder with a run" in capsys.readouterr().err
