@@ -6,6 +6,8 @@ can be replayed as a graph. Nothing here knows which text is where; the schedule
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +53,8 @@ class SlotCache:
 
         int64[R] -> int64[R].
         """
-        return torch.arange(positions.shape[0], device=positions.device) * self.max_length + positions
+        count = positions.shape[0]
+        return aligned_arange(count, positions.device)[:count] * self.max_length + positions
 
     def write_step(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """Store one new position per running slot; `rows` from `row_indices`, key and value float[R, D]."""
@@ -120,6 +123,8 @@ class SlotCache:
             states[:, targets, start:stop] = states[:, sources, start:stop]
 
 
+@cache
 def aligned_arange(length: int, device: torch.device) -> Tensor:
-    """0, 1, 2, … up to at least `length`, in a multiple of `ALIGNMENT`."""
-    return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+    """0, 1, 2, … up to at least `length`, in a multiple of `ALIGNMENT`; made once, do not change it."""
+    with torch.inference_mode(False):  # training may use it too
+        return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)

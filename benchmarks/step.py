@@ -1,0 +1,95 @@
+"""What the scheduler itself costs: time in `step()` outside the model and the choice of tokens.
+
+64 slots of the demonstration checkpoint, texts of 4 to 30 forced tokens that come and go.
+
+    python -m benchmarks.step
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import report
+from benchmarks.sides import pictures
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, scheduler
+from blip2_actor.runner import ModelRunner
+
+NUM_SLOTS = 64
+NUM_IMAGES = 1024
+
+
+class Stopwatch:
+    """Adds up the time inside wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, owner: Any, name: str) -> None:
+        wrapped: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return wrapped(*args, **named)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        setattr(owner, name, timed)
+
+
+def measure(threads: int | None) -> dict[str, Any]:
+    """Milliseconds per step, of the steps that found all slots taken."""
+    model = Stopwatch()
+    for name in ("encode", "prefill", "decode"):
+        model.wrap(ModelRunner, name)
+    model.wrap(scheduler, "advance")
+    choose = random.Random(0)
+    own_ms: list[float] = []
+    all_ms: list[float] = []
+    with Engine(EngineConfig(model="demo", device="cpu", max_slots=NUM_SLOTS, num_threads=threads)) as engine:
+        driven = engine._scheduler
+        step = driven.step
+
+        def timed() -> None:
+            inside, started = model.seconds, time.perf_counter()
+            step()
+            whole = time.perf_counter() - started
+            if driven.num_running >= NUM_SLOTS - NUM_SLOTS // 8:
+                own_ms.append(1000 * (whole - (model.seconds - inside)))
+                all_ms.append(1000 * whole)
+
+        driven.step = timed  # type: ignore[method-assign]
+        asked = []
+        for picture in pictures(NUM_IMAGES, engine.image_size_px):
+            length = choose.randint(4, 30)
+            options = GenerationOptions(max_new_tokens=length, min_new_tokens=length)
+            asked.append(Request(image=picture, options=options))
+        engine.generate(asked)
+    return {
+        "benchmark": "step",
+        "own_ms": statistics.median(own_ms),
+        "to_stay_below_ms": 1.0,
+        "step_ms": statistics.median(all_ms),
+        "steps": len(own_ms),
+        "num_slots": NUM_SLOTS,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    arguments = parser.parse_args()
+    report(measure(arguments.threads), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
