@@ -57,13 +57,16 @@ class CaptionStage:
             text_prefix: stands before the names of the columns whose texts are scored.
         """
         end_without_ceremony()
+        matching = outputs.matching(engine)
+        # First, because the engine makes itself as large as free memory allows.
+        beside = None if matching is None or outputs.only_matches else matching.build()
         self.actor = Blip2Actor(engine, options)
         self.named = outputs.fields(self.actor.info)
         self.captioned = outputs.caption
         self.fields = (*result_fields(outputs.caption, options.num_return_sequences), *self.named)
         self._prompt = prompt
         self._prompt_column = prompt_column
-        self._measures = Measures(outputs, self.actor.engine, outputs.matching(engine), text_prefix)
+        self._measures = Measures(outputs, self.actor.engine, beside, text_prefix)
         self._shared = SharedResults() if reuse_identical else None
         self._asks = outputs.asks
         self._again = sterner(options) if outputs.regenerate else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from blip2_actor import Features, MatchingConfig, Result, Status
+from blip2_actor import Features, Result, Status
 from blip2_actor.request import EngineLike, ImageLike
 from pipeline.made import Made, Row
 from pipeline.outputs import CAPTION, Outputs
@@ -26,19 +26,19 @@ class Measures:
     """The vectors and scores that a run asks for."""
 
     def __init__(
-        self, outputs: Outputs, engine: EngineLike, matching: MatchingConfig | None, text_prefix: str
+        self, outputs: Outputs, engine: EngineLike, beside: MatchingEngine | None, text_prefix: str
     ) -> None:
         """
         Args:
             engine: of the stage; a `MatchingEngine` where nothing but its scores is asked for.
-            matching: the retrieval checkpoint that computes the scores.
+            beside: computes the scores where a retrieval checkpoint does so beside the engine.
             text_prefix: stands before the names of the columns whose texts are scored.
         """
         self._outputs = outputs
         self._asks, self._embeds, self._scores = outputs.asks, outputs.embeds, outputs.scores
         self._engine = engine
-        self._beside = None if matching is None or outputs.only_matches else matching.build()
-        self._matcher = typing.cast("MatchingEngine", engine) if outputs.only_matches else self._beside
+        self._beside = beside
+        self._matcher = typing.cast("MatchingEngine", engine) if outputs.only_matches else beside
         self._text_prefix = text_prefix
         self.are_wanted = bool(self._embeds or self._scores)
         self.share_the_encoder = bool(self._embeds or (self._scores and self._matcher is None))
