@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import changes_scores, process
+from blip2_actor.processors import penalizes, process
 from blip2_actor.request import Completion
 from blip2_actor.search import Vocabulary, cut_at_stop
 
@@ -52,7 +52,7 @@ class BeamSearch:
         self.vocabulary = vocabulary
         self.num_slots = options.num_beams
         self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
-        self.has_processors = changes_scores(options)
+        self.has_penalties = penalizes(options)
         self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, 0.0) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
         self.improvable = True
@@ -60,6 +60,11 @@ class BeamSearch:
 
     def tokens(self) -> list[int]:
         return [beam.token_ids[-1] for beam in self.beams]
+
+    @property
+    def must_go_on(self) -> bool:
+        """True while the end token is not allowed yet."""
+        return len(self.beams[0].token_ids) < self.options.min_new_tokens
 
     def process(self, logprobs: Tensor) -> None:
         """Apply the options' processors to float32[num_beams, V], in place."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.beam import BeamSearch, Candidate
+from blip2_actor.device import to_device
 from blip2_actor.search import TextSearch
 
 Searches = Sequence["tuple[TextSearch | BeamSearch, list[int]]"]
@@ -59,10 +60,9 @@ def _largest(logits: Tensor, normalizer: Tensor, searches: Searches) -> tuple[li
     ]
     if early:
         end_ids = next(search.vocabulary.end_ids for search, _ in searches)
-        others = logits[early].index_fill_(
-            1, torch.tensor(list(end_ids), device=logits.device), float("-inf")
-        )
-        for row, token_id, logprob in zip(early, *_to_host(others, normalizer[early]), strict=True):
+        rows = to_device(early, logits.device)
+        others = logits[rows].index_fill_(1, to_device(list(end_ids), logits.device), float("-inf"))
+        for row, token_id, logprob in zip(early, *_to_host(others, normalizer[rows]), strict=True):
             ids[row], logprobs[row] = token_id, logprob
     return ids, logprobs
 
@@ -77,16 +77,20 @@ def _to_host(logits: Tensor, normalizer: Tensor) -> tuple[list[int], list[float]
 def _advance_beams(logits: Tensor, normalizer: Tensor, group: Searches) -> list[list[int]]:
     """One step of G beam searches of equal width K."""
     beams = [search for search, _ in group if isinstance(search, BeamSearch)]
-    rows = torch.tensor([rows for _, rows in group], device=logits.device)
+    rows = to_device([rows for _, rows in group], logits.device)
     vocabulary_size = logits.shape[-1]
     logprobs = logits[rows] - normalizer[rows][..., None]  # [G, K, V]
     raw = logprobs
-    if any(b.has_processors for b in beams):
+    if any(b.has_penalties for b in beams):
         raw = logprobs.clone()
         for search, own in zip(beams, logprobs, strict=True):
-            if search.has_processors:
+            if search.has_penalties:
                 search.process(own)
-    so_far = torch.tensor([[b.score for b in search.beams] for search in beams], device=logits.device)
+    early = [index for index, search in enumerate(beams) if search.must_go_on]
+    if early:  # all at once: one by one, this takes a GPU's host longer than the step
+        end_ids = to_device(sorted(beams[0].vocabulary.end_ids), logits.device)
+        logprobs[to_device(early, logits.device)[:, None], :, end_ids] = float("-inf")
+    so_far = to_device([[b.score for b in search.beams] for search in beams], logits.device)
     totals = (logprobs + so_far[..., None]).flatten(1)
     scores, flat = totals.topk(beams[0].num_candidates)
     own_logprobs = raw.flatten(1).gather(1, flat)

@@ -1,4 +1,4 @@
-"""Which device, which dtype, compiled or not: what "auto" means, resolved in one place."""
+"""Which device, which dtype, compiled or not: what "auto" means, resolved in one place; and the way to it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from blip2_actor.config import EngineConfig, ModelConfig
 
@@ -73,3 +76,14 @@ def resolve_compile(config: EngineConfig, device: torch.device) -> bool:
         return False
     logger.info("The encoders are compiled at start, which takes a minute or two; --compile false skips it")
     return True
+
+
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of host values, without waiting for what the device is doing.
+
+    `torch.tensor(…, device="cuda")` copies from memory that may be paged out, and waits for the copy, which
+    waits for everything queued before it.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from blip2_actor.device import to_device
 from blip2_actor.layers import attend, merge_heads, split_heads
 
 
@@ -58,11 +59,11 @@ class Packing:
             [torch.arange(g.length, device=device).repeat(g.count) for g in self.groups]
         )
         ends = [g.start + (i + 1) * g.length - 1 for g in self.groups for i in range(g.count)]
-        self.last = torch.tensor(ends, device=device)
+        self.last = to_device(ends, device)
         restore = [0] * len(lengths)
         for place, original in enumerate(self.order):
             restore[original] = place
-        self.restore_order = torch.tensor(restore, device=device)
+        self.restore_order = to_device(restore, device)
 
     def pack(self, sequences: list[Tensor]) -> Tensor:
         """Lay sequences float[T_i, D] one behind the other, sorted: float[T_total, D]."""
@@ -73,7 +74,7 @@ class Packing:
         ordered = [slots[i] for i in self.order]
         found = []
         for group in self.groups:
-            found.append(torch.tensor(ordered[: group.count], device=self.device))
+            found.append(to_device(ordered[: group.count], self.device))
             ordered = ordered[group.count :]
         return found
 

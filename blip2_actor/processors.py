@@ -19,11 +19,6 @@ def penalizes(options: GenerationOptions) -> bool:
     return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
 
 
-def changes_scores(options: GenerationOptions) -> bool:
-    """True where `process` does anything: penalties, or a least length, which only bans the end."""
-    return options.min_new_tokens > 0 or penalizes(options)
-
-
 def process(
     scores: Tensor,
     options: GenerationOptions,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.batches import Batches
+from blip2_actor.device import to_device
 from blip2_actor.encoders import Encoders
 from blip2_actor.graphs import DecodeReplay, Recorder
 from blip2_actor.jobs import EncodedImage, Job
@@ -65,6 +66,7 @@ class ModelRunner:
             if image.keeps_image_embeds:
                 image.image_embeds = encoded.image_embeds[row].clone()  # a view would keep the whole batch
 
+    @torch.inference_mode()
     def send_ahead(self, waiting: Collection[EncodedImage], count: int) -> None:
         """While the device computes, bring it the images that it will most likely encode next."""
         if not self._upload.runs_ahead or self._upload.has_sent or len(waiting) < count:
@@ -92,7 +94,7 @@ class ModelRunner:
         """Run each job's image and prompt into its slot; float[n, V], logits of the first new tokens."""
         for job in jobs:
             self._make_room(self.prefix_length(job), job.options.max_new_tokens)
-        flat = torch.tensor([t for job in jobs for t in job.prompt_ids], device=self.device)
+        flat = to_device([t for job in jobs for t in job.prompt_ids], self.device)
         texts = self.model.embed_tokens(flat).split([len(job.prompt_ids) for job in jobs])
         images = [job.image.prefix for job in jobs if job.image.prefix is not None]
         prefixes = [torch.cat(pair) for pair in zip(images, texts, strict=True)]
@@ -103,8 +105,8 @@ class ModelRunner:
         """Append one token to each of the first slots; float[R, V]."""
         if self._replay is not None:
             return self._replay.decode(token_ids, lengths, self.slots)
-        ids = torch.tensor(token_ids, device=self.device)
-        positions = torch.tensor(lengths, device=self.device)
+        ids = to_device(token_ids, self.device)
+        positions = to_device(lengths, self.device)
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2_actor.device import to_device
 from blip2_actor.slots import ALIGNMENT, SlotCache, aligned_arange
 
 
@@ -42,7 +43,7 @@ class T5Slots:
         for slot, length in zip(slots, prefix_lengths, strict=True):
             self._host_lengths[slot] = length
         device = self.prefix_lengths.device
-        self.prefix_lengths[torch.tensor(slots, device=device)] = torch.tensor(prefix_lengths, device=device)
+        self.prefix_lengths[to_device(slots, device)] = to_device(prefix_lengths, device)
 
     def shrink(self, num_slots: int) -> None:
         self.own.shrink(num_slots)
