@@ -1,0 +1,23 @@
+"""Slots that are free take no memory on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_actor.slots import SlotCache
+from tests.unit.test_tensor_file import status_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_free_slots_take_no_memory() -> None:
+    """128 slots of a 2.7 B model are 5 GB; filling them with zeros would need them before the first image."""
+    before = status_bytes("VmRSS")
+    cache = SlotCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
+    cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 512), torch.ones(1, 8, 512))
+    assert cache.num_bytes == 256 << 20
+    assert status_bytes("VmRSS") - before < 32 << 20
+    assert cache.keys[0, 0, :8].eq(1).all()
+    assert not cache.keys[0, 0, 8:].any()
