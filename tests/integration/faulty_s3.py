@@ -27,7 +27,7 @@ SPELL_S = 7.0
 """Longer than Arrow's client goes on trying: 30 times, 0.2 s apart."""
 SLOW_S = 4.0
 """Longer than it waits for one answer."""
-ABOUT = ("_blip2/fragments", "_blip2/ends", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet")
+ABOUT = ("_blip2/fragments", "_blip2/ends", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
 
 
 class Faults:

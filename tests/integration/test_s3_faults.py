@@ -1,10 +1,11 @@
-"""An output in a store that answers badly: each kind of request at first, then all of them for a while."""
+"""Input and output in a store that answers badly: each kind of request at first, then all for a while."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -36,11 +37,18 @@ def test_a_small_file_is_one_request(store):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_store_fails_while_a_job_writes_to_it(store, tmp_path):
+def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
     """Each kind of request fails once, and when fragments begin to come all fail for longer than Arrow's
     client tries: nothing may be lost, done twice or left behind."""
     truth = write_tars(tmp_path / "in", num_tars=4, rows_per_tar=40)
-    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=store.uri("bucket/out"))
+    filesystem, _ = open_filesystem(store.uri("bucket"))
+    pafs.copy_files(
+        str(tmp_path / "in"),
+        "bucket/in",
+        source_filesystem=pafs.LocalFileSystem(),
+        destination_filesystem=filesystem,
+    )
+    settings = CaptionSettings(input=(store.uri("bucket/in"),), output=store.uri("bucket/out"))
     engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
     store.fail(each=1, spell_at="PUT _blip2/fragments")
     result = run_job(prepare(settings, engine), Console(io.StringIO()))
@@ -48,12 +56,10 @@ def test_the_store_fails_while_a_job_writes_to_it(store, tmp_path):
     store.fail(each=0)
     assert (result.num_ok, result.exit_status(0.0)) == (160, 0)
     assert len(captions_made(tmp_path / "trace")) == 160
-    for kind in ("LIST", "PUT _blip2/fragments", "GET _blip2/fragments", "DELETE _blip2/fragments"):
-        assert failures[kind] == 1, failures
-    for kind in ("PUT _blip2/ends", "GET _blip2/ends", "DELETE _blip2/ends", "PUT .parquet", "GET .parquet"):
-        assert failures[kind] == 1, failures
-    assert failures["spell"] > 30, failures
-    filesystem, _ = open_filesystem(store.uri("bucket/out"))
+    told = {f"{method} {about}" for method in ("PUT", "GET") for about in ("_blip2/ends", ".parquet")}
+    told |= {f"{method} _blip2/fragments" for method in ("PUT", "GET", "DELETE")}
+    assert {"LIST", "GET .tar", "DELETE _blip2/ends", *told} <= {k for k, n in failures.items() if n == 1}
+    assert failures["spell"] > 20, failures
     for shard, images in truth.items():
         with filesystem.open_input_file(f"bucket/out/{shard}.parquet") as file:
             table = pq.read_table(file)

@@ -44,6 +44,11 @@ def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
     folder.delete("a/b")
     folder.delete("a/b")
     assert list(folder.names("a")) == ["a/b/c"]
+    inner = folder.below("a/inner")
+    inner.put("x/y", b"4")
+    assert sorted(folder.names()) == ["a/b/c", "a/inner/x/y"]
+    inner.erase()
+    assert list(folder.names()) == ["a/b/c"]
     folder.require_writable()
     with Lease(folder), pytest.raises(OutputInUse), Lease(folder):
         pass

@@ -25,7 +25,7 @@ from pipeline.settings import PlanSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 
-SLACK = 1.6
+SLACK = 2.5
 """The machine has other work too."""
 
 
