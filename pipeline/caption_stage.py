@@ -7,6 +7,7 @@ encoder: the requests at once, vectors and scores for a piece of finished rows t
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,9 @@ class CaptionStage:
         self._measures = Measures(outputs, self.actor.engine, beside, text_prefix)
         self._shared = SharedResults() if reuse_identical else None
         self._asks = outputs.asks
+        # Of an answer only the best text is kept.
+        several = options.num_return_sequences > 1
+        self._answer = dataclasses.replace(options, num_return_sequences=1) if several else None
         self._again = sterner(options) if outputs.regenerate else None
 
     @property
@@ -159,8 +163,9 @@ class CaptionStage:
             if self._shared is not None:
                 # Arrays of two shapes may have the same bytes.
                 row.identity = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
-            asked = [prompt, *self._asks.values()] if self.captioned else self._asks.values()
-            row.pending = [self._request(row, Request(image=image, prompt=text)) for text in asked]
+            asked = [Request(image=image, prompt=prompt)] if self.captioned else []
+            asked += [Request(image=image, prompt=ask, options=self._answer) for ask in self._asks.values()]
+            row.pending = [self._request(row, request) for request in asked]
             submitted.append(row)
         return submitted
 

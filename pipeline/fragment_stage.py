@@ -59,6 +59,7 @@ class FragmentStage:
         self,
         engine: EngineBuilder,
         info: ModelInfo,
+        score_digest: str | None,
         settings: CaptionSettings,
         folder: Folder,
         board: Any,
@@ -66,13 +67,21 @@ class FragmentStage:
         """Start an engine.
 
         Args:
-            info: what the driver found the model to be, and has put into the run's fingerprint.
+            info: what the driver found the model to be, and has put into the run's fingerprint;
+            score_digest: and the retrieval checkpoint that scores, if one does.
             board: handle of the job's `Board` actor.
 
         Raises:
             ValueError: this machine finds the model to be another one.
         """
         _require_same_model(info, engine.info())
+        found = settings.outputs.score_digest(engine, info)
+        if found != score_digest:
+            raise ValueError(
+                f"score_model must be the same on every machine, got other files at "
+                f"{settings.outputs.score_model} where the job runs than where it was started; "
+                "name a place that all machines share"
+            )
         self._stage = caption_stage(engine, settings)
         self._kept = list(settings.reading.kept)
         self._folder = folder

@@ -71,6 +71,7 @@ def receipts_dataset(
             fn_constructor_args=(
                 settle_engine(engine, reservations),
                 info,
+                settings.outputs.score_digest(settings.engine, info),
                 settings,
                 folder,
                 board,

@@ -115,6 +115,19 @@ def test_each_row_has_its_own_prompt_beside_the_asks():
     assert [row["shape"] for row in rows] == [fake_caption(pixels_of(n), ASKS["shape"]) for n in range(2)]
 
 
+def test_several_captions_are_made_and_of_each_answer_one_text():
+    """The others would take slots and be thrown away."""
+    options = GenerationOptions(num_beams=3, num_return_sequences=3)
+    making = stage(Outputs.of(ASKS), options=options)
+    asked = []
+    submit = making.actor.submit
+    making.actor.submit = lambda request: asked.append(request.options or options) or submit(request)
+    [row] = making(decoded([pixels_of(0)])).to_pylist()
+    assert len(row["captions"]) == 3
+    assert [row[name] for name in ASKS] == [fake_caption(pixels_of(0), prompt) for prompt in ASKS.values()]
+    assert [(one.num_beams, one.num_return_sequences) for one in asked] == [(3, 3), (3, 1), (3, 1)]
+
+
 def test_without_captions_no_text_is_asked_for():
     making = stage(Outputs(caption=False, embed=("v=vision",)))
     table = making(decoded(map(pixels_of, range(4))))
