@@ -208,6 +208,10 @@ class Engine:
         texts is encoded once.
         """
         prompts = [None] * len(texts) if prompts is None else prompts
+        if not len(images) == len(texts) == len(prompts):
+            raise ValueError(
+                f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"
+            )
         asked: list[tuple[EncodedImage, list[int], list[int]] | Refusal] = []
         for encoded, text, prompt in zip(self._encode(images), texts, prompts, strict=True):
             asked.append(

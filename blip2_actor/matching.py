@@ -67,6 +67,8 @@ class MatchingEngine:
 
         An image that is given several times, as the same object, is decoded and encoded once.
         """
+        if len(images) != len(texts):
+            raise ValueError(f"texts must be one per image ({len(images)}), got {len(texts)}")
         found: list[Match | None] = []
         asked: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
         for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):

@@ -11,6 +11,7 @@ memory when they are used, and go when it is wanted for something else.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -95,9 +96,9 @@ class Split:
             return torch.empty_like(like, device="cpu")
         self.offload_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.offload_folder) as file:
-            flat = torch.from_file(
-                file.name, shared=True, size=like.numel() * like.element_size(), dtype=torch.uint8
-            )
+            if hasattr(os, "posix_fallocate"):  # a full disk is an OSError now, and a dead process later
+                os.posix_fallocate(file.fileno(), 0, like.nbytes)
+            flat = torch.from_file(file.name, shared=True, size=like.nbytes, dtype=torch.uint8)
         return flat.view(like.dtype).view(like.shape)
 
 

@@ -39,6 +39,7 @@ def test_layers_on_disk_give_the_same_tokens(
     layers = LAYERS[language]
     device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
     device_map[f"{layers}.1.out_proj"] = "disk"
+    device_map["language_projection"] = "cpu:0"  # another device than "cpu", as far as the split can tell
     folder = checkpoint_folder(language)
     whole_ids, whole_scores = captions(folder, None)
     split_ids, split_scores = captions(folder, json.dumps(device_map))

@@ -89,6 +89,8 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) 
     assert engine.image_embeddings([b"junk", good])[0].status is Status.UNDECODABLE
     assert [e.status for e in engine.text_embeddings(["", "a dog"])] == [Status.REFUSED, Status.OK]
     assert engine.score([], []) == []
+    with pytest.raises(ValueError, match=r"one per image \(1\), got 2"):
+        engine.score([good], ["a", "b"])
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
