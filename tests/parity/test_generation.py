@@ -131,3 +131,36 @@ def test_search_options_equal_the_reference(engine, reference, language, options
             **options,
         )
         assert [list(c.token_ids) for c in result.completions] == expected
+
+
+def test_beams_that_would_end_early_go_on_as_the_reference_does(engine, reference) -> None:
+    """A model that likes to end: without the ban, these texts end within three tokens. Searches that may end
+    run beside them."""
+    end = 154
+    checkpoint = {"eos_token_id": end, "seed": 3}
+    asked = [
+        Request(
+            image=request.image,
+            options=GenerationOptions(
+                max_new_tokens=12, num_beams=3, length_penalty=-1.0, min_new_tokens=i % 3 * 4
+            ),
+        )
+        for i, request in enumerate(requests(9))
+    ]
+    results = engine("opt", **checkpoint).generate(asked)
+    for request, result in zip(asked, results, strict=True):
+        (expected,) = reference_ids(
+            reference("opt", **checkpoint),
+            "opt",
+            torch.from_numpy(request.image),
+            None,
+            max_new_tokens=12,
+            do_sample=False,
+            num_beams=3,
+            length_penalty=-1.0,
+            min_new_tokens=request.options.min_new_tokens,
+        )
+        if end in expected:
+            expected = expected[: expected.index(end) + 1]
+        assert list(result.token_ids) == expected
+    assert min(len(result.token_ids) for result in results) < 4
