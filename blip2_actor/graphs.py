@@ -79,7 +79,7 @@ class CudaGraphs:
         self._stream.wait_stream(caller)
         try:
             with torch.cuda.stream(self._stream):
-                step()  # lazily made handles and workspaces must not become part of the recording
+                step()  # what is made once and kept, workspaces say, must not become part of the recording
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     step()

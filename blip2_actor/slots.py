@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.device import to_device
+
 GROWTH = 64
 """Slots grow by this many positions at a time."""
 
@@ -121,8 +123,9 @@ class SlotCache:
 
     def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
+        source, target = (to_device(slots, self.keys.device) for slots in (sources, targets))
         for states in (self.keys, self.values):
-            states[:, targets, start:stop] = states[:, sources, start:stop]
+            states[:, target, start:stop] = states[:, source, start:stop]
 
 
 @cache
