@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -84,6 +85,18 @@ class EngineConfig(ModelConfig):
         from blip2_actor.checkpoint import describe
 
         return describe(self, lambda checkpoint: checkpoint.config)
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Refuse prompts that the model cannot take, before any work is begun; no weights are read.
+
+        Raises:
+            ValueError: one is no text, holds the image token, or leaves no room for its answer.
+            OSError: as from `info`.
+        """
+        from blip2_actor.checkpoint import resolve
+        from blip2_actor.prompts import check_prompts
+
+        check_prompts(resolve(self.model, self.revision, with_weights=False), prompts, max_new_tokens)
 
     def build(self) -> Engine:
         """Load the weights and start the engine; raises what `info` raises, and more."""

@@ -11,7 +11,7 @@ from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.model import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.preprocess import decode_image, resize_image
-from blip2_actor.prompts import Prompts, require_something
+from blip2_actor.prompts import Prompts, require_room, require_something
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.search import TextSearch
 from blip2_actor.status import Status
@@ -110,13 +110,10 @@ class Intake:
 
     def _check_length(self, num_tokens: int, what: str) -> None:
         """Raises Refusal where queries and `num_tokens` exceed the positions of the model or of memory."""
-        limit, num_queries = self.max_positions, self.model.config.num_query_tokens
-        if num_queries + num_tokens > limit:
-            raise Refusal(
-                Status.REFUSED,
-                f"{what} must have at most {limit - num_queries} tokens ({limit} positions less "
-                f"{num_queries} queries), got {num_tokens}; shorten the text",
-            )
+        try:
+            require_room(num_tokens, what, self.max_positions, self.model.config.num_query_tokens)
+        except ValueError as error:
+            raise Refusal(Status.REFUSED, str(error)) from error
 
     def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
         self._check_length(len(prompt_ids) + options.max_new_tokens, "prompt and max_new_tokens together")

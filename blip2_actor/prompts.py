@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, Blip2Config
 
+from blip2_actor.checkpoint import Checkpoint
+
 
 class Prompts:
     """The tokenizer of one checkpoint."""
@@ -79,3 +81,23 @@ def require_something(text: object) -> str:
     if text == "":
         raise ValueError("text must say something, got an empty text")
     return require_text(text)
+
+
+def require_room(num_tokens: int, what: str, max_positions: int | None, num_queries: int) -> None:
+    """Raises ValueError where queries and `num_tokens` exceed the positions there are."""
+    if max_positions is not None and num_queries + num_tokens > max_positions:
+        raise ValueError(
+            f"{what} must have at most {max_positions - num_queries} tokens ({max_positions} positions less "
+            f"{num_queries} queries), got {num_tokens}; shorten the text"
+        )
+
+
+def check_prompts(checkpoint: Checkpoint, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """See `EngineConfig.check_prompts`; reads the tokenizer alone."""
+    config = checkpoint.config
+    known = Prompts(checkpoint.folder, config)
+    has_positions = config.text_config.model_type == "opt"  # T5's are relative, without end
+    limit = config.text_config.max_position_embeddings if has_positions else None
+    for prompt in prompts:
+        num_tokens = len(known.encode(prompt)) + max_new_tokens
+        require_room(num_tokens, "prompt and max_new_tokens together", limit, config.num_query_tokens)

@@ -69,6 +69,7 @@ def caption(
         asks, embeds, scores, score_model=score_model, score_kind=score_kind, regenerate=regenerate
     )
     outputs.score_digest(engine, info)
+    outputs.check_prompts(engine, prompt, options)
     columns = ds.columns() or []
     texts = (("scores", name) for name in outputs.text_columns)
     for flag, name in (("image_column", image_column), ("prompt_column", prompt_column), *texts):

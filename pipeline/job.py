@@ -67,6 +67,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     """
     engine = engine or settings.builder
     info = engine.info()
+    settings.outputs.check_prompts(engine, settings.prompt, settings.generation)
     folder = Folder(settings.output)
     run = load_run(folder)
     shards = run.shards if run is not None else _list(settings, folder)

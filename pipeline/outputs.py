@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from blip2_actor import MatchingConfig, ModelInfo
+from blip2_actor import GenerationOptions, MatchingConfig, ModelInfo
 from blip2_actor.request import EngineBuilder
 from pipeline.flags import written_as
 from pipeline.schema import ROW_CONTRACT, refuse_taken_names
@@ -120,6 +120,12 @@ class Outputs:
         return MatchingConfig(
             model=self.score_model, **{name: getattr(engine, name) for name in same if hasattr(engine, name)}
         )
+
+    def check_prompts(self, engine: EngineBuilder, prompt: str | None, options: GenerationOptions) -> None:
+        """Raises ValueError where the model cannot take a prompt that every row would have."""
+        prompts = [text for text in (prompt, *self.asks.values()) if text]
+        if prompts:
+            engine.check_prompts(prompts, options.max_new_tokens)
 
     def score_digest(self, engine: EngineBuilder, info: ModelInfo) -> str | None:
         """Identifies the retrieval checkpoint's content.

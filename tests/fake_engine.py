@@ -80,6 +80,10 @@ class FakeEngineConfig:
             num_queries=NUM_QUERIES,
         )
 
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        if "unservable" in prompts:
+            raise ValueError("prompt must be servable, got 'unservable'")
+
     @property
     def _resolved_dtype(self) -> str:
         if self.dtype != "auto":

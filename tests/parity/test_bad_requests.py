@@ -47,6 +47,21 @@ def test_a_prompt_that_is_no_text_is_refused(engine: Engine, prompt: object) -> 
     assert engine.text_features([prompt])[0].status is Status.REFUSED
 
 
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_prompts_are_checked_before_anything_is_loaded(
+    language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model=str(checkpoint_folder(language)), device="cpu")
+    monkeypatch.setattr("blip2_actor.weights.list_tensors", lambda path: pytest.fail("weights were read"))
+    config.check_prompts(["what is it?", ""], 30)
+    with pytest.raises(ValueError, match="must not contain the image token"):
+        config.check_prompts(["what?", "a <image>"], 30)
+    if language == "opt":
+        with pytest.raises(ValueError, match=r"together must have at most 91 tokens .*, got 92"):
+            config.check_prompts(["x" * 61], 30)
+        config.check_prompts(["x" * 60], 30)
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from pipeline.commands import caption, retry, status
+from pipeline.outputs import Outputs
 from pipeline.settings import CaptionSettings, RetrySettings, StatusSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import png, write_tar
@@ -47,6 +48,12 @@ def test_unknown_model_folder(tmp_path, capsys):
     assert caption(settings) == 1
     assert "no-such-checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_no_row_could_be_served_with(refused):
+    """Each row would be refused by itself, after the cluster has started for it."""
+    assert "prompt must be servable" in refused(prompt="unservable")
+    assert "prompt must be servable" in refused(outputs=Outputs(ask=("what=unservable",)))
 
 
 def test_missing_input(refused, tmp_path):
