@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from blip2_actor.status import Status
 from pipeline.folder import Folder
-from pipeline.fragments import delete_fragments, list_fragments, read_fragment
+from pipeline.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.ledger import SUFFIX, end_name
 from pipeline.patience import patiently
 from pipeline.reading import ShardReport
@@ -74,7 +74,7 @@ def _commit(
     folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
 ) -> Summary | None:
     fragments = list_fragments(folder, report.shard)
-    tables = [read_fragment(folder, fragment.name) for fragment in fragments]
+    tables = read_fragments(folder, fragments)
     before = read_rows(folder, report.shard)
     # A shard that is read again and less of it can be read keeps the rows it has.
     num_rows = max(report.num_rows, 0 if before is None else len(before))

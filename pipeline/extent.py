@@ -48,7 +48,7 @@ def measure_extent(shards: Sequence[Shard], limit: int | None = None) -> Extent:
         guesses = (sum(rows for rows, *_ in walked),) * 3
     else:
         guesses = _extrapolate(walked, sum(shard.size_bytes or 0 for shard in uncounted))
-    typical, least, most = (counted + guess for guess in guesses)
+    typical, least, most = (min(counted + guess, limit or counted + guess) for guess in guesses)
     sizes = [shard.size_bytes for shard in shards]
     return Extent(
         num_shards=len(shards),
