@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -53,15 +54,13 @@ class Watch(Console):
         rss = self._process.memory_info().rss
         self.first_rss, self.peak_rss = self.first_rss or rss, max(self.peak_rss, rss)
 
-    def steady_rows_per_s(self) -> float:
-        total = self.seen[-1][1]
-        first = next(point for point in self.seen if point[1] >= START * total)
-        last = [point for point in self.seen if point[1] <= END * total or point is first][-1]
-        if last[0] <= first[0]:
-            raise RuntimeError(
-                f"{total} rows went by in {len(self.seen)} steps; take more for a steady state"
-            )
-        return (last[1] - first[1]) / (last[0] - first[0])
+
+def steady_rate(seen: Sequence[tuple[float, int]]) -> float:
+    """Rows per second in the steady state, of moments and how many rows were finished then; 0 for too few."""
+    total = seen[-1][1]
+    first = next(point for point in seen if point[1] >= START * total)
+    last = [point for point in seen if point[1] <= END * total or point is first][-1]
+    return (last[1] - first[1]) / (last[0] - first[0]) if last is not first else 0.0
 
 
 class JobSide:
@@ -85,7 +84,7 @@ class JobSide:
         run = JobRun(
             num_rows=result.num_rows,
             num_ok=result.num_ok,
-            rows_per_s=watch.steady_rows_per_s() if len(watch.seen) > 2 else 0.0,
+            rows_per_s=steady_rate(watch.seen),
             first_rows_s=watch.seen[0][0] + offset - began,
             total_s=time.time() - began,
             driver_growth_mib=(watch.peak_rss - watch.first_rss) / 2**20,

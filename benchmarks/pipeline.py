@@ -1,10 +1,9 @@
 """The batch job: what it leaves of the engine's speed, what users do instead, and how it grows.
 
-    engine       end-to-end rows/s in the steady state over the engine's own images/s on the same decoded
-                 images, mid-size random model, 20 tokens; start-up and tail apart
-    map-batches  the same job over `map_batches` around transformers' `generate` as Ray's documentation has
-                 it, at both sides' defaults (theirs: float32, one thread per actor) and at equal dtype and
-                 threads
+    model        mid-size random model, 20 tokens: end-to-end rows/s over the engine's own images/s on the
+                 same decoded images; and over `map_batches` around transformers' `generate` as Ray's
+                 documentation has it, at both sides' defaults (theirs: float32, one thread per actor) and
+                 at equal dtype and threads. All in the steady state, start-up and tail apart
     scale        an engine that costs nothing, 10 k to 1 M rows: rows/s and the driver's memory
     resume       1,000 shards of which 990 are finished: seconds from the command to the first new rows
 
@@ -31,7 +30,7 @@ import torch
 from PIL import Image
 
 from benchmarks.contender import Contender
-from benchmarks.job_side import JobSide
+from benchmarks.job_side import JobSide, steady_rate
 from benchmarks.map_batches import MapBatchesSide
 from benchmarks.measure import report
 from benchmarks.models import checkpoint
@@ -57,60 +56,59 @@ class EngineSide:
         self._engine.generate([Request(image=self._pixels[0])], OPTIONS)
 
     def run(self) -> float:
-        """Images/s."""
-        started = time.perf_counter()
-        results = self._engine.generate([Request(image=pixels) for pixels in self._pixels], OPTIONS)
-        if not all(result.ok for result in results):
+        """Images/s in the steady state."""
+        ends: list[float] = []
+        futures = [self._engine.submit(Request(image=pixels), OPTIONS) for pixels in self._pixels]
+        for future in futures:
+            future.add_done_callback(lambda _: ends.append(time.monotonic()))
+        if not all(future.result().ok for future in futures):
             raise RuntimeError("the engine refused an image of its own benchmark")
-        return len(self._pixels) / (time.perf_counter() - started)
+        return steady_rate([(end, count) for count, end in enumerate(ends, 1)])
 
 
-def engine(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, Any]:
+def model(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, Any]:
     images = _photographs(work / "photographs", num_images)
-    alone, whole = [], []
+    rates: dict[str, list[float]] = {name: [] for name in ("engine", "job", *THEIRS)}
+    jobs = []
     for turn in range(rounds):
         side = Contender(EngineSide, str(folder), str(images))
-        alone.append(side.call("run"))
+        rates["engine"].append(side.call("run"))
         side.close()
-        whole.append(_job(_captions(images, work / f"engine-{turn}", folder)))
-        print(f"  engine {alone[-1]:.2f} images/s, job {whole[-1]['rows_per_s']:.2f} rows/s")
-    ratios = [job["rows_per_s"] / own for job, own in zip(whole, alone, strict=True)]
+        settings = CaptionSettings(
+            input=(str(images),),
+            output=str(work / f"captions-{turn}"),
+            engine=EngineConfig(model=str(folder)),
+            generation=OPTIONS,
+        )
+        jobs.append(_job(settings))
+        rates["job"].append(jobs[-1]["rows_per_s"])
+        for name, (count, dtype, threads) in THEIRS.items():
+            few = _photographs(work / f"photographs-{count}", count)
+            theirs = Contender(MapBatchesSide)
+            output = str(work / f"{name}-{turn}")
+            run = theirs.call("run", str(few), output, str(folder), dtype, threads, TOKENS)
+            rates[name].append(run["rows_per_s"])
+            theirs.close()
+        print("  " + ", ".join(f"{name} {found[-1]:.2f}/s" for name, found in rates.items()))
     return {
-        "ratio": statistics.median(ratios),
-        "to_reach": 0.9,
-        "ratios": ratios,
-        "engine_images_per_s": alone,
-        "jobs": whole,
+        "rows_per_s": rates,
+        "jobs": jobs,
         "num_images": num_images,
+        "job_over_engine": _ratio(rates, "engine"),
+        "job_over_engine_to_reach": 0.9,
+        "job_over_map_batches_defaults": _ratio(rates, "map_batches, defaults"),
+        "job_over_map_batches_defaults_to_reach": 2.5,
+        "job_over_map_batches_equal": _ratio(rates, "map_batches, equal"),
+        "job_over_map_batches_equal_to_reach": 1.15,
     }
 
 
-def map_batches(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, to_reach, dtype, threads in (
-        ("defaults", 2.5, None, None),
-        ("equal", 1.15, "bfloat16", THREADS),
-    ):
-        count = num_images // 4 if name == "defaults" else num_images
-        images = _photographs(work / f"photographs-{count}", count)
-        ratios, jobs, theirs = [], [], []
-        for turn in range(rounds):
-            jobs.append(_job(_captions(images, work / f"{name}-{turn}", folder, dtype)))
-            side = Contender(MapBatchesSide)
-            output = str(work / f"their-{name}-{turn}")
-            theirs.append(side.call("run", str(images), output, str(folder), dtype, threads, TOKENS))
-            side.close()
-            ratios.append(jobs[-1]["rows_per_s"] / theirs[-1]["rows_per_s"])
-            print(f"  {name}: job {jobs[-1]['rows_per_s']:.2f}, theirs {theirs[-1]['rows_per_s']:.2f} rows/s")
-        found[name] = {
-            "ratio": statistics.median(ratios),
-            "to_reach": to_reach,
-            "ratios": ratios,
-            "jobs": jobs,
-            "map_batches": theirs,
-            "num_images": count,
-        }
-    return found
+THEIRS = {"map_batches, defaults": (64, None, None), "map_batches, equal": (160, "bfloat16", THREADS)}
+"""Images, dtype and threads: its rate is steady from the second batch on."""
+
+
+def _ratio(rates: dict[str, list[float]], other: str) -> float:
+    return statistics.median(j / o for j, o in zip(rates["job"], rates[other], strict=True))
 
 
 def scale(work: Path, sizes: list[int]) -> dict[str, Any]:
@@ -161,13 +159,6 @@ def _job(settings: CaptionSettings, engine: FakeEngineConfig | None = None) -> d
     return run
 
 
-def _captions(images: Path, output: Path, folder: Path, dtype: str | None = None) -> CaptionSettings:
-    config = (
-        EngineConfig(model=str(folder)) if dtype is None else EngineConfig(model=str(folder), dtype=dtype)
-    )  # type: ignore[arg-type]
-    return CaptionSettings(input=(str(images),), output=str(output), engine=config, generation=OPTIONS)
-
-
 def _photographs(folder: Path, count: int) -> Path:
     """JPEGs of 640 x 480 pixels."""
     folder.mkdir(exist_ok=True)
@@ -202,9 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["engine", "map-batches", "scale", "resume"]
+    names = ["model", "scale", "resume"]
     parser.add_argument("cases", nargs="*", default=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--images", type=int, default=320, help="of the runs with a model")
+    parser.add_argument("--images", type=int, default=320, help="of the runs with the model")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of scale")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", type=Path, help="where random checkpoints are kept between runs")
@@ -218,10 +209,9 @@ def main() -> None:
         work = Path(temporary)
         for name in arguments.cases:
             print(name)
-            if name in ("engine", "map-batches"):
+            if name == "model":
                 folder = checkpoint("midsize", arguments.models or work, "cpu", torch.float32)
-                measure = engine if name == "engine" else map_batches
-                results[name] = measure(folder, work, arguments.images, arguments.rounds)
+                results[name] = model(folder, work, arguments.images, arguments.rounds)
             elif name == "scale":
                 results[name] = scale(work, arguments.rows)
             else:
