@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import queue
 import threading
 import time
@@ -27,7 +28,7 @@ from blip2_actor.device import resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
-from blip2_actor.jobs import EncodedImage, Job, Task
+from blip2_actor.jobs import NO_NUMBERS, EncodedImage, Job, Task
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
@@ -36,6 +37,7 @@ from blip2_actor.request import EngineStats, Features, ImageLike, Request, Resul
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
 from blip2_actor.sizing import longest_text, size_engine
+from blip2_actor.status import Status
 
 T = TypeVar("T")
 
@@ -61,7 +63,12 @@ class Engine:
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
         self._thread.start()
-        loaded.result()
+        try:
+            loaded.result()
+        except BaseException:  # who is interrupted while it loads has no engine to close
+            with self._wake:
+                self._is_closed = True
+            raise
         atexit.register(self._abandon)
 
     def _load(self) -> None:
@@ -170,16 +177,22 @@ class Engine:
             if isinstance(encoded, Refusal):
                 found.append(Features(status=encoded.status, error=str(encoded)))
             else:
-                look = partial(self._runner.attention_maps, encoded)
-                found.append(
-                    Features(
-                        qformer_features=_to_numpy(encoded.qformer_features),
-                        pooled=_to_numpy(encoded.pooled),
-                        image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
-                        attention_maps=self._call(look) if with_attention_maps else None,
-                    )
-                )
+                found.append(self._features(encoded, with_image_embeds, with_attention_maps))
         return found
+
+    def _features(
+        self, encoded: EncodedImage, with_image_embeds: bool, with_attention_maps: bool
+    ) -> Features:
+        qformer_features, pooled = _to_numpy(encoded.qformer_features), _to_numpy(encoded.pooled)
+        if not all(np.isfinite(found).all() for found in (qformer_features, pooled) if found is not None):
+            return Features(status=Status.FAILED, error=NO_NUMBERS)
+        look = partial(self._runner.attention_maps, encoded)
+        return Features(
+            qformer_features=qformer_features,
+            pooled=pooled,
+            image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
+            attention_maps=self._call(look) if with_attention_maps else None,
+        )
 
     def text_features(self, texts: Sequence[str]) -> list[TextFeatures]:
         """Texts without an image, as the language model (T5: its encoder) reads them.
@@ -220,9 +233,7 @@ class Engine:
         served = [row for row in asked if not isinstance(row, Refusal)]
         logprobs = iter(self._call(lambda: self._runner.text_logprobs(served)))
         return [
-            Score(status=row.status, error=str(row))
-            if isinstance(row, Refusal)
-            else Score(logprob=sum(found := next(logprobs)), num_tokens=len(found))
+            Score(status=row.status, error=str(row)) if isinstance(row, Refusal) else _score(next(logprobs))
             for row in asked
         ]
 
@@ -301,8 +312,10 @@ class Engine:
 
     def _enqueue(self, jobs: Sequence[Job | Task], num_requests: int = 0) -> None:
         with self._wake:
-            if self._is_closed or self._failure is not None:
-                raise RuntimeError("the engine is closed") from self._failure
+            if self._failure is not None:
+                raise RuntimeError("the engine has failed, build it anew") from self._failure
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
             self._num_requests += num_requests
             self._arrived.extend(jobs)
             self._unfinished.update({job.future: job for job in jobs})
@@ -353,8 +366,17 @@ class Engine:
                     self._scheduler.add(arrival)
         for task in tasks:
             task.run()
-        return self._scheduler.has_work or not self._is_closed
+        with self._wake:
+            return bool(self._arrived) or self._scheduler.has_work or not self._is_closed
+
+
+def _score(logprobs: list[float]) -> Score:
+    total = sum(logprobs)
+    if not math.isfinite(total):
+        return Score(status=Status.FAILED, error=NO_NUMBERS)
+    return Score(logprob=total, num_tokens=len(logprobs))
 
 
 def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.float().cpu().numpy()
+    """A copy: on a CPU the array would share the engine's memory, and keep a whole batch."""
+    return None if tensor is None else tensor.float().cpu().numpy().copy()

@@ -47,7 +47,7 @@ class EncodedImage:
         return self.prefix is not None and not (self.keeps_image_embeds and self.image_embeds is None)
 
 
-NO_NUMBERS = "the model's scores are not numbers for this image and prompt; try --dtype float32"
+NO_NUMBERS = "what the model computes of this image and text is no number; try --dtype float32"
 
 Searches = list["TextSearch | BeamSearch"]
 

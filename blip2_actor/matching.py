@@ -6,6 +6,7 @@ Callers of several threads take turns.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from blip2_actor.checkpoint import resolve
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.intake import Refusal, to_pixels
+from blip2_actor.jobs import NO_NUMBERS
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
 from blip2_actor.prompts import require_something
@@ -185,7 +187,7 @@ class MatchingEngine:
             itm = self.model.matching_logits(image_embeds[indices], texts).float().softmax(dim=-1)[:, 1]
             text_vectors = self.model.text_embeddings(texts).float()
             itc = torch.einsum("nqd,nd->nq", image_vectors[indices], text_vectors).amax(dim=1)
-            return [Match(itm=p, itc=c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
+            return [_match(p, c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
 
         rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
         matches = iter(self._text_batches.run(match, rows))
@@ -205,3 +207,9 @@ class MatchingEngine:
 
     def _tensors(self, token_ids: list[list[int]]) -> list[Tensor]:
         return [torch.tensor(ids, device=self.model.query_tokens.device) for ids in token_ids]
+
+
+def _match(itm: float, itc: float) -> Match:
+    if math.isnan(itm) or math.isnan(itc):
+        return Match(status=Status.FAILED, error=NO_NUMBERS)
+    return Match(itm=itm, itc=itc)

@@ -133,7 +133,8 @@ class CaptionStage:
         taken = rest.take(pa.array([row for row, _ in settled], pa.int64()))
         columns = columns_of([made for _, made in settled], self.named)
         columns |= {name: taken[name] for name in ("width", "height", "sha256")}
-        kept = taken.drop_columns([name for name in taken.column_names if name in columns])
+        ours = {column.name for column in self.fields}
+        kept = taken.drop_columns([name for name in taken.column_names if name in ours])
         for column in self.fields:
             kept = kept.append_column(column, columns[column.name])
         return kept

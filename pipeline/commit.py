@@ -91,7 +91,8 @@ def _commit(
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
     folder.put(output_name(report.shard), content)
-    delete_fragments(folder, report.shard, fragments)
+    # Rows behind the end of a worse reading wait for a better one.
+    delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
     folder.delete(end_name(report.shard))
     return summary
 

@@ -76,13 +76,14 @@ class Driver:
                 while not stream.ended:
                     self._step(stream)
                     self._obey(stream, lease)
-            except ray.exceptions.RayError as error:
                 self._commit_rest()
+            except ray.exceptions.RayError as error:
+                with contextlib.suppress(ray.exceptions.RayError, OSError):  # the first error says more
+                    self._commit_rest()
                 raise Stopped(
                     f"the job has failed: {_last_line(error)}; what was finished is kept, mend the cause and "
                     "run the same command to go on"
                 ) from error
-            self._commit_rest()
         self._console.say(verdict(self._busy))
 
     def _step(self, stream: ReceiptStream) -> None:
@@ -127,8 +128,8 @@ class Driver:
             if not done:
                 return
             for ref in done:
-                ray.get(ref)
                 del self._commits[ref]
+                ray.get(ref)
 
     def _commit_rest(self, patience_s: float = PATIENCE_S) -> None:
         self._look_around()

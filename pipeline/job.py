@@ -69,7 +69,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     info = engine.info()
     settings.outputs.check_prompts(engine, settings.prompt, settings.generation)
     folder = Folder(settings.output)
-    run = load_run(folder)
+    run = load_run(folder, settings.input)
     shards = run.shards if run is not None else _list(settings, folder)
     info = info_where_it_runs(engine, info, settings.placement)
     fingerprint = settings.fingerprint(info)
@@ -77,7 +77,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         # Named by what is asked for, so that the same command goes on with the same fork.
         folder = Folder(folder.beside(fingerprint.digest[:8]))
         settings = dataclasses.replace(settings, output=folder.uri)
-        run = load_run(folder)
+        run = load_run(folder, settings.input)
         shards = run.shards if run is not None else _list(settings, folder)
     if run is not None:
         fingerprint.require_same(run.fingerprint, str(folder))
@@ -92,7 +92,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         ValueError, OSError: there is no run, or its model is no longer the same.
     """
     folder = Folder(settings.output)
-    run = load_run(folder)
+    run = load_run(folder, settings.input)
     if run is None:
         raise ValueError(
             f"output must be a folder with a run, got {folder} without one; name that of --output"
@@ -132,7 +132,8 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     """
     from pipeline.driver import Driver
 
-    driver = Driver(job.settings.max_failed_fraction, console)
+    # A retry runs what has failed before: most of it may well fail again.
+    driver = Driver(1.0 if job.is_retry else job.settings.max_failed_fraction, console)
     with Lease(job.folder, progress=driver.progress) as lease:
         if job.is_new:
             patiently(lambda: begin_run(job.folder, job.run))
@@ -154,9 +155,8 @@ def sweep(job: Job, state: State) -> None:
         job.folder.delete(name)
     reports = [p.report for p in unfinished(job.folder, job.run, state) if p.is_complete]
     for shard in sorted(state.finished & (state.fragments.keys() | state.ends)):
-        report = load_end(job.folder, shard) or report_of(read_summary(job.folder, shard))
-        # Without either the shard is partial, and what lies there is of a retry that will go on.
-        reports.append(report)
+        # A complete shard stays so; of a partial one, what lies there may be of a retry that will go on.
+        reports.append(report_of(read_summary(job.folder, shard)) or load_end(job.folder, shard))
     commit = partial(commit_shard, job.folder, metadata=job.metadata, empty_schema=job.empty_schema)
     with ThreadPoolExecutor(COMMITS_AT_ONCE) as pool:
         list(pool.map(commit, filter(None, reports)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.fingerprint import Fingerprint
@@ -24,7 +24,7 @@ from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
 from pipeline.patience import patiently
 from pipeline.reading import ShardReport, ShardWork
 from pipeline.rowset import RowSet
-from pipeline.shards import Shard
+from pipeline.shards import Shard, with_secrets, without_secrets
 
 STATE = "_blip2"
 RUN = f"{STATE}/run.json"
@@ -44,14 +44,19 @@ class Run:
 
 
 def begin_run(folder: Folder, run: Run) -> None:
-    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in run.shards)
+    kept = (replace(shard, root=without_secrets(shard.root)) for shard in run.shards)
+    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in kept)
     folder.put(SHARDS, gzip.compress(lines.encode(), mtime=0))
     record = {"fingerprint": run.fingerprint.parts, "settings": run.settings}
     folder.put(RUN, json.dumps(record, indent=1).encode())
 
 
-def load_run(folder: Folder) -> Run | None:
-    """The run that was begun in a folder, or None."""
+def load_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
+    """The run that was begun in a folder, or None.
+
+    Args:
+        inputs: what the shards stand below, with the passwords and options that the ledger does not keep.
+    """
     record, shards = folder.get(RUN), folder.get(SHARDS)
     if record is None or shards is None:
         return None
@@ -59,17 +64,26 @@ def load_run(folder: Folder) -> Run | None:
     return Run(
         fingerprint=Fingerprint(values["fingerprint"]),
         settings=values["settings"],
-        shards=tuple(Shard(**json.loads(line)) for line in gzip.decompress(shards).splitlines()),
+        shards=tuple(
+            with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
+        ),
     )
 
 
 @dataclass(frozen=True)
 class StoreEnd:
-    """Keeps a shard's report; called in the worker that has read it, twice where Ray reads it again."""
+    """Keeps a shard's report; called in the worker that has read it, twice where Ray reads it again.
+
+    A worse reading does not replace a good one: what was there once was there.
+    """
 
     folder: Folder
 
     def __call__(self, report: ShardReport) -> None:
+        if not report.complete:
+            known = patiently(lambda: load_end(self.folder, report.shard))
+            if known is not None and (known.complete or known.num_rows > report.num_rows):
+                return
         content = json.dumps(asdict(report)).encode()
         patiently(lambda: self.folder.put(end_name(report.shard), content))
 

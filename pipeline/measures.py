@@ -65,6 +65,9 @@ class Measures:
     def _embed(self, rows: Sequence[tuple[Row, Made]]) -> None:
         found = self._engine.features([row.image for row, _ in rows if row.image is not None])
         for (_, made), features in zip(rows, found, strict=True):
+            if features.status is not Status.OK:
+                made.result = Result(status=features.status, error=features.error)
+                continue
             for name, kind in self._embeds.items():
                 vector = _vector(features, kind)
                 if vector is not None:

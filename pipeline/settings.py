@@ -57,8 +57,7 @@ class JobSettings:
     def __post_init__(self) -> None:
         if not self.input:
             raise ValueError("input must name at least one file or folder, got none")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction must be from 0 to 1, got {self.max_failed_fraction}")
+        _require_fraction(self.max_failed_fraction)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         refuse_taken_names(list(self.reading.kept), ROW_CONTRACT.names, "keep")
@@ -99,7 +98,10 @@ class CaptionSettings(JobSettings):
         )
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
-        """Everything that decides what the rows say, and nothing else."""
+        """Everything that decides what the rows say, and nothing else.
+
+        The limits of time and memory of one image are left out: whom they strike depends on the machine.
+        """
         limits, reading = self.limits, self.reading
         parts = {
             "input": [without_secrets(uri) for uri in self.input],
@@ -187,6 +189,11 @@ class ScoreSettings(JobSettings):
         return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
 
 
+def _require_fraction(max_failed_fraction: float) -> None:
+    if not 0 <= max_failed_fraction <= 1:
+        raise ValueError(f"max_failed_fraction must be from 0 to 1, got {max_failed_fraction}")
+
+
 def _shared(settings: JobSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(JobSettings)}
 
@@ -197,10 +204,15 @@ class RetrySettings:
 
     output: str
     """Folder or URI of an earlier run."""
+    input: tuple[str, ...] = ()
+    """The input again, where its URIs hold passwords or options: those are not kept in the output."""
     max_failed_fraction: float = 0.0
     """Exit status 2 when a larger share of all rows has still failed."""
     placement: Placement = field(default=Placement())
     """actors"""
+
+    def __post_init__(self) -> None:
+        _require_fraction(self.max_failed_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Format = Literal["webdataset", "parquet", "folder"]
@@ -59,3 +60,16 @@ class Shard:
 def without_secrets(uri: str) -> str:
     """A URI less its options and what stands before its bucket, either of which may hold a password."""
     return _CREDENTIALS.sub("", uri.partition("?")[0]) if "://" in uri else uri
+
+
+def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
+    """A shard that was kept without secrets, with those of the input that it stands below."""
+    for uri in inputs:
+        plain = without_secrets(uri)
+        if plain != uri and plain.startswith(shard.root.rstrip("/")):
+            credentials = _CREDENTIALS.search(uri)
+            scheme, _, path = shard.root.partition("://")
+            _, mark, options = uri.partition("?")
+            root = f"{scheme}://{credentials.group() if credentials else ''}{path}{mark}{options}"
+            return replace(shard, root=root)
+    return shard

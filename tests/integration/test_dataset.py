@@ -38,11 +38,12 @@ def by_id(ds) -> list[dict]:
 
 def test_keeps_every_column_and_adds_the_contracts():
     images = [png(seed) for seed in range(6)] + [b"not an image", None]
-    ds = ray.data.from_arrow(pa.table({"id": range(8), "label": list("abcdefgh"), "image": images}))
+    columns = {"id": range(8), "label": list("abcdefgh"), "captions": [["mine"]] * 8, "image": images}
+    ds = ray.data.from_arrow(pa.table(columns))
     rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
     assert [row["id"] for row in rows] == list(range(8))
     assert set(rows[0]) == {
-        *("id", "label", "image", "caption", "logprob", "num_tokens", "finish_reason", "flags"),
+        *("id", "label", "captions", "image", "caption", "logprob", "num_tokens", "finish_reason", "flags"),
         *("status", "error", "width", "height", "sha256"),
     }
     for row, image in zip(rows[:6], images, strict=False):

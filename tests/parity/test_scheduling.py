@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -214,8 +215,31 @@ def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch) 
         monkeypatch.setattr(engine._runner, "encode", broken)
         with pytest.raises(RuntimeError, match="fell off"):
             engine.generate(make_requests(5))
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match="has failed"):
             engine.submit(make_requests(1)[0])
+
+
+def test_what_comes_while_the_engine_computes_something_else_is_finished_before_it_closes(folder) -> None:
+    """A request that is accepted and then forgotten would be waited for without end."""
+    engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1))
+    begun, closing = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        closing.wait(30)
+
+    caller = threading.Thread(target=engine._call, args=(work,))
+    caller.start()
+    begun.wait(30)
+    future = engine.submit(make_requests(1)[0])
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    while not engine._is_closed:
+        time.sleep(0)
+    closing.set()
+    closer.join()
+    caller.join()
+    assert future.result(timeout=0).ok
 
 
 def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
 from pipeline.folder import Folder
 from pipeline.fragments import list_fragments, parse_fragment, rows_in, write_fragment
-from pipeline.ledger import StoreEnd, look
+from pipeline.ledger import StoreEnd, load_end, look
 from pipeline.reading import ShardReport
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
@@ -114,6 +114,24 @@ def test_a_shard_that_can_be_read_less_far_the_second_time_keeps_its_rows(folder
     summary = commit_shard(folder, report(0, complete=False, reason="vanished"), {})
     assert summary.num_rows == 5
     assert len(pq.read_table(folder.path(output_name("a/0.tar")))) == 5
+
+
+def test_rows_behind_a_worse_reading_wait_for_a_better_one(folder):
+    write_fragment(folder, rows(range(3)))
+    late = write_fragment(folder, rows(range(6, 9)))
+    commit_shard(folder, report(3, complete=False, reason="403"), {})
+    assert list_fragments(folder, "a/0.tar") == [late]
+    write_fragment(folder, rows(range(3, 6)))
+    assert commit_shard(folder, report(9), {}).num_rows == 9
+
+
+def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
+    StoreEnd(folder)(report(4, complete=False, reason="ends early"))
+    StoreEnd(folder)(report(2, complete=False, reason="vanished"))
+    assert load_end(folder, "a/0.tar").num_rows == 4
+    StoreEnd(folder)(report(9))
+    StoreEnd(folder)(report(0, complete=False, reason="403"))
+    assert load_end(folder, "a/0.tar") == report(9)
 
 
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):

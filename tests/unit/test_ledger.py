@@ -1,5 +1,7 @@
 """What a resume knows: a wrong plan reads finished shards again, or leaves rows out for good."""
 
+import dataclasses
+
 import pytest
 
 from pipeline.fingerprint import Fingerprint
@@ -32,6 +34,21 @@ def test_a_run_is_read_back_as_it_was_begun(folder):
     loaded = load_run(folder)
     assert loaded.shards == make_run("a.tar", "b/c.tar").shards
     assert loaded.fingerprint.differences(Fingerprint({"prompt": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("root", "uri"),
+    [
+        ("s3://me:secret@bucket/in?region=here", "s3://me:secret@bucket/in/{0..9}.tar?region=here"),
+        ("s3://bucket/in?access=secret", "s3://bucket/in?access=secret"),
+        ("s3://bucket/in", "s3://bucket/in/a.tar"),
+        ("/in", "/in/*.tar"),
+    ],
+)
+def test_secrets_of_the_input_are_not_kept_and_come_back_with_it(folder, root, uri):
+    begin_run(folder, Run(Fingerprint({}), {}, (dataclasses.replace(shard("a.tar"), root=root),)))
+    assert "secret" not in load_run(folder).shards[0].root
+    assert load_run(folder, ["s3://other:word@elsewhere/x", uri]).shards[0].root == root
 
 
 def test_the_plan_leaves_out_what_is_finished_and_rows_that_reached_a_fragment(folder):
