@@ -292,7 +292,7 @@ def main() -> None:
             results[name] = run(
                 case, folder, arguments.device, arguments.threads, arguments.quick, arguments.rounds
             )
-    report({"benchmark": "engine", "cases": results}, arguments.output)
+            report({"benchmark": "engine", "cases": results}, arguments.output)
 
 
 if __name__ == "__main__":
