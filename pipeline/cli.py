@@ -33,6 +33,8 @@ class Command:
     settings: type
     function: str
     """module:function, imported when the command runs."""
+    without: frozenset[str] = frozenset()
+    """Settings that mean nothing here and are no flags."""
 
     @property
     def summary(self) -> str:
@@ -48,7 +50,7 @@ COMMANDS = {
     "caption": Command(CaptionSettings, "pipeline.commands:caption"),
     "embed": Command(EmbedSettings, "pipeline.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.commands:score"),
-    "plan": Command(PlanSettings, "pipeline.plan:plan"),
+    "plan": Command(PlanSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
     "report": Command(ReportSettings, "pipeline.report:report"),
     "status": Command(StatusSettings, "pipeline.commands:status"),
     "retry": Command(RetrySettings, "pipeline.commands:retry"),
@@ -61,7 +63,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary)
-        add_flags(sub, command.settings)
+        add_flags(sub, command.settings, command.without)
     commands.add_parser(SERVE, help="Serve captions over HTTP; takes the flags of python -m deploy.")
     return parser
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor.request import EngineBuilder
+from pipeline.caption_stage import EngineFault
 from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.lease import OutputInUse
 from pipeline.progress import Console
@@ -27,13 +28,15 @@ def speaks(command: Callable[P, int]) -> Callable[P, int]:
             return command(*args, **kwargs)
         except Rotten as error:
             return _refuse(error, 2)
+        except EngineFault as error:
+            return _refuse(f"the engine has failed: {error}", 1)
         except (ValueError, OSError, OutputInUse, Stopped) as error:
             return _refuse(error, 1)
 
     return wrapped
 
 
-def _refuse(error: Exception, status: int) -> int:
+def _refuse(error: object, status: int) -> int:
     print(f"blip2: {error}", file=sys.stderr)  # noqa: T201
     return status
 

@@ -68,8 +68,7 @@ def caption(
     outputs = Outputs.of(
         asks, embeds, scores, score_model=score_model, score_kind=score_kind, regenerate=regenerate
     )
-    outputs.score_digest(engine, info)
-    outputs.check_prompts(engine, prompt, options)
+    outputs.check(engine, info, prompt, options)
     columns = ds.columns() or []
     texts = (("scores", name) for name in outputs.text_columns)
     for flag, name in (("image_column", image_column), ("prompt_column", prompt_column), *texts):

@@ -67,7 +67,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     """
     engine = engine or settings.builder
     info = engine.info()
-    settings.outputs.check_prompts(engine, settings.prompt, settings.generation)
+    settings.outputs.check(engine, info, settings.prompt, settings.generation)
     folder = Folder(settings.output)
     run = load_run(folder, settings.input)
     shards = run.shards if run is not None else _list(settings, folder)

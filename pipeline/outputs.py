@@ -16,6 +16,8 @@ from pipeline.schema import ROW_CONTRACT, refuse_taken_names
 EmbedKind = Literal["vision", "qformer", "queries"]
 ScoreKind = Literal["itm", "itc"]
 CAPTION = "caption"
+SHARED_WITH_SCORE_MODEL = ("device", "dtype", "num_threads")
+"""Of the engine's options: those that a retrieval checkpoint takes too."""
 FORMS = {"ask": "NAME=PROMPT", "embed": "NAME=KIND", "score": "NAME=COLUMN"}
 """How the fields are written that name columns."""
 
@@ -116,13 +118,18 @@ class Outputs:
         """The retrieval checkpoint, in place and dtype as the engine."""
         if self.score_model is None:
             return None
-        same = ("device", "dtype", "num_threads")
-        return MatchingConfig(
-            model=self.score_model, **{name: getattr(engine, name) for name in same if hasattr(engine, name)}
-        )
+        shared = {name: getattr(engine, name) for name in SHARED_WITH_SCORE_MODEL if hasattr(engine, name)}
+        return MatchingConfig(model=self.score_model, **shared)
 
-    def check_prompts(self, engine: EngineBuilder, prompt: str | None, options: GenerationOptions) -> None:
-        """Raises ValueError where the model cannot take a prompt that every row would have."""
+    def check(
+        self, engine: EngineBuilder, info: ModelInfo, prompt: str | None, options: GenerationOptions
+    ) -> None:
+        """Refuse, before any work is begun, what no row could be served with.
+
+        Raises:
+            ValueError: the model cannot take a prompt that every row would have, or as from `score_digest`.
+        """
+        self.score_digest(engine, info)
         prompts = [text for text in (prompt, *self.asks.values()) if text]
         if prompts:
             engine.check_prompts(prompts, options.max_new_tokens)

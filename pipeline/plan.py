@@ -75,6 +75,7 @@ def make_plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> Pl
     """
     engine = engine or settings.builder
     info = engine.info()
+    settings.outputs.check(engine, info, settings.prompt, settings.generation)
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)
     sample = take_sample(shards, settings.read_options, settings.sample)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from time import perf_counter, process_time
 
 import pyarrow as pa
 
 from pipeline.extent import spread
 from pipeline.formats import read_shard
+from pipeline.formats.tar import BUFFER_BYTES
 from pipeline.reading import ReadOptions, ShardReport, ShardWork
 from pipeline.shards import InputError, Shard
 
@@ -42,23 +44,25 @@ def take_sample(shards: Sequence[Shard], options: ReadOptions, num_rows: int) ->
     Raises:
         InputError: there are none.
     """
-    chosen = spread(shards, min(MOST_SHARDS, num_rows))
+    chosen = spread(shards, min(MOST_SHARDS, math.ceil(num_rows / 2)))
     each = math.ceil(num_rows / len(chosen))
-    started, cpu_started = perf_counter(), process_time()
-    tables, partial = [], []
+    tables: list[pa.Table] = []
+    costs: list[Cost] = []
+    partial: list[str] = []
     for shard in chosen:
-        of_shard, report = _first_tables(_work(shard, each), replace(options, table_rows=each), each)
+        of_shard, spent, report = _first_tables(shard, options, each)
         tables += of_shard
+        if spent:
+            costs.append(_row_cost(shard, of_shard, spent))
         if report is not None and report.reason is not None:
             partial.append(report.reason)
-    wall_s, cpu_s = perf_counter() - started, process_time() - cpu_started
     rows = pa.concat_tables(tables, promote_options="permissive") if tables else None
     if not rows:
         raise InputError(
             f"input must have rows, got none in {len(chosen)} shards: {'; '.join(partial) or 'all empty'}"
         )
     rows = rows.slice(0, num_rows).combine_chunks()
-    cost = Cost(wall_s / len(rows), cpu_s / len(rows))
+    cost = Cost(fmean(cost.wall_s for cost in costs), fmean(cost.cpu_s for cost in costs))
     return Sample(rows, cost, tuple(shard.name for shard in chosen), tuple(partial))
 
 
@@ -70,14 +74,37 @@ def _work(shard: Shard, num_rows: int) -> ShardWork:
 
 
 def _first_tables(
-    work: ShardWork, options: ReadOptions, num_rows: int
-) -> tuple[list[pa.Table], ShardReport | None]:
-    """Tables until so many rows are there; the rest of the shard is not read, and then has no report."""
-    reader, tables = read_shard(work, options), list[pa.Table]()
+    shard: Shard, options: ReadOptions, num_rows: int
+) -> tuple[list[pa.Table], list[Cost], ShardReport | None]:
+    """Tables until so many rows are there, and what each took; two of a file, or the cost of opening it
+    could not be told from that of its rows. The rest of the shard is not read, and then has no report."""
+    table_rows = num_rows if shard.format == "folder" else math.ceil(num_rows / 2)
+    reader = read_shard(_work(shard, num_rows), replace(options, table_rows=table_rows))
+    tables, spent = list[pa.Table](), list[Cost]()
     while sum(len(table) for table in tables) < num_rows:
+        started, cpu_started = perf_counter(), process_time()
         try:
             tables.append(next(reader))
         except StopIteration as end:
-            return tables, end.value
+            return tables, spent, end.value
+        spent.append(Cost(perf_counter() - started, process_time() - cpu_started))
     reader.close()
-    return tables, None
+    return tables, spent, None
+
+
+def _row_cost(shard: Shard, tables: Sequence[pa.Table], spent: Sequence[Cost]) -> Cost:
+    """What a row takes when the whole shard is read.
+
+    The first table of a file takes opening it and one read-ahead, which brings more rows than the sample
+    asks for: they share it.
+    """
+    opening, *others = spent
+    num_rows, brought = sum(map(len, tables)), len(tables[0])
+    if shard.format != "folder":
+        row_bytes = sum(table.nbytes for table in tables) / num_rows
+        brought = max(brought, int(min(BUFFER_BYTES, shard.size_bytes or BUFFER_BYTES) / row_bytes))
+    rest = max(1, num_rows - len(tables[0]))
+    return Cost(
+        opening.wall_s / brought + sum(cost.wall_s for cost in others) / rest,
+        opening.cpu_s / brought + sum(cost.cpu_s for cost in others) / rest,
+    )

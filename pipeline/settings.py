@@ -17,7 +17,7 @@ from blip2_actor.preprocess import ImageLimits
 from blip2_actor.request import EngineBuilder
 from pipeline.fingerprint import Fingerprint
 from pipeline.flags import hiding, prefixed, written_as
-from pipeline.outputs import FORMS, Outputs, ScoreKind
+from pipeline.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.placement import Placement
 from pipeline.reading import ReadOptions
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
@@ -175,7 +175,9 @@ class ScoreSettings(JobSettings):
         for name, value in (("prompt", self.prompt), ("prompt_column", self.reading.prompt_column)):
             if value is not None:
                 raise ValueError(f"{name} must be left out with score_model, which reads the text alone")
-        for name in ("model", "revision", "max_slots", "encode_batch", "compile", "skip_canary"):
+        for name in (option.name for option in dataclasses.fields(EngineConfig)):
+            if name in SHARED_WITH_SCORE_MODEL:
+                continue
             if getattr(self.engine, name) != getattr(EngineConfig(), name):
                 raise ValueError(f"{name} must be left out with score_model, the only model that is loaded")
 

@@ -10,10 +10,19 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from pipeline.formats import folder, parquet, webdataset
-from pipeline.formats.columns import Columns
+from pipeline.formats.columns import Columns, option_of
 from pipeline.formats.rows import member_type
 from pipeline.reading import ReadOptions, ShardWork, Tables
 from pipeline.shards import Format, InputError, Shard
+
+NOT_OF_FOLDERS = {
+    "image_column": "--image-column",
+    "prompt_column": "--prompt-column",
+    "text_columns": "--text-column or --score",
+    "keep": "--keep",
+}
+"""Options that name columns or members, by the flags that set them."""
+SAMPLES_LOOKED_AT = 16
 
 READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
@@ -50,13 +59,31 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Fiel
             "the key of a file is its path"
         )
     if formats == {"folder"}:
-        for name in ("image_column", "prompt_column", "text_columns", "keep"):
-            if getattr(options, name):
+        for name, flag in NOT_OF_FOLDERS.items():
+            if value := getattr(options, name):
+                named = value if isinstance(value, str) else ", ".join(value)
                 raise InputError(
-                    f"{name} must be left out for folders of files, got {getattr(options, name)!r}"
+                    f"{flag} must name nothing in folders of files, which hold images and no texts, "
+                    f"got {named}; put both into tars or a table"
                 )
     for shard in shards:
         if shard.format == "parquet":
             columns = Columns.find(parquet.schema_of(shard), options)
             return [field.with_name(name) for name, field in columns.kept.items()]
+    _check_texts(shards, options)
     return [pa.field(name, member_type(source)) for name, source in options.kept.items()]
+
+
+def _check_texts(shards: Sequence[Shard], options: ReadOptions) -> None:
+    """Refuse texts that none of the first samples of a tar has: every row would be without, and ok."""
+    tar = next((shard for shard in shards if shard.format == "webdataset"), None)
+    if tar is None or not options.texts:
+        return
+    samples = webdataset.first_members(tar, SAMPLES_LOOKED_AT)
+    found = list(dict.fromkeys(extension for members in samples for extension in members))
+    for name, source in options.texts.items():
+        if found and source.lower() not in found:
+            raise InputError(
+                f"{option_of(name)} must be a member of the samples, got {source!r}; the first "
+                f"{len(samples)} of {tar.uri} have {', '.join(found)}"
+            )

@@ -68,10 +68,9 @@ class Columns:
             key = None
         texts = {}
         for name, source in options.texts.items():
-            option = "prompt_column" if name == PROMPT else "text to score"
-            texts[name] = text = _named(schema, option, source)
+            texts[name] = text = _named(schema, option_of(name), source)
             if not _is_text(text.type):
-                raise InputError(f"{option} must hold text, got {text.name!r} of type {text.type}")
+                raise InputError(f"{option_of(name)} must hold text, got {text.name!r} of type {text.type}")
         kept = {name: _named(schema, "keep", source) for name, source in options.kept.items()}
         return cls(image, key, texts, kept)
 
@@ -79,6 +78,11 @@ class Columns:
     def to_read(self) -> list[str]:
         fields = [self.image, self.key, *self.texts.values(), *self.kept.values()]
         return list(dict.fromkeys(field.name for field in fields if field is not None))
+
+
+def option_of(text: str) -> str:
+    """What users call a text of `ReadOptions.texts`."""
+    return "prompt_column" if text == PROMPT else "text to score"
 
 
 def _named(schema: pa.Schema, option: str, name: str) -> pa.Field:

@@ -79,6 +79,20 @@ def first_rows(shard: Shard, at_most: int) -> tuple[int, int | None]:
     return samples.num_rows, None
 
 
+def first_members(shard: Shard, at_most: int) -> list[list[str]]:
+    """The extensions of the members of the first samples of a tar; none where it cannot be read."""
+    found: list[list[str]] = []
+    try:
+        with open_tar(shard) as archive:
+            for sample in _Samples(ReadOptions(), lambda row: False).of(archive):
+                found.append(sample.extensions)
+                if len(found) == at_most:
+                    break
+    except DAMAGE:
+        pass  # Reading it will say what is wrong.
+    return found
+
+
 @dataclass(slots=True)
 class _Sample:
     key: str

@@ -117,6 +117,26 @@ def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
             ),
             "model must be left out with score_model",
         ),
+        (
+            lambda: ScoreSettings(
+                input=("i",),
+                output="o",
+                text_column="t",
+                score_model="m",
+                engine=EngineConfig(device_map="auto"),
+            ),
+            "device_map must be left out with score_model",
+        ),
+        (
+            lambda: ScoreSettings(
+                input=("i",),
+                output="o",
+                text_column="t",
+                score_model="m",
+                engine=EngineConfig(skip_cuda_graphs=True),
+            ),
+            "skip_cuda_graphs must be left out with score_model",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(make, said):

@@ -9,21 +9,26 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import extent, trial
+from pipeline import extent, sample, trial
+from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.cli import main
 from pipeline.extent import measure_extent
 from pipeline.listing import list_shards
+from pipeline.outputs import Outputs
 from pipeline.placement import Placement
-from pipeline.plan import lines, make_plan, num_bytes
+from pipeline.plan import lines, make_plan, num_bytes, plan
 from pipeline.prediction import predict
 from pipeline.reading import ReadOptions
 from pipeline.sample import Cost, take_sample
 from pipeline.settings import PlanSettings
+from pipeline.shards import Shard
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
+from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
 SLACK = 2.5
 """The machine has other work too."""
@@ -111,8 +116,33 @@ def test_a_folder_is_sampled_all_over(tmp_path):
     """The first files of a sorted folder often come from one source."""
     for at in range(100):
         (tmp_path / f"{at:02}.png").write_bytes(png(at))
-    sample = take_sample(list_shards(str(tmp_path)), ReadOptions(), 10)
-    assert sample.rows["key"].to_pylist() == [f"{at}0.png" for at in range(10)]
+    taken = take_sample(list_shards(str(tmp_path)), ReadOptions(), 10)
+    assert taken.rows["key"].to_pylist() == [f"{at}0.png" for at in range(10)]
+
+
+def test_opening_a_file_is_not_counted_for_the_few_rows_of_the_sample(monkeypatch):
+    """A second for each tar of a bucket, on four rows of it, made reading the bottleneck of every plan."""
+    clock = 0.0
+
+    def read(work, options):
+        nonlocal clock
+        clock += 1.0
+        for start in range(0, 100, options.table_rows):
+            clock += 0.001 * options.table_rows
+            yield pa.table(
+                {"image": [bytes(1 << 16)] * options.table_rows, "row": [start] * options.table_rows}
+            )
+
+    monkeypatch.setattr(sample, "read_shard", read)
+    monkeypatch.setattr(sample, "perf_counter", lambda: clock)
+    tars = [
+        Shard(name=f"{at}", format="webdataset", root="/", files=(f"{at}",), size_bytes=1 << 30)
+        for at in range(20)
+    ]
+    taken = take_sample(tars, ReadOptions(), 64)
+    assert len(taken.rows) == 64 and len(taken.shards) == 16
+    # One read-ahead of 4 MiB has 64 rows of 64 KiB.
+    assert taken.cost.wall_s == pytest.approx(1 / 64 + 0.001, rel=0.05)
 
 
 def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
@@ -132,6 +162,24 @@ def test_an_input_of_which_nothing_can_be_decoded_is_refused_with_the_reason(tmp
     write_tar(tmp_path / "0.tar", {"a": BROKEN, "b": BROKEN})
     with pytest.raises(ValueError, match=r"got none in 2 sampled rows .*; look at the input"):
         make_plan(settings(tmp_path), FakeEngineConfig())
+
+
+def test_what_the_job_would_refuse_or_die_of_is_one_sentence(tmp_path, monkeypatch, capsys):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
+    engine = FakeEngineConfig()
+    assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 1
+    assert "prompt must be servable" in capsys.readouterr().err
+    retrieval = save_retrieval_checkpoint(tmp_path / "retrieval")
+    matched = Outputs(score=("fit=caption",), score_model=str(retrieval))
+    assert plan(settings(tmp_path / "in", outputs=matched), engine) == 1
+    assert "score_model must take images of 32 px" in capsys.readouterr().err
+
+    def fail(*_):
+        raise EngineFault("RuntimeError: the device is gone")
+
+    monkeypatch.setattr(CaptionStage, "__call__", fail)
+    assert plan(settings(tmp_path / "in"), engine) == 1
+    assert capsys.readouterr().err == "blip2: the engine has failed: RuntimeError: the device is gone\n"
 
 
 def test_writing_is_timed_in_the_output_and_nothing_stays(tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from pipeline.formats import check_options
 from pipeline.listing import list_shards
-from pipeline.shards import Shard
+from pipeline.reading import ReadOptions
+from pipeline.shards import InputError, Shard
 from tests.unit.reading_cases import read_rows, read_tables
 
 
@@ -51,3 +55,14 @@ def test_tables_are_small_and_a_limit_caps_rows(tmp_path):
     assert [len(table) for table in tables] == [20, 20, 5]
     assert (report.num_rows, report.complete) == (45, True)
     assert [len(table) for table in read_tables(shard, table_bytes=1000)[0]] == [10, 10, 10, 10, 5]
+
+
+def test_texts_are_refused_by_the_flags_that_name_them(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    shards = list_shards(str(tmp_path))
+    for options, flag in (
+        (ReadOptions(text_columns=("tx",)), "--text-column or --score"),
+        (ReadOptions(prompt_column="p"), "--prompt-column"),
+    ):
+        with pytest.raises(InputError, match=f"{flag} must name nothing in folders .* put both into tars"):
+            check_options(shards, options)

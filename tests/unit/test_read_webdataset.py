@@ -13,6 +13,9 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.formats import check_options
+from pipeline.reading import ReadOptions
+from pipeline.shards import InputError
 from tests.unit.reading_cases import read_rows, read_tables, shard_at, tar_bytes
 
 
@@ -305,3 +308,26 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
     tables, _ = read_tables(shard, table_rows=20, table_bytes=4000)
     assert {len(table) for table in tables} == {4, 2}
     assert tables == read_tables(shard, table_rows=20, table_bytes=4000)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"text_columns": ("tx",)},
+            "text to score must .* got 'tx'; the first 16 of .* have jpg, txt, url",
+        ),
+        ({"prompt_column": "promt"}, "prompt_column must be a member of the samples, got 'promt'"),
+    ],
+)
+def test_a_text_that_no_sample_has_is_refused(tmp_path, options, said):
+    """Every row would be without a score or its prompt, and the run a success."""
+    members = [(f"{at:02}.{kind}", b"x") for at in range(20) for kind in ("jpg", "TXT")]
+    members.insert(20, ("09.url", b"x"))
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    shard = shard_at(tmp_path / "0.tar", "webdataset")
+    with pytest.raises(InputError, match=said):
+        check_options([shard], ReadOptions(**options))
+    check_options([shard], ReadOptions(text_columns=("Txt", "url"), prompt_column="txt"))
+    (tmp_path / "0.tar").write_bytes(b"no tar")
+    check_options([shard], ReadOptions(**options))
