@@ -23,6 +23,9 @@ from pipeline.storage import open_filesystem
 ASIDE = "_blip2/tmp"
 """Where a file on a disk waits until it is whole; swept when a run starts."""
 
+PROBE = "_blip2/probe-"
+"""Begins the names of empty files that show whether a folder can be written."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -136,7 +139,7 @@ class Folder:
 
     def require_writable(self) -> None:
         """Raise ValueError unless a file can be put here and taken away."""
-        probe = f"_blip2/probe-{uuid.uuid4().hex}"
+        probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             self.put(probe, b"")
             self.delete(probe)

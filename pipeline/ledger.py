@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.fingerprint import Fingerprint
-from pipeline.folder import ASIDE, Folder
+from pipeline.folder import ASIDE, PROBE, Folder
 from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
 from pipeline.patience import patiently
 from pipeline.reading import ShardReport, ShardWork
@@ -30,6 +30,8 @@ STATE = "_blip2"
 RUN = f"{STATE}/run.json"
 SHARDS = f"{STATE}/shards.jsonl.gz"
 ENDS = f"{STATE}/ends"
+TRIALS = f"{STATE}/plan-"
+"""Begins the folders in which `plan` times writing."""
 SUFFIX = ".parquet"
 
 
@@ -115,7 +117,7 @@ class State:
     ends: frozenset[str]
     """Shards that were read to their end and are not committed."""
     litter: tuple[str, ...]
-    """Half-written files of drivers and workers that died."""
+    """Half-written files of drivers and workers that died, and what a killed plan has left."""
 
 
 def look(folder: Folder) -> State:
@@ -129,11 +131,16 @@ def look(folder: Folder) -> State:
                 fragments.setdefault(fragment.shard, []).append(fragment)
         elif name.startswith(f"{ENDS}/"):
             ends.add(_shard_of_end(name))
-        elif name.startswith(f"{ASIDE}/"):
+        elif name.startswith((f"{ASIDE}/", TRIALS, PROBE)):
             litter.append(name)
-        elif name.endswith(SUFFIX) and not name.startswith(f"{STATE}/"):
+        elif is_result(name):
             finished.add(name.removesuffix(SUFFIX))
     return State(frozenset(finished), fragments, frozenset(ends), tuple(litter))
+
+
+def is_result(name: str) -> bool:
+    """Whether a file of the output is a finished shard's."""
+    return name.endswith(SUFFIX) and not name.startswith(f"{STATE}/")
 
 
 @dataclass

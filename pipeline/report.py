@@ -16,7 +16,7 @@ from pipeline.commands import speaks
 from pipeline.commit import output_name
 from pipeline.extent import spread
 from pipeline.folder import Folder
-from pipeline.ledger import RUN, SUFFIX, Run, load_run, look
+from pipeline.ledger import RUN, Run, is_result, load_run, look
 from pipeline.progress import Console, duration
 from pipeline.reading import ReadOptions
 from pipeline.reconcile import Reconciliation, reconcile
@@ -93,7 +93,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         for rows in _tables(folder, shard.shard, wanted, tally.num_rows, samples):
             tally.add(rows)
     changes = dict(folder.changes())
-    written = [changed for name, changed in changes.items() if name.endswith(SUFFIX)]
+    written = [changed for name, changed in changes.items() if is_result(name)]
     return Report(
         output=str(folder),
         run=run,

@@ -7,12 +7,14 @@ or run anything.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.status import Status
+from pipeline.outputs import Outputs
 from pipeline.schema import ROW_CONTRACT
+from pipeline.settings import from_plain
 
 if TYPE_CHECKING:
     from pipeline.report import Report
@@ -91,9 +93,7 @@ def _head(report: Report) -> Iterator[str]:
     done, settings = report.reconciliation, report.run.settings
     prompt = settings.get("prompt")
     yield f"<h1>{escape(report.output)}</h1>"
-    yield f"<p>{escape(str(settings['engine'].get('model', '')))}" + (
-        f", prompt “{escape(prompt)}”</p>" if prompt else "</p>"
-    )
+    yield f"<p>{escape(_models(settings))}" + (f", prompt “{escape(prompt)}”</p>" if prompt else "</p>")
     yield f'<p class="soft">{escape(report.pace)}</p>'
     facts = (
         ("rows", f"{done.num_rows:,}"),
@@ -106,6 +106,14 @@ def _head(report: Report) -> Iterator[str]:
     named = [line for line in done.lines(is_over=False) if line.startswith(("partial:", "..."))]
     if named:
         yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in named) + "</ul>"
+
+
+def _models(settings: Mapping[str, Any]) -> str:
+    """The models that were loaded."""
+    outputs, model = from_plain(Outputs, settings["outputs"]), str(settings["engine"]["model"])
+    if outputs.score_model is None:
+        return model
+    return outputs.score_model if outputs.only_matches else f"{model}, scores by {outputs.score_model}"
 
 
 def _failures(report: Report) -> Iterator[str]:

@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
-from blip2_actor import Result
+from blip2_actor import Result, Status
 
 MOST_REMEMBERED = 65_536
-"""A result of thirty tokens takes about 2 KiB, so 128 MiB at most; no pixels and no tensors are kept."""
+"""A result of one text of thirty tokens takes about 2 KiB, so 128 MiB of these; longer texts and several
+per image take as many times that. No pixels and no tensors are kept."""
 
 
 class SharedResults:
@@ -39,7 +40,12 @@ class SharedResults:
         with self._lock:
             if self._known.get(key) is not future:
                 return
-            if future.cancelled() or future.exception() is not None:
+            if future.cancelled() or future.exception() is not None or not _lasts(future.result()):
                 del self._known[key]
             else:
                 self._known[key] = future.result()
+
+
+def _lasts(result: Result) -> bool:
+    """Whether the same request would end so again; one that ran out of memory may not."""
+    return result.status in (Status.OK, Status.REFUSED)

@@ -6,8 +6,9 @@ import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.decode_stage import DecodeStage
 from pipeline.folder import ASIDE, Folder
 from pipeline.fragment_stage import caption_stage, contract
 from pipeline.fragments import write_fragment
-from pipeline.ledger import STATE
+from pipeline.ledger import STATE, SUFFIX, TRIALS
 from pipeline.reading import ShardReport
 from pipeline.sample import Cost, Sample
 from pipeline.settings import CaptionSettings
@@ -133,11 +134,23 @@ def _folder_for_trial(output: str) -> Iterator[Folder]:
             yield Folder(path)
         return
     whole = Folder(output)
+    new = [path for path in (Path(whole.root), *Path(whole.root).parents) if not path.exists()]
     whole.require_writable()
-    folder = whole.below(f"{STATE}/plan-{uuid.uuid4().hex}")
+    folder = _TrialFolder(whole.below(f"{TRIALS}{uuid.uuid4().hex}").uri)
     try:
         yield folder
     finally:
         folder.erase()
         whole.drop_if_empty(ASIDE)
         whole.drop_if_empty(STATE)
+        for path in new if whole.is_local else ():
+            with suppress(OSError):
+                path.rmdir()
+
+
+class _TrialFolder(Folder):
+    """No name in it ends in .parquet: what a killed plan leaves must not pass for results."""
+
+    def path(self, name: str) -> str:
+        path = super().path(name)
+        return f"{path}~" if name.endswith(SUFFIX) else path

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blip2_actor import EngineConfig, GenerationOptions, Result
+from blip2_actor import EngineConfig, GenerationOptions, Result, Status
 from blip2_actor.demo.scenes import SceneSampler, draw
 from pipeline.caption_stage import CaptionStage
 from pipeline.decode_stage import PIXELS
@@ -203,6 +203,12 @@ def test_what_is_remembered_is_bounded_shared_in_flight_and_never_a_fault():
     made[3].set_exception(RuntimeError("the device is gone"))
     shared.get("b", submit)
     assert len(made) == 5
+    made[4].set_result(Result(status=Status.FAILED, error="out of memory"))
+    shared.get("b", submit)
+    assert len(made) == 6, "what failed is tried again"
+    made[5].set_result(Result(status=Status.REFUSED, error="too long"))
+    shared.get("b", submit)
+    assert len(made) == 6
 
 
 def test_calls_of_several_threads_share_one_request(tmp_path):

@@ -17,6 +17,8 @@ from pipeline import extent, sample, trial
 from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.cli import main
 from pipeline.extent import measure_extent
+from pipeline.folder import Folder
+from pipeline.ledger import look
 from pipeline.listing import list_shards
 from pipeline.outputs import Outputs
 from pipeline.placement import Placement
@@ -192,6 +194,20 @@ def test_writing_is_timed_in_the_output_and_nothing_stays(tmp_path):
     assert os.listdir(output) == ["mine"]
     assert 50 < found.trial.row_bytes < 500 and found.trial.file_bytes > 500
     assert found.output_bytes == 5 * found.trial.row_bytes + found.trial.file_bytes
+
+
+def test_what_a_killed_plan_leaves_is_no_result_and_is_swept(tmp_path, monkeypatch):
+    """`**/*.parquet` took its sample for rows of a run, and nothing ever deleted it."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
+    output = tmp_path / "new" / "out"
+    make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
+    assert os.listdir(tmp_path) == ["in"], "folders that were not there before are not there after"
+    monkeypatch.setattr(Folder, "erase", lambda self: None)
+    make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
+    (output / "_blip2" / "probe-1").touch()
+    left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert len(left) == 2 and not list(output.rglob("*.parquet"))
+    assert set(look(Folder(str(output))).litter) == left
 
 
 def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):

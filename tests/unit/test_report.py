@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Run, begin_run
 from pipeline.listing import list_shards
+from pipeline.outputs import Outputs
 from pipeline.reading import ShardReport
 from pipeline.report import lines, make_report
 from pipeline.report_page import page
@@ -151,3 +154,26 @@ def test_an_output_without_captions_or_rows_is_counted():
     row = {"key": "a", "shard": "s", "row": 0, "flags": [], "status": "ok", "width": 1, "height": 1}
     tally.add(pa.Table.from_pylist([row], schema=schema))
     assert (tally.num_rows, tally.num_tokens, tally.long_side_px) == (1, {}, {1: 1})
+
+
+def test_only_results_say_when_a_run_ended(tmp_path):
+    """What `plan` leaves under _blip2 when it is killed is no row of the run."""
+    folder = write_run(tmp_path, num_tars=1)
+    stray = tmp_path / "out" / "_blip2" / "plan-1" / "sample.parquet"
+    stray.parent.mkdir()
+    stray.touch()
+    os.utime(stray, (4e9, 4e9))
+    assert make_report(folder.uri).last_written.timestamp() < 4e9
+
+
+def test_the_page_names_the_models_that_were_loaded(folder):
+    """A run of scores alone loads no language model, and named the default one."""
+    found = make_report(folder.uri)
+    alone = Outputs(caption=False, score=("fit=alt",), score_model="me/itm")
+    beside = Outputs(score=("fit=caption",), score_model="me/itm")
+    pages = []
+    for outputs in (alone, beside):
+        asked = CaptionSettings(input=("i",), output="o", outputs=outputs).as_plain()
+        pages.append(page(dataclasses.replace(found, run=dataclasses.replace(found.run, settings=asked))))
+    assert "<p>me/itm</p>" in pages[0] and "opt-2.7b" not in pages[0]
+    assert "<p>Salesforce/blip2-opt-2.7b, scores by me/itm</p>" in pages[1]
