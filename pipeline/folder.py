@@ -120,7 +120,7 @@ class Folder:
             self.filesystem.delete_dir(self.root)
 
     def drop_if_empty(self, name: str) -> None:
-        """Remove a folder of a disk that holds nothing any more; object stores have no folders."""
+        """Remove a folder of a disk that holds nothing any more; for object stores see `drop_markers`."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path(name))

@@ -16,7 +16,7 @@ from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name,
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.lease import Lease
-from pipeline.ledger import Run, State, begin_run, load_end, load_run, look, unfinished
+from pipeline.ledger import Run, State, begin_run, drop_markers, load_end, load_run, look, unfinished
 from pipeline.listing import list_shards
 from pipeline.patience import patiently
 from pipeline.progress import Console
@@ -146,7 +146,9 @@ def run_job(job: Job, console: Console) -> Reconciliation:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
         patiently(lambda: sweep(job, look(job.folder)))
-        return patiently(lambda: reconcile(job.folder, job.run.shards, look(job.folder).finished))
+        state = patiently(lambda: look(job.folder))
+        patiently(lambda: drop_markers(job.folder, job.run, state))
+        return patiently(lambda: reconcile(job.folder, job.run.shards, state.finished))
 
 
 def sweep(job: Job, state: State) -> None:

@@ -138,6 +138,18 @@ def look(folder: Folder) -> State:
     return State(frozenset(finished), fragments, frozenset(ends), tuple(litter))
 
 
+def drop_markers(folder: Folder, run: Run, state: State) -> None:
+    """Delete the empty objects that Arrow leaves in a store for emptied folders, once nothing is to do.
+
+    Each later listing would bring one for every shard. Not while a run is at work: deleting a folder
+    would take a fragment along that has just come.
+    """
+    is_over = {shard.name for shard in run.shards} <= state.finished and not (state.fragments or state.ends)
+    if is_over and not folder.is_local:
+        folder.below(FRAGMENTS).erase()
+        folder.below(ENDS).erase()
+
+
 def is_result(name: str) -> bool:
     """Whether a file of the output is a finished shard's."""
     return name.endswith(SUFFIX) and not name.startswith(f"{STATE}/")

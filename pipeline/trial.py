@@ -143,9 +143,9 @@ def _folder_for_trial(output: str) -> Iterator[Folder]:
         folder.erase()
         whole.drop_if_empty(ASIDE)
         whole.drop_if_empty(STATE)
-        for path in new if whole.is_local else ():
+        for made in new if whole.is_local else ():
             with suppress(OSError):
-                path.rmdir()
+                made.rmdir()
 
 
 class _TrialFolder(Folder):

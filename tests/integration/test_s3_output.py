@@ -3,18 +3,22 @@
 import gzip
 import io
 from collections.abc import Iterator
+from urllib.parse import parse_qs
 
+import boto3
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
+from pipeline.fingerprint import Fingerprint
 from pipeline.folder import Folder
 from pipeline.job import prepare, run_job
 from pipeline.lease import Lease, OutputInUse
-from pipeline.ledger import look
+from pipeline.ledger import Run, drop_markers, look
 from pipeline.progress import Console
 from pipeline.settings import CaptionSettings
+from pipeline.shards import Shard
 from pipeline.standing import standing
 from pipeline.storage import open_filesystem
 from tests.fake_engine import FakeEngineConfig, captions_made
@@ -31,6 +35,19 @@ def bucket() -> Iterator[str]:
     open_filesystem(f"s3://key:secret@bucket?{options}")[0].create_dir("bucket")
     yield "s3://key:secret@bucket/{}?" + options
     server.stop()
+
+
+def raw_keys(bucket: str, prefix: str) -> list[str]:
+    """Every object, those included that Arrow shows as folders."""
+    endpoint = parse_qs(bucket.partition("?")[2])["endpoint_override"][0]
+    store = boto3.client(
+        "s3",
+        endpoint_url=f"http://{endpoint}",
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+    return [item["Key"] for item in store.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])]
 
 
 def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
@@ -53,6 +70,24 @@ def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
     folder.require_writable()
     with Lease(folder), pytest.raises(OutputInUse), Lease(folder):
         pass
+
+
+def test_markers_of_emptied_folders_go_only_when_nothing_is_to_do(bucket):
+    """One for every shard stayed, and each listing of the output paid for it."""
+    folder = Folder(bucket.format("marked"))
+    shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]
+    run = Run(Fingerprint({}), {}, tuple(shards))
+    for shard in shards:
+        folder.put(f"_blip2/fragments/{shard.name}.rows/1.arrow", b"")
+        folder.delete(f"_blip2/fragments/{shard.name}.rows/1.arrow")
+    folder.put("a.tar.parquet", b"")
+    drop_markers(folder, run, look(folder))
+    markers = [f"marked/_blip2/fragments/{shard.name}.rows/" for shard in shards]
+    assert raw_keys(bucket, "marked/_blip2/") == markers
+    folder.put("b.tar.parquet", b"")
+    drop_markers(folder, run, look(folder))
+    assert set(raw_keys(bucket, "marked/_blip2/")) <= {"marked/_blip2/"}
+    assert sorted(folder.names()) == ["a.tar.parquet", "b.tar.parquet"]
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_without_the_password(bucket):
@@ -87,6 +122,7 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
         assert all(b"secret" not in value for value in table.schema.metadata.values())
     folder = Folder(settings.output)
     assert not look(folder).fragments
+    assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)
     assert "secret" not in said.getvalue() + "".join(standing(settings.output))
