@@ -49,5 +49,5 @@ class Blip2Actor:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Finish what runs, refuse what comes, free the device."""
+        """Finish what runs, refuse what comes; the device's memory is free once nobody holds this."""
         self.engine.close()

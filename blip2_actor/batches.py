@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,21 @@ logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 FoundT = TypeVar("FoundT")
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Memory did not suffice, and why; unlike the error it keeps none of the failed work's tensors."""
+
+    reason: str
+
+
+def attempt(work: Callable[[], FoundT]) -> FoundT | Shortage:
+    """What `work` gives, or that it ran out of memory: by then what it held is free again."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        return Shortage(str(error))
 
 
 class Batches:

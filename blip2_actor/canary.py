@@ -18,6 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from blip2_actor.batches import Shortage, attempt
+from blip2_actor.fetching import write_whole
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.runner import ModelRunner
 
@@ -50,11 +52,19 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> Canary
 
     Raises:
         CanaryFailure: the results differ by more than the dtype explains.
+        ValueError: memory does not suffice even for these images.
     """
     pictures = _pictures(size_px)
     full_batch = runner.encoders.compiled_batch or 0
-    together_logits, token_ids = _caption(runner, pictures, start_ids, full_batch)
-    alone_logits = torch.cat([_caption(runner, pictures[i : i + 1], start_ids)[0] for i in range(NUM_IMAGES)])
+    try:
+        together_logits, token_ids = _caption(runner, pictures, start_ids, full_batch)
+        each = [_caption(runner, pictures[i : i + 1], start_ids)[0] for i in range(NUM_IMAGES)]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"max_slots and encode_batch must fit into memory, got {runner.num_slots} texts at once and "
+            f"{error}; lower --max-slots or --encode-batch"
+        ) from error
+    alone_logits = torch.cat(each)
     spread = together_logits.std().clamp(min=1e-6)
     difference = float(((together_logits - alone_logits).abs().max() / spread).item())
     if not difference <= TOLERANCE[runner.dtype]:  # also where it is not a number
@@ -81,22 +91,29 @@ def compare_with_last(
     """
     key = hashlib.sha256(f"{checkpoint_digest} {dtype} {record.device}".encode()).hexdigest()[:24]
     path = folder / f"{key}.json"
-    last = json.loads(path.read_text()) if path.exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(record)))
-    if last is None or last["digest"] == record.digest:
+    last = _read_record(path)
+    write_whole(path, json.dumps(asdict(record)))
+    if last is None or last.digest == record.digest:
         return None
     changes = [
-        f"{name} {last[name]} -> {getattr(record, name)}"
+        f"{name} {before} -> {now}"
         for name in ("torch", "transformers")
-        if last[name] != getattr(record, name)
+        if (before := getattr(last, name)) != (now := getattr(record, name))
     ]
     message = (
-        f"captions of the built-in images have changed since the last start ({last['digest']} -> "
+        f"captions of the built-in images have changed since the last start ({last.digest} -> "
         f"{record.digest}); changed since: {', '.join(changes) or 'neither torch nor transformers'}"
     )
     logger.warning(message)
     return message
+
+
+def _read_record(path: Path) -> CanaryRecord | None:
+    """None where there is none, or none that can be read: it is only a comparison that is lost."""
+    try:
+        return CanaryRecord(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _caption(
@@ -104,8 +121,7 @@ def _caption(
 ) -> tuple[Tensor, list[list[int]]]:
     """First logits float32[n, V] and a few greedy tokens of each image, in slots 0..n-1."""
     images = [EncodedImage(picture) for picture in pictures]
-    fillers = [EncodedImage(pictures[0]) for _ in range(least_encoded - len(images))]
-    runner.encode(images + fillers)
+    _encode(runner, images, least_encoded)
     jobs = [Job(image, list(start_ids)) for image in images]
     logits = first = runner.prefill(jobs, list(range(len(jobs)))).float().cpu()
     length = runner.cached_length(jobs[0])
@@ -117,6 +133,17 @@ def _caption(
         if step < NUM_TOKENS - 1:
             logits = runner.decode(chosen, [length + step] * len(jobs)).float().cpu()
     return first, found
+
+
+def _encode(runner: ModelRunner, images: list[EncodedImage], least_encoded: int) -> None:
+    """In a batch that is filled up, or alone where memory does not suffice for that."""
+    fillers = [EncodedImage(images[0].pixels) for _ in range(least_encoded - len(images))]
+    if fillers:
+        found = attempt(lambda: runner.encode(images + fillers))
+        if not isinstance(found, Shortage):
+            return
+        logger.warning("Out of memory: %d images at a time are too many (%s)", least_encoded, found.reason)
+    runner.encode(images)
 
 
 def _pictures(size_px: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,15 @@ from transformers import Blip2Config
 
 from blip2_actor.config import ModelConfig
 from blip2_actor.device import resolve_device, resolve_dtype
-from blip2_actor.fetching import CACHE_FOLDER, DESCRIPTION, FILES, fetch_from_bucket, fetch_from_hub, matches
+from blip2_actor.fetching import (
+    CACHE_FOLDER,
+    DESCRIPTION,
+    FILES,
+    fetch_from_bucket,
+    fetch_from_hub,
+    matches,
+    write_whole,
+)
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
@@ -111,10 +118,7 @@ class Checkpoint:
         for path in files:
             with path.open("rb") as file:
                 total.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}")
-        partial.write_text(total.hexdigest())
-        partial.rename(cached)  # processes that start together must not read half of it
+        write_whole(cached, total.hexdigest())
         return total.hexdigest()
 
 

@@ -36,7 +36,7 @@ from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
-from blip2_actor.sizing import longest_text, size_engine
+from blip2_actor.sizing import size_engine
 from blip2_actor.status import Status
 
 T = TypeVar("T")
@@ -85,9 +85,7 @@ class Engine:
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         sizes = size_engine(self.model, config.max_slots, config.encode_batch)
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
-        self._intake = Intake(
-            self.model, self.prompts, self.image_size_px, max_slots, longest_text(self.model)
-        )
+        self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from typing import Any
 import filelock
 import fsspec
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 DESCRIPTION = ("*.json", "*.txt", "*.model")
 """Configurations and tokenizers."""
@@ -25,6 +31,14 @@ FILES = (*DESCRIPTION, "*.safetensors")
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
 """What stores call a file's version in their listings, the most telling first."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that whoever reads it meanwhile finds whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -39,10 +53,18 @@ def fetch_from_hub(model: str, revision: str | None, patterns: Sequence[str]) ->
         raise FileNotFoundError(
             f"model must exist on the hub, got {model!r}; check its spelling or log in"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"revision must be a commit, tag or branch of {model}, got {revision!r}; check its spelling"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
             f"{model!r} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
             'give --model a folder, an s3:// or gs:// folder, or "demo", or run where the hub can be reached'
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{model!r} cannot be stored on this machine ({error}); make room, or set HF_HOME elsewhere"
         ) from error
     return folder, folder.name
 
@@ -62,7 +84,13 @@ def fetch_from_bucket(uri: str, patterns: Sequence[str]) -> tuple[Path, str]:
             target = folder / Path(entry["name"]).name
             if matches(target.name, patterns) and not target.exists():
                 partial = target.with_name(f"{target.name}.partial")
-                filesystem.get_file(entry["name"], str(partial))
+                try:
+                    filesystem.get_file(entry["name"], str(partial))
+                except Exception as error:  # every store's library has exceptions of its own
+                    raise OSError(
+                        f"{target.name} of {uri} cannot be fetched to {folder} "
+                        f"({type(error).__name__}: {error}); try again, or make room there"
+                    ) from error
                 partial.rename(target)
     return folder, digest
 

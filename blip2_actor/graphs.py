@@ -34,7 +34,7 @@ ROWS_STEP = 32
 REACH_STEP = 16
 """Reach is rounded up to multiples of this, or to the slots' own length where that is nearer."""
 MOST_RECORDINGS = 64
-"""Each holds some MB of the driver's memory; beyond this the oldest goes."""
+"""Each holds some MB of the driver's memory; beyond this goes what was not replayed for longest."""
 
 
 class Recorder(Protocol):
@@ -142,11 +142,11 @@ class DecodeReplay:
             self._seen.add(shape)
             step()
         else:
-            if shape not in self._recordings:
-                self._recordings[shape] = self._record(step)
-                if len(self._recordings) > MOST_RECORDINGS:
-                    del self._recordings[next(iter(self._recordings))]
-            self._recordings[shape]()
+            replay = self._recordings.pop(shape, None) or self._record(step)
+            self._recordings[shape] = replay  # behind all others: they stand in the order of use
+            if len(self._recordings) > MOST_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]
+            replay()
         return self._buffers.logits[: len(token_ids)]
 
     def forget(self) -> None:

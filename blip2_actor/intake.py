@@ -14,6 +14,7 @@ from blip2_actor.preprocess import decode_image, resize_image
 from blip2_actor.prompts import Prompts, require_room, require_something
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.search import TextSearch
+from blip2_actor.sizing import longest_slot, longest_text
 from blip2_actor.status import Status
 
 
@@ -26,9 +27,13 @@ class Refusal(ValueError):
 
 
 def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
-    """uint8[S, S, 3] of an image that is encoded or not; raises Refusal where it cannot be read."""
+    """uint8[S, S, 3] of an image; raises Refusal where it cannot be read, or is another engine's own."""
     if isinstance(image, EncodedImage):
-        return image.pixels
+        raise Refusal(
+            Status.REFUSED,
+            "image must be bytes, an array or a PIL image, got what another engine made of one; give the "
+            "image itself",
+        )
     if isinstance(image, bytes):
         decoded = decode_image(image, size_px)
         if decoded.status is not Status.OK:
@@ -43,20 +48,23 @@ def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
 class Intake:
     """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
 
-    def __init__(
-        self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int, max_positions: int
-    ) -> None:
+    def __init__(self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int) -> None:
         self.model = model
-        self.max_positions = max_positions
+        self.max_positions = longest_text(model)
+        """Of a text that is only read."""
+        self.max_slot_positions = longest_slot(model, max_slots)
+        """Of one that is written: all slots become as long as it is."""
         self.prompts = prompts
         self.image_size_px = image_size_px
         self.max_slots = max_slots
+        self._maker = object()
+        """Not this itself: an image that is held must not hold the model."""
 
     def image(self, image: ImageLike) -> EncodedImage:
-        """Raises Refusal where the image cannot be read."""
-        return (
-            image if isinstance(image, EncodedImage) else EncodedImage(to_pixels(image, self.image_size_px))
-        )
+        """Raises Refusal where the image cannot be read, or is another engine's."""
+        if isinstance(image, EncodedImage) and image.maker is self._maker:
+            return image
+        return EncodedImage(to_pixels(image, self.image_size_px), self._maker)
 
     def job(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
@@ -87,7 +95,8 @@ class Intake:
         """Image, prompt ids and text ids of one text to score; or why it cannot be scored."""
         try:
             prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
-            self._check_length(len(prompt_ids) + len(text_ids), "prompt and text together")
+            num_tokens = len(prompt_ids) + len(text_ids)
+            self._check_length(num_tokens, "prompt and text together", self.max_positions)
         except Refusal as refusal:
             return refusal
         except ValueError as error:
@@ -108,15 +117,17 @@ class Intake:
             )
         return token_ids
 
-    def _check_length(self, num_tokens: int, what: str) -> None:
+    def _check_length(self, num_tokens: int, what: str, limit: int) -> None:
         """Raises Refusal where queries and `num_tokens` exceed the positions of the model or of memory."""
         try:
-            require_room(num_tokens, what, self.max_positions, self.model.config.num_query_tokens)
+            require_room(num_tokens, what, limit, self.model.config.num_query_tokens)
         except ValueError as error:
-            raise Refusal(Status.REFUSED, str(error)) from error
+            remedy = ", or lower max_slots" if limit < self.max_positions else ""
+            raise Refusal(Status.REFUSED, f"{error}{remedy}") from error
 
     def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
-        self._check_length(len(prompt_ids) + options.max_new_tokens, "prompt and max_new_tokens together")
+        num_tokens = len(prompt_ids) + options.max_new_tokens
+        self._check_length(num_tokens, "prompt and max_new_tokens together", self.max_slot_positions)
         num_slots = max(options.num_beams, options.num_return_sequences)
         if num_slots > self.max_slots:
             raise Refusal(

@@ -29,6 +29,8 @@ class EncodedImage:
 
     pixels: np.ndarray
     """uint8[S, S, 3]."""
+    maker: object = None
+    """Who made it: another engine's tensors are another model's."""
     keeps_image_embeds: bool = False
     """Also keep the vision encoder's own output; large, so only where it is wanted."""
     prefix: Tensor | None = None

@@ -41,10 +41,6 @@ class Slots(Protocol):
         """Make every slot at least that long; what is in them stays."""
         ...
 
-    def shrink(self, num_slots: int) -> None:
-        """Keep only the first slots."""
-        ...
-
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts of up to `length` cached positions into other slots."""
         ...

@@ -24,7 +24,7 @@ from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.jobs import NO_NUMBERS
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_retrieval
-from blip2_actor.prompts import require_something
+from blip2_actor.prompts import require_known, require_something
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
 from blip2_actor.sizing import full_encode_batch
 from blip2_actor.status import Status
@@ -129,19 +129,14 @@ class MatchingEngine:
         """Ids as the reference's processor makes them, special tokens included, image tokens not."""
         try:
             token_ids: list[int] = self.tokenizer(require_something(text)).input_ids
+            known = self.model.word_embeddings.num_embeddings
+            require_known(token_ids, known, self.model.config.image_token_index)
         except ValueError as error:
             return Refusal(Status.REFUSED, str(error))
         limit = self.model.position_embeddings.num_embeddings
         if len(token_ids) > limit:
             return Refusal(
                 Status.REFUSED, f"text must be at most {limit} tokens, got {len(token_ids)}; shorten it"
-            )
-        if max(token_ids) >= self.model.word_embeddings.num_embeddings or (
-            self.model.config.image_token_index in token_ids
-        ):
-            return Refusal(
-                Status.REFUSED,
-                "text must not contain the image token or one the model does not know, got one; leave it out",
             )
         return token_ids
 
@@ -172,9 +167,12 @@ class MatchingEngine:
     ) -> list[FoundT]:
         started = time.perf_counter()
         try:
-            return batches.run(work, items)
+            found = batches.run(work, items)
         finally:
             self._busy_s += time.perf_counter() - started
+        if batches is self._image_batches:
+            self._num_images += len(items)
+        return found
 
     def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
         """Images with all their texts."""
@@ -186,7 +184,7 @@ class MatchingEngine:
             texts = self._tensors([ids for _, ids in rows])
             itm = self.model.matching_logits(image_embeds[indices], texts).float().softmax(dim=-1)[:, 1]
             text_vectors = self.model.text_embeddings(texts).float()
-            itc = torch.einsum("nqd,nd->nq", image_vectors[indices], text_vectors).amax(dim=1)
+            itc = self.model.contrastive_scores(image_vectors[indices], text_vectors)
             return [_match(p, c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
 
         rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
@@ -201,7 +199,6 @@ class MatchingEngine:
 
     def _encode(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8[S, S, 3] each -> float[B, P, Dv]."""
-        self._num_images += len(pixels)
         images = torch.from_numpy(np.stack(pixels)).to(self.model.query_tokens.device)
         return self.model.image_features(self.model.normalizer(images, self.model.dtype))
 

@@ -21,6 +21,7 @@ class Prompts:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.image_token_id: int | None = config.image_token_index
         text_config = config.text_config
+        self.vocab_size: int = text_config.vocab_size
         start = text_config.bos_token_id if text_config.bos_token_id is not None else text_config.eos_token_id
         self.empty_ids = [start]
         eos = text_config.eos_token_id
@@ -30,30 +31,24 @@ class Prompts:
         """Token ids that follow the queries.
 
         Raises:
-            ValueError: the prompt is no text, or holds the image token.
+            ValueError: the prompt is no text, or holds the image token or one that the model does not know.
         """
         if prompt is None or prompt == "":
             return self.empty_ids
         token_ids: list[int] = self.tokenizer(require_text(prompt)).input_ids
-        self._refuse_image_token(token_ids)
+        require_known(token_ids, self.vocab_size, self.image_token_id)
         return token_ids
-
-    def _refuse_image_token(self, token_ids: list[int]) -> None:
-        if self.image_token_id in token_ids:
-            raise ValueError(
-                "text must not contain the image token, got it; leave it out, the image always comes first"
-            )
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text to score: nothing in front, the end token behind.
 
         Raises:
-            ValueError: it is no text, is empty or holds the image token.
+            ValueError: it is no text, is empty, or holds a token as above.
         """
         token_ids: list[int] = self.tokenizer(require_text(text), add_special_tokens=False).input_ids
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
-        self._refuse_image_token(token_ids)
+        require_known(token_ids, self.vocab_size, self.image_token_id)
         return [*token_ids, min(self.end_ids)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -81,6 +76,19 @@ def require_something(text: object) -> str:
     if text == "":
         raise ValueError("text must say something, got an empty text")
     return require_text(text)
+
+
+def require_known(token_ids: Sequence[int], vocab_size: int, image_token_id: int | None) -> None:
+    """Raises ValueError where a text holds the image token, or one that was added to the tokenizer alone."""
+    if image_token_id in token_ids:
+        raise ValueError(
+            "text must not contain the image token, got it; leave it out, the image always comes first"
+        )
+    if max(token_ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"text must not contain a token that the model does not know ({vocab_size} are known), got "
+            f"number {max(token_ids)}; leave it out"
+        )
 
 
 def require_room(num_tokens: int, what: str, max_positions: int | None, num_queries: int) -> None:

@@ -98,11 +98,11 @@ class Blip2Retrieval(nn.Module):
 
     @staticmethod
     def contrastive_scores(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Cosine of each image's best query with each text.
+        """Cosine of each image's best query with its text.
 
-        float[B, Q, De], float[N, De] -> float[B, N] in [-1, 1].
+        float[N, Q, De], float[N, De] -> float[N] in [-1, 1].
         """
-        return (image_embeddings @ text_embeddings.T).amax(dim=1)
+        return torch.einsum("nqd,nd->nq", image_embeddings, text_embeddings).amax(dim=1)
 
     def _embed(self, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Embedded texts, float[N, T, Dq], and where they are, bool[N, T]."""

@@ -75,11 +75,10 @@ class ModelRunner:
             self._upload.send(list(islice(waiting, count)))
 
     def shrink(self, num_slots: int) -> None:
-        """Keep only the first slots, and give the memory of the others back."""
+        """Give back the memory of all slots; the next prefill makes `num_slots` new ones."""
         self.num_slots = num_slots
         self._forget_recordings()
-        if self._slots is not None:
-            self._slots.shrink(num_slots)
+        self._slots = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

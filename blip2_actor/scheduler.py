@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blip2_actor.batches import Shortage, attempt
 from blip2_actor.beam import BeamSearch
 from blip2_actor.decoding import advance
 from blip2_actor.jobs import EncodedImage, Job
@@ -95,9 +96,10 @@ class Scheduler:
         """What the device is given is queued there without waiting: a batch of images, the prefill of earlier
         ones, a decode step. The host waits only for chosen tokens, of which it needs one small tensor."""
         self._drop_cancelled()
-        self._encode()
-        self._fill_slots()
-        self._decode()
+        for stage in (self._encode, self._fill_slots, self._decode):
+            found = attempt(stage)
+            if isinstance(found, Shortage):
+                self._shrink(found)
 
     def _drop_cancelled(self) -> None:
         cancelled = [text for text in self.running if text.job.is_dropped()]
@@ -114,11 +116,10 @@ class Scheduler:
         images = self._next_images()
         if not images:
             return
-        try:
-            self.runner.encode(images)
-        except torch.OutOfMemoryError as error:
+        encoded = attempt(lambda: self.runner.encode(images))
+        if isinstance(encoded, Shortage):
             self.waiting.extendleft(reversed(images))
-            self._encode_less(error)
+            self._encode_less(encoded)
             return
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
@@ -128,11 +129,18 @@ class Scheduler:
             image.jobs.clear()
 
     def _make_ready(self, job: Job) -> None:
-        """Queue for a slot; who only wanted the image encoded is served."""
-        if job.searches:
-            self.ready.append(job)
-        else:
+        """Queue for a slot; who only wanted the image encoded is served, who needs more slots than memory
+        holds never can be."""
+        if not job.searches:
             job.finish()
+        elif job.num_slots > self.max_slots:
+            error = (
+                f"out of memory: num_beams and num_return_sequences must be at most {self.max_slots}, got "
+                f"{job.num_slots}; lower them, or give the engine more memory"
+            )
+            job.resolve(Result(status=Status.FAILED, error=error))
+        else:
+            self.ready.append(job)
 
     def _next_images(self) -> list[EncodedImage]:
         num_free = self.max_slots - self.num_running
@@ -173,11 +181,10 @@ class Scheduler:
             return
         texts = self.running[-sum(len(job.searches) for job in jobs) :]
         first_slot = {id(text.job): text.slots[0] for text in reversed(texts)}
-        try:
-            logits = self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs])
-        except torch.OutOfMemoryError as error:
+        logits = attempt(lambda: self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs]))
+        if isinstance(logits, Shortage):
             self._restart(jobs)
-            self._prefill_less(len(jobs), error)
+            self._prefill_less(len(jobs), logits)
             return
         source = {id(job): row for row, job in enumerate(jobs)}
         self._share_prefixes(texts, first_slot)
@@ -214,12 +221,8 @@ class Scheduler:
         for text in self.running:
             for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
                 token_ids[slot], lengths[slot] = token_id, text.length
-        try:
-            logits = self.runner.decode(token_ids, lengths)
-            self.runner.send_ahead(self.waiting, self.encode_batch)
-        except torch.OutOfMemoryError as error:
-            self._shrink(error)
-            return
+        logits = self.runner.decode(token_ids, lengths)
+        self.runner.send_ahead(self.waiting, self.encode_batch)
         for text in self.running:
             text.length += 1
         self.counters.num_decode_steps += 1
@@ -284,41 +287,41 @@ class Scheduler:
 
     # Out of memory --------------------------------------------------------------------------------------
 
-    def _encode_less(self, error: torch.OutOfMemoryError) -> None:
+    def _encode_less(self, shortage: Shortage) -> None:
         if self.encode_batch == 1:
-            self._shrink(error)
+            self._shrink(shortage)
             return
         self.encode_batch //= 2
         logger.warning("Out of memory: images are encoded %d at a time from now on", self.encode_batch)
 
-    def _prefill_less(self, num_jobs: int, error: torch.OutOfMemoryError) -> None:
+    def _prefill_less(self, num_jobs: int, shortage: Shortage) -> None:
         if num_jobs == 1 and self.max_slots == 1:
-            self.ready.popleft().resolve(Result(status=Status.FAILED, error=f"out of memory: {error}"))
+            error = f"out of memory: {shortage.reason}"
+            self.ready.popleft().resolve(Result(status=Status.FAILED, error=error))
             return
         if num_jobs == 1:
-            self._shrink(error)
+            self._shrink(shortage)
             return
         self.prefill_batch = num_jobs // 2
         logger.warning("Out of memory: prompts are read %d at a time from now on", self.prefill_batch)
 
-    def _shrink(self, error: torch.OutOfMemoryError) -> None:
-        """Go on with half the slots; the texts of the others begin again.
+    def _shrink(self, shortage: Shortage) -> None:
+        """Go on with half the slots; all texts begin again, for there is no memory to move them in.
 
         Raises:
             OutOfMemoryError: there is only one slot.
         """
         if self.max_slots == 1:
-            raise error
+            raise torch.OutOfMemoryError(shortage.reason)
         self.max_slots //= 2
         logger.warning("Out of memory: %d texts are decoded at once from now on", self.max_slots)
-        evicted = {text.job: None for text in self.owners[self.max_slots :] if text is not None}
-        self._restart(list(evicted))
+        self._restart(list(dict.fromkeys(text.job for text in self.running)))
         del self.owners[self.max_slots :]
         self.runner.shrink(self.max_slots)
         self.prefill_batch = self.max_slots  # what failed may have been the slots' growth
-        for job in [job for job in self.ready if job.num_slots > self.max_slots]:
-            self.ready.remove(job)
-            job.resolve(Result(status=Status.FAILED, error=f"{job.num_slots} texts at once: out of memory"))
+        ready, self.ready = self.ready, deque()
+        for job in ready:
+            self._make_ready(job)
 
     def _restart(self, jobs: list[Job]) -> None:
         """Take jobs out of their slots and put them in front of the ready queue."""

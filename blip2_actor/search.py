@@ -25,19 +25,6 @@ class Vocabulary(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
-class Search(Protocol):
-    """A request's way through its slots."""
-
-    num_slots: int
-    done: bool
-
-    def tokens(self) -> list[int]:
-        """The last token of each slot's text."""
-        ...
-
-    def completions(self) -> list[Completion]: ...
-
-
 class TextSearch:
     """Greedy search, or sampling with a generator of its own; one slot."""
 

@@ -28,6 +28,9 @@ ENCODE_BATCH_ELEMENTS = 1 << 20
 """Image tokens times width that are worth one pass: small models take more images. On the demonstration
 model, 128 images a pass are 1.1 to 1.3 times as fast as 16 (one EPYC core, 2026-11-23)."""
 
+LEAST_SLOTS_FRACTION = 8
+"""Of all slots, one in so many must remain when the longest text that is admitted comes."""
+
 USED_FRACTION = 0.85
 """Of free memory; the rest is for what is not counted here: workspaces, fragmentation, growing slots."""
 ENCODE_FRACTION = 0.25
@@ -99,13 +102,26 @@ def position_bytes(model: Blip2) -> int:
 
 
 def longest_text(model: Blip2) -> int:
-    """Most positions of a text: the model's own limit, or what half of free memory holds of one alone.
+    """Most positions of a text that is only read: the model's own limit, or half of free memory's."""
+    return _longest_beside(model, 1)
 
-    T5 has no limit of its own; its encoder's scores grow with the square of the prompt.
+
+def longest_slot(model: Blip2, max_slots: int) -> int:
+    """Most positions of a text that is written: each slot is as long as the longest, so it must leave some.
+
+    Texts that slots are planned for are admitted always: who asks for too many slots gets fewer.
     """
+    planned = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS + PLANNED_NEW_TOKENS
+    beside_others = _longest_beside(model, max(1, max_slots // LEAST_SLOTS_FRACTION))
+    return min(longest_text(model), max(planned, beside_others))
+
+
+def _longest_beside(model: Blip2, num_slots: int) -> int:
+    """Most positions of a text in so many slots. T5 has no limit of its own; its encoder's scores grow with
+    the square of the prompt."""
     scores_bytes = 2 * torch.float32.itemsize * model.config.text_config.num_attention_heads
-    linear = position_bytes(model)
-    budget = free_bytes(model.query_tokens.device) // 2
+    linear = num_slots * position_bytes(model)
+    budget = max(0, free_bytes(model.query_tokens.device)) // 2
     in_memory = (math.sqrt(linear**2 + 4 * scores_bytes * budget) - linear) / (2 * scores_bytes)
     own = model.language_model.max_positions
     return int(in_memory) if own is None else min(own, int(in_memory))

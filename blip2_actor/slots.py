@@ -19,6 +19,9 @@ from blip2_actor.device import to_device
 GROWTH = 64
 """Slots grow by this many positions at a time."""
 
+COPY_BYTES = 64 << 20
+"""Of what passes between slots at a time, unless one layer is more: a copy of all may not fit."""
+
 ALIGNMENT = 8
 """Rows of masks and biases begin at multiples of this, else CUDA's attention copies them in every layer
 (`aten/native/transformers/attention.cpp`, `pad_bias`)."""
@@ -111,12 +114,6 @@ class SlotCache:
         keys, values = (F.pad(s, (0, 0, 0, length - self.max_length)) for s in (self.keys, self.values))
         self.keys, self.values, self.max_length = keys, values, length  # together: memory may end between
 
-    def shrink(self, num_slots: int) -> None:
-        """Keep only the first slots; one tensor after the other, for memory has just run out."""
-        self.keys = self.keys[:, :num_slots].clone()
-        self.values = self.values[:, :num_slots].clone()
-        self.num_slots = num_slots
-
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts into other slots; overlapping sources and targets are safe."""
         self.reorder(sources, targets, 0, length)
@@ -124,8 +121,10 @@ class SlotCache:
     def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
         source, target = (to_device(slots, self.keys.device) for slots in (sources, targets))
+        layer_bytes = self.keys[0, :1, start:stop].nbytes * len(sources)
         for states in (self.keys, self.values):
-            states[:, target, start:stop] = states[:, source, start:stop]
+            for layers in states.split(max(1, COPY_BYTES // max(1, layer_bytes))):
+                layers[:, target, start:stop] = layers[:, source, start:stop]
 
 
 @cache

@@ -45,11 +45,6 @@ class T5Slots:
         device = self.prefix_lengths.device
         self.prefix_lengths[to_device(slots, device)] = to_device(prefix_lengths, device)
 
-    def shrink(self, num_slots: int) -> None:
-        self.own.shrink(num_slots)
-        self.cross.shrink(num_slots)
-        self.num_slots = num_slots
-
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts, prefixes too; overlapping sources and targets are safe."""
         prefix_lengths = [self._host_lengths[slot] for slot in sources]

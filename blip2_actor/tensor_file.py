@@ -65,6 +65,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         OSError: it is not readable safetensors, or not all of it is there.
+        ValueError: a tensor is of a dtype that no model here is loaded from.
     """
     size = path.stat().st_size
     try:
@@ -74,6 +75,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"a header of {header_size} bytes in a file of {size}")
             header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
+        unsupported = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
         found = {
             name: StoredTensor(
                 path,
@@ -82,12 +84,18 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
                 8 + header_size + entry["data_offsets"][0],
             )
             for name, entry in header.items()
+            if entry["dtype"] in DTYPES
         }
         for name, tensor in found.items():
             if tensor.start < 0 or tensor.start + tensor.num_bytes > size:
                 raise ValueError(f"{name} beyond the end of a file of {size} bytes")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error
+    if unsupported:
+        raise ValueError(
+            f"the dtypes of {path} must be among {', '.join(DTYPES)}, got {', '.join(sorted(unsupported))}; "
+            "convert it, with transformers' from_pretrained(…, dtype=torch.bfloat16) and save_pretrained"
+        )
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
+from blip2_actor.jobs import EncodedImage
 from tests.parity.tiny import images
 
 GOOD = images(1)[0].numpy()
@@ -79,6 +80,57 @@ def test_an_image_that_is_none_has_a_status(engine: Engine, image: object) -> No
     result = beside_a_good_one(engine, Request(image=image))  # type: ignore[arg-type]
     assert result.status in (Status.UNDECODABLE, Status.MISSING_IMAGE)
     assert "image" in result.error
+
+
+def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> None:
+    """Its tensors are another model's: another caption, or a shape that ends everybody's requests."""
+    foreign = EncodedImage(GOOD, object(), prefix=torch.zeros(3, 7))
+    result = beside_a_good_one(engine, Request(image=foreign))
+    assert result.status is Status.REFUSED
+    assert "another engine" in result.error
+    assert engine.score([foreign], ["a"])[0].status is Status.REFUSED
+    assert engine.features([foreign])[0].status is Status.REFUSED
+    with pytest.raises(ValueError, match="another engine"):
+        engine.image(foreign)
+    own = engine.image(GOOD)
+    assert engine.image(own) is own
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused(engine: Engine) -> None:
+    """The embeddings have no row for it, which a GPU finds out in the middle of everybody's batch."""
+    engine.prompts.tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
+    result = beside_a_good_one(engine, Request(image=GOOD, prompt="a <new7>"))
+    assert result.status is Status.REFUSED
+    assert "a token that the model does not know (264 are known), got number 268" in result.error
+    assert engine.score([GOOD], ["a <new7>"])[0].status is Status.REFUSED
+
+
+def test_a_text_that_would_leave_few_slots_is_refused(
+    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt of a T5, which has no last position, would take everybody's slots for good."""
+    monkeypatch.setattr("blip2_actor.sizing.free_bytes", lambda _: 8 << 20)
+    config = EngineConfig(
+        model=str(checkpoint_folder("t5")),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        max_slots=64,
+        encode_batch=4,
+    )
+    with config.build() as engine:
+        limit = engine._intake.max_slot_positions
+        assert 8 * limit * engine._runner._position_bytes < 4 << 20
+        assert limit < engine._intake.max_positions
+        room = limit - engine.model.config.num_query_tokens - 1
+        fits, exceeds = (
+            engine.generate([Request(image=GOOD, options=GenerationOptions(max_new_tokens=n))])[0]
+            for n in (room, room + 1)
+        )
+        assert fits.ok
+        assert exceeds.status is Status.REFUSED
+        assert f"must have at most {room + 1} tokens" in exceeds.error
+        assert "lower max_slots" in exceeds.error
 
 
 def test_a_text_longer_than_memory_is_refused(engine: Engine) -> None:

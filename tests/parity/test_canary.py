@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,3 +57,31 @@ def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
     assert message is not None
     assert "torch 2.11 -> 2.13" in message
     assert "transformers" not in message.split("changed since")[1]
+
+
+FIRST = CanaryRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]", '{"digest": "aaaa"}'])
+def test_a_record_that_cannot_be_read_does_not_keep_an_engine_from_starting(tmp_path, left) -> None:
+    """A file that was cut would fail every later start on this machine."""
+    compare_with_last(FIRST, tmp_path, "c", torch.float32)
+    (path,) = tmp_path.iterdir()
+    path.write_text(left)
+    assert compare_with_last(FIRST, tmp_path, "c", torch.float32) is None
+    assert json.loads(path.read_text())["digest"] == "aaaa"
+
+
+def test_a_process_that_ends_while_it_writes_leaves_the_last_record_whole(tmp_path, monkeypatch) -> None:
+    """And so does one that reads meanwhile find it: engines of one machine start together."""
+    compare_with_last(FIRST, tmp_path, "c", torch.float32)
+    (path,) = tmp_path.iterdir()
+
+    def cut(file: Path, _: str) -> None:
+        file.open("w").close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        compare_with_last(replace(FIRST, digest="bbbb"), tmp_path, "c", torch.float32)
+    assert json.loads(path.read_text())["digest"] == "aaaa"

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
+from blip2_actor.jobs import EncodedImage
 from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, images
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
@@ -88,6 +89,8 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) 
     assert engine.score([good], ["a <image>"])[0].status is status
     assert engine.image_embeddings([b"junk", good])[0].status is Status.UNDECODABLE
     assert [e.status for e in engine.text_embeddings(["", "a dog"])] == [Status.REFUSED, Status.OK]
+    foreign = engine.score([EncodedImage(good, object())], ["a dog"])[0]
+    assert (foreign.status, "another engine" in foreign.error) == (Status.REFUSED, True)
     assert engine.score([], []) == []
     with pytest.raises(ValueError, match=r"one per image \(1\), got 2"):
         engine.score([good], ["a", "b"])
@@ -107,7 +110,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
     monkeypatch.setattr(engine.model, "image_features", short_of_memory)
     monkeypatch.setattr(engine._image_batches, "size", 8)
+    before = engine.stats().num_images_encoded
     found = engine.score(pictures, ["a dog"] * 5)
+    assert engine.stats().num_images_encoded == before + 5
     assert engine._image_batches.size == 2
     assert [m.itm for m in found] == pytest.approx([m.itm for m in expected], abs=1e-5)
 

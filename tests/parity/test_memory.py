@@ -1,0 +1,133 @@
+"""Memory that ends at the wrong moment: nothing hangs, nothing else is lost, and whoever starts is told."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status, scheduler
+from blip2_actor.canary import check
+from tests.parity.tiny import images
+
+LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
+WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
+
+
+@pytest.fixture(params=["opt", "t5"])
+def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Engine:
+    config = EngineConfig(
+        model=str(checkpoint_folder(request.param)),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        max_slots=8,
+        encode_batch=4,
+    )
+    with config.build() as started:
+        yield started
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("not enough")
+
+
+def tokens(results: list[Result]) -> list[tuple[int, ...]]:
+    return [result.token_ids for result in results]
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list[bool]:
+    """The first call runs out of memory; what is returned says whether there was one."""
+    real, called = getattr(place, name), []
+
+    def first_fails(*args: object) -> object:
+        if not called:
+            called.append(True)
+            out_of_memory()
+        return real(*args)
+
+    monkeypatch.setattr(place, name, first_fails)
+    return called
+
+
+def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait in front of all others for slots that never become free: behind its image, or later."""
+    pictures = [image.numpy() for image in images(6)]
+    expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
+    fail_once(monkeypatch, engine._runner, "decode")
+    narrow = [Request(image=picture, options=LONG) for picture in pictures]
+    wide = Request(image=pictures[0], options=WIDE)
+    *found, refused = [f.result(timeout=30) for f in [engine.submit(r) for r in [*narrow, wide]]]
+    assert tokens(found) == tokens(expected)
+    late = engine.submit(wide).result(timeout=30)
+    for result in (refused, late):
+        assert result.status is Status.FAILED
+        assert "must be at most 4, got 8; lower them" in result.error
+    assert engine.submit(narrow[0]).result(timeout=30).token_ids == expected[0].token_ids
+
+
+@pytest.mark.parametrize("place", ["fork", "reorder", "advance"])
+def test_memory_that_ends_between_two_passes_ends_no_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Copies between slots and the choice of tokens need memory too."""
+    pictures = [image.numpy() for image in images(6)]
+    lengths = [3, 12, 5, 12, 8, 12]
+    requests = [
+        Request(
+            image=picture, options=GenerationOptions(max_new_tokens=n, min_new_tokens=n, num_beams=n % 3 + 1)
+        )
+        for picture, n in zip(pictures, lengths, strict=True)
+    ]
+    expected = engine.generate(requests)
+    called = fail_once(monkeypatch, scheduler if place == "advance" else engine._runner, place)
+    assert tokens(engine.generate(requests)) == tokens(expected)
+    assert called
+    assert engine._scheduler.max_slots == 4
+
+
+def test_slots_are_given_back_before_half_as_many_are_made(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory has just run out: what the failed pass held, and the old slots, must be gone by then."""
+    held: list[weakref.ref] = []
+    alive: list[list[bool]] = []
+    runner, real_shrink = engine._runner, engine._runner.shrink
+
+    def failing_pass(*_: object) -> None:
+        working_memory = torch.zeros(10)
+        held.extend([weakref.ref(working_memory), weakref.ref(runner.slots)])
+        out_of_memory()
+
+    def shrink(num_slots: int) -> None:
+        before = held[0]() is not None
+        monkeypatch.undo()
+        real_shrink(num_slots)
+        alive.append([before, held[1]() is not None])
+
+    monkeypatch.setattr(runner, "decode", failing_pass)
+    monkeypatch.setattr(runner, "shrink", shrink)
+    assert engine.generate([Request(image=images(1)[0].numpy())], LONG)[0].ok
+    assert alive == [[False, False]]
+    assert runner.slots.num_slots == 4
+
+
+def test_a_full_batch_that_does_not_fit_does_not_keep_the_engine_from_starting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The canary fills a compiled batch; only the scheduler halves batches."""
+    runner, real = engine._runner, engine._runner.encode
+    monkeypatch.setattr(runner.encoders, "compiled_batch", 16)
+    monkeypatch.setattr(runner, "encode", lambda x: out_of_memory() if len(x) > 4 else real(x))
+    assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.canary
+
+
+def test_no_memory_at_start_names_what_to_lower(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._runner, "prefill", out_of_memory)
+    with pytest.raises(ValueError, match=r"got 8 texts at once and not enough; lower --max-slots"):
+        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
