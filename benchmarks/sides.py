@@ -86,14 +86,16 @@ class ReferenceSide:
 
     def _generate(self, rows: Work) -> list[list[int]]:
         ids = [self._input_ids(prompt) for _, prompt, _ in rows]
-        widest = max(map(len, ids))
-        input_ids = torch.tensor([[1] * (widest - len(i)) + i for i in ids], device=self._device)
+        gaps = [max(map(len, ids)) - len(i) for i in ids]
+        pad = self._model.config.text_config.pad_token_id
+        input_ids = torch.tensor([[pad] * gap + i for gap, i in zip(gaps, ids, strict=True)])
+        mask = torch.tensor([[0] * gap + [1] * len(i) for gap, i in zip(gaps, ids, strict=True)])
         longest = max(length for *_, length in rows)
         forced = {"max_new_tokens": longest, "min_new_tokens": longest} if longest else {"max_new_tokens": 30}
         output = self._model.generate(
             self._pixel_values[[image for image, *_ in rows]],
-            input_ids=input_ids,
-            attention_mask=(input_ids != 1).long(),
+            input_ids=input_ids.to(self._device),
+            attention_mask=mask.to(self._device),
             do_sample=False,
             num_beams=self._num_beams,
             **forced,
