@@ -1,4 +1,4 @@
-"""How everything here is measured: alternating rounds in one process, medians, the machine beside them."""
+"""How everything here is measured: alternating rounds in one run, medians, the machine beside them."""
 
 from __future__ import annotations
 
