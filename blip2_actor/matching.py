@@ -207,6 +207,6 @@ class MatchingEngine:
 
 
 def _match(itm: float, itc: float) -> Match:
-    if math.isnan(itm) or math.isnan(itc):
+    if not (math.isfinite(itm) and math.isfinite(itc)):
         return Match(status=Status.FAILED, error=NO_NUMBERS)
     return Match(itm=itm, itc=itc)

@@ -2,14 +2,17 @@
 
 import io
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commands import caption
+from pipeline.commit import Committer
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.job import prepare, prepare_retry, run_job
@@ -136,19 +139,24 @@ def test_a_tar_that_ends_early_is_partial_and_an_empty_one_has_an_empty_file(tmp
     check_output(tmp_path / "out", {**truth, "part0/00000.tar": first, "empty.tar": {}})
 
 
-def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path):
+def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, monkeypatch):
+    """However many of them stay bad: it goes over nothing but bad rows, which says nothing of the input."""
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
-    refused = right_caption(truth["part0/00000.tar"]["image-000003"])
+    images = truth["part0/00000.tar"]
+    images |= {"image-000005": BROKEN, "image-000009": BROKEN}
+    write_tar(tmp_path / "in" / "part0" / "00000.tar", images)
+    refused = right_caption(images["image-000003"])
     trace = str(tmp_path / "trace")
     first = run(settings(tmp_path), FakeEngineConfig(trace=trace, refuses_on=(refused,)))
-    assert dict(first.by_status) == {"ok": 39, "refused": 1}
+    assert dict(first.by_status) == {"ok": 37, "undecodable": 2, "refused": 1}
     other = tmp_path / "out" / "part1" / "00001.tar.parquet"
     untouched = other.stat().st_mtime_ns
+    monkeypatch.setattr("pipeline.tracker.ROTTEN_AFTER_ROWS", 2)
     result = run_retry(tmp_path, FakeEngineConfig(trace=trace))
-    assert dict(result.by_status) == {"ok": 40}
+    assert dict(result.by_status) == {"ok": 38, "undecodable": 2}
     check_output(tmp_path / "out", truth)
     assert Counter(captions_made(trace))[refused] == 2
-    assert len(captions_made(trace)) == 41
+    assert len(captions_made(trace)) == 39
     assert other.stat().st_mtime_ns == untouched
 
 
@@ -184,3 +192,23 @@ def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_words(tmp_path
     said = capsys.readouterr().err
     assert "ValueError: device must be there, got none; what was finished is kept" in said
     assert "Traceback" not in said
+
+
+def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_words(tmp_path, capsys, monkeypatch):
+    """It ended in a traceback, the second one hiding the first; and nothing that was made may be lost."""
+
+    class Failing(Committer):
+        def commit(self, folder, report, metadata, empty_schema):
+            raise pa.ArrowInvalid(f"a fragment of {report.shard[:5]} is damaged")
+
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
+    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.driver.Committer", Failing)
+        assert caption(settings(tmp_path), engine) == 1
+    said = capsys.readouterr().err
+    assert re.search("job has failed: .*a fragment of part[01] is damaged; what was finished is kept", said)
+    assert "Traceback" not in said
+    assert caption(settings(tmp_path), engine) == 0
+    check_output(tmp_path / "out", truth)
+    assert len(captions_made(tmp_path / "trace")) == 10

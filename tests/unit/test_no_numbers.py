@@ -1,0 +1,98 @@
+"""Models overflow, in float16 above all: vectors and scores that are no numbers are failed rows, never ok."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
+from blip2_actor.jobs import EncodedImage
+from pipeline.caption_stage import CaptionStage
+from pipeline.decode_stage import PIXELS
+from pipeline.outputs import Outputs
+from tests.parity.tiny import images, save_checkpoint
+from tests.parity.tiny_retrieval import save_retrieval_checkpoint
+
+PLAIN = {"device": "cpu", "dtype": "float32", "num_threads": 1}
+OPTIONS = GenerationOptions(max_new_tokens=4)
+VECTORS = Outputs.of(embeds={"seen": "vision", "mean": "qformer"}, scores={"fit": "alt"}, caption=False)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CaptionStage]:
+    folder = save_checkpoint(tmp_path_factory.mktemp("opt"))
+    started = CaptionStage(EngineConfig(model=str(folder), **PLAIN), OPTIONS, outputs=VECTORS)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+
+
+def table() -> pa.Table:
+    """Three images with texts, the second of them black."""
+    pictures = images(3).numpy()
+    pictures[1] = 0
+    columns = {
+        "status": pa.array(["ok"] * 3),
+        "error": pa.nulls(3, pa.string()),
+        "width": pa.array([1] * 3, pa.int32()),
+        "height": pa.array([2] * 3, pa.int32()),
+        "sha256": pa.array([b"x"] * 3, pa.binary()),
+        "alt": pa.array(["a dog", "a cat", "a dog"]),
+    }
+    return pa.table(columns | {PIXELS: pa.array([picture.tobytes() for picture in pictures], pa.binary())})
+
+
+def check_that_the_black_one_alone_failed(made: pa.Table, names: Sequence[str]) -> None:
+    assert made["status"].to_pylist() == ["ok", "failed", "ok"]
+    assert "is no number" in made["error"][1].as_py()
+    for name in names:
+        values = made[name].to_pylist()
+        assert values[1] is None
+        assert np.isfinite(values[0]).all() and np.isfinite(values[2]).all()
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+@pytest.mark.parametrize("part", ["pooled", "qformer_features", "prefix"])
+def test_one_number_that_is_none_fails_its_row(stage: CaptionStage, monkeypatch, part: str, bad: float):
+    """The language model of the score reads the prefix; each vector has a part of its own."""
+    encode: Callable[[Sequence[EncodedImage]], None] = stage.actor.engine._runner.encode
+
+    def spoil(encoded: Sequence[EncodedImage]) -> None:
+        encode(encoded)
+        for image in encoded:
+            if not image.pixels.any():
+                spoiled = getattr(image, part).clone()
+                spoiled.view(-1)[3] = bad
+                setattr(image, part, spoiled)
+
+    monkeypatch.setattr(stage.actor.engine._runner, "encode", spoil)
+    check_that_the_black_one_alone_failed(stage(table()), VECTORS.names)
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("itm", "matching_logits"), ("itc", "contrastive_scores")], ids=["itm", "itc"]
+)
+def test_a_match_that_is_no_number_fails_its_row(retrieval: Path, monkeypatch, kind, method, bad: float):
+    outputs = Outputs(caption=False, score=("fit=alt",), score_model=str(retrieval), score_kind=kind)
+    stage = CaptionStage(MatchingConfig(model=str(retrieval), **PLAIN), OPTIONS, outputs=outputs)
+    compute = getattr(stage.actor.engine.model, method)
+
+    def spoil(*args: torch.Tensor) -> torch.Tensor:
+        found = compute(*args)
+        found[1] = bad
+        return found
+
+    monkeypatch.setattr(stage.actor.engine.model, method, spoil)
+    check_that_the_black_one_alone_failed(stage(table()), ["fit"])
+    stage.close()
