@@ -23,6 +23,9 @@ NOT_OF_FOLDERS = {
 }
 """Options that name columns or members, by the flags that set them."""
 SAMPLES_LOOKED_AT = 16
+"""Of a tar, to learn which members its samples have,"""
+TARS_LOOKED_AT = 4
+"""and of so many tars at most."""
 
 READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
@@ -66,24 +69,35 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Fiel
                     f"{flag} must name nothing in folders of files, which hold images and no texts, "
                     f"got {named}; put both into tars or a table"
                 )
+    _check_members([shard for shard in shards if shard.format == "webdataset"], options)
     for shard in shards:
         if shard.format == "parquet":
             columns = Columns.find(parquet.schema_of(shard), options)
             return [field.with_name(name) for name, field in columns.kept.items()]
-    _check_texts(shards, options)
     return [pa.field(name, member_type(source)) for name, source in options.kept.items()]
 
 
-def _check_texts(shards: Sequence[Shard], options: ReadOptions) -> None:
-    """Refuse texts that none of the first samples of a tar has: every row would be without, and ok."""
-    tar = next((shard for shard in shards if shard.format == "webdataset"), None)
-    if tar is None or not options.texts:
-        return
-    samples = webdataset.first_members(tar, SAMPLES_LOOKED_AT)
-    found = list(dict.fromkeys(extension for members in samples for extension in members))
-    for name, source in options.texts.items():
+def _check_members(tars: Sequence[Shard], options: ReadOptions) -> None:
+    """Refuse members that none of the first samples has: every row would be without, and most of them ok.
+
+    A further tar is opened only where those before it have not shown everything.
+    """
+    named = [(option_of(name), source) for name, source in options.texts.items()]
+    named += [("keep", source) for source in options.kept.values()]
+    if options.image_column is not None:
+        named.append(("image_column", options.image_column))
+    found: dict[str, None] = {}
+    num_samples = 0
+    for tar in tars[:TARS_LOOKED_AT]:
+        if all(source.lower() in found for _, source in named):
+            return
+        samples = webdataset.first_members(tar, SAMPLES_LOOKED_AT)
+        num_samples += len(samples)
+        found |= dict.fromkeys(extension for members in samples for extension in members)
+    for option, source in named:
         if found and source.lower() not in found:
+            where = tars[0].uri if len(tars) == 1 else f"the first tars, from {tars[0].uri} on,"
             raise InputError(
-                f"{option_of(name)} must be a member of the samples, got {source!r}; the first "
-                f"{len(samples)} of {tar.uri} have {', '.join(found)}"
+                f"{option} must be a member of the samples, got {source!r}; "
+                f"the first {num_samples} of {where} have {', '.join(found)}"
             )

@@ -8,12 +8,14 @@ import lzma
 import tarfile
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.formats import check_options
+from pipeline.formats import webdataset as tars
 from pipeline.reading import ReadOptions
 from pipeline.shards import InputError
 from tests.unit.reading_cases import read_rows, read_tables, shard_at, tar_bytes
@@ -315,19 +317,42 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
     [
         (
             {"text_columns": ("tx",)},
-            "text to score must .* got 'tx'; the first 16 of .* have jpg, txt, url",
+            "text to score must .* got 'tx'; the first 16 of .*0.tar have jpg, txt, url",
         ),
         ({"prompt_column": "promt"}, "prompt_column must be a member of the samples, got 'promt'"),
+        ({"keep": ("txt", "link=ulr")}, "keep must be a member of the samples, got 'ulr'"),
+        ({"image_column": "left.jpg"}, "image_column must be a member of the samples, got 'left.jpg'"),
     ],
 )
-def test_a_text_that_no_sample_has_is_refused(tmp_path, options, said):
-    """Every row would be without a score or its prompt, and the run a success."""
+def test_a_member_that_no_sample_has_is_refused(tmp_path, options, said):
+    """Every row would be without its score, its prompt or what is kept, and the run a success."""
     members = [(f"{at:02}.{kind}", b"x") for at in range(20) for kind in ("jpg", "TXT")]
     members.insert(20, ("09.url", b"x"))
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     shard = shard_at(tmp_path / "0.tar", "webdataset")
     with pytest.raises(InputError, match=said):
         check_options([shard], ReadOptions(**options))
-    check_options([shard], ReadOptions(text_columns=("Txt", "url"), prompt_column="txt"))
+    good = ReadOptions(
+        text_columns=("Txt", "url"), prompt_column="txt", keep=("link=URL",), image_column="jpg"
+    )
+    check_options([shard], good)
     (tmp_path / "0.tar").write_bytes(b"no tar")
     check_options([shard], ReadOptions(**options))
+
+
+def test_a_member_may_be_in_a_later_tar_and_no_more_tars_are_opened_than_need_be(tmp_path, monkeypatch):
+    """A request to a bucket for each of a thousand tars would be half a run."""
+    for at in range(6):
+        members = [("a.jpg", b"x"), ("a.json" if at == 2 else "a.txt", b"x")]
+        (tmp_path / f"{at}.tar").write_bytes(tar_bytes(members))
+    shards = [shard_at(tmp_path / f"{at}.tar", "webdataset") for at in range(6)]
+    opened, real = [], tars.first_members
+    monkeypatch.setattr(tars, "first_members", lambda s, n: opened.append(s.name) or real(s, n))
+    for keep, num_opened in (((), 0), (("txt",), 1), (("txt", "json"), 3)):
+        opened.clear()
+        check_options(shards, ReadOptions(keep=keep))
+        assert len(opened) == num_opened
+    pq.write_table(pa.table({"image": [b"x"], "url": ["y"]}), tmp_path / "beside.parquet")
+    shards.insert(0, shard_at(tmp_path / "beside.parquet", "parquet"))
+    with pytest.raises(InputError, match=r"got 'url'; the first 4 of the first tars, from .*0.tar on, have"):
+        check_options(shards, ReadOptions(keep=("url",)))
