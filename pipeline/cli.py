@@ -18,6 +18,8 @@ from pipeline.settings import (
     CaptionSettings,
     DemoSettings,
     EmbedSettings,
+    PlanEmbedSettings,
+    PlanScoreSettings,
     PlanSettings,
     ReportSettings,
     RetrySettings,
@@ -51,6 +53,8 @@ COMMANDS = {
     "embed": Command(EmbedSettings, "pipeline.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.commands:score"),
     "plan": Command(PlanSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
+    "plan embed": Command(PlanEmbedSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
+    "plan score": Command(PlanScoreSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
     "report": Command(ReportSettings, "pipeline.report:report"),
     "status": Command(StatusSettings, "pipeline.commands:status"),
     "retry": Command(RetrySettings, "pipeline.commands:retry"),
@@ -72,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [SERVE]:
         _become([sys.executable, "-m", "deploy", *arguments[1:]])
+    if " ".join(arguments[:2]) in COMMANDS:  # of two words
+        arguments[:2] = [" ".join(arguments[:2])]
     parser = make_parser()
     given, unknown = parser.parse_known_args(arguments)
     if unknown:

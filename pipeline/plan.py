@@ -18,7 +18,7 @@ from pipeline.listing import list_shards
 from pipeline.prediction import Prediction, predict
 from pipeline.progress import Console, duration
 from pipeline.sample import Sample, take_sample
-from pipeline.settings import PlanSettings
+from pipeline.settings import AnyPlanSettings, CaptionSettings
 from pipeline.source import check_options
 from pipeline.trial import Trial, try_stages
 from pipeline.verdict import REMEDIES
@@ -30,7 +30,8 @@ MOST_ERRORS_SHOWN = 5
 class Plan:
     """Everything that was found."""
 
-    settings: PlanSettings
+    settings: CaptionSettings
+    """The job that is planned."""
     info: ModelInfo
     extent: Extent
     sample: Sample
@@ -55,7 +56,7 @@ class Plan:
 
 
 @speaks
-def plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> int:
+def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan."""
     found = make_plan(settings, engine)
     console = Console()
@@ -67,24 +68,25 @@ def plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> int:
     return 0
 
 
-def make_plan(settings: PlanSettings, engine: EngineBuilder | None = None) -> Plan:
+def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> Plan:
     """List, sample and try.
 
     Raises:
-        ValueError, OSError: as the caption command would; or nothing in the sample can be captioned.
+        ValueError, OSError: as the job would; or nothing in the sample can be decoded.
     """
-    engine = engine or settings.builder
+    job = settings.job()
+    engine = engine or job.builder
     info = engine.info()
-    settings.outputs.check(engine, info, settings.prompt, settings.generation)
-    shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
-    check_options(shards, settings.read_options)
-    sample = take_sample(shards, settings.read_options, settings.sample)
+    job.outputs.check(engine, info, job.prompt, job.generation)
+    shards = list_shards(job.input, format=job.format, limit=job.limit)
+    check_options(shards, job.read_options)
+    sample = take_sample(shards, job.read_options, settings.sample)
     return Plan(
-        settings=settings,
+        settings=job,
         info=info,
-        extent=measure_extent(shards, settings.limit),
+        extent=measure_extent(shards, job.limit),
         sample=sample,
-        trial=try_stages(settings, engine, info.image_size_px, sample),
+        trial=try_stages(job, engine, info.image_size_px, sample),
         num_cpus=len(os.sched_getaffinity(0)),
     )
 

@@ -82,6 +82,9 @@ class CaptionSettings(JobSettings):
             raise ValueError("prompt_column must be alone, got prompt too; name one of them")
         self.outputs.refuse_taken([*ROW_CONTRACT.names, *self.reading.kept])
 
+    def job(self) -> CaptionSettings:
+        return self
+
     @property
     def builder(self) -> EngineBuilder:
         """The engine that makes what is asked for."""
@@ -242,8 +245,8 @@ class StatusSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(CaptionSettings):
-    """Say what a caption command would take: time, workers, bottleneck, bytes. Samples; needs no Ray."""
+class TrialSettings:
+    """What a plan is told beside what its job is told."""
 
     output: str = ""
     """Folder or URI in which writing is timed; nothing stays there. Default: a folder of this machine."""
@@ -253,9 +256,27 @@ class PlanSettings(CaptionSettings):
     """Print one JSON object."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         if self.sample < 1:
             raise ValueError(f"sample must be at least 1, got {self.sample}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(TrialSettings, CaptionSettings):
+    """Say what a caption command would take: time, workers, bottleneck, bytes. Samples; needs no Ray."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEmbedSettings(TrialSettings, EmbedSettings):
+    """Say what an embed command would take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanScoreSettings(TrialSettings, ScoreSettings):
+    """Say what a score command would take."""
+
+
+AnyPlanSettings = PlanSettings | PlanEmbedSettings | PlanScoreSettings
 
 
 @dataclass(frozen=True, kw_only=True)

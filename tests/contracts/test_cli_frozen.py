@@ -63,6 +63,16 @@ def test_every_flag_has_help():
         assert all(action.help for action in sub._actions)
 
 
+@pytest.mark.parametrize("command", ["caption", "embed", "score"])
+def test_a_plan_takes_the_flags_of_its_command(command):
+    """A command line is planned by putting `plan` in front of it."""
+    parser = make_parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    planned = set(commands["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
+    flags = set(commands[command]._option_string_actions)
+    assert (planned - flags, flags - planned) == ({"--sample", "--json"}, {"--fork"})
+
+
 def test_defaults_are_those_of_the_dataclasses():
     given = vars(make_parser().parse_args(["caption", "--input", "in", "--output", "out"]))
     settings = COMMANDS["caption"].settings

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -26,9 +27,9 @@ from pipeline.plan import lines, make_plan, num_bytes, plan
 from pipeline.prediction import predict
 from pipeline.reading import ReadOptions
 from pipeline.sample import Cost, take_sample
-from pipeline.settings import PlanSettings
+from pipeline.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
 from pipeline.shards import Shard
-from tests.fake_engine import FakeEngineConfig
+from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
@@ -222,6 +223,25 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     assert said["prediction"]["actor_s"] > 0
     assert main([*command, "--sample", "0"]) == 1
     assert "sample must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_other_commands_are_planned_as_the_jobs_they_are(tmp_path, capsys):
+    """Planned as captions, they would seem to take a language model's time and another output's bytes."""
+    table = pa.table({"image": [png(n) for n in range(6)], "alt": ["text"] * 6})
+    pq.write_table(table, tmp_path / "a.parquet")
+    input, engine = (str(tmp_path / "a.parquet"),), FakeEngineConfig(trace=str(tmp_path / "trace"))
+    embedding = make_plan(PlanEmbedSettings(input=input), engine)
+    scoring = make_plan(PlanScoreSettings(input=input, text_column="alt", name="fit", sample=4), engine)
+    for found, name, num_rows in ((embedding, "embedding", 6), (scoring, "fit", 4)):
+        assert len(found.trial.rows) == num_rows and found.by_status == {"ok": num_rows}
+        assert None not in found.trial.rows[name].to_pylist()
+        assert "caption" not in found.trial.rows.column_names
+    assert not captions_made(tmp_path / "trace")
+    assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 1
+    assert "text to score must be one of the columns image, alt, got 'words'" in capsys.readouterr().err
+    for command in ("embed", "score --text-column alt"):
+        assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 1
+        assert f"blip2 plan {command[:5]}: sample must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_bytes_for_people():
