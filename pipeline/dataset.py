@@ -33,6 +33,7 @@ def caption(
     embeds: Mapping[str, EmbedKind] | None = None,
     scores: Mapping[str, str] | None = None,
     score_model: str | None = None,
+    score_revision: str | None = None,
     score_kind: ScoreKind | None = None,
     regenerate: bool = False,
     reuse_identical: bool = False,
@@ -49,6 +50,7 @@ def caption(
         embeds: new columns of vectors, and of which kind: "vision", "qformer" or "queries".
         scores: new columns of log-probabilities, and whose texts they are of: "caption", an ask, or a column.
         score_model: retrieval checkpoint that computes the scores instead.
+        score_revision: commit, tag or branch of it on the hub.
         score_kind: of it, "itm" (probability of a match, the default) or "itc" (cosine).
         regenerate: caption once more where the guard marks a caption in `flags`.
         reuse_identical: make the texts of images whose bytes are the same once per actor.
@@ -66,7 +68,13 @@ def caption(
         raise ValueError("prompt_column must be alone, got prompt too; name one of them")
     info = engine.info()
     outputs = Outputs.of(
-        asks, embeds, scores, score_model=score_model, score_kind=score_kind, regenerate=regenerate
+        asks,
+        embeds,
+        scores,
+        score_model=score_model,
+        score_revision=score_revision,
+        score_kind=score_kind,
+        regenerate=regenerate,
     )
     outputs.check(engine, info, prompt, options)
     columns = ds.columns() or []

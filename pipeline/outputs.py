@@ -39,6 +39,8 @@ class Outputs:
     that of "caption", of an ask, or of a column or member of the input."""
     score_model: str | None = None
     """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores instead."""
+    score_revision: str | None = None
+    """Commit, tag or branch of it on the hub; pin it for reproducible scores."""
     score_kind: ScoreKind | None = None
     """Of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of their
     contrastive embeddings; default: itm."""
@@ -60,8 +62,9 @@ class Outputs:
                 )
         if self.score_model and not self.score:
             raise ValueError("score_model must be left out without score, got it alone; add --score")
-        if self.score_kind and not self.score_model:
-            raise ValueError("score_kind must be left out without score_model; name a retrieval checkpoint")
+        for name in ("score_revision", "score_kind"):
+            if getattr(self, name) and not self.score_model:
+                raise ValueError(f"{name} must be left out without score_model; name a retrieval checkpoint")
         if self.regenerate and not self.caption:
             raise ValueError("regenerate must be left out without captions")
         if not (self.caption or self.names):
@@ -119,7 +122,7 @@ class Outputs:
         if self.score_model is None:
             return None
         shared = {name: getattr(engine, name) for name in SHARED_WITH_SCORE_MODEL if hasattr(engine, name)}
-        return MatchingConfig(model=self.score_model, **shared)
+        return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
 
     def check(
         self, engine: EngineBuilder, info: ModelInfo, prompt: str | None, options: GenerationOptions

@@ -167,6 +167,8 @@ class ScoreSettings(JobSettings):
     score_model: str | None = None
     """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores; no other model is
     loaded. Default: the log-probability by the language model of --model."""
+    score_revision: str | None = None
+    """Commit, tag or branch of a retrieval checkpoint on the hub; pin it for reproducible scores."""
     score_kind: ScoreKind | None = None
     """Of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of their
     contrastive embeddings; default: itm."""
@@ -189,6 +191,7 @@ class ScoreSettings(JobSettings):
             caption=False,
             score=(f"{self.name}={self.text_column}",),
             score_model=self.score_model,
+            score_revision=self.score_revision,
             score_kind=self.score_kind,
         )
         return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)

@@ -92,6 +92,21 @@ def test_the_checkpoint_and_the_kind_are_in_the_fingerprint(folder):
     assert fingerprint(score_model=str(folder), score_kind="itm") == itm
 
 
+def test_a_pinned_revision_is_what_is_loaded_and_in_the_fingerprint(folder, monkeypatch):
+    """Unpinned, a branch that moves in the middle of a run ends it, and no later run has the same scores."""
+    monkeypatch.setattr(
+        "blip2_actor.checkpoint.fetch_from_hub",
+        lambda name, revision, patterns: (folder, f"commit of {revision}"),
+    )
+    model = {"score_model": "hub/name", "score_revision": "v2"}
+    alone = ScoreSettings(input=("i",), output="o", text_column="alt", **model).job()
+    beside = CaptionSettings(input=("i",), output="o", outputs=Outputs(score=("fit=caption",), **model))
+    assert alone.builder.revision == "v2"
+    assert alone.fingerprint(alone.builder.info()).parts["model"] == "commit of v2"
+    assert beside.builder.revision is None
+    assert beside.fingerprint(FAKE.info()).parts["score_model"] == "commit of v2"
+
+
 def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
     """Its images would be resized from what was resized already."""
     outputs = Outputs(score=("fit=caption",), score_model=str(folder))
@@ -105,6 +120,10 @@ def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
         (
             lambda: Outputs(score=("a=caption",), score_kind="itc"),
             "score_kind must be left out",
+        ),
+        (
+            lambda: ScoreSettings(input=("i",), output="o", text_column="t", score_revision="v2").job(),
+            "score_revision must be left out without score_model",
         ),
         (lambda: Outputs(score_model="m"), "score_model must be left out without score"),
         (
