@@ -100,8 +100,9 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     plain = dict(run.settings)
     if engine is not None:
         del plain["engine"]
+    first = from_plain(CaptionSettings, plain)
     first = dataclasses.replace(
-        from_plain(CaptionSettings, plain), output=settings.output, placement=settings.placement
+        first, output=settings.output, placement=settings.placement, limits=settings.limits(first.limits)
     )
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)

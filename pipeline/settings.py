@@ -216,11 +216,31 @@ class RetrySettings:
     """The input again, where its URIs hold passwords or options: those are not kept in the output."""
     max_failed_fraction: float = 0.0
     """Exit status 2 when a larger share of all rows has still failed."""
+    image_cpu_s: float | None = None
+    """Most CPU seconds for one image from now on; default: as in the earlier run."""
+    image_wall_s: float | None = None
+    """Most seconds by the clock for one image from now on; default: as in the earlier run."""
+    image_memory_bytes: int | None = None
+    """Address space of a decoding process from now on; default: as in the earlier run."""
     placement: Placement = field(default=Placement())
     """actors"""
 
     def __post_init__(self) -> None:
         _require_fraction(self.max_failed_fraction)
+        self.limits(ImageLimits())
+
+    def limits(self, before: ImageLimits) -> ImageLimits:
+        """Those of the earlier run, but for what is given anew: no part of a fingerprint.
+
+        Raises:
+            ValueError: a limit is not above 0.
+        """
+        anew: dict[str, Any] = {
+            "cpu_s": self.image_cpu_s,
+            "wall_s": self.image_wall_s,
+            "memory_bytes": self.image_memory_bytes,
+        }
+        return dataclasses.replace(before, **{name: x for name, x in anew.items() if x is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

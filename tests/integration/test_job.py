@@ -4,13 +4,14 @@ import io
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blip2_actor.preprocess import ImageLimits
 from pipeline.commands import caption
 from pipeline.commit import Committer
 from pipeline.fingerprint import FingerprintMismatch
@@ -170,6 +171,24 @@ def test_retry_reads_a_partial_shard_again(tmp_path):
     result = run_retry(tmp_path)
     assert (result.num_rows, result.partial) == (30, [])
     check_output(tmp_path / "out", truth)
+
+
+def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):
+    """A row that failed for memory would fail for ever; they are no part of what the rows say."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=1)
+    before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
+    job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
+    begin_run(job.folder, job.run)
+
+    def limits(**given) -> ImageLimits:
+        retrying = RetrySettings(output=str(tmp_path / "out"), **given)
+        return prepare_retry(retrying, FakeEngineConfig()).settings.limits
+
+    assert limits() == before
+    assert limits(image_memory_bytes=1 << 30) == replace(before, memory_bytes=1 << 30)
+    assert limits(image_cpu_s=9.0, image_wall_s=99.0) == replace(before, cpu_s=9.0, wall_s=99.0)
+    with pytest.raises(ValueError, match="wall_s must be above 0 and finite, got 0"):
+        RetrySettings(output="o", image_wall_s=0.0)
 
 
 def test_retry_of_an_unfinished_run_is_refused(tmp_path):
