@@ -29,6 +29,7 @@ from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import NO_NUMBERS, EncodedImage, Job, Task
+from blip2_actor.lane import EncodeLane
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.options import GenerationOptions
@@ -83,13 +84,16 @@ class Engine:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
-        sizes = size_engine(self.model, config.max_slots, config.encode_batch)
+        num_threads = torch.get_num_threads()
+        has_lane = device.type == "cpu" and num_threads > 1 and config.device_map is None and not is_compiled
+        sizes = size_engine(self.model, config.max_slots, config.encode_batch, num_passes=1 + has_lane)
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
-        self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch)
+        self._lane = EncodeLane(self._runner, num_threads) if has_lane else None
+        self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch, self._lane)
 
     def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
         if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
@@ -326,10 +330,10 @@ class Engine:
         self._unfinished.pop(future, None)
 
     def _run(self, loaded: Future[None]) -> None:
-        """Everything that computes runs here, loading and scoring too.
+        """Everything that computes runs here, loading and scoring too; but for the lane, which encodes.
 
         OpenMP gives each thread that computes a pool of its own, and lets all of them sleep between two
-        operations once there are more than cores: two such threads halve the speed of a small model.
+        operations once there are more than cores: one thread too many would halve the speed of a small model.
         """
         try:
             if self.config.num_threads is not None:
@@ -350,6 +354,9 @@ class Engine:
                 self._failure = error
             for job in list(self._unfinished.values()):
                 job.fail(error)
+        finally:
+            if self._lane is not None:
+                self._lane.close()
 
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do; False when closed and done."""

@@ -22,7 +22,7 @@ from blip2_actor.language import LanguageModel, Slots
 from blip2_actor.model import Blip2
 from blip2_actor.scoring import text_logprobs
 from blip2_actor.sizing import free_bytes, position_bytes
-from blip2_actor.upload import Upload
+from blip2_actor.upload import Upload, stack_pixels
 
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""
@@ -53,13 +53,16 @@ class ModelRunner:
         self._position_bytes = position_bytes(model)
         self._text_batches = Batches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
-        self._upload = Upload(self.device)
+        self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self.encoders = Encoders(model, compiled_batch)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[EncodedImage]) -> None:
-        """Through the vision encoder, the Q-Former and the projection, as one batch."""
-        encoded = self.encoders(self._upload.take(images))
+        """Through the vision encoder, the Q-Former and the projection, as one batch.
+
+        On a CPU two threads may do so at once.
+        """
+        encoded = self.encoders(stack_pixels(images) if self._upload is None else self._upload.take(images))
         for row, image in enumerate(images):
             image.pooled, image.qformer_features = encoded.pooled[row], encoded.qformer_features[row]
             image.prefix = encoded.prefixes[row]
@@ -69,7 +72,7 @@ class ModelRunner:
     @torch.inference_mode()
     def send_ahead(self, waiting: Collection[EncodedImage], count: int) -> None:
         """While the device computes, bring it the images that it will most likely encode next."""
-        if not self._upload.runs_ahead or self._upload.has_sent or len(waiting) < count:
+        if self._upload is None or self._upload.has_sent or len(waiting) < count:
             return
         with suppress(torch.OutOfMemoryError):  # `encode` will send them, and smaller batches if need be
             self._upload.send(list(islice(waiting, count)))

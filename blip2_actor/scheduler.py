@@ -20,6 +20,7 @@ from blip2_actor.batches import Shortage, attempt
 from blip2_actor.beam import BeamSearch
 from blip2_actor.decoding import advance
 from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.lane import EncodeLane
 from blip2_actor.request import Result
 from blip2_actor.runner import ModelRunner
 from blip2_actor.search import TextSearch
@@ -58,8 +59,15 @@ class RunningText:
 class Scheduler:
     """The queues, the slots and the step."""
 
-    def __init__(self, runner: ModelRunner, max_slots: int, encode_batch: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, max_slots: int, encode_batch: int, lane: EncodeLane | None = None
+    ) -> None:
+        """
+        Args:
+            lane: encodes beside this thread; None leaves all of it to this one.
+        """
         self.runner = runner
+        self.lane = lane
         self.max_slots = max_slots
         self.encode_batch = encode_batch
         self.prefill_batch = max_slots
@@ -81,12 +89,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.ready or self.running)
+        return bool(self.waiting or self.ready or self.running or self._num_in_lane)
 
     @property
     def num_waiting(self) -> int:
         """Images not yet encoded and jobs without a slot; safe to ask from any thread."""
-        return len(self.waiting) + len(self.ready)
+        return len(self.waiting) + self._num_in_lane + len(self.ready)
+
+    @property
+    def _num_in_lane(self) -> int:
+        return self.lane.num_images if self.lane else 0
 
     @property
     def num_running(self) -> int:
@@ -109,21 +121,41 @@ class Scheduler:
     # Encoding -------------------------------------------------------------------------------------------
 
     def _encode(self) -> None:
-        """Encode a batch while the ready queue does not cover the free slots.
+        """Encode while the ready queue does not cover the free slots; a lane goes on until it covers all.
 
         A batch that is not full waits as long as there is something else to do.
         """
-        images = self._next_images()
-        if not images:
+        lane = self.lane
+        while lane is not None and lane.is_done:
+            self._encoded(*lane.take())
+        num_missing = self.max_slots - self.num_running - sum(job.num_slots for job in self.ready)
+        # Where this thread encodes too, the last images go to both at once.
+        share = len(self.waiting) // 2 if num_missing > 0 else len(self.waiting)
+        while lane is not None and lane.has_room and num_missing > -self.max_slots:
+            images = self._next_images(share)
+            if not images:
+                break
+            share -= len(images)
+            lane.give(images)
+        if num_missing <= 0:
             return
-        encoded = attempt(lambda: self.runner.encode(images))
-        if isinstance(encoded, Shortage):
+        if images := self._next_images(self.encode_batch):
+            self._encoded(images, attempt(lambda: self.runner.encode(images)))
+        elif lane is not None and lane.num_images and not self.ready and not self.running:
+            self._encoded(*lane.take())
+
+    def _encoded(self, images: list[EncodedImage], shortage: Shortage | None) -> None:
+        """A batch comes from the encoders, or back to the queue."""
+        if shortage is not None:
             self.waiting.extendleft(reversed(images))
-            self._encode_less(encoded)
+            self._encode_less(shortage)
             return
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
         for image in images:
+            if not image.is_encoded:  # more is wanted of it than when its pass began
+                self.waiting.append(image)
+                continue
             for job in image.jobs:
                 self._make_ready(job)
             image.jobs.clear()
@@ -142,14 +174,12 @@ class Scheduler:
         else:
             self.ready.append(job)
 
-    def _next_images(self) -> list[EncodedImage]:
-        num_free = self.max_slots - self.num_running
-        if num_free <= sum(job.num_slots for job in self.ready):
-            return []
+    def _next_images(self, most: int) -> list[EncodedImage]:
+        """Take a batch of waiting images; none while it would not be full and texts are ready."""
         if len(self.waiting) < self.encode_batch and self.ready:
             return []
         images: list[EncodedImage] = []
-        while self.waiting and len(images) < self.encode_batch:
+        while self.waiting and len(images) < min(most, self.encode_batch):
             image = self.waiting.popleft()
             image.jobs = [job for job in image.jobs if not job.is_dropped()]
             if image.jobs:

@@ -22,11 +22,10 @@ MOST_SLOTS_CUDA = 512
 """Where decoding a 2.7 B model in bfloat16 turns from reading weights to computing (about 360 rows on an
 H200, by arithmetic)."""
 LEAST_SLOTS_CPU = 128
-LEAST_ENCODE_BATCH = {"cpu": 16, "cuda": 64}
+LEAST_ENCODE_BATCH = {"cpu": 8, "cuda": 64}
 MOST_ENCODE_BATCH = 128
-ENCODE_BATCH_ELEMENTS = 1 << 20
-"""Image tokens times width that are worth one pass: small models take more images. On the demonstration
-model, 128 images a pass are 1.1 to 1.3 times as fast as 16 (one EPYC core, 2026-11-23)."""
+ENCODE_BATCH_ELEMENTS = 1 << 18
+"""Image tokens times width that are worth one pass: small models take more images."""
 
 LEAST_SLOTS_FRACTION = 8
 """Of all slots, one in so many must remain when the longest text that is admitted comes."""
@@ -67,15 +66,19 @@ def plan_memory(*, free_bytes: int, slot_bytes: int, image_bytes: int, wanted: S
     return Sizes(max_slots=max(1, min(wanted.max_slots, num_slots)), encode_batch=encode_batch)
 
 
-def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None) -> Sizes:
-    """What fits a loaded model on its device; given numbers are taken as they are."""
+def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, num_passes: int = 1) -> Sizes:
+    """What fits a loaded model on its device; given numbers are taken as they are.
+
+    Args:
+        num_passes: of the encoders at the same time.
+    """
     device = model.query_tokens.device
     images = encode_batch or full_encode_batch(model.config.vision_config, device)
     slots = MOST_SLOTS_CUDA if device.type == "cuda" else max(LEAST_SLOTS_CPU, 2 * images)
     fitting = plan_memory(
         free_bytes=free_bytes(device),
         slot_bytes=slot_bytes(model),
-        image_bytes=image_bytes(model),
+        image_bytes=num_passes * image_bytes(model),
         wanted=Sizes(max_slots=max_slots or slots, encode_batch=images),
     )
     return Sizes(max_slots=max_slots or fitting.max_slots, encode_batch=encode_batch or fitting.encode_batch)

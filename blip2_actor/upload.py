@@ -16,15 +16,19 @@ from torch import Tensor
 from blip2_actor.jobs import EncodedImage
 
 
+def stack_pixels(images: Sequence[EncodedImage]) -> Tensor:
+    """uint8[B, S, S, 3], on the CPU."""
+    return torch.from_numpy(np.stack([image.pixels for image in images]))
+
+
 class Upload:
-    """Brings batches of images to a device, one batch ahead where that helps."""
+    """Brings batches of images to a GPU, one batch ahead where that helps. (On a CPU nothing is gained.)"""
 
     def __init__(self, device: torch.device) -> None:
-        self.runs_ahead = device.type == "cuda"
-        """True where copying goes on beside computing."""
         self._device = device
-        self._stream = torch.cuda.Stream(device) if self.runs_ahead else None
-        self._arrived = torch.cuda.Event() if self.runs_ahead else None
+        is_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._arrived = torch.cuda.Event() if is_gpu else None
         self._host: Tensor | None = None
         self._sent: tuple[list[EncodedImage], Tensor] | None = None
 
@@ -61,7 +65,7 @@ class Upload:
             self._arrived.synchronize()
         shape = (len(images), *images[0].pixels.shape)
         if self._host is None or len(self._host) < len(images):
-            self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=self.runs_ahead)
+            self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         rows = self._host[: len(images)]
         np.stack([image.pixels for image in images], out=rows.numpy())
         return rows

@@ -29,10 +29,15 @@ def folder(checkpoint_folder: Callable[..., Path]) -> Path:
     return checkpoint_folder(eos_token_id=END_OFTEN, seed=3)
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-lanes"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
-        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=7, encode_batch=3
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        num_threads=request.param,
+        max_slots=7,
+        encode_batch=3,
     )
     with Engine(config) as started:
         yield started
@@ -188,7 +193,7 @@ def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage) -> None:
     """A device that holds only a few rows at once: everything is served all the same, in smaller pieces."""
-    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=16)
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
     with Engine(config) as engine:
         real = getattr(engine._runner, stage)
 
@@ -205,9 +210,11 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
         )
 
 
-def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, num_threads) -> None:
     """Futures that never end would hang the host; it must learn that the engine is gone."""
-    with Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)) as engine:
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=num_threads)
+    with Engine(config) as engine:
 
         def broken(*_: object) -> None:
             raise RuntimeError("the device fell off")
