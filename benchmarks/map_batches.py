@@ -15,7 +15,9 @@ BATCH = 16
 class Captioner:
     """The class that the documentation's batch inference puts into an actor."""
 
-    def __init__(self, folder: str, dtype: str | None, threads: int | None, max_new_tokens: int) -> None:
+    def __init__(
+        self, folder: str, dtype: str | None, threads: int | None, max_new_tokens: int, min_new_tokens: int
+    ) -> None:
         import torch
         from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
         from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -30,19 +32,20 @@ class Captioner:
             AutoTokenizer.from_pretrained(folder, padding_side="left"),
             num_query_tokens=queries,
         )
-        self.max_new_tokens = max_new_tokens
+        self.lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         from PIL import Image
 
-        images = [Image.fromarray(image) for image in batch["image"]]
+        captions = self.captions([Image.fromarray(image) for image in batch["image"]])
+        return {"path": batch["path"], "caption": captions, "at": [time.time()] * len(captions)}
+
+    def captions(self, images: list[Any]) -> list[str]:
+        """Caption PIL images as one batch."""
         inputs = self.processor(images=images, text=[""] * len(images), return_tensors="pt")
-        inputs = inputs.to(self.model.dtype)
-        output = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, min_new_tokens=self.max_new_tokens
-        )
-        captions = self.processor.batch_decode(output, skip_special_tokens=True)
-        return {"path": batch["path"], "caption": captions, "at": [time.time()] * len(images)}
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        output = self.model.generate(**inputs, **self.lengths)
+        return [text.strip() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
 
 class MapBatchesSide:
@@ -72,7 +75,7 @@ class MapBatchesSide:
             ds = ray.data.read_images(images, mode="RGB", include_paths=True)
             ds = ds.map_batches(
                 Captioner,
-                fn_constructor_args=(folder, dtype, threads, max_new_tokens),
+                fn_constructor_args=(folder, dtype, threads, max_new_tokens, max_new_tokens),
                 batch_size=BATCH,
                 compute=ray.data.ActorPoolStrategy(size=1),
             )

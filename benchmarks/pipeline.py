@@ -49,17 +49,17 @@ SHARD_ROWS = 1000
 class EngineSide:
     """The engine alone, on images that are decoded already."""
 
-    def __init__(self, config: EngineConfig, images: str) -> None:
-        self._engine = Engine(config)
+    def __init__(self, config: EngineConfig, images: str, options: GenerationOptions) -> None:
+        self._engine, self._options = Engine(config), options
         size_px = self._engine.image_size_px
         paths = sorted(Path(images).iterdir())
         self._pixels = [decode_image(path.read_bytes(), size_px).array(size_px) for path in paths]
-        self._engine.generate([Request(image=self._pixels[0])], OPTIONS)
+        self._engine.generate([Request(image=self._pixels[0])], options)
 
     def run(self) -> float:
         """Images/s in the steady state."""
         ends: list[float] = []
-        futures = [self._engine.submit(Request(image=pixels), OPTIONS) for pixels in self._pixels]
+        futures = [self._engine.submit(Request(image=pixels), self._options) for pixels in self._pixels]
         for future in futures:
             future.add_done_callback(lambda _: ends.append(time.monotonic()))
         if not all(future.result().ok for future in futures):
@@ -74,7 +74,7 @@ def engine(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, 
     rates: dict[str, list[float]] = {"engine": [], "job": []}
     jobs = []
     for turn in range(rounds):
-        side = Contender(EngineSide, config, str(images))
+        side = Contender(EngineSide, config, str(images), OPTIONS)
         rates["engine"].append(side.call("run"))
         side.close()
         jobs.append(_captions(images, work / f"engine-{turn}", config))

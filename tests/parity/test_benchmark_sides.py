@@ -1,4 +1,4 @@
-"""Both sides of the engine's benchmark do the same work."""
+"""Both sides of a benchmark do the same work."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from benchmarks.load import Answer, summary
+from benchmarks.map_batches import Captioner
 from benchmarks.sides import EngineSide, ReferenceSide, Work
-from blip2_actor import EngineConfig
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoint import DEMO_FOLDER
+from blip2_actor.demo.scenes import SceneSampler, draw
 
 WORK: Work = [(0, None, 4), (1, "what is it?", 4), (0, "a", 4), (1, None, 6)]
 
@@ -30,3 +35,21 @@ def test_the_reference_reads_the_prompts_that_the_engine_reads(
     theirs = ReferenceSide(folder, "float32", "cpu", WORK, 1)
     assert ours.run() == theirs.run(4) == theirs.run(1)
     ours._engine.close()
+
+
+def test_a_batch_around_generate_gives_the_captions_of_the_engine() -> None:
+    """A side that stopped late, or saw other pixels, would be compared by work that it did not do."""
+    scenes = draw(SceneSampler("held_out", 0).sample(8), 320)
+    theirs = Captioner(str(DEMO_FOLDER), "float32", None, 30, 0)
+    with Engine(EngineConfig(model="demo", dtype="float32", device="cpu")) as engine:
+        ours = engine.generate(
+            [Request(image=scene) for scene in scenes], GenerationOptions(max_new_tokens=30)
+        )
+    assert theirs.captions([Image.fromarray(scene) for scene in scenes]) == [result.text for result in ours]
+
+
+def test_what_is_answered_after_the_first_caller_left_is_no_throughput() -> None:
+    """The tail runs below the load that was asked for; an error is neither throughput nor a latency."""
+    answers = [Answer(0, 1, None), Answer(0, 3, "503"), Answer(1, 2, None), Answer(1, 4, None)]
+    found = summary(answers, until=2)
+    assert (found["per_s"], found["p50_ms"], found["errors"]) == (1.0, 1000.0, {"503": 1})
