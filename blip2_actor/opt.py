@@ -38,12 +38,12 @@ class OptLayer(nn.Module):
         )
         self.fc2 = Linear(config.ffn_dim, width, bias=config.enable_bias)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of each position: float[..., D] -> three float[..., D]."""
-        query, key, value = self.qkv(self.self_attn_layer_norm(hidden) if self.norm_before else hidden).chunk(
-            3, -1
-        )
-        return query, key, value
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Query, and key and value, of each position: float[..., D] -> float[..., D], float[..., 2 D]."""
+        width = hidden.shape[-1]
+        qkv = self.qkv(self.self_attn_layer_norm(hidden) if self.norm_before else hidden)
+        query, kv = qkv.split([width, 2 * width], dim=-1)
+        return query, kv
 
     def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Output projection, residuals and MLP, given the attention's result."""
@@ -150,8 +150,8 @@ class OptDecoder(nn.Module):
         """All layers over packed sequences, without a cache: float[T_total, Dw] -> float[T_total, D]."""
         hidden = self._embed(inputs_embeds, packing.positions)
         for layer in self.layers:
-            query, key, value = layer.project(hidden)
-            context = packing.attend(query, key, value, layer.num_heads, is_causal=True)
+            query, kv = layer.project(hidden)
+            context = packing.attend(query, kv, layer.num_heads, is_causal=True)
             hidden = layer.finish(hidden, context)
         return hidden
 
@@ -170,14 +170,14 @@ class OptDecoder(nn.Module):
         hidden = self._embed(packing.pack(prefixes), packing.positions)
         groups = packing.slots_by_group(slots)
         for index, layer in enumerate(self.layers):
-            query, key, value = layer.project(hidden)
+            query, kv = layer.project(hidden)
             for group, group_slots in zip(packing.groups, groups, strict=True):
-                cache.write_prefix(index, group_slots, group.view(key), group.view(value))
+                cache.write_prefix(index, group_slots, group.view(kv))
             if index == len(self.layers) - 1:  # only the last position of each prefix matters from here on
                 hidden = hidden[packing.last]
-                context = packing.attend_last(query, key, value, layer.num_heads)
+                context = packing.attend_last(query, kv, layer.num_heads)
             else:
-                context = packing.attend(query, key, value, layer.num_heads, is_causal=True)
+                context = packing.attend(query, kv, layer.num_heads, is_causal=True)
             hidden = layer.finish(hidden, context)
         return self._logits(hidden)[packing.restore_order]
 
@@ -194,12 +194,12 @@ class OptDecoder(nn.Module):
             float[R, V], logits behind the appended tokens.
         """
         rows = cache.row_indices(lengths)
-        visible = aligned_arange(reach, lengths.device) <= lengths[:, None]
-        mask = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=lengths.device)
-        mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :reach]
+        later = aligned_arange(reach, lengths.device) > lengths[:, None]
+        mask = torch.zeros(later.shape, dtype=cache.states.dtype, device=lengths.device)
+        mask = mask.masked_fill_(later, float("-inf"))[:, None, None, :reach]
         hidden = self._embed(self.embed_tokens(token_ids), lengths)
         for index, layer in enumerate(self.layers):
-            query, key, value = layer.project(hidden)
-            cache.write_step(index, rows, key, value)
+            query, kv = layer.project(hidden)
+            cache.write_step(index, rows, kv)
             hidden = layer.finish(hidden, cache.attend(index, query, reach, layer.num_heads, mask))
         return self._logits(hidden)

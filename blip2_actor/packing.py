@@ -86,8 +86,7 @@ class Packing:
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        kv: Tensor,
         num_heads: int,
         is_causal: bool = False,
         bias: Tensor | None = None,
@@ -96,7 +95,8 @@ class Packing:
         """Attention within each sequence.
 
         Args:
-            query: float[T_total, D]; key and value likewise.
+            query: float[T_total, D].
+            kv: float[T_total, 2 D], keys and values.
             num_heads: H.
             is_causal: each position sees itself and what is before it.
             bias: float[H, T, T] for the longest T, added to the scores.
@@ -107,7 +107,7 @@ class Packing:
         """
         contexts = []
         for group in self.groups:
-            q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
+            q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
             # Four axes: with three, the CPU's fused kernel steps aside.
             mask = None if bias is None else bias[None, :, : group.length, : group.length]
             context = attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
@@ -118,28 +118,32 @@ class Packing:
         self,
         other: Packing,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        kv: Tensor,
         num_heads: int,
         scale: float | None = None,
     ) -> Tensor:
         """Attention of each sequence over all positions of its counterpart in `other`, of the same keys.
 
-        float[T_total, D], and two float[other.T_total, D] -> float[T_total, D].
+        float[T_total, D] and float[other.T_total, 2 D] -> float[T_total, D].
         """
         contexts = []
         for group, seen in zip(self.groups, other.groups, strict=True):
             q = split_heads(group.view(query), num_heads)
-            k, v = (split_heads(seen.view(x), num_heads) for x in (key, value))
-            context = attend(q, k, v, scale=scale)
+            context = attend(q, *_keys_values(seen.view(kv), num_heads), scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
-    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-        """Causal attention of each sequence's last position: three float[T_total, D] -> float[n, D]."""
+    def attend_last(self, query: Tensor, kv: Tensor, num_heads: int) -> Tensor:
+        """Causal attention of each sequence's last position: float[T_total, D] and [T_total, 2 D] -> [n, D]."""
         contexts = []
         for group in self.groups:
-            q, k, v = (split_heads(group.view(x), num_heads) for x in (query, key, value))
+            q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
             context = attend(q[:, :, -1:], k, v)
             contexts.append(merge_heads(context).flatten(1))
         return torch.cat(contexts)
+
+
+def _keys_values(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """float[B, T, 2 D] -> two float[B, H, T, E]."""
+    key, value = kv.chunk(2, dim=-1)
+    return split_heads(key, num_heads), split_heads(value, num_heads)

@@ -28,7 +28,8 @@ ALIGNMENT = 8
 
 
 class SlotCache:
-    """Keys and values of every layer, float[layers, S, L, D]; the heads lie side by side in D.
+    """Keys and values of every layer, float[layers, S, L, 2 D]: of each position its key, then its value; the
+    heads lie side by side in D.
 
     Position-major rows make the write of one step a single row copy per slot. On a CPU they are float32
     whatever the model computes in: torch's attention with one query takes 0.4 of the time it takes in
@@ -44,16 +45,19 @@ class SlotCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, num_slots, max_length, width)
+        """
+        Args:
+            width: D.
+            dtype: of the model.
+        """
         dtype = torch.float32 if device.type == "cpu" else dtype
-        self.keys = _zeros(shape, device, dtype)
-        self.values = _zeros(shape, device, dtype)
+        self.states = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
         self.num_slots = num_slots
         self.max_length = max_length
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.states.nbytes
 
     def row_indices(self, positions: Tensor) -> Tensor:
         """Where the next key of slots 0..R-1 goes, as rows of float[S * L, D].
@@ -63,15 +67,13 @@ class SlotCache:
         count = positions.shape[0]
         return aligned_arange(count, positions.device)[:count] * self.max_length + positions
 
-    def write_step(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store one new position per running slot; `rows` from `row_indices`, key and value float[R, D]."""
-        for states, new in ((self.keys, key), (self.values, value)):
-            states[layer].view(-1, new.shape[-1]).index_copy_(0, rows, new.to(states.dtype))
+    def write_step(self, layer: int, rows: Tensor, kv: Tensor) -> None:
+        """Store one new position per running slot; `rows` from `row_indices`, keys and values float[R, 2 D]."""
+        self.states[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.states.dtype))
 
-    def write_prefix(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store the first positions of some slots: slots int64[n], key and value float[n, T, D]."""
-        self.keys[layer][slots, : key.shape[1]] = key.to(self.keys.dtype)
-        self.values[layer][slots, : value.shape[1]] = value.to(self.values.dtype)
+    def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
+        """Store the first positions of some slots: slots int64[n], keys and values float[n, T, 2 D]."""
+        self.states[layer][slots, : kv.shape[1]] = kv.to(self.states.dtype)
 
     def attend(
         self,
@@ -93,10 +95,8 @@ class SlotCache:
         Returns:
             float[R, D], in the dtype of `query`.
         """
-        keys, values = (
-            states[layer, : query.shape[0], :reach].unflatten(-1, (num_heads, -1)).transpose(1, 2)
-            for states in (self.keys, self.values)
-        )
+        states = self.states[layer, : query.shape[0], :reach]
+        keys, values = states.unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
         heads = query.to(keys.dtype).unflatten(-1, (num_heads, 1, -1))
         mask = None if mask is None else mask.to(keys.dtype)
         context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=scale)
@@ -111,8 +111,8 @@ class SlotCache:
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
         """Lengthen every slot, in steps, so that growth is rare."""
         length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
-        keys, values = (F.pad(s, (0, 0, 0, length - self.max_length)) for s in (self.keys, self.values))
-        self.keys, self.values, self.max_length = keys, values, length  # together: memory may end between
+        self.states = F.pad(self.states, (0, 0, 0, length - self.max_length))
+        self.max_length = length
 
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts into other slots; overlapping sources and targets are safe."""
@@ -120,11 +120,13 @@ class SlotCache:
 
     def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
-        source, target = (to_device(slots, self.keys.device) for slots in (sources, targets))
-        layer_bytes = self.keys[0, :1, start:stop].nbytes * len(sources)
-        for states in (self.keys, self.values):
-            for layers in states.split(max(1, COPY_BYTES // max(1, layer_bytes))):
-                layers[:, target, start:stop] = layers[:, source, start:stop]
+        source, target = (to_device(slots, self.states.device) for slots in (sources, targets))
+        states = self.states
+        if states.device.type == "cuda" and states.shape[-1] * states.itemsize % 16 == 0:
+            states = states.view(torch.complex128)  # CUDA moves one element a thread: let it be 16 bytes
+        layer_bytes = states[0, :1, start:stop].nbytes * len(sources)
+        for layers in states.split(max(1, COPY_BYTES // max(1, layer_bytes))):
+            layers[:, target, start:stop] = layers[:, source, start:stop]
 
 
 @cache

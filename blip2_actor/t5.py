@@ -138,10 +138,10 @@ class T5(nn.Module):
         places = list(zip(packing.slots_by_group(slots), packing.groups, prefix_packing.groups, strict=True))
         cache.occupy(slots, lengths)
 
-        def keep(layer: int, key: Tensor, value: Tensor, cross_key: Tensor, cross_value: Tensor) -> None:
+        def keep(layer: int, kv: Tensor, cross_kv: Tensor) -> None:
             for group_slots, text, prefix in places:
-                cache.own.write_prefix(layer, group_slots, text.view(key), text.view(value))
-                cache.cross.write_prefix(layer, group_slots, prefix.view(cross_key), prefix.view(cross_value))
+                cache.own.write_prefix(layer, group_slots, text.view(kv))
+                cache.cross.write_prefix(layer, group_slots, prefix.view(cross_kv))
 
         encoded = self._encode(prefixes, prefix_packing)
         hidden = self._decode_packed(self.embed_tokens(start), packing, encoded, prefix_packing, keep)
@@ -164,8 +164,8 @@ class T5(nn.Module):
         bias = self._causal_bias(lengths, reach).transpose(0, 1)[:, :, None]  # float[R, H, 1, reach]
         hidden = self._enter(self.embed_tokens(token_ids))
         for index, layer in enumerate(self.decoder):
-            query, key, value = layer.project(hidden)
-            cache.own.write_step(index, rows, key, value)
+            query, kv = layer.project(hidden)
+            cache.own.write_step(index, rows, kv)
             context = cache.own.attend(index, query, reach, self.num_heads, bias, SCALE)
             hidden = layer.add_attention(hidden, context)
             query = layer.project_cross(hidden)
@@ -185,8 +185,8 @@ class T5(nn.Module):
             aligned_arange(len(positions), hidden.device) - positions[:, None]
         ).contiguous()
         for layer in self.encoder:
-            query, key, value = layer.project(hidden)
-            context = packing.attend(query, key, value, self.num_heads, bias=bias, scale=SCALE)
+            query, kv = layer.project(hidden)
+            context = packing.attend(query, kv, self.num_heads, bias=bias, scale=SCALE)
             hidden = layer.add_mlp(layer.add_attention(hidden, context))
         return self.encoder_norm(hidden)
 
@@ -196,7 +196,7 @@ class T5(nn.Module):
         packing: Packing,
         encoded: Tensor,
         prefix_packing: Packing,
-        keep: Callable[[int, Tensor, Tensor, Tensor, Tensor], None] | None = None,
+        keep: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """The decoder over whole texts; `keep` is given each layer's keys and values, own and cross.
 
@@ -206,14 +206,14 @@ class T5(nn.Module):
         longest = max(group.length for group in packing.groups)
         bias = self._causal_bias(torch.arange(longest, device=hidden.device), longest)
         for index, layer in enumerate(self.decoder):
-            query, key, value = layer.project(hidden)
-            cross_key, cross_value = layer.project_prefix(encoded)
+            query, kv = layer.project(hidden)
+            cross_kv = layer.cross_kv(encoded)
             if keep is not None:
-                keep(index, key, value, cross_key, cross_value)
-            context = packing.attend(query, key, value, self.num_heads, bias=bias, scale=SCALE)
+                keep(index, kv, cross_kv)
+            context = packing.attend(query, kv, self.num_heads, bias=bias, scale=SCALE)
             hidden = layer.add_attention(hidden, context)
             context = packing.attend_across(
-                prefix_packing, layer.project_cross(hidden), cross_key, cross_value, self.num_heads, SCALE
+                prefix_packing, layer.project_cross(hidden), cross_kv, self.num_heads, SCALE
             )
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self.decoder_norm(hidden)

@@ -78,15 +78,11 @@ class T5Layer(nn.Module):
         self.wi = Linear(width, config.d_ff * (2 if self.is_gated else 1), bias=False)
         self.wo = Linear(config.d_ff, width, bias=False)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of each position: float[..., Dw] -> three float[..., D]."""
-        query, key, value = self.qkv(self.attention_norm(hidden)).chunk(3, -1)
-        return query, key, value
-
-    def project_prefix(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention's key and value of each prefix position: float[..., Dw] -> two float[..., D]."""
-        key, value = self.cross_kv(encoded).chunk(2, -1)
-        return key, value
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Query, and key and value, of each position: float[..., Dw] -> float[..., D], float[..., 2 D]."""
+        inner = self.out_proj.in_features
+        query, kv = self.qkv(self.attention_norm(hidden)).split([inner, 2 * inner], dim=-1)
+        return query, kv
 
     def project_cross(self, hidden: Tensor) -> Tensor:
         """Cross-attention's query: float[..., Dw] -> float[..., D]."""

@@ -17,7 +17,7 @@ class T5Slots:
         self.cross = cross
         self.num_slots = own.num_slots
         # A slot that never had a text shows one position of zeros: to look at none gives no number at all.
-        self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.keys.device)
+        self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.states.device)
         self._host_lengths = [1] * own.num_slots
         """`prefix_lengths`, known without asking the device."""
 
@@ -79,5 +79,5 @@ class T5Slots:
         if not is_masked:
             return reach, None
         outside = aligned_arange(reach, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
-        mask = torch.zeros(outside.shape, dtype=self.own.keys.dtype, device=outside.device)
+        mask = torch.zeros(outside.shape, dtype=self.own.states.dtype, device=outside.device)
         return reach, mask.masked_fill_(outside, float("-inf"))[:, None, None, :reach]

@@ -16,8 +16,8 @@ def test_free_slots_take_no_memory() -> None:
     """128 slots of a 2.7 B model are 5 GB; filling them with zeros would need them before the first image."""
     before = status_bytes("VmRSS")
     cache = SlotCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
-    cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 512), torch.ones(1, 8, 512))
+    cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 1024))
     assert cache.num_bytes == 256 << 20
     assert status_bytes("VmRSS") - before < 32 << 20
-    assert cache.keys[0, 0, :8].eq(1).all()
-    assert not cache.keys[0, 0, 8:].any()
+    assert cache.states[0, 0, :8].eq(1).all()
+    assert not cache.states[0, 0, 8:].any()
