@@ -6,6 +6,8 @@ Each is made inside a process of its own (`contender.py`) and answers its method
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +121,8 @@ class ReferenceSide:
 
 
 class EncoderSide:
-    """Our vision encoder alone, and the product that shows what the device can do."""
+    """Our vision encoder alone, on a CPU in two threads as in the engine, and the product that shows what the
+    device can do."""
 
     def __init__(self, config: EngineConfig, num_images: int) -> None:
         device = resolve_device(config.device)
@@ -133,6 +136,10 @@ class EncoderSide:
         pixels = torch.from_numpy(pictures(num_images, self._vision_config.image_size))
         self._pixel_values = self._model.normalizer(pixels.to(device), dtype)
         self._product, self._product_flops = product(dtype, device)
+        self._num_threads = torch.get_num_threads()
+        self._beside = None
+        if device.type == "cpu" and self._num_threads > 1:
+            self._beside = ThreadPoolExecutor(1, initializer=_take_cores, initargs=(self._num_threads // 2,))
         self._encode = self._model.image_features
         if resolve_compile(config, device):
             self._encode = torch.compile(self._encode, dynamic=False, fullgraph=True)
@@ -145,10 +152,26 @@ class EncoderSide:
         flops = config.num_hidden_layers * layer + 2 * (tokens - 1) * 3 * config.patch_size**2 * width
         return str(self._pixel_values.dtype).removeprefix("torch."), self.batch, flops, self._product_flops
 
-    @torch.inference_mode()
     def encode(self) -> None:
-        for pixel_values in self._pixel_values.split(self.batch):
+        batches = self._pixel_values.split(self.batch)
+        if self._beside is None:
+            self._encode_all(batches)
+            return
+        _take_cores(self._num_threads - self._num_threads // 2)
+        other_half = self._beside.submit(self._encode_all, batches[1::2])
+        self._encode_all(batches[::2])
+        other_half.result()
+        _take_cores(self._num_threads)
+
+    @torch.inference_mode()
+    def _encode_all(self, batches: Sequence[torch.Tensor]) -> None:
+        for pixel_values in batches:
             self._encode(pixel_values)
 
     def multiply(self) -> None:
         self._product()
+
+
+def _take_cores(num_threads: int) -> None:
+    torch.get_num_threads()  # torch sets a thread up when it is first asked, and would undo the next line
+    torch.set_num_threads(num_threads)

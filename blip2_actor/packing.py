@@ -134,7 +134,10 @@ class Packing:
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     def attend_last(self, query: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Causal attention of each sequence's last position: float[T_total, D] and [T_total, 2 D] -> [n, D]."""
+        """Causal attention of each sequence's last position.
+
+        float[T_total, D] and float[T_total, 2 D] -> float[n, D].
+        """
         contexts = []
         for group in self.groups:
             q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)

@@ -68,7 +68,7 @@ class SlotCache:
         return aligned_arange(count, positions.device)[:count] * self.max_length + positions
 
     def write_step(self, layer: int, rows: Tensor, kv: Tensor) -> None:
-        """Store one new position per running slot; `rows` from `row_indices`, keys and values float[R, 2 D]."""
+        """Store a new position per running slot: `rows` from `row_indices`, keys and values float[R, 2 D]."""
         self.states[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.states.dtype))
 
     def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
