@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 from benchmarks.measure import product
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.device import resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
 from blip2_actor.sizing import full_encode_batch
@@ -126,6 +126,7 @@ class EncoderSide:
 
     def __init__(self, config: EngineConfig, num_images: int) -> None:
         device = resolve_device(config.device)
+        prepare_device(device)
         checkpoint = Checkpoint(Path(config.model))
         self._vision_config = checkpoint.config.vision_config
         dtype = resolve_dtype(config, device)

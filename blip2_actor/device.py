@@ -39,6 +39,19 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
 
 
+def prepare_device(device: torch.device) -> None:
+    """What a thread that computes does first; of the two, attention's choice counts for the whole process.
+
+    On recent GPUs torch's first choice for attention is cuDNN (`sdp_utils.cpp`,
+    `check_prefer_cudnn_attention`), which builds a plan on the host for each exact shape it meets. Prompts,
+    texts and batches come in so many shapes that more time would go into plans than into attention, so it
+    is left out: flash and memory-efficient attention take any shape as they are.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from blip2_actor import canary
 from blip2_actor.checkpoint import Checkpoint, resolve
 from blip2_actor.config import EngineConfig
-from blip2_actor.device import resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
@@ -75,8 +75,7 @@ class Engine:
     def _load(self) -> None:
         config = self.config
         device = resolve_device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread, which is the only one that computes
+        prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
         self.model = load_model(checkpoint, device, resolve_dtype(config, device), config.device_map)
         is_compiled = resolve_compile(config, device)

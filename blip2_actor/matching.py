@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from blip2_actor.batches import Batches, FoundT, ItemT
 from blip2_actor.checkpoint import resolve
 from blip2_actor.config import MatchingConfig
-from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_device, resolve_dtype
 from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.jobs import NO_NUMBERS
 from blip2_actor.layers import pack_for_cpu
@@ -55,6 +55,7 @@ class MatchingEngine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
+        prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config, device))
         if device.type == "cpu":

@@ -1,15 +1,16 @@
-"""What "auto" means for compiling: only where it can work and pays."""
+"""What is decided per device: compiling where it can work and pays, attention without a plan per shape."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from blip2_actor import EngineConfig
-from blip2_actor.device import resolve_compile
+from blip2_actor.device import prepare_device, resolve_compile
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -41,3 +42,23 @@ def test_what_is_asked_for_wins(installed: set[str]) -> None:
     installed.clear()
     assert resolve_compile(EngineConfig(compile=True), CPU)
     assert not resolve_compile(EngineConfig(compile=False), GPU)
+
+
+@pytest.fixture
+def devices_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
+    """What `torch.cuda.set_device` is given; cuDNN is allowed at first and in the end."""
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    found: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    yield found
+    torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
+def test_attention_on_a_gpu_is_not_left_to_cudnn(devices_set: list[torch.device]) -> None:
+    """It would build a plan for every shape of prompts and texts."""
+    prepare_device(CPU)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    prepare_device(GPU)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert devices_set == [GPU]
