@@ -49,8 +49,8 @@ class Encoders:
             return Encoded(*self._compiled(images))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # a compiler or a driver that is missing or too old
-            logger.warning("The encoders run uncompiled, they could not be compiled: %s", error)
+        except Exception as error:  # a compiler or a driver that is missing or too old: of any class
+            logger.warning("The encoders run uncompiled, they could not be compiled: %r", error)
             self.compiled_batch = None
             return self(images)
 

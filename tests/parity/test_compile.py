@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoint import resolve
+from blip2_actor.encoders import Encoders
+from blip2_actor.loading import load_model
 from tests.parity.tiny import images
 
 
@@ -37,14 +41,16 @@ def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, FailOnRecompileLimitHit])
 def test_encoders_that_cannot_be_compiled_run_all_the_same(
-    checkpoint_folder: Callable[..., Path], caplog, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], checkpoint_folder: Callable[..., Path], caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "auto" compiles on machines nobody has seen: a broken compiler must cost speed, not the job."""
+    """ "auto" compiles on machines nobody has seen: a broken compiler must cost speed, not the job; whatever
+    it raises, a stride that is not the one expected (AssertionError) or shapes that are too many."""
 
     def broken(*_: object, **__: object) -> Callable[..., object]:
         def fail(*_: object) -> object:
-            raise RuntimeError("no working compiler")
+            raise kind("no working compiler")
 
         return fail
 
@@ -60,3 +66,19 @@ def test_encoders_that_cannot_be_compiled_run_all_the_same(
     with Engine(config) as engine:
         assert all(r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in images(9)]))
     assert sum("no working compiler" in record.message for record in caplog.records) == 1
+
+
+def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
+    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uncompiled it would not fit either: who asked makes the batch smaller."""
+
+    def exhausted(*_: object) -> object:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: exhausted)
+    model = load_model(resolve(str(checkpoint_folder())), torch.device("cpu"), torch.float32)
+    encoders = Encoders(model, compiled_batch=2)
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders(images(2))
+    assert encoders.compiled_batch == 2
