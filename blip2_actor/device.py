@@ -100,3 +100,9 @@ def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(values, device=device)
     return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+
+
+def ids_to_device(sequences: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Token ids, int64[T_i] each, in one copy."""
+    flat = to_device([token_id for ids in sequences for token_id in ids], device)
+    return list(flat.long().split([len(ids) for ids in sequences]))  # what has no ids at all is no int64

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from blip2_actor.batches import Batches, FoundT, ItemT
 from blip2_actor.checkpoint import resolve
 from blip2_actor.config import MatchingConfig
-from blip2_actor.device import prepare_device, resolve_device, resolve_dtype
+from blip2_actor.device import ids_to_device, prepare_device, resolve_device, resolve_dtype, to_device
 from blip2_actor.intake import Refusal, to_pixels
 from blip2_actor.jobs import NO_NUMBERS
 from blip2_actor.layers import pack_for_cpu
@@ -181,12 +181,12 @@ class MatchingEngine:
         image_vectors = self.model.image_embeddings(image_embeds).float()
 
         def match(rows: list[tuple[int, list[int]]]) -> list[Match]:
-            indices = torch.tensor([index for index, _ in rows], device=image_embeds.device)
+            indices = to_device([index for index, _ in rows], image_embeds.device)
             texts = self._tensors([ids for _, ids in rows])
             itm = self.model.matching_logits(image_embeds[indices], texts).float().softmax(dim=-1)[:, 1]
             text_vectors = self.model.text_embeddings(texts).float()
             itc = self.model.contrastive_scores(image_vectors[indices], text_vectors)
-            return [_match(p, c) for p, c in zip(itm.tolist(), itc.tolist(), strict=True)]
+            return [_match(p, c) for p, c in torch.stack([itm, itc], dim=1).tolist()]
 
         rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
         matches = iter(self._text_batches.run(match, rows))
@@ -204,7 +204,7 @@ class MatchingEngine:
         return self.model.image_features(self.model.normalizer(images, self.model.dtype))
 
     def _tensors(self, token_ids: list[list[int]]) -> list[Tensor]:
-        return [torch.tensor(ids, device=self.model.query_tokens.device) for ids in token_ids]
+        return ids_to_device(token_ids, self.model.query_tokens.device)
 
 
 def _match(itm: float, itc: float) -> Match:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2Config
 
+from blip2_actor.device import to_device
 from blip2_actor.layers import Linear
 from blip2_actor.qformer import QFormer
 from blip2_actor.vision import PixelNormalizer, VisionEncoder
@@ -106,7 +107,7 @@ class Blip2Retrieval(nn.Module):
 
     def _embed(self, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Embedded texts, float[N, T, Dq], and where they are, bool[N, T]."""
-        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
+        lengths = to_device([len(text) for text in texts], texts[0].device)
         longest, limit = max(len(text) for text in texts), self.position_embeddings.num_embeddings
         if longest > limit:
             raise ValueError(f"text must be at most {limit} tokens, got {longest}; shorten it")

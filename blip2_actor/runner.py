@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.batches import Batches
-from blip2_actor.device import to_device
+from blip2_actor.device import ids_to_device, to_device
 from blip2_actor.encoders import Encoders
 from blip2_actor.graphs import DecodeReplay, Recorder
 from blip2_actor.jobs import EncodedImage, Job
@@ -124,10 +124,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def text_features(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """Last hidden states of texts alone: float[T_i, Dw] each."""
+        """Last hidden states of texts alone: float[T_i, Dw] each, on the host."""
 
         def read(batch: list[list[int]]) -> list[Tensor]:
-            return self.model.text_features([torch.tensor(ids, device=self.device) for ids in batch])
+            features = self.model.text_features(ids_to_device(batch, self.device))
+            return list(torch.cat(features).cpu().split([len(ids) for ids in batch]))
 
         return self._text_batches.run(read, token_ids)
 

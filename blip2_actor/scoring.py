@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.device import ids_to_device
 from blip2_actor.model import Blip2
 
 
@@ -30,16 +31,13 @@ def text_logprobs(
         text_ids: what is scored, the end token included where it should be.
 
     Returns:
-        float32[U_i] for each text of U_i tokens.
+        float32[U_i] for each text of U_i tokens, on the host.
     """
     device = prefixes[0].device
-    prompts, texts = (
-        [torch.tensor(ids, dtype=torch.int64, device=device) for ids in batch]
-        for batch in (prompt_ids, text_ids)
-    )
+    prompts, texts = ids_to_device(prompt_ids, device), ids_to_device(text_ids, device)
     inputs = [
         torch.cat([prefix, model.embed_tokens(ids)]) for prefix, ids in zip(prefixes, prompts, strict=True)
     ]
     logits = torch.cat(model.language_model.predict(inputs, texts))
     losses = F.cross_entropy(logits.float(), torch.cat(texts), reduction="none")
-    return list((-losses).split([len(text) for text in texts]))
+    return list((-losses).cpu().split([len(text) for text in texts]))
