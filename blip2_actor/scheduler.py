@@ -19,6 +19,7 @@ from torch import Tensor
 from blip2_actor.batches import Shortage, attempt
 from blip2_actor.beam import BeamSearch
 from blip2_actor.decoding import advance
+from blip2_actor.device import to_device
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.lane import EncodeLane
 from blip2_actor.request import Result
@@ -219,7 +220,9 @@ class Scheduler:
         source = {id(job): row for row, job in enumerate(jobs)}
         self._share_prefixes(texts, first_slot)
         rows = [source[id(text.job)] for text in texts for _ in text.slots]
-        self._take_tokens(logits if len(rows) == len(jobs) else logits[rows], texts)
+        if len(rows) > len(jobs):
+            logits = logits[to_device(rows, logits.device)]
+        self._take_tokens(logits, texts)
 
     def _place(self, job: Job, search: TextSearch | BeamSearch, slots: list[int]) -> None:
         prefix_length = self.runner.cached_length(job)
