@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blip2_actor.batches import Shortage, attempt
 from blip2_actor.config import EngineConfig
 from blip2_actor.language import LanguageModel, Slots
 
@@ -41,7 +42,12 @@ class Recorder(Protocol):
     """Makes steps repeatable at little cost."""
 
     def record(self, step: Step) -> Step:
-        """What repeats `step`, which may run meanwhile; `RuntimeError` where it cannot be recorded."""
+        """What repeats `step`, which may run meanwhile.
+
+        Raises:
+            OutOfMemoryError: memory does not suffice to record it; to run it, it may.
+            RuntimeError: nothing can be recorded here.
+        """
         ...
 
     def forget(self) -> None:
@@ -80,17 +86,33 @@ class CudaGraphs:
         try:
             with torch.cuda.stream(self._stream):
                 step()  # what is made once and kept, workspaces say, must not become part of the recording
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    step()
+                    self._capture(graph, step)
                 except BaseException:
-                    with suppress(RuntimeError):  # a broken recording; the step's own error says why
-                        graph.capture_end()
+                    self.forget()  # nothing else may have been in the pool
                     raise
-                graph.capture_end()
         finally:
             caller.wait_stream(self._stream)
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, step: Step) -> None:
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            step()
+        except BaseException:
+            with suppress(RuntimeError):  # a broken recording; the first error says why
+                self._end(graph)
+            raise
+        self._end(graph)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A recording that fails to end would leave the allocator taking memory from its pool."""
+        try:
+            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it may have come as far as that
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            raise
 
     def forget(self) -> None:
         """A pool whose last graph is gone cannot be used again."""
@@ -167,15 +189,26 @@ class DecodeReplay:
         buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, reach)
 
     def _record(self, step: Step) -> Step:
-        """Where steps cannot be recorded they are run again and again; it is said once."""
+        """What repeats the step: itself, where memory does not suffice to record it.
+
+        Where no step can be recorded, that is found out and said once.
+        """
+        recorder = self._recorder
         try:
-            return self._recorder.record(step)
-        except torch.OutOfMemoryError:
-            raise
+            found = attempt(lambda: recorder.record(step))
+            if isinstance(found, Shortage):
+                torch.cuda.empty_cache()  # a recording's own allocations do not give back what is cached
+                found = attempt(lambda: recorder.record(step))
         except RuntimeError as error:
             logger.warning("Decode steps run kernel by kernel, they could not be recorded: %s", error)
             self._recorder = Rerun()
             return step
+        if isinstance(found, Shortage):
+            logger.warning(
+                "Out of memory: a decode step runs kernel by kernel, not recorded: %s", found.reason
+            )
+            return step
+        return found
 
 
 def round_rows(count: int) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoint import resolve
-from blip2_actor.graphs import round_rows
+from blip2_actor.graphs import CudaGraphs, round_rows
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.loading import load_model
 from blip2_actor.model import Blip2
@@ -200,18 +203,103 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(
         assert served(engine) == found
 
 
-def test_out_of_memory_while_recording_halves_the_slots(folder: Path, tape: Tape, monkeypatch) -> None:
-    record, failures = tape.record, [torch.OutOfMemoryError("recording")]
+@pytest.mark.parametrize("num_failures", [1, 1000])
+def test_out_of_memory_while_recording_costs_no_slots(
+    checkpoint_folder: Callable[..., Path],
+    tape: Tape,
+    monkeypatch,
+    caplog: pytest.LogCaptureFixture,
+    num_failures: int,
+) -> None:
+    """A recording's allocations cannot be served from what is cached, so a step may fit that its recording
+    does not: it is recorded once more when the cache is empty, and runs as it is where that fails too."""
+    folder, record = checkpoint_folder("opt"), tape.record
+    emptied: list[int] = []
+    failures: list[Callable[[], None]] = []
 
-    def fail_once(step: Callable[[], None]) -> Callable[[], None]:
-        if failures and tape.num_recorded:
-            raise failures.pop()
+    def fail(step: Callable[[], None]) -> Callable[[], None]:
+        if len(failures) < num_failures:
+            failures.append(step)
+            raise torch.OutOfMemoryError("recording")
         return record(step)
 
+    with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
+        monkeypatch.setattr(tape, "record", fail)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(failures)))
+        recorded = tape.num_recorded
+        replayed = served(engine)
+        assert engine._scheduler.max_slots == 13
+    if num_failures == 1:
+        assert emptied == [1]
+        assert tape.num_recorded > recorded
+    else:
+        assert emptied == list(range(1, len(failures), 2))  # behind every first try, and only there
+        assert tape.num_recorded == recorded
+        assert "not recorded" in caplog.text
+    monkeypatch.undo()
     with make_engine(folder) as engine:
-        monkeypatch.setattr(tape, "record", fail_once)
+        assert served(engine) == replayed
+
+
+def test_out_of_memory_in_the_step_itself_halves_the_slots(
+    checkpoint_folder: Callable[..., Path], tape: Tape, monkeypatch
+) -> None:
+    """Neither recorded nor as it is: fewer texts at once are all that helps."""
+    folder, failures = checkpoint_folder("opt"), [torch.OutOfMemoryError("step")] * 3
+    with make_engine(folder) as engine:
+        record, decode = tape.record, engine.model.language_model.decode
+
+        def fail_twice(step: Callable[[], None]) -> Callable[[], None]:
+            if len(failures) > 1:
+                raise failures.pop()
+            return record(step)
+
+        def fail_then(*step: Any) -> torch.Tensor:
+            if len(failures) == 1:
+                raise failures.pop()
+            return decode(*step)
+
+        monkeypatch.setattr(tape, "record", fail_twice)
+        monkeypatch.setattr(engine.model.language_model, "decode", fail_then)
         replayed = served(engine)
         assert engine._scheduler.max_slots == 6
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
+
+
+class BrokenGraph:
+    """A CUDA graph whose capture the driver has given up."""
+
+    def capture_begin(self, **_: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("recording")])
+def test_a_recording_that_cannot_be_ended_gives_the_allocator_back(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """Else all memory of the thread would go on coming from a pool that nobody keeps, and the next
+    `empty_cache` would fail; and the step's own error says whether memory is short."""
+    pools, ended = iter([(0, 1), (0, 2)]), []
+    stream = SimpleNamespace(device=None, device_index=3, wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *x: ended.append(x), raising=False)
+    recorder, calls = CudaGraphs(torch.device("cuda", 3)), []
+
+    def step() -> None:
+        calls.append(None)
+        if error is not None and len(calls) == 2:
+            raise error
+
+    with pytest.raises(RuntimeError, match=str(error or "previous error")):
+        recorder.record(step)
+    assert ended == [(3, (0, 1))]
+    assert recorder._pool == (0, 2)
