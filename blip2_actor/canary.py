@@ -1,7 +1,8 @@
 """The canary: at start, built-in images captioned alone and in a batch, before anybody's are.
 
-A kernel, a library or a device that makes neighbours disturb each other shows here. What came out is
-also remembered per checkpoint, dtype and device, so that an upgrade that changes captions is reported.
+A kernel, a library or a device that makes neighbours disturb each other shows here, and so does a recorded
+step that does something else than the step itself. What came out is also remembered per checkpoint, dtype
+and device, so that an upgrade that changes captions is reported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 NUM_IMAGES = 3
 NUM_TOKENS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference of first logits, alone against batched, over their standard deviation: far above what
+"""Largest difference of logits that should be equal, over their standard deviation: far above what
 rounding does (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23), far below a leak."""
 
 
@@ -44,37 +46,50 @@ class CanaryRecord:
 
 
 class CanaryFailure(RuntimeError):
-    """Alone and in a batch, the same image gave different results: no caption can be trusted."""
+    """The same image gave different results, alone and in a batch or replayed and not: no caption can be
+    trusted."""
+
+
+class Captioned(NamedTuple):
+    """What `_caption` leaves in slots 0..n-1."""
+
+    first_logits: Tensor
+    """float32[n, V], of the first tokens."""
+    token_ids: list[list[int]]
+    length: int
+    """Cached positions in front of the first token."""
 
 
 def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> CanaryRecord:
     """Caption the built-in images alone and together; compiled encoders are compiled by it.
 
     Raises:
-        CanaryFailure: the results differ by more than the dtype explains.
+        CanaryFailure: results differ by more than the dtype explains.
         ValueError: memory does not suffice even for these images.
     """
     pictures = _pictures(size_px)
     full_batch = runner.encoders.compiled_batch or 0
     try:
-        together_logits, token_ids = _caption(runner, pictures, start_ids, full_batch)
-        each = [_caption(runner, pictures[i : i + 1], start_ids)[0] for i in range(NUM_IMAGES)]
+        together = _caption(runner, pictures, start_ids, full_batch)
+        if runner.replays:
+            _require_near(
+                runner.dtype,
+                *_step_both_ways(runner, together),
+                "of a step, plain and replayed",
+                "--skip-cuda-graphs",
+            )
+        each = [_caption(runner, pictures[i : i + 1], start_ids).first_logits for i in range(NUM_IMAGES)]
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"max_slots and encode_batch must fit into memory, got {runner.num_slots} texts at once and "
             f"{error}; lower --max-slots or --encode-batch"
         ) from error
-    alone_logits = torch.cat(each)
-    spread = together_logits.std().clamp(min=1e-6)
-    difference = float(((together_logits - alone_logits).abs().max() / spread).item())
-    if not difference <= TOLERANCE[runner.dtype]:  # also where it is not a number
-        raise CanaryFailure(
-            f"logits of an image alone and in a batch must differ by at most {TOLERANCE[runner.dtype]} "
-            f"of their deviation in {runner.dtype}, got {difference:.3g}; try --dtype float32, or another "
-            "torch build or driver for this device"
-        )
+    alone = torch.cat(each)
+    _require_near(
+        runner.dtype, together.first_logits, alone, "of an image, alone and in a batch", "--dtype float32"
+    )
     return CanaryRecord(
-        digest=hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16],
+        digest=hashlib.sha256(json.dumps(together.token_ids).encode()).hexdigest()[:16],
         torch=torch.__version__,
         transformers=transformers.__version__,
         device=_device_name(runner.device),
@@ -118,8 +133,8 @@ def _read_record(path: Path) -> CanaryRecord | None:
 
 def _caption(
     runner: ModelRunner, pictures: np.ndarray, start_ids: Sequence[int], least_encoded: int = 0
-) -> tuple[Tensor, list[list[int]]]:
-    """First logits float32[n, V] and a few greedy tokens of each image, in slots 0..n-1."""
+) -> Captioned:
+    """First logits and a few greedy tokens of each image, in slots 0..n-1."""
     images = [EncodedImage(picture) for picture in pictures]
     _encode(runner, images, least_encoded)
     jobs = [Job(image, list(start_ids)) for image in images]
@@ -132,7 +147,31 @@ def _caption(
             row.append(token_id)
         if step < NUM_TOKENS - 1:
             logits = runner.decode(chosen, [length + step] * len(jobs)).float().cpu()
-    return first, found
+    return Captioned(first, found, length)
+
+
+def _step_both_ways(runner: ModelRunner, captioned: Captioned) -> tuple[Tensor, Tensor]:
+    """The step behind the first tokens, plain and replayed: float32[n, V] each.
+
+    The captions have taken it already, so its shape comes again and is recorded; and what it leaves in the
+    slots is there.
+    """
+    token_ids = [ids[0] for ids in captioned.token_ids]
+    lengths = [captioned.length] * len(token_ids)
+    replayed = runner.decode(token_ids, lengths).float().cpu()
+    return runner.decode_plainly(token_ids, lengths).float().cpu(), replayed
+
+
+def _require_near(dtype: torch.dtype, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
+    """Logits that should be equal; how far they are from it is said either way."""
+    spread = expected.std().clamp(min=1e-6)
+    difference = float(((expected - found).abs().max() / spread).item())
+    logger.info("Logits %s differ by %.2g of their deviation in %s", what, difference, dtype)
+    if not difference <= TOLERANCE[dtype]:  # also where it is not a number
+        raise CanaryFailure(
+            f"logits {what} must differ by at most {TOLERANCE[dtype]} of their deviation in {dtype}, got "
+            f"{difference:.3g}; try {remedy}, or another torch build or driver for this device"
+        )
 
 
 def _encode(runner: ModelRunner, images: list[EncodedImage], least_encoded: int) -> None:

@@ -107,6 +107,16 @@ class ModelRunner:
         """Append one token to each of the first slots; float[R, V]."""
         if self._replay is not None:
             return self._replay.decode(token_ids, lengths, self.slots)
+        return self.decode_plainly(token_ids, lengths)
+
+    @property
+    def replays(self) -> bool:
+        """True where `decode` repeats recorded steps."""
+        return self._replay is not None
+
+    @torch.inference_mode()
+    def decode_plainly(self, token_ids: list[int], lengths: list[int]) -> Tensor:
+        """What `decode` does where nothing is replayed."""
         ids = to_device(token_ids, self.device)
         positions = to_device(lengths, self.device)
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)

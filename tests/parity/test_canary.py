@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from blip2_actor import Engine, EngineConfig
 from blip2_actor.canary import CanaryFailure, CanaryRecord, check, compare_with_last
+from blip2_actor.runner import ModelRunner
+from tests.parity.tape import Tape
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,27 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
     )
     with pytest.raises(CanaryFailure, match="nan"):
         check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+
+
+class Stuck(Tape):
+    """Replays as a recording does that was made on other buffers: what is asked for does not come."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        super().record(step)
+        return lambda: None
+
+
+def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
+    """Alone and in a batch are both replayed, so wrong recordings could agree with each other."""
+    tape = Tape()
+    with caplog.at_level(logging.INFO):
+        runner = ModelRunner(engine.model, 5, recorder=tape)
+        assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.canary
+    assert tape.num_recorded > 0
+    assert "plain and replayed differ by" in caplog.text
+    stuck = ModelRunner(engine.model, 5, recorder=Stuck())
+    with pytest.raises(CanaryFailure, match="plain and replayed"):
+        check(stuck, engine.prompts.empty_ids, engine.image_size_px)
 
 
 def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
