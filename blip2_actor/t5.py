@@ -161,7 +161,7 @@ class T5(nn.Module):
         """
         prefix_reach, cross_mask = cache.prefix_mask(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
-        bias = self._causal_bias(lengths, reach).transpose(0, 1)[:, :, None]  # float[R, H, 1, reach]
+        bias = self._causal_bias(lengths, reach).transpose(0, 1)[:, :, None, :reach]  # float[R, H, 1, reach]
         hidden = self._enter(self.embed_tokens(token_ids))
         for index, layer in enumerate(self.decoder):
             query, kv = layer.project(hidden)
@@ -221,11 +221,11 @@ class T5(nn.Module):
     def _causal_bias(self, positions: Tensor, reach: int) -> Tensor:
         """Bias of the decoder's self-attention, -inf at what comes later.
 
-        int64[N] positions of the queries -> float[H, N, reach].
+        int64[N] positions of the queries -> float[H, N, L] with L a multiple of `ALIGNMENT`, `reach` or more.
+        To be cut last: an axis that is put in behind the cut has the cut's length as its stride.
         """
         relative = aligned_arange(reach, positions.device) - positions[:, None]
-        bias = self.decoder_bias(relative).masked_fill(relative > 0, float("-inf"))
-        return bias.contiguous()[..., :reach]
+        return self.decoder_bias(relative).masked_fill(relative > 0, float("-inf")).contiguous()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Checkpoints with tied heads were trained on scaled outputs (`scale_decoder_outputs`)."""

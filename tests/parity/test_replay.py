@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoint import resolve
@@ -20,6 +21,7 @@ from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.loading import load_model
 from blip2_actor.model import Blip2
 from blip2_actor.runner import ModelRunner
+from blip2_actor.slots import ALIGNMENT, SlotCache
 from tests.parity.tape import Tape
 from tests.parity.tiny import images
 
@@ -111,6 +113,28 @@ def test_a_recording_follows_prefixes_that_change_under_it(model: Blip2) -> None
         pair.lengths = []
         pair.prefill(make_jobs(prompt_lengths), [0, 1, 2, 3])
         pair.decode(3)
+
+
+def test_masks_of_a_step_begin_at_aligned_rows(model: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's attention copies any other mask, in every layer of every step."""
+    attend, strides = SlotCache.attend, []
+
+    def noted(self: SlotCache, layer: int, query: Tensor, reach: int, *others: Any) -> Tensor:
+        mask = others[1]
+        assert mask.shape[-1] == reach
+        strides.append(mask.stride())
+        return attend(self, layer, query, reach, *others)
+
+    monkeypatch.setattr(SlotCache, "attend", noted)
+    runner = ModelRunner(model, NUM_SLOTS)
+    jobs = make_jobs([2, 4, 2])  # unequal, so that the cross-attention has a mask too
+    runner.encode([job.image for job in jobs])
+    runner.prefill(jobs, [0, 1, 2])
+    longest = max(runner.cached_length(job) for job in jobs)
+    for reach in range(longest + 1, longest + 9):
+        runner.decode([9] * len(jobs), [reach - 1] * len(jobs))
+    assert all(last == 1 for *_, last in strides)
+    assert not [found for found in strides if any(stride % ALIGNMENT for stride in found[:-1])]
 
 
 def test_the_recording_that_is_in_use_is_not_the_one_that_goes(
