@@ -37,7 +37,7 @@ from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler
-from blip2_actor.sizing import size_engine
+from blip2_actor.sizing import MOST_ENCODE_BATCH, size_engine
 from blip2_actor.status import Status
 
 T = TypeVar("T")
@@ -298,17 +298,19 @@ class Engine:
     def _submit(
         self, asked: Sequence[tuple[Request, GenerationOptions, Callable[[str], None] | None]]
     ) -> list[Future[Result]]:
-        """Queue requests together, so that they are encoded together."""
-        jobs: list[Job] = []
+        """Queue requests in groups that can be encoded together; the first is begun while others are read."""
         futures: list[Future[Result]] = []
-        for request, options, on_text in asked:
-            try:
-                jobs.append(self._intake.job(request, options, on_text))
-                futures.append(jobs[-1].future)
-            except Refusal as refusal:
-                futures.append(Future())
-                futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
-        self._enqueue(jobs, num_requests=len(asked))
+        for start in range(0, len(asked), MOST_ENCODE_BATCH):
+            group = asked[start : start + MOST_ENCODE_BATCH]
+            jobs: list[Job] = []
+            for request, options, on_text in group:
+                try:
+                    jobs.append(self._intake.job(request, options, on_text))
+                    futures.append(jobs[-1].future)
+                except Refusal as refusal:
+                    futures.append(Future())
+                    futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
+            self._enqueue(jobs, num_requests=len(group))
         return futures
 
     def _enqueue(self, jobs: Sequence[Job | Task], num_requests: int = 0) -> None:
