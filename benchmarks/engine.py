@@ -7,12 +7,19 @@ encoder for several prompts. So the limit stands beside each figure, by arithmet
 taken against a square matrix product (2048^3 on a CPU, 8192^3 on a GPU) timed in turn with the vision
 encoder alone.
 
-Each side has a process of its own; rounds alternate. The reference gets its best batch size, found in
-the same run, and pixel values that are ready.
+Each side has a process of its own. On a CPU rounds alternate, so that what disturbs one side disturbs both.
+A GPU is nobody else's: there the engine is timed first and ends before the reference is loaded, which so has
+all memory, and each figure is in the JSON (`--output`) as soon as it is known. The reference gets its best
+batch size, found in the same run, and pixel values that are ready.
+
+"agreement" is the part of the texts whose tokens are all the reference's. In bfloat16 it is low, and says
+little: a random model's best tokens are near ties, which the two sides' rounding decides differently, and
+all tokens behind the first such one differ. In float32 it should be 1.
 
     python -m benchmarks.engine midsize-float32            # one case
     python -m benchmarks.engine --list
     python -m benchmarks.engine opt-2.7b --device cuda     # needs torch and transformers only
+    python -m benchmarks.engine opt-2.7b --reference-batches 64 128 --skip-vision --output opt.json
 """
 
 from __future__ import annotations
@@ -20,15 +27,16 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.contender import Contender
-from benchmarks.measure import Timing, alternate, ratio, report
+from benchmarks.measure import Timing, alternate, ratio, report, write
 from benchmarks.models import checkpoint
 from benchmarks.sides import EncoderSide, EngineSide, ReferenceSide, Work
 from blip2_actor import EngineConfig
@@ -137,13 +145,24 @@ CASES = {
 
 ON_GPU = ("opt-2.7b", "opt-2.7b-beams", "flan-t5-xl")
 DEFAULT_CASES = {"cpu": [name for name in CASES if name not in ON_GPU], "cuda": list(ON_GPU)}
-VISION_IMAGES = 32
+VISION_IMAGES = {"cpu": 32, "cuda": 256}
+"""On a GPU a multiple of the batch: each other size would be compiled too."""
+
+Keep = Callable[[dict[str, Any]], None]
+"""Takes what is known of a case so far."""
 
 
 def run(
-    case: Case, folder: Path, device: str, threads: int | None, quick: bool, rounds: int | None
-) -> dict[str, Any]:
-    """Measure one case."""
+    case: Case,
+    folder: Path,
+    device: str,
+    threads: int | None,
+    quick: bool,
+    rounds: int | None,
+    skip_vision: bool,
+    keep: Keep,
+) -> None:
+    """Measure one case; `keep` gets more of it each time."""
     num_images = max(case.num_images // 4, 4) if quick else case.num_images
     rounds = rounds or (1 if quick else case.rounds)
     config = EngineConfig(
@@ -154,16 +173,7 @@ def run(
         num_threads=threads,
         **case.engine,
     )
-    result = _generation(case, config, num_images, rounds)
-    result |= _vision(config, min(num_images, VISION_IMAGES), rounds, case, threads)
-    print(
-        f"  ratio {result['ratio'] or 0:.2f} (to reach {case.to_reach}, limit {case.limit}), "
-        f"vision {result['vision_over_peak']:.0%} of peak, {result['vision_over_reference'] or 0:.2f} of the "
-        f"reference's speed, {result['peak_memory_gib']:.1f} GiB, "
-        f"first caption after {result['first_caption_s']:.1f} s"
-    )
-    return {
-        **result,
+    found: dict[str, Any] = {
         "to_reach": case.to_reach,
         "limit": case.limit,
         "to_reach_at": case.to_reach_at,
@@ -173,42 +183,78 @@ def run(
         "rounds": rounds,
     }
 
+    def add(more: dict[str, Any]) -> None:
+        found.update(more)
+        keep(found)
 
-def _generation(case: Case, config: EngineConfig, num_images: int, rounds: int) -> dict[str, Any]:
-    """Captions from both sides, in turn."""
+    _generation(case, config, num_images, rounds, add)
+    print(
+        f"  ratio {found['ratio'] or 0:.2f} (to reach {case.to_reach}, limit {case.limit}), "
+        f"{found['peak_memory_gib']:.1f} GiB, first caption after {found['first_caption_s']:.1f} s",
+        flush=True,
+    )
+    if not skip_vision:
+        add(_vision(config, min(num_images, VISION_IMAGES[_type(device)]), rounds, case, threads))
+        print(
+            f"  vision {found['vision_over_peak']:.0%} of peak, {found['vision_over_reference'] or 0:.2f} of "
+            "the reference's speed",
+            flush=True,
+        )
+
+
+def _generation(case: Case, config: EngineConfig, num_images: int, rounds: int, keep: Keep) -> None:
+    """Captions from both sides: in turn on a CPU, first the one and then the other on a GPU."""
     choose = random.Random(0)
     work: Work = [
         (image, prompt, choose.randint(*case.lengths))
         for image in range(num_images)
         for prompt in case.prompts
     ]
+    timings: dict[str, Timing] = {}
+
+    def measure(contenders: dict[str, Callable[[], Any]], warm_up: int = 0) -> None:
+        found = alternate(contenders, rounds, warm_up)
+        timings.update(found)
+        for name, timing in found.items():
+            print(
+                f"  {name:20} {num_images / timing.median_s:9.2f} images/s  (spread {timing.spread:.0%})",
+                flush=True,
+            )
+        keep(_figures(timings, num_images))
+
     engine = Contender(EngineSide, config, work, case.num_beams, threads=config.num_threads)
-    contenders = {"engine": lambda: engine.call("run")}
-    agreement = None
-    if case.reference_batches:
-        reference = _reference(case, config, work)
-        for batch in case.reference_batches:
-            contenders[f"reference at {batch}"] = lambda batch=batch: reference.call("run", batch)
-        agreement = _agreement(engine.call("run"), reference.call("run", case.reference_batches[0]))
-    # On a CPU the comparison of tokens has warmed both sides; a GPU loads kernels for each batch size.
-    is_warm = agreement is not None and config.device == "cpu"
-    timings = alternate(contenders, rounds, warm_up=0 if is_warm else 1)
-    for name, timing in timings.items():
-        print(f"  {name:20} {num_images / timing.median_s:9.2f} images/s  (spread {timing.spread:.0%})")
+    tokens = engine.call("run")  # which also warms it up
+    keep({"first_caption_s": engine.call("first_caption_s"), "agreement": None})
+    ours = {"engine": lambda: engine.call("run")}
+    takes_turns = _type(config.device) == "cpu" and bool(case.reference_batches)
+    if not takes_turns:
+        measure(ours)
+        keep({"peak_memory_gib": engine.close()})
+    if not case.reference_batches:
+        return
+    reference = _reference(case, config, work)
+    agreement = _agreement(tokens, reference.call("run", case.reference_batches[0]))
+    keep({"agreement": agreement, "reference_dtype": case.reference_dtype or case.dtype})
+    theirs = {f"reference at {n}": partial(reference.call, "run", n) for n in case.reference_batches}
+    if takes_turns:
+        measure(ours | theirs)
+        keep({"peak_memory_gib": engine.close()})
+    else:
+        for name, call in theirs.items():
+            measure({name: call}, warm_up=1)  # kernels are loaded for each batch size
+    keep({"reference_peak_memory_gib": reference.close()})
+
+
+def _figures(timings: dict[str, Timing], num_images: int) -> dict[str, Any]:
+    """What follows from the contenders timed so far, the engine among them."""
     names = [name for name in timings if name != "engine"]
     best = min(names, key=lambda name: timings[name].median_s, default=None)
-    first_caption_s = engine.call("first_caption_s")
     return {
         "images_per_s": num_images / timings["engine"].median_s,
         "reference_images_per_s": {name: num_images / timings[name].median_s for name in names},
         "ratio": ratio(timings, best, "engine") if best else None,
         "ratios": {name: ratio(timings, name, "engine") for name in names},
-        "agreement": agreement,
         "spread": _spread(timings),
-        "first_caption_s": first_caption_s,
-        "peak_memory_gib": engine.close(),
-        "reference_peak_memory_gib": reference.close() if best else None,
-        "reference_dtype": case.reference_dtype or case.dtype,
     }
 
 
@@ -249,6 +295,10 @@ def _reference(case: Case, config: EngineConfig, work: Work) -> Contender:
     )
 
 
+def _type(device: str) -> str:
+    return torch.device(device).type
+
+
 def _spread(timings: dict[str, Timing]) -> dict[str, float]:
     return {name: timing.spread for name, timing in timings.items()}
 
@@ -268,6 +318,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of both sides")
     parser.add_argument("--models", type=Path, help="where random checkpoints are kept between runs")
     parser.add_argument("--rounds", type=int, help="of every case, instead of its own number")
+    parser.add_argument(
+        "--reference-batches", type=int, nargs="*", help="instead of the case's own; none leaves it out"
+    )
+    parser.add_argument("--skip-vision", action="store_true", help="leave out the vision encoder alone")
     parser.add_argument("--quick", action="store_true", help="a quarter of the images, one round")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
@@ -279,18 +333,32 @@ def main() -> None:
         parser.error(f"cases must be among {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as temporary:
         models = arguments.models or Path(temporary)
-        results = {}
-        for name in arguments.cases or DEFAULT_CASES[torch.device(arguments.device).type]:
+        results: dict[str, Any] = {}
+        for name in arguments.cases or DEFAULT_CASES[_type(arguments.device)]:
             case = CASES[name]
-            print(name)
+            if arguments.reference_batches is not None:
+                case = replace(case, reference_batches=arguments.reference_batches)
+            print(name, flush=True)
             stored = torch.float32 if case.model == "midsize" else torch.bfloat16
             folder = (
                 DEMO_FOLDER
                 if case.model == "demo"
                 else checkpoint(case.model, models, arguments.device, stored)
             )
-            results[name] = run(
-                case, folder, arguments.device, arguments.threads, arguments.quick, arguments.rounds
+
+            def keep(found: dict[str, Any], name: str = name) -> None:
+                results[name] = found
+                write({"benchmark": "engine", "cases": results}, arguments.output)
+
+            run(
+                case,
+                folder,
+                arguments.device,
+                arguments.threads,
+                arguments.quick,
+                arguments.rounds,
+                arguments.skip_vision,
+                keep,
             )
             report({"benchmark": "engine", "cases": results}, arguments.output)
 

@@ -84,11 +84,15 @@ def machine() -> dict[str, Any]:
 
 def report(result: dict[str, Any], output: Path | None) -> None:
     """Write the JSON and print it as the last line."""
-    result = {**result, "machine": machine()}
+    write(result, output)
+    print(json.dumps({**result, "machine": machine()}), flush=True)
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """Write the JSON, if it is wanted, with the machine in it."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+        output.write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n")
 
 
 def _synchronize() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def checkpoint(size: str, folder: Path, device: str, dtype: torch.dtype) -> Path
     model.save_pretrained(path)
     _tokenizer(config(size)).save_pretrained(path)
     del model
+    gc.collect()  # modules refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the contenders are other processes, and size themselves by what is free
     return path
