@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blip2_actor import EngineConfig
-from blip2_actor.device import prepare_device, resolve_compile
+from blip2_actor.device import ids_to_device, prepare_device, resolve_compile
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -62,3 +62,11 @@ def test_attention_on_a_gpu_is_not_left_to_cudnn(devices_set: list[torch.device]
     prepare_device(GPU)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert devices_set == [GPU]
+
+
+@pytest.mark.parametrize("sequences", [[[5, 7], [], [3]], [[], []]])
+def test_token_ids_travel_together_and_arrive_apart(sequences: list[list[int]]) -> None:
+    """Texts without any id among them would be no integers, which embeddings refuse."""
+    found = ids_to_device(sequences, CPU)
+    assert [ids.tolist() for ids in found] == sequences
+    assert all(ids.dtype is torch.int64 for ids in found)
