@@ -74,10 +74,12 @@ class Case:
 QUESTIONS = tuple(
     f"Question: what is {thing}? Answer:" for thing in ("this", "on the left", "behind", "its colour")
 )
+STEADY: dict[str, Any] = {"num_images": 64, "reference_batches": (16, 32, 64)}
+"""Enough images that a run is not mostly its beginning and its end."""
 CASES = {
-    "midsize-float32": Case("midsize", limit=1.56, to_reach=1.25),
-    "midsize-bfloat16": Case("midsize", "bfloat16", "bfloat16", limit=2.0, to_reach=1.4),
-    "midsize-default": Case("midsize", "auto", "float32", limit=4.15, to_reach=2.8),
+    "midsize-float32": Case("midsize", **STEADY, limit=1.56, to_reach=1.25),
+    "midsize-bfloat16": Case("midsize", "bfloat16", "bfloat16", **STEADY, limit=2.0, to_reach=1.4),
+    "midsize-default": Case("midsize", "auto", "float32", **STEADY, limit=4.15, to_reach=2.8),
     "midsize-long": Case("midsize", lengths=(4, 64), to_reach=1.4),
     "midsize-questions": Case(
         "midsize",
