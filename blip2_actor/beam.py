@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import penalizes, process
+from blip2_actor.processors import Draft, penalizes
 from blip2_actor.request import Completion
 from blip2_actor.search import Vocabulary, cut_at_stop
 
@@ -66,11 +64,8 @@ class BeamSearch:
         """True while the end token is not allowed yet."""
         return len(self.beams[0].token_ids) < self.options.min_new_tokens
 
-    def process(self, logprobs: Tensor) -> None:
-        """Apply the options' processors to float32[num_beams, V], in place."""
-        end_ids = sorted(self.vocabulary.end_ids)
-        for row, beam in zip(logprobs, self.beams, strict=True):
-            process(row, self.options, [*self.context, *beam.token_ids], len(beam.token_ids), end_ids)
+    def drafts(self) -> list[Draft]:
+        return [Draft(self.options, self.context, beam.token_ids) for beam in self.beams]
 
     def advance(self, candidates: Sequence[Candidate]) -> list[int]:
         """Take one step.

@@ -1,17 +1,30 @@
-"""Logits processors: what the options do to one text's scores before a token is chosen.
+"""Logits processors: what the options do to the scores of running texts before tokens are chosen.
 
-Same meaning and order as transformers' `LogitsProcessorList` (generation/logits_process.py); each works
-in place on float32[V].
+Same meaning and order as transformers' `LogitsProcessorList` (generation/logits_process.py), for all texts
+of a step at once. What a penalty touches is listed on the host and sent to the device in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from blip2_actor.device import to_device
 from blip2_actor.options import GenerationOptions
+
+
+class Draft(NamedTuple):
+    """A text so far."""
+
+    options: GenerationOptions
+    context: Sequence[int]
+    """What the reference's logits processors see before the first new token: image tokens and prompt."""
+    token_ids: Sequence[int]
+    """New tokens."""
 
 
 def penalizes(options: GenerationOptions) -> bool:
@@ -19,52 +32,49 @@ def penalizes(options: GenerationOptions) -> bool:
     return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
 
 
-def process(
-    scores: Tensor,
-    options: GenerationOptions,
-    context: Sequence[int],
-    num_new_tokens: int,
-    end_ids: Sequence[int],
-) -> None:
+def process(scores: Tensor, drafts: Sequence[Draft], end_ids: Sequence[int]) -> None:
     """Apply penalties and bans.
 
     Args:
-        scores: float32[V], logits or log-probabilities; changed in place.
-        context: all token ids so far as the reference sees them: image tokens, prompt, new tokens.
-        num_new_tokens: how many of them are new.
+        scores: float32[N, V], logits or log-probabilities, changed in place.
+        drafts: N texts.
         end_ids: the checkpoint's end tokens.
     """
-    if options.repetition_penalty != 1.0 and context:
-        seen = torch.tensor(sorted(set(context)), device=scores.device)
-        found = scores[seen]
-        penalty = options.repetition_penalty
-        scores[seen] = torch.where(found < 0, found * penalty, found / penalty)
-    if options.no_repeat_ngram_size > 0:
-        banned = _continuations(context, options.no_repeat_ngram_size)
-        if banned:
-            scores[torch.tensor(banned, device=scores.device)] = float("-inf")
-    if num_new_tokens < options.min_new_tokens:
-        scores[list(end_ids)] = float("-inf")
+    penalised: tuple[list[int], list[int]] = [], []  # rows, tokens
+    penalties: list[float] = []
+    banned: tuple[list[int], list[int]] = [], []
+    for row, (options, context, token_ids) in enumerate(drafts):
+        if options.repetition_penalty != 1.0:
+            penalties += [options.repetition_penalty] * _add(penalised, row, {*context, *token_ids})
+        if options.no_repeat_ngram_size > 0:
+            _add(banned, row, _continuations([*context, *token_ids], options.no_repeat_ngram_size))
+        if len(token_ids) < options.min_new_tokens:
+            _add(banned, row, end_ids)
+    if penalties:
+        rows, ids = to_device(np.array(penalised), scores.device)
+        factors = to_device(np.array(penalties, np.float32), scores.device)
+        before = scores[rows, ids]
+        scores[rows, ids] = torch.where(before < 0, before * factors, before / factors)
+    if banned[0]:
+        rows, ids = to_device(np.array(banned), scores.device)
+        scores[rows, ids] = float("-inf")
 
 
-def _continuations(context: Sequence[int], size: int) -> list[int]:
-    """Tokens that would repeat an n-gram of `context`."""
-    if len(context) + 1 < size:
-        return []
-    ending = tuple(context[len(context) - size + 1 :])
-    starts = range(len(context) - size + 1)
-    return [context[i + size - 1] for i in starts if tuple(context[i : i + size - 1]) == ending]
+def _add(places: tuple[list[int], list[int]], row: int, token_ids: Collection[int]) -> int:
+    """Note tokens of one row; how many they are."""
+    places[0].extend([row] * len(token_ids))
+    places[1].extend(token_ids)
+    return len(token_ids)
 
 
-def warp(scores: Tensor, options: GenerationOptions) -> Tensor:
-    """Temperature, top-k and top-p: float32[V] -> float32[V] with -inf outside the kept tokens."""
-    scores = scores / options.temperature
-    if options.top_k:
-        kth = scores.topk(min(options.top_k, scores.shape[-1])).values[-1]
-        scores = scores.masked_fill(scores < kth, float("-inf"))
-    if options.top_p < 1.0:
-        ascending, order = scores.sort(descending=False)
-        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
-        removed[-1] = False
-        scores = scores.masked_fill(torch.zeros_like(removed).scatter(0, order, removed), float("-inf"))
-    return scores
+def _continuations(token_ids: list[int], size: int) -> list[int]:
+    """Tokens that would repeat an n-gram of `token_ids`."""
+    if size == 1:
+        return token_ids
+    num_known = size - 1
+    ending = token_ids[len(token_ids) - num_known :]
+    return [
+        token_ids[i + num_known]
+        for i in range(len(token_ids) - num_known)
+        if token_ids[i] == ending[0] and token_ids[i : i + num_known] == ending
+    ]

@@ -7,13 +7,11 @@ A search owns one or more slots (`num_slots`); the scheduler asks it what to app
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import penalizes, process, warp
+from blip2_actor.processors import Draft, penalizes
 from blip2_actor.request import Completion, FinishReason
 
 
@@ -47,14 +45,15 @@ class TextSearch:
         self.options = options
         self.context = list(context)
         self.vocabulary = vocabulary
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.random = None if seed is None else Random(seed)
+        """Gives one number a token; None takes the best token."""
         self.on_token = on_token
         self.token_ids: list[int] = []
         self.logprob = 0.0
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
-        self.takes_largest = self.generator is None and not penalizes(options)
+        self.takes_largest = self.random is None and not penalizes(options)
         """True where the next token is the largest logit, end tokens aside while `must_go_on`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
@@ -67,18 +66,9 @@ class TextSearch:
         """True while the end token is not allowed yet."""
         return len(self.token_ids) < self.options.min_new_tokens
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token, where it is not simply the largest logit: float32[V] -> id."""
-        scores = logits.clone()
-        process(
-            scores, self.options, self.context + self.token_ids, len(self.token_ids), sorted(self._end_ids)
-        )
-        if self.generator is None:
-            return int(scores.argmax())
-        probabilities = warp(scores, self.options).softmax(dim=-1).cpu()
-        if bool(probabilities.isnan().any()):  # scores that are no numbers, or all tokens banned
-            return int(scores.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+    @property
+    def draft(self) -> Draft:
+        return Draft(self.options, self.context, self.token_ids)
 
     def accept(self, token_id: int, logprob: float) -> bool:
         """Append a token; True when the text is complete."""

@@ -40,7 +40,7 @@ PREFILL_WIDTHS = 16
 """Widths of word embeddings that a position of a prefill keeps at its widest: residual stream, norm, query,
 key and value, and both sides of the activation, four widths each."""
 LOGITS_BYTES = 12
-"""Of one logit: as computed, in float32, and once more while their sum is taken."""
+"""Of one logit: as computed, as a log-probability in float32, and once more as a search's score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.processors import process, warp
+from blip2_actor.processors import Draft, process
+from blip2_actor.sampling import draw, warp
 from tests.parity.tiny import images
 
 
@@ -30,43 +32,88 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
         yield started
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        GenerationOptions(do_sample=True, temperature=0.7),
-        GenerationOptions(do_sample=True, top_k=5),
-        GenerationOptions(do_sample=True, top_p=0.6),
-        GenerationOptions(do_sample=True, temperature=1.7, top_k=20, top_p=0.8),
-        GenerationOptions(
-            do_sample=True, repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=9, top_k=9
-        ),
-    ],
-    ids=str,
-)
-def test_scores_equal_the_references_processors(options: GenerationOptions) -> None:
-    """Order matters: penalties and bans, then temperature, top-k, top-p."""
-    generator = torch.Generator().manual_seed(1)
-    context, num_new, ends = [3, 4, 5, 3, 4, 9, 3], 4, [7, 8]
+MIXED = [
+    GenerationOptions(do_sample=True, temperature=0.7),
+    GenerationOptions(do_sample=True, top_k=5),
+    GenerationOptions(do_sample=True, top_p=0.6),
+    GenerationOptions(do_sample=True, temperature=1.7, top_k=20, top_p=0.8),
+    GenerationOptions(do_sample=True, repetition_penalty=0.7, top_k=1000),
+    GenerationOptions(do_sample=True, no_repeat_ngram_size=1, top_p=0.01),
+    GenerationOptions(
+        do_sample=True, repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=9, top_k=9
+    ),
+]
+
+
+def reference_processors(
+    options: GenerationOptions, prompt_length: int, ends: list[int]
+) -> LogitsProcessorList:
     reference = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
         reference.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.no_repeat_ngram_size:
         reference.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if options.min_new_tokens:
-        reference.append(
-            MinNewTokensLengthLogitsProcessor(len(context) - num_new, options.min_new_tokens, ends)
-        )
+        reference.append(MinNewTokensLengthLogitsProcessor(prompt_length, options.min_new_tokens, ends))
     reference.append(TemperatureLogitsWarper(options.temperature))
     if options.top_k:
         reference.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
         reference.append(TopPLogitsWarper(options.top_p))
-    for _ in range(20):
-        logits = torch.randn(50, generator=generator) * 3
-        expected = reference(torch.tensor([context]), logits[None].clone())[0]
+    return reference
+
+
+def test_scores_equal_the_references_processors_in_a_mixed_batch() -> None:
+    """Order matters: penalties and bans, then temperature, top-k, top-p. One row's options or tokens in
+    another row give other scores."""
+    generator = torch.Generator().manual_seed(1)
+    ends = [7, 8]
+    for num_repeats in range(10):
+        logits = torch.randn(len(MIXED), 50, generator=generator) * 3
+        drafts, expected = [], []
+        for row, options in enumerate(MIXED):
+            context, token_ids = [3, 4, 5], [3, 4, 9 + row, 3][: row % 5] + [row] * num_repeats
+            drafts.append(Draft(options, context, token_ids))
+            reference = reference_processors(options, len(context), ends)
+            expected.append(reference(torch.tensor([context + token_ids]), logits[row : row + 1].clone())[0])
         found = logits.clone()
-        process(found, options, context, num_new, ends)
-        torch.testing.assert_close(warp(found, options), expected)
+        process(found, drafts, ends)
+        torch.testing.assert_close(warp(found, MIXED), torch.stack(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", MIXED[:4], ids=str)
+def test_evenly_spread_shares_draw_the_references_probabilities(options: GenerationOptions) -> None:
+    """Of N even shares each token gets N times its probability, the fraction aside; none that is cut."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)) * 2
+    expected = reference_processors(options, 0, [])(torch.zeros(1, 0, dtype=torch.long), logits)[0].softmax(
+        -1
+    )
+    count = 4000
+    scores = logits.expand(count, -1)
+    drawn = draw(scores, [options] * count, [i / count for i in range(count)])
+    found = drawn.bincount(minlength=50)
+    assert (found - count * expected).abs().max() <= 1
+    assert found[expected == 0].sum() == 0
+
+
+def test_the_outermost_shares_draw_tokens_that_are_possible() -> None:
+    """0 and the number below 1 lie at the edges of the sum, where a banned token stands."""
+    scores = torch.zeros(2, 300)
+    scores[:, :3] = scores[:, -3:] = float("-inf")
+    scores[:, 100] = 1
+    plain = GenerationOptions(do_sample=True)
+    assert draw(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
+
+
+def test_rows_without_anything_to_draw_take_the_largest_and_leave_their_neighbours_alone() -> None:
+    """What is drawn from NaN is an index beyond the vocabulary, with which a GPU ends everybody's batch."""
+    plain = GenerationOptions(do_sample=True, top_k=4, top_p=0.9)
+    scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
+    alone = draw(scores[3:], [plain], [0.4])
+    scores[0], scores[1], scores[2, 5] = torch.nan, float("-inf"), float("inf")
+    found = draw(scores, [plain] * 4, [0.7, 0.5, 0.5, 0.4])
+    assert found[:3].tolist() == [0, 0, 5]
+    assert found[3] == alone[0]
 
 
 def test_samples_follow_the_models_probabilities(engine: Engine) -> None:
@@ -103,3 +150,35 @@ def test_several_samples_of_one_request_are_different_and_reproducible(engine: E
     first, second = engine.generate([Request(image=images(1)[0].numpy(), options=options)] * 2)
     assert len({c.token_ids for c in first.completions}) == 4
     assert first.completions == second.completions
+
+
+def test_texts_of_all_kinds_are_the_same_alone_and_together(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are chosen together, in pieces: a row's options, tokens or random numbers that reach another row
+    change its text."""
+    monkeypatch.setattr("blip2_actor.decoding.CHOSEN_AT_ONCE", 3)
+    kinds = [
+        *MIXED,
+        GenerationOptions(),
+        GenerationOptions(min_new_tokens=12, max_new_tokens=12),
+        GenerationOptions(repetition_penalty=1.8),
+        GenerationOptions(no_repeat_ngram_size=2),
+        GenerationOptions(num_beams=3, repetition_penalty=1.5),
+        GenerationOptions(num_beams=3, min_new_tokens=5),
+        GenerationOptions(num_beams=3),
+        GenerationOptions(num_beams=2, no_repeat_ngram_size=2),
+        GenerationOptions(do_sample=True, num_return_sequences=3, seed=2),
+    ]
+    image = engine.image(images(1)[0].numpy())
+    requests = [
+        Request(image=image, prompt=prompt, options=replace(options, max_new_tokens=12))
+        for options in kinds
+        for prompt in ("a", "what is it?")
+    ]
+    alone = [engine.generate([request])[0] for request in requests]
+    together = engine.generate(requests[::-1])[::-1]
+    for one, other in zip(alone, together, strict=True):
+        assert one.ok
+        assert [c.token_ids for c in other.completions] == [c.token_ids for c in one.completions]
+        assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
