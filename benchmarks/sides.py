@@ -154,10 +154,11 @@ class EncoderSide:
         return str(self._pixel_values.dtype).removeprefix("torch."), self.batch, flops, self._product_flops
 
     def encode(self) -> None:
-        batches = self._pixel_values.split(self.batch)
         if self._beside is None:
-            self._encode_all(batches)
+            self._encode_all(self._pixel_values.split(self.batch))
             return
+        num_pairs = -(-len(self._pixel_values) // (2 * self.batch))
+        batches = self._pixel_values.tensor_split(2 * num_pairs)  # as many for one thread as for the other
         _take_cores(self._num_threads - self._num_threads // 2)
         other_half = self._beside.submit(self._encode_all, batches[1::2])
         self._encode_all(batches[::2])

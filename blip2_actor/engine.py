@@ -54,6 +54,8 @@ class Engine:
             OSError: the checkpoint cannot be found or read.
         """
         self.config = config
+        # Asked of the caller's thread: a new one gets what some engine's thread has set last.
+        self._num_threads = config.num_threads or torch.get_num_threads()
         self._arrived: deque[Job | Task] = deque()
         self._unfinished: dict[Future[Any], Job | Task] = {}
         self._wake = threading.Condition()
@@ -83,15 +85,15 @@ class Engine:
             pack_for_cpu(self.model)
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
-        num_threads = torch.get_num_threads()
-        has_lane = device.type == "cpu" and num_threads > 1 and config.device_map is None and not is_compiled
+        is_plain = device.type == "cpu" and config.device_map is None and not is_compiled
+        has_lane = is_plain and self._num_threads > 1
         sizes = size_engine(self.model, config.max_slots, config.encode_batch, num_passes=1 + has_lane)
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
-        self._lane = EncodeLane(self._runner, num_threads) if has_lane else None
+        self._lane = EncodeLane(self._runner, self._num_threads, self._notice) if has_lane else None
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch, self._lane)
 
     def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
@@ -246,7 +248,8 @@ class Engine:
         for image in images:
             try:
                 found = self._intake.image(image)
-                found.keeps_image_embeds |= with_image_embeds
+                if with_image_embeds:
+                    found.keeps_image_embeds = True
                 encoded.append(found)
             except Refusal as refusal:
                 encoded.append(refusal)
@@ -300,17 +303,22 @@ class Engine:
     ) -> list[Future[Result]]:
         """Queue requests in groups that can be encoded together; the first is begun while others are read."""
         futures: list[Future[Result]] = []
-        for start in range(0, len(asked), MOST_ENCODE_BATCH):
-            group = asked[start : start + MOST_ENCODE_BATCH]
-            jobs: list[Job] = []
-            for request, options, on_text in group:
-                try:
-                    jobs.append(self._intake.job(request, options, on_text))
-                    futures.append(jobs[-1].future)
-                except Refusal as refusal:
-                    futures.append(Future())
-                    futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
-            self._enqueue(jobs, num_requests=len(group))
+        try:
+            for start in range(0, len(asked), MOST_ENCODE_BATCH):
+                group = asked[start : start + MOST_ENCODE_BATCH]
+                jobs: list[Job] = []
+                for request, options, on_text in group:
+                    try:
+                        jobs.append(self._intake.job(request, options, on_text))
+                        futures.append(jobs[-1].future)
+                    except Refusal as refusal:
+                        futures.append(Future())
+                        futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
+                self._enqueue(jobs, num_requests=len(group))
+        except BaseException:  # nobody else knows of those that are queued
+            for future in futures:
+                future.cancel()
+            raise
         return futures
 
     def _enqueue(self, jobs: Sequence[Job | Task], num_requests: int = 0) -> None:
@@ -337,8 +345,8 @@ class Engine:
         operations once there are more than cores: one thread too many would halve the speed of a small model.
         """
         try:
-            if self.config.num_threads is not None:
-                torch.set_num_threads(self.config.num_threads)
+            torch.get_num_threads()  # at the first question torch sets a thread up, which undid the next line
+            torch.set_num_threads(self._num_threads)
             self._load()
         except BaseException as error:
             loaded.set_exception(error)
@@ -354,16 +362,28 @@ class Engine:
             with self._wake:
                 self._failure = error
             for job in list(self._unfinished.values()):
-                job.fail(error)
+                if not job.future.done() or job.future.cancelled():
+                    job.fail(error)
         finally:
             if self._lane is not None:
                 self._lane.close()
+
+    def _notice(self) -> None:
+        """The lane has something to take."""
+        with self._wake:
+            self._wake.notify()
 
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do; False when closed and done."""
         tasks = []
         with self._wake:
-            self._wake.wait_for(lambda: self._arrived or self._scheduler.has_work or self._is_closed)
+            self._wake.wait_for(
+                lambda: (
+                    self._arrived
+                    or self._scheduler.can_step
+                    or (self._is_closed and not self._scheduler.has_work)
+                )
+            )
             while self._arrived:
                 arrival = self._arrived.popleft()
                 if isinstance(arrival, Task):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ class Job:
     options: GenerationOptions = field(default_factory=GenerationOptions)
     make_searches: Callable[[], Searches] = list
     future: Future[Result] = field(default_factory=Future)
+    number: int = field(default_factory=count().__next__)
+    """Of its arrival."""
     searches: Searches = field(init=False)
     _told: bool = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
@@ -24,20 +25,24 @@ class EncodeLane:
     """`give` it batches, `take` them back in order. Both are for one thread, the engine's, whose share of the
     cores they set: all while the lane is idle."""
 
-    def __init__(self, runner: ModelRunner, num_threads: int) -> None:
+    def __init__(self, runner: ModelRunner, num_threads: int, on_done: Callable[[], None]) -> None:
         """
         Args:
             num_threads: of the CPU, at least 2; the lane takes half of them.
+            on_done: called, in the lane's thread, when there is something to take.
         """
         self.num_images = 0
         """Given and not yet taken."""
         self._batches: deque[list[EncodedImage]] = deque()
         self._runner = runner
         self._num_threads = num_threads
+        self._on_done = on_done
         self._given: SimpleQueue[list[EncodedImage] | None] = SimpleQueue()
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="blip2-encode", daemon=True)
         self._thread.start()
+        self._outcomes.get()
+        torch.set_num_threads(num_threads)  # also what threads get that torch has not set up yet
 
     @property
     def has_room(self) -> bool:
@@ -72,13 +77,16 @@ class EncodeLane:
         """End the thread, after the batches that it has."""
         self._given.put(None)
         self._thread.join()
+        torch.set_num_threads(self._num_threads)
 
     def _run(self) -> None:
         torch.get_num_threads()  # torch sets a thread up when it is first asked, and would undo the next line
         torch.set_num_threads(self._num_threads // 2)
+        self._outcomes.put(None)
         while (images := self._given.get()) is not None:
             self._outcomes.put(self._outcome(images))
             del images  # they are not this thread's to keep
+            self._on_done()
 
     def _outcome(self, images: list[EncodedImage]) -> Outcome:
         try:

@@ -93,6 +93,11 @@ class Scheduler:
         return bool(self.waiting or self.ready or self.running or self._num_in_lane)
 
     @property
+    def can_step(self) -> bool:
+        """True where a step would do something: not while only the lane works."""
+        return bool(self.waiting or self.ready or self.running or (self.lane and self.lane.is_done))
+
+    @property
     def num_waiting(self) -> int:
         """Images not yet encoded and jobs without a slot; safe to ask from any thread."""
         return len(self.waiting) + self._num_in_lane + len(self.ready)
@@ -132,24 +137,23 @@ class Scheduler:
         num_missing = self.max_slots - self.num_running - sum(job.num_slots for job in self.ready)
         # Where this thread encodes too, the last images go to both at once.
         share = len(self.waiting) // 2 if num_missing > 0 else len(self.waiting)
-        while lane is not None and lane.has_room and num_missing > -self.max_slots:
+        while lane is not None and lane.has_room and (num_missing > -self.max_slots or self._is_overdue):
             images = self._next_images(share)
             if not images:
                 break
             share -= len(images)
             lane.give(images)
-        if num_missing <= 0:
+        if num_missing <= 0 and not (lane is None and self._is_overdue):
             return
         if images := self._next_images(self.encode_batch):
             self._encoded(images, attempt(lambda: self.runner.encode(images)))
-        elif lane is not None and lane.num_images and not self.ready and not self.running:
-            self._encoded(*lane.take())
 
     def _encoded(self, images: list[EncodedImage], shortage: Shortage | None) -> None:
         """A batch comes from the encoders, or back to the queue."""
         if shortage is not None:
             self.waiting.extendleft(reversed(images))
-            self._encode_less(shortage)
+            if len(images) <= self.encode_batch:  # larger ones were begun before
+                self._encode_less(shortage)
             return
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
@@ -176,8 +180,8 @@ class Scheduler:
             self.ready.append(job)
 
     def _next_images(self, most: int) -> list[EncodedImage]:
-        """Take a batch of waiting images; none while it would not be full and texts are ready."""
-        if len(self.waiting) < self.encode_batch and self.ready:
+        """Take a batch of waiting images; none while it would not be full and older texts are ready."""
+        if len(self.waiting) < self.encode_batch and self.ready and not self._is_overdue:
             return []
         images: list[EncodedImage] = []
         while self.waiting and len(images) < min(most, self.encode_batch):
@@ -186,6 +190,11 @@ class Scheduler:
             if image.jobs:
                 images.append(image)
         return images
+
+    @property
+    def _is_overdue(self) -> bool:
+        """True where an image waits that came before every ready text: those of encoded images pass it by."""
+        return bool(self.waiting and self.ready and self.waiting[0].jobs[0].number < self.ready[0].number)
 
     # Filling slots --------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.jobs import EncodedImage
+from blip2_actor.request import Features
 from tests.parity.tiny import images
 
 
@@ -73,40 +75,91 @@ def test_a_few_images_are_divided(engine, monkeypatch) -> None:
     assert sorted((name, count) for name, count, _ in passes) == [("blip2-encode", 2), ("blip2-engine", 2)]
 
 
-def test_what_is_asked_of_an_image_while_it_is_encoded_is_not_forgotten(engine, monkeypatch) -> None:
-    """Its pass began without keeping the vision encoder's output: without a second one there is none."""
-    real, begun, asked = engine._runner.encode, threading.Event(), threading.Event()
+def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Passes of the lane are done but not handed over until the second event; the first says that one is."""
+    real, begun, go_on = engine._runner.encode, threading.Event(), threading.Event()
 
     def encode(batch: list[EncodedImage]) -> None:
-        is_first = not begun.is_set()
-        before = [image.keeps_image_embeds for image in batch]
-        begun.set()
-        if is_first:
-            for image in batch:
-                image.keeps_image_embeds = False
-            real(batch)
-            assert asked.wait(30)
-            for image, keeps in zip(batch, before, strict=True):
-                image.keeps_image_embeds |= keeps
-        else:
-            real(batch)
+        real(batch)
+        if threading.current_thread().name == "blip2-encode":
+            begun.set()
+            assert go_on.wait(30)
 
     monkeypatch.setattr(engine._runner, "encode", encode)
-    shared = engine.image(images(1)[0].numpy())
-    caption = engine.submit(Request(image=shared))
+    return begun, go_on
+
+
+def test_what_is_asked_of_an_image_while_it_is_encoded_is_not_forgotten(engine, monkeypatch) -> None:
+    """Its pass began without keeping the vision encoder's output: without a second one there is none."""
+    begun, go_on = hold_lane(engine, monkeypatch)
+    shared = [engine.image(image.numpy()) for image in images(2)]
+    captions = engine._submit([(Request(image=image), GenerationOptions(), None) for image in shared])
     assert begun.wait(30)
-    found: list[object] = []
-    asking = threading.Thread(target=lambda: found.extend(engine.features([shared], with_image_embeds=True)))
+    found: list[Features] = []
+    asking = threading.Thread(target=lambda: found.extend(engine.features(shared, with_image_embeds=True)))
     asking.start()
-    while not shared.keeps_image_embeds:
-        pass
-    asked.set()
+    while not all(image.keeps_image_embeds for image in shared):
+        time.sleep(0.001)
+    go_on.set()
     asking.join(30)
-    assert found[0].image_embeds is not None
-    assert caption.result(30).text is not None
+    assert [features.image_embeds is not None for features in found] == [True, True]
+    assert all(caption.result(30).text is not None for caption in captions)
 
 
-def test_closing_finishes_what_the_lane_holds(engine) -> None:
-    futures = [engine.submit(request) for request in requests(20)]
-    engine.close()
+def test_the_engine_serves_others_while_only_the_lane_works(engine, monkeypatch) -> None:
+    """A pass of a large model takes seconds, in which a text could be read and a new image begun."""
+    begun, go_on = hold_lane(engine, monkeypatch)
+    futures = [engine.submit(request) for request in requests(4)]
+    assert begun.wait(30)
+    assert engine.text_features(["a"])[0].features is not None
+    assert engine.submit(requests(5)[4]).result(30).text is not None
+    assert not all(future.done() for future in futures)
+    go_on.set()
+    assert all(future.result(30).text is not None for future in futures)
+
+
+def test_closing_finishes_what_the_lane_holds(engine, monkeypatch) -> None:
+    begun, go_on = hold_lane(engine, monkeypatch)
+    futures = [engine.submit(request, GenerationOptions(max_new_tokens=1)) for request in requests(20)]
+    assert begun.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._is_closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(30)
     assert all(future.result(0).text is not None for future in futures)
+
+
+def test_a_lane_that_fails_fails_every_request(engine, monkeypatch) -> None:
+    """Nobody waits in the lane's thread for its error."""
+    real = engine._runner.encode
+
+    def broken(batch: list[EncodedImage]) -> None:
+        if threading.current_thread().name == "blip2-encode":
+            raise RuntimeError("the device fell off")
+        real(batch)
+
+    monkeypatch.setattr(engine._runner, "encode", broken)
+    with pytest.raises(RuntimeError, match="fell off"):
+        engine.generate(requests(16))
+
+
+def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypatch) -> None:
+    """torch gives a new thread what another thread has set last, and that was half."""
+    engine.generate(requests(8), GenerationOptions(max_new_tokens=2))
+    engine.close()
+    folder = checkpoint_folder("opt")
+    found: list[int] = []
+
+    def build() -> None:
+        found.append(torch.get_num_threads())
+        with Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", max_slots=4)) as second:
+            passes = watch_passes(second, monkeypatch)
+            second.generate(requests(1))
+            found.append(passes[0][2])
+
+    building = threading.Thread(target=build)
+    building.start()
+    building.join(60)
+    assert found == [2, 2]

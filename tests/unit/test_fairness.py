@@ -1,0 +1,73 @@
+"""Nobody waits for ever: texts of an image that is encoded already pass by images that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2_actor.jobs import EncodedImage, Job, Searches
+from blip2_actor.options import GenerationOptions
+from blip2_actor.scheduler import Scheduler
+from blip2_actor.search import TextSearch
+
+OPTIONS = GenerationOptions(max_new_tokens=2)
+
+
+class Words:
+    end_ids = frozenset({0})
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "word " * len(token_ids)
+
+
+class NoModel:
+    """A runner whose texts never end by themselves."""
+
+    def cached_length(self, job: Job) -> int:
+        return 1
+
+    def encode(self, images: Sequence[EncodedImage]) -> None:
+        for image in images:
+            image.prefix = torch.zeros(1, 1)
+
+    def prefill(self, jobs: Sequence[Job], slots: list[int]) -> Tensor:
+        return self.decode(slots, slots)
+
+    def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
+        return torch.tensor([0.0, 1.0]).expand(len(token_ids), 2).clone()
+
+    def send_ahead(self, waiting: object, count: int) -> None: ...
+
+    def fork(self, *_: object) -> None: ...
+
+
+def make_job(image: EncodedImage) -> Job:
+    def searches() -> Searches:
+        return [TextSearch(OPTIONS, [1], Words())]
+
+    return Job(image, [1], OPTIONS, searches)
+
+
+def make_image() -> EncodedImage:
+    return EncodedImage(np.zeros((2, 2, 3), np.uint8))
+
+
+def test_a_part_of_a_batch_is_encoded_though_there_is_always_a_text_to_start() -> None:
+    """Six callers that ask of one image again and again kept three other images waiting without end."""
+    scheduler = Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]
+    shared = make_image()
+    shared.prefix = torch.zeros(1, 1)
+    others = [make_job(make_image()) for _ in range(3)]
+    askers = [make_job(shared) for _ in range(6)]
+    for job in (*askers, *others):
+        scheduler.add(job)
+    for _ in range(100):
+        scheduler.step()
+        for index, job in enumerate(askers):
+            if job.future.done():
+                askers[index] = make_job(shared)
+                scheduler.add(askers[index])
+    assert all(job.future.done() for job in others)
