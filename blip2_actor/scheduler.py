@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -330,6 +331,11 @@ class Scheduler:
     # Out of memory --------------------------------------------------------------------------------------
 
     def _encode_less(self, shortage: Shortage) -> None:
+        if self.encode_batch == 1 and self.max_slots == 1:
+            image = self.waiting.popleft()
+            _fail(image.jobs, shortage)
+            image.jobs.clear()
+            return
         if self.encode_batch == 1:
             self._shrink(shortage)
             return
@@ -338,8 +344,7 @@ class Scheduler:
 
     def _prefill_less(self, num_jobs: int, shortage: Shortage) -> None:
         if num_jobs == 1 and self.max_slots == 1:
-            error = f"out of memory: {shortage.reason}"
-            self.ready.popleft().resolve(Result(status=Status.FAILED, error=error))
+            _fail([self.ready.popleft()], shortage)
             return
         if num_jobs == 1:
             self._shrink(shortage)
@@ -348,11 +353,18 @@ class Scheduler:
         logger.warning("Out of memory: prompts are read %d at a time from now on", self.prefill_batch)
 
     def _shrink(self, shortage: Shortage) -> None:
-        """Go on with half the slots; all texts begin again, for there is no memory to move them in.
+        """Go on with half the slots; all texts begin again, for there is no memory to move them in. The text
+        of a last slot fails alone.
 
         Raises:
-            OutOfMemoryError: there is only one slot.
+            OutOfMemoryError: there is only one slot, and no text in it.
         """
+        if self.max_slots == 1 and self.running:
+            jobs = [text.job for text in self.running]
+            self._retire(self.running)
+            self.runner.shrink(1)
+            _fail(jobs, shortage)
+            return
         if self.max_slots == 1:
             raise torch.OutOfMemoryError(shortage.reason)
         self.max_slots //= 2
@@ -375,3 +387,10 @@ class Scheduler:
         for job in jobs:
             job.restart()
         self.ready.extendleft(reversed(jobs))
+
+
+def _fail(jobs: Sequence[Job], shortage: Shortage) -> None:
+    """They do not fit even alone."""
+    for job in jobs:
+        if not job.future.done():
+            job.resolve(Result(status=Status.FAILED, error=f"out of memory: {shortage.reason}"))

@@ -91,6 +91,26 @@ def test_memory_that_ends_between_two_passes_ends_no_engine(
     assert engine._scheduler.max_slots == 4
 
 
+@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
+def test_what_does_not_fit_even_alone_fails_alone(
+    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """One slot, and no memory for what is in it: the engine must be there for the next request."""
+    folder = checkpoint_folder("opt")
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
+    )
+    with config.build() as engine:
+        first, second = [Request(image=image.numpy(), options=LONG) for image in images(2)]
+        expected = engine.generate([second])
+        fail_once(monkeypatch, engine._runner, stage)
+        refused, served = engine.generate([first, second])
+        assert refused.status is Status.FAILED
+        assert refused.error == "out of memory: not enough"
+        assert served.token_ids == expected[0].token_ids
+        assert engine.generate([first])[0].ok
+
+
 def test_slots_are_given_back_before_half_as_many_are_made(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
