@@ -2,7 +2,7 @@
 
     waiting images --encode--> ready jobs --prefill--> running texts --decode--> results
 
-Running texts occupy the first slots. One `step` encodes at most one batch of images, fills free slots
+Running texts occupy the first slots. One `step` encodes at most one batch of images itself, fills free slots
 from the ready queue, appends one token to every running text and retires those that are complete. The
 scheduler is driven by one thread and knows no locks.
 """

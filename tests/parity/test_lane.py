@@ -146,8 +146,7 @@ def test_a_lane_that_fails_fails_every_request(engine, monkeypatch) -> None:
 
 
 def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypatch) -> None:
-    """torch gives a new thread what another thread has set last, and that was half."""
-    engine.generate(requests(8), GenerationOptions(max_new_tokens=2))
+    """torch gives a new thread what another thread has set last, and that was the lane's half."""
     engine.close()
     folder = checkpoint_folder("opt")
     found: list[int] = []
