@@ -208,8 +208,6 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
             min(engine._scheduler.max_slots, engine._scheduler.encode_batch, engine._scheduler.prefill_batch)
             <= 4
         )
-        if stage == "encode":  # one shortage must not be counted once for each pass under way
-            assert engine._scheduler.max_slots == 16
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

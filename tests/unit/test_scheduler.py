@@ -1,4 +1,4 @@
-"""Nobody waits for ever: texts of an image that is encoded already pass by images that are not."""
+"""The scheduler alone: nobody waits for ever, and nothing is made smaller twice for one reason."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2_actor.batches import Shortage
 from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.options import GenerationOptions
 from blip2_actor.scheduler import Scheduler
@@ -71,3 +72,13 @@ def test_a_part_of_a_batch_is_encoded_though_there_is_always_a_text_to_start() -
                 askers[index] = make_job(shared)
                 scheduler.add(askers[index])
     assert all(job.future.done() for job in others)
+
+
+def test_a_shortage_of_passes_that_were_begun_together_counts_once() -> None:
+    """Each halved the batch again, down to single images and half of the slots."""
+    scheduler = Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]
+    passes = [[make_job(make_image()).image for _ in range(4)] for _ in range(3)]
+    for images in passes:
+        scheduler._encoded(images, Shortage("no more than two"))
+    assert (scheduler.encode_batch, scheduler.max_slots) == (2, 4)
+    assert len(scheduler.waiting) == 12
