@@ -36,8 +36,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from benchmarks.measure import Timing, ratio, report
 from blip2_actor.decode_pool import DecodePool
+from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.preprocess import ImageLimits, decode_image, resize_image
-from blip2_actor.vision import PixelNormalizer
 
 SIZE_PX = 224
 PHOTOGRAPHS = {(640, 480): 24, (1280, 960): 10, (2048, 1536): 5}

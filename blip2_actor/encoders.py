@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import NO_NUMBERS, EncodedImage, Job, Task
 from blip2_actor.lane import EncodeLane
-from blip2_actor.layers import pack_for_cpu
 from blip2_actor.loading import load_model
+from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.options import GenerationOptions
 from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures

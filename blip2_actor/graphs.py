@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip2_actor.batches import Shortage, attempt
 from blip2_actor.config import EngineConfig
-from blip2_actor.language import LanguageModel, Slots
+from blip2_actor.models.language_model import LanguageModel, Slots
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from blip2_actor.beam import BeamSearch
 from blip2_actor.jobs import EncodedImage, Job, Searches
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.preprocess import decode_image, resize_image
 from blip2_actor.prompts import Prompts, require_room, require_something

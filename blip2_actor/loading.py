@@ -6,9 +6,9 @@ import torch
 
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.fetching import CACHE_FOLDER
-from blip2_actor.model import Blip2
-from blip2_actor.retrieval import Blip2Retrieval
-from blip2_actor.vision import PixelNormalizer
+from blip2_actor.models.blip2 import Blip2
+from blip2_actor.models.retrieval import Blip2Retrieval
+from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.weights import load_weights, opt_rules, retrieval_rules, stored_parameters, t5_rules
 
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}

@@ -18,9 +18,9 @@ from blip2_actor.device import ids_to_device, to_device
 from blip2_actor.encoders import Encoders
 from blip2_actor.graphs import DecodeReplay, Recorder
 from blip2_actor.jobs import EncodedImage, Job
-from blip2_actor.language import LanguageModel, Slots
-from blip2_actor.model import Blip2
-from blip2_actor.scoring import text_logprobs
+from blip2_actor.models.blip2 import Blip2
+from blip2_actor.models.language_model import LanguageModel, Slots
+from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.sizing import free_bytes, position_bytes
 from blip2_actor.upload import Upload, stack_pixels
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import Blip2VisionConfig
 
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
 
 MOST_SLOTS_CUDA = 512
 """Where decoding a 2.7 B model in bfloat16 turns from reading weights to computing (about 360 rows on an

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.preprocess import decode_image, resize_image
-from blip2_actor.vision import PixelNormalizer
 from tests.unit.image_corpus import encode, noise
 
 

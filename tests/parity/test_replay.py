@@ -19,9 +19,9 @@ from blip2_actor.checkpoint import resolve
 from blip2_actor.graphs import CudaGraphs, round_rows
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.loading import load_model
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
+from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache
 from blip2_actor.runner import ModelRunner
-from blip2_actor.slots import ALIGNMENT, SlotCache
 from tests.parity.tape import Tape
 from tests.parity.tiny import images
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
 
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
 from blip2_actor.sizing import Sizes, container_bytes, free_bytes, image_bytes, plan_memory, slot_bytes
 
 GIB = 1 << 30

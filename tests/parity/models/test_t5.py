@@ -14,8 +14,8 @@ from transformers import Blip2ForConditionalGeneration, T5ForConditionalGenerati
 
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.loading import load_model
-from blip2_actor.t5 import T5
-from blip2_actor.t5_slots import T5Slots
+from blip2_actor.models.t5 import T5
+from blip2_actor.models.t5_kv_cache import T5Slots
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "flan": {},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.device import to_device
-from blip2_actor.slots import ALIGNMENT, SlotCache, aligned_arange
+from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache, aligned_arange
 
 
 class T5Slots:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor.slots import SlotCache
+from blip2_actor.models.kv_cache import SlotCache
 from tests.unit.test_tensor_file import status_bytes
 
 

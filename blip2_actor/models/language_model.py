@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from blip2_actor.layers import Linear
+from blip2_actor.models.layers import Linear
 
 
 class Slots(Protocol):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
-from blip2_actor.opt import OptDecoder
+from blip2_actor.models.opt import OptDecoder
 from blip2_actor.weights import load_weights, opt_rules
 from tests.parity.tiny import make_config, randomize
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.device import ids_to_device
-from blip2_actor.model import Blip2
+from blip2_actor.models.blip2 import Blip2
 
 
 def text_logprobs(

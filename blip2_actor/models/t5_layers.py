@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config
 
-from blip2_actor.layers import Linear, find_activation
+from blip2_actor.models.layers import Linear, find_activation
 
 
 class T5Norm(nn.Module):

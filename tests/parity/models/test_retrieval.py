@@ -13,7 +13,7 @@ from transformers import Blip2ForImageTextRetrieval
 
 from blip2_actor.checkpoint import Checkpoint
 from blip2_actor.loading import load_model, load_retrieval
-from blip2_actor.retrieval import Blip2Retrieval
+from blip2_actor.models.retrieval import Blip2Retrieval
 from tests.parity.tiny import IMAGE_SIZE_PX, make_config, randomize
 
 CPU = torch.device("cpu")

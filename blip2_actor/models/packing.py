@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.device import to_device
-from blip2_actor.layers import attend, merge_heads, split_heads
+from blip2_actor.models.layers import attend, merge_heads, split_heads
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config
 
-from blip2_actor.layers import Layers, Linear
-from blip2_actor.packing import Packing
-from blip2_actor.slots import SlotCache, aligned_arange
-from blip2_actor.t5_layers import RelativeBias, T5Layer, T5Norm
-from blip2_actor.t5_slots import T5Slots
+from blip2_actor.models.kv_cache import SlotCache, aligned_arange
+from blip2_actor.models.layers import Layers, Linear
+from blip2_actor.models.packing import Packing
+from blip2_actor.models.t5_kv_cache import T5Slots
+from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
 
 SCALE = 1.0
 """T5 does not scale attention scores; its initialisation does instead."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from blip2_actor.layers import Layers, Linear
-from blip2_actor.packing import Packing
-from blip2_actor.slots import SlotCache, aligned_arange
+from blip2_actor.models.kv_cache import SlotCache, aligned_arange
+from blip2_actor.models.layers import Layers, Linear
+from blip2_actor.models.packing import Packing
 
 POSITION_OFFSET = 2
 """The first two rows of the position table belong to padding (`OPTLearnedPositionalEmbedding`)."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2Config
 
-from blip2_actor.layers import Linear
-from blip2_actor.opt import OptDecoder
-from blip2_actor.qformer import QFormer
-from blip2_actor.t5 import T5
-from blip2_actor.vision import PixelNormalizer, VisionEncoder
+from blip2_actor.models.layers import Linear
+from blip2_actor.models.opt import OptDecoder
+from blip2_actor.models.qformer import QFormer
+from blip2_actor.models.t5 import T5
+from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
 
 LANGUAGE_MODELS: dict[str, type[OptDecoder] | type[T5]] = {"opt": OptDecoder, "t5": T5}
 """By `model_type` of the text configuration."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from blip2_actor.layers import Layers, Linear, attend, merge_heads, split_heads
+from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
 
 
 class PostNormMlp(nn.Module):
