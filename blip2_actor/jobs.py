@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blip2_actor.beam import BeamSearch
+from blip2_actor.generation.beam_search import BeamSearch
+from blip2_actor.generation.search import TextSearch
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Result
-from blip2_actor.search import TextSearch
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:

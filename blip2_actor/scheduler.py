@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from blip2_actor.batches import Shortage, attempt
-from blip2_actor.beam import BeamSearch
-from blip2_actor.decoding import advance
 from blip2_actor.device import to_device
+from blip2_actor.generation.beam_search import BeamSearch
+from blip2_actor.generation.search import TextSearch
+from blip2_actor.generation.step import advance
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.lane import EncodeLane
 from blip2_actor.request import Result
 from blip2_actor.runner import ModelRunner
-from blip2_actor.search import TextSearch
 from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)

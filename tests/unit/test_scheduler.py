@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from blip2_actor.batches import Shortage
+from blip2_actor.generation.search import TextSearch
 from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.options import GenerationOptions
 from blip2_actor.scheduler import Scheduler
-from blip2_actor.search import TextSearch
 
 OPTIONS = GenerationOptions(max_new_tokens=2)
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blip2_actor.generation.logits_processors import Draft, penalizes
+from blip2_actor.generation.search import Vocabulary, cut_at_stop
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import Draft, penalizes
 from blip2_actor.request import Completion
-from blip2_actor.search import Vocabulary, cut_at_stop
 
 IMPOSSIBLE = -1.0e9
 """The reference's score of what must not be chosen."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
+from blip2_actor.generation.logits_processors import Draft, penalizes
 from blip2_actor.options import GenerationOptions
-from blip2_actor.processors import Draft, penalizes
 from blip2_actor.request import Completion, FinishReason
 
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.processors import Draft, process
-from blip2_actor.sampling import draw, warp
+from blip2_actor.generation.logits_processors import Draft, process
+from blip2_actor.generation.sampling import draw, warp
 from tests.parity.tiny import images
 
 
@@ -157,7 +157,7 @@ def test_texts_of_all_kinds_are_the_same_alone_and_together(
 ) -> None:
     """Rows are chosen together, in pieces: a row's options, tokens or random numbers that reach another row
     change its text."""
-    monkeypatch.setattr("blip2_actor.decoding.CHOSEN_AT_ONCE", 3)
+    monkeypatch.setattr("blip2_actor.generation.step.CHOSEN_AT_ONCE", 3)
     kinds = [
         *MIXED,
         GenerationOptions(),

@@ -1,0 +1,1 @@
+"""From logits to tokens: greedy search, beam search, sampling, logits processors."""
