@@ -40,7 +40,7 @@ from benchmarks.measure import Timing, alternate, ratio, report, write
 from benchmarks.models import checkpoint
 from benchmarks.sides import EncoderSide, EngineSide, ReferenceSide, Work
 from blip2_actor import EngineConfig
-from blip2_actor.checkpoint import DEMO_FOLDER
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 
 
 @dataclass(frozen=True)

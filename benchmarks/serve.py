@@ -32,7 +32,7 @@ from benchmarks.measure import alternate, report
 from benchmarks.models import checkpoint
 from benchmarks.pipeline import EngineSide
 from blip2_actor import EngineConfig, GenerationOptions
-from blip2_actor.checkpoint import DEMO_FOLDER
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
 from pipeline.cluster import settle_environment
 

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
 from benchmarks.measure import product
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
-from blip2_actor.loading import load_model
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.sizing import full_encode_batch

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 from blip2_actor.batches import Shortage, attempt
-from blip2_actor.fetching import write_whole
+from blip2_actor.checkpoints.download import write_whole
 from blip2_actor.jobs import EncodedImage, Job
 from blip2_actor.runner import ModelRunner
 

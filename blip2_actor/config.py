@@ -82,7 +82,7 @@ class EngineConfig(ModelConfig):
             ValueError: the checkpoint is not a BLIP-2 this package runs.
             OSError: it cannot be found or fetched; the message names the alternatives.
         """
-        from blip2_actor.checkpoint import describe
+        from blip2_actor.checkpoints.checkpoint import describe
 
         return describe(self, lambda checkpoint: checkpoint.config)
 
@@ -93,8 +93,8 @@ class EngineConfig(ModelConfig):
             ValueError: one is no text, holds the image token, or leaves no room for its answer.
             OSError: as from `info`.
         """
-        from blip2_actor.checkpoint import resolve
-        from blip2_actor.prompts import check_prompts
+        from blip2_actor.checkpoints.checkpoint import resolve
+        from blip2_actor.checkpoints.tokenizer import check_prompts
 
         check_prompts(resolve(self.model, self.revision, with_weights=False), prompts, max_new_tokens)
 
@@ -128,7 +128,7 @@ class MatchingConfig(ModelConfig):
 
     def info(self) -> ModelInfo:
         """As `EngineConfig.info`."""
-        from blip2_actor.checkpoint import describe
+        from blip2_actor.checkpoints.checkpoint import describe
 
         return describe(self, lambda checkpoint: checkpoint.retrieval_config)
 

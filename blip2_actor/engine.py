@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from blip2_actor import canary
-from blip2_actor.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.loading import load_model
+from blip2_actor.checkpoints.tokenizer import Prompts
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
-from blip2_actor.fetching import CACHE_FOLDER
 from blip2_actor.graphs import recorder_for
 from blip2_actor.intake import Intake, Refusal
 from blip2_actor.jobs import NO_NUMBERS, EncodedImage, Job, Task
 from blip2_actor.lane import EncodeLane
-from blip2_actor.loading import load_model
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.options import GenerationOptions
-from blip2_actor.prompts import Prompts
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.runner import ModelRunner
 from blip2_actor.scheduler import Scheduler

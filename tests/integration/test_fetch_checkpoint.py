@@ -11,8 +11,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from blip2_actor import EngineConfig, fetching
-from blip2_actor.checkpoint import DEMO_FOLDER, resolve
+from blip2_actor import EngineConfig
+from blip2_actor.checkpoints import download as fetching
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER, resolve
 
 
 @pytest.fixture(scope="module")

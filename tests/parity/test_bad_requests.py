@@ -53,7 +53,9 @@ def test_prompts_are_checked_before_anything_is_loaded(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig(model=str(checkpoint_folder(language)), device="cpu")
-    monkeypatch.setattr("blip2_actor.weights.list_tensors", lambda path: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "blip2_actor.checkpoints.weights.list_tensors", lambda path: pytest.fail("weights were read")
+    )
     config.check_prompts(["what is it?", ""], 30)
     with pytest.raises(ValueError, match="must not contain the image token"):
         config.check_prompts(["what?", "a <image>"], 30)

@@ -12,7 +12,7 @@ from benchmarks.load import Answer, summary
 from benchmarks.map_batches import Captioner
 from benchmarks.sides import EngineSide, ReferenceSide, Work
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.checkpoint import DEMO_FOLDER
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
 
 WORK: Work = [(0, None, 4), (1, "what is it?", 4), (0, "a", 4), (1, None, 6)]

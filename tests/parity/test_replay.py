@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.checkpoint import resolve
+from blip2_actor.checkpoints.checkpoint import resolve
+from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.graphs import CudaGraphs, round_rows
 from blip2_actor.jobs import EncodedImage, Job
-from blip2_actor.loading import load_model
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache
 from blip2_actor.runner import ModelRunner

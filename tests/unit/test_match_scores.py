@@ -95,7 +95,7 @@ def test_the_checkpoint_and_the_kind_are_in_the_fingerprint(folder):
 def test_a_pinned_revision_is_what_is_loaded_and_in_the_fingerprint(folder, monkeypatch):
     """Unpinned, a branch that moves in the middle of a run ends it, and no later run has the same scores."""
     monkeypatch.setattr(
-        "blip2_actor.checkpoint.fetch_from_hub",
+        "blip2_actor.checkpoints.checkpoint.fetch_from_hub",
         lambda name, revision, patterns: (folder, f"commit of {revision}"),
     )
     model = {"score_model": "hub/name", "score_revision": "v2"}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor.checkpoint import resolve
-from blip2_actor.loading import load_model
+from blip2_actor.checkpoints.checkpoint import resolve
+from blip2_actor.checkpoints.loading import load_model
 from tests.parity.tiny import NUM_QUERIES
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
+from blip2_actor.checkpoints.weights import load_weights, opt_rules
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.weights import load_weights, opt_rules
 from tests.parity.tiny import make_config, randomize
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2ForImageTextRetrieval
 
-from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.loading import load_model, load_retrieval
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.loading import load_model, load_retrieval
 from blip2_actor.models.retrieval import Blip2Retrieval
 from tests.parity.tiny import IMAGE_SIZE_PX, make_config, randomize
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, Blip2Model
 
-from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.loading import LANGUAGE_RULES, load_model
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
+from blip2_actor.checkpoints.weights import load_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
-from blip2_actor.weights import load_weights
 from tests.parity.tiny import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
 
 LANGUAGES = ["opt", "t5"]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
-from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.loading import load_model
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.loading import load_model
+from blip2_actor.checkpoints.safetensors_file import StoredTensor
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.tensor_file import StoredTensor
 from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 CPU = torch.device("cpu")

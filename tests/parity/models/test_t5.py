@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, T5ForConditionalGeneration
 
-from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.loading import load_model
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.models.t5 import T5
 from blip2_actor.models.t5_kv_cache import T5Slots
 

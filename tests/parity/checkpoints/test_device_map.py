@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import EngineConfig, GenerationOptions, Request, splitting
+from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoints import device_map as splitting
 from tests.parity.tiny import images
 
 LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
@@ -35,7 +36,7 @@ def test_layers_on_disk_give_the_same_tokens(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whole parts, single layers and one linear of a layer; embeddings and slots stay on the main device."""
-    monkeypatch.setattr("blip2_actor.loading.CACHE_FOLDER", tmp_path)
+    monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
     layers = LAYERS[language]
     device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
     device_map[f"{layers}.1.out_proj"] = "disk"
@@ -54,7 +55,7 @@ def test_a_plan_by_free_memory_fills_the_device_and_puts_the_rest_on_disk(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """accelerate's plan names our modules; layers must not be cut in two."""
-    monkeypatch.setattr("blip2_actor.loading.CACHE_FOLDER", tmp_path)
+    monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
     folder = checkpoint_folder(language)
     whole = captions(folder, None)[0]
     size = (folder / "model.safetensors").stat().st_size

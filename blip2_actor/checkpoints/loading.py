@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from blip2_actor.checkpoint import Checkpoint
-from blip2_actor.fetching import CACHE_FOLDER
+from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.weights import (
+    load_weights,
+    opt_rules,
+    retrieval_rules,
+    stored_parameters,
+    t5_rules,
+)
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.weights import load_weights, opt_rules, retrieval_rules, stored_parameters, t5_rules
 
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -37,7 +43,7 @@ def load_model(
     model.cast(dtype)
     split = None
     if device_map is not None:
-        from blip2_actor.splitting import Split  # accelerate, which nothing else needs
+        from blip2_actor.checkpoints.device_map import Split  # accelerate, which nothing else needs
 
         split = Split(model, device_map, device, CACHE_FOLDER / "offload")
     if split is None:

@@ -16,9 +16,7 @@ from typing import Any
 
 from transformers import Blip2Config
 
-from blip2_actor.config import ModelConfig
-from blip2_actor.device import resolve_device, resolve_dtype
-from blip2_actor.fetching import (
+from blip2_actor.checkpoints.download import (
     CACHE_FOLDER,
     DESCRIPTION,
     FILES,
@@ -27,9 +25,11 @@ from blip2_actor.fetching import (
     matches,
     write_whole,
 )
+from blip2_actor.config import ModelConfig
+from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
-DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """The architecture of checkpoints without a language model, such as blip2-itm-vit-g."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2_actor.tensor_file import StoredTensor, list_tensors
+from blip2_actor.checkpoints.safetensors_file import StoredTensor, list_tensors
 
 WB = r"(?P<wb>weight|bias)"
 INDEX = r"(?P<i>\d+)"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, Blip2Config
 
-from blip2_actor.checkpoint import Checkpoint
+from blip2_actor.checkpoints.checkpoint import Checkpoint
 
 
 class Prompts:

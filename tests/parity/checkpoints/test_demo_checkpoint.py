@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, Blip2ForConditionalGenera
 from blip2_actor.demo.evaluation import Score, generate_captions, score_captions
 from blip2_actor.demo.scenes import SceneSampler, all_captions, draw
 
-CHECKPOINT = Path(__file__).parents[2] / "blip2_actor" / "demo" / "checkpoint"
+CHECKPOINT = Path(__file__).parents[3] / "blip2_actor" / "demo" / "checkpoint"
 SEED = 20_261  # training draws from 1, and chooses by 2
 
 

@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from blip2_actor import fetching
-from blip2_actor.fetching import FILES, fetch_from_bucket, fetch_from_hub
+from blip2_actor.checkpoints import download as fetching
+from blip2_actor.checkpoints.download import FILES, fetch_from_bucket, fetch_from_hub
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 

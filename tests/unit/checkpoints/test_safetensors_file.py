@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from blip2_actor import tensor_file
-from blip2_actor.tensor_file import DTYPES, list_tensors
-from blip2_actor.weights import Place, load_weights
+from blip2_actor.checkpoints import safetensors_file as tensor_file
+from blip2_actor.checkpoints.safetensors_file import DTYPES, list_tensors
+from blip2_actor.checkpoints.weights import Place, load_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
