@@ -36,7 +36,7 @@ from benchmarks.map_batches import MapBatchesSide
 from benchmarks.measure import report
 from benchmarks.models import checkpoint
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.preprocess import decode_image
+from blip2_actor.preprocessing.images import decode_image
 from pipeline.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig
 

@@ -12,7 +12,7 @@ from blip2_actor.generation.search import TextSearch
 from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
-from blip2_actor.preprocess import decode_image, resize_image
+from blip2_actor.preprocessing.images import decode_image, resize_image
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.sizing import longest_slot, longest_text
 from blip2_actor.status import Status

@@ -14,8 +14,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import GenerationOptions, ModelInfo, Result, Status
-from blip2_actor.decode_pool import DecodePool
-from blip2_actor.preprocess import DecodedImage
+from blip2_actor.preprocessing.decode_pool import DecodePool
+from blip2_actor.preprocessing.images import DecodedImage
 from deploy.api import create_api
 from deploy.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.request_body import CaptionCall

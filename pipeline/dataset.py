@@ -8,7 +8,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from blip2_actor import EngineConfig, GenerationOptions
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor.decode_pool import DecodePool
-from blip2_actor.preprocess import DecodedImage, ImageLimits, resize_image
+from blip2_actor.preprocessing.decode_pool import DecodePool
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, resize_image
 from blip2_actor.status import Status
 from pipeline.storage import open_filesystem
 from pipeline.worker_exit import end_without_ceremony

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Status
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
 from pipeline.fingerprint import Fingerprint
 from pipeline.flags import hiding, prefixed, written_as

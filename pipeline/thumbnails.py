@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from blip2_actor.decode_pool import DecodePool
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.decode_pool import DecodePool
+from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.formats import read_shard
 from pipeline.reading import ReadOptions, ShardWork
 from pipeline.shards import InputError, Shard

@@ -39,7 +39,9 @@ assert result.ok, result
 
 def test_importing_the_package_brings_no_torch() -> None:
     """Decode workers and drivers import it thousands of times."""
-    done = run(["torch", "transformers", "numpy"], "import blip2_actor, blip2_actor.decode_child")
+    done = run(
+        ["torch", "transformers", "numpy"], "import blip2_actor, blip2_actor.preprocessing.decode_child"
+    )
     assert done.returncode == 0, done.stderr
 
 

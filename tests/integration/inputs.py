@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from blip2_actor.preprocess import decode_image
+from blip2_actor.preprocessing.images import decode_image
 from tests.fake_engine import fake_caption
 
 SIZE_PX = 32

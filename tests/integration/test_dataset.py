@@ -13,7 +13,7 @@ from PIL import Image
 
 import pipeline
 from blip2_actor import GenerationOptions
-from blip2_actor.preprocess import decode_image
+from blip2_actor.preprocessing.images import decode_image
 from pipeline.placement import Placement
 from tests.fake_engine import FakeEngineConfig, fake_caption
 

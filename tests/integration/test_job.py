@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.commands import caption
 from pipeline.commit import Committer
 from pipeline.fingerprint import FingerprintMismatch

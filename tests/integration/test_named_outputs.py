@@ -9,7 +9,7 @@ import pytest
 import ray
 
 import pipeline
-from blip2_actor.preprocess import decode_image
+from blip2_actor.preprocessing.images import decode_image
 from pipeline.commands import caption, embed, score
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.job import prepare, prepare_retry, run_job

@@ -24,7 +24,7 @@ from PIL import Image
 from ray import serve
 
 from blip2_actor import EngineConfig, EngineStats
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
 from deploy.app import compose
 from deploy.settings import Settings

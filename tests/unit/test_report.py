@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from blip2_actor.decode_pool import DecodePool
+from blip2_actor.preprocessing.decode_pool import DecodePool
 from pipeline.cli import main
 from pipeline.commit import commit_shard
 from pipeline.fingerprint import Fingerprint

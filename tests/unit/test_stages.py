@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import GenerationOptions, Status
-from blip2_actor.preprocess import ImageLimits
+from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.decode_stage import BATCH_ROWS, PIXELS, DecodeStage
 from tests.fake_engine import FakeEngineConfig, fake_caption

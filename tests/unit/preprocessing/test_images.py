@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from blip2_actor.preprocess import DecodedImage, ImageLimits, decode_image, resize_image
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
 from blip2_actor.status import Status
-from tests.unit.image_corpus import encode, good_images, noise
+from tests.unit.preprocessing.image_corpus import encode, good_images, noise
 
 SIZE = 32
 
@@ -289,7 +289,7 @@ def test_pixels_that_are_not_there_are_not_viewed() -> None:
 
 def test_children_import_neither_numpy_nor_torch() -> None:
     """A child must be up in a tenth of a second, and there may be one per core."""
-    program = "import sys, blip2_actor.decode_child; print(*sys.modules)"
+    program = "import sys, blip2_actor.preprocessing.decode_child; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.preprocess import decode_image, resize_image
-from tests.unit.image_corpus import encode, noise
+from blip2_actor.preprocessing.images import decode_image, resize_image
+from tests.unit.preprocessing.image_corpus import encode, noise
 
 
 def reference(size_px: int) -> BlipImageProcessorPil:

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 
-from blip2_actor.decode_child import HELLO, OUT_OF_MEMORY, REPLY, REQUEST, STATUSES
-from blip2_actor.preprocess import DecodedImage, ImageLimits
+from blip2_actor.preprocessing.decode_child import HELLO, OUT_OF_MEMORY, REPLY, REQUEST, STATUSES
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits
 from blip2_actor.status import Status
 
-CHILD_COMMAND = (sys.executable, "-P", "-m", "blip2_actor.decode_child")
+CHILD_COMMAND = (sys.executable, "-P", "-m", "blip2_actor.preprocessing.decode_child")
 """-P: a file called PIL.py in the working directory must not be imported."""
 
 _PIPE_BYTES = 1 << 20

@@ -1,6 +1,6 @@
 """The program a `DecodePool` starts: decodes images from its standard input, under limits, one by one.
 
-    python -m blip2_actor.decode_child SIZE_PX LIMITS_AS_JSON
+    python -m blip2_actor.preprocessing.decode_child SIZE_PX LIMITS_AS_JSON
 
 It may crash, hang or swell on hostile bytes; that is what it is for. It imports Pillow and the standard
 library only, answers an image before it reads the next (so the first image without an answer is the one it
@@ -19,7 +19,7 @@ import warnings
 
 from PIL import Image
 
-from blip2_actor.preprocess import DecodedImage, ImageLimits, decode_or_exhaust
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_or_exhaust
 from blip2_actor.status import Status
 
 HELLO = b"\x06"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from blip2_actor import decode_process
-from blip2_actor.decode_pool import DecodePool
-from blip2_actor.preprocess import DecodedImage, ImageLimits, decode_image
+from blip2_actor.preprocessing import decode_process
+from blip2_actor.preprocessing.decode_pool import DecodePool
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
 from blip2_actor.status import Status
-from tests.unit.image_corpus import encode, malformed_images, noise
+from tests.unit.preprocessing.image_corpus import encode, malformed_images, noise
 
 SIZE = 32
 HOSTILE_CHILD = (sys.executable, str(Path(__file__).with_name("hostile_child.py")))
@@ -132,7 +132,7 @@ def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
     """A preempted worker must not leave decoders behind, not even one that sleeps in an image."""
     program = (
         "import sys, os; sys.path[:0] = [os.getcwd()]\n"
-        "from tests.unit.test_decode_pool import child_pid, hostile_pool, deed, Path\n"
+        "from tests.unit.preprocessing.test_decode_pool import child_pid, hostile_pool, deed, Path\n"
         "pool = hostile_pool(wall_s=2)\n"
         "print(child_pid(pool, Path(sys.argv[1])), flush=True)\n"
         "if sys.argv[2] == 'sleep': pool.decode([deed('sleep')])\n"

@@ -17,7 +17,7 @@ from typing import IO
 
 from PIL import BmpImagePlugin, Image
 
-from blip2_actor import decode_child
+from blip2_actor.preprocessing import decode_child
 
 PREFIX = b"BM"
 

@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from blip2_actor.decode_process import CHILD_COMMAND, DecodeProcess
-from blip2_actor.preprocess import DecodedImage, ImageLimits, refuse_unopened
+from blip2_actor.preprocessing.decode_process import CHILD_COMMAND, DecodeProcess
+from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, refuse_unopened
 
 _MOST_AHEAD = 16
 _MOST_BYTES_AHEAD = 1 << 18
