@@ -19,9 +19,9 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.sizing import full_encode_batch
 
 Work = list[tuple[int, "str | None", int]]
 """Image, prompt and forced number of new tokens of each text; 0 lets it end by itself within 30."""

@@ -18,8 +18,9 @@ from typing import Any
 
 from benchmarks.measure import report
 from benchmarks.sides import pictures
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, scheduler
-from blip2_actor.runner import ModelRunner
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.engine import scheduler
+from blip2_actor.engine.model_runner import ModelRunner
 
 NUM_SLOTS = 64
 NUM_IMAGES = 1024

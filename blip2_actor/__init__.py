@@ -25,8 +25,8 @@ from blip2_actor.request import (
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
-    from blip2_actor.engine import Engine
-    from blip2_actor.matching import MatchingEngine
+    from blip2_actor.engine.engine import Engine
+    from blip2_actor.engine.matching_engine import MatchingEngine
 
 __all__ = [
     "Blip2Actor",
@@ -52,11 +52,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The engines bring torch: decode workers and drivers import this package without it.
     if name == "Engine":
-        from blip2_actor.engine import Engine
+        from blip2_actor.engine.engine import Engine
 
         return Engine
     if name == "MatchingEngine":
-        from blip2_actor.matching import MatchingEngine
+        from blip2_actor.engine.matching_engine import MatchingEngine
 
         return MatchingEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

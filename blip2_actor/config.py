@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
-    from blip2_actor.engine import Engine
-    from blip2_actor.matching import MatchingEngine
+    from blip2_actor.engine.engine import Engine
+    from blip2_actor.engine.matching_engine import MatchingEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class EngineConfig(ModelConfig):
 
     def build(self) -> Engine:
         """Load the weights and start the engine; raises what `info` raises, and more."""
-        from blip2_actor.engine import Engine
+        from blip2_actor.engine.engine import Engine
 
         return Engine(self)
 
@@ -134,6 +134,6 @@ class MatchingConfig(ModelConfig):
 
     def build(self) -> MatchingEngine:
         """Load the weights; raises what `info` raises, and more."""
-        from blip2_actor.matching import MatchingEngine
+        from blip2_actor.engine.matching_engine import MatchingEngine
 
         return MatchingEngine(self)

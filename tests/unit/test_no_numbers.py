@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
-from blip2_actor.jobs import EncodedImage
+from blip2_actor.engine.request_state import EncodedImage
 from pipeline.caption_stage import CaptionStage
 from pipeline.decode_stage import PIXELS
 from pipeline.outputs import Outputs

@@ -13,7 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.encoders import Encoders
+from blip2_actor.engine.encoders import Encoders
 from tests.parity.tiny import images
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
 
+from blip2_actor.engine.memory import Sizes, container_bytes, free_bytes, image_bytes, plan_memory, slot_bytes
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.sizing import Sizes, container_bytes, free_bytes, image_bytes, plan_memory, slot_bytes
 
 GIB = 1 << 30
 WANTED = Sizes(max_slots=512, encode_batch=64)

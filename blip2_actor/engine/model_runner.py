@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.batches import Batches
 from blip2_actor.device import ids_to_device, to_device
-from blip2_actor.encoders import Encoders
-from blip2_actor.graphs import DecodeReplay, Recorder
-from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.engine.cuda_graphs import DecodeReplay, Recorder
+from blip2_actor.engine.encoders import Encoders
+from blip2_actor.engine.memory import free_bytes, position_bytes
+from blip2_actor.engine.out_of_memory import Batches
+from blip2_actor.engine.request_state import EncodedImage, Job
+from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import LanguageModel, Slots
 from blip2_actor.models.scoring import text_logprobs
-from blip2_actor.sizing import free_bytes, position_bytes
-from blip2_actor.upload import Upload, stack_pixels
 
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2_actor.batches import Shortage, attempt
 from blip2_actor.device import to_device
+from blip2_actor.engine.encode_worker import EncodeLane
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.request_state import EncodedImage, Job
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.generation.step import advance
-from blip2_actor.jobs import EncodedImage, Job
-from blip2_actor.lane import EncodeLane
 from blip2_actor.request import Result
-from blip2_actor.runner import ModelRunner
 from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)

@@ -21,23 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor import canary
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.tokenizer import Prompts
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
-from blip2_actor.graphs import recorder_for
-from blip2_actor.intake import Intake, Refusal
-from blip2_actor.jobs import NO_NUMBERS, EncodedImage, Job, Task
-from blip2_actor.lane import EncodeLane
+from blip2_actor.engine import self_test as canary
+from blip2_actor.engine.cuda_graphs import recorder_for
+from blip2_actor.engine.encode_worker import EncodeLane
+from blip2_actor.engine.input_processor import Intake, Refusal
+from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.request_state import NO_NUMBERS, EncodedImage, Job, Task
+from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
-from blip2_actor.runner import ModelRunner
-from blip2_actor.scheduler import Scheduler
-from blip2_actor.sizing import MOST_ENCODE_BATCH, size_engine
 from blip2_actor.status import Status
 
 T = TypeVar("T")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status, scheduler
-from blip2_actor.canary import check
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
+from blip2_actor.engine import scheduler
+from blip2_actor.engine.self_test import check
 from tests.parity.tiny import images
 
 LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)

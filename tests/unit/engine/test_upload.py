@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from blip2_actor.jobs import EncodedImage
-from blip2_actor.upload import Upload
+from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.upload import Upload
 
 
 def make_images(*values: int) -> list[EncodedImage]:

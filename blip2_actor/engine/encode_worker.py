@@ -14,9 +14,9 @@ from queue import SimpleQueue
 
 import torch
 
-from blip2_actor.batches import Shortage, attempt
-from blip2_actor.jobs import EncodedImage
-from blip2_actor.runner import ModelRunner
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.request_state import EncodedImage
 
 Outcome = Shortage | BaseException | None
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from blip2_actor.checkpoints.tokenizer import Prompts, require_room, require_something
+from blip2_actor.engine.memory import longest_slot, longest_text
+from blip2_actor.engine.request_state import EncodedImage, Job, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
-from blip2_actor.jobs import EncodedImage, Job, Searches
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.preprocessing.images import decode_image, resize_image
 from blip2_actor.request import ImageLike, Request
-from blip2_actor.sizing import longest_slot, longest_text
 from blip2_actor.status import Status
 
 

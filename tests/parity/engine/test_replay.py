@@ -17,12 +17,12 @@ from torch import Tensor
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.graphs import CudaGraphs, round_rows
-from blip2_actor.jobs import EncodedImage, Job
+from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.request_state import EncodedImage, Job
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache
-from blip2_actor.runner import ModelRunner
-from tests.parity.tape import Tape
+from tests.parity.engine.tape import Tape
 from tests.parity.tiny import images
 
 NUM_SLOTS = 11
@@ -141,7 +141,7 @@ def test_the_recording_that_is_in_use_is_not_the_one_that_goes(
     model: Blip2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first shape recorded is often the busiest: recording it again and again costs ten steps each."""
-    monkeypatch.setattr("blip2_actor.graphs.MOST_RECORDINGS", 2)
+    monkeypatch.setattr("blip2_actor.engine.cuda_graphs.MOST_RECORDINGS", 2)
     pair = Pair(model)
     pair.prefill(make_jobs([1] * 7), list(range(7)))
     for rows in (1, 1, 2, 2, 1, 4, 4, 1):
@@ -172,7 +172,7 @@ def make_engine(folder: Path) -> Engine:
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
     """Engines replay as they do on a GPU."""
     tape = Tape()
-    monkeypatch.setattr("blip2_actor.engine.recorder_for", lambda *_: tape)
+    monkeypatch.setattr("blip2_actor.engine.engine.recorder_for", lambda *_: tape)
     yield tape
 
 

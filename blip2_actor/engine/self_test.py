@@ -20,10 +20,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from blip2_actor.batches import Shortage, attempt
 from blip2_actor.checkpoints.download import write_whole
-from blip2_actor.jobs import EncodedImage, Job
-from blip2_actor.runner import ModelRunner
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.request_state import EncodedImage, Job
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blip2_actor.batches import Shortage, attempt
 from blip2_actor.config import EngineConfig
+from blip2_actor.engine.out_of_memory import Shortage, attempt
 from blip2_actor.models.language_model import LanguageModel, Slots
 
 logger = logging.getLogger(__name__)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from blip2_actor.batches import Batches, FoundT, ItemT
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
 from blip2_actor.checkpoints.tokenizer import require_known, require_something
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import ids_to_device, prepare_device, resolve_device, resolve_dtype, to_device
-from blip2_actor.intake import Refusal, to_pixels
-from blip2_actor.jobs import NO_NUMBERS
+from blip2_actor.engine.input_processor import Refusal, to_pixels
+from blip2_actor.engine.memory import full_encode_batch
+from blip2_actor.engine.out_of_memory import Batches, FoundT, ItemT
+from blip2_actor.engine.request_state import NO_NUMBERS
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
-from blip2_actor.sizing import full_encode_batch
 from blip2_actor.status import Status
 
 

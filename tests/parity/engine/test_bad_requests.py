@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
-from blip2_actor.jobs import EncodedImage
+from blip2_actor.engine.request_state import EncodedImage
 from tests.parity.tiny import images
 
 GOOD = images(1)[0].numpy()
@@ -111,7 +111,7 @@ def test_a_text_that_would_leave_few_slots_is_refused(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One prompt of a T5, which has no last position, would take everybody's slots for good."""
-    monkeypatch.setattr("blip2_actor.sizing.free_bytes", lambda _: 8 << 20)
+    monkeypatch.setattr("blip2_actor.engine.memory.free_bytes", lambda _: 8 << 20)
     config = EngineConfig(
         model=str(checkpoint_folder("t5")),
         dtype="float32",
@@ -151,7 +151,7 @@ def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_ne
     )
     with config.build() as engine:
         position = engine._runner._position_bytes
-        monkeypatch.setattr("blip2_actor.runner.free_bytes", lambda _: position * 8 * 100)
+        monkeypatch.setattr("blip2_actor.engine.model_runner.free_bytes", lambda _: position * 8 * 100)
         short, long, endless = (
             Request(image=GOOD, options=GenerationOptions(max_new_tokens=n, min_new_tokens=n))
             for n in (10, 120, 1000)

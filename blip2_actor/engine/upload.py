@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.jobs import EncodedImage
+from blip2_actor.engine.request_state import EncodedImage
 
 
 def stack_pixels(images: Sequence[EncodedImage]) -> Tensor:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig
-from blip2_actor.canary import CanaryFailure, CanaryRecord, check, compare_with_last
-from blip2_actor.runner import ModelRunner
-from tests.parity.tape import Tape
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.self_test import CanaryFailure, CanaryRecord, check, compare_with_last
+from tests.parity.engine.tape import Tape
 
 
 @pytest.fixture(scope="module")

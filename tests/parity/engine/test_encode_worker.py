@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.jobs import EncodedImage
+from blip2_actor.engine.request_state import EncodedImage
 from blip2_actor.request import Features
 from tests.parity.tiny import images
 
