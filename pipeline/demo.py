@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.commands import speaks
+from pipeline.cli.commands import speaks
 from pipeline.demo_dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.job import prepare, run_job
 from pipeline.ledger import STATE

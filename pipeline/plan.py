@@ -12,7 +12,7 @@ from typing import Any
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
-from pipeline.commands import speaks
+from pipeline.cli.commands import speaks
 from pipeline.extent import Extent, measure_extent
 from pipeline.listing import list_shards
 from pipeline.prediction import Prediction, predict

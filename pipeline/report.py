@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commands import speaks
+from pipeline.cli.commands import speaks
 from pipeline.commit import output_name
 from pipeline.extent import spread
 from pipeline.folder import Folder

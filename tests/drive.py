@@ -13,7 +13,7 @@ from pipeline.cluster import settle_environment
 
 def drive(arguments: str) -> int:
     settle_environment()
-    from pipeline.commands import caption
+    from pipeline.cli.commands import caption
     from pipeline.settings import CaptionSettings, from_plain
     from tests.fake_engine import FakeEngineConfig
 

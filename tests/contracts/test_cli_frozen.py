@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import COMMANDS, main, make_parser
+from pipeline.cli.main import COMMANDS, main, make_parser
 from pipeline.flags import build
 
 FROZEN = Path(__file__).with_name("cli.txt")
@@ -46,7 +46,7 @@ def test_help_needs_neither_torch_nor_ray():
     """Help that takes ten seconds is not read."""
     code = (
         "import sys\n"
-        "from pipeline.cli import main\n"
+        "from pipeline.cli.main import main\n"
         "try: main(['caption', '--help'])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules), 'too much imported'"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor.preprocessing.images import ImageLimits
-from pipeline.commands import caption
+from pipeline.cli.commands import caption
 from pipeline.commit import Committer
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder

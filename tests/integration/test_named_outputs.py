@@ -10,7 +10,7 @@ import ray
 
 import pipeline
 from blip2_actor.preprocessing.images import decode_image
-from pipeline.commands import caption, embed, score
+from pipeline.cli.commands import caption, embed, score
 from pipeline.fingerprint import FingerprintMismatch
 from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.outputs import Outputs

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from blip2_actor.demo.scenes import SceneSampler, draw
-from pipeline.cli import main, make_parser
+from pipeline.cli.main import main, make_parser
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 STORED = Path(__file__).parents[1] / "fixtures" / "stored_run"
 FLAGS = (

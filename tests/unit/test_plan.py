@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import extent, sample, trial
 from pipeline.caption_stage import CaptionStage, EngineFault
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.extent import measure_extent
 from pipeline.folder import Folder
 from pipeline.ledger import look

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor.preprocessing.decode_pool import DecodePool
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.commit import commit_shard
 from pipeline.fingerprint import Fingerprint
 from pipeline.folder import Folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.commit import commit_shard
 from pipeline.fingerprint import Fingerprint
 from pipeline.folder import Folder

@@ -7,7 +7,7 @@ import sys
 import pytest
 import ray
 
-from pipeline.commands import caption, retry, status
+from pipeline.cli.commands import caption, retry, status
 from pipeline.outputs import Outputs
 from pipeline.settings import CaptionSettings, RetrySettings, StatusSettings
 from tests.fake_engine import FakeEngineConfig

@@ -49,15 +49,15 @@ class Command:
 
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo:demo"),
-    "caption": Command(CaptionSettings, "pipeline.commands:caption"),
-    "embed": Command(EmbedSettings, "pipeline.commands:embed"),
-    "score": Command(ScoreSettings, "pipeline.commands:score"),
+    "caption": Command(CaptionSettings, "pipeline.cli.commands:caption"),
+    "embed": Command(EmbedSettings, "pipeline.cli.commands:embed"),
+    "score": Command(ScoreSettings, "pipeline.cli.commands:score"),
     "plan": Command(PlanSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
     "plan embed": Command(PlanEmbedSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
     "plan score": Command(PlanScoreSettings, "pipeline.plan:plan", without=frozenset({"fork"})),
     "report": Command(ReportSettings, "pipeline.report:report"),
-    "status": Command(StatusSettings, "pipeline.commands:status"),
-    "retry": Command(RetrySettings, "pipeline.commands:retry"),
+    "status": Command(StatusSettings, "pipeline.cli.commands:status"),
+    "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }
 SERVE = "serve"
 
