@@ -11,7 +11,7 @@ import psutil
 from blip2_actor.request import EngineBuilder
 from pipeline.cluster import settle_environment
 from pipeline.progress import Console, Snapshot
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 
 START, END = 0.15, 0.9
 """The steady state: between these parts of the rows; before is start-up, after it the tail."""

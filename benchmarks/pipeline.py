@@ -37,7 +37,7 @@ from benchmarks.measure import report
 from benchmarks.models import checkpoint
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.preprocessing.images import decode_image
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig
 
 TOKENS = 20

@@ -23,8 +23,8 @@ from pipeline.decode_stage import PIXELS
 from pipeline.guard import REGENERATED, marks, sterner
 from pipeline.made import Made, Pending, Row, columns_of
 from pipeline.measures import Measures
-from pipeline.outputs import Outputs
 from pipeline.schema import result_fields
+from pipeline.settings.outputs import Outputs
 from pipeline.shared_results import SharedResults
 from pipeline.worker_exit import end_without_ceremony
 

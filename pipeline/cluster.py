@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
-from pipeline.placement import ClusterSize, Placement, reserve
+from pipeline.settings.placement import ClusterSize, Placement, reserve
 
 
 def settle_environment() -> None:

@@ -13,9 +13,9 @@ from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster
 from pipeline.decode_stage import PIXELS, DecodeStage
-from pipeline.outputs import EmbedKind, Outputs, ScoreKind
-from pipeline.placement import Placement, Reservations, reserve, settle_engine
 from pipeline.schema import refuse_taken_names, result_fields
+from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
+from pipeline.settings.placement import Placement, Reservations, reserve, settle_engine
 
 GPU_CALL_ROWS = 256
 """Eight such calls keep an engine's slots full, and one is a fragment."""

@@ -17,7 +17,7 @@ from pipeline.demo_dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.job import prepare, run_job
 from pipeline.ledger import STATE
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings, DemoSettings
+from pipeline.settings.settings import CaptionSettings, DemoSettings
 
 LEAST_ACCURACY = 0.95
 NUM_SHOWN = 6

@@ -31,7 +31,7 @@ from pipeline.patience import patiently
 from pipeline.reading import PROMPT, TEXT
 from pipeline.rowset import RowSet, runs
 from pipeline.schema import output_schema
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0

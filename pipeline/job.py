@@ -13,7 +13,6 @@ from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from pipeline.cluster import connected, info_where_it_runs
 from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
-from pipeline.fingerprint import FingerprintMismatch
 from pipeline.folder import Folder
 from pipeline.lease import Lease
 from pipeline.ledger import Run, State, begin_run, drop_markers, load_end, load_run, look, unfinished
@@ -23,7 +22,8 @@ from pipeline.progress import Console
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.retry import report_of, to_retry
 from pipeline.schema import output_schema
-from pipeline.settings import CaptionSettings, RetrySettings, from_plain
+from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.settings import CaptionSettings, RetrySettings, from_plain
 from pipeline.shards import Shard
 from pipeline.source import check_options
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.fingerprint import Fingerprint
 from pipeline.folder import ASIDE, PROBE, Folder
 from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
 from pipeline.patience import patiently
 from pipeline.reading import ShardReport, ShardWork
 from pipeline.rowset import RowSet
+from pipeline.settings.fingerprint import Fingerprint
 from pipeline.shards import Shard, with_secrets, without_secrets
 
 STATE = "_blip2"

@@ -14,7 +14,7 @@ import pyarrow as pa
 from blip2_actor import Features, Result, Status
 from blip2_actor.request import EngineLike, ImageLike
 from pipeline.made import Made, Row
-from pipeline.outputs import CAPTION, Outputs
+from pipeline.settings.outputs import CAPTION, Outputs
 
 if typing.TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from pipeline.listing import list_shards
 from pipeline.prediction import Prediction, predict
 from pipeline.progress import Console, duration
 from pipeline.sample import Sample, take_sample
-from pipeline.settings import AnyPlanSettings, CaptionSettings
+from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
 from pipeline.source import check_options
 from pipeline.trial import Trial, try_stages
 from pipeline.verdict import REMEDIES

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.placement import Placement
 from pipeline.sample import Cost
+from pipeline.settings.placement import Placement
 from pipeline.stream import LEAST_OPEN_SHARDS
 
 

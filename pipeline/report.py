@@ -21,7 +21,7 @@ from pipeline.progress import Console, duration
 from pipeline.reading import ReadOptions
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.report_page import page
-from pipeline.settings import CaptionSettings, ReportSettings, from_plain
+from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
 from pipeline.tally import COUNTED, Tally
 from pipeline.thumbnails import Place, thumbnails
 

@@ -12,9 +12,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.status import Status
-from pipeline.outputs import Outputs
 from pipeline.schema import ROW_CONTRACT
-from pipeline.settings import from_plain
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import from_plain
 
 if TYPE_CHECKING:
     from pipeline.report import Report

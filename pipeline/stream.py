@@ -19,9 +19,9 @@ from pipeline.dataset import caption_pool, decode
 from pipeline.folder import Folder
 from pipeline.fragment_stage import FragmentStage, receipts_of
 from pipeline.ledger import StoreEnd
-from pipeline.placement import ClusterSize, reserve, settle_engine
 from pipeline.reading import ShardWork
-from pipeline.settings import CaptionSettings
+from pipeline.settings.placement import ClusterSize, reserve, settle_engine
+from pipeline.settings.settings import CaptionSettings
 from pipeline.source import ShardSource
 
 CALL_ROWS = 256

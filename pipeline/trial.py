@@ -26,7 +26,7 @@ from pipeline.fragments import write_fragment
 from pipeline.ledger import STATE, SUFFIX, TRIALS
 from pipeline.reading import ShardReport
 from pipeline.sample import Cost, Sample
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 
 LEAST_S = 1.0
 """A shorter pass says little; it is repeated with more rows."""

@@ -14,7 +14,7 @@ from pipeline.cluster import settle_environment
 def drive(arguments: str) -> int:
     settle_environment()
     from pipeline.cli.commands import caption
-    from pipeline.settings import CaptionSettings, from_plain
+    from pipeline.settings.settings import CaptionSettings, from_plain
     from tests.fake_engine import FakeEngineConfig
 
     values = json.loads(arguments)

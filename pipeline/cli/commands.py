@@ -12,7 +12,13 @@ from pipeline.caption_stage import EngineFault
 from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.lease import OutputInUse
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings, StatusSettings
+from pipeline.settings.settings import (
+    CaptionSettings,
+    EmbedSettings,
+    RetrySettings,
+    ScoreSettings,
+    StatusSettings,
+)
 from pipeline.standing import standing
 from pipeline.stopped import Rotten, Stopped
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from pipeline.cluster import settle_environment
 from pipeline.flags import Parser, add_flags, build
-from pipeline.settings import (
+from pipeline.settings.settings import (
     CaptionSettings,
     DemoSettings,
     EmbedSettings,

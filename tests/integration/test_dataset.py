@@ -14,7 +14,7 @@ from PIL import Image
 import pipeline
 from blip2_actor import GenerationOptions
 from blip2_actor.preprocessing.images import decode_image
-from pipeline.placement import Placement
+from pipeline.settings.placement import Placement
 from tests.fake_engine import FakeEngineConfig, fake_caption
 
 SIZE_PX = 32

@@ -16,7 +16,7 @@ from pipeline.job import prepare, run_job
 from pipeline.progress import Console
 from pipeline.reading import ReadOptions
 from pipeline.schema import output_schema
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import png, right_caption
 

@@ -11,13 +11,13 @@ import ray
 import pipeline
 from blip2_actor.preprocessing.images import decode_image
 from pipeline.cli.commands import caption, embed, score
-from pipeline.fingerprint import FingerprintMismatch
 from pipeline.job import prepare, prepare_retry, run_job
-from pipeline.outputs import Outputs
 from pipeline.progress import Console
 from pipeline.reading import ReadOptions
 from pipeline.schema import output_schema
-from pipeline.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
+from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
 from tests.fake_engine import FakeEngineConfig, captions_made, fake_caption, fake_features, fake_score
 from tests.integration.inputs import BROKEN, SIZE_PX, png, write_tar
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.job import prepare, run_job
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import read_output, right_caption, write_tars
 

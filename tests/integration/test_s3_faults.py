@@ -13,7 +13,7 @@ from pipeline.folder import Folder
 from pipeline.job import prepare, run_job
 from pipeline.ledger import look
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 from pipeline.storage import open_filesystem
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.faulty_s3 import FaultyStore, faulty_store

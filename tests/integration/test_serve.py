@@ -30,7 +30,7 @@ from deploy.app import compose
 from deploy.settings import Settings
 from pipeline.job import prepare, run_job
 from pipeline.progress import Console
-from pipeline.settings import CaptionSettings
+from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.parity.tiny import save_checkpoint
 

@@ -9,8 +9,8 @@ import pytest
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
 from pipeline.caption_stage import CaptionStage
 from pipeline.decode_stage import PIXELS
-from pipeline.outputs import Outputs
-from pipeline.settings import CaptionSettings, ScoreSettings
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import CaptionSettings, ScoreSettings
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.parity.tiny import IMAGE_SIZE_PX, images
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint

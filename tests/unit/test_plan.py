@@ -21,13 +21,13 @@ from pipeline.extent import measure_extent
 from pipeline.folder import Folder
 from pipeline.ledger import look
 from pipeline.listing import list_shards
-from pipeline.outputs import Outputs
-from pipeline.placement import Placement
 from pipeline.plan import lines, make_plan, num_bytes, plan
 from pipeline.prediction import predict
 from pipeline.reading import ReadOptions
 from pipeline.sample import Cost, take_sample
-from pipeline.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.placement import Placement
+from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
 from pipeline.shards import Shard
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars

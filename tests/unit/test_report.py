@@ -14,17 +14,17 @@ import pytest
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from pipeline.cli.main import main
 from pipeline.commit import commit_shard
-from pipeline.fingerprint import Fingerprint
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Run, begin_run
 from pipeline.listing import list_shards
-from pipeline.outputs import Outputs
 from pipeline.reading import ShardReport
 from pipeline.report import lines, make_report
 from pipeline.report_page import page
 from pipeline.schema import output_schema
-from pipeline.settings import CaptionSettings
+from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import CaptionSettings
 from pipeline.tally import Frequent, Tally
 from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
 

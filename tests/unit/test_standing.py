@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.commit import commit_shard
-from pipeline.fingerprint import Fingerprint
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.lease import Lease
@@ -18,6 +17,7 @@ from pipeline.ledger import Run, begin_run
 from pipeline.progress import Snapshot
 from pipeline.reading import ShardReport
 from pipeline.schema import ROW_CONTRACT
+from pipeline.settings.fingerprint import Fingerprint
 from pipeline.shards import Shard
 from pipeline.standing import standing
 

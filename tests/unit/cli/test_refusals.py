@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from pipeline.cli.commands import caption, retry, status
-from pipeline.outputs import Outputs
-from pipeline.settings import CaptionSettings, RetrySettings, StatusSettings
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import CaptionSettings, RetrySettings, StatusSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import png, write_tar
 

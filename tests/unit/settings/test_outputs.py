@@ -15,8 +15,8 @@ from blip2_actor.demo.scenes import SceneSampler, draw
 from pipeline.caption_stage import CaptionStage
 from pipeline.decode_stage import PIXELS
 from pipeline.made import fixed_lists
-from pipeline.outputs import Outputs
-from pipeline.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_plain
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_plain
 from pipeline.shared_results import SharedResults
 from tests.fake_engine import FakeEngineConfig, fake_caption, fake_features, fake_score
 
