@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from blip2_actor.status import Status
 from pipeline.folder import Folder
 from pipeline.fragments import delete_fragments, list_fragments, read_fragments
+from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import SUFFIX, end_name
 from pipeline.patience import patiently
-from pipeline.reading import ShardReport
 from pipeline.schema import ROW_CONTRACT
 
 FINGERPRINT_KEY = b"blip2.fingerprint"

@@ -16,11 +16,11 @@ import ray
 
 from pipeline.board import Board
 from pipeline.commit import Committer
+from pipeline.inputs.reader import ShardReport
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Progress, load_end, shards_with_an_end
 from pipeline.patience import PATIENCE_S, patiently
 from pipeline.progress import Console, Rate, Snapshot
-from pipeline.reading import ShardReport
 from pipeline.settings.placement import ClusterSize
 from pipeline.stopped import Rotten, Stopped
 from pipeline.stream import ReceiptStream, receipts_dataset

@@ -16,8 +16,8 @@ from datetime import datetime
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.inputs.shards import without_secrets
 from pipeline.patient_input import open_input
-from pipeline.shards import without_secrets
 from pipeline.storage import open_filesystem
 
 ASIDE = "_blip2/tmp"

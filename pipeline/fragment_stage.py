@@ -26,9 +26,9 @@ from pipeline.board import Attempt, Receipt
 from pipeline.caption_stage import CaptionStage, EngineFault, Settled
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.made import Made
 from pipeline.patience import patiently
-from pipeline.reading import PROMPT, TEXT
 from pipeline.rowset import RowSet, runs
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings

@@ -13,13 +13,13 @@ from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
 from pipeline.cli.commands import speaks
-from pipeline.extent import Extent, measure_extent
-from pipeline.listing import list_shards
+from pipeline.inputs.datasource import check_options
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.size_estimate import Extent, measure_extent
 from pipeline.prediction import Prediction, predict
 from pipeline.progress import Console, duration
 from pipeline.sample import Sample, take_sample
 from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
-from pipeline.source import check_options
 from pipeline.trial import Trial, try_stages
 from pipeline.verdict import REMEDIES
 

@@ -11,8 +11,8 @@ from blip2_actor.status import Status
 from pipeline.commit import Summary, read_rows, read_summary
 from pipeline.folder import Folder
 from pipeline.fragments import rows_in
+from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import Progress, Run, State
-from pipeline.reading import ShardReport
 from pipeline.rowset import RowSet, runs
 
 

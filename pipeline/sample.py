@@ -10,11 +10,11 @@ from time import perf_counter, process_time
 
 import pyarrow as pa
 
-from pipeline.extent import spread
 from pipeline.formats import read_shard
 from pipeline.formats.tar import BUFFER_BYTES
-from pipeline.reading import ReadOptions, ShardReport, ShardWork
-from pipeline.shards import InputError, Shard
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.size_estimate import spread
 
 MOST_SHARDS = 16
 

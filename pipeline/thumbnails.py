@@ -15,8 +15,8 @@ from PIL import Image
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.formats import read_shard
-from pipeline.reading import ReadOptions, ShardWork
-from pipeline.shards import InputError, Shard
+from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.shards import InputError, Shard
 
 SIZE_PX = 192
 """The longer side."""

@@ -23,8 +23,8 @@ from pipeline.decode_stage import DecodeStage
 from pipeline.folder import ASIDE, Folder
 from pipeline.fragment_stage import caption_stage, contract
 from pipeline.fragments import write_fragment
+from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import STATE, SUFFIX, TRIALS
-from pipeline.reading import ShardReport
 from pipeline.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
 

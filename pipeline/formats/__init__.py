@@ -12,8 +12,8 @@ import pyarrow as pa
 from pipeline.formats import folder, parquet, webdataset
 from pipeline.formats.columns import Columns, option_of
 from pipeline.formats.rows import member_type
-from pipeline.reading import ReadOptions, ShardWork, Tables
-from pipeline.shards import Format, InputError, Shard
+from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
+from pipeline.inputs.shards import Format, InputError, Shard
 
 NOT_OF_FOLDERS = {
     "image_column": "--image-column",

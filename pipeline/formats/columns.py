@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.reading import PROMPT, ReadOptions
-from pipeline.shards import InputError
+from pipeline.inputs.reader import PROMPT, ReadOptions
+from pipeline.inputs.shards import InputError
 
 USUAL_IMAGE_COLUMNS = (
     "image",

@@ -10,9 +10,9 @@ import pyarrow.fs as pafs
 
 from blip2_actor import Status
 from pipeline.formats.rows import TableBuilder
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import InputError
 from pipeline.patient_input import open_input
-from pipeline.reading import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.shards import InputError
 from pipeline.storage import join, open_filesystem
 
 FILES_AT_ONCE = 16

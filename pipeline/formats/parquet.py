@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from pipeline.formats.columns import Columns
+from pipeline.inputs.reader import READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import InputError, Shard
 from pipeline.patient_input import open_input
-from pipeline.reading import READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.shards import InputError, Shard
 from pipeline.storage import join, open_filesystem
 
 BUFFER_BYTES = 4 << 20

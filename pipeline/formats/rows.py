@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from blip2_actor import Status
-from pipeline.reading import READ_COLUMNS, ReadOptions
+from pipeline.inputs.reader import READ_COLUMNS, ReadOptions
 
 TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
 """Members that are kept as strings (UTF-8, with damage in it marked); the others stay bytes."""

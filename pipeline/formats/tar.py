@@ -18,8 +18,8 @@ from typing import IO, cast
 
 import pyarrow as pa
 
+from pipeline.inputs.shards import InputError, Shard
 from pipeline.patient_input import open_input
-from pipeline.shards import InputError, Shard
 from pipeline.storage import join, open_filesystem
 
 BUFFER_BYTES = 4 << 20

@@ -20,8 +20,8 @@ from typing import IO, cast
 from blip2_actor import Status
 from pipeline.formats.rows import TableBuilder
 from pipeline.formats.tar import DAMAGE, EndsEarly, members, open_file, open_tar, untar, what_follows
-from pipeline.reading import IMAGE_EXTENSIONS, ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.shards import Shard
+from pipeline.inputs.reader import IMAGE_EXTENSIONS, ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import Shard
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _NOTE = re.compile(r"(.*/)?__[^/]*__(/.*)?", re.DOTALL)

@@ -16,12 +16,12 @@ from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Status
 from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
 from pipeline.flags import hiding, prefixed, written_as
-from pipeline.reading import ReadOptions
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import without_secrets
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
-from pipeline.shards import without_secrets
 
 T = TypeVar("T")
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns")

@@ -9,7 +9,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.reading import ShardReport
+from pipeline.inputs.reader import ShardReport
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import ray
 import pipeline
 from blip2_actor.preprocessing.images import decode_image
 from pipeline.cli.commands import caption, embed, score
+from pipeline.inputs.reader import ReadOptions
 from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.progress import Console
-from pipeline.reading import ReadOptions
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.outputs import Outputs

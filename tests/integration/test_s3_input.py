@@ -11,9 +11,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.formats import check_options, read_shard
-from pipeline.listing import list_shards
-from pipeline.reading import ReadOptions, ShardWork
-from pipeline.shards import InputError
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.shards import InputError
 from pipeline.storage import open_filesystem
 from tests.unit.reading_cases import read_rows, tar_bytes
 

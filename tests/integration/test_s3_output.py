@@ -12,13 +12,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.folder import Folder
+from pipeline.inputs.shards import Shard
 from pipeline.job import prepare, run_job
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Run, drop_markers, look
 from pipeline.progress import Console
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
-from pipeline.shards import Shard
 from pipeline.standing import standing
 from pipeline.storage import open_filesystem
 from tests.fake_engine import FakeEngineConfig, captions_made

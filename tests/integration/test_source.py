@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.listing import list_shards
-from pipeline.reading import ReadOptions, ShardWork
-from pipeline.source import ShardSource
+from pipeline.inputs.datasource import ShardSource
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions, ShardWork
 from tests.integration.inputs import as_table, png, write_tar
 from tests.integration.stored_reports import StoreReport
 

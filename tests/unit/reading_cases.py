@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.formats import read_shard
-from pipeline.reading import ReadOptions, ShardReport, ShardWork
-from pipeline.shards import Format, Shard
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.shards import Format, Shard
 
 
 def shard_at(path: Path, format: Format, **more: object) -> Shard:

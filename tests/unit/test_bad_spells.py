@@ -12,8 +12,8 @@ from pipeline import patience
 from pipeline.commit import commit_shard, read_rows
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import StoreEnd, look
-from pipeline.reading import ShardReport
 from pipeline.schema import ROW_CONTRACT
 
 METHODS = ("put", "get", "names", "delete")

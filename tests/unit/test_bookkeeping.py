@@ -6,16 +6,16 @@ import pytest
 
 from pipeline.board import Load, Receipt
 from pipeline.commit import Summary
+from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import Shard
 from pipeline.ledger import Progress
 from pipeline.patience import patiently
 from pipeline.progress import Console, Rate, Snapshot, duration
-from pipeline.reading import ShardReport
 from pipeline.reconcile import Reconciliation
 from pipeline.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain
-from pipeline.shards import Shard
 from pipeline.tracker import Tracker
 from pipeline.verdict import busy_fractions, verdict
 

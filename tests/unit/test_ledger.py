@@ -6,11 +6,11 @@ import pytest
 
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import Shard
 from pipeline.ledger import Run, StoreEnd, begin_run, load_run, look, unfinished
-from pipeline.reading import ShardReport
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
-from pipeline.shards import Shard
 from tests.unit.test_fragments import rows
 
 

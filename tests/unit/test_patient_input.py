@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import patient_input
-from pipeline.shards import Shard
+from pipeline.inputs.shards import Shard
 from tests.unit.reading_cases import read_rows, tar_bytes
 
 

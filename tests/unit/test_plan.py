@@ -14,21 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import extent, sample, trial
+from pipeline import sample, trial
 from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.cli.main import main
-from pipeline.extent import measure_extent
 from pipeline.folder import Folder
+from pipeline.inputs import size_estimate as extent
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import Shard
+from pipeline.inputs.size_estimate import measure_extent
 from pipeline.ledger import look
-from pipeline.listing import list_shards
 from pipeline.plan import lines, make_plan, num_bytes, plan
 from pipeline.prediction import predict
-from pipeline.reading import ReadOptions
 from pipeline.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.shards import Shard
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint

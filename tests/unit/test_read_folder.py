@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.formats import check_options
-from pipeline.listing import list_shards
-from pipeline.reading import ReadOptions
-from pipeline.shards import InputError, Shard
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import InputError, Shard
 from tests.unit.reading_cases import read_rows, read_tables
 
 

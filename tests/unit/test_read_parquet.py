@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.formats import check_options, parquet
-from pipeline.listing import list_shards
-from pipeline.reading import ReadOptions
-from pipeline.shards import InputError
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import InputError
 from tests.unit.reading_cases import read_rows, read_tables, shard_at
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.formats import check_options
 from pipeline.formats import webdataset as tars
-from pipeline.reading import ReadOptions
-from pipeline.shards import InputError
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import InputError
 from tests.unit.reading_cases import read_rows, read_tables, shard_at, tar_bytes
 
 

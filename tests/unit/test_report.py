@@ -16,9 +16,9 @@ from pipeline.cli.main import main
 from pipeline.commit import commit_shard
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import Run, begin_run
-from pipeline.listing import list_shards
-from pipeline.reading import ShardReport
 from pipeline.report import lines, make_report
 from pipeline.report_page import page
 from pipeline.schema import output_schema

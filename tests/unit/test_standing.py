@@ -12,13 +12,13 @@ from pipeline.cli.main import main
 from pipeline.commit import commit_shard
 from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
+from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import Shard
 from pipeline.lease import Lease
 from pipeline.ledger import Run, begin_run
 from pipeline.progress import Snapshot
-from pipeline.reading import ShardReport
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.shards import Shard
 from pipeline.standing import standing
 
 

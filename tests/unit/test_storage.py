@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.shards import InputError
+from pipeline.inputs.shards import InputError
 from pipeline.storage import join, open_filesystem
 
 

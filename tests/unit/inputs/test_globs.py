@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.patterns import expand_braces, matches
+from pipeline.inputs.globs import expand_braces, matches
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from pipeline.formats import check_options, read_shard
-from pipeline.reading import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 
 __all__ = ["ReadOptions", "ShardReport", "ShardSource", "ShardWork", "check_options", "read_shard"]
 

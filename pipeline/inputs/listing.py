@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import chain, takewhile
 
 from pipeline.formats import count_rows, parquet
-from pipeline.inputs import Sizes, find_files
-from pipeline.kinds import FORMATS, choose_files
-from pipeline.shards import Format, InputError, Shard
+from pipeline.inputs.file_kinds import FORMATS, choose_files
+from pipeline.inputs.find_files import Sizes, find_files
+from pipeline.inputs.shards import Format, InputError, Shard
 
 __all__ = ["InputError", "list_shards"]
 

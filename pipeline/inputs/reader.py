@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.shards import Shard
+from pipeline.inputs.shards import Shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
 """File names that end so, in any case, are images; their content is not looked at here."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipeline.formats import count_rows, webdataset
-from pipeline.shards import Shard
+from pipeline.inputs.shards import Shard
 
 T = TypeVar("T")
 MOST_WALKED_TARS = 16

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import get_args
 
-from pipeline.inputs import Found, Sizes
-from pipeline.reading import IMAGE_EXTENSIONS
-from pipeline.shards import Format, InputError
+from pipeline.inputs.find_files import Found, Sizes
+from pipeline.inputs.reader import IMAGE_EXTENSIONS
+from pipeline.inputs.shards import Format, InputError
 
 ENDINGS: dict[Format, tuple[str, ...]] = {
     "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),

@@ -10,8 +10,8 @@ import os
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.listing import list_shards
-from pipeline.shards import InputError, Shard
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.shards import InputError, Shard
 from pipeline.storage import open_filesystem
 from tests.unit.reading_cases import read_rows, tar_bytes
 

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.patterns import expand_braces, is_glob, matches
-from pipeline.shards import InputError, without_secrets
+from pipeline.inputs.globs import expand_braces, is_glob, matches
+from pipeline.inputs.shards import InputError, without_secrets
 from pipeline.storage import join, open_filesystem
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX")
