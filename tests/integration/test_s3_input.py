@@ -15,7 +15,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import InputError
 from pipeline.storage import open_filesystem
-from tests.unit.reading_cases import read_rows, tar_bytes
+from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import patient_input
 from pipeline.inputs.shards import Shard
-from tests.unit.reading_cases import read_rows, tar_bytes
+from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 
 class FlakyStore(MemoryFileSystem):

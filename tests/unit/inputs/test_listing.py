@@ -13,7 +13,7 @@ import pytest
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import InputError, Shard
 from pipeline.storage import open_filesystem
-from tests.unit.reading_cases import read_rows, tar_bytes
+from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 
 def touch(folder, *names: str) -> None:

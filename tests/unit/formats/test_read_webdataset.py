@@ -18,7 +18,7 @@ from pipeline.formats import check_options
 from pipeline.formats import webdataset as tars
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import InputError
-from tests.unit.reading_cases import read_rows, read_tables, shard_at, tar_bytes
+from tests.unit.formats.reading_cases import read_rows, read_tables, shard_at, tar_bytes
 
 
 def write(tmp_path, content: bytes, **more):
