@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor.status import Status
-from pipeline.folder import Folder
 from pipeline.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import SUFFIX, end_name
-from pipeline.patience import patiently
 from pipeline.schema import ROW_CONTRACT
+from pipeline.storage.folder import Folder
+from pipeline.storage.retrying import patiently
 
 FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"

@@ -18,7 +18,7 @@ import pyarrow as pa
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, resize_image
 from blip2_actor.status import Status
-from pipeline.storage import open_filesystem
+from pipeline.storage.filesystems import open_filesystem
 from pipeline.worker_exit import end_without_ceremony
 
 PIXELS = "_blip2_pixels"

@@ -19,10 +19,10 @@ from pipeline.commit import Committer
 from pipeline.inputs.reader import ShardReport
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import Progress, load_end, shards_with_an_end
-from pipeline.patience import PATIENCE_S, patiently
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.settings.placement import ClusterSize
 from pipeline.stopped import Rotten, Stopped
+from pipeline.storage.retrying import PATIENCE_S, patiently
 from pipeline.stream import ReceiptStream, receipts_dataset
 from pipeline.tracker import Tracker
 from pipeline.verdict import busy_fractions, verdict

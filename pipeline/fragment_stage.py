@@ -24,14 +24,14 @@ from blip2_actor import ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
 from pipeline.board import Attempt, Receipt
 from pipeline.caption_stage import CaptionStage, EngineFault, Settled
-from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.made import Made
-from pipeline.patience import patiently
 from pipeline.rowset import RowSet, runs
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
+from pipeline.storage.folder import Folder
+from pipeline.storage.retrying import patiently
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0

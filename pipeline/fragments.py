@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.folder import Folder
 from pipeline.rowset import RowSet, runs
+from pipeline.storage.folder import Folder
 
 FRAGMENTS = "_blip2/fragments"
 ROWS = ".rows"

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
-from pipeline.folder import Folder
+from pipeline.storage.folder import Folder
 
 LEASE = "_blip2/lease.json"
 BEAT_S = 5.0

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.folder import ASIDE, PROBE, Folder
 from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
-from pipeline.patience import patiently
 from pipeline.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint
+from pipeline.storage.folder import ASIDE, PROBE, Folder
+from pipeline.storage.retrying import patiently
 
 STATE = "_blip2"
 RUN = f"{STATE}/run.json"

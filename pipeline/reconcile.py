@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from blip2_actor.status import Status
 from pipeline.commit import Summary, read_summary
-from pipeline.folder import Folder
 from pipeline.inputs.shards import Shard
+from pipeline.storage.folder import Folder
 
 MOST_NAMED = 5
 """Shards named one by one in a report; the others are counted."""

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from pipeline.cli.commands import speaks
 from pipeline.commit import output_name
-from pipeline.folder import Folder
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
 from pipeline.ledger import RUN, Run, is_result, load_run, look
@@ -22,6 +21,7 @@ from pipeline.progress import Console, duration
 from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.report_page import page
 from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
+from pipeline.storage.folder import Folder
 from pipeline.tally import COUNTED, Tally
 from pipeline.thumbnails import Place, thumbnails
 

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 
 from blip2_actor.status import Status
 from pipeline.commit import Summary, read_rows, read_summary
-from pipeline.folder import Folder
 from pipeline.fragments import rows_in
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import Progress, Run, State
 from pipeline.rowset import RowSet, runs
+from pipeline.storage.folder import Folder
 
 
 def to_retry(folder: Folder, run: Run, state: State) -> list[Progress]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-from pipeline.folder import Folder
 from pipeline.fragments import rows_in
 from pipeline.lease import Holder, read_holder
 from pipeline.ledger import Run, load_run, look
 from pipeline.progress import Snapshot
 from pipeline.reconcile import Reconciliation, reconcile
+from pipeline.storage.folder import Folder
 
 
 def standing(uri: str) -> list[str]:

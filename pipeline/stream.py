@@ -16,13 +16,13 @@ from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from pipeline.board import Receipt, ReportLoad
 from pipeline.dataset import caption_pool, decode
-from pipeline.folder import Folder
 from pipeline.fragment_stage import FragmentStage, receipts_of
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger import StoreEnd
 from pipeline.settings.placement import ClusterSize, reserve, settle_engine
 from pipeline.settings.settings import CaptionSettings
+from pipeline.storage.folder import Folder
 
 CALL_ROWS = 256
 """Rows of pixels in one block, and so in one captioning call, where memory allows."""

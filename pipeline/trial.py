@@ -20,13 +20,13 @@ from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
 from pipeline.commit import commit_shard, output_name
 from pipeline.decode_stage import DecodeStage
-from pipeline.folder import ASIDE, Folder
 from pipeline.fragment_stage import caption_stage, contract
 from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import STATE, SUFFIX, TRIALS
 from pipeline.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
+from pipeline.storage.folder import ASIDE, Folder
 
 LEAST_S = 1.0
 """A shorter pass says little; it is repeated with more rows."""

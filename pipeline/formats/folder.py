@@ -12,8 +12,8 @@ from blip2_actor import Status
 from pipeline.formats.rows import TableBuilder
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import InputError
-from pipeline.patient_input import open_input
-from pipeline.storage import join, open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.retrying_file import open_input
 
 FILES_AT_ONCE = 16
 """Files asked for at the same time: an object store answers each after tens of milliseconds."""

@@ -19,8 +19,8 @@ from blip2_actor import Status
 from pipeline.formats.columns import Columns
 from pipeline.inputs.reader import READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import InputError, Shard
-from pipeline.patient_input import open_input
-from pipeline.storage import join, open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.retrying_file import open_input
 
 BUFFER_BYTES = 4 << 20
 """A column is read in such pieces, never a row group at once: one may be larger than memory."""

@@ -19,8 +19,8 @@ from typing import IO, cast
 import pyarrow as pa
 
 from pipeline.inputs.shards import InputError, Shard
-from pipeline.patient_input import open_input
-from pipeline.storage import join, open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.retrying_file import open_input
 
 BUFFER_BYTES = 4 << 20
 """Read-ahead: one request to an object store, which answers after tens of milliseconds, brings so much."""

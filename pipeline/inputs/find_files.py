@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from pipeline.inputs.globs import expand_braces, is_glob, matches
 from pipeline.inputs.shards import InputError, without_secrets
-from pipeline.storage import join, open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX")
 """Never part of an input, like everything whose name begins with a dot."""

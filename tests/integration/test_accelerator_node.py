@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.folder import Folder
 from pipeline.ledger import load_run
+from pipeline.storage.folder import Folder
 from tests.chaos.cluster import cluster, start_driver
 from tests.integration.inputs import check_output, write_tars
 

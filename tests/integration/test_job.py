@@ -14,7 +14,6 @@ import pytest
 from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.cli.commands import caption
 from pipeline.commit import Committer
-from pipeline.folder import Folder
 from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.lease import Lease, OutputInUse
 from pipeline.ledger import begin_run, look
@@ -22,6 +21,7 @@ from pipeline.progress import Console
 from pipeline.reconcile import Reconciliation
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings
+from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import (
     BROKEN,

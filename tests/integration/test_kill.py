@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.folder import Folder
 from pipeline.fragments import read_fragment
 from pipeline.ledger import look
 from pipeline.standing import standing
+from pipeline.storage.folder import Folder
 from tests.fake_engine import captions_made
 from tests.integration.inputs import check_output, write_tars
 

@@ -9,12 +9,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.folder import Folder
 from pipeline.job import prepare, run_job
 from pipeline.ledger import look
 from pipeline.progress import Console
 from pipeline.settings.settings import CaptionSettings
-from pipeline.storage import open_filesystem
+from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.faulty_s3 import FaultyStore, faulty_store
 from tests.integration.inputs import right_caption, write_tars

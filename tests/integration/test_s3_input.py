@@ -14,7 +14,7 @@ from pipeline.formats import check_options, read_shard
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import InputError
-from pipeline.storage import open_filesystem
+from pipeline.storage.filesystems import open_filesystem
 from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 

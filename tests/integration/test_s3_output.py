@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.folder import Folder
 from pipeline.inputs.shards import Shard
 from pipeline.job import prepare, run_job
 from pipeline.lease import Lease, OutputInUse
@@ -20,7 +19,8 @@ from pipeline.progress import Console
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.standing import standing
-from pipeline.storage import open_filesystem
+from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import right_caption, write_tars
 

@@ -9,13 +9,13 @@ from pipeline.commit import Summary
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger import Progress
-from pipeline.patience import patiently
 from pipeline.progress import Console, Rate, Snapshot, duration
 from pipeline.reconcile import Reconciliation
 from pipeline.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain
+from pipeline.storage.retrying import patiently
 from pipeline.tracker import Tracker
 from pipeline.verdict import busy_fractions, verdict
 

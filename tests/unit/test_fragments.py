@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
-from pipeline.folder import Folder
 from pipeline.fragments import list_fragments, parse_fragment, rows_in, write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import StoreEnd, load_end, look
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
+from pipeline.storage.folder import Folder
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from PIL import Image
 from pipeline import sample, trial
 from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.cli.main import main
-from pipeline.folder import Folder
 from pipeline.inputs import size_estimate as extent
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
@@ -30,6 +29,7 @@ from pipeline.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint

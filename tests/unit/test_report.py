@@ -14,7 +14,6 @@ import pytest
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from pipeline.cli.main import main
 from pipeline.commit import commit_shard
-from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ShardReport
@@ -25,6 +24,7 @@ from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings
+from pipeline.storage.folder import Folder
 from pipeline.tally import Frequent, Tally
 from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
 

@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.commit import commit_shard
-from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
@@ -20,6 +19,7 @@ from pipeline.progress import Snapshot
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.standing import standing
+from pipeline.storage.folder import Folder
 
 
 def write_rows(folder: Folder, shard: str, num_rows: int, failed: int = 0) -> None:

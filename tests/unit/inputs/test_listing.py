@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import InputError, Shard
-from pipeline.storage import open_filesystem
+from pipeline.storage.filesystems import open_filesystem
 from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import patient_input
 from pipeline.inputs.shards import Shard
+from pipeline.storage import retrying_file as patient_input
 from tests.unit.formats.reading_cases import read_rows, tar_bytes
 
 

@@ -6,7 +6,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline.inputs.shards import InputError
-from pipeline.storage import join, open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
 
 
 def test_local_paths_in_every_spelling(tmp_path, monkeypatch):

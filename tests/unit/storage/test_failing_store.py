@@ -8,13 +8,13 @@ from itertools import count
 
 import pytest
 
-from pipeline import patience
 from pipeline.commit import commit_shard, read_rows
-from pipeline.folder import Folder
 from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger import StoreEnd, look
 from pipeline.schema import ROW_CONTRACT
+from pipeline.storage import retrying as patience
+from pipeline.storage.folder import Folder
 
 METHODS = ("put", "get", "names", "delete")
 REPORT = ShardReport(shard="a.tar", num_rows=20, complete=True)
