@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.rowset import Range, RowSet
+from pipeline.ledger.rowset import Range, RowSet
 
 SOLO_DEATHS = 2
 """Deaths while a row ran alone in its process until it is condemned: one may be chance, a node taken away."""

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pipeline.board import Board
-from pipeline.commit import Committer
 from pipeline.inputs.reader import ShardReport
-from pipeline.lease import Lease, OutputInUse
-from pipeline.ledger import Progress, load_end, shards_with_an_end
+from pipeline.ledger.commit import Committer
+from pipeline.ledger.lease import Lease, OutputInUse
+from pipeline.ledger.ledger import Progress, load_end, shards_with_an_end
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.settings.placement import ClusterSize
 from pipeline.stopped import Rotten, Stopped

@@ -24,10 +24,10 @@ from blip2_actor import ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
 from pipeline.board import Attempt, Receipt
 from pipeline.caption_stage import CaptionStage, EngineFault, Settled
-from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import PROMPT, TEXT
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.rowset import RowSet, runs
 from pipeline.made import Made
-from pipeline.rowset import RowSet, runs
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder

@@ -12,15 +12,15 @@ import pyarrow as pa
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from pipeline.cluster import connected, info_where_it_runs
-from pipeline.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
-from pipeline.lease import Lease
-from pipeline.ledger import Run, State, begin_run, drop_markers, load_end, load_run, look, unfinished
+from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
+from pipeline.ledger.lease import Lease
+from pipeline.ledger.ledger import Run, State, begin_run, drop_markers, load_end, load_run, look, unfinished
+from pipeline.ledger.reconcile import Reconciliation, reconcile
+from pipeline.ledger.retry import report_of, to_retry
 from pipeline.progress import Console
-from pipeline.reconcile import Reconciliation, reconcile
-from pipeline.retry import report_of, to_retry
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings, from_plain

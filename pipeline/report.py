@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cli.commands import speaks
-from pipeline.commit import output_name
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
-from pipeline.ledger import RUN, Run, is_result, load_run, look
+from pipeline.ledger.commit import output_name
+from pipeline.ledger.ledger import RUN, Run, is_result, load_run, look
+from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Console, duration
-from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.report_page import page
 from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
 from pipeline.storage.folder import Folder

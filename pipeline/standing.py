@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from pipeline.fragments import rows_in
-from pipeline.lease import Holder, read_holder
-from pipeline.ledger import Run, load_run, look
+from pipeline.ledger.fragments import rows_in
+from pipeline.ledger.lease import Holder, read_holder
+from pipeline.ledger.ledger import Run, load_run, look
+from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Snapshot
-from pipeline.reconcile import Reconciliation, reconcile
 from pipeline.storage.folder import Folder
 
 

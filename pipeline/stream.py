@@ -19,7 +19,7 @@ from pipeline.dataset import caption_pool, decode
 from pipeline.fragment_stage import FragmentStage, receipts_of
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork
-from pipeline.ledger import StoreEnd
+from pipeline.ledger.ledger import StoreEnd
 from pipeline.settings.placement import ClusterSize, reserve, settle_engine
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder

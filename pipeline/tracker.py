@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from blip2_actor.status import Status
 from pipeline.board import Receipt
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import Progress
+from pipeline.ledger.ledger import Progress
 
 ROTTEN_AFTER_ROWS = 500
 ROTTEN_FRACTION = 0.5

@@ -10,7 +10,7 @@ from typing import ParamSpec
 from blip2_actor.request import EngineBuilder
 from pipeline.caption_stage import EngineFault
 from pipeline.job import Job, prepare, prepare_retry, run_job
-from pipeline.lease import OutputInUse
+from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
 from pipeline.settings.settings import (
     CaptionSettings,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger import load_run
+from pipeline.ledger.ledger import load_run
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import cluster, start_driver
 from tests.integration.inputs import check_output, write_tars

@@ -13,12 +13,12 @@ import pytest
 
 from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.cli.commands import caption
-from pipeline.commit import Committer
 from pipeline.job import prepare, prepare_retry, run_job
-from pipeline.lease import Lease, OutputInUse
-from pipeline.ledger import begin_run, look
+from pipeline.ledger.commit import Committer
+from pipeline.ledger.lease import Lease, OutputInUse
+from pipeline.ledger.ledger import begin_run, look
+from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console
-from pipeline.reconcile import Reconciliation
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings
 from pipeline.storage.folder import Folder

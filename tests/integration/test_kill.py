@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.fragments import read_fragment
-from pipeline.ledger import look
+from pipeline.ledger.fragments import read_fragment
+from pipeline.ledger.ledger import look
 from pipeline.standing import standing
 from pipeline.storage.folder import Folder
 from tests.fake_engine import captions_made

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.job import prepare, run_job
-from pipeline.ledger import look
+from pipeline.ledger.ledger import look
 from pipeline.progress import Console
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem

@@ -4,7 +4,7 @@ import threading
 
 from pipeline.board import Board, Receipt
 from pipeline.fragment_stage import CAREFUL_ROWS, Room, careful_steps
-from pipeline.rowset import RowSet
+from pipeline.ledger.rowset import RowSet
 
 
 def test_a_call_that_ends_is_forgotten():

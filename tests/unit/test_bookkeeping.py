@@ -5,13 +5,13 @@ import io
 import pytest
 
 from pipeline.board import Load, Receipt
-from pipeline.commit import Summary
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger import Progress
+from pipeline.ledger.commit import Summary
+from pipeline.ledger.ledger import Progress
+from pipeline.ledger.reconcile import Reconciliation
+from pipeline.ledger.rowset import RowSet
 from pipeline.progress import Console, Rate, Snapshot, duration
-from pipeline.reconcile import Reconciliation
-from pipeline.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain

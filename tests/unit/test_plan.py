@@ -22,7 +22,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import measure_extent
-from pipeline.ledger import look
+from pipeline.ledger.ledger import look
 from pipeline.plan import lines, make_plan, num_bytes, plan
 from pipeline.prediction import predict
 from pipeline.sample import Cost, take_sample

@@ -13,11 +13,11 @@ import pytest
 
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from pipeline.cli.main import main
-from pipeline.commit import commit_shard
-from pipeline.fragments import write_fragment
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import Run, begin_run
+from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.ledger import Run, begin_run
 from pipeline.report import lines, make_report
 from pipeline.report_page import page
 from pipeline.schema import output_schema

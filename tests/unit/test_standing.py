@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.commit import commit_shard
-from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.lease import Lease
-from pipeline.ledger import Run, begin_run
+from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.lease import Lease
+from pipeline.ledger.ledger import Run, begin_run
 from pipeline.progress import Snapshot
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint

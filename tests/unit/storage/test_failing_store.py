@@ -8,10 +8,10 @@ from itertools import count
 
 import pytest
 
-from pipeline.commit import commit_shard, read_rows
-from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import StoreEnd, look
+from pipeline.ledger.commit import commit_shard, read_rows
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.ledger import StoreEnd, look
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage import retrying as patience
 from pipeline.storage.folder import Folder

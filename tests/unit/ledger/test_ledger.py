@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from pipeline.fragments import write_fragment
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger import Run, StoreEnd, begin_run, load_run, look, unfinished
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.ledger import Run, StoreEnd, begin_run, load_run, look, unfinished
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder
-from tests.unit.test_fragments import rows
+from tests.unit.ledger.test_fragments import rows
 
 
 @pytest.fixture

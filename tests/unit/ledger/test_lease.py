@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from pipeline.lease import LEASE, Holder, Lease, OutputInUse, read_holder
+from pipeline.ledger.lease import LEASE, Holder, Lease, OutputInUse, read_holder
 from pipeline.storage.folder import Folder
 
 
@@ -41,7 +41,7 @@ def test_released_at_the_end(folder):
 def test_lease_of_a_killed_driver_on_this_machine_does_not_wait(folder):
     code = (
         "import os, sys, signal; sys.path.insert(0, '.')\n"
-        "from pipeline.storage.folder import Folder; from pipeline.lease import Lease\n"
+        "from pipeline.storage.folder import Folder; from pipeline.ledger.lease import Lease\n"
         f"Lease(Folder({folder.uri!r})).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor.status import Status
-from pipeline.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import SUFFIX, end_name
+from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
+from pipeline.ledger.ledger import SUFFIX, end_name
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import patiently

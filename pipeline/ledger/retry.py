@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 
 from blip2_actor.status import Status
-from pipeline.commit import Summary, read_rows, read_summary
-from pipeline.fragments import rows_in
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import Progress, Run, State
-from pipeline.rowset import RowSet, runs
+from pipeline.ledger.commit import Summary, read_rows, read_summary
+from pipeline.ledger.fragments import rows_in
+from pipeline.ledger.ledger import Progress, Run, State
+from pipeline.ledger.rowset import RowSet, runs
 from pipeline.storage.folder import Folder
 
 

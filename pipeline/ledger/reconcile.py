@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blip2_actor.status import Status
-from pipeline.commit import Summary, read_summary
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.commit import Summary, read_summary
 from pipeline.storage.folder import Folder
 
 MOST_NAMED = 5

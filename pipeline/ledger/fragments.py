@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.rowset import RowSet, runs
+from pipeline.ledger.rowset import RowSet, runs
 from pipeline.storage.folder import Folder
 
 FRAGMENTS = "_blip2/fragments"

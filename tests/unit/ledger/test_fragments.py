@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
-from pipeline.fragments import list_fragments, parse_fragment, rows_in, write_fragment
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger import StoreEnd, load_end, look
-from pipeline.rowset import RowSet
+from pipeline.ledger.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
+from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, write_fragment
+from pipeline.ledger.ledger import StoreEnd, load_end, look
+from pipeline.ledger.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
 
@@ -166,7 +166,7 @@ def test_a_failed_put_leaves_the_old_file_and_no_litter(folder, monkeypatch):
 
 
 def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
-    monkeypatch.setattr("pipeline.commit.ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("pipeline.ledger.commit.ROW_GROUP_BYTES", 1000)
     write_fragment(folder, rows(range(200)))
     commit_shard(folder, report(200), {})
     file = pq.ParquetFile(folder.path(output_name("a/0.tar")))

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
-from pipeline.rowset import RowSet
+from pipeline.ledger.fragments import FRAGMENTS, Fragment, parse_fragment, rows_in
+from pipeline.ledger.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import ASIDE, PROBE, Folder
 from pipeline.storage.retrying import patiently
