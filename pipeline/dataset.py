@@ -10,12 +10,12 @@ from ray.data import ActorPoolStrategy, Dataset
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
-from pipeline.caption_stage import CaptionStage
 from pipeline.cluster import size_of_cluster
-from pipeline.decode_stage import PIXELS, DecodeStage
 from pipeline.schema import refuse_taken_names, result_fields
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, Reservations, reserve, settle_engine
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.decode import PIXELS, DecodeStage
 
 GPU_CALL_ROWS = 256
 """Eight such calls keep an engine's slots full, and one is a fragment."""

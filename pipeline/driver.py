@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.board import Board
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Progress, load_end, shards_with_an_end
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.settings.placement import ClusterSize
+from pipeline.stages.coordinator import Board
 from pipeline.stopped import Rotten, Stopped
 from pipeline.storage.retrying import PATIENCE_S, patiently
 from pipeline.stream import ReceiptStream, receipts_dataset

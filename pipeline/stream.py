@@ -14,14 +14,14 @@ from ray.data import DataContext, Dataset
 
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
-from pipeline.board import Receipt, ReportLoad
 from pipeline.dataset import caption_pool, decode
-from pipeline.fragment_stage import FragmentStage, receipts_of
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import StoreEnd
 from pipeline.settings.placement import ClusterSize, reserve, settle_engine
 from pipeline.settings.settings import CaptionSettings
+from pipeline.stages.coordinator import Receipt, ReportLoad
+from pipeline.stages.write import FragmentStage, receipts_of
 from pipeline.storage.folder import Folder
 
 CALL_ROWS = 256

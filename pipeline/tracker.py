@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from blip2_actor.status import Status
-from pipeline.board import Receipt
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import Progress
+from pipeline.stages.coordinator import Receipt
 
 ROTTEN_AFTER_ROWS = 500
 ROTTEN_FRACTION = 0.5

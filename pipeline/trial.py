@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 
 from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
-from pipeline.decode_stage import DecodeStage
-from pipeline.fragment_stage import caption_stage, contract
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard, output_name
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import STATE, SUFFIX, TRIALS
 from pipeline.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
+from pipeline.stages.decode import DecodeStage
+from pipeline.stages.write import caption_stage, contract
 from pipeline.storage.folder import ASIDE, Folder
 
 LEAST_S = 1.0

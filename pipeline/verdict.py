@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.board import Load
+from pipeline.stages.coordinator import Load
 
 BUSY = 0.7
 """From this busy fraction on a stage is the bottleneck."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor.request import EngineBuilder
-from pipeline.caption_stage import EngineFault
 from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
@@ -19,6 +18,7 @@ from pipeline.settings.settings import (
     ScoreSettings,
     StatusSettings,
 )
+from pipeline.stages.caption import EngineFault
 from pipeline.standing import standing
 from pipeline.stopped import Rotten, Stopped
 

@@ -4,7 +4,6 @@ import io
 
 import pytest
 
-from pipeline.board import Load, Receipt
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary
@@ -15,6 +14,7 @@ from pipeline.progress import Console, Rate, Snapshot, duration
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain
+from pipeline.stages.coordinator import Load, Receipt
 from pipeline.storage.retrying import patiently
 from pipeline.tracker import Tracker
 from pipeline.verdict import busy_fractions, verdict

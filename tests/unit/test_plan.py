@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from pipeline import sample, trial
-from pipeline.caption_stage import CaptionStage, EngineFault
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate as extent
 from pipeline.inputs.listing import list_shards
@@ -29,6 +28,7 @@ from pipeline.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.stages.caption import CaptionStage, EngineFault
 from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars

@@ -12,12 +12,12 @@ import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, Result, Status
 from blip2_actor.demo.scenes import SceneSampler, draw
-from pipeline.caption_stage import CaptionStage
-from pipeline.decode_stage import PIXELS
-from pipeline.made import fixed_lists
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_plain
-from pipeline.shared_results import SharedResults
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.decode import PIXELS
+from pipeline.stages.result_cache import SharedResults
+from pipeline.stages.row_result import fixed_lists
 from tests.fake_engine import FakeEngineConfig, fake_caption, fake_features, fake_score
 
 ASKS = {"colour": "Question: what colour? Answer:", "shape": "Question: what shape? Answer:"}

@@ -13,9 +13,9 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
 from blip2_actor.engine.request_state import EncodedImage
-from pipeline.caption_stage import CaptionStage
-from pipeline.decode_stage import PIXELS
 from pipeline.settings.outputs import Outputs
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.decode import PIXELS
 from tests.parity.tiny import images, save_checkpoint
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 

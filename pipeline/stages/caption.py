@@ -19,14 +19,14 @@ import pyarrow as pa
 
 from blip2_actor import Blip2Actor, GenerationOptions, Request, Result, Status
 from blip2_actor.request import EngineBuilder, ImageLike
-from pipeline.decode_stage import PIXELS
-from pipeline.guard import REGENERATED, marks, sterner
-from pipeline.made import Made, Pending, Row, columns_of
-from pipeline.measures import Measures
 from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
-from pipeline.shared_results import SharedResults
-from pipeline.worker_exit import end_without_ceremony
+from pipeline.stages.decode import PIXELS
+from pipeline.stages.embeddings_and_scores import Measures
+from pipeline.stages.quality_flags import REGENERATED, marks, sterner
+from pipeline.stages.result_cache import SharedResults
+from pipeline.stages.row_result import Made, Pending, Row, columns_of
+from pipeline.stages.worker_exit import end_without_ceremony
 
 
 class EngineFault(RuntimeError):

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
-from pipeline.caption_stage import CaptionStage
-from pipeline.decode_stage import PIXELS
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, ScoreSettings
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.decode import PIXELS
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.parity.tiny import IMAGE_SIZE_PX, images
 from tests.parity.tiny_retrieval import save_retrieval_checkpoint

@@ -22,14 +22,14 @@ from ray.util import metrics
 
 from blip2_actor import ModelInfo, Result, Status
 from blip2_actor.request import EngineBuilder
-from pipeline.board import Attempt, Receipt
-from pipeline.caption_stage import CaptionStage, EngineFault, Settled
 from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.rowset import RowSet, runs
-from pipeline.made import Made
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
+from pipeline.stages.caption import CaptionStage, EngineFault, Settled
+from pipeline.stages.coordinator import Attempt, Receipt
+from pipeline.stages.row_result import Made
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import patiently
 

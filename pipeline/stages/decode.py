@@ -18,8 +18,8 @@ import pyarrow as pa
 from blip2_actor.preprocessing.decode_pool import DecodePool
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, resize_image
 from blip2_actor.status import Status
+from pipeline.stages.worker_exit import end_without_ceremony
 from pipeline.storage.filesystems import open_filesystem
-from pipeline.worker_exit import end_without_ceremony
 
 PIXELS = "_blip2_pixels"
 """uint8[S, S, 3] as bytes, between the two stages only."""

@@ -9,8 +9,8 @@ import pytest
 
 from blip2_actor import GenerationOptions, Status
 from blip2_actor.preprocessing.images import ImageLimits
-from pipeline.caption_stage import CaptionStage, EngineFault
-from pipeline.decode_stage import BATCH_ROWS, PIXELS, DecodeStage
+from pipeline.stages.caption import CaptionStage, EngineFault
+from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.integration.inputs import BROKEN, SIZE_PX, png, right_caption
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from blip2_actor import Features, Result, Status
 from blip2_actor.request import EngineLike, ImageLike
-from pipeline.made import Made, Row
 from pipeline.settings.outputs import CAPTION, Outputs
+from pipeline.stages.row_result import Made, Row
 
 if typing.TYPE_CHECKING:
     import numpy as np

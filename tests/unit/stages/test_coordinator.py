@@ -2,9 +2,9 @@
 
 import threading
 
-from pipeline.board import Board, Receipt
-from pipeline.fragment_stage import CAREFUL_ROWS, Room, careful_steps
 from pipeline.ledger.rowset import RowSet
+from pipeline.stages.coordinator import Board, Receipt
+from pipeline.stages.write import CAREFUL_ROWS, Room, careful_steps
 
 
 def test_a_call_that_ends_is_forgotten():

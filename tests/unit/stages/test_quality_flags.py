@@ -3,7 +3,7 @@
 import pytest
 
 from blip2_actor import GenerationOptions
-from pipeline.guard import marks, sterner
+from pipeline.stages.quality_flags import marks, sterner
 
 
 @pytest.mark.parametrize(

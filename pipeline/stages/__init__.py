@@ -1,0 +1,1 @@
+"""The stages of the job, as Ray Data runs them in its workers."""
