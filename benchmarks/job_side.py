@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from blip2_actor.request import EngineBuilder
-from pipeline.cluster import settle_environment
 from pipeline.progress import Console, Snapshot
+from pipeline.run.cluster import settle_environment
 from pipeline.settings.settings import CaptionSettings
 
 START, END = 0.15, 0.9
@@ -73,7 +73,7 @@ class JobSide:
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """A `JobRun` as plain values; the first run of the process counts from the command."""
-        from pipeline.job import prepare, run_job
+        from pipeline.run.job import prepare, run_job
 
         began, self._started = self._started or time.time(), 0.0
         offset = time.time() - time.monotonic()

@@ -52,7 +52,7 @@ class MapBatchesSide:
     """Runs the script in this process, which becomes Ray's driver."""
 
     def __init__(self) -> None:
-        from pipeline.cluster import settle_environment
+        from pipeline.run.cluster import settle_environment
 
         settle_environment()
 
@@ -68,7 +68,7 @@ class MapBatchesSide:
         """Caption a folder of images; None leaves dtype and threads to the libraries."""
         import ray
 
-        from pipeline.cluster import connected
+        from pipeline.run.cluster import connected
 
         began = time.time()
         with connected():

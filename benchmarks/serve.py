@@ -34,7 +34,7 @@ from benchmarks.pipeline import EngineSide
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
-from pipeline.cluster import settle_environment
+from pipeline.run.cluster import settle_environment
 
 SIDE_PX = 320
 OFFERED = (0.25, 0.5)

@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
-from pipeline.cluster import size_of_cluster
+from pipeline.run.cluster import size_of_cluster
 from pipeline.schema import refuse_taken_names, result_fields
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, Reservations, reserve, settle_engine

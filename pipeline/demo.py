@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from blip2_actor import EngineConfig, Status
 from pipeline.cli.commands import speaks
 from pipeline.demo_dataset import SHARD_FOLDER, Expected, write_demo_dataset
-from pipeline.job import prepare, run_job
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings, DemoSettings
 
 LEAST_ACCURACY = 0.95

@@ -18,10 +18,10 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import Extent, measure_extent
 from pipeline.prediction import Prediction, predict
 from pipeline.progress import Console, duration
+from pipeline.run.bottleneck import REMEDIES
 from pipeline.sample import Sample, take_sample
 from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
 from pipeline.trial import Trial, try_stages
-from pipeline.verdict import REMEDIES
 
 MOST_ERRORS_SHOWN = 5
 

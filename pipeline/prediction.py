@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.run.stream import LEAST_OPEN_SHARDS
 from pipeline.sample import Cost
 from pipeline.settings.placement import Placement
-from pipeline.stream import LEAST_OPEN_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)

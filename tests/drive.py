@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from pipeline.cluster import settle_environment
+from pipeline.run.cluster import settle_environment
 
 
 def drive(arguments: str) -> int:

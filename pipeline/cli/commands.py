@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor.request import EngineBuilder
-from pipeline.job import Job, prepare, prepare_retry, run_job
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
+from pipeline.run.job import Job, prepare, prepare_retry, run_job
 from pipeline.settings.settings import (
     CaptionSettings,
     EmbedSettings,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
-from pipeline.cluster import settle_environment
 from pipeline.flags import Parser, add_flags, build
+from pipeline.run.cluster import settle_environment
 from pipeline.settings.settings import (
     CaptionSettings,
     DemoSettings,

@@ -13,8 +13,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.inputs.reader import ReadOptions
-from pipeline.job import prepare, run_job
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig

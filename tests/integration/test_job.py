@@ -13,12 +13,12 @@ import pytest
 
 from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.cli.commands import caption
-from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import begin_run, look
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console
+from pipeline.run.job import prepare, prepare_retry, run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings
 from pipeline.storage.folder import Folder
@@ -152,7 +152,7 @@ def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, 
     assert dict(first.by_status) == {"ok": 37, "undecodable": 2, "refused": 1}
     other = tmp_path / "out" / "part1" / "00001.tar.parquet"
     untouched = other.stat().st_mtime_ns
-    monkeypatch.setattr("pipeline.tracker.ROTTEN_AFTER_ROWS", 2)
+    monkeypatch.setattr("pipeline.run.tracker.ROTTEN_AFTER_ROWS", 2)
     result = run_retry(tmp_path, FakeEngineConfig(trace=trace))
     assert dict(result.by_status) == {"ok": 38, "undecodable": 2}
     check_output(tmp_path / "out", truth)
@@ -223,7 +223,7 @@ def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_words(tmp_pa
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
     engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.driver.Committer", Failing)
+        patch.setattr("pipeline.run.driver.Committer", Failing)
         assert caption(settings(tmp_path), engine) == 1
     said = capsys.readouterr().err
     assert re.search("job has failed: .*a fragment of part[01] is damaged; what was finished is kept", said)

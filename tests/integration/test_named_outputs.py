@@ -12,8 +12,8 @@ import pipeline
 from blip2_actor.preprocessing.images import decode_image
 from pipeline.cli.commands import caption, embed, score
 from pipeline.inputs.reader import ReadOptions
-from pipeline.job import prepare, prepare_retry, run_job
 from pipeline.progress import Console
+from pipeline.run.job import prepare, prepare_retry, run_job
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.outputs import Outputs

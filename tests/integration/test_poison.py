@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from pipeline.job import prepare, run_job
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import read_output, right_caption, write_tars

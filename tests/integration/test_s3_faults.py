@@ -9,9 +9,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job import prepare, run_job
 from pipeline.ledger.ledger import look
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder

@@ -12,10 +12,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.inputs.shards import Shard
-from pipeline.job import prepare, run_job
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Run, drop_markers, look
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.standing import standing

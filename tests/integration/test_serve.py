@@ -28,8 +28,8 @@ from blip2_actor.preprocessing.images import ImageLimits
 from blip2_actor.request import EngineBuilder
 from deploy.app import compose
 from deploy.settings import Settings
-from pipeline.job import prepare, run_job
 from pipeline.progress import Console
+from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
 from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.parity.tiny import save_checkpoint

@@ -11,13 +11,13 @@ from pipeline.ledger.ledger import Progress
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.rowset import RowSet
 from pipeline.progress import Console, Rate, Snapshot, duration
+from pipeline.run.bottleneck import busy_fractions, verdict
+from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain
 from pipeline.stages.coordinator import Load, Receipt
 from pipeline.storage.retrying import patiently
-from pipeline.tracker import Tracker
-from pipeline.verdict import busy_fractions, verdict
 
 
 def open_shard(name="a", done=(), report=None, num_rows=None) -> Progress:

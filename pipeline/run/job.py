@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
-from pipeline.cluster import connected, info_where_it_runs
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
@@ -21,6 +20,7 @@ from pipeline.ledger.ledger import Run, State, begin_run, drop_markers, load_end
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.ledger.retry import report_of, to_retry
 from pipeline.progress import Console
+from pipeline.run.cluster import connected, info_where_it_runs
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings, from_plain
@@ -131,7 +131,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         OutputInUse: another driver works on this output.
         Stopped: a signal has stopped the run; what was finished is kept.
     """
-    from pipeline.driver import Driver
+    from pipeline.run.driver import Driver
 
     # A retry runs what has failed before: most of it may well fail again.
     driver = Driver(1.0 if job.is_retry else job.settings.max_failed_fraction, console)

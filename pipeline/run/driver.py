@@ -19,16 +19,16 @@ from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Progress, load_end, shards_with_an_end
 from pipeline.progress import Console, Rate, Snapshot
+from pipeline.run.bottleneck import busy_fractions, verdict
+from pipeline.run.stream import ReceiptStream, receipts_dataset
+from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Board
 from pipeline.stopped import Rotten, Stopped
 from pipeline.storage.retrying import PATIENCE_S, patiently
-from pipeline.stream import ReceiptStream, receipts_dataset
-from pipeline.tracker import Tracker
-from pipeline.verdict import busy_fractions, verdict
 
 if TYPE_CHECKING:
-    from pipeline.job import Job
+    from pipeline.run.job import Job
 
 TICK_S = 0.2
 LOOK_AROUND_EVERY_S = 1.0
