@@ -22,7 +22,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard, output_name
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import STATE, SUFFIX, TRIALS
-from pipeline.sample import Cost, Sample
+from pipeline.plan.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.decode import DecodeStage
 from pipeline.stages.write import caption_stage, contract

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import sample, trial
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate as extent
 from pipeline.inputs.listing import list_shards
@@ -22,9 +21,11 @@ from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import measure_extent
 from pipeline.ledger.ledger import look
-from pipeline.plan import lines, make_plan, num_bytes, plan
-from pipeline.prediction import predict
-from pipeline.sample import Cost, take_sample
+from pipeline.plan import sample
+from pipeline.plan import stage_costs as trial
+from pipeline.plan.plan import lines, make_plan, num_bytes, plan
+from pipeline.plan.prediction import predict
+from pipeline.plan.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings

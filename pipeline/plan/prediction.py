@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.plan.sample import Cost
 from pipeline.run.stream import LEAST_OPEN_SHARDS
-from pipeline.sample import Cost
 from pipeline.settings.placement import Placement
 
 

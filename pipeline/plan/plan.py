@@ -16,12 +16,12 @@ from pipeline.cli.commands import speaks
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import Extent, measure_extent
-from pipeline.prediction import Prediction, predict
+from pipeline.plan.prediction import Prediction, predict
+from pipeline.plan.sample import Sample, take_sample
+from pipeline.plan.stage_costs import Trial, try_stages
 from pipeline.progress import Console, duration
 from pipeline.run.bottleneck import REMEDIES
-from pipeline.sample import Sample, take_sample
 from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
-from pipeline.trial import Trial, try_stages
 
 MOST_ERRORS_SHOWN = 5
 

@@ -1,0 +1,1 @@
+"""`blip2 plan`: what a job would take, from a sample."""
