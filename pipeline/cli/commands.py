@@ -10,6 +10,7 @@ from typing import ParamSpec
 from blip2_actor.request import EngineBuilder
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
+from pipeline.report.status import standing
 from pipeline.run.job import Job, prepare, prepare_retry, run_job
 from pipeline.settings.settings import (
     CaptionSettings,
@@ -19,7 +20,6 @@ from pipeline.settings.settings import (
     StatusSettings,
 )
 from pipeline.stages.caption import EngineFault
-from pipeline.standing import standing
 from pipeline.stopped import Rotten, Stopped
 
 P = ParamSpec("P")

@@ -55,7 +55,7 @@ COMMANDS = {
     "plan": Command(PlanSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
     "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
     "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
-    "report": Command(ReportSettings, "pipeline.report:report"),
+    "report": Command(ReportSettings, "pipeline.report.report:report"),
     "status": Command(StatusSettings, "pipeline.cli.commands:status"),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }

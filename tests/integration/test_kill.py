@@ -15,7 +15,7 @@ import ray
 
 from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.ledger import look
-from pipeline.standing import standing
+from pipeline.report.status import standing
 from pipeline.storage.folder import Folder
 from tests.fake_engine import captions_made
 from tests.integration.inputs import check_output, write_tars

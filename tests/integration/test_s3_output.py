@@ -15,10 +15,10 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Run, drop_markers, look
 from pipeline.progress import Console
+from pipeline.report.status import standing
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
-from pipeline.standing import standing
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made

@@ -17,7 +17,7 @@ from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import from_plain
 
 if TYPE_CHECKING:
-    from pipeline.report import Report
+    from pipeline.report.report import Report
 
 MOST_REASONS = 20
 MOST_CAPTIONS = 20

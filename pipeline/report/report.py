@@ -19,11 +19,11 @@ from pipeline.ledger.commit import output_name
 from pipeline.ledger.ledger import RUN, Run, is_result, load_run, look
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Console, duration
-from pipeline.report_page import page
+from pipeline.report.html import page
+from pipeline.report.statistics import COUNTED, Tally
+from pipeline.report.thumbnails import Place, thumbnails
 from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
 from pipeline.storage.folder import Folder
-from pipeline.tally import COUNTED, Tally
-from pipeline.thumbnails import Place, thumbnails
 
 NUM_SAMPLES = 24
 MOST_LINES = 5

@@ -18,14 +18,14 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Run, begin_run
-from pipeline.report import lines, make_report
-from pipeline.report_page import page
+from pipeline.report.html import page
+from pipeline.report.report import lines, make_report
+from pipeline.report.statistics import Frequent, Tally
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder
-from pipeline.tally import Frequent, Tally
 from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=\"alert('y')\">"

@@ -16,9 +16,9 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Run, begin_run
 from pipeline.progress import Snapshot
+from pipeline.report.status import standing
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.standing import standing
 from pipeline.storage.folder import Folder
 
 
