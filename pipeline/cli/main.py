@@ -48,7 +48,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(DemoSettings, "pipeline.demo:demo"),
+    "demo": Command(DemoSettings, "pipeline.demo.demo:demo"),
     "caption": Command(CaptionSettings, "pipeline.cli.commands:caption"),
     "embed": Command(EmbedSettings, "pipeline.cli.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.cli.commands:score"),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
 from pipeline.cli.commands import speaks
-from pipeline.demo_dataset import SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job

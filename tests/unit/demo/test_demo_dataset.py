@@ -11,7 +11,7 @@ import pytest
 
 from blip2_actor.demo.scenes import all_captions
 from blip2_actor.preprocessing.images import decode_image
-from pipeline.demo_dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
+from pipeline.demo.dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
 
 NUM_IMAGES = 400
 
