@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor.request import EngineBuilder
+from pipeline.errors import Rotten, Stopped
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
 from pipeline.report.status import standing
@@ -20,7 +21,6 @@ from pipeline.settings.settings import (
     StatusSettings,
 )
 from pipeline.stages.caption import EngineFault
-from pipeline.stopped import Rotten, Stopped
 
 P = ParamSpec("P")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from pipeline.errors import Rotten, Stopped
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
@@ -24,7 +25,6 @@ from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Board
-from pipeline.stopped import Rotten, Stopped
 from pipeline.storage.retrying import PATIENCE_S, patiently
 
 if TYPE_CHECKING:
