@@ -16,8 +16,8 @@ from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.fake_engine import FakeEngineConfig, captions_made
-from tests.integration.faulty_s3 import FaultyStore, faulty_store
 from tests.integration.inputs import right_caption, write_tars
+from tests.integration.storage.faulty_s3 import FaultyStore, faulty_store
 
 
 @pytest.fixture(scope="module")

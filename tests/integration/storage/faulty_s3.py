@@ -1,6 +1,6 @@
 """An S3 server, moto's, as a process of its own, that answers badly now and then.
 
-`python -m tests.integration.faulty_s3` prints its port. After `POST /faults?each=N&spell_at=KIND` the
+`python -m tests.integration.storage.faulty_s3` prints its port. After `POST /faults?each=N&spell_at=KIND` the
 first N requests of each kind (method, and what it is about) are answered with 503 SlowDown or, after they
 were carried out, with 500 InternalError; and from the first healthy request of one kind on, all fail for a
 while, the first of them only after the client has lost patience. `GET /faults` counts what was done by kind.
@@ -112,7 +112,9 @@ class FaultyStore:
 
 @contextmanager
 def faulty_store() -> Iterator[FaultyStore]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.integration.faulty_s3"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.storage.faulty_s3"], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     try:
         yield FaultyStore(int(process.stdout.readline()))

@@ -10,7 +10,7 @@ from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from tests.integration.inputs import as_table, png, write_tar
-from tests.integration.stored_reports import StoreReport
+from tests.integration.storage.stored_reports import StoreReport
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
