@@ -1,0 +1,1 @@
+"""The two sides of each comparison, each run in a process of its own."""

@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import Contender
 from benchmarks.measure import Timing, alternate, ratio, report, write
 from benchmarks.models import checkpoint
-from benchmarks.sides import EncoderSide, EngineSide, ReferenceSide, Work
+from benchmarks.sides.contender import Contender
+from benchmarks.sides.engine_sides import EncoderSide, EngineSide, ReferenceSide, Work
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 

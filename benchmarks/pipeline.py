@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.contender import Contender
-from benchmarks.job_side import JobSide, steady_rate
-from benchmarks.map_batches import MapBatchesSide
 from benchmarks.measure import report
 from benchmarks.models import checkpoint
+from benchmarks.sides.contender import Contender
+from benchmarks.sides.job_side import JobSide, steady_rate
+from benchmarks.sides.map_batches import MapBatchesSide
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.preprocessing.images import decode_image
 from pipeline.settings.settings import CaptionSettings

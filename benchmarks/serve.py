@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.contender import Contender
 from benchmarks.load import Load
 from benchmarks.measure import alternate, report
 from benchmarks.models import checkpoint
 from benchmarks.pipeline import EngineSide
+from benchmarks.sides.contender import Contender
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
@@ -45,7 +45,7 @@ Runs = dict[str, dict[str, dict[str, Any]]]
 
 def serve_side(config: EngineConfig, options: GenerationOptions) -> Any:
     settle_environment()  # before Ray is imported
-    from benchmarks.serve_side import ServeSide
+    from benchmarks.sides.serve_side import ServeSide
 
     return ServeSide(config, options)
 

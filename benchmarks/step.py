@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import report
-from benchmarks.sides import pictures
+from benchmarks.sides.engine_sides import pictures
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.model_runner import ModelRunner

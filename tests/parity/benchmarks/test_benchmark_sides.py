@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.load import Answer, summary
-from benchmarks.map_batches import Captioner
-from benchmarks.sides import EngineSide, ReferenceSide, Work
+from benchmarks.sides.engine_sides import EngineSide, ReferenceSide, Work
+from benchmarks.sides.map_batches import Captioner
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw

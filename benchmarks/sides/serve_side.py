@@ -14,7 +14,7 @@ from PIL import Image
 from ray import serve
 from starlette.requests import Request
 
-from benchmarks.map_batches import Captioner
+from benchmarks.sides.map_batches import Captioner
 from blip2_actor import EngineConfig, EngineStats, GenerationOptions
 from deploy.app import compose
 from deploy.settings import Settings
