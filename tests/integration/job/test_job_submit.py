@@ -21,7 +21,7 @@ from blip2_actor.demo.scenes import SceneSampler, draw
 # A whole cluster starts and ends, and a job with its own interpreter: minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(480)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 PORTS = (
     "port",

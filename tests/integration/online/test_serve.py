@@ -212,7 +212,7 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         command = subprocess.Popen(
             [sys.executable, "-m", "deploy", "--model", "demo", "--device", "cpu", "--port", str(port)],
             env=environment | {"RAY_TMPDIR": folder, "HOME": str(tmp_path)},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             stdout=subprocess.PIPE,
             text=True,
         )
