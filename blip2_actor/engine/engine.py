@@ -33,7 +33,7 @@ from blip2_actor.engine.encode_worker import EncodeLane
 from blip2_actor.engine.input_processor import Intake, Refusal
 from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.request_state import NO_NUMBERS, EncodedImage, Job, Task
+from blip2_actor.engine.request_state import NO_NUMBERS, EncodedImage, RequestState, Task
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.options import GenerationOptions
@@ -56,8 +56,8 @@ class Engine:
         self.config = config
         # Asked of the caller's thread: a new one gets what some engine's thread has set last.
         self._num_threads = config.num_threads or torch.get_num_threads()
-        self._arrived: deque[Job | Task] = deque()
-        self._unfinished: dict[Future[Any], Job | Task] = {}
+        self._arrived: deque[RequestState | Task] = deque()
+        self._unfinished: dict[Future[Any], RequestState | Task] = {}
         self._wake = threading.Condition()
         self._is_closed = False
         self._failure: BaseException | None = None
@@ -253,7 +253,7 @@ class Engine:
                 encoded.append(found)
             except Refusal as refusal:
                 encoded.append(refusal)
-        jobs = [Job(image) for image in encoded if isinstance(image, EncodedImage)]
+        jobs = [RequestState(image) for image in encoded if isinstance(image, EncodedImage)]
         self._enqueue(jobs)
         for job in jobs:
             job.future.result()
@@ -306,7 +306,7 @@ class Engine:
         try:
             for start in range(0, len(asked), MOST_ENCODE_BATCH):
                 group = asked[start : start + MOST_ENCODE_BATCH]
-                jobs: list[Job] = []
+                jobs: list[RequestState] = []
                 for request, options, on_text in group:
                     try:
                         jobs.append(self._intake.job(request, options, on_text))
@@ -321,7 +321,7 @@ class Engine:
             raise
         return futures
 
-    def _enqueue(self, jobs: Sequence[Job | Task], num_requests: int = 0) -> None:
+    def _enqueue(self, jobs: Sequence[RequestState | Task], num_requests: int = 0) -> None:
         with self._wake:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed, build it anew") from self._failure

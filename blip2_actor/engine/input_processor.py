@@ -8,7 +8,7 @@ import numpy as np
 
 from blip2_actor.checkpoints.tokenizer import Prompts, require_room, require_something
 from blip2_actor.engine.memory import longest_slot, longest_text
-from blip2_actor.engine.request_state import EncodedImage, Job, Searches
+from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.models.blip2 import Blip2
@@ -68,7 +68,7 @@ class Intake:
 
     def job(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
-    ) -> Job:
+    ) -> RequestState:
         """Raises Refusal where the image or the prompt cannot be served."""
         options = request.options or options
         image = self.image(request.image)
@@ -87,7 +87,7 @@ class Intake:
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
 
-        return Job(image, prompt_ids, options, make_searches)
+        return RequestState(image, prompt_ids, options, make_searches)
 
     def text(
         self, image: EncodedImage, prompt: str | None, text: str

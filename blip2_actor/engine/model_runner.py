@@ -18,7 +18,7 @@ from blip2_actor.engine.cuda_graphs import DecodeReplay, Recorder
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
 from blip2_actor.engine.out_of_memory import Batches
-from blip2_actor.engine.request_state import EncodedImage, Job
+from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import LanguageModel, Slots
@@ -85,14 +85,14 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prefix_length(self, job: Job) -> int:
+    def prefix_length(self, job: RequestState) -> int:
         return self.model.config.num_query_tokens + len(job.prompt_ids)
 
-    def cached_length(self, job: Job) -> int:
+    def cached_length(self, job: RequestState) -> int:
         return self.language_model.cached_length(self.prefix_length(job))
 
     @torch.inference_mode()
-    def prefill(self, jobs: Sequence[Job], slots: list[int]) -> Tensor:
+    def prefill(self, jobs: Sequence[RequestState], slots: list[int]) -> Tensor:
         """Run each job's image and prompt into its slot; float[n, V], logits of the first new tokens."""
         for job in jobs:
             self._make_room(self.prefix_length(job), job.options.max_new_tokens)

@@ -42,7 +42,7 @@ class EncodedImage:
     """float[Dv]."""
     image_embeds: Tensor | None = None
     """float[P, Dv]."""
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[RequestState] = field(default_factory=list)
     """Those that wait for the encoder."""
 
     @property
@@ -56,7 +56,7 @@ Searches = list["TextSearch | BeamSearch"]
 
 
 @dataclass(eq=False)
-class Job:
+class RequestState:
     """One request between `submit` and its result; without searches it only wants its image encoded."""
 
     image: EncodedImage

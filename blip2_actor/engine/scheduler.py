@@ -21,7 +21,7 @@ from blip2_actor.device import to_device
 from blip2_actor.engine.encode_worker import EncodeLane
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import Shortage, attempt
-from blip2_actor.engine.request_state import EncodedImage, Job
+from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.generation.step import advance
@@ -49,7 +49,7 @@ class Counters:
 class RunningText:
     """A search and where it lives."""
 
-    job: Job
+    job: RequestState
     search: TextSearch | BeamSearch
     slots: list[int]
     prefix_length: int
@@ -74,12 +74,12 @@ class Scheduler:
         self.encode_batch = encode_batch
         self.prefill_batch = max_slots
         self.waiting: deque[EncodedImage] = deque()
-        self.ready: deque[Job] = deque()
+        self.ready: deque[RequestState] = deque()
         self.running: list[RunningText] = []
         self.owners: list[RunningText | None] = [None] * max_slots
         self.counters = Counters()
 
-    def add(self, job: Job) -> None:
+    def add(self, job: RequestState) -> None:
         """Queue a job; an image that is already encoded is not encoded again."""
         image = job.image
         if image.is_encoded:
@@ -166,7 +166,7 @@ class Scheduler:
                 self._make_ready(job)
             image.jobs.clear()
 
-    def _make_ready(self, job: Job) -> None:
+    def _make_ready(self, job: RequestState) -> None:
         """Queue for a slot; who only wanted the image encoded is served, who needs more slots than memory
         holds never can be."""
         if not job.searches:
@@ -208,7 +208,7 @@ class Scheduler:
         wanted = sum(job.num_slots for job in self.ready)
         if self.running and len(free) < min(wanted, max(FEWEST_FILLED, self.max_slots // 8)):
             return
-        jobs: list[Job] = []
+        jobs: list[RequestState] = []
         while self.ready and (self.ready[0].is_dropped() or self.ready[0].num_slots <= len(free)):
             if len(jobs) == self.prefill_batch:
                 break
@@ -234,7 +234,7 @@ class Scheduler:
             logits = logits[to_device(rows, logits.device)]
         self._take_tokens(logits, texts)
 
-    def _place(self, job: Job, search: TextSearch | BeamSearch, slots: list[int]) -> None:
+    def _place(self, job: RequestState, search: TextSearch | BeamSearch, slots: list[int]) -> None:
         prefix_length = self.runner.cached_length(job)
         text = RunningText(job, search, slots, prefix_length, prefix_length)
         self.running.append(text)
@@ -377,7 +377,7 @@ class Scheduler:
         for job in ready:
             self._make_ready(job)
 
-    def _restart(self, jobs: list[Job]) -> None:
+    def _restart(self, jobs: list[RequestState]) -> None:
         """Take jobs out of their slots and put them in front of the ready queue."""
         gone = set(map(id, jobs))
         for text in [text for text in self.running if id(text.job) in gone]:
@@ -389,7 +389,7 @@ class Scheduler:
         self.ready.extendleft(reversed(jobs))
 
 
-def _fail(jobs: Sequence[Job], shortage: Shortage) -> None:
+def _fail(jobs: Sequence[RequestState], shortage: Shortage) -> None:
     """They do not fit even alone."""
     for job in jobs:
         if not job.future.done():

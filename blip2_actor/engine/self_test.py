@@ -23,7 +23,7 @@ from torch import Tensor
 from blip2_actor.checkpoints.download import write_whole
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import Shortage, attempt
-from blip2_actor.engine.request_state import EncodedImage, Job
+from blip2_actor.engine.request_state import EncodedImage, RequestState
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _caption(
     """First logits and a few greedy tokens of each image, in slots 0..n-1."""
     images = [EncodedImage(picture) for picture in pictures]
     _encode(runner, images, least_encoded)
-    jobs = [Job(image, list(start_ids)) for image in images]
+    jobs = [RequestState(image, list(start_ids)) for image in images]
     logits = first = runner.prefill(jobs, list(range(len(jobs)))).float().cpu()
     length = runner.cached_length(jobs[0])
     found: list[list[int]] = [[] for _ in jobs]

@@ -19,7 +19,7 @@ from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.request_state import EncodedImage, Job
+from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache
 from tests.parity.engine.tape import Tape
@@ -34,10 +34,12 @@ def model(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]
     return load_model(resolve(str(checkpoint_folder(request.param))), torch.device("cpu"), torch.float32)
 
 
-def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[Job]:
+def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[RequestState]:
     pictures = images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
     return [
-        Job(EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens))
+        RequestState(
+            EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens)
+        )
         for i, (picture, length) in enumerate(zip(pictures, prompt_lengths, strict=True))
     ]
 
@@ -51,7 +53,7 @@ class Pair:
         self.replaying = ModelRunner(model, NUM_SLOTS, recorder=self.tape)
         self.lengths: list[int] = []
 
-    def prefill(self, jobs: list[Job], slots: list[int]) -> None:
+    def prefill(self, jobs: list[RequestState], slots: list[int]) -> None:
         self.plain.encode([job.image for job in jobs])
         for runner in (self.plain, self.replaying):
             runner.prefill(jobs, slots)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.engine.out_of_memory import Shortage
-from blip2_actor.engine.request_state import EncodedImage, Job, Searches
+from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.options import GenerationOptions
@@ -27,14 +27,14 @@ class Words:
 class NoModel:
     """A runner whose texts never end by themselves."""
 
-    def cached_length(self, job: Job) -> int:
+    def cached_length(self, job: RequestState) -> int:
         return 1
 
     def encode(self, images: Sequence[EncodedImage]) -> None:
         for image in images:
             image.prefix = torch.zeros(1, 1)
 
-    def prefill(self, jobs: Sequence[Job], slots: list[int]) -> Tensor:
+    def prefill(self, jobs: Sequence[RequestState], slots: list[int]) -> Tensor:
         return self.decode(slots, slots)
 
     def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
@@ -45,11 +45,11 @@ class NoModel:
     def fork(self, *_: object) -> None: ...
 
 
-def make_job(image: EncodedImage) -> Job:
+def make_job(image: EncodedImage) -> RequestState:
     def searches() -> Searches:
         return [TextSearch(OPTIONS, [1], Words())]
 
-    return Job(image, [1], OPTIONS, searches)
+    return RequestState(image, [1], OPTIONS, searches)
 
 
 def make_image() -> EncodedImage:
