@@ -30,7 +30,7 @@ from blip2_actor.device import prepare_device, resolve_compile, resolve_device, 
 from blip2_actor.engine import self_test as canary
 from blip2_actor.engine.cuda_graphs import recorder_for
 from blip2_actor.engine.encode_worker import EncodeLane
-from blip2_actor.engine.input_processor import Intake, Refusal
+from blip2_actor.engine.input_processor import InputProcessor, RequestRefused
 from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import NO_NUMBERS, EncodedImage, RequestState, Task
@@ -89,7 +89,7 @@ class Engine:
         has_lane = is_plain and self._num_threads > 1
         sizes = size_engine(self.model, config.max_slots, config.encode_batch, num_passes=1 + has_lane)
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
-        self._intake = Intake(self.model, self.prompts, self.image_size_px, max_slots)
+        self._input_processor = InputProcessor(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
@@ -160,7 +160,7 @@ class Engine:
         Raises:
             ValueError: the image cannot be read.
         """
-        return self._intake.image(image)
+        return self._input_processor.image(image)
 
     def features(
         self,
@@ -177,7 +177,7 @@ class Engine:
         """
         found: list[Features] = []
         for encoded in self._encode(images, with_image_embeds or with_attention_maps):
-            if isinstance(encoded, Refusal):
+            if isinstance(encoded, RequestRefused):
                 found.append(Features(status=encoded.status, error=str(encoded)))
             else:
                 found.append(self._features(encoded, with_image_embeds, with_attention_maps))
@@ -202,12 +202,12 @@ class Engine:
 
         A text that is empty or too long is an entry with a status.
         """
-        asked = [self._intake.text_alone(text) for text in texts]
-        served = [ids for ids in asked if not isinstance(ids, Refusal)]
+        asked = [self._input_processor.text_alone(text) for text in texts]
+        served = [ids for ids in asked if not isinstance(ids, RequestRefused)]
         features = iter(self._call(lambda: self._runner.text_features(served)))
         return [
             TextFeatures(status=ids.status, error=str(ids))
-            if isinstance(ids, Refusal)
+            if isinstance(ids, RequestRefused)
             else TextFeatures(features=_to_numpy(next(features)))
             for ids in asked
         ]
@@ -228,30 +228,34 @@ class Engine:
             raise ValueError(
                 f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"
             )
-        asked: list[tuple[EncodedImage, list[int], list[int]] | Refusal] = []
+        asked: list[tuple[EncodedImage, list[int], list[int]] | RequestRefused] = []
         for encoded, text, prompt in zip(self._encode(images), texts, prompts, strict=True):
             asked.append(
-                encoded if isinstance(encoded, Refusal) else self._intake.text(encoded, prompt, text)
+                encoded
+                if isinstance(encoded, RequestRefused)
+                else self._input_processor.text(encoded, prompt, text)
             )
-        served = [row for row in asked if not isinstance(row, Refusal)]
+        served = [row for row in asked if not isinstance(row, RequestRefused)]
         logprobs = iter(self._call(lambda: self._runner.text_logprobs(served)))
         return [
-            Score(status=row.status, error=str(row)) if isinstance(row, Refusal) else _score(next(logprobs))
+            Score(status=row.status, error=str(row))
+            if isinstance(row, RequestRefused)
+            else _score(next(logprobs))
             for row in asked
         ]
 
     def _encode(
         self, images: Sequence[ImageLike], with_image_embeds: bool = False
-    ) -> list[EncodedImage | Refusal]:
+    ) -> list[EncodedImage | RequestRefused]:
         """Bring images through the encoder, batched with whatever else is running."""
-        encoded: list[EncodedImage | Refusal] = []
+        encoded: list[EncodedImage | RequestRefused] = []
         for image in images:
             try:
-                found = self._intake.image(image)
+                found = self._input_processor.image(image)
                 if with_image_embeds:
                     found.keeps_image_embeds = True
                 encoded.append(found)
-            except Refusal as refusal:
+            except RequestRefused as refusal:
                 encoded.append(refusal)
         jobs = [RequestState(image) for image in encoded if isinstance(image, EncodedImage)]
         self._enqueue(jobs)
@@ -309,9 +313,9 @@ class Engine:
                 jobs: list[RequestState] = []
                 for request, options, on_text in group:
                     try:
-                        jobs.append(self._intake.job(request, options, on_text))
+                        jobs.append(self._input_processor.job(request, options, on_text))
                         futures.append(jobs[-1].future)
-                    except Refusal as refusal:
+                    except RequestRefused as refusal:
                         futures.append(Future())
                         futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
                 self._enqueue(jobs, num_requests=len(group))

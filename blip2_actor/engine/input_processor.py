@@ -18,7 +18,7 @@ from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
 
 
-class Refusal(ValueError):
+class RequestRefused(ValueError):
     """A request that cannot be served; its status and why."""
 
     def __init__(self, status: Status, message: str) -> None:
@@ -29,7 +29,7 @@ class Refusal(ValueError):
 def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
     """uint8[S, S, 3] of an image; raises Refusal where it cannot be read, or is another engine's own."""
     if isinstance(image, EncodedImage):
-        raise Refusal(
+        raise RequestRefused(
             Status.REFUSED,
             "image must be bytes, an array or a PIL image, got what another engine made of one; give the "
             "image itself",
@@ -37,15 +37,15 @@ def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
     if isinstance(image, bytes):
         decoded = decode_image(image, size_px)
         if decoded.status is not Status.OK:
-            raise Refusal(decoded.status, decoded.error or decoded.status)
+            raise RequestRefused(decoded.status, decoded.error or decoded.status)
         return decoded.array(size_px)
     try:
         return resize_image(image, size_px)
     except ValueError as error:
-        raise Refusal(Status.UNDECODABLE, str(error)) from error
+        raise RequestRefused(Status.UNDECODABLE, str(error)) from error
 
 
-class Intake:
+class InputProcessor:
     """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
 
     def __init__(self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int) -> None:
@@ -75,7 +75,7 @@ class Intake:
         try:
             prompt_ids = self.prompts.encode(request.prompt)
         except ValueError as error:
-            raise Refusal(Status.REFUSED, str(error)) from error
+            raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
         context = self.model.context_ids(prompt_ids)
 
@@ -91,28 +91,28 @@ class Intake:
 
     def text(
         self, image: EncodedImage, prompt: str | None, text: str
-    ) -> tuple[EncodedImage, list[int], list[int]] | Refusal:
+    ) -> tuple[EncodedImage, list[int], list[int]] | RequestRefused:
         """Image, prompt ids and text ids of one text to score; or why it cannot be scored."""
         try:
             prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
             num_tokens = len(prompt_ids) + len(text_ids)
             self._check_length(num_tokens, "prompt and text together", self.max_positions)
-        except Refusal as refusal:
+        except RequestRefused as refusal:
             return refusal
         except ValueError as error:
-            return Refusal(Status.REFUSED, str(error))
+            return RequestRefused(Status.REFUSED, str(error))
         return image, prompt_ids, text_ids
 
-    def text_alone(self, text: str) -> list[int] | Refusal:
+    def text_alone(self, text: str) -> list[int] | RequestRefused:
         """Ids of a text that no image stands before; or why it cannot be read."""
         try:
             require_something(text)
             token_ids = self.prompts.encode(text)
         except ValueError as error:
-            return Refusal(Status.REFUSED, str(error))
+            return RequestRefused(Status.REFUSED, str(error))
         limit = self.max_positions
         if len(token_ids) > limit:
-            return Refusal(
+            return RequestRefused(
                 Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
             )
         return token_ids
@@ -123,14 +123,14 @@ class Intake:
             require_room(num_tokens, what, limit, self.model.config.num_query_tokens)
         except ValueError as error:
             remedy = ", or lower max_slots" if limit < self.max_positions else ""
-            raise Refusal(Status.REFUSED, f"{error}{remedy}") from error
+            raise RequestRefused(Status.REFUSED, f"{error}{remedy}") from error
 
     def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
         num_tokens = len(prompt_ids) + options.max_new_tokens
         self._check_length(num_tokens, "prompt and max_new_tokens together", self.max_slot_positions)
         num_slots = max(options.num_beams, options.num_return_sequences)
         if num_slots > self.max_slots:
-            raise Refusal(
+            raise RequestRefused(
                 Status.REFUSED,
                 f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
                 "raise max_slots",

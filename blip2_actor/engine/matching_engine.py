@@ -21,7 +21,7 @@ from blip2_actor.checkpoints.loading import load_retrieval
 from blip2_actor.checkpoints.tokenizer import require_known, require_something
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import ids_to_device, prepare_device, resolve_device, resolve_dtype, to_device
-from blip2_actor.engine.input_processor import Refusal, to_pixels
+from blip2_actor.engine.input_processor import RequestRefused, to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import Batches, FoundT, ItemT
 from blip2_actor.engine.request_state import NO_NUMBERS
@@ -76,9 +76,9 @@ class MatchingEngine:
         asked: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
         for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):
             ids = self._token_ids(text)
-            refusal = next((x for x in (pixels, ids) if isinstance(x, Refusal)), None)
+            refusal = next((x for x in (pixels, ids) if isinstance(x, RequestRefused)), None)
             found.append(None if refusal is None else Match(status=refusal.status, error=str(refusal)))
-            if not isinstance(pixels, Refusal) and not isinstance(ids, Refusal):
+            if not isinstance(pixels, RequestRefused) and not isinstance(ids, RequestRefused):
                 _, ids_of_image, rows = asked.setdefault(id(pixels), (pixels, [], []))
                 ids_of_image.append(ids)
                 rows.append(row)
@@ -114,29 +114,29 @@ class MatchingEngine:
 
     # In the caller's thread -----------------------------------------------------------------------------
 
-    def _pixels(self, images: Sequence[ImageLike]) -> list[np.ndarray | Refusal]:
+    def _pixels(self, images: Sequence[ImageLike]) -> list[np.ndarray | RequestRefused]:
         """uint8[S, S, 3] of each image; the same object where the image is the same object."""
         images = list(images)  # a stack of arrays makes its items anew at each pass, under the same ids
-        known: dict[int, np.ndarray | Refusal] = {}
+        known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:
                 try:
                     known[id(image)] = to_pixels(image, self.image_size_px)
-                except Refusal as refusal:
+                except RequestRefused as refusal:
                     known[id(image)] = refusal
         return [known[id(image)] for image in images]
 
-    def _token_ids(self, text: str) -> list[int] | Refusal:
+    def _token_ids(self, text: str) -> list[int] | RequestRefused:
         """Ids as the reference's processor makes them, special tokens included, image tokens not."""
         try:
             token_ids: list[int] = self.tokenizer(require_something(text)).input_ids
             known = self.model.word_embeddings.num_embeddings
             require_known(token_ids, known, self.model.config.image_token_index)
         except ValueError as error:
-            return Refusal(Status.REFUSED, str(error))
+            return RequestRefused(Status.REFUSED, str(error))
         limit = self.model.position_embeddings.num_embeddings
         if len(token_ids) > limit:
-            return Refusal(
+            return RequestRefused(
                 Status.REFUSED, f"text must be at most {limit} tokens, got {len(token_ids)}; shorten it"
             )
         return token_ids
@@ -145,12 +145,12 @@ class MatchingEngine:
         self,
         batches: Batches,
         embed: Callable[[list[ItemT]], list[np.ndarray]],
-        asked: list[ItemT | Refusal],
+        asked: list[ItemT | RequestRefused],
     ) -> list[Embedding]:
-        vectors = iter(self._run(batches, embed, [x for x in asked if not isinstance(x, Refusal)]))
+        vectors = iter(self._run(batches, embed, [x for x in asked if not isinstance(x, RequestRefused)]))
         return [
             Embedding(status=x.status, error=str(x))
-            if isinstance(x, Refusal)
+            if isinstance(x, RequestRefused)
             else Embedding(vectors=next(vectors))
             for x in asked
         ]

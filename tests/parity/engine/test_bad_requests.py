@@ -121,9 +121,9 @@ def test_a_text_that_would_leave_few_slots_is_refused(
         encode_batch=4,
     )
     with config.build() as engine:
-        limit = engine._intake.max_slot_positions
+        limit = engine._input_processor.max_slot_positions
         assert 8 * limit * engine._runner._position_bytes < 4 << 20
-        assert limit < engine._intake.max_positions
+        assert limit < engine._input_processor.max_positions
         room = limit - engine.model.config.num_query_tokens - 1
         fits, exceeds = (
             engine.generate([Request(image=GOOD, options=GenerationOptions(max_new_tokens=n))])[0]
