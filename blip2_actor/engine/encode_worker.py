@@ -21,7 +21,7 @@ from blip2_actor.engine.request_state import EncodedImage
 Outcome = Shortage | BaseException | None
 
 
-class EncodeLane:
+class EncodeWorker:
     """`give` it batches, `take` them back in order. Both are for one thread, the engine's, whose share of the
     cores they set: all while the lane is idle."""
 

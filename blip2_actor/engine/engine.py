@@ -29,7 +29,7 @@ from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test as canary
 from blip2_actor.engine.cuda_graphs import recorder_for
-from blip2_actor.engine.encode_worker import EncodeLane
+from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.input_processor import InputProcessor, RequestRefused
 from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
 from blip2_actor.engine.model_runner import ModelRunner
@@ -86,15 +86,19 @@ class Engine:
         self.prompts = Prompts(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         is_plain = device.type == "cpu" and config.device_map is None and not is_compiled
-        has_lane = is_plain and self._num_threads > 1
-        sizes = size_engine(self.model, config.max_slots, config.encode_batch, num_passes=1 + has_lane)
+        has_encode_worker = is_plain and self._num_threads > 1
+        sizes = size_engine(
+            self.model, config.max_slots, config.encode_batch, num_passes=1 + has_encode_worker
+        )
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._input_processor = InputProcessor(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
-        self._lane = EncodeLane(self._runner, self._num_threads, self._notice) if has_lane else None
-        self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch, self._lane)
+        self._encode_worker = (
+            EncodeWorker(self._runner, self._num_threads, self._notice) if has_encode_worker else None
+        )
+        self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch, self._encode_worker)
 
     def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
         if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
@@ -369,8 +373,8 @@ class Engine:
                 if not job.future.done() or job.future.cancelled():
                     job.fail(error)
         finally:
-            if self._lane is not None:
-                self._lane.close()
+            if self._encode_worker is not None:
+                self._encode_worker.close()
 
     def _notice(self) -> None:
         """The lane has something to take."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.device import to_device
-from blip2_actor.engine.encode_worker import EncodeLane
+from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import Shortage, attempt
 from blip2_actor.engine.request_state import EncodedImage, RequestState
@@ -62,14 +62,18 @@ class Scheduler:
     """The queues, the slots and the step."""
 
     def __init__(
-        self, runner: ModelRunner, max_slots: int, encode_batch: int, lane: EncodeLane | None = None
+        self,
+        runner: ModelRunner,
+        max_slots: int,
+        encode_batch: int,
+        encode_worker: EncodeWorker | None = None,
     ) -> None:
         """
         Args:
             lane: encodes beside this thread; None leaves all of it to this one.
         """
         self.runner = runner
-        self.lane = lane
+        self.encode_worker = encode_worker
         self.max_slots = max_slots
         self.encode_batch = encode_batch
         self.prefill_batch = max_slots
@@ -91,21 +95,23 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.ready or self.running or self._num_in_lane)
+        return bool(self.waiting or self.ready or self.running or self._num_in_encode_worker)
 
     @property
     def can_step(self) -> bool:
         """True where a step would do something: not while only the lane works."""
-        return bool(self.waiting or self.ready or self.running or (self.lane and self.lane.is_done))
+        return bool(
+            self.waiting or self.ready or self.running or (self.encode_worker and self.encode_worker.is_done)
+        )
 
     @property
     def num_waiting(self) -> int:
         """Images not yet encoded and jobs without a slot; safe to ask from any thread."""
-        return len(self.waiting) + self._num_in_lane + len(self.ready)
+        return len(self.waiting) + self._num_in_encode_worker + len(self.ready)
 
     @property
-    def _num_in_lane(self) -> int:
-        return self.lane.num_images if self.lane else 0
+    def _num_in_encode_worker(self) -> int:
+        return self.encode_worker.num_images if self.encode_worker else 0
 
     @property
     def num_running(self) -> int:
@@ -132,19 +138,23 @@ class Scheduler:
 
         A batch that is not full waits as long as there is something else to do.
         """
-        lane = self.lane
-        while lane is not None and lane.is_done:
-            self._encoded(*lane.take())
+        encode_worker = self.encode_worker
+        while encode_worker is not None and encode_worker.is_done:
+            self._encoded(*encode_worker.take())
         num_missing = self.max_slots - self.num_running - sum(job.num_slots for job in self.ready)
         # Where this thread encodes too, the last images go to both at once.
         share = len(self.waiting) // 2 if num_missing > 0 else len(self.waiting)
-        while lane is not None and lane.has_room and (num_missing > -self.max_slots or self._is_overdue):
+        while (
+            encode_worker is not None
+            and encode_worker.has_room
+            and (num_missing > -self.max_slots or self._is_overdue)
+        ):
             images = self._next_images(share)
             if not images:
                 break
             share -= len(images)
-            lane.give(images)
-        if num_missing <= 0 and not (lane is None and self._is_overdue):
+            encode_worker.give(images)
+        if num_missing <= 0 and not (encode_worker is None and self._is_overdue):
             return
         if images := self._next_images(self.encode_batch):
             self._encoded(images, attempt(lambda: self.runner.encode(images)))
