@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip2_actor.config import EngineConfig
 from blip2_actor.engine.out_of_memory import Shortage, attempt
-from blip2_actor.models.language_model import LanguageModel, Slots
+from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ Step = Callable[[], None]
 
 ROWS_STEP = 32
 """Rows are rounded up to powers of two, and above this to its multiples: idle rows cost memory traffic."""
-REACH_STEP = 16
+KV_LEN_STEP = 16
 """Reach is rounded up to multiples of this, or to the slots' own length where that is nearer."""
 MOST_RECORDINGS = 64
 """Each holds some MB of the driver's memory; beyond this goes what was not replayed for longest."""
@@ -148,7 +148,7 @@ class DecodeReplay:
         self._seen: set[Hashable] = set()
         self._recordings: dict[Hashable, Step] = {}
 
-    def decode(self, token_ids: list[int], lengths: list[int], slots: Slots) -> Tensor:
+    def decode(self, token_ids: list[int], lengths: list[int], slots: KVCacheProtocol) -> Tensor:
         """Append one token to each of the first slots; float[R, V], valid until the next step.
 
         A shape that comes for the first time may never come again, and recording it costs some ten steps.
@@ -156,10 +156,10 @@ class DecodeReplay:
         if self._buffers is None:
             self._buffers = Buffers(self._language_model, slots.num_slots, self._device)
         rows = min(round_rows(len(token_ids)), slots.num_slots)
-        reach = min(-(-(max(lengths) + 1) // REACH_STEP) * REACH_STEP, slots.max_length)
+        kv_len = min(-(-(max(lengths) + 1) // KV_LEN_STEP) * KV_LEN_STEP, slots.max_length)
         self._upload(self._buffers, token_ids, lengths, rows)
-        shape = (rows, reach, slots.step_shape(rows))
-        step = partial(self._step, self._buffers, slots, rows, reach)
+        shape = (rows, kv_len, slots.step_shape(rows))
+        step = partial(self._step, self._buffers, slots, rows, kv_len)
         if shape not in self._seen:
             self._seen.add(shape)
             step()
@@ -184,9 +184,9 @@ class DecodeReplay:
         buffers.staged[:, :rows] = torch.tensor([token_ids + idle, lengths + idle])
         buffers.inputs.copy_(buffers.staged, non_blocking=True)
 
-    def _step(self, buffers: Buffers, slots: Slots, rows: int, reach: int) -> None:
+    def _step(self, buffers: Buffers, slots: KVCacheProtocol, rows: int, kv_len: int) -> None:
         token_ids, lengths = buffers.inputs[:, :rows]
-        buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, reach)
+        buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, kv_len)
 
     def _record(self, step: Step) -> Step:
         """What repeats the step: itself, where memory does not suffice to record it.

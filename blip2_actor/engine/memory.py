@@ -94,14 +94,14 @@ def slot_bytes(model: Blip2) -> int:
     """Of one running text: keys and values, its part of a prefill that fills all slots, its logits."""
     text = model.config.text_config
     prefix_length = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS
-    slot = model.language_model.new_slots(1, prefix_length, PLANNED_NEW_TOKENS)
+    slot = model.language_model.new_kv_cache(1, prefix_length, PLANNED_NEW_TOKENS)
     prefill = prefix_length * PREFILL_WIDTHS * text.hidden_size * model.dtype.itemsize
     return slot.num_bytes + prefill + LOGITS_BYTES * text.vocab_size
 
 
 def position_bytes(model: Blip2) -> int:
     """Keys and values of one position in one slot."""
-    return model.language_model.new_slots(1, 64, 64).num_bytes // 128
+    return model.language_model.new_kv_cache(1, 64, 64).num_bytes // 128
 
 
 def longest_text(model: Blip2) -> int:

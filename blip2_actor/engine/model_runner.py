@@ -21,7 +21,7 @@ from blip2_actor.engine.out_of_memory import Batches
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.language_model import LanguageModel, Slots
+from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 from blip2_actor.models.scoring import text_logprobs
 
 SCORE_BATCH = 64
@@ -49,7 +49,7 @@ class ModelRunner:
         self.device = model.query_tokens.device
         self.dtype = model.dtype
         self.num_slots = num_slots
-        self._slots: Slots | None = None
+        self._slots: KVCacheProtocol | None = None
         self._position_bytes = position_bytes(model)
         self._text_batches = Batches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
@@ -164,7 +164,7 @@ class ModelRunner:
         self.slots.reorder(sources, targets, start, stop)
 
     @property
-    def slots(self) -> Slots:
+    def slots(self) -> KVCacheProtocol:
         assert self._slots is not None, "prefill makes the slots"
         return self._slots
 
@@ -173,7 +173,7 @@ class ModelRunner:
             return
         self._require_memory(prefix_length + max_new_tokens)
         if self._slots is None:
-            self._slots = self.language_model.new_slots(self.num_slots, prefix_length, max_new_tokens)
+            self._slots = self.language_model.new_kv_cache(self.num_slots, prefix_length, max_new_tokens)
         else:
             self._forget_recordings()
             self._slots.grow(prefix_length, max_new_tokens)

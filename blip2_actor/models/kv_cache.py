@@ -27,7 +27,7 @@ ALIGNMENT = 8
 (`aten/native/transformers/attention.cpp`, `pad_bias`)."""
 
 
-class SlotCache:
+class KVCache:
     """Keys and values of every layer, float[layers, S, L, 2 D]: of each position its key, then its value; the
     heads lie side by side in D.
 
@@ -51,13 +51,13 @@ class SlotCache:
             dtype: of the model.
         """
         dtype = torch.float32 if device.type == "cpu" else dtype
-        self.states = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
+        self.kv = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
         self.num_slots = num_slots
         self.max_length = max_length
 
     @property
     def num_bytes(self) -> int:
-        return self.states.nbytes
+        return self.kv.nbytes
 
     def row_indices(self, positions: Tensor) -> Tensor:
         """Where the next key of slots 0..R-1 goes, as rows of float[S * L, D].
@@ -69,17 +69,17 @@ class SlotCache:
 
     def write_step(self, layer: int, rows: Tensor, kv: Tensor) -> None:
         """Store a new position per running slot: `rows` from `row_indices`, keys and values float[R, 2 D]."""
-        self.states[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.states.dtype))
+        self.kv[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.kv.dtype))
 
     def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store the first positions of some slots: slots int64[n], keys and values float[n, T, 2 D]."""
-        self.states[layer][slots, : kv.shape[1]] = kv.to(self.states.dtype)
+        self.kv[layer][slots, : kv.shape[1]] = kv.to(self.kv.dtype)
 
     def attend(
         self,
         layer: int,
         query: Tensor,
-        reach: int,
+        kv_len: int,
         num_heads: int,
         mask: Tensor | None = None,
         scale: float | None = None,
@@ -95,8 +95,8 @@ class SlotCache:
         Returns:
             float[R, D], in the dtype of `query`.
         """
-        states = self.states[layer, : query.shape[0], :reach]
-        keys, values = states.unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        kv = self.kv[layer, : query.shape[0], :kv_len]
+        keys, values = kv.unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
         heads = query.to(keys.dtype).unflatten(-1, (num_heads, 1, -1))
         mask = None if mask is None else mask.to(keys.dtype)
         context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=scale)
@@ -111,7 +111,7 @@ class SlotCache:
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
         """Lengthen every slot, in steps, so that growth is rare."""
         length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
-        self.states = F.pad(self.states, (0, 0, 0, length - self.max_length))
+        self.kv = F.pad(self.kv, (0, 0, 0, length - self.max_length))
         self.max_length = length
 
     def fork(self, sources: list[int], targets: list[int], length: int) -> None:
@@ -120,12 +120,12 @@ class SlotCache:
 
     def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
-        source, target = (to_device(slots, self.states.device) for slots in (sources, targets))
-        states = self.states
-        if states.device.type == "cuda" and states.shape[-1] * states.itemsize % 16 == 0:
-            states = states.view(torch.complex128)  # CUDA moves one element a thread: let it be 16 bytes
-        layer_bytes = states[0, :1, start:stop].nbytes * len(sources)
-        for layers in states.split(max(1, COPY_BYTES // max(1, layer_bytes))):
+        source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
+        kv = self.kv
+        if kv.device.type == "cuda" and kv.shape[-1] * kv.itemsize % 16 == 0:
+            kv = kv.view(torch.complex128)  # CUDA moves one element a thread: let it be 16 bytes
+        layer_bytes = kv[0, :1, start:stop].nbytes * len(sources)
+        for layers in kv.split(max(1, COPY_BYTES // max(1, layer_bytes))):
             layers[:, target, start:stop] = layers[:, source, start:stop]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blip2_actor.models.layers import Linear
 
 
-class Slots(Protocol):
+class KVCacheProtocol(Protocol):
     """Whatever a language model remembers of each running text, one slot each."""
 
     num_slots: int
@@ -51,7 +51,7 @@ class Slots(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A decoder that works in slots; `cache` is what its own `new_slots` made."""
+    """A decoder that works in slots; `cache` is what its own `new_kv_cache` made."""
 
     embed_tokens: nn.Embedding
     lm_head: Linear
@@ -81,7 +81,7 @@ class LanguageModel(Protocol):
         """Last hidden states of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
         ...
 
-    def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> Slots: ...
+    def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCacheProtocol: ...
 
     def context_ids(self, input_ids: list[int]) -> list[int]:
         """The ids that the reference's `generate` starts from: the input's, or a decoder's start token."""
@@ -95,10 +95,10 @@ class LanguageModel(Protocol):
         """float[T_i, Dw] each -> float[n, V], logits of the first new tokens."""
         ...
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, reach: int) -> Tensor:
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, kv_len: int) -> Tensor:
         """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1.
 
-        Its shapes follow from R, `reach` (positions to look at) and `Slots.step_shape`, its values from
+        Its shapes follow from R, `kv_len` (positions to look at) and `KVCacheProtocol.step_shape`, its values from
         tensors alone: it never waits for the device, and can be recorded and replayed.
         """
         ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from blip2_actor.models.kv_cache import SlotCache, aligned_arange
+from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from blip2_actor.models.layers import Layers, Linear
 from blip2_actor.models.packing import Packing
 
@@ -89,11 +89,9 @@ class OptDecoder(nn.Module):
     def cast(self, dtype: torch.dtype) -> OptDecoder:
         return self.to(dtype)
 
-    def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> SlotCache:
+    def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCache:
         weight, max_length = self.embed_positions.weight, prefix_length + max_new_tokens
-        return SlotCache(
-            len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype
-        )
+        return KVCache(len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype)
 
     def context_ids(self, input_ids: list[int]) -> list[int]:
         return input_ids
@@ -155,13 +153,13 @@ class OptDecoder(nn.Module):
             hidden = layer.finish(hidden, context)
         return hidden
 
-    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: SlotCache) -> Tensor:
+    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: KVCache) -> Tensor:
         """Run prefixes and leave their keys and values in slots.
 
         Args:
             prefixes: float[T_i, Dw] each; lengths may differ.
             slots: one per prefix.
-            cache: from `new_slots`.
+            cache: from `new_kv_cache`.
 
         Returns:
             float[n, V], logits behind the last position of each prefix.
@@ -181,7 +179,7 @@ class OptDecoder(nn.Module):
             hidden = layer.finish(hidden, context)
         return self._logits(hidden)[packing.restore_order]
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, reach: int) -> Tensor:
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, kv_len: int) -> Tensor:
         """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
 
         Args:
@@ -194,12 +192,12 @@ class OptDecoder(nn.Module):
             float[R, V], logits behind the appended tokens.
         """
         rows = cache.row_indices(lengths)
-        later = aligned_arange(reach, lengths.device) > lengths[:, None]
-        mask = torch.zeros(later.shape, dtype=cache.states.dtype, device=lengths.device)
-        mask = mask.masked_fill_(later, float("-inf"))[:, None, None, :reach]
+        later = aligned_arange(kv_len, lengths.device) > lengths[:, None]
+        mask = torch.zeros(later.shape, dtype=cache.kv.dtype, device=lengths.device)
+        mask = mask.masked_fill_(later, float("-inf"))[:, None, None, :kv_len]
         hidden = self._embed(self.embed_tokens(token_ids), lengths)
         for index, layer in enumerate(self.layers):
             query, kv = layer.project(hidden)
             cache.write_step(index, rows, kv)
-            hidden = layer.finish(hidden, cache.attend(index, query, reach, layer.num_heads, mask))
+            hidden = layer.finish(hidden, cache.attend(index, query, kv_len, layer.num_heads, mask))
         return self._logits(hidden)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config
 
-from blip2_actor.models.kv_cache import SlotCache, aligned_arange
+from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from blip2_actor.models.layers import Layers, Linear
 from blip2_actor.models.packing import Packing
-from blip2_actor.models.t5_kv_cache import T5Slots
+from blip2_actor.models.t5_kv_cache import T5KVCache
 from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
 
 SCALE = 1.0
@@ -66,10 +66,10 @@ class T5(nn.Module):
                 layer.wo.float()
         return self
 
-    def new_slots(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> T5Slots:
+    def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> T5KVCache:
         weight = self.embed_tokens.weight
         own, cross = (
-            SlotCache(
+            KVCache(
                 len(self.decoder),
                 num_slots,
                 length,
@@ -79,7 +79,7 @@ class T5(nn.Module):
             )
             for length in (1 + max_new_tokens, prefix_length)
         )
-        return T5Slots(own, cross)
+        return T5KVCache(own, cross)
 
     def context_ids(self, input_ids: list[int]) -> list[int]:
         return [self.config.decoder_start_token_id]
@@ -119,13 +119,13 @@ class T5(nn.Module):
         packing = Packing([len(text) for text in texts], texts[0].device)
         return packing.unpack(self._encode([self.embed_tokens(text) for text in texts], packing))
 
-    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: T5Slots) -> Tensor:
+    def prefill(self, prefixes: list[Tensor], slots: list[int], cache: T5KVCache) -> Tensor:
         """Encode prefixes, leave their keys and values in slots, and decode the start token.
 
         Args:
             prefixes: float[T_i, Dw] each; lengths may differ.
             slots: one per prefix.
-            cache: from `new_slots`.
+            cache: from `new_kv_cache`.
 
         Returns:
             float[n, V], logits of the first new token of each text.
@@ -147,7 +147,7 @@ class T5(nn.Module):
         hidden = self._decode_packed(self.embed_tokens(start), packing, encoded, prefix_packing, keep)
         return self._logits(hidden)[packing.restore_order]
 
-    def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5Slots, reach: int) -> Tensor:
+    def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5KVCache, kv_len: int) -> Tensor:
         """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
 
         Args:
@@ -161,12 +161,14 @@ class T5(nn.Module):
         """
         prefix_reach, cross_mask = cache.prefix_mask(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
-        bias = self._causal_bias(lengths, reach).transpose(0, 1)[:, :, None, :reach]  # float[R, H, 1, reach]
+        bias = self._causal_bias(lengths, kv_len).transpose(0, 1)[
+            :, :, None, :kv_len
+        ]  # float[R, H, 1, reach]
         hidden = self._enter(self.embed_tokens(token_ids))
         for index, layer in enumerate(self.decoder):
             query, kv = layer.project(hidden)
             cache.own.write_step(index, rows, kv)
-            context = cache.own.attend(index, query, reach, self.num_heads, bias, SCALE)
+            context = cache.own.attend(index, query, kv_len, self.num_heads, bias, SCALE)
             hidden = layer.add_attention(hidden, context)
             query = layer.project_cross(hidden)
             context = cache.cross.attend(index, query, prefix_reach, self.num_heads, cross_mask, SCALE)
@@ -218,13 +220,13 @@ class T5(nn.Module):
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self.decoder_norm(hidden)
 
-    def _causal_bias(self, positions: Tensor, reach: int) -> Tensor:
+    def _causal_bias(self, positions: Tensor, kv_len: int) -> Tensor:
         """Bias of the decoder's self-attention, -inf at what comes later.
 
-        int64[N] positions of the queries -> float[H, N, L] with L a multiple of `ALIGNMENT`, `reach` or more.
+        int64[N] positions of the queries -> float[H, N, L] with L a multiple of `ALIGNMENT`, `kv_len` or more.
         To be cut last: an axis that is put in behind the cut has the cut's length as its stride.
         """
-        relative = aligned_arange(reach, positions.device) - positions[:, None]
+        relative = aligned_arange(kv_len, positions.device) - positions[:, None]
         return self.decoder_bias(relative).masked_fill(relative > 0, float("-inf")).contiguous()
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from blip2_actor.device import to_device
-from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache, aligned_arange
+from blip2_actor.models.kv_cache import ALIGNMENT, KVCache, aligned_arange
 
 
-class T5Slots:
+class T5KVCache:
     """Keys and values of each running text: its own tokens (`own`) and its encoded prefix (`cross`)."""
 
-    def __init__(self, own: SlotCache, cross: SlotCache) -> None:
+    def __init__(self, own: KVCache, cross: KVCache) -> None:
         self.own = own
         self.cross = cross
         self.num_slots = own.num_slots
         # A slot that never had a text shows one position of zeros: to look at none gives no number at all.
-        self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.states.device)
+        self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.kv.device)
         self._host_lengths = [1] * own.num_slots
         """`prefix_lengths`, known without asking the device."""
 
@@ -63,10 +63,10 @@ class T5Slots:
         prompts do not make a shape of every length.
         """
         lengths = self._host_lengths[:num_rows]
-        reach = max(lengths)
-        if min(lengths) == reach:
-            return reach, False
-        return min(-(-reach // ALIGNMENT) * ALIGNMENT, self.cross.max_length), True
+        kv_len = max(lengths)
+        if min(lengths) == kv_len:
+            return kv_len, False
+        return min(-(-kv_len // ALIGNMENT) * ALIGNMENT, self.cross.max_length), True
 
     def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
         """What the cross-attention of the first R slots looks at, and what it adds to the scores.
@@ -75,9 +75,9 @@ class T5Slots:
             The reach, P; and float[R, 1, 1, P], -inf behind each slot's own prefix, or None where all are
             equally long.
         """
-        reach, is_masked = self.step_shape(num_rows)
+        kv_len, is_masked = self.step_shape(num_rows)
         if not is_masked:
-            return reach, None
-        outside = aligned_arange(reach, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
-        mask = torch.zeros(outside.shape, dtype=self.own.states.dtype, device=outside.device)
-        return reach, mask.masked_fill_(outside, float("-inf"))[:, None, None, :reach]
+            return kv_len, None
+        outside = aligned_arange(kv_len, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
+        mask = torch.zeros(outside.shape, dtype=self.own.kv.dtype, device=outside.device)
+        return kv_len, mask.masked_fill_(outside, float("-inf"))[:, None, None, :kv_len]

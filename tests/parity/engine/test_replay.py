@@ -21,7 +21,7 @@ from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.kv_cache import ALIGNMENT, SlotCache
+from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
 from tests.parity.engine.tape import Tape
 from tests.parity.tiny import images
 
@@ -119,22 +119,22 @@ def test_a_recording_follows_prefixes_that_change_under_it(model: Blip2) -> None
 
 def test_masks_of_a_step_begin_at_aligned_rows(model: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's attention copies any other mask, in every layer of every step."""
-    attend, strides = SlotCache.attend, []
+    attend, strides = KVCache.attend, []
 
-    def noted(self: SlotCache, layer: int, query: Tensor, reach: int, *others: Any) -> Tensor:
+    def noted(self: KVCache, layer: int, query: Tensor, kv_len: int, *others: Any) -> Tensor:
         mask = others[1]
-        assert mask.shape[-1] == reach
+        assert mask.shape[-1] == kv_len
         strides.append(mask.stride())
-        return attend(self, layer, query, reach, *others)
+        return attend(self, layer, query, kv_len, *others)
 
-    monkeypatch.setattr(SlotCache, "attend", noted)
+    monkeypatch.setattr(KVCache, "attend", noted)
     runner = ModelRunner(model, NUM_SLOTS)
     jobs = make_jobs([2, 4, 2])  # unequal, so that the cross-attention has a mask too
     runner.encode([job.image for job in jobs])
     runner.prefill(jobs, [0, 1, 2])
     longest = max(runner.cached_length(job) for job in jobs)
-    for reach in range(longest + 1, longest + 9):
-        runner.decode([9] * len(jobs), [reach - 1] * len(jobs))
+    for kv_len in range(longest + 1, longest + 9):
+        runner.decode([9] * len(jobs), [kv_len - 1] * len(jobs))
     assert all(last == 1 for *_, last in strides)
     assert not [found for found in strides if any(stride % ALIGNMENT for stride in found[:-1])]
 

@@ -48,6 +48,6 @@ def test_a_float16_model_is_close_to_a_float32_one(checkpoint_folder: Callable[.
         for model in (exact, rounded):
             features = model.qformer_features(model.image_features(pixel_values.to(model.dtype)))
             prefixes = list(model.project(features))
-            slots = model.language_model.new_slots(2, NUM_QUERIES, 4)
+            slots = model.language_model.new_kv_cache(2, NUM_QUERIES, 4)
             logits.append(model.language_model.prefill(prefixes, [0, 1], slots).float())
         torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)

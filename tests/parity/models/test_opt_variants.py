@@ -65,7 +65,7 @@ def test_given_and_decoded_texts(models: tuple[OptDecoder, OPTForCausalLM]) -> N
     expected = [expected_logits(reference, p, t) for p, t in zip(prefixes, texts, strict=True)]
     torch.testing.assert_close(ours.predict(prefixes, texts), expected, rtol=1e-4, atol=1e-4)
 
-    slots = ours.new_slots(3, 7, 4)
+    slots = ours.new_kv_cache(3, 7, 4)
     steps = [ours.prefill(prefixes, [0, 1, 2], slots)]
     for i in range(3):
         lengths = torch.tensor([len(p) + i for p in prefixes])

@@ -57,7 +57,7 @@ def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt
     expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
     prefix = model.project(model.qformer_features(model.image_features(pixel_values)))
     embeds = model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
-    slots = model.language_model.new_slots(4, prefix.shape[1] + len(text), 5)
+    slots = model.language_model.new_kv_cache(4, prefix.shape[1] + len(text), 5)
     found = model.language_model.prefill(list(torch.cat([prefix, embeds], 1)), [2, 0, 3], slots)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

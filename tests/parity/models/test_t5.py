@@ -15,7 +15,7 @@ from transformers import Blip2ForConditionalGeneration, T5ForConditionalGenerati
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.models.t5 import T5
-from blip2_actor.models.t5_kv_cache import T5Slots
+from blip2_actor.models.t5_kv_cache import T5KVCache
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "flan": {},
@@ -56,7 +56,7 @@ def expected_logits(reference: T5ForConditionalGeneration, prefix: Tensor, token
 
 
 @torch.no_grad()
-def step(t5: T5, slots: T5Slots, texts: list[list[int]]) -> Tensor:
+def step(t5: T5, slots: T5KVCache, texts: list[list[int]]) -> Tensor:
     """Decode the last token of each text; slot i holds text i."""
     token_ids, lengths = (torch.tensor(x) for x in zip(*((t[-1], len(t)) for t in texts), strict=True))
     return t5.decode(token_ids, lengths, slots, max(len(t) for t in texts) + 1)
@@ -78,7 +78,7 @@ def test_greedy_in_slots(models: tuple[T5, T5ForConditionalGeneration]) -> None:
     """Mixed prefixes that join at different steps give the reference's ids and logits at every step."""
     t5, reference = models
     prefixes = make_prefixes(LENGTHS)
-    slots = t5.new_slots(4, 150, 12)
+    slots = t5.new_kv_cache(4, 150, 12)
     texts: list[list[int]] = [[], [], [], []]
     first = [t5.prefill(prefixes[:2], [1, 0], slots), None]
     first[1] = t5.prefill(prefixes[2:], [2, 3], slots)
@@ -105,7 +105,7 @@ def test_forks_reorders_and_growth(models: tuple[T5, T5ForConditionalGeneration]
     """A text moved between slots takes its prefix, its length and its tokens along."""
     t5, reference = models
     short, long = make_prefixes([6, 70])
-    slots = t5.new_slots(4, 6, 4)
+    slots = t5.new_kv_cache(4, 6, 4)
     assert slots.holds(6, 4) and not slots.holds(6, 5) and not slots.holds(7, 4)
     t5.prefill([short], [0], slots)
     slots.grow(70, 4)
@@ -141,7 +141,7 @@ def test_long_decode_equals_given_text(checkpoint_folder: Callable[..., Path]) -
     t5 = load(checkpoint_folder("t5"))
     (prefix,) = make_prefixes([6])
     text = torch.randint(5, 260, (140,), generator=torch.Generator().manual_seed(4))
-    slots = t5.new_slots(1, 6, 140)
+    slots = t5.new_kv_cache(1, 6, 140)
     rows = [t5.prefill([prefix], [0], slots)]
     rows += [step(t5, slots, [text[: i + 1].tolist()]) for i in range(139)]
     torch.testing.assert_close(torch.cat(rows), t5.predict([prefix], [text])[0], rtol=1e-4, atol=1e-4)
@@ -157,7 +157,7 @@ def test_float16_survives_large_activations(checkpoint_folder: Callable[..., Pat
     enlarge(plain.float()).half()
     prefixes = make_prefixes([6, 40])
     expected, got, naive = (
-        model.prefill([p.to(dtype) for p in prefixes], [0, 1], model.new_slots(2, 40, 4))
+        model.prefill([p.to(dtype) for p in prefixes], [0, 1], model.new_kv_cache(2, 40, 4))
         for model, dtype in ((exact, torch.float32), (ours, torch.float16), (plain, torch.float16))
     )
     assert naive.isnan().any(), "the scale is too small to show the trouble"
@@ -179,16 +179,16 @@ def test_float16_attention_that_overflows_stays_finite(checkpoint_folder: Callab
     for layer in (*t5.encoder, *t5.decoder):
         layer.out_proj.weight.fill_(60000)
     (prefix,) = make_prefixes([6])
-    assert t5.prefill([prefix.half()], [0], t5.new_slots(1, 6, 4)).isfinite().all()
+    assert t5.prefill([prefix.half()], [0], t5.new_kv_cache(1, 6, 4)).isfinite().all()
 
 
 @torch.no_grad()
 def test_bfloat16_is_close(checkpoint_folder: Callable[..., Path]) -> None:
     exact, rounded = load(checkpoint_folder("t5")), load(checkpoint_folder("t5"), torch.bfloat16)
     prefixes = make_prefixes(LENGTHS)
-    expected = exact.prefill(prefixes, [0, 1, 2, 3], exact.new_slots(4, 150, 4))
+    expected = exact.prefill(prefixes, [0, 1, 2, 3], exact.new_kv_cache(4, 150, 4))
     got = rounded.prefill(
-        [p.bfloat16() for p in prefixes], [0, 1, 2, 3], rounded.new_slots(4, 150, 4)
+        [p.bfloat16() for p in prefixes], [0, 1, 2, 3], rounded.new_kv_cache(4, 150, 4)
     ).float()
     torch.testing.assert_close(got, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 

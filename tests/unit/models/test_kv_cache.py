@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor.models.kv_cache import SlotCache
+from blip2_actor.models.kv_cache import KVCache
 from tests.unit.checkpoints.test_safetensors_file import status_bytes
 
 
@@ -15,7 +15,7 @@ from tests.unit.checkpoints.test_safetensors_file import status_bytes
 def test_free_slots_take_no_memory() -> None:
     """128 slots of a 2.7 B model are 5 GB; filling them with zeros would need them before the first image."""
     before = status_bytes("VmRSS")
-    cache = SlotCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
+    cache = KVCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
     cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 1024))
     assert cache.num_bytes == 256 << 20
     assert status_bytes("VmRSS") - before < 32 << 20
