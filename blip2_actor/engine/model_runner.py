@@ -156,12 +156,12 @@ class ModelRunner:
         }
 
     @torch.inference_mode()
-    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
-        self.slots.fork(sources, targets, length)
+    def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
+        self.slots.copy_slots(sources, targets, length)
 
     @torch.inference_mode()
-    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        self.slots.reorder(sources, targets, start, stop)
+    def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        self.slots.copy_positions(sources, targets, start, stop)
 
     @property
     def slots(self) -> KVCacheProtocol:

@@ -261,7 +261,7 @@ class Scheduler:
         ]
         if pairs:
             sources, targets, lengths = (list(column) for column in zip(*pairs, strict=True))
-            self.runner.fork(sources, targets, max(lengths))
+            self.runner.copy_slots(sources, targets, max(lengths))
 
     # Decoding -------------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class Scheduler:
                     starts.append(text.prefix_length)
                     stops.append(text.length)
         if sources:
-            self.runner.reorder(sources, targets, min(starts), max(stops))
+            self.runner.copy_positions(sources, targets, min(starts), max(stops))
 
     def _retire(self, texts: list[RunningText]) -> None:
         """Free the slots of finished or cancelled texts, and deliver jobs that are complete."""
@@ -336,7 +336,7 @@ class Scheduler:
             text.slots[text.slots.index(source)] = target
             self.owners[source], self.owners[target] = None, text
         longest = max(text.length for text in self.running)
-        self.runner.fork(movers, holes, longest)
+        self.runner.copy_slots(movers, holes, longest)
 
     # Out of memory --------------------------------------------------------------------------------------
 

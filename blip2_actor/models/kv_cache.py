@@ -114,11 +114,11 @@ class KVCache:
         self.kv = F.pad(self.kv, (0, 0, 0, length - self.max_length))
         self.max_length = length
 
-    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+    def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts into other slots; overlapping sources and targets are safe."""
-        self.reorder(sources, targets, 0, length)
+        self.copy_positions(sources, targets, 0, length)
 
-    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+    def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
         source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
         kv = self.kv

@@ -41,11 +41,11 @@ class KVCacheProtocol(Protocol):
         """Make every slot at least that long; what is in them stays."""
         ...
 
-    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+    def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts of up to `length` cached positions into other slots."""
         ...
 
-    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+    def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy only positions [start, stop) between slots whose earlier positions are equal."""
         ...
 

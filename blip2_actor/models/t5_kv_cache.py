@@ -45,16 +45,16 @@ class T5KVCache:
         device = self.prefix_lengths.device
         self.prefix_lengths[to_device(slots, device)] = to_device(prefix_lengths, device)
 
-    def fork(self, sources: list[int], targets: list[int], length: int) -> None:
+    def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy whole texts, prefixes too; overlapping sources and targets are safe."""
         prefix_lengths = [self._host_lengths[slot] for slot in sources]
-        self.own.fork(sources, targets, length)
-        self.cross.fork(sources, targets, max(prefix_lengths))
+        self.own.copy_slots(sources, targets, length)
+        self.cross.copy_slots(sources, targets, max(prefix_lengths))
         self.occupy(targets, prefix_lengths)
 
-    def reorder(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+    def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy the texts' own positions [start, stop); slots of one image share their prefix already."""
-        self.own.reorder(sources, targets, start, stop)
+        self.own.copy_positions(sources, targets, start, stop)
 
     def step_shape(self, num_rows: int) -> tuple[int, bool]:
         """How far the cross-attention of the first R slots reaches, and whether some see less than others.

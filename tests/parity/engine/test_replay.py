@@ -74,7 +74,7 @@ class Pair:
     def move_last_to(self, slot: int) -> None:
         last = len(self.lengths) - 1
         for runner in (self.plain, self.replaying):
-            runner.fork([last], [slot], self.lengths[last])
+            runner.copy_slots([last], [slot], self.lengths[last])
         self.lengths[slot] = self.lengths.pop()
 
     def shrink(self, num_slots: int) -> None:

@@ -114,9 +114,9 @@ def test_forks_reorders_and_growth(models: tuple[T5, T5ForConditionalGeneration]
     step(t5, slots, [[7], [8]])
     slots.grow(6, 20)
     assert slots.holds(70, 20)
-    slots.fork([0, 1, 1], [1, 0, 2], 2)  # swap, and one more of the long text: now long, short, long
+    slots.copy_slots([0, 1, 1], [1, 0, 2], 2)  # swap, and one more of the long text: now long, short, long
     step(t5, slots, [[8, 9], [7, 10], [8, 11]])
-    slots.reorder([2], [0], 2, 3)  # texts 0 and 2 differ from position 2 on
+    slots.copy_positions([2], [0], 2, 3)  # texts 0 and 2 differ from position 2 on
     logits = step(t5, slots, [[8, 11, 12], [7, 10, 13], [8, 11, 14]])
     expected = [(long, [8, 11, 12]), (short, [7, 10, 13]), (long, [8, 11, 14])]
     for row, (prefix, ids) in zip(logits, expected, strict=True):
