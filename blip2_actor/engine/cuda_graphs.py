@@ -34,14 +34,14 @@ ROWS_STEP = 32
 """Rows are rounded up to powers of two, and above this to its multiples: idle rows cost memory traffic."""
 KV_LEN_STEP = 16
 """Reach is rounded up to multiples of this, or to the slots' own length where that is nearer."""
-MOST_RECORDINGS = 64
+MAX_GRAPHS = 64
 """Each holds some MB of the driver's memory; beyond this goes what was not replayed for longest."""
 
 
-class Recorder(Protocol):
+class StepCapturer(Protocol):
     """Makes steps repeatable at little cost."""
 
-    def record(self, step: Step) -> Step:
+    def capture(self, step: Step) -> Step:
         """What repeats `step`, which may run meanwhile.
 
         Raises:
@@ -55,10 +55,10 @@ class Recorder(Protocol):
         ...
 
 
-class Rerun:
+class EagerRunner:
     """Records nothing and runs the step again: the shapes and buffers of a recording on any device."""
 
-    def record(self, step: Step) -> Step:
+    def capture(self, step: Step) -> Step:
         return step
 
     def forget(self) -> None:
@@ -73,7 +73,7 @@ class CudaGraphs:
         """Always the same one: cuBLAS keeps a workspace for each."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, step: Step) -> Step:
+    def capture(self, step: Step) -> Step:
         """Run the step once, then record it, on a stream of its own.
 
         Other threads may use the device meanwhile (another engine's), so only what this thread does must be
@@ -119,7 +119,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
 
-def recorder_for(config: EngineConfig, device: torch.device) -> Recorder | None:
+def capturer_for(config: EngineConfig, device: torch.device) -> StepCapturer | None:
     """How decode steps are recorded; None where that gains nothing, or weights move between devices."""
     if device.type != "cuda" or config.skip_cuda_graphs or config.device_map is not None:
         return None
@@ -140,13 +140,13 @@ class Buffers:
 class DecodeReplay:
     """The decode steps of one language model in a few fixed shapes, each recorded when it comes again."""
 
-    def __init__(self, language_model: LanguageModel, recorder: Recorder, device: torch.device) -> None:
+    def __init__(self, language_model: LanguageModel, capturer: StepCapturer, device: torch.device) -> None:
         self._language_model = language_model
-        self._recorder = recorder
+        self._capturer = capturer
         self._device = device
         self._buffers: Buffers | None = None
         self._seen: set[Hashable] = set()
-        self._recordings: dict[Hashable, Step] = {}
+        self._graphs: dict[Hashable, Step] = {}
 
     def decode(self, token_ids: list[int], lengths: list[int], slots: KVCacheProtocol) -> Tensor:
         """Append one token to each of the first slots; float[R, V], valid until the next step.
@@ -164,10 +164,10 @@ class DecodeReplay:
             self._seen.add(shape)
             step()
         else:
-            replay = self._recordings.pop(shape, None) or self._record(step)
-            self._recordings[shape] = replay  # behind all others: they stand in the order of use
-            if len(self._recordings) > MOST_RECORDINGS:
-                del self._recordings[next(iter(self._recordings))]
+            replay = self._graphs.pop(shape, None) or self._capture_or_run(step)
+            self._graphs[shape] = replay  # behind all others: they stand in the order of use
+            if len(self._graphs) > MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             replay()
         return self._buffers.logits[: len(token_ids)]
 
@@ -175,8 +175,8 @@ class DecodeReplay:
         """Throw everything away, because the slots are about to move."""
         self._buffers = None
         self._seen.clear()
-        self._recordings.clear()
-        self._recorder.forget()
+        self._graphs.clear()
+        self._capturer.forget()
 
     def _upload(self, buffers: Buffers, token_ids: list[int], lengths: list[int], rows: int) -> None:
         """The last step's upload is over: its logits have been looked at."""
@@ -188,20 +188,20 @@ class DecodeReplay:
         token_ids, lengths = buffers.inputs[:, :rows]
         buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, kv_len)
 
-    def _record(self, step: Step) -> Step:
+    def _capture_or_run(self, step: Step) -> Step:
         """What repeats the step: itself, where memory does not suffice to record it.
 
         Where no step can be recorded, that is found out and said once.
         """
-        recorder = self._recorder
+        capturer = self._capturer
         try:
-            found = attempt(lambda: recorder.record(step))
+            found = attempt(lambda: capturer.capture(step))
             if isinstance(found, Shortage):
                 torch.cuda.empty_cache()  # a recording's own allocations do not give back what is cached
-                found = attempt(lambda: recorder.record(step))
+                found = attempt(lambda: capturer.capture(step))
         except RuntimeError as error:
             logger.warning("Decode steps run kernel by kernel, they could not be recorded: %s", error)
-            self._recorder = Rerun()
+            self._capturer = EagerRunner()
             return step
         if isinstance(found, Shortage):
             logger.warning(

@@ -28,7 +28,7 @@ from blip2_actor.checkpoints.tokenizer import Prompts
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test as canary
-from blip2_actor.engine.cuda_graphs import recorder_for
+from blip2_actor.engine.cuda_graphs import capturer_for
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.input_processor import InputProcessor, RequestRefused
 from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
@@ -93,7 +93,7 @@ class Engine:
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._input_processor = InputProcessor(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
-        self._runner = ModelRunner(self.model, max_slots, compiled_batch, recorder_for(config, device))
+        self._runner = ModelRunner(self.model, max_slots, compiled_batch, capturer_for(config, device))
         self.canary = self._run_canary(checkpoint, max_slots)
         self._encode_worker = (
             EncodeWorker(self._runner, self._num_threads, self._notice) if has_encode_worker else None

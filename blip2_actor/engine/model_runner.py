@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.device import ids_to_device, to_device
-from blip2_actor.engine.cuda_graphs import DecodeReplay, Recorder
+from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
 from blip2_actor.engine.out_of_memory import Batches
@@ -36,7 +36,7 @@ class ModelRunner:
         model: Blip2,
         num_slots: int,
         compiled_batch: int | None = None,
-        recorder: Recorder | None = None,
+        capturer: StepCapturer | None = None,
     ) -> None:
         """
         Args:
@@ -52,7 +52,7 @@ class ModelRunner:
         self._slots: KVCacheProtocol | None = None
         self._position_bytes = position_bytes(model)
         self._text_batches = Batches(SCORE_BATCH, "texts")
-        self._replay = DecodeReplay(self.language_model, recorder, self.device) if recorder else None
+        self._replay = DecodeReplay(self.language_model, capturer, self.device) if capturer else None
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self.encoders = Encoders(model, compiled_batch)
 
@@ -80,7 +80,7 @@ class ModelRunner:
     def shrink(self, num_slots: int) -> None:
         """Give back the memory of all slots; the next prefill makes `num_slots` new ones."""
         self.num_slots = num_slots
-        self._forget_recordings()
+        self._forget_graphs()
         self._slots = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,7 +175,7 @@ class ModelRunner:
         if self._slots is None:
             self._slots = self.language_model.new_kv_cache(self.num_slots, prefix_length, max_new_tokens)
         else:
-            self._forget_recordings()
+            self._forget_graphs()
             self._slots.grow(prefix_length, max_new_tokens)
 
     def _require_memory(self, num_positions: int) -> None:
@@ -186,6 +186,6 @@ class ModelRunner:
                 f"{self.num_slots} slots of {num_positions} positions need {needed:,} bytes of {free:,} free"
             )
 
-    def _forget_recordings(self) -> None:
+    def _forget_graphs(self) -> None:
         if self._replay is not None:
             self._replay.forget()

@@ -22,7 +22,7 @@ class Tape(TorchDispatchMode):
         self.num_recorded = 0
         self._entries: list[tuple[Any, Any, Any, Any]] = []
 
-    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         self._entries = entries = []
         with self:
             step()

@@ -50,7 +50,7 @@ class Pair:
     def __init__(self, model: Blip2) -> None:
         self.tape = Tape()
         self.plain = ModelRunner(model, NUM_SLOTS)
-        self.replaying = ModelRunner(model, NUM_SLOTS, recorder=self.tape)
+        self.replaying = ModelRunner(model, NUM_SLOTS, capturer=self.tape)
         self.lengths: list[int] = []
 
     def prefill(self, jobs: list[RequestState], slots: list[int]) -> None:
@@ -143,7 +143,7 @@ def test_the_recording_that_is_in_use_is_not_the_one_that_goes(
     model: Blip2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first shape recorded is often the busiest: recording it again and again costs ten steps each."""
-    monkeypatch.setattr("blip2_actor.engine.cuda_graphs.MOST_RECORDINGS", 2)
+    monkeypatch.setattr("blip2_actor.engine.cuda_graphs.MAX_GRAPHS", 2)
     pair = Pair(model)
     pair.prefill(make_jobs([1] * 7), list(range(7)))
     for rows in (1, 1, 2, 2, 1, 4, 4, 1):
@@ -174,7 +174,7 @@ def make_engine(folder: Path) -> Engine:
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
     """Engines replay as they do on a GPU."""
     tape = Tape()
-    monkeypatch.setattr("blip2_actor.engine.engine.recorder_for", lambda *_: tape)
+    monkeypatch.setattr("blip2_actor.engine.engine.capturer_for", lambda *_: tape)
     yield tape
 
 
@@ -318,7 +318,7 @@ def test_a_recording_that_cannot_be_ended_gives_the_allocator_back(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *x: ended.append(x), raising=False)
-    recorder, calls = CudaGraphs(torch.device("cuda", 3)), []
+    capturer, calls = CudaGraphs(torch.device("cuda", 3)), []
 
     def step() -> None:
         calls.append(None)
@@ -326,6 +326,6 @@ def test_a_recording_that_cannot_be_ended_gives_the_allocator_back(
             raise error
 
     with pytest.raises(RuntimeError, match=str(error or "previous error")):
-        recorder.record(step)
+        capturer.record(step)
     assert ended == [(3, (0, 1))]
-    assert recorder._pool == (0, 2)
+    assert capturer._pool == (0, 2)

@@ -62,11 +62,11 @@ def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
     """Alone and in a batch are both replayed, so wrong recordings could agree with each other."""
     tape = Tape()
     with caplog.at_level(logging.INFO):
-        runner = ModelRunner(engine.model, 5, recorder=tape)
+        runner = ModelRunner(engine.model, 5, capturer=tape)
         assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.canary
     assert tape.num_recorded > 0
     assert "plain and replayed differ by" in caplog.text
-    stuck = ModelRunner(engine.model, 5, recorder=Stuck())
+    stuck = ModelRunner(engine.model, 5, capturer=Stuck())
     with pytest.raises(CanaryFailure, match="plain and replayed"):
         check(stuck, engine.prompts.empty_ids, engine.image_size_px)
 
