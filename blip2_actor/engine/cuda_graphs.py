@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.config import EngineConfig
-from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -195,15 +195,15 @@ class DecodeReplay:
         """
         capturer = self._capturer
         try:
-            found = attempt(lambda: capturer.capture(step))
-            if isinstance(found, Shortage):
+            found = catch_out_of_memory(lambda: capturer.capture(step))
+            if isinstance(found, OutOfMemory):
                 torch.cuda.empty_cache()  # a recording's own allocations do not give back what is cached
-                found = attempt(lambda: capturer.capture(step))
+                found = catch_out_of_memory(lambda: capturer.capture(step))
         except RuntimeError as error:
             logger.warning("Decode steps run kernel by kernel, they could not be recorded: %s", error)
             self._capturer = EagerRunner()
             return step
-        if isinstance(found, Shortage):
+        if isinstance(found, OutOfMemory):
             logger.warning(
                 "Out of memory: a decode step runs kernel by kernel, not recorded: %s", found.reason
             )

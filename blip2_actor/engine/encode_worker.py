@@ -15,10 +15,10 @@ from queue import SimpleQueue
 import torch
 
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.engine.request_state import EncodedImage
 
-Outcome = Shortage | BaseException | None
+Outcome = OutOfMemory | BaseException | None
 
 
 class EncodeWorker:
@@ -62,7 +62,7 @@ class EncodeWorker:
         self.num_images += len(images)
         self._given.put(images)
 
-    def take(self) -> tuple[list[EncodedImage], Shortage | None]:
+    def take(self) -> tuple[list[EncodedImage], OutOfMemory | None]:
         """Wait for the first batch: its images, encoded unless memory did not suffice."""
         outcome = self._outcomes.get()
         images = self._batches.popleft()
@@ -90,6 +90,6 @@ class EncodeWorker:
 
     def _outcome(self, images: list[EncodedImage]) -> Outcome:
         try:
-            return attempt(lambda: self._runner.encode(images))
+            return catch_out_of_memory(lambda: self._runner.encode(images))
         except BaseException as error:  # it belongs to whoever takes
             return error

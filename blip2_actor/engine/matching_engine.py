@@ -23,7 +23,7 @@ from blip2_actor.config import MatchingConfig
 from blip2_actor.device import ids_to_device, prepare_device, resolve_device, resolve_dtype, to_device
 from blip2_actor.engine.input_processor import RequestRefused, to_pixels
 from blip2_actor.engine.memory import full_encode_batch
-from blip2_actor.engine.out_of_memory import Batches, FoundT, ItemT
+from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.request_state import NO_NUMBERS
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
@@ -63,7 +63,10 @@ class MatchingEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.image_size_px: int = self.model.config.vision_config.image_size
         size = full_encode_batch(self.model.config.vision_config, device)
-        self._image_batches, self._text_batches = Batches(size, "images"), Batches(size, "texts")
+        self._image_batches, self._text_batches = (
+            ShrinkingBatches(size, "images"),
+            ShrinkingBatches(size, "texts"),
+        )
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:
         """How well each text fits its image, in order; a bad image or text is an entry with a status.
@@ -143,7 +146,7 @@ class MatchingEngine:
 
     def _embed(
         self,
-        batches: Batches,
+        batches: ShrinkingBatches,
         embed: Callable[[list[ItemT]], list[np.ndarray]],
         asked: list[ItemT | RequestRefused],
     ) -> list[Embedding]:
@@ -156,16 +159,16 @@ class MatchingEngine:
         ]
 
     def _run(
-        self, batches: Batches, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]
-    ) -> list[FoundT]:
+        self, batches: ShrinkingBatches, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]
+    ) -> list[ResultT]:
         return self._thread.submit(self._work, batches, work, items).result()
 
     # In the engine's thread -----------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _work(
-        self, batches: Batches, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]
-    ) -> list[FoundT]:
+        self, batches: ShrinkingBatches, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]
+    ) -> list[ResultT]:
         started = time.perf_counter()
         try:
             found = batches.run(work, items)

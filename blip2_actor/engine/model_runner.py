@@ -17,7 +17,7 @@ from blip2_actor.device import ids_to_device, to_device
 from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
-from blip2_actor.engine.out_of_memory import Batches
+from blip2_actor.engine.out_of_memory import ShrinkingBatches
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
@@ -51,7 +51,7 @@ class ModelRunner:
         self.num_slots = num_slots
         self._slots: KVCacheProtocol | None = None
         self._position_bytes = position_bytes(model)
-        self._text_batches = Batches(SCORE_BATCH, "texts")
+        self._text_batches = ShrinkingBatches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, capturer, self.device) if capturer else None
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self.encoders = Encoders(model, compiled_batch)

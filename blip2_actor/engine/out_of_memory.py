@@ -12,25 +12,25 @@ import torch
 logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
-FoundT = TypeVar("FoundT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class Shortage:
+class OutOfMemory:
     """Memory did not suffice, and why; unlike the error it keeps none of the failed work's tensors."""
 
     reason: str
 
 
-def attempt(work: Callable[[], FoundT]) -> FoundT | Shortage:
+def catch_out_of_memory(work: Callable[[], ResultT]) -> ResultT | OutOfMemory:
     """What `work` gives, or that it ran out of memory: by then what it held is free again."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
-        return Shortage(str(error))
+        return OutOfMemory(str(error))
 
 
-class Batches:
+class ShrinkingBatches:
     """Batches of a size that halves, for good, where memory does not suffice."""
 
     def __init__(self, size: int, what: str) -> None:
@@ -42,13 +42,13 @@ class Batches:
         self.size = size
         self.what = what
 
-    def run(self, work: Callable[[list[ItemT]], list[FoundT]], items: list[ItemT]) -> list[FoundT]:
+    def run(self, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]) -> list[ResultT]:
         """One result per item, in order; `work` gives one per item of its batch.
 
         Raises:
             OutOfMemoryError: one item alone does not fit.
         """
-        found: list[FoundT] = []
+        found: list[ResultT] = []
         while len(found) < len(items):
             try:
                 found += work(items[len(found) : len(found) + self.size])

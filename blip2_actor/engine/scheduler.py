@@ -20,7 +20,7 @@ from torch import Tensor
 from blip2_actor.device import to_device
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
@@ -122,8 +122,8 @@ class Scheduler:
         ones, a decode step. The host waits only for chosen tokens, of which it needs one small tensor."""
         self._drop_cancelled()
         for stage in (self._encode, self._fill_slots, self._decode):
-            found = attempt(stage)
-            if isinstance(found, Shortage):
+            found = catch_out_of_memory(stage)
+            if isinstance(found, OutOfMemory):
                 self._shrink(found)
 
     def _drop_cancelled(self) -> None:
@@ -157,14 +157,14 @@ class Scheduler:
         if num_missing <= 0 and not (encode_worker is None and self._is_overdue):
             return
         if images := self._next_images(self.encode_batch):
-            self._encoded(images, attempt(lambda: self.runner.encode(images)))
+            self._encoded(images, catch_out_of_memory(lambda: self.runner.encode(images)))
 
-    def _encoded(self, images: list[EncodedImage], shortage: Shortage | None) -> None:
+    def _encoded(self, images: list[EncodedImage], out_of_memory: OutOfMemory | None) -> None:
         """A batch comes from the encoders, or back to the queue."""
-        if shortage is not None:
+        if out_of_memory is not None:
             self.waiting.extendleft(reversed(images))
             if len(images) <= self.encode_batch:  # larger ones were begun before
-                self._encode_less(shortage)
+                self._encode_less(out_of_memory)
             return
         self.counters.num_encode_calls += 1
         self.counters.num_images_encoded += len(images)
@@ -232,8 +232,8 @@ class Scheduler:
             return
         texts = self.running[-sum(len(job.searches) for job in jobs) :]
         first_slot = {id(text.job): text.slots[0] for text in reversed(texts)}
-        logits = attempt(lambda: self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs]))
-        if isinstance(logits, Shortage):
+        logits = catch_out_of_memory(lambda: self.runner.prefill(jobs, [first_slot[id(job)] for job in jobs]))
+        if isinstance(logits, OutOfMemory):
             self._restart(jobs)
             self._prefill_less(len(jobs), logits)
             return
@@ -340,29 +340,29 @@ class Scheduler:
 
     # Out of memory --------------------------------------------------------------------------------------
 
-    def _encode_less(self, shortage: Shortage) -> None:
+    def _encode_less(self, out_of_memory: OutOfMemory) -> None:
         if self.encode_batch == 1 and self.max_slots == 1:
             image = self.waiting.popleft()
-            _fail(image.jobs, shortage)
+            _fail(image.jobs, out_of_memory)
             image.jobs.clear()
             return
         if self.encode_batch == 1:
-            self._shrink(shortage)
+            self._shrink(out_of_memory)
             return
         self.encode_batch //= 2
         logger.warning("Out of memory: images are encoded %d at a time from now on", self.encode_batch)
 
-    def _prefill_less(self, num_jobs: int, shortage: Shortage) -> None:
+    def _prefill_less(self, num_jobs: int, out_of_memory: OutOfMemory) -> None:
         if num_jobs == 1 and self.max_slots == 1:
-            _fail([self.ready.popleft()], shortage)
+            _fail([self.ready.popleft()], out_of_memory)
             return
         if num_jobs == 1:
-            self._shrink(shortage)
+            self._shrink(out_of_memory)
             return
         self.prefill_batch = num_jobs // 2
         logger.warning("Out of memory: prompts are read %d at a time from now on", self.prefill_batch)
 
-    def _shrink(self, shortage: Shortage) -> None:
+    def _shrink(self, out_of_memory: OutOfMemory) -> None:
         """Go on with half the slots; all texts begin again, for there is no memory to move them in. The text
         of a last slot fails alone.
 
@@ -373,10 +373,10 @@ class Scheduler:
             jobs = [text.job for text in self.running]
             self._retire(self.running)
             self.runner.shrink(1)
-            _fail(jobs, shortage)
+            _fail(jobs, out_of_memory)
             return
         if self.max_slots == 1:
-            raise torch.OutOfMemoryError(shortage.reason)
+            raise torch.OutOfMemoryError(out_of_memory.reason)
         self.max_slots //= 2
         logger.warning("Out of memory: %d texts are decoded at once from now on", self.max_slots)
         self._restart(list(dict.fromkeys(text.job for text in self.running)))
@@ -399,8 +399,8 @@ class Scheduler:
         self.ready.extendleft(reversed(jobs))
 
 
-def _fail(jobs: Sequence[RequestState], shortage: Shortage) -> None:
+def _fail(jobs: Sequence[RequestState], out_of_memory: OutOfMemory) -> None:
     """They do not fit even alone."""
     for job in jobs:
         if not job.future.done():
-            job.resolve(Result(status=Status.FAILED, error=f"out of memory: {shortage.reason}"))
+            job.resolve(Result(status=Status.FAILED, error=f"out of memory: {out_of_memory.reason}"))

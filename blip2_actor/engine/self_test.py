@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blip2_actor.checkpoints.download import write_whole
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.out_of_memory import Shortage, attempt
+from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,8 @@ def _encode(runner: ModelRunner, images: list[EncodedImage], least_encoded: int)
     """In a batch that is filled up, or alone where memory does not suffice for that."""
     fillers = [EncodedImage(images[0].pixels) for _ in range(least_encoded - len(images))]
     if fillers:
-        found = attempt(lambda: runner.encode(images + fillers))
-        if not isinstance(found, Shortage):
+        found = catch_out_of_memory(lambda: runner.encode(images + fillers))
+        if not isinstance(found, OutOfMemory):
             return
         logger.warning("Out of memory: %d images at a time are too many (%s)", least_encoded, found.reason)
     runner.encode(images)

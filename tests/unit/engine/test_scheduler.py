@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.engine.out_of_memory import Shortage
+from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
@@ -79,6 +79,6 @@ def test_a_shortage_of_passes_that_were_begun_together_counts_once() -> None:
     scheduler = Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]
     passes = [[make_job(make_image()).image for _ in range(4)] for _ in range(3)]
     for images in passes:
-        scheduler._encoded(images, Shortage("no more than two"))
+        scheduler._encoded(images, OutOfMemory("no more than two"))
     assert (scheduler.encode_batch, scheduler.max_slots) == (2, 4)
     assert len(scheduler.waiting) == 12
