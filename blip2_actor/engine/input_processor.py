@@ -77,7 +77,7 @@ class InputProcessor:
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
-        context = self.model.context_ids(prompt_ids)
+        context = self.model.prefix_ids(prompt_ids)
 
         def make_searches() -> Searches:
             if options.num_beams > 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blip2_actor.generation.logits_processors import Draft, penalizes
+from blip2_actor.generation.logits_processors import SequenceSoFar, penalizes
 from blip2_actor.generation.search import Vocabulary, cut_at_stop
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion
@@ -64,8 +64,8 @@ class BeamSearch:
         """True while the end token is not allowed yet."""
         return len(self.beams[0].token_ids) < self.options.min_new_tokens
 
-    def drafts(self) -> list[Draft]:
-        return [Draft(self.options, self.context, beam.token_ids) for beam in self.beams]
+    def drafts(self) -> list[SequenceSoFar]:
+        return [SequenceSoFar(self.options, self.context, beam.token_ids) for beam in self.beams]
 
     def advance(self, candidates: Sequence[Candidate]) -> list[int]:
         """Take one step.

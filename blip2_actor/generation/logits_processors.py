@@ -17,7 +17,7 @@ from blip2_actor.device import to_device
 from blip2_actor.options import GenerationOptions
 
 
-class Draft(NamedTuple):
+class SequenceSoFar(NamedTuple):
     """A text so far."""
 
     options: GenerationOptions
@@ -32,7 +32,7 @@ def penalizes(options: GenerationOptions) -> bool:
     return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
 
 
-def process(scores: Tensor, drafts: Sequence[Draft], end_ids: Sequence[int]) -> None:
+def process(scores: Tensor, drafts: Sequence[SequenceSoFar], end_ids: Sequence[int]) -> None:
     """Apply penalties and bans.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
-from blip2_actor.generation.logits_processors import Draft, penalizes
+from blip2_actor.generation.logits_processors import SequenceSoFar, penalizes
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion, FinishReason
 
@@ -67,8 +67,8 @@ class TextSearch:
         return len(self.token_ids) < self.options.min_new_tokens
 
     @property
-    def draft(self) -> Draft:
-        return Draft(self.options, self.context, self.token_ids)
+    def draft(self) -> SequenceSoFar:
+        return SequenceSoFar(self.options, self.context, self.token_ids)
 
     def accept(self, token_id: int, logprob: float) -> bool:
         """Append a token; True when the text is complete."""

@@ -77,11 +77,11 @@ class Blip2(nn.Module):
         """int64[..., T] -> float[..., T, Dw]."""
         return self.language_model.embed_tokens(token_ids)
 
-    def context_ids(self, prompt_ids: list[int]) -> list[int]:
+    def prefix_ids(self, prompt_ids: list[int]) -> list[int]:
         """What the reference's logits processors see before the first new token."""
         image_token_id = self.config.image_token_index
         image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
-        return self.language_model.context_ids(image_ids + prompt_ids)
+        return self.language_model.prefix_ids(image_ids + prompt_ids)
 
     def text_features(self, texts: list[Tensor]) -> list[Tensor]:
         """Texts alone, as the language model (T5: its encoder) reads them: int64[T_i] -> float[T_i, Dw]."""

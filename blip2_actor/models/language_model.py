@@ -83,7 +83,7 @@ class LanguageModel(Protocol):
 
     def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCacheProtocol: ...
 
-    def context_ids(self, input_ids: list[int]) -> list[int]:
+    def prefix_ids(self, input_ids: list[int]) -> list[int]:
         """The ids that the reference's `generate` starts from: the input's, or a decoder's start token."""
         ...
 

@@ -93,7 +93,7 @@ class OptDecoder(nn.Module):
         weight, max_length = self.embed_positions.weight, prefix_length + max_new_tokens
         return KVCache(len(self.layers), num_slots, max_length, weight.shape[1], weight.device, weight.dtype)
 
-    def context_ids(self, input_ids: list[int]) -> list[int]:
+    def prefix_ids(self, input_ids: list[int]) -> list[int]:
         return input_ids
 
     def cached_length(self, prefix_length: int) -> int:

@@ -81,7 +81,7 @@ class T5(nn.Module):
         )
         return T5KVCache(own, cross)
 
-    def context_ids(self, input_ids: list[int]) -> list[int]:
+    def prefix_ids(self, input_ids: list[int]) -> list[int]:
         return [self.config.decoder_start_token_id]
 
     def cached_length(self, prefix_length: int) -> int:

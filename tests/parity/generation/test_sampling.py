@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.generation.logits_processors import Draft, process
+from blip2_actor.generation.logits_processors import SequenceSoFar, process
 from blip2_actor.generation.sampling import draw, warp
 from tests.parity.tiny import images
 
@@ -73,7 +73,7 @@ def test_scores_equal_the_references_processors_in_a_mixed_batch() -> None:
         drafts, expected = [], []
         for row, options in enumerate(MIXED):
             context, token_ids = [3, 4, 5], [3, 4, 9 + row, 3][: row % 5] + [row] * num_repeats
-            drafts.append(Draft(options, context, token_ids))
+            drafts.append(SequenceSoFar(options, context, token_ids))
             reference = reference_processors(options, len(context), ends)
             expected.append(reference(torch.tensor([context + token_ids]), logits[row : row + 1].clone())[0])
         found = logits.clone()
