@@ -62,7 +62,7 @@ class EngineConfig(ModelConfig):
     device_map: str | None = None
     """Split a model that is too large for one device: "auto", "balanced" or "sequential" plan by free memory,
     a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
-    skip_canary: bool = False
+    skip_self_test: bool = False
     """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a graph."""

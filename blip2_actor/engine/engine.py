@@ -27,7 +27,7 @@ from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.tokenizer import Prompts
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
-from blip2_actor.engine import self_test as canary
+from blip2_actor.engine import self_test as self_test
 from blip2_actor.engine.cuda_graphs import capturer_for
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.input_processor import InputProcessor, RequestRefused
@@ -94,17 +94,17 @@ class Engine:
         self._input_processor = InputProcessor(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
         self._runner = ModelRunner(self.model, max_slots, compiled_batch, capturer_for(config, device))
-        self.canary = self._run_canary(checkpoint, max_slots)
+        self.self_test = self._run_self_test(checkpoint, max_slots)
         self._encode_worker = (
             EncodeWorker(self._runner, self._num_threads, self._notice) if has_encode_worker else None
         )
         self._scheduler = Scheduler(self._runner, max_slots, self.encode_batch, self._encode_worker)
 
-    def _run_canary(self, checkpoint: Checkpoint, max_slots: int) -> canary.CanaryRecord | None:
-        if self.config.skip_canary or max_slots < canary.NUM_IMAGES:
+    def _run_self_test(self, checkpoint: Checkpoint, max_slots: int) -> self_test.SelfTestRecord | None:
+        if self.config.skip_self_test or max_slots < self_test.NUM_IMAGES:
             return None
-        record = canary.check(self._runner, self.prompts.empty_ids, self.image_size_px)
-        canary.compare_with_last(record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.dtype)
+        record = self_test.check(self._runner, self.prompts.empty_ids, self.image_size_px)
+        self_test.compare_with_last(record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.dtype)
         return record
 
     # Requests -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ rounding does (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11
 
 
 @dataclass(frozen=True)
-class CanaryRecord:
+class SelfTestRecord:
     """What came out, and on what."""
 
     digest: str
@@ -45,7 +45,7 @@ class CanaryRecord:
     device: str
 
 
-class CanaryFailure(RuntimeError):
+class SelfTestFailure(RuntimeError):
     """The same image gave different results, alone and in a batch or replayed and not: no caption can be
     trusted."""
 
@@ -60,11 +60,11 @@ class Captioned(NamedTuple):
     """Cached positions in front of the first token."""
 
 
-def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> CanaryRecord:
+def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTestRecord:
     """Caption the built-in images alone and together; compiled encoders are compiled by it.
 
     Raises:
-        CanaryFailure: results differ by more than the dtype explains.
+        SelfTestFailure: results differ by more than the dtype explains.
         ValueError: memory does not suffice even for these images.
     """
     pictures = _pictures(size_px)
@@ -88,7 +88,7 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> Canary
     _require_near(
         runner.dtype, together.first_logits, alone, "of an image, alone and in a batch", "--dtype float32"
     )
-    return CanaryRecord(
+    return SelfTestRecord(
         digest=hashlib.sha256(json.dumps(together.token_ids).encode()).hexdigest()[:16],
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -97,7 +97,7 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> Canary
 
 
 def compare_with_last(
-    record: CanaryRecord, folder: Path, checkpoint_digest: str, dtype: torch.dtype
+    record: SelfTestRecord, folder: Path, checkpoint_digest: str, dtype: torch.dtype
 ) -> str | None:
     """Remember a record, and say what has changed where its digest is not that of the last start.
 
@@ -123,10 +123,10 @@ def compare_with_last(
     return message
 
 
-def _read_record(path: Path) -> CanaryRecord | None:
+def _read_record(path: Path) -> SelfTestRecord | None:
     """None where there is none, or none that can be read: it is only a comparison that is lost."""
     try:
-        return CanaryRecord(**json.loads(path.read_text()))
+        return SelfTestRecord(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -168,7 +168,7 @@ def _require_near(dtype: torch.dtype, expected: Tensor, found: Tensor, what: str
     difference = float(((expected - found).abs().max() / spread).item())
     logger.info("Logits %s differ by %.2g of their deviation in %s", what, difference, dtype)
     if not difference <= TOLERANCE[dtype]:  # also where it is not a number
-        raise CanaryFailure(
+        raise SelfTestFailure(
             f"logits {what} must differ by at most {TOLERANCE[dtype]} of their deviation in {dtype}, got "
             f"{difference:.3g}; try {remedy}, or another torch build or driver for this device"
         )

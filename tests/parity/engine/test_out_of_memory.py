@@ -145,7 +145,7 @@ def test_a_full_batch_that_does_not_fit_does_not_keep_the_engine_from_starting(
     runner, real = engine._runner, engine._runner.encode
     monkeypatch.setattr(runner.encoders, "compiled_batch", 16)
     monkeypatch.setattr(runner, "encode", lambda x: out_of_memory() if len(x) > 4 else real(x))
-    assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.canary
+    assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
 
 
 def test_no_memory_at_start_names_what_to_lower(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from blip2_actor import Engine, EngineConfig
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.self_test import CanaryFailure, CanaryRecord, check, compare_with_last
+from blip2_actor.engine.self_test import SelfTestFailure, SelfTestRecord, check, compare_with_last
 from tests.parity.engine.tape import Tape
 
 
@@ -26,7 +26,7 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Engine:
 
 def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None:
     again = check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
-    assert engine.canary == again
+    assert engine.self_test == again
 
 
 def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None:
@@ -38,7 +38,7 @@ def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None
         return features + 0.5 * features.roll(1, dims=0) if len(features) > 1 else features
 
     monkeypatch.setattr(engine.model, "qformer_features", leaking)
-    with pytest.raises(CanaryFailure, match="alone and in a batch"):
+    with pytest.raises(SelfTestFailure, match="alone and in a batch"):
         check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
@@ -46,7 +46,7 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
     monkeypatch.setattr(
         engine.model, "project", lambda features: features.new_full((*features.shape[:2], 32), torch.nan)
     )
-    with pytest.raises(CanaryFailure, match="nan"):
+    with pytest.raises(SelfTestFailure, match="nan"):
         check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
@@ -63,16 +63,16 @@ def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
     tape = Tape()
     with caplog.at_level(logging.INFO):
         runner = ModelRunner(engine.model, 5, capturer=tape)
-        assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.canary
+        assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
     assert tape.num_recorded > 0
     assert "plain and replayed differ by" in caplog.text
     stuck = ModelRunner(engine.model, 5, capturer=Stuck())
-    with pytest.raises(CanaryFailure, match="plain and replayed"):
+    with pytest.raises(SelfTestFailure, match="plain and replayed"):
         check(stuck, engine.prompts.empty_ids, engine.image_size_px)
 
 
 def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
-    first = CanaryRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
+    first = SelfTestRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
     assert compare_with_last(first, tmp_path, "c", torch.float32) is None
     assert compare_with_last(first, tmp_path, "c", torch.float32) is None
     upgraded = replace(first, digest="bbbb", torch="2.13")
@@ -83,7 +83,7 @@ def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
     assert "transformers" not in message.split("changed since")[1]
 
 
-FIRST = CanaryRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
+FIRST = SelfTestRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
 
 
 @pytest.mark.parametrize("left", ["", "{", "[1]", '{"digest": "aaaa"}'])

@@ -70,7 +70,7 @@ def test_every_named_column_has_its_own_rows_values_and_one_encode_serves_them_a
 def test_the_real_engine_encodes_each_image_once():
     outputs = Outputs.of(ASKS, {"mean": "qformer"}, {"fit": "caption"})
     images = np.asarray(draw(SceneSampler("held_out", 0).sample(3), 64))
-    engine = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_canary=True)
+    engine = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_self_test=True)
     making = stage(outputs, engine, GenerationOptions(max_new_tokens=30))
     rows = making(decoded(images)).to_pylist()
     assert making.actor.stats().num_images_encoded == 3
@@ -84,7 +84,7 @@ def test_the_real_engine_encodes_each_image_once():
 def test_images_are_let_go_with_their_piece():
     """An encoded image holds memory of the device, and a call has hundreds."""
     images = np.asarray(draw(SceneSampler("held_out", 0).sample(6), 64))
-    engine = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_canary=True)
+    engine = EngineConfig(model="demo", dtype="float32", num_threads=1, skip_self_test=True)
     making = stage(Outputs.of(ASKS, {"mean": "qformer"}), engine, GenerationOptions(max_new_tokens=3))
     held = []
     real = making.actor.engine.image
