@@ -84,7 +84,7 @@ class Features:
     error: str | None = None
     qformer_features: np.ndarray | None = None
     """float32[Q, Dq], one row per query."""
-    pooled: np.ndarray | None = None
+    pooler_output: np.ndarray | None = None
     """float32[Dv], the vision encoder's output at the class token, normed once more: the reference's
     `pooler_output`."""
     image_embeds: np.ndarray | None = None

@@ -107,7 +107,7 @@ def fake_features(pixels: np.ndarray) -> Features:
     seed = int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels)).digest()[:8])
     random = np.random.default_rng(seed)
     return Features(
-        pooled=random.random(VISION_WIDTH, np.float32),
+        pooler_output=random.random(VISION_WIDTH, np.float32),
         qformer_features=random.random((NUM_QUERIES, QFORMER_WIDTH), np.float32),
     )
 

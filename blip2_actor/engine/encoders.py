@@ -18,7 +18,7 @@ class Encoded(NamedTuple):
 
     image_embeds: Tensor
     """float[B, P, Dv]."""
-    pooled: Tensor
+    pooler_output: Tensor
     """float[B, Dv]."""
     qformer_features: Tensor
     """float[B, Q, Dq]."""

@@ -190,13 +190,18 @@ class Engine:
     def _features(
         self, encoded: EncodedImage, with_image_embeds: bool, with_attention_maps: bool
     ) -> Features:
-        qformer_features, pooled = _to_numpy(encoded.qformer_features), _to_numpy(encoded.pooled)
-        if not all(np.isfinite(found).all() for found in (qformer_features, pooled) if found is not None):
+        qformer_features, pooler_output = (
+            _to_numpy(encoded.qformer_features),
+            _to_numpy(encoded.pooler_output),
+        )
+        if not all(
+            np.isfinite(found).all() for found in (qformer_features, pooler_output) if found is not None
+        ):
             return Features(status=Status.FAILED, error=NO_NUMBERS)
         look = partial(self._runner.attention_maps, encoded)
         return Features(
             qformer_features=qformer_features,
-            pooled=pooled,
+            pooler_output=pooler_output,
             image_embeds=_to_numpy(encoded.image_embeds) if with_image_embeds else None,
             attention_maps=self._call(look) if with_attention_maps else None,
         )

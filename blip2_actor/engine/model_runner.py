@@ -64,7 +64,10 @@ class ModelRunner:
         """
         encoded = self.encoders(stack_pixels(images) if self._upload is None else self._upload.take(images))
         for row, image in enumerate(images):
-            image.pooled, image.qformer_features = encoded.pooled[row], encoded.qformer_features[row]
+            image.pooler_output, image.qformer_features = (
+                encoded.pooler_output[row],
+                encoded.qformer_features[row],
+            )
             image.prefix = encoded.prefixes[row]
             if image.keeps_image_embeds:
                 image.image_embeds = encoded.image_embeds[row].clone()  # a view would keep the whole batch

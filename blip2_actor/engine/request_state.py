@@ -38,7 +38,7 @@ class EncodedImage:
     """float[Q, Dw], what the language model sees of the image."""
     qformer_features: Tensor | None = None
     """float[Q, Dq]."""
-    pooled: Tensor | None = None
+    pooler_output: Tensor | None = None
     """float[Dv]."""
     image_embeds: Tensor | None = None
     """float[P, Dv]."""

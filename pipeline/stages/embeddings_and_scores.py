@@ -113,6 +113,6 @@ class Measures:
 def _vector(features: Features, kind: str) -> np.ndarray | None:
     """float32[Dv], float32[Dq] or float32[Q, Dq], by the kind that `Outputs.embed` names."""
     if kind == "vision":
-        return features.pooled
+        return features.pooler_output
     queries = features.qformer_features
     return queries if queries is None or kind == "queries" else queries.mean(axis=0)

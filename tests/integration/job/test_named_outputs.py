@@ -104,7 +104,7 @@ def test_embed_writes_vectors_and_no_text(tmp_path):
         *("key", "shard", "row", "flags", "status", "error", "width", "height", "sha256", "seen", "mean")
     }
     for row, image in zip(rows[:4], images.values(), strict=False):
-        assert row["seen"] == fake_features(pixels_of(image)).pooled.tolist()
+        assert row["seen"] == fake_features(pixels_of(image)).pooler_output.tolist()
         assert row["mean"] == fake_features(pixels_of(image)).qformer_features.mean(axis=0).tolist()
     assert (rows[4]["status"], rows[4]["seen"]) == ("undecodable", None)
     assert not captions_made(trace)
@@ -156,7 +156,7 @@ def test_the_stage_on_a_dataset(tmp_path, table):
             fake_caption(image, given["ask"]),
             fake_caption(image, QUESTION),
         )
-        assert list(row["v"]) == fake_features(image).pooled.tolist()
+        assert list(row["v"]) == fake_features(image).pooler_output.tolist()
         assert row["fit"] == (given["alt"] and fake_score(image, given["alt"], given["ask"]))
         assert row["sure"] == fake_score(image, row["caption"], given["ask"])
 

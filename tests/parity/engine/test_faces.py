@@ -69,8 +69,8 @@ def test_features_equal_the_references(engine, reference, language) -> None:
             expected.vision_outputs.last_hidden_state,
             expected.qformer_outputs.last_hidden_state,
         )
-        pooled = expected.vision_outputs.pooler_output[row]
-        assert_close(torch.from_numpy(features.pooled), pooled, atol=1e-5, rtol=1e-5)
+        pooler_output = expected.vision_outputs.pooler_output[row]
+        assert_close(torch.from_numpy(features.pooler_output), pooler_output, atol=1e-5, rtol=1e-5)
         assert_close(torch.from_numpy(features.image_embeds), vision[row], atol=1e-5, rtol=1e-5)
         assert_close(torch.from_numpy(features.qformer_features), qformer[row], atol=1e-5, rtol=1e-5)
 

@@ -57,7 +57,7 @@ def test_every_named_column_has_its_own_rows_values_and_one_encode_serves_them_a
         features = fake_features(image)
         assert row["caption"] == fake_caption(image, "a photo of")
         assert {name: row[name] for name in ASKS} == {k: fake_caption(image, p) for k, p in ASKS.items()}
-        assert row["seen"] == features.pooled.tolist()
+        assert row["seen"] == features.pooler_output.tolist()
         assert row["mean"] == features.qformer_features.mean(axis=0).tolist()
         assert row["all"] == features.qformer_features.tolist()
         assert row["fit"] == fake_score(image, row["caption"], "a photo of")
@@ -131,7 +131,7 @@ def test_several_captions_are_made_and_of_each_answer_one_text():
 def test_without_captions_no_text_is_asked_for():
     making = stage(Outputs(caption=False, embed=("v=vision",)))
     table = making(decoded(map(pixels_of, range(4))))
-    assert table["v"].to_pylist() == [fake_features(pixels_of(n)).pooled.tolist() for n in range(4)]
+    assert table["v"].to_pylist() == [fake_features(pixels_of(n)).pooler_output.tolist() for n in range(4)]
     assert making.actor.stats().num_requests == 0
     assert not {"caption", "logprob", "finish_reason"} & set(table.column_names)
     assert {"flags", "status", "error", "width", "height", "sha256"} <= set(table.column_names)
@@ -143,7 +143,9 @@ def test_pieces_have_what_is_made_of_several_rows_at_once():
     pieces = list(making.settle(table, range(5), piece_rows=2))
     assert [len(piece) for piece in pieces] == [2, 2, 1]
     rows = [row for piece in pieces for row in making.with_results(table, piece).to_pylist()]
-    assert [row["seen"] for row in rows] == [fake_features(pixels_of(n)).pooled.tolist() for n in range(5)]
+    assert [row["seen"] for row in rows] == [
+        fake_features(pixels_of(n)).pooler_output.tolist() for n in range(5)
+    ]
 
 
 def test_marked_captions_are_made_again_on_request_and_only_those():
