@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Blip2Config
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 
 
-class Prompts:
+class PromptTokenizer:
     """The tokenizer of one checkpoint."""
 
     def __init__(self, folder: Path, config: Blip2Config) -> None:
@@ -103,7 +103,7 @@ def require_room(num_tokens: int, what: str, max_positions: int | None, num_quer
 def check_prompts(checkpoint: Checkpoint, prompts: Sequence[str], max_new_tokens: int) -> None:
     """See `EngineConfig.check_prompts`; reads the tokenizer alone."""
     config = checkpoint.config
-    known = Prompts(checkpoint.folder, config)
+    known = PromptTokenizer(checkpoint.folder, config)
     has_positions = config.text_config.model_type == "opt"  # T5's are relative, without end
     limit = config.text_config.max_position_embeddings if has_positions else None
     for prompt in prompts:

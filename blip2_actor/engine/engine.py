@@ -24,7 +24,7 @@ from torch import Tensor
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.checkpoints.tokenizer import Prompts
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.config import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test as self_test
@@ -83,7 +83,7 @@ class Engine:
         is_compiled = resolve_compile(config, device)
         if device.type == "cpu" and not is_compiled and config.device_map is None:
             pack_for_cpu(self.model)
-        self.prompts = Prompts(checkpoint.folder, checkpoint.config)
+        self.prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
         self.image_size_px: int = checkpoint.config.vision_config.image_size
         is_plain = device.type == "cpu" and config.device_map is None and not is_compiled
         has_encode_worker = is_plain and self._num_threads > 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blip2_actor.checkpoints.tokenizer import Prompts, require_room, require_something
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_room, require_something
 from blip2_actor.engine.memory import longest_slot, longest_text
 from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
@@ -48,7 +48,7 @@ def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
 class InputProcessor:
     """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
 
-    def __init__(self, model: Blip2, prompts: Prompts, image_size_px: int, max_slots: int) -> None:
+    def __init__(self, model: Blip2, prompts: PromptTokenizer, image_size_px: int, max_slots: int) -> None:
         self.model = model
         self.max_positions = longest_text(model)
         """Of a text that is only read."""
