@@ -22,10 +22,10 @@ from blip2_actor.request import EngineBuilder, ImageLike
 from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.decode import PIXELS
-from pipeline.stages.embeddings_and_scores import Measures
+from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.quality_flags import REGENERATED, marks, sterner
-from pipeline.stages.result_cache import SharedResults
-from pipeline.stages.row_result import Made, Pending, Row, columns_of
+from pipeline.stages.result_cache import ResultCache
+from pipeline.stages.row_result import Pending, PendingRow, RowResult, columns_of
 from pipeline.stages.worker_exit import end_without_ceremony
 
 
@@ -33,7 +33,7 @@ class EngineFault(RuntimeError):
     """The engine or its device has failed, and every request with it: the process should end."""
 
 
-Settled = list[tuple[int, Made]]
+FinishedRows = list[tuple[int, RowResult]]
 """Rows of a table and what became of them."""
 
 
@@ -67,8 +67,8 @@ class CaptionStage:
         self.fields = (*result_fields(outputs.caption, options.num_return_sequences), *self.named)
         self._prompt = prompt
         self._prompt_column = prompt_column
-        self._measures = Measures(outputs, self.actor.engine, beside, text_prefix)
-        self._shared = SharedResults() if reuse_identical else None
+        self._embeddings_and_scores = EmbeddingsAndScores(outputs, self.actor.engine, beside, text_prefix)
+        self._shared = ResultCache() if reuse_identical else None
         self._asks = outputs.asks
         # Of an answer only the best text is kept.
         several = options.num_return_sequences > 1
@@ -78,12 +78,12 @@ class CaptionStage:
     @property
     def busy_s(self) -> float:
         """Seconds that the engines have worked."""
-        return self.actor.stats().busy_s + self._measures.busy_s
+        return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
 
     def close(self) -> None:
         """Finish what runs, refuse what comes, free the device."""
         self.actor.close()
-        self._measures.close()
+        self._embeddings_and_scores.close()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Caption a whole table and give it back with the result columns."""
@@ -96,7 +96,7 @@ class CaptionStage:
         rows: Sequence[int],
         piece_rows: int | None = None,
         piece_s: float | None = None,
-    ) -> Iterator[Settled]:
+    ) -> Iterator[FinishedRows]:
         """Submit rows at once and yield them in order, in pieces, as they finish.
 
         Args:
@@ -108,7 +108,7 @@ class CaptionStage:
             EngineFault: the engine itself has failed; a bad row is a result, never an exception.
         """
         waiting = deque(self._submit(table, rows))
-        piece: list[Row] = []
+        piece: list[PendingRow] = []
         due = _due(piece_s)
         try:
             while waiting:
@@ -127,7 +127,7 @@ class CaptionStage:
                         if isinstance(future, Future):
                             future.cancel()
 
-    def with_results(self, table: pa.Table, settled: Settled) -> pa.Table:
+    def with_results(self, table: pa.Table, settled: FinishedRows) -> pa.Table:
         """The settled rows of a table, with the result columns in place of the pixels."""
         rest = table.drop_columns([PIXELS])
         taken = rest.take(pa.array([row for row, _ in settled], pa.int64()))
@@ -141,18 +141,20 @@ class CaptionStage:
 
     # Texts ----------------------------------------------------------------------------------------------
 
-    def _submit(self, table: pa.Table, rows: Sequence[int]) -> list[Row]:
+    def _submit(self, table: pa.Table, rows: Sequence[int]) -> list[PendingRow]:
         statuses, errors, pixels = table["status"], table["error"], table[PIXELS]
         prompts = table[self._prompt_column] if self._prompt_column else None
         size_px = self.actor.info.image_size_px
         num_texts = len(self._asks) + self.captioned
-        is_shared = num_texts > 1 or self._measures.share_the_encoder
-        is_held = self._measures.are_wanted or self._again is not None
-        submitted: list[Row] = []
+        is_shared = num_texts > 1 or self._embeddings_and_scores.share_the_encoder
+        is_held = self._embeddings_and_scores.are_wanted or self._again is not None
+        submitted: list[PendingRow] = []
         for position in rows:
             status = Status(statuses[position].as_py())
             if status is not Status.OK:
-                submitted.append(Row(position, [Result(status=status, error=errors[position].as_py())]))
+                submitted.append(
+                    PendingRow(position, [Result(status=status, error=errors[position].as_py())])
+                )
                 continue
             image: ImageLike = np.frombuffer(pixels[position].as_buffer(), np.uint8).reshape(
                 size_px, size_px, 3
@@ -160,7 +162,7 @@ class CaptionStage:
             if is_shared:
                 image = self.actor.engine.image(image)
             prompt = self._prompt if prompts is None else prompts[position].as_py()
-            row = Row(position, [], prompt, image if is_held else None)
+            row = PendingRow(position, [], prompt, image if is_held else None)
             if self._shared is not None:
                 # Arrays of two shapes may have the same bytes.
                 row.identity = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
@@ -170,7 +172,7 @@ class CaptionStage:
             submitted.append(row)
         return submitted
 
-    def _request(self, row: Row, request: Request) -> Pending:
+    def _request(self, row: PendingRow, request: Request) -> Pending:
         with _faults():
             if self._shared is None:
                 return self.actor.submit(request)
@@ -179,31 +181,31 @@ class CaptionStage:
 
     # Everything else --------------------------------------------------------------------------------------
 
-    def _finish(self, table: pa.Table, rows: Sequence[Row]) -> Settled:
+    def _finish(self, table: pa.Table, rows: Sequence[PendingRow]) -> FinishedRows:
         """Make of rows with texts what is made of several at once."""
         made = [self._guarded(row) for row in rows]
         if self._again is not None:
             self._regenerate(rows, made)
         good = [(row, one) for row, one in zip(rows, made, strict=True) if one.result.ok]
         with _faults():
-            self._measures.add(table, good)
+            self._embeddings_and_scores.add(table, good)
         for row in rows:
             row.image = None  # encoded, it holds memory of the device
         return [(row.position, one) for row, one in zip(rows, made, strict=True)]
 
-    def _guarded(self, row: Row) -> Made:
+    def _guarded(self, row: PendingRow) -> RowResult:
         """The texts of a row, and what the guard says of its caption."""
         for result in row.results:
             if not result.ok:
-                return Made(result)
+                return RowResult(result)
         answers = row.results[1:] if self.captioned else row.results
-        made = Made(row.results[0] if self.captioned else Result())
+        made = RowResult(row.results[0] if self.captioned else Result())
         made.named.update(zip(self._asks, (answer.text or "" for answer in answers), strict=True))
         if self.captioned:
             made.flags = marks(made.result.text or "", row.prompt)
         return made
 
-    def _regenerate(self, rows: Sequence[Row], made: Sequence[Made]) -> None:
+    def _regenerate(self, rows: Sequence[PendingRow], made: Sequence[RowResult]) -> None:
         """A second try, with its own marks, for the captions that are marked."""
         tried = []
         for row, one in zip(rows, made, strict=True):

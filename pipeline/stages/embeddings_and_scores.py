@@ -14,7 +14,7 @@ import pyarrow as pa
 from blip2_actor import Features, Result, Status
 from blip2_actor.request import EngineLike, ImageLike
 from pipeline.settings.outputs import CAPTION, Outputs
-from pipeline.stages.row_result import Made, Row
+from pipeline.stages.row_result import PendingRow, RowResult
 
 if typing.TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if typing.TYPE_CHECKING:
     from blip2_actor import MatchingEngine
 
 
-class Measures:
+class EmbeddingsAndScores:
     """The vectors and scores that a run asks for."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Measures:
         if self._beside is not None:
             self._beside.close()
 
-    def add(self, table: pa.Table, rows: Sequence[tuple[Row, Made]]) -> None:
+    def add(self, table: pa.Table, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
         """Fill in the vectors and scores of rows that are ok.
 
         A row without a text has no score; a text that cannot be scored decides the row's status.
@@ -62,7 +62,7 @@ class Measures:
         if rows and self._scores:
             self._score(table, rows)
 
-    def _embed(self, rows: Sequence[tuple[Row, Made]]) -> None:
+    def _embed(self, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
         found = self._engine.features([row.image for row, _ in rows if row.image is not None])
         for (_, made), features in zip(rows, found, strict=True):
             if features.status is not Status.OK:
@@ -73,7 +73,7 @@ class Measures:
                 if vector is not None:
                     made.named[name] = vector
 
-    def _score(self, table: pa.Table, rows: Sequence[tuple[Row, Made]]) -> None:
+    def _score(self, table: pa.Table, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
         images, texts, prompts, places = [], [], [], []
         for row, made in rows:
             for name, source in self._scores.items():
@@ -101,7 +101,7 @@ class Measures:
             return [(match.itc, match.status, match.error) for match in matches]
         return [(match.itm, match.status, match.error) for match in matches]
 
-    def _text(self, table: pa.Table, row: Row, made: Made, source: str) -> str | None:
+    def _text(self, table: pa.Table, row: PendingRow, made: RowResult, source: str) -> str | None:
         if source in self._asks:
             return str(made.named[source])
         if source == CAPTION and self._outputs.caption:

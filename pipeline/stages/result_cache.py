@@ -14,7 +14,7 @@ MOST_REMEMBERED = 65_536
 per image take as many times that. No pixels and no tensors are kept."""
 
 
-class SharedResults:
+class ResultCache:
     """Remembers the results used last; requests for the same that run now share one future. Thread-safe."""
 
     def __init__(self, most: int = MOST_REMEMBERED) -> None:

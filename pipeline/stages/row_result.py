@@ -16,7 +16,7 @@ Pending = Future[Result] | Result
 
 
 @dataclass(slots=True)
-class Row:
+class PendingRow:
     """A row between its requests and what becomes of them."""
 
     position: int
@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Made:
+class RowResult:
     """Everything that was asked of one image; one part that could not be made decides the status."""
 
     result: Result
@@ -44,7 +44,7 @@ class Made:
     """What the guard says of the caption."""
 
 
-def columns_of(made: Sequence[Made], named: Sequence[pa.Field]) -> dict[str, pa.Array]:
+def columns_of(made: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str, pa.Array]:
     """The result columns of rows, all of the contract's, and those that the user has named."""
     results = [one.result for one in made]
     best = [result.completions[0] if result.ok and result.completions else None for result in results]

@@ -27,9 +27,9 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.rowset import RowSet, runs
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
-from pipeline.stages.caption import CaptionStage, EngineFault, Settled
+from pipeline.stages.caption import CaptionStage, EngineFault, FinishedRows
 from pipeline.stages.coordinator import Attempt, Receipt
-from pipeline.stages.row_result import Made
+from pipeline.stages.row_result import RowResult
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import patiently
 
@@ -131,7 +131,7 @@ class FragmentStage:
                     piece = [pair for part in self._stage.settle(table, step) for pair in part]
                 yield list(runs(step)), self._write(table, piece)
 
-    def _write(self, table: pa.Table, piece: Settled) -> list[Receipt]:
+    def _write(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         if not piece:
             return []
         started = time.monotonic()
@@ -193,9 +193,9 @@ def contract(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Tab
     return pa.table(arrays, schema=schema)
 
 
-def _condemned() -> Made:
+def _condemned() -> RowResult:
     error = "the captioning process died each time on this image alone"
-    return Made(Result(status=Status.FAILED, error=error))
+    return RowResult(Result(status=Status.FAILED, error=error))
 
 
 def careful_steps(todo: Sequence[int], suspects: RowSet) -> Iterator[list[int]]:

@@ -63,7 +63,7 @@ def test_captions_and_texts_are_matched_in_the_same_run(kind, folder, config, pi
     assert table["fit"].to_pylist() == pytest.approx(of_captions, abs=1e-5)
     assert table["alt_fit"].to_pylist()[:2] == pytest.approx(of_texts, abs=1e-5)
     assert table["alt_fit"].to_pylist()[2] is None
-    assert stage._measures._matcher.stats().num_images_encoded == 3, "once for both columns"
+    assert stage._embeddings_and_scores._matcher.stats().num_images_encoded == 3, "once for both columns"
     assert stage.busy_s > stage.actor.stats().busy_s
 
 
