@@ -24,7 +24,7 @@ from pipeline.run.bottleneck import busy_fractions, verdict
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
-from pipeline.stages.coordinator import Board
+from pipeline.stages.coordinator import Coordinator
 from pipeline.storage.retrying import PATIENCE_S, patiently
 
 if TYPE_CHECKING:
@@ -64,13 +64,17 @@ class Driver:
             OutputInUse: another driver has taken the lease.
         """
         self._job, self._tracker = job, Tracker(left)
-        self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        self._coordinator = (
+            ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+        )
         committers = _committers(cluster)
         self._committers = itertools.cycle(committers)
         self._commits: dict[Any, ShardReport] = {}
         work = [progress.work for progress in left]
-        dataset = receipts_dataset(job.settings, job.engine, job.info, work, job.folder, self._board, cluster)
-        with self._signals(), _ended_after(self._board, *committers):
+        dataset = receipts_dataset(
+            job.settings, job.engine, job.info, work, job.folder, self._coordinator, cluster
+        )
+        with self._signals(), _ended_after(self._coordinator, *committers):
             stream = ReceiptStream(dataset)
             try:
                 while not stream.ended:
@@ -100,7 +104,7 @@ class Driver:
 
     def _look_around(self) -> None:
         """Learn from the board what calls under way have written, and from files how reading ended."""
-        receipts, loads = ray.get(self._board.news.remote())
+        receipts, loads = ray.get(self._coordinator.news.remote())
         for receipt in receipts:
             self._tracker.add(receipt)
         self._busy = busy_fractions(loads)
@@ -152,9 +156,13 @@ class Driver:
 
     def _flush(self, stream: ReceiptStream) -> None:
         """Let running calls write what they have, and commit what is complete."""
-        ray.get(self._board.stop.remote())
+        ray.get(self._coordinator.stop.remote())
         deadline = time.monotonic() + FLUSH_S
-        while time.monotonic() < deadline and ray.get(self._board.num_running.remote()) and not stream.ended:
+        while (
+            time.monotonic() < deadline
+            and ray.get(self._coordinator.num_running.remote())
+            and not stream.ended
+        ):
             self._step(stream)
         self._step(stream)
         with contextlib.suppress(OSError):  # then the next session finds out

@@ -38,7 +38,7 @@ def receipts_dataset(
     info: ModelInfo,
     work: Sequence[ShardWork],
     folder: Folder,
-    board: Any,
+    coordinator: Any,
     cluster: ClusterSize,
 ) -> Dataset:
     """The job as a lazy dataset of receipts; nothing runs yet."""
@@ -64,7 +64,7 @@ def receipts_dataset(
             "image",
             settings.placement,
             reservations,
-            report=ReportLoad(board, "decode"),
+            report=ReportLoad(coordinator, "decode"),
         )
         return decoded.map_batches(
             FragmentStage,
@@ -74,7 +74,7 @@ def receipts_dataset(
                 settings.outputs.score_digest(settings.engine, info),
                 settings,
                 folder,
-                board,
+                coordinator,
             ),
             **caption_pool(settings.placement, reservations),
         )

@@ -61,7 +61,7 @@ class Load:
     alive_s: float
 
 
-class Board:
+class Coordinator:
     """A plain class; the job makes an actor of it that takes no CPU."""
 
     def __init__(self) -> None:
@@ -134,8 +134,8 @@ class Board:
 class ReportLoad:
     """Tells the board how busy one worker is; goes to workers with the board's handle."""
 
-    board: Any
+    coordinator: Any
     stage: str
 
     def __call__(self, worker: str, busy_s: float, alive_s: float) -> None:
-        self.board.report.remote(self.stage, worker, busy_s, alive_s)
+        self.coordinator.report.remote(self.stage, worker, busy_s, alive_s)

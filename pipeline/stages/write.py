@@ -62,14 +62,14 @@ class FragmentStage:
         score_digest: str | None,
         settings: CaptionSettings,
         folder: Folder,
-        board: Any,
+        coordinator: Any,
     ) -> None:
         """Start an engine.
 
         Args:
             info: what the driver found the model to be, and has put into the run's fingerprint;
             score_digest: and the retrieval checkpoint that scores, if one does.
-            board: handle of the job's `Board` actor.
+            board: handle of the job's `Coordinator` actor.
 
         Raises:
             ValueError: this machine finds the model to be another one.
@@ -85,25 +85,25 @@ class FragmentStage:
         self._stage = caption_stage(engine, settings)
         self._kept = list(settings.reading.kept)
         self._folder = folder
-        self._board = board
-        self._room = Room()
+        self._coordinator = coordinator
+        self._lock = SharedExclusiveLock()
         self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         call = _name_of(table)
-        attempt: Attempt = ray.get(self._board.begin.remote(call))
+        attempt: Attempt = ray.get(self._coordinator.begin.remote(call))
         receipts = list(attempt.receipts)
         try:
             for positions, written in self._run(call, table, attempt):
                 receipts += written
-                ray.get(self._board.wrote.remote(call, positions, written))
+                ray.get(self._coordinator.wrote.remote(call, positions, written))
         except EngineFault:
             # Ray starts a fresh process and runs its calls again; an exception would end the whole job.
             logger.exception("The captioning engine has failed; its process ends and is started afresh")
             os._exit(1)
-        ray.get(self._board.end.remote(call))
+        ray.get(self._coordinator.end.remote(call))
         self._report()
         return _receipts_table(receipts)
 
@@ -114,20 +114,20 @@ class FragmentStage:
         finished = RowSet(attempt.finished)
         todo = [row for row in range(len(table)) if row not in finished]
         if attempt.number == 1:
-            with self._room.shared():
+            with self._lock.shared():
                 for piece in self._stage.settle(table, todo, FRAGMENT_ROWS, FRAGMENT_S):
                     yield list(runs(row for row, _ in piece)), self._write(table, piece)
-                    if ray.get(self._board.is_stopping.remote()):
+                    if ray.get(self._coordinator.is_stopping.remote()):
                         return
             return
-        with self._room.alone():
+        with self._lock.exclusive():
             for step in careful_steps(todo, RowSet(attempt.suspects)):
-                if ray.get(self._board.is_stopping.remote()):
+                if ray.get(self._coordinator.is_stopping.remote()):
                     return
                 if step[0] in attempt.condemned:
                     piece = [(step[0], _condemned())]
                 else:
-                    ray.get(self._board.trying.remote(call, step[0], step[-1] + 1))
+                    ray.get(self._coordinator.trying.remote(call, step[0], step[-1] + 1))
                     piece = [pair for part in self._stage.settle(table, step) for pair in part]
                 yield list(runs(step)), self._write(table, piece)
 
@@ -151,8 +151,8 @@ class FragmentStage:
     def _report(self) -> None:
         alive_s = time.monotonic() - self._started
         busy_s = self._stage.busy_s
-        self._board.report.remote("caption", self._worker, busy_s, alive_s)
-        self._board.report.remote("write", self._worker, self._write_s, alive_s)
+        self._coordinator.report.remote("caption", self._worker, busy_s, alive_s)
+        self._coordinator.report.remote("write", self._worker, self._write_s, alive_s)
 
 
 def _require_same_model(expected: ModelInfo, found: ModelInfo) -> None:
@@ -242,7 +242,7 @@ def receipts_of(table: pa.Table) -> Iterator[Receipt]:
         )
 
 
-class Room:
+class SharedExclusiveLock:
     """Many calls share the process, or one has it alone; who wants it alone comes first."""
 
     def __init__(self) -> None:
@@ -264,7 +264,7 @@ class Room:
                 self._condition.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         with self._condition:
             self._want_alone += 1
             self._condition.wait_for(lambda: not self._taken and not self._inside)

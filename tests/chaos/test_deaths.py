@@ -69,9 +69,9 @@ def kill_a_node(scene: Scene) -> None:
     """The node that captions goes, as a machine that is taken away; another comes."""
     captioning = set(processes(scene.cluster, "FragmentStage"))
     for node in list(scene.cluster.worker_nodes):
-        alone = Cluster.__new__(Cluster)
-        alone.head_node, alone.worker_nodes = None, {node}
-        if captioning & set(processes(alone, "FragmentStage")):
+        exclusive = Cluster.__new__(Cluster)
+        exclusive.head_node, exclusive.worker_nodes = None, {node}
+        if captioning & set(processes(exclusive, "FragmentStage")):
             scene.cluster.remove_node(node, allow_graceful=False)
             scene.cluster.add_node(**NODE)
 

@@ -99,10 +99,10 @@ def test_a_pinned_revision_is_what_is_loaded_and_in_the_fingerprint(folder, monk
         lambda name, revision, patterns: (folder, f"commit of {revision}"),
     )
     model = {"score_model": "hub/name", "score_revision": "v2"}
-    alone = ScoreSettings(input=("i",), output="o", text_column="alt", **model).job()
+    exclusive = ScoreSettings(input=("i",), output="o", text_column="alt", **model).job()
     beside = CaptionSettings(input=("i",), output="o", outputs=Outputs(score=("fit=caption",), **model))
-    assert alone.builder.revision == "v2"
-    assert alone.fingerprint(alone.builder.info()).parts["model"] == "commit of v2"
+    assert exclusive.builder.revision == "v2"
+    assert exclusive.fingerprint(exclusive.builder.info()).parts["model"] == "commit of v2"
     assert beside.builder.revision is None
     assert beside.fingerprint(FAKE.info()).parts["score_model"] == "commit of v2"
 
