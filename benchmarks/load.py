@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 
 LEAST_PER_CALLER = 4
-PATIENCE_S = 120.0
+RETRY_FOR_S = 120.0
 """How long a caller waits; twice what the endpoint allows itself."""
 BOUNDARY = "image"
 
@@ -46,7 +46,7 @@ class Load:
         answers: list[Answer] = []
         turn = itertools.cycle(forms)
         headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-        connector, patience = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(PATIENCE_S)
+        connector, patience = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(RETRY_FOR_S)
         async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=patience) as session:
 
             async def ask(asked: float) -> None:

@@ -22,7 +22,7 @@ from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fra
 from pipeline.ledger.ledger import SUFFIX, end_name
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import patiently
+from pipeline.storage.retrying import retry_on_oserror
 
 FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"
@@ -67,7 +67,7 @@ def commit_shard(
     Returns:
         What the file now holds, or None, nothing changed, when rows are missing.
     """
-    return patiently(lambda: _commit(folder, report, metadata, empty_schema))
+    return retry_on_oserror(lambda: _commit(folder, report, metadata, empty_schema))
 
 
 def _commit(

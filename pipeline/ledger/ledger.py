@@ -24,7 +24,7 @@ from pipeline.ledger.fragments import FRAGMENTS, Fragment, parse_fragment, rows_
 from pipeline.ledger.rowset import RowSet
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import ASIDE, PROBE, Folder
-from pipeline.storage.retrying import patiently
+from pipeline.storage.retrying import retry_on_oserror
 
 STATE = "_blip2"
 RUN = f"{STATE}/run.json"
@@ -83,11 +83,11 @@ class StoreEnd:
 
     def __call__(self, report: ShardReport) -> None:
         if not report.complete:
-            known = patiently(lambda: load_end(self.folder, report.shard))
+            known = retry_on_oserror(lambda: load_end(self.folder, report.shard))
             if known is not None and (known.complete or known.num_rows > report.num_rows):
                 return
         content = json.dumps(asdict(report)).encode()
-        patiently(lambda: self.folder.put(end_name(report.shard), content))
+        retry_on_oserror(lambda: self.folder.put(end_name(report.shard), content))
 
 
 def end_name(shard: str) -> str:

@@ -25,7 +25,7 @@ from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
-from pipeline.storage.retrying import PATIENCE_S, patiently
+from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 
 if TYPE_CHECKING:
     from pipeline.run.job import Job
@@ -135,9 +135,9 @@ class Driver:
                 del self._commits[ref]
                 ray.get(ref)
 
-    def _commit_rest(self, patience_s: float = PATIENCE_S) -> None:
+    def _commit_rest(self, retry_for_s: float = RETRY_FOR_S) -> None:
         self._look_around()
-        patiently(self._look_for_ends, patience_s)
+        retry_on_oserror(self._look_for_ends, retry_for_s)
         self._commit(wait=True)
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:
@@ -166,7 +166,7 @@ class Driver:
             self._step(stream)
         self._step(stream)
         with contextlib.suppress(OSError):  # then the next session finds out
-            self._commit_rest(patience_s=0.0)
+            self._commit_rest(retry_for_s=0.0)
 
     def _show(self) -> None:
         left_rows = self._tracker.estimate_rows_left()

@@ -25,7 +25,7 @@ from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings, from_plain
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import patiently
+from pipeline.storage.retrying import retry_on_oserror
 
 COMMITS_AT_ONCE = 8
 
@@ -137,19 +137,19 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     driver = Driver(1.0 if job.is_retry else job.settings.max_failed_fraction, console)
     with Lease(job.folder, progress=driver.progress) as lease:
         if job.is_new:
-            patiently(lambda: begin_run(job.folder, job.run))
-        patiently(lambda: sweep(job, look(job.folder)))
+            retry_on_oserror(lambda: begin_run(job.folder, job.run))
+        retry_on_oserror(lambda: sweep(job, look(job.folder)))
         find = to_retry if job.is_retry else unfinished
-        found = patiently(lambda: find(job.folder, job.run, look(job.folder)))
+        found = retry_on_oserror(lambda: find(job.folder, job.run, look(job.folder)))
         left = [progress for progress in found if not progress.is_complete]
         _announce(job, console, len(left))
         if left:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
-        patiently(lambda: sweep(job, look(job.folder)))
-        state = patiently(lambda: look(job.folder))
-        patiently(lambda: drop_markers(job.folder, job.run, state))
-        return patiently(lambda: reconcile(job.folder, job.run.shards, state.finished))
+        retry_on_oserror(lambda: sweep(job, look(job.folder)))
+        state = retry_on_oserror(lambda: look(job.folder))
+        retry_on_oserror(lambda: drop_markers(job.folder, job.run, state))
+        return retry_on_oserror(lambda: reconcile(job.folder, job.run.shards, state.finished))
 
 
 def sweep(job: Job, state: State) -> None:

@@ -31,7 +31,7 @@ from pipeline.stages.caption import CaptionStage, EngineFault, FinishedRows
 from pipeline.stages.coordinator import Attempt, Receipt
 from pipeline.stages.row_result import RowResult
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import patiently
+from pipeline.storage.retrying import retry_on_oserror
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0
@@ -139,7 +139,7 @@ class FragmentStage:
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
             of_shard = contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
-            patiently(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
+            retry_on_oserror(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(runs(numbers)), tuple(sorted(by_status.items()))))

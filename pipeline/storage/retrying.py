@@ -8,21 +8,21 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE_S = 900.0
+RETRY_FOR_S = 900.0
 """How long a bad spell may last before the job gives up: long enough for a person to free a disk."""
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 30.0
 
 logger = logging.getLogger(__name__)
 
 
-def patiently(
+def retry_on_oserror(
     action: Callable[[], T],
-    patience_s: float = PATIENCE_S,
+    retry_for_s: float = RETRY_FOR_S,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """Do something that is safe to do twice until it works; an OSError is tried again for a while."""
-    deadline = clock() + patience_s
+    deadline = clock() + retry_for_s
     pause_s = FIRST_PAUSE_S
     while True:
         try:

@@ -21,14 +21,14 @@ PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 log = logging.getLogger(__name__)
 
 
-def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | PatientFile:
+def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | RetryingFile:
     """A file to read from at any place; errors of a disk are final, those of a store are tried again."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(path)
-    return PatientFile(filesystem, path)
+    return RetryingFile(filesystem, path)
 
 
-class PatientFile(io.RawIOBase):
+class RetryingFile(io.RawIOBase):
     """A remote file that is opened again, at the place it had come to, when reading it fails."""
 
     def __init__(

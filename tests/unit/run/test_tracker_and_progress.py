@@ -17,7 +17,7 @@ from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.settings.settings import CaptionSettings, from_plain
 from pipeline.stages.coordinator import Load, Receipt
-from pipeline.storage.retrying import patiently
+from pipeline.storage.retrying import retry_on_oserror
 
 
 def open_shard(name="a", done=(), report=None, num_rows=None) -> Progress:
@@ -163,7 +163,7 @@ def test_patience_outlasts_a_full_disk_but_not_for_ever():
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    assert patiently(write, sleep=sleep, clock=lambda: clock[0]) == "written"
+    assert retry_on_oserror(write, sleep=sleep, clock=lambda: clock[0]) == "written"
     failures.extend([OSError(28, "No space left on device")] * 10_000)
     with pytest.raises(OSError, match="No space"):
-        patiently(write, patience_s=60, sleep=sleep, clock=lambda: clock[0])
+        retry_on_oserror(write, retry_for_s=60, sleep=sleep, clock=lambda: clock[0])

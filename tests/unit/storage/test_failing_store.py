@@ -81,4 +81,4 @@ def test_a_spell_without_end_is_given_up(tmp_path, monkeypatch):
 
     clock = iter(range(0, 10_000, 400))
     with pytest.raises(OSError, match="503"):
-        patience.patiently(fails, sleep=lambda _: None, clock=lambda: next(clock))
+        patience.retry_on_oserror(fails, sleep=lambda _: None, clock=lambda: next(clock))
