@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from blip2_actor.status import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
-from pipeline.ledger.ledger import SUFFIX, end_name
+from pipeline.ledger.ledger import SUFFIX, shard_report_name
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import retry_on_oserror
@@ -93,7 +93,7 @@ def _commit(
     folder.put(output_name(report.shard), content)
     # Rows behind the end of a worse reading wait for a better one.
     delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
-    folder.delete(end_name(report.shard))
+    folder.delete(shard_report_name(report.shard))
     return summary
 
 

@@ -29,8 +29,8 @@ from pipeline.storage.retrying import retry_on_oserror
 STATE = "_blip2"
 RUN = f"{STATE}/run.json"
 SHARDS = f"{STATE}/shards.jsonl.gz"
-ENDS = f"{STATE}/ends"
-TRIALS = f"{STATE}/plan-"
+SHARD_REPORTS = f"{STATE}/ends"
+PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the folders in which `plan` times writing."""
 SUFFIX = ".parquet"
 
@@ -73,7 +73,7 @@ def load_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
 
 
 @dataclass(frozen=True)
-class StoreEnd:
+class StoreShardReport:
     """Keeps a shard's report; called in the worker that has read it, twice where Ray reads it again.
 
     A worse reading does not replace a good one: what was there once was there.
@@ -83,28 +83,28 @@ class StoreEnd:
 
     def __call__(self, report: ShardReport) -> None:
         if not report.complete:
-            known = retry_on_oserror(lambda: load_end(self.folder, report.shard))
+            known = retry_on_oserror(lambda: load_shard_report(self.folder, report.shard))
             if known is not None and (known.complete or known.num_rows > report.num_rows):
                 return
         content = json.dumps(asdict(report)).encode()
-        retry_on_oserror(lambda: self.folder.put(end_name(report.shard), content))
+        retry_on_oserror(lambda: self.folder.put(shard_report_name(report.shard), content))
 
 
-def end_name(shard: str) -> str:
-    return f"{ENDS}/{shard}.json"
+def shard_report_name(shard: str) -> str:
+    return f"{SHARD_REPORTS}/{shard}.json"
 
 
-def load_end(folder: Folder, shard: str) -> ShardReport | None:
-    content = folder.get(end_name(shard))
+def load_shard_report(folder: Folder, shard: str) -> ShardReport | None:
+    content = folder.get(shard_report_name(shard))
     return ShardReport(**json.loads(content)) if content else None
 
 
-def shards_with_an_end(folder: Folder) -> set[str]:
-    return {_shard_of_end(name) for name in folder.names(ENDS)}
+def shards_with_a_report(folder: Folder) -> set[str]:
+    return {_shard_of_report(name) for name in folder.names(SHARD_REPORTS)}
 
 
-def _shard_of_end(name: str) -> str:
-    return name.removeprefix(f"{ENDS}/").removesuffix(".json")
+def _shard_of_report(name: str) -> str:
+    return name.removeprefix(f"{SHARD_REPORTS}/").removesuffix(".json")
 
 
 @dataclass(frozen=True)
@@ -114,28 +114,28 @@ class State:
     finished: frozenset[str]
     """Shards whose file is there."""
     fragments: Mapping[str, Sequence[Fragment]]
-    ends: frozenset[str]
+    shard_reports: frozenset[str]
     """Shards that were read to their end and are not committed."""
-    litter: tuple[str, ...]
+    leftovers: tuple[str, ...]
     """Half-written files of drivers and workers that died, and what a killed plan has left."""
 
 
-def look(folder: Folder) -> State:
+def scan_output(folder: Folder) -> State:
     """List the output once and sort what is there."""
-    finished, ends, litter = set(), set(), []
+    finished, shard_reports, leftovers = set(), set(), []
     fragments: dict[str, list[Fragment]] = {}
     for name in folder.names():
         if name.startswith(f"{FRAGMENTS}/"):
             fragment = parse_fragment(name)
             if fragment is not None:
                 fragments.setdefault(fragment.shard, []).append(fragment)
-        elif name.startswith(f"{ENDS}/"):
-            ends.add(_shard_of_end(name))
-        elif name.startswith((f"{ASIDE}/", TRIALS, PROBE)):
-            litter.append(name)
+        elif name.startswith(f"{SHARD_REPORTS}/"):
+            shard_reports.add(_shard_of_report(name))
+        elif name.startswith((f"{ASIDE}/", PLAN_FOLDERS, PROBE)):
+            leftovers.append(name)
         elif is_result(name):
             finished.add(name.removesuffix(SUFFIX))
-    return State(frozenset(finished), fragments, frozenset(ends), tuple(litter))
+    return State(frozenset(finished), fragments, frozenset(shard_reports), tuple(leftovers))
 
 
 def drop_markers(folder: Folder, run: Run, state: State) -> None:
@@ -144,10 +144,12 @@ def drop_markers(folder: Folder, run: Run, state: State) -> None:
     Each later listing would bring one for every shard. Not while a run is at work: deleting a folder
     would take a fragment along that has just come.
     """
-    is_over = {shard.name for shard in run.shards} <= state.finished and not (state.fragments or state.ends)
+    is_over = {shard.name for shard in run.shards} <= state.finished and not (
+        state.fragments or state.shard_reports
+    )
     if is_over and not folder.is_local:
         folder.below(FRAGMENTS).erase()
-        folder.below(ENDS).erase()
+        folder.below(SHARD_REPORTS).erase()
 
 
 def is_result(name: str) -> bool:
@@ -185,7 +187,7 @@ def unfinished(folder: Folder, run: Run, state: State) -> list[Progress]:
         Progress(
             shard=shard,
             done=done.get(shard.name, RowSet()),
-            report=load_end(folder, shard.name) if shard.name in state.ends else None,
+            report=load_shard_report(folder, shard.name) if shard.name in state.shard_reports else None,
         )
         for shard in open_shards
     ]

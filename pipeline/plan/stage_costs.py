@@ -21,7 +21,7 @@ from blip2_actor.status import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard, output_name
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import STATE, SUFFIX, TRIALS
+from pipeline.ledger.ledger import PLAN_FOLDERS, STATE, SUFFIX
 from pipeline.plan.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.decode import DecodeStage
@@ -136,7 +136,7 @@ def _folder_for_trial(output: str) -> Iterator[Folder]:
     whole = Folder(output)
     new = [path for path in (Path(whole.root), *Path(whole.root).parents) if not path.exists()]
     whole.require_writable()
-    folder = _TrialFolder(whole.below(f"{TRIALS}{uuid.uuid4().hex}").uri)
+    folder = _TrialFolder(whole.below(f"{PLAN_FOLDERS}{uuid.uuid4().hex}").uri)
     try:
         yield folder
     finally:

@@ -16,7 +16,7 @@ from pipeline.cli.commands import speaks
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
 from pipeline.ledger.commit import output_name
-from pipeline.ledger.ledger import RUN, Run, is_result, load_run, look
+from pipeline.ledger.ledger import RUN, Run, is_result, load_run, scan_output
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Console, duration
 from pipeline.report.html import page
@@ -84,7 +84,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         raise ValueError(
             f"output must be a folder with a run, got {folder} without one; name that of --output"
         )
-    done = reconcile(folder, run.shards, look(folder).finished)
+    done = reconcile(folder, run.shards, scan_output(folder).finished)
     if not done.summaries:
         raise ValueError(f"output must have finished shards, got none in {folder}; look again later")
     tally, samples = Tally(), list[dict[str, Any]]()

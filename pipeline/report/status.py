@@ -6,7 +6,7 @@ import time
 
 from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.lease import Holder, read_holder
-from pipeline.ledger.ledger import Run, load_run, look
+from pipeline.ledger.ledger import Run, load_run, scan_output
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Snapshot
 from pipeline.storage.folder import Folder
@@ -24,7 +24,7 @@ def standing(uri: str) -> list[str]:
         raise ValueError(
             f"output must be a folder with a run, got {folder} without one; name that of --output"
         )
-    state = look(folder)
+    state = scan_output(folder)
     done = reconcile(folder, run.shards, state.finished)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
     waiting = sum(len(rows) for rows in rows_in(folder, open_shards).values())

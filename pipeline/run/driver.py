@@ -18,7 +18,7 @@ from pipeline.errors import Rotten, Stopped
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
-from pipeline.ledger.ledger import Progress, load_end, shards_with_an_end
+from pipeline.ledger.ledger import Progress, load_shard_report, shards_with_a_report
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.run.bottleneck import busy_fractions, verdict
 from pipeline.run.stream import ReceiptStream, receipts_dataset
@@ -109,12 +109,12 @@ class Driver:
             self._tracker.add(receipt)
         self._busy = busy_fractions(loads)
         with contextlib.suppress(OSError):  # a store that answers badly is asked again in a second
-            self._look_for_ends()
+            self._look_for_shard_reports()
 
-    def _look_for_ends(self) -> None:
-        for shard in shards_with_an_end(self._job.folder):
+    def _look_for_shard_reports(self) -> None:
+        for shard in shards_with_a_report(self._job.folder):
             if not self._tracker.knows_end(shard):
-                report = load_end(self._job.folder, shard)
+                report = load_shard_report(self._job.folder, shard)
                 if report is not None:
                     self._tracker.ended(report)
 
@@ -137,7 +137,7 @@ class Driver:
 
     def _commit_rest(self, retry_for_s: float = RETRY_FOR_S) -> None:
         self._look_around()
-        retry_on_oserror(self._look_for_ends, retry_for_s)
+        retry_on_oserror(self._look_for_shard_reports, retry_for_s)
         self._commit(wait=True)
 
     def _obey(self, stream: ReceiptStream, lease: Lease) -> None:

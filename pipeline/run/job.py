@@ -16,7 +16,16 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import Run, State, begin_run, drop_markers, load_end, load_run, look, unfinished
+from pipeline.ledger.ledger import (
+    Run,
+    State,
+    begin_run,
+    drop_markers,
+    load_run,
+    load_shard_report,
+    scan_output,
+    unfinished,
+)
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.ledger.retry import report_of, to_retry
 from pipeline.progress import Console
@@ -115,7 +124,7 @@ def _list(settings: CaptionSettings, folder: Folder) -> tuple[Shard, ...]:
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)
     folder.require_writable()
-    taken = look(folder).finished & {shard.name for shard in shards}
+    taken = scan_output(folder).finished & {shard.name for shard in shards}
     if taken:
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {folder} with {output_name(min(taken))} "
@@ -138,28 +147,28 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     with Lease(job.folder, progress=driver.progress) as lease:
         if job.is_new:
             retry_on_oserror(lambda: begin_run(job.folder, job.run))
-        retry_on_oserror(lambda: sweep(job, look(job.folder)))
+        retry_on_oserror(lambda: sweep(job, scan_output(job.folder)))
         find = to_retry if job.is_retry else unfinished
-        found = retry_on_oserror(lambda: find(job.folder, job.run, look(job.folder)))
+        found = retry_on_oserror(lambda: find(job.folder, job.run, scan_output(job.folder)))
         left = [progress for progress in found if not progress.is_complete]
         _announce(job, console, len(left))
         if left:
             with connected() as cluster:
                 driver.run(job, left, cluster, lease)
-        retry_on_oserror(lambda: sweep(job, look(job.folder)))
-        state = retry_on_oserror(lambda: look(job.folder))
+        retry_on_oserror(lambda: sweep(job, scan_output(job.folder)))
+        state = retry_on_oserror(lambda: scan_output(job.folder))
         retry_on_oserror(lambda: drop_markers(job.folder, job.run, state))
         return retry_on_oserror(lambda: reconcile(job.folder, job.run.shards, state.finished))
 
 
 def sweep(job: Job, state: State) -> None:
     """Finish what a dead driver or a straggler has left: half-written files, shards that lack nothing."""
-    for name in state.litter:
+    for name in state.leftovers:
         job.folder.delete(name)
     reports = [p.report for p in unfinished(job.folder, job.run, state) if p.is_complete]
-    for shard in sorted(state.finished & (state.fragments.keys() | state.ends)):
+    for shard in sorted(state.finished & (state.fragments.keys() | state.shard_reports)):
         # A complete shard stays so; of a partial one, what lies there may be of a retry that will go on.
-        reports.append(report_of(read_summary(job.folder, shard)) or load_end(job.folder, shard))
+        reports.append(report_of(read_summary(job.folder, shard)) or load_shard_report(job.folder, shard))
     commit = partial(commit_shard, job.folder, metadata=job.metadata, empty_schema=job.empty_schema)
     with ThreadPoolExecutor(COMMITS_AT_ONCE) as pool:
         list(pool.map(commit, filter(None, reports)))

@@ -17,7 +17,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.dataset import caption_pool, decode
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork
-from pipeline.ledger.ledger import StoreEnd
+from pipeline.ledger.ledger import StoreShardReport
 from pipeline.settings.placement import ClusterSize, reserve, settle_engine
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.coordinator import Receipt, ReportLoad
@@ -52,7 +52,7 @@ def receipts_dataset(
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
-            ShardSource(work, options, StoreEnd(folder)),
+            ShardSource(work, options, StoreShardReport(folder)),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
             concurrency=min(len(work), max(LEAST_OPEN_SHARDS, int(cluster.num_cpus))),

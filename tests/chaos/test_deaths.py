@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.ledger.ledger import look
+from pipeline.ledger.ledger import scan_output
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars
@@ -131,7 +131,7 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
 
     driver = start_driver(nodes, settings, engine, log)
     try:
-        wait_until(lambda: look(Folder(str(output))).fragments, driver, log)
+        wait_until(lambda: scan_output(Folder(str(output))).fragments, driver, log)
         death(Scene(nodes, driver, output, log))
         gate.unlink(missing_ok=True)
         if driver.wait() != 0:
@@ -140,5 +140,5 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
     finally:
         driver.kill()
     check_output(output, truth)
-    left = look(Folder(str(output)))
-    assert (dict(left.fragments), left.ends, left.litter) == ({}, frozenset(), ())
+    left = scan_output(Folder(str(output)))
+    assert (dict(left.fragments), left.ends, left.leftovers) == ({}, frozenset(), ())

@@ -15,7 +15,7 @@ from blip2_actor.preprocessing.images import ImageLimits
 from pipeline.cli.commands import caption
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
-from pipeline.ledger.ledger import begin_run, look
+from pipeline.ledger.ledger import begin_run, scan_output
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console
 from pipeline.run.job import prepare, prepare_retry, run_job
@@ -82,8 +82,8 @@ def test_the_same_command_again_does_nothing_and_says_the_same(finished):
 
 def test_nothing_is_left_of_the_work_but_results_and_the_record(finished):
     folder = Folder(str(finished.root / "out"))
-    state = look(folder)
-    assert (dict(state.fragments), state.ends, state.litter) == ({}, frozenset(), ())
+    state = scan_output(folder)
+    assert (dict(state.fragments), state.ends, state.leftovers) == ({}, frozenset(), ())
     assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from pipeline.ledger.fragments import read_fragment
-from pipeline.ledger.ledger import look
+from pipeline.ledger.ledger import scan_output
 from pipeline.report.status import standing
 from pipeline.storage.folder import Folder
 from tests.fake_engine import captions_made
@@ -70,7 +70,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     folder = Folder(str(output))
 
     first = start(settings, engine)
-    wait_until(lambda: look(folder).finished and look(folder).fragments, first)
+    wait_until(lambda: scan_output(folder).finished and scan_output(folder).fragments, first)
     second = start(settings, engine)
     said, _ = second.communicate()
     assert second.returncode == 1
@@ -81,7 +81,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     first.send_signal(number)
     said, _ = first.communicate()
     assert first.returncode == (-number if number == signal.SIGKILL else 1), said
-    state = look(folder)
+    state = scan_output(folder)
     finished_before = {
         caption
         for fragments in state.fragments.values()

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.ledger.ledger import look
+from pipeline.ledger.ledger import scan_output
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
@@ -65,5 +65,5 @@ def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
             table = pq.read_table(file)
         assert table["key"].to_pylist() == list(images)
         assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
-    left = look(Folder(settings.output))
-    assert (dict(left.fragments), left.ends, left.litter) == ({}, frozenset(), ())
+    left = scan_output(Folder(settings.output))
+    assert (dict(left.fragments), left.ends, left.leftovers) == ({}, frozenset(), ())

@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease, OutputInUse
-from pipeline.ledger.ledger import Run, drop_markers, look
+from pipeline.ledger.ledger import Run, drop_markers, scan_output
 from pipeline.progress import Console
 from pipeline.report.status import standing
 from pipeline.run.job import prepare, run_job
@@ -81,11 +81,11 @@ def test_markers_of_emptied_folders_go_only_when_nothing_is_to_do(bucket):
         folder.put(f"_blip2/fragments/{shard.name}.rows/1.arrow", b"")
         folder.delete(f"_blip2/fragments/{shard.name}.rows/1.arrow")
     folder.put("a.tar.parquet", b"")
-    drop_markers(folder, run, look(folder))
+    drop_markers(folder, run, scan_output(folder))
     markers = [f"marked/_blip2/fragments/{shard.name}.rows/" for shard in shards]
     assert raw_keys(bucket, "marked/_blip2/") == markers
     folder.put("b.tar.parquet", b"")
-    drop_markers(folder, run, look(folder))
+    drop_markers(folder, run, scan_output(folder))
     assert set(raw_keys(bucket, "marked/_blip2/")) <= {"marked/_blip2/"}
     assert sorted(folder.names()) == ["a.tar.parquet", "b.tar.parquet"]
 
@@ -121,7 +121,7 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
         assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
         assert all(b"secret" not in value for value in table.schema.metadata.values())
     folder = Folder(settings.output)
-    assert not look(folder).fragments
+    assert not scan_output(folder).fragments
     assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)

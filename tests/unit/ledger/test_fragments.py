@@ -10,7 +10,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
 from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, write_fragment
-from pipeline.ledger.ledger import StoreEnd, load_end, look
+from pipeline.ledger.ledger import StoreShardReport, load_shard_report, scan_output
 from pipeline.ledger.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
@@ -83,15 +83,15 @@ def test_a_commit_takes_each_row_once_in_order_whatever_the_overlap(folder):
 def test_a_commit_with_a_missing_row_changes_nothing(folder):
     write_fragment(folder, rows([0, 1, 3]))
     assert commit_shard(folder, report(4), {}) is None
-    assert look(folder).finished == frozenset()
+    assert scan_output(folder).finished == frozenset()
     assert len(list_fragments(folder, "a/0.tar")) == 1
 
 
 def test_a_commit_cleans_up_after_itself(folder):
     write_fragment(folder, rows(range(3)))
-    StoreEnd(folder)(report(3))
+    StoreShardReport(folder)(report(3))
     commit_shard(folder, report(3), {})
-    state = look(folder)
+    state = scan_output(folder)
     assert (state.finished, dict(state.fragments), state.ends) == ({"a/0.tar"}, {}, frozenset())
 
 
@@ -126,12 +126,12 @@ def test_rows_behind_a_worse_reading_wait_for_a_better_one(folder):
 
 
 def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
-    StoreEnd(folder)(report(4, complete=False, reason="ends early"))
-    StoreEnd(folder)(report(2, complete=False, reason="vanished"))
-    assert load_end(folder, "a/0.tar").num_rows == 4
-    StoreEnd(folder)(report(9))
-    StoreEnd(folder)(report(0, complete=False, reason="403"))
-    assert load_end(folder, "a/0.tar") == report(9)
+    StoreShardReport(folder)(report(4, complete=False, reason="ends early"))
+    StoreShardReport(folder)(report(2, complete=False, reason="vanished"))
+    assert load_shard_report(folder, "a/0.tar").num_rows == 4
+    StoreShardReport(folder)(report(9))
+    StoreShardReport(folder)(report(0, complete=False, reason="403"))
+    assert load_shard_report(folder, "a/0.tar") == report(9)
 
 
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):
@@ -147,8 +147,8 @@ def test_half_written_files_are_litter_and_not_results(folder):
     os.makedirs(os.path.dirname(aside), exist_ok=True)
     with open(aside, "wb") as file:
         file.write(b"PAR1")
-    state = look(folder)
-    assert state.litter == ("_blip2/tmp/half",)
+    state = scan_output(folder)
+    assert state.leftovers == ("_blip2/tmp/half",)
     assert state.finished == frozenset()
 
 
@@ -162,7 +162,7 @@ def test_a_failed_put_leaves_the_old_file_and_no_litter(folder, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         folder.put("x.parquet", b"new")
     assert folder.get("x.parquet") == b"old"
-    assert look(folder).litter == ()
+    assert scan_output(folder).leftovers == ()
 
 
 def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Run, StoreEnd, begin_run, load_run, look, unfinished
+from pipeline.ledger.ledger import Run, StoreShardReport, begin_run, load_run, scan_output, unfinished
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder
@@ -58,9 +58,9 @@ def test_the_plan_leaves_out_what_is_finished_and_rows_that_reached_a_fragment(f
     write_fragment(folder, rows([5, 6], shard="begun.tar"))
     for name in ("read.tar", "full.tar"):
         write_fragment(folder, rows([0, 1], shard=name))
-    StoreEnd(folder)(ShardReport(shard="read.tar", num_rows=4, complete=True))
-    StoreEnd(folder)(ShardReport(shard="full.tar", num_rows=2, complete=True))
-    plan = {progress.shard.name: progress for progress in unfinished(folder, run, look(folder))}
+    StoreShardReport(folder)(ShardReport(shard="read.tar", num_rows=4, complete=True))
+    StoreShardReport(folder)(ShardReport(shard="full.tar", num_rows=2, complete=True))
+    plan = {progress.shard.name: progress for progress in unfinished(folder, run, scan_output(folder))}
     assert {name: progress.work.missing for name, progress in plan.items()} == {
         "begun.tar": ((3, 5), (7, None)),
         "read.tar": ((2, 4),),

@@ -20,7 +20,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import measure_extent
-from pipeline.ledger.ledger import look
+from pipeline.ledger.ledger import scan_output
 from pipeline.plan import sample
 from pipeline.plan import stage_costs as trial
 from pipeline.plan.plan import lines, make_plan, num_bytes, plan
@@ -210,7 +210,7 @@ def test_what_a_killed_plan_leaves_is_no_result_and_is_swept(tmp_path, monkeypat
     (output / "_blip2" / "probe-1").touch()
     left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert len(left) == 2 and not list(output.rglob("*.parquet"))
-    assert set(look(Folder(str(output))).litter) == left
+    assert set(scan_output(Folder(str(output))).leftovers) == left
 
 
 def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard, read_rows
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import StoreEnd, look
+from pipeline.ledger.ledger import StoreShardReport, scan_output
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage import retrying as patience
 from pipeline.storage.folder import Folder
@@ -27,7 +27,7 @@ def fill(folder: Folder) -> None:
             for n in range(start, start + 5)
         ]
         write_fragment(folder, ROW_CONTRACT.empty_table().from_pylist(rows, schema=ROW_CONTRACT))
-    StoreEnd(folder)(REPORT)
+    StoreShardReport(folder)(REPORT)
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["refused", "carried out and not told"])
@@ -65,7 +65,7 @@ def test_a_commit_goes_on_whatever_request_fails(tmp_path, monkeypatch, is_late)
         assert summary is not None and summary.by_status == {"ok": 20}
         rows = read_rows(folder, "a.tar")
         assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
-        state = look(folder)
+        state = scan_output(folder)
         assert (state.finished, dict(state.fragments), state.ends) == ({"a.tar"}, {}, frozenset())
         assert not os.path.exists(folder.path("_blip2/fragments/a.tar.rows"))
 
