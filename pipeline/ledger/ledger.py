@@ -158,7 +158,7 @@ def is_result(name: str) -> bool:
 
 
 @dataclass
-class Progress:
+class ShardProgress:
     """How far one unfinished shard is."""
 
     shard: Shard
@@ -177,14 +177,14 @@ class Progress:
         return ShardWork(shard=self.shard, missing=tuple(self.done.missing(stop)))
 
 
-def unfinished(folder: Folder, run: Run, state: State) -> list[Progress]:
+def unfinished(folder: Folder, run: Run, state: State) -> list[ShardProgress]:
     """The shards of a run that have no file yet, with what is known of each."""
     open_shards = [shard for shard in run.shards if shard.name not in state.finished]
     done = rows_in(
         folder, {s.name: state.fragments[s.name] for s in open_shards if s.name in state.fragments}
     )
     return [
-        Progress(
+        ShardProgress(
             shard=shard,
             done=done.get(shard.name, RowSet()),
             report=load_shard_report(folder, shard.name) if shard.name in state.shard_reports else None,

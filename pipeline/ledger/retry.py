@@ -11,12 +11,12 @@ from blip2_actor.status import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
 from pipeline.ledger.fragments import rows_in
-from pipeline.ledger.ledger import Progress, Run, State
+from pipeline.ledger.ledger import Run, ShardProgress, State
 from pipeline.ledger.rowset import RowSet, runs
 from pipeline.storage.folder import Folder
 
 
-def to_retry(folder: Folder, run: Run, state: State) -> list[Progress]:
+def to_retry(folder: Folder, run: Run, state: State) -> list[ShardProgress]:
     """Shards with rows to try again; done are the rows that are ok.
 
     Raises:
@@ -37,7 +37,7 @@ def to_retry(folder: Folder, run: Run, state: State) -> list[Progress]:
     for summary in faulty:
         done = RowSet(runs(_ok_rows(folder, summary.shard)))
         done.update(waiting[summary.shard])
-        progress.append(Progress(by_name[summary.shard], done, report_of(summary)))
+        progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import Rotten, Stopped
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
-from pipeline.ledger.ledger import Progress, load_shard_report, shards_with_a_report
+from pipeline.ledger.ledger import ShardProgress, load_shard_report, shards_with_a_report
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.run.bottleneck import busy_fractions, verdict
 from pipeline.run.stream import ReceiptStream, receipts_dataset
@@ -56,7 +56,7 @@ class Driver:
         """For the heartbeat."""
         return dataclasses.asdict(self._snapshot) if self._snapshot else {}
 
-    def run(self, job: Job, left: list[Progress], cluster: ClusterSize, lease: Lease) -> None:
+    def run(self, job: Job, left: list[ShardProgress], cluster: ClusterSize, lease: Lease) -> None:
         """Caption what is left and commit it, until it is done or stopped.
 
         Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from blip2_actor.status import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.ledger import Progress
+from pipeline.ledger.ledger import ShardProgress
 from pipeline.stages.coordinator import Receipt
 
 ROTTEN_AFTER_ROWS = 500
@@ -17,7 +17,7 @@ ROTTEN_FRACTION = 0.5
 class Tracker:
     """Counts rows once, whatever arrives twice; forgets a shard once it is handed over for committing."""
 
-    def __init__(self, unfinished: Iterable[Progress]) -> None:
+    def __init__(self, unfinished: Iterable[ShardProgress]) -> None:
         self._open = {progress.shard.name: progress for progress in unfinished}
         self._touched: set[str] = set(self._open)
         self._num_closed = self._closed_rows = 0
@@ -81,5 +81,5 @@ class Tracker:
         return self.num_rows >= ROTTEN_AFTER_ROWS and self.num_failed > limit * self.num_rows
 
 
-def _length(progress: Progress) -> int | None:
+def _length(progress: ShardProgress) -> int | None:
     return progress.report.num_rows if progress.report is not None else progress.shard.num_rows

@@ -7,7 +7,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary
-from pipeline.ledger.ledger import Progress
+from pipeline.ledger.ledger import ShardProgress
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.rowset import RowSet
 from pipeline.progress import Console, Rate, Snapshot, duration
@@ -20,9 +20,9 @@ from pipeline.stages.coordinator import Load, Receipt
 from pipeline.storage.retrying import retry_on_oserror
 
 
-def open_shard(name="a", done=(), report=None, num_rows=None) -> Progress:
+def open_shard(name="a", done=(), report=None, num_rows=None) -> ShardProgress:
     shard = Shard(name=name, format="webdataset", root="/in", files=(name,), num_rows=num_rows)
-    return Progress(shard, RowSet(done), report)
+    return ShardProgress(shard, RowSet(done), report)
 
 
 def receipt(start, stop, shard="a", status="ok") -> Receipt:
