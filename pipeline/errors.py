@@ -7,5 +7,5 @@ class Stopped(RuntimeError):
     """The run was stopped; everything finished is kept."""
 
 
-class Rotten(Stopped):
+class TooManyFailures(Stopped):
     """Most of the input fails; the job has stopped early."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor.request import EngineBuilder
-from pipeline.errors import Rotten, Stopped
+from pipeline.errors import Stopped, TooManyFailures
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
 from pipeline.report.status import standing
@@ -32,7 +32,7 @@ def speaks(command: Callable[P, int]) -> Callable[P, int]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except Rotten as error:
+        except TooManyFailures as error:
             return _refuse(error, 2)
         except EngineFault as error:
             return _refuse(f"the engine has failed: {error}", 1)

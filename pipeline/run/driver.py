@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.errors import Rotten, Stopped
+from pipeline.errors import Stopped, TooManyFailures
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
@@ -146,10 +146,10 @@ class Driver:
         if self._stop.is_set():
             self._flush(stream)
             raise Stopped("stopped by a signal; what was finished is kept, run the same command to go on")
-        if self._tracker.is_rotten(self._max_failed_fraction):
+        if self._tracker.has_too_many_failures(self._max_failed_fraction):
             self._flush(stream)
             seen = ", ".join(f"{n:,} {status}" for status, n in self._tracker.by_status.most_common())
-            raise Rotten(
+            raise TooManyFailures(
                 f"stopped after {self._tracker.num_rows:,} rows ({seen}), most of which failed; look at the "
                 "input, or raise --max-failed-fraction and run the same command to go on"
             )

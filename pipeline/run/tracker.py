@@ -10,8 +10,8 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import ShardProgress
 from pipeline.stages.coordinator import Receipt
 
-ROTTEN_AFTER_ROWS = 500
-ROTTEN_FRACTION = 0.5
+FAILURES_COUNT_AFTER_ROWS = 500
+MAX_FAILED_FRACTION = 0.5
 
 
 class Tracker:
@@ -75,10 +75,10 @@ class Tracker:
         done = sum(len(progress.done) for progress in self._open.values())
         return max(0.0, sum(typical if length is None else length for length in lengths) - done)
 
-    def is_rotten(self, max_failed_fraction: float) -> bool:
+    def has_too_many_failures(self, max_failed_fraction: float) -> bool:
         """Whether so much has failed that going on is pointless."""
-        limit = max(max_failed_fraction, ROTTEN_FRACTION)
-        return self.num_rows >= ROTTEN_AFTER_ROWS and self.num_failed > limit * self.num_rows
+        limit = max(max_failed_fraction, MAX_FAILED_FRACTION)
+        return self.num_rows >= FAILURES_COUNT_AFTER_ROWS and self.num_failed > limit * self.num_rows
 
 
 def _length(progress: ShardProgress) -> int | None:

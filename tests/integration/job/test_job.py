@@ -152,7 +152,7 @@ def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, 
     assert dict(first.by_status) == {"ok": 37, "undecodable": 2, "refused": 1}
     other = tmp_path / "out" / "part1" / "00001.tar.parquet"
     untouched = other.stat().st_mtime_ns
-    monkeypatch.setattr("pipeline.run.tracker.ROTTEN_AFTER_ROWS", 2)
+    monkeypatch.setattr("pipeline.run.tracker.FAILURES_COUNT_AFTER_ROWS", 2)
     result = run_retry(tmp_path, FakeEngineConfig(trace=trace))
     assert dict(result.by_status) == {"ok": 38, "undecodable": 2}
     check_output(tmp_path / "out", truth)

@@ -71,10 +71,10 @@ def test_rows_left_are_estimated_from_the_shards_that_are_known():
 def test_rotten_input_is_noticed_and_not_too_early():
     tracker = Tracker([open_shard()])
     tracker.add(receipt(0, 400, status="undecodable"))
-    assert not tracker.is_rotten(0.0)
+    assert not tracker.has_too_many_failures(0.0)
     tracker.add(receipt(400, 600, status="undecodable"))
-    assert tracker.is_rotten(0.0)
-    assert not tracker.is_rotten(1.0)
+    assert tracker.has_too_many_failures(0.0)
+    assert not tracker.has_too_many_failures(1.0)
 
 
 def test_reconciliation_counts_partial_shards_and_missing_ones():
