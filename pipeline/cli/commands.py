@@ -11,7 +11,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.errors import Stopped, TooManyFailures
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
-from pipeline.report.status import standing
+from pipeline.report.status import status_lines
 from pipeline.run.job import Job, prepare, prepare_retry, run_job
 from pipeline.settings.settings import (
     CaptionSettings,
@@ -75,7 +75,7 @@ def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
 def status(settings: StatusSettings) -> int:
     """Say how far a run is."""
     console = Console()
-    for line in standing(settings.output):
+    for line in status_lines(settings.output):
         console.say(line)
     return 0
 

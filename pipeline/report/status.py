@@ -12,7 +12,7 @@ from pipeline.progress import Snapshot
 from pipeline.storage.folder import Folder
 
 
-def standing(uri: str) -> list[str]:
+def status_lines(uri: str) -> list[str]:
     """The lines of the report.
 
     Raises:

@@ -15,7 +15,7 @@ import ray
 
 from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.ledger import scan_output
-from pipeline.report.status import standing
+from pipeline.report.status import status_lines
 from pipeline.storage.folder import Folder
 from tests.fake_engine import captions_made
 from tests.integration.inputs import check_output, write_tars
@@ -76,7 +76,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert second.returncode == 1
     assert f"process {first.pid}" in said
 
-    assert f"at work: process {first.pid}" in standing(str(output))[-1]
+    assert f"at work: process {first.pid}" in status_lines(str(output))[-1]
 
     first.send_signal(number)
     said, _ = first.communicate()
@@ -91,7 +91,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     files_before = {shard: (output / f"{shard}.parquet").stat().st_mtime_ns for shard in state.finished}
     assert len(state.finished) < 3
 
-    last = standing(str(output))[-1]
+    last = status_lines(str(output))[-1]
     assert last.startswith("no driver at work") and last.endswith("run the same command to go on")
     assert ("has died" in last) == (number == signal.SIGKILL)
 
@@ -100,7 +100,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     said, _ = again.communicate()
     assert again.returncode == 0, said
     check_output(output, truth)
-    assert standing(str(output))[-1] == "finished"
+    assert status_lines(str(output))[-1] == "finished"
     made = Counter(captions_made(trace))
     assert all(made[caption] == 1 for caption in finished_before - {None})
     for shard, changed in files_before.items():

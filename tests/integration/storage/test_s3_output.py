@@ -15,7 +15,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Run, drop_markers, scan_output
 from pipeline.progress import Console
-from pipeline.report.status import standing
+from pipeline.report.status import status_lines
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
@@ -125,4 +125,4 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
     assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)
-    assert "secret" not in said.getvalue() + "".join(standing(settings.output))
+    assert "secret" not in said.getvalue() + "".join(status_lines(settings.output))

@@ -16,7 +16,7 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Run, begin_run
 from pipeline.progress import Snapshot
-from pipeline.report.status import standing
+from pipeline.report.status import status_lines
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import Folder
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_a_run_without_a_driver(folder):
-    assert standing(folder.uri) == [
+    assert status_lines(folder.uri) == [
         "rows in 100 = ok 97 + failed 3 (3 too_large)",
         "shards 5 = written 1 + left 4",
         "under way: 50 rows finished in 1 shards",
@@ -79,7 +79,7 @@ def test_a_finished_run(folder):
     for shard in ("1.tar", "2.tar", "3.tar", "4~0-39"):
         write_rows(folder, shard, 100)
         finish(folder, shard)
-    assert standing(folder.uri) == [
+    assert status_lines(folder.uri) == [
         "rows in 500 = ok 497 + failed 3 (3 too_large)",
         "shards 5 = written 5 + missing 0",
         "finished",
@@ -90,7 +90,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     folder = Folder(str(tmp_path))
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
     begin_run(folder, Run(Fingerprint({}), {}, (shard,)))
-    assert standing(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "left: 1 shards"]
+    assert status_lines(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "left: 1 shards"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
