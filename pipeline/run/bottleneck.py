@@ -27,7 +27,7 @@ def busy_fractions(loads: Mapping[str, Mapping[str, Load]]) -> dict[str, float]:
     return fractions
 
 
-def verdict(busy: Mapping[str, float]) -> str:
+def describe_bottleneck(busy: Mapping[str, float]) -> str:
     """One sentence. Reading is what is left when no other stage was busy."""
     if not busy:
         return "bottleneck: none, there was nothing to do"

@@ -20,7 +20,7 @@ from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import ShardProgress, load_shard_report, shards_with_a_report
 from pipeline.progress import Console, Rate, Snapshot
-from pipeline.run.bottleneck import busy_fractions, verdict
+from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
@@ -88,7 +88,7 @@ class Driver:
                     f"the job has failed: {_last_line(error)}; what was finished is kept, mend the cause and "
                     "run the same command to go on"
                 ) from error
-        self._console.say(verdict(self._busy))
+        self._console.say(describe_bottleneck(self._busy))
 
     def _step(self, stream: ReceiptStream) -> None:
         for receipt in stream.take(TICK_S):

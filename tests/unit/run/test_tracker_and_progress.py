@@ -11,7 +11,7 @@ from pipeline.ledger.ledger import ShardProgress
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.rowset import RowSet
 from pipeline.progress import Console, Rate, Snapshot, duration
-from pipeline.run.bottleneck import busy_fractions, verdict
+from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
@@ -123,8 +123,8 @@ def test_one_of_each_stage_fits_at_the_same_time(cpus, gpus, max_actors):
 def test_the_busiest_stage_is_the_bottleneck_and_reading_when_none_is_busy():
     loads = {"decode": {"a": Load(1, 10), "b": Load(3, 10)}, "caption": {"c": Load(9, 10)}}
     assert busy_fractions(loads) == {"decode": 0.2, "caption": 0.9}
-    assert verdict({"decode": 0.2, "caption": 0.9}).startswith("bottleneck: caption, busy 90%")
-    assert "reading" in verdict({"decode": 0.2, "caption": 0.3})
+    assert describe_bottleneck({"decode": 0.2, "caption": 0.9}).startswith("bottleneck: caption, busy 90%")
+    assert "reading" in describe_bottleneck({"decode": 0.2, "caption": 0.3})
 
 
 def test_the_rate_leaves_start_up_out():
