@@ -19,7 +19,7 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
+class SizeEstimate:
     """Rows and bytes of all shards of an input."""
 
     num_shards: int
@@ -32,7 +32,7 @@ class Extent:
     is_counted: bool
 
 
-def measure_extent(shards: Sequence[Shard], limit: int | None = None) -> Extent:
+def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEstimate:
     """Count or extrapolate; reads file footers and the beginnings of some tars."""
     uncounted = [shard for shard in shards if shard.num_rows is None]
     footers = spread([shard for shard in uncounted if shard.format == "parquet"], MOST_FOOTERS)
@@ -50,7 +50,7 @@ def measure_extent(shards: Sequence[Shard], limit: int | None = None) -> Extent:
         guesses = _extrapolate(walked, sum(shard.size_bytes or 0 for shard in uncounted))
     typical, least, most = (min(counted + guess, limit or counted + guess) for guess in guesses)
     sizes = [shard.size_bytes for shard in shards]
-    return Extent(
+    return SizeEstimate(
         num_shards=len(shards),
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         num_rows=typical,

@@ -15,7 +15,7 @@ from blip2_actor.status import Status
 from pipeline.cli.commands import speaks
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
-from pipeline.inputs.size_estimate import Extent, measure_extent
+from pipeline.inputs.size_estimate import SizeEstimate, estimate_size
 from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample, take_sample
 from pipeline.plan.stage_costs import Trial, try_stages
@@ -33,14 +33,14 @@ class Plan:
     settings: CaptionSettings
     """The job that is planned."""
     info: ModelInfo
-    extent: Extent
+    size_estimate: SizeEstimate
     sample: Sample
     trial: Trial
     num_cpus: int
 
     @property
     def prediction(self) -> Prediction:
-        return predict(self.trial.costs, self.extent.num_rows, self.num_cpus, self.settings.placement)
+        return predict(self.trial.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement)
 
     @property
     def by_status(self) -> Counter[str]:
@@ -52,7 +52,10 @@ class Plan:
 
     @property
     def output_bytes(self) -> float:
-        return self.extent.num_rows * self.trial.row_bytes + self.extent.num_shards * self.trial.file_bytes
+        return (
+            self.size_estimate.num_rows * self.trial.row_bytes
+            + self.size_estimate.num_shards * self.trial.file_bytes
+        )
 
 
 @speaks
@@ -84,7 +87,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     return Plan(
         settings=job,
         info=info,
-        extent=measure_extent(shards, job.limit),
+        size_estimate=estimate_size(shards, job.limit),
         sample=sample,
         trial=try_stages(job, engine, info.image_size_px, sample),
         num_cpus=len(os.sched_getaffinity(0)),
@@ -93,9 +96,9 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
 
 def lines(found: Plan) -> Iterator[str]:
     """The plan for people."""
-    extent, trial, prediction = found.extent, found.trial, found.prediction
-    size = "" if extent.num_bytes is None else f", {num_bytes(extent.num_bytes)}"
-    yield f"input     {extent.num_shards:,} shards{size}, {_rows(extent)}"
+    size_estimate, trial, prediction = found.size_estimate, found.trial, found.prediction
+    size = "" if size_estimate.num_bytes is None else f", {num_bytes(size_estimate.num_bytes)}"
+    yield f"input     {size_estimate.num_shards:,} shards{size}, {_rows(size_estimate)}"
     counts = ", ".join(f"{n:,} {status}" for status, n in found.by_status.most_common())
     yield f"sample    {len(trial.rows):,} rows of {len(found.sample.shards):,} shards: {counts}"
     yield from (f"          {line}" for line in _errors(found))
@@ -121,7 +124,7 @@ def lines(found: Plan) -> Iterator[str]:
         f"here      {duration(prediction.here_s)} with one actor on {found.num_cpus:,} cores; bottleneck: "
         f"{prediction.bottleneck}; {REMEDIES[prediction.bottleneck]}"
     )
-    yield f"output    about {num_bytes(found.output_bytes)} in {extent.num_shards:,} Parquet files"
+    yield f"output    about {num_bytes(found.output_bytes)} in {size_estimate.num_shards:,} Parquet files"
     if found.failed_fraction > found.settings.max_failed_fraction:
         yield (
             f"failures  {found.failed_fraction:.1%} of the sample; above --max-failed-fraction "
@@ -138,10 +141,10 @@ def num_bytes(number: float) -> str:
     return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
 
 
-def _rows(extent: Extent) -> str:
-    if extent.is_counted:
-        return f"{extent.num_rows:,} rows"
-    return f"about {extent.num_rows:,} rows ({extent.least_rows:,} to {extent.most_rows:,}) by their bytes"
+def _rows(size_estimate: SizeEstimate) -> str:
+    if size_estimate.is_counted:
+        return f"{size_estimate.num_rows:,} rows"
+    return f"about {size_estimate.num_rows:,} rows ({size_estimate.least_rows:,} to {size_estimate.most_rows:,}) by their bytes"
 
 
 def _errors(found: Plan) -> Iterator[str]:
@@ -158,7 +161,7 @@ def _as_plain(found: Plan) -> dict[str, Any]:
     """For machines."""
     return {
         "model": dataclasses.asdict(found.info),
-        "input": dataclasses.asdict(found.extent),
+        "input": dataclasses.asdict(found.size_estimate),
         "sample": {"num_rows": len(found.trial.rows), "by_status": dict(found.by_status)},
         "prediction": dataclasses.asdict(found.prediction),
         "decode_workers_per_actor": found.prediction.decode_workers_per_actor,

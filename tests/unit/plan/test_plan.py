@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from pipeline.cli.main import main
-from pipeline.inputs import size_estimate as extent
+from pipeline.inputs import size_estimate as size_estimate
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
-from pipeline.inputs.size_estimate import measure_extent
+from pipeline.inputs.size_estimate import estimate_size
 from pipeline.ledger.ledger import scan_output
 from pipeline.plan import sample
 from pipeline.plan import stage_costs as trial
@@ -53,7 +53,7 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
     write_tars(tmp_path / "in", num_tars=4, rows_per_tar=50)
     found = make_plan(settings(tmp_path / "in"), FakeEngineConfig(seconds_per_image=0.005))
     prediction = found.prediction
-    assert found.extent.num_rows == 200
+    assert found.size_estimate.num_rows == 200
     assert 1.0 <= prediction.actor_s <= 1.0 * SLACK
     assert prediction.here_s == prediction.actor_s
     assert (prediction.bottleneck, prediction.stages["caption"].workers_per_actor) == ("caption", 1)
@@ -92,8 +92,8 @@ def test_workers_hours_and_bottleneck_by_arithmetic():
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
     """Walking a thousand tars of a bucket to count them would be reading them."""
-    monkeypatch.setattr(extent, "WALKED_ROWS", 50)
-    monkeypatch.setattr(extent, "MOST_WALKED_TARS", 4)
+    monkeypatch.setattr(size_estimate, "WALKED_ROWS", 50)
+    monkeypatch.setattr(size_estimate, "MOST_WALKED_TARS", 4)
     for at in range(9):
         tar = tmp_path / f"{at}.tar"
         write_tar(tar, {f"{row}": os.urandom(10_000 * (1 + at % 3)) for row in range(150 + 20 * at)})
@@ -101,19 +101,19 @@ def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
             tar.with_name(f"{at}.tar.gz").write_bytes(gzip.compress(tar.read_bytes(), 1))
             tar.unlink()
     shards = list_shards(str(tmp_path))
-    found = measure_extent(shards)
+    found = estimate_size(shards)
     truth = sum(150 + 20 * at for at in range(9))
     assert not found.is_counted
     if ending == "tar":
         assert found.least_rows <= truth <= found.most_rows
     assert 0.75 < found.num_rows / truth < 1.25
     assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert measure_extent(list_shards(str(tmp_path), limit=200), 200).num_rows == 200
+    assert estimate_size(list_shards(str(tmp_path), limit=200), 200).num_rows == 200
 
 
 def test_small_inputs_are_counted(tmp_path):
     write_tars(tmp_path, num_tars=3, rows_per_tar=11)
-    found = measure_extent(list_shards(str(tmp_path)))
+    found = estimate_size(list_shards(str(tmp_path)))
     assert (found.num_rows, found.is_counted) == (33, True)
 
 
