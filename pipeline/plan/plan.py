@@ -18,7 +18,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import SizeEstimate, estimate_size
 from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample, take_sample
-from pipeline.plan.stage_costs import Trial, try_stages
+from pipeline.plan.stage_costs import StageCosts, measure_stage_costs
 from pipeline.progress import Console, duration
 from pipeline.run.bottleneck import REMEDIES
 from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
@@ -35,26 +35,28 @@ class Plan:
     info: ModelInfo
     size_estimate: SizeEstimate
     sample: Sample
-    trial: Trial
+    stage_costs: StageCosts
     num_cpus: int
 
     @property
     def prediction(self) -> Prediction:
-        return predict(self.trial.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement)
+        return predict(
+            self.stage_costs.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement
+        )
 
     @property
     def by_status(self) -> Counter[str]:
-        return Counter(self.trial.rows["status"].to_pylist())
+        return Counter(self.stage_costs.rows["status"].to_pylist())
 
     @property
     def failed_fraction(self) -> float:
-        return 1 - self.by_status[Status.OK.value] / len(self.trial.rows)
+        return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
 
     @property
     def output_bytes(self) -> float:
         return (
-            self.size_estimate.num_rows * self.trial.row_bytes
-            + self.size_estimate.num_shards * self.trial.file_bytes
+            self.size_estimate.num_rows * self.stage_costs.row_bytes
+            + self.size_estimate.num_shards * self.stage_costs.file_bytes
         )
 
 
@@ -89,20 +91,20 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         info=info,
         size_estimate=estimate_size(shards, job.limit),
         sample=sample,
-        trial=try_stages(job, engine, info.image_size_px, sample),
+        stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=len(os.sched_getaffinity(0)),
     )
 
 
 def lines(found: Plan) -> Iterator[str]:
     """The plan for people."""
-    size_estimate, trial, prediction = found.size_estimate, found.trial, found.prediction
+    size_estimate, stage_costs, prediction = found.size_estimate, found.stage_costs, found.prediction
     size = "" if size_estimate.num_bytes is None else f", {num_bytes(size_estimate.num_bytes)}"
     yield f"input     {size_estimate.num_shards:,} shards{size}, {_rows(size_estimate)}"
     counts = ", ".join(f"{n:,} {status}" for status, n in found.by_status.most_common())
-    yield f"sample    {len(trial.rows):,} rows of {len(found.sample.shards):,} shards: {counts}"
+    yield f"sample    {len(stage_costs.rows):,} rows of {len(found.sample.shards):,} shards: {counts}"
     yield from (f"          {line}" for line in _errors(found))
-    yield f"model     {found.info.model} ({found.info.dtype}), ready after {duration(trial.start_s)}"
+    yield f"model     {found.info.model} ({found.info.dtype}), ready after {duration(stage_costs.start_s)}"
     yield ""
     yield f"{'stage':9}{'images/s of one':>17}{'workers per captioning actor':>32}{'their CPU cores':>18}"
     for name, stage in prediction.stages.items():
@@ -148,7 +150,7 @@ def _rows(size_estimate: SizeEstimate) -> str:
 
 
 def _errors(found: Plan) -> Iterator[str]:
-    rows = found.trial.rows.select(["key", "shard", "status", "error"]).to_pylist()
+    rows = found.stage_costs.rows.select(["key", "shard", "status", "error"]).to_pylist()
     failed = [row for row in rows if row["status"] != Status.OK.value]
     for row in failed[:MOST_ERRORS_SHOWN]:
         yield f"{row['shard']} {row['key']}: {row['status']}: {row['error']}"
@@ -162,10 +164,10 @@ def _as_plain(found: Plan) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(found.info),
         "input": dataclasses.asdict(found.size_estimate),
-        "sample": {"num_rows": len(found.trial.rows), "by_status": dict(found.by_status)},
+        "sample": {"num_rows": len(found.stage_costs.rows), "by_status": dict(found.by_status)},
         "prediction": dataclasses.asdict(found.prediction),
         "decode_workers_per_actor": found.prediction.decode_workers_per_actor,
         "output_bytes": round(found.output_bytes),
-        "start_s": found.trial.start_s,
+        "start_s": found.stage_costs.start_s,
         "num_cpus": found.num_cpus,
     }

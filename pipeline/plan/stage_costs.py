@@ -36,7 +36,7 @@ MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Trial:
+class StageCosts:
     """What came out, and what it cost."""
 
     rows: pa.Table
@@ -51,7 +51,9 @@ class Trial:
     """and per file on top of its rows."""
 
 
-def try_stages(settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample) -> Trial:
+def measure_stage_costs(
+    settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample
+) -> StageCosts:
     """Decode, caption and write the sample.
 
     Raises:
@@ -80,10 +82,10 @@ def try_stages(settings: CaptionSettings, engine: EngineBuilder, size_px: int, s
     finally:
         captioning.close()
     rows = contract(captioned, list(settings.reading.kept), captioning)
-    with _folder_for_trial(settings.output) as folder:
+    with _folder_for_plan(settings.output) as folder:
         write_cost, row_bytes, file_bytes = _write(folder, rows)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": write_cost}
-    return Trial(rows, costs, start_s, row_bytes, file_bytes)
+    return StageCosts(rows, costs, start_s, row_bytes, file_bytes)
 
 
 def _timed(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> tuple[pa.Table, Cost]:
@@ -127,7 +129,7 @@ def _write(folder: Folder, rows: pa.Table) -> tuple[Cost, float, int]:
 
 
 @contextmanager
-def _folder_for_trial(output: str) -> Iterator[Folder]:
+def _folder_for_plan(output: str) -> Iterator[Folder]:
     """A place in the output that no run looks at, or a temporary folder; gone afterwards."""
     if not output:
         with tempfile.TemporaryDirectory() as path:
@@ -136,7 +138,7 @@ def _folder_for_trial(output: str) -> Iterator[Folder]:
     whole = Folder(output)
     new = [path for path in (Path(whole.root), *Path(whole.root).parents) if not path.exists()]
     whole.require_writable()
-    folder = _TrialFolder(whole.below(f"{PLAN_FOLDERS}{uuid.uuid4().hex}").uri)
+    folder = _PlanFolder(whole.below(f"{PLAN_FOLDERS}{uuid.uuid4().hex}").uri)
     try:
         yield folder
     finally:
@@ -148,7 +150,7 @@ def _folder_for_trial(output: str) -> Iterator[Folder]:
                 made.rmdir()
 
 
-class _TrialFolder(Folder):
+class _PlanFolder(Folder):
     """No name in it ends in .parquet: what a killed plan leaves must not pass for results."""
 
     def path(self, name: str) -> str:

@@ -268,7 +268,7 @@ class StatusSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialSettings:
+class PlanOptions:
     """What a plan is told beside what its job is told."""
 
     output: str = ""
@@ -285,17 +285,17 @@ class TrialSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(TrialSettings, CaptionSettings):
+class PlanSettings(PlanOptions, CaptionSettings):
     """Say what a caption command would take: time, workers, bottleneck, bytes. Samples; needs no Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanEmbedSettings(TrialSettings, EmbedSettings):
+class PlanEmbedSettings(PlanOptions, EmbedSettings):
     """Say what an embed command would take."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanScoreSettings(TrialSettings, ScoreSettings):
+class PlanScoreSettings(PlanOptions, ScoreSettings):
     """Say what a score command would take."""
 
 

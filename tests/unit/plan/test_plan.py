@@ -22,7 +22,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.ledger.ledger import scan_output
 from pipeline.plan import sample
-from pipeline.plan import stage_costs as trial
+from pipeline.plan import stage_costs as stage_costs
 from pipeline.plan.plan import lines, make_plan, num_bytes, plan
 from pipeline.plan.prediction import predict
 from pipeline.plan.sample import Cost, take_sample
@@ -41,7 +41,7 @@ SLACK = 2.5
 
 @pytest.fixture(autouse=True)
 def _short_passes(monkeypatch):
-    monkeypatch.setattr(trial, "LEAST_S", 0.1)
+    monkeypatch.setattr(stage_costs, "LEAST_S", 0.1)
 
 
 def settings(folder: Path, **changes) -> PlanSettings:
@@ -195,8 +195,8 @@ def test_writing_is_timed_in_the_output_and_nothing_stays(tmp_path):
     (output / "mine").touch()
     found = make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
     assert os.listdir(output) == ["mine"]
-    assert 50 < found.trial.row_bytes < 500 and found.trial.file_bytes > 500
-    assert found.output_bytes == 5 * found.trial.row_bytes + found.trial.file_bytes
+    assert 50 < found.stage_costs.row_bytes < 500 and found.stage_costs.file_bytes > 500
+    assert found.output_bytes == 5 * found.stage_costs.row_bytes + found.stage_costs.file_bytes
 
 
 def test_what_a_killed_plan_leaves_is_no_result_and_is_swept(tmp_path, monkeypatch):
@@ -235,9 +235,9 @@ def test_the_other_commands_are_planned_as_the_jobs_they_are(tmp_path, capsys):
     embedding = make_plan(PlanEmbedSettings(input=input), engine)
     scoring = make_plan(PlanScoreSettings(input=input, text_column="alt", name="fit", sample=4), engine)
     for found, name, num_rows in ((embedding, "embedding", 6), (scoring, "fit", 4)):
-        assert len(found.trial.rows) == num_rows and found.by_status == {"ok": num_rows}
-        assert None not in found.trial.rows[name].to_pylist()
-        assert "caption" not in found.trial.rows.column_names
+        assert len(found.stage_costs.rows) == num_rows and found.by_status == {"ok": num_rows}
+        assert None not in found.stage_costs.rows[name].to_pylist()
+        assert "caption" not in found.stage_costs.rows.column_names
     assert not captions_made(tmp_path / "trace")
     assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 1
     assert "text to score must be one of the columns image, alt, got 'words'" in capsys.readouterr().err
