@@ -66,25 +66,25 @@ def page(report: Report) -> str:
 
 
 def _sections(report: Report) -> Iterator[str]:
-    tally = report.tally
+    statistics = report.statistics
     yield from _head(report)
-    yield _counts("Rows by status", "status", sorted(tally.by_status.items(), key=lambda item: -item[1]))
+    yield _counts("Rows by status", "status", sorted(statistics.by_status.items(), key=lambda item: -item[1]))
     yield from _failures(report)
-    if tally.flags:
+    if statistics.flags:
         yield _table(
             "Flagged captions",
             "What a guard noticed",
             ("flag", "rows", "such as"),
-            [(flag, kind.count, ", ".join(kind.examples)) for flag, kind in sorted(tally.flags.items())],
+            [(flag, kind.count, ", ".join(kind.examples)) for flag, kind in sorted(statistics.flags.items())],
         )
-    if tally.num_tokens:
-        yield _counts("Length of captions", "tokens", sorted(tally.num_tokens.items()))
-    repeated = tally.captions.top(MOST_CAPTIONS)
+    if statistics.num_tokens:
+        yield _counts("Length of captions", "tokens", sorted(statistics.num_tokens.items()))
+    repeated = statistics.captions.top(MOST_CAPTIONS)
     if repeated:
-        counting = "" if tally.captions.is_exact else "; counts are at least these"
+        counting = "" if statistics.captions.is_exact else "; counts are at least these"
         yield _counts(f"Most frequent captions{counting}", "caption", repeated)
-    if tally.long_side_px:
-        sizes = [(f"up to {side:,}", count) for side, count in sorted(tally.long_side_px.items())]
+    if statistics.long_side_px:
+        sizes = [(f"up to {side:,}", count) for side, count in sorted(statistics.long_side_px.items())]
         yield _counts("Size of images", "longer side, pixels", sizes)
     yield from _samples(report)
 
@@ -117,7 +117,7 @@ def _models(settings: Mapping[str, Any]) -> str:
 
 
 def _failures(report: Report) -> Iterator[str]:
-    reasons = sorted(report.tally.reasons.items(), key=lambda item: -item[1].count)
+    reasons = sorted(report.statistics.reasons.items(), key=lambda item: -item[1].count)
     if not reasons:
         return
     rows = [

@@ -20,7 +20,7 @@ from pipeline.ledger.ledger import RUN, Run, is_result, load_run, scan_output
 from pipeline.ledger.reconcile import Reconciliation, reconcile
 from pipeline.progress import Console, duration
 from pipeline.report.html import page
-from pipeline.report.statistics import COUNTED, Tally
+from pipeline.report.statistics import COUNTED, Statistics
 from pipeline.report.thumbnails import Place, thumbnails
 from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
 from pipeline.storage.folder import Folder
@@ -36,7 +36,7 @@ class Report:
     output: str
     run: Run
     reconciliation: Reconciliation
-    tally: Tally
+    statistics: Statistics
     samples: list[dict[str, Any]]
     """Rows at even distances over the whole output."""
     pictures: Mapping[Place, bytes]
@@ -52,10 +52,10 @@ class Report:
     @property
     def pace(self) -> str:
         """When the run was at work, and how fast."""
-        rate = self.tally.num_rows / self.seconds if self.seconds > 0 else 0.0
+        rate = self.statistics.num_rows / self.seconds if self.seconds > 0 else 0.0
         return (
             f"begun {_clock(self.begun)}, last file {_clock(self.last_written)}: "
-            f"{self.tally.num_rows:,} rows in {duration(self.seconds)}, {rate:,.1f}/s, pauses included"
+            f"{self.statistics.num_rows:,} rows in {duration(self.seconds)}, {rate:,.1f}/s, pauses included"
         )
 
 
@@ -87,18 +87,18 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     done = reconcile(folder, run.shards, scan_output(folder).finished)
     if not done.summaries:
         raise ValueError(f"output must have finished shards, got none in {folder}; look again later")
-    tally, samples = Tally(), list[dict[str, Any]]()
+    statistics, samples = Statistics(), list[dict[str, Any]]()
     wanted = spread(range(done.num_rows), NUM_SAMPLES)
     for shard in done.summaries:
-        for rows in _tables(folder, shard.shard, wanted, tally.num_rows, samples):
-            tally.add(rows)
+        for rows in _tables(folder, shard.shard, wanted, statistics.num_rows, samples):
+            statistics.add(rows)
     changes = dict(folder.changes())
     written = [changed for name, changed in changes.items() if is_result(name)]
     return Report(
         output=str(folder),
         run=run,
         reconciliation=done,
-        tally=tally,
+        statistics=statistics,
         samples=samples,
         pictures=_pictures(run, spread(samples, num_thumbnails)) if num_thumbnails else {},
         begun=changes[RUN],
@@ -110,14 +110,14 @@ def lines(found: Report) -> Iterator[str]:
     """The summary for people."""
     yield from found.reconciliation.lines(is_over=not found.reconciliation.missing)
     yield found.pace
-    reasons = sorted(found.tally.reasons.items(), key=lambda item: -item[1].count)
+    reasons = sorted(found.statistics.reasons.items(), key=lambda item: -item[1].count)
     for (status, reason), kind in reasons[:MOST_LINES]:
         yield f"{kind.count:,} {status}: {reason} (such as {kind.examples[0]})"
     if len(reasons) > MOST_LINES:
         yield f"... and {len(reasons) - MOST_LINES:,} more reasons"
-    for flag, kind in sorted(found.tally.flags.items()):
+    for flag, kind in sorted(found.statistics.flags.items()):
         yield f"{kind.count:,} flagged {flag} (such as {', '.join(kind.examples)})"
-    for text, count in found.tally.captions.top(MOST_LINES):
+    for text, count in found.statistics.captions.top(MOST_LINES):
         yield f"{count:,} times: {text}"
 
 

@@ -60,7 +60,7 @@ class Kind:
             self.examples.append(example)
 
 
-class Tally:
+class Statistics:
     """Give it every table once, then read what it counted."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Run, begin_run
 from pipeline.report.html import page
 from pipeline.report.report import lines, make_report
-from pipeline.report.statistics import Frequent, Tally
+from pipeline.report.statistics import Frequent, Statistics
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import Outputs
@@ -84,17 +84,17 @@ class Page(HTMLParser):
 
 def test_rows_are_counted_like_the_reconciliation_does(folder):
     found = make_report(folder.uri)
-    tally, done = found.tally, found.reconciliation
-    assert (tally.num_rows, tally.by_status) == (done.num_rows, done.by_status)
-    assert tally.by_status == {"ok": 54, "undecodable": 6}
-    assert tally.num_tokens == {4: 18, 5: 18, 6: 18}
-    assert sorted(tally.captions.top(9)) == [(f"{HOSTILE} {n}", 18) for n in range(3)]
-    assert tally.long_side_px == {32: 54}
-    assert tally.flags["looping"].count == 10
+    statistics, done = found.statistics, found.reconciliation
+    assert (statistics.num_rows, statistics.by_status) == (done.num_rows, done.by_status)
+    assert statistics.by_status == {"ok": 54, "undecodable": 6}
+    assert statistics.num_tokens == {4: 18, 5: 18, 6: 18}
+    assert sorted(statistics.captions.top(9)) == [(f"{HOSTILE} {n}", 18) for n in range(3)]
+    assert statistics.long_side_px == {32: 54}
+    assert statistics.flags["looping"].count == 10
     # One reason: that the byte differs is no other.
-    ((status, reason),) = tally.reasons
+    ((status, reason),) = statistics.reasons
     assert (status, reason) == ("undecodable", f"cut at byte N {HOSTILE}")
-    assert tally.reasons[status, reason].count == 6
+    assert statistics.reasons[status, reason].count == 6
     assert len(found.samples) == 24 and not found.pictures
 
 
@@ -149,11 +149,11 @@ def test_memory_does_not_grow_with_the_number_of_texts():
 def test_an_output_without_captions_or_rows_is_counted():
     """`embed` makes no captions; a shard may be empty."""
     schema = output_schema(captioned=False)
-    tally = Tally()
-    tally.add(schema.empty_table())
+    statistics = Statistics()
+    statistics.add(schema.empty_table())
     row = {"key": "a", "shard": "s", "row": 0, "flags": [], "status": "ok", "width": 1, "height": 1}
-    tally.add(pa.Table.from_pylist([row], schema=schema))
-    assert (tally.num_rows, tally.num_tokens, tally.long_side_px) == (1, {}, {1: 1})
+    statistics.add(pa.Table.from_pylist([row], schema=schema))
+    assert (statistics.num_rows, statistics.num_tokens, statistics.long_side_px) == (1, {}, {1: 1})
 
 
 def test_only_results_say_when_a_run_ended(tmp_path):
