@@ -21,7 +21,7 @@ ENDINGS: dict[Format, tuple[str, ...]] = {
 NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-Kinds = dict[Format, list[str]]
+FileKinds = dict[Format, list[str]]
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +36,20 @@ def choose_files(found: Found, format: str) -> dict[Format, Sizes]:
     Raises:
         InputError: there is no file of the kind, or more than one kind.
     """
-    kinds: Kinds = {}
+    file_kinds: FileKinds = {}
     others = []
     for file in found.files:
         kind = _kind(file) if found.one_by_one or not _is_note(file) else None
         if kind is None:
             others.append(file)
         else:
-            kinds.setdefault(kind, []).append(file)
+            file_kinds.setdefault(kind, []).append(file)
     if found.one_by_one:
-        chosen = _named(found, format, kinds, others)
+        chosen = _named(found, format, file_kinds, others)
     elif format == "auto":
-        chosen = _only_kind(found, kinds)
+        chosen = _only_kind(found, file_kinds)
     else:
-        chosen = {kind: files for kind, files in kinds.items() if kind == format}
+        chosen = {kind: files for kind, files in file_kinds.items() if kind == format}
     if not chosen:
         wanted = " or ".join(NOUNS[kind] for kind in FORMATS if format in ("auto", kind))
         raise InputError(f"{found.name} must hold {wanted}, got only {_count(found.files)}")
@@ -69,7 +69,7 @@ def _is_note(file: str) -> bool:
     return (file.startswith("_") or "/_" in file) and _kind(file) != "folder"
 
 
-def _named(found: Found, format: str, kinds: Kinds, others: list[str]) -> Kinds:
+def _named(found: Found, format: str, file_kinds: FileKinds, others: list[str]) -> FileKinds:
     """Files that were named are what `--format` says, whatever they are called."""
     wanted = next((kind for kind in FORMATS if kind == format), None)
     if wanted is not None:
@@ -79,29 +79,29 @@ def _named(found: Found, format: str, kinds: Kinds, others: list[str]) -> Kinds:
             f"{others[0]} must be a tar, a Parquet table or an image by the end of its name; "
             "drop it, or say what it is with --format"
         )
-    return kinds
+    return file_kinds
 
 
-def _only_kind(found: Found, kinds: Kinds) -> Kinds:
-    if len(kinds) > 1 and "parquet" in kinds:
-        tables = _without_metadata(kinds)
-        kinds = {kind: tables if kind == "parquet" else files for kind, files in kinds.items()}
-        kinds = {kind: files for kind, files in kinds.items() if files}
-    if len(kinds) > 1:
-        counts = " and ".join(f"{len(files)} {NOUNS[kind]}" for kind, files in sorted(kinds.items()))
-        flags = " or ".join(f"--format {kind}" for kind in sorted(kinds))
+def _only_kind(found: Found, file_kinds: FileKinds) -> FileKinds:
+    if len(file_kinds) > 1 and "parquet" in file_kinds:
+        tables = _without_metadata(file_kinds)
+        file_kinds = {kind: tables if kind == "parquet" else files for kind, files in file_kinds.items()}
+        file_kinds = {kind: files for kind, files in file_kinds.items() if files}
+    if len(file_kinds) > 1:
+        counts = " and ".join(f"{len(files)} {NOUNS[kind]}" for kind, files in sorted(file_kinds.items()))
+        flags = " or ".join(f"--format {kind}" for kind in sorted(file_kinds))
         raise InputError(
             f"{found.name} must hold one kind of input, got {counts}; say which with {flags}, "
             "or name each kind as an input of its own"
         )
-    return kinds
+    return file_kinds
 
 
-def _without_metadata(kinds: Kinds) -> list[str]:
+def _without_metadata(file_kinds: FileKinds) -> list[str]:
     """The tables that do not share their name with a tar, or with a folder of images."""
-    tars = {_stem(file) for file in kinds.get("webdataset", ())}
-    folders = {posixpath.dirname(file) for file in kinds.get("folder", ())}
-    return [file for file in kinds["parquet"] if _stem(file) not in tars | folders]
+    tars = {_stem(file) for file in file_kinds.get("webdataset", ())}
+    folders = {posixpath.dirname(file) for file in file_kinds.get("folder", ())}
+    return [file for file in file_kinds["parquet"] if _stem(file) not in tars | folders]
 
 
 def _stem(file: str) -> str:
