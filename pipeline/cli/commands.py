@@ -25,7 +25,7 @@ from pipeline.stages.caption import EngineFault
 P = ParamSpec("P")
 
 
-def speaks(command: Callable[P, int]) -> Callable[P, int]:
+def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
     """Turn errors that a person can act on into one sentence and status 1."""
 
     @functools.wraps(command)
@@ -47,31 +47,31 @@ def _refuse(error: object, status: int) -> int:
     return status
 
 
-@speaks
+@errors_to_exit_status
 def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
     """Caption an input, or go on with it."""
     return _finish(prepare(settings, engine), settings.max_failed_fraction)
 
 
-@speaks
+@errors_to_exit_status
 def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
     """Embed an input, or go on with it."""
     return _finish(prepare(settings.job(), engine), settings.max_failed_fraction)
 
 
-@speaks
+@errors_to_exit_status
 def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
     """Score the texts of an input, or go on with it."""
     return _finish(prepare(settings.job(), engine), settings.max_failed_fraction)
 
 
-@speaks
+@errors_to_exit_status
 def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
     """Try the rows again that are not ok."""
     return _finish(prepare_retry(settings, engine), settings.max_failed_fraction)
 
 
-@speaks
+@errors_to_exit_status
 def status(settings: StatusSettings) -> int:
     """Say how far a run is."""
     console = Console()

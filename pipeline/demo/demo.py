@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.cli.commands import speaks
+from pipeline.cli.commands import errors_to_exit_status
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
@@ -39,7 +39,7 @@ class Score:
         return self.num_exact / self.num_readable if self.num_readable else 0.0
 
 
-@speaks
+@errors_to_exit_status
 def demo(settings: DemoSettings) -> int:
     """Render, caption, compare; 1 when less than 95 % is right or a row is not accounted for."""
     console = Console()

@@ -12,7 +12,7 @@ from typing import Any
 from blip2_actor import ModelInfo
 from blip2_actor.request import EngineBuilder
 from blip2_actor.status import Status
-from pipeline.cli.commands import speaks
+from pipeline.cli.commands import errors_to_exit_status
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import SizeEstimate, estimate_size
@@ -60,7 +60,7 @@ class Plan:
         )
 
 
-@speaks
+@errors_to_exit_status
 def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan."""
     found = make_plan(settings, engine)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cli.commands import speaks
+from pipeline.cli.commands import errors_to_exit_status
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
 from pipeline.ledger.commit import output_name
@@ -59,7 +59,7 @@ class Report:
         )
 
 
-@speaks
+@errors_to_exit_status
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the page where one is asked for."""
     console = Console()
