@@ -14,12 +14,12 @@ from pipeline.run.cluster import settle_environment
 def drive(arguments: str) -> int:
     settle_environment()
     from pipeline.cli.commands import caption
-    from pipeline.settings.settings import CaptionSettings, from_plain
+    from pipeline.settings.settings import CaptionSettings, from_dict
     from tests.fake_engine import FakeEngineConfig
 
     values = json.loads(arguments)
-    settings = from_plain(CaptionSettings, values["settings"])
-    return caption(settings, from_plain(FakeEngineConfig, values["engine"]))
+    settings = from_dict(CaptionSettings, values["settings"])
+    return caption(settings, from_dict(FakeEngineConfig, values["engine"]))
 
 
 if __name__ == "__main__":

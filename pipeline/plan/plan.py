@@ -66,7 +66,7 @@ def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     found = make_plan(settings, engine)
     console = Console()
     if settings.json:
-        console.say(json.dumps(_as_plain(found)))
+        console.say(json.dumps(_to_dict(found)))
         return 0
     for line in lines(found):
         console.say(line)
@@ -159,7 +159,7 @@ def _errors(found: Plan) -> Iterator[str]:
     yield from (f"partial: {reason}" for reason in found.sample.partial)
 
 
-def _as_plain(found: Plan) -> dict[str, Any]:
+def _to_dict(found: Plan) -> dict[str, Any]:
     """For machines."""
     return {
         "model": dataclasses.asdict(found.info),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blip2_actor.status import Status
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import from_plain
+from pipeline.settings.settings import from_dict
 
 if TYPE_CHECKING:
     from pipeline.report.report import Report
@@ -110,7 +110,7 @@ def _head(report: Report) -> Iterator[str]:
 
 def _models(settings: Mapping[str, Any]) -> str:
     """The models that were loaded."""
-    outputs, model = from_plain(Outputs, settings["outputs"]), str(settings["engine"]["model"])
+    outputs, model = from_dict(Outputs, settings["outputs"]), str(settings["engine"]["model"])
     if outputs.score_model is None:
         return model
     return outputs.score_model if outputs.only_matches else f"{model}, scores by {outputs.score_model}"

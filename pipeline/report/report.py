@@ -22,7 +22,7 @@ from pipeline.progress import Console, duration
 from pipeline.report.html import page
 from pipeline.report.statistics import COUNTED, Statistics
 from pipeline.report.thumbnails import Place, thumbnails
-from pipeline.settings.settings import CaptionSettings, ReportSettings, from_plain
+from pipeline.settings.settings import CaptionSettings, ReportSettings, from_dict
 from pipeline.storage.folder import Folder
 
 NUM_SAMPLES = 24
@@ -138,7 +138,7 @@ def _tables(
 
 
 def _pictures(run: Run, rows: list[dict[str, Any]]) -> dict[Place, bytes]:
-    settings = from_plain(CaptionSettings, run.settings)
+    settings = from_dict(CaptionSettings, run.settings)
     options = ReadOptions(
         image_column=settings.reading.image_column,
         max_image_bytes=settings.limits.max_file_bytes,

@@ -32,7 +32,7 @@ from pipeline.progress import Console
 from pipeline.run.cluster import connected, info_where_it_runs
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, RetrySettings, from_plain
+from pipeline.settings.settings import CaptionSettings, RetrySettings, from_dict
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import retry_on_oserror
 
@@ -91,7 +91,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     if run is not None:
         fingerprint.require_same(run.fingerprint, str(folder))
         return Job(settings, engine, info, folder, run, is_new=False)
-    return Job(settings, engine, info, folder, Run(fingerprint, settings.as_plain(), shards), is_new=True)
+    return Job(settings, engine, info, folder, Run(fingerprint, settings.to_dict(), shards), is_new=True)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -109,7 +109,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     plain = dict(run.settings)
     if engine is not None:
         del plain["engine"]
-    first = from_plain(CaptionSettings, plain)
+    first = from_dict(CaptionSettings, plain)
     first = dataclasses.replace(
         first, output=settings.output, placement=settings.placement, limits=settings.limits(first.limits)
     )

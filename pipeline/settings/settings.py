@@ -132,8 +132,8 @@ class CaptionSettings(JobSettings):
         }
         return Fingerprint(json.loads(json.dumps(parts)))
 
-    def as_plain(self) -> dict[str, Any]:
-        """Plain values that JSON can hold, without secrets; `from_plain` gives the settings back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, without secrets; `from_dict` gives the settings back."""
         inputs = tuple(without_secrets(uri) for uri in self.input)
         return dataclasses.asdict(
             dataclasses.replace(self, input=inputs, output=without_secrets(self.output))
@@ -316,7 +316,7 @@ class DemoSettings:
             raise ValueError(f"num_images must be at least 100, got {self.num_images}")
 
 
-def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """A frozen dataclass from plain values, with the dataclasses inside it.
 
     Raises:
@@ -329,7 +329,7 @@ def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     return cls(
         **{
-            name: from_plain(hints[name], value)
+            name: from_dict(hints[name], value)
             if dataclasses.is_dataclass(hints[name])
             else (tuple(value) if isinstance(value, list) else value)
             for name, value in values.items()

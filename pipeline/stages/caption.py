@@ -23,7 +23,7 @@ from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.decode import PIXELS
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
-from pipeline.stages.quality_flags import REGENERATED, marks, sterner
+from pipeline.stages.quality_flags import REGENERATED, find_flags, stricter
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import Pending, PendingRow, RowResult, columns_of
 from pipeline.stages.worker_exit import end_without_ceremony
@@ -73,7 +73,7 @@ class CaptionStage:
         # Of an answer only the best text is kept.
         several = options.num_return_sequences > 1
         self._answer = dataclasses.replace(options, num_return_sequences=1) if several else None
-        self._again = sterner(options) if outputs.regenerate else None
+        self._again = stricter(options) if outputs.regenerate else None
 
     @property
     def busy_s(self) -> float:
@@ -202,7 +202,7 @@ class CaptionStage:
         made = RowResult(row.results[0] if self.captioned else Result())
         made.named.update(zip(self._asks, (answer.text or "" for answer in answers), strict=True))
         if self.captioned:
-            made.flags = marks(made.result.text or "", row.prompt)
+            made.flags = find_flags(made.result.text or "", row.prompt)
         return made
 
     def _regenerate(self, rows: Sequence[PendingRow], made: Sequence[RowResult]) -> None:
@@ -216,7 +216,7 @@ class CaptionStage:
             result = _result(future)
             if result.ok:
                 one.result = result
-                one.flags = [*marks(result.text or "", row.prompt), REGENERATED]
+                one.flags = [*find_flags(result.text or "", row.prompt), REGENERATED]
 
 
 @contextmanager

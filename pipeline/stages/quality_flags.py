@@ -31,7 +31,7 @@ LEAST_ECHO_WORDS = 3
 _WORD = re.compile(r"\w+")
 
 
-def marks(text: str, prompt: str | None = None) -> list[str]:
+def find_flags(text: str, prompt: str | None = None) -> list[str]:
     """What is degenerate about a caption; empty for nearly all."""
     words = _WORD.findall(text.lower())
     if not words:
@@ -44,7 +44,7 @@ def marks(text: str, prompt: str | None = None) -> list[str]:
     return found
 
 
-def sterner(options: GenerationOptions) -> GenerationOptions:
+def stricter(options: GenerationOptions) -> GenerationOptions:
     """The options of a second try: no three words twice, repetition is dear, and not empty."""
     return dataclasses.replace(
         options,

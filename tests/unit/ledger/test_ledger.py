@@ -24,7 +24,7 @@ def shard(name: str) -> Shard:
 
 
 def make_run(*names: str) -> Run:
-    settings = CaptionSettings(input=("/in",), output="/out").as_plain()
+    settings = CaptionSettings(input=("/in",), output="/out").to_dict()
     return Run(Fingerprint({"prompt": None}), settings, tuple(shard(name) for name in names))
 
 

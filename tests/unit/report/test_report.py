@@ -36,7 +36,7 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: i
     truth = write_tars(root / "in", num_tars, rows_per_tar, broken_every=10)
     settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE)
     folder = Folder(settings.output)
-    begin_run(folder, Run(Fingerprint({}), settings.as_plain(), tuple(list_shards(settings.input))))
+    begin_run(folder, Run(Fingerprint({}), settings.to_dict(), tuple(list_shards(settings.input))))
     schema = output_schema([pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
     for shard, images in truth.items():
         rows = []
@@ -173,7 +173,7 @@ def test_the_page_names_the_models_that_were_loaded(folder):
     beside = Outputs(score=("fit=caption",), score_model="me/itm")
     pages = []
     for outputs in (alone, beside):
-        asked = CaptionSettings(input=("i",), output="o", outputs=outputs).as_plain()
+        asked = CaptionSettings(input=("i",), output="o", outputs=outputs).to_dict()
         pages.append(page(dataclasses.replace(found, run=dataclasses.replace(found.run, settings=asked))))
     assert "<p>me/itm</p>" in pages[0] and "opt-2.7b" not in pages[0]
     assert "<p>Salesforce/blip2-opt-2.7b, scores by me/itm</p>" in pages[1]

@@ -15,7 +15,7 @@ from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
 from pipeline.settings.placement import ClusterSize, Placement, reserve
-from pipeline.settings.settings import CaptionSettings, from_plain
+from pipeline.settings.settings import CaptionSettings, from_dict
 from pipeline.stages.coordinator import Load, Receipt
 from pipeline.storage.retrying import retry_on_oserror
 
@@ -103,9 +103,9 @@ def test_each_difference_of_a_fingerprint_is_named_and_equal_ones_pass():
 
 def test_settings_survive_the_record():
     settings = CaptionSettings(input=("a", "b"), output="o", prompt="p", limit=3)
-    assert from_plain(CaptionSettings, settings.as_plain()) == settings
+    assert from_dict(CaptionSettings, settings.to_dict()) == settings
     with pytest.raises(ValueError, match="unknown colour"):
-        from_plain(CaptionSettings, {**settings.as_plain(), "colour": 1})
+        from_dict(CaptionSettings, {**settings.to_dict(), "colour": 1})
 
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (2, 1), (4, 0), (64, 8)])

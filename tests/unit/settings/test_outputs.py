@@ -13,7 +13,7 @@ import pytest
 from blip2_actor import EngineConfig, GenerationOptions, Result, Status
 from blip2_actor.demo.scenes import SceneSampler, draw
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_plain
+from pipeline.settings.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_dict
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS
 from pipeline.stages.result_cache import SharedResults
@@ -316,7 +316,7 @@ def test_the_other_commands_are_the_same_job(command):
     job = command.job()
     assert (job.input, job.output, job.limit) == (("i",), "o", command.limit)
     assert not job.outputs.caption
-    assert from_plain(CaptionSettings, job.as_plain()) == job
+    assert from_dict(CaptionSettings, job.to_dict()) == job
 
 
 def test_an_inputs_own_captions_can_be_scored():

@@ -3,7 +3,7 @@
 import pytest
 
 from blip2_actor import GenerationOptions
-from pipeline.stages.quality_flags import marks, sterner
+from pipeline.stages.quality_flags import find_flags, stricter
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from pipeline.stages.quality_flags import marks, sterner
     ],
 )
 def test_ordinary_captions_have_no_mark(text):
-    assert marks(text) == marks(text, "a photo of") == []
+    assert find_flags(text) == find_flags(text, "a photo of") == []
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "...", "- -"])
 def test_nothing_said_is_empty(text):
-    assert marks(text, "a photo of") == ["empty"]
+    assert find_flags(text, "a photo of") == ["empty"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_nothing_said_is_empty(text):
     ],
 )
 def test_words_that_follow_themselves_again_and_again_loop(text):
-    assert marks(text) == ["looping"]
+    assert find_flags(text) == ["looping"]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,16 @@ def test_words_that_follow_themselves_again_and_again_loop(text):
     ],
 )
 def test_the_prompt_again_is_an_echo_and_a_short_answer_from_it_is_none(text, prompt, echoes):
-    assert marks(text, prompt) == (["echoes_prompt"] if echoes else [])
+    assert find_flags(text, prompt) == (["echoes_prompt"] if echoes else [])
 
 
 def test_a_caption_may_have_several_marks():
-    assert marks("a photo of a photo of a photo of", "a photo of") == ["looping", "echoes_prompt"]
+    assert find_flags("a photo of a photo of a photo of", "a photo of") == ["looping", "echoes_prompt"]
 
 
 def test_the_second_try_is_sterner_and_never_milder_than_the_first():
     first = GenerationOptions(max_new_tokens=2, repetition_penalty=2.0, no_repeat_ngram_size=2)
-    second = sterner(first)
+    second = stricter(first)
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (2.0, 2, 2)
-    second = sterner(GenerationOptions())
+    second = stricter(GenerationOptions())
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (1.5, 3, 3)
