@@ -34,7 +34,7 @@ from benchmarks.sides.contender import Contender
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
-from pipeline.run.cluster import settle_environment
+from pipeline.run.cluster import set_ray_environment
 
 SIDE_PX = 320
 OFFERED = (0.25, 0.5)
@@ -44,7 +44,7 @@ Runs = dict[str, dict[str, dict[str, Any]]]
 
 
 def serve_side(config: EngineConfig, options: GenerationOptions) -> Any:
-    settle_environment()  # before Ray is imported
+    set_ray_environment()  # before Ray is imported
     from benchmarks.sides.serve_side import ServeSide
 
     return ServeSide(config, options)

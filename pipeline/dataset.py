@@ -13,7 +13,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.run.cluster import size_of_cluster
 from pipeline.schema import refuse_taken_names, result_fields
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
-from pipeline.settings.placement import Placement, Reservations, reserve, settle_engine
+from pipeline.settings.placement import Placement, Reservations, reserve, resolve_engine
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS, DecodeStage
 
@@ -92,7 +92,7 @@ def caption(
     return decoded.map_batches(
         CaptionStage,
         fn_constructor_args=(
-            settle_engine(engine, reservations),
+            resolve_engine(engine, reservations),
             options,
             prompt,
             prompt_column,

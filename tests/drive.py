@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import sys
 
-from pipeline.run.cluster import settle_environment
+from pipeline.run.cluster import set_ray_environment
 
 
 def drive(arguments: str) -> int:
-    settle_environment()
+    set_ray_environment()
     from pipeline.cli.commands import caption
     from pipeline.settings.settings import CaptionSettings, from_dict
     from tests.fake_engine import FakeEngineConfig

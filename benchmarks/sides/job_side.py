@@ -10,7 +10,7 @@ import psutil
 
 from blip2_actor.request import EngineBuilder
 from pipeline.progress import Console, Snapshot
-from pipeline.run.cluster import settle_environment
+from pipeline.run.cluster import set_ray_environment
 from pipeline.settings.settings import CaptionSettings
 
 START, END = 0.15, 0.9
@@ -69,7 +69,7 @@ class JobSide:
     def __init__(self, started: float) -> None:
         """`started` is when the command was given, as `time.time()` of this machine."""
         self._started = started
-        settle_environment()
+        set_ray_environment()
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """A `JobRun` as plain values; the first run of the process counts from the command."""

@@ -52,9 +52,9 @@ class MapBatchesSide:
     """Runs the script in this process, which becomes Ray's driver."""
 
     def __init__(self) -> None:
-        from pipeline.run.cluster import settle_environment
+        from pipeline.run.cluster import set_ray_environment
 
-        settle_environment()
+        set_ray_environment()
 
     def run(
         self,

@@ -140,12 +140,12 @@ class InputProcessor:
         self, on_text: Callable[[str], None], stop: Sequence[str]
     ) -> Callable[[Sequence[int]], None]:
         def send(token_ids: Sequence[int]) -> None:
-            on_text(settled(self.prompts.decode(token_ids), stop))
+            on_text(stable_text(self.prompts.decode(token_ids), stop))
 
         return send
 
 
-def settled(text: str, stop: Sequence[str]) -> str:
+def stable_text(text: str, stop: Sequence[str]) -> str:
     """The part of a growing text that later tokens will not change: no cut character, no begun stop text."""
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))

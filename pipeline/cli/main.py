@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from pipeline.flags import Parser, add_flags, build
-from pipeline.run.cluster import settle_environment
+from pipeline.run.cluster import set_ray_environment
 from pipeline.settings.settings import (
     CaptionSettings,
     DemoSettings,
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"blip2 {given.command}: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    settle_environment()
+    set_ray_environment()
     return command.load()(settings)
 
 

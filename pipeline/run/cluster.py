@@ -14,7 +14,7 @@ from blip2_actor.request import EngineBuilder
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 
 
-def settle_environment() -> None:
+def set_ray_environment() -> None:
     """Say what Ray reads from the environment while it is imported: call this before.
 
     The token of a fresh local cluster lives in the environment alone: the file that Ray would write to

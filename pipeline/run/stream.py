@@ -18,7 +18,7 @@ from pipeline.dataset import caption_pool, decode
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import StoreShardReport
-from pipeline.settings.placement import ClusterSize, reserve, settle_engine
+from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.coordinator import Receipt, ReportLoad
 from pipeline.stages.write import FragmentStage, receipts_of
@@ -69,7 +69,7 @@ def receipts_dataset(
         return decoded.map_batches(
             FragmentStage,
             fn_constructor_args=(
-                settle_engine(engine, reservations),
+                resolve_engine(engine, reservations),
                 info,
                 settings.outputs.score_digest(settings.engine, info),
                 settings,

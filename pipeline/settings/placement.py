@@ -88,7 +88,7 @@ def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
     )
 
 
-def settle_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
+def resolve_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
     """The engine's recipe with device and threads said, where the user left them open."""
     known: Any = engine
     names = {field.name for field in dataclasses.fields(known)}

@@ -87,10 +87,10 @@ class CaptionStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Caption a whole table and give it back with the result columns."""
-        settled = [pair for piece in self.settle(table, range(len(table))) for pair in piece]
+        settled = [pair for piece in self.finish_rows(table, range(len(table))) for pair in piece]
         return self.with_results(table, settled)
 
-    def settle(
+    def finish_rows(
         self,
         table: pa.Table,
         rows: Sequence[int],

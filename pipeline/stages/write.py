@@ -115,7 +115,7 @@ class FragmentStage:
         todo = [row for row in range(len(table)) if row not in finished]
         if attempt.number == 1:
             with self._lock.shared():
-                for piece in self._stage.settle(table, todo, FRAGMENT_ROWS, FRAGMENT_S):
+                for piece in self._stage.finish_rows(table, todo, FRAGMENT_ROWS, FRAGMENT_S):
                     yield list(runs(row for row, _ in piece)), self._write(table, piece)
                     if ray.get(self._coordinator.is_stopping.remote()):
                         return
@@ -128,7 +128,7 @@ class FragmentStage:
                     piece = [(step[0], _condemned())]
                 else:
                     ray.get(self._coordinator.trying.remote(call, step[0], step[-1] + 1))
-                    piece = [pair for part in self._stage.settle(table, step) for pair in part]
+                    piece = [pair for part in self._stage.finish_rows(table, step) for pair in part]
                 yield list(runs(step)), self._write(table, piece)
 
     def _write(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:

@@ -89,7 +89,7 @@ def test_images_are_let_go_with_their_piece():
     held = []
     real = making.actor.engine.image
     making.actor.engine.image = lambda image: held.append(weakref.ref(made := real(image))) or made
-    pieces = making.settle(decoded(images), range(6), piece_rows=3)
+    pieces = making.finish_rows(decoded(images), range(6), piece_rows=3)
     next(pieces)
     making.actor.close()
     assert [ref() is None for ref in held] == [True] * 3 + [False] * 3
@@ -140,7 +140,7 @@ def test_without_captions_no_text_is_asked_for():
 def test_pieces_have_what_is_made_of_several_rows_at_once():
     making = stage(Outputs.of(embeds=EMBEDS))
     table = decoded(map(pixels_of, range(5)))
-    pieces = list(making.settle(table, range(5), piece_rows=2))
+    pieces = list(making.finish_rows(table, range(5), piece_rows=2))
     assert [len(piece) for piece in pieces] == [2, 2, 1]
     rows = [row for piece in pieces for row in making.with_results(table, piece).to_pylist()]
     assert [row["seen"] for row in rows] == [

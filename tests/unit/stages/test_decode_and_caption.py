@@ -39,7 +39,7 @@ def caption_of(n: int) -> str:
 def test_pieces_come_in_order_and_no_larger_than_asked():
     table = decoded(25)
     captioning = stage()
-    pieces = list(captioning.settle(table, range(25), piece_rows=10))
+    pieces = list(captioning.finish_rows(table, range(25), piece_rows=10))
     assert [len(piece) for piece in pieces] == [10, 10, 5]
     assert [row for piece in pieces for row, _ in piece] == list(range(25))
     rows = captioning.with_results(table, pieces[1]).to_pylist()
@@ -52,7 +52,7 @@ def test_what_is_finished_is_handed_on_while_a_row_takes_long(tmp_path):
     gate = tmp_path / "gate"
     gate.touch()
     captioning = stage(gate=str(gate), holds_on=(caption_of(3),), max_batch=1)
-    pieces = captioning.settle(decoded(5), range(5), piece_s=0.05)
+    pieces = captioning.finish_rows(decoded(5), range(5), piece_s=0.05)
     first: list = []
     while len(first) < 3:
         first += next(pieces)
