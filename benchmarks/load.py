@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-LEAST_PER_CALLER = 4
+MIN_PER_CALLER = 4
 RETRY_FOR_S = 120.0
 """How long a caller waits; twice what the endpoint allows itself."""
 BOUNDARY = "image"
@@ -61,7 +61,7 @@ class Load:
 
             async def caller() -> float:
                 num_asked = 0
-                while num_asked < LEAST_PER_CALLER or time.perf_counter() < end:
+                while num_asked < MIN_PER_CALLER or time.perf_counter() < end:
                     await ask(time.perf_counter())
                     num_asked += 1
                 return time.perf_counter()

@@ -26,7 +26,7 @@ from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
 from blip2_actor.status import Status
 
-MOST_LETTERS = 100
+MAX_LETTERS = 100
 """Longer texts are refused by `score`."""
 VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES = 5, 3, 2
 
@@ -172,7 +172,7 @@ class FakeEngine:
         prompts = [None] * len(texts) if prompts is None else prompts
         return [
             Score(status=Status.REFUSED, error="text is too long")
-            if len(text) > MOST_LETTERS
+            if len(text) > MAX_LETTERS
             else Score(logprob=fake_score(self._encode(image), text, prompt), num_tokens=1)
             for image, text, prompt in zip(images, texts, prompts, strict=True)
         ]

@@ -31,7 +31,7 @@ from blip2_actor.engine import self_test as self_test
 from blip2_actor.engine.cuda_graphs import capturer_for
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.input_processor import InputProcessor, RequestRefused
-from blip2_actor.engine.memory import MOST_ENCODE_BATCH, size_engine
+from blip2_actor.engine.memory import MAX_ENCODE_BATCH, size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import NO_NUMBERS, EncodedImage, RequestState, Task
 from blip2_actor.engine.scheduler import Scheduler
@@ -317,8 +317,8 @@ class Engine:
         """Queue requests in groups that can be encoded together; the first is begun while others are read."""
         futures: list[Future[Result]] = []
         try:
-            for start in range(0, len(asked), MOST_ENCODE_BATCH):
-                group = asked[start : start + MOST_ENCODE_BATCH]
+            for start in range(0, len(asked), MAX_ENCODE_BATCH):
+                group = asked[start : start + MAX_ENCODE_BATCH]
                 jobs: list[RequestState] = []
                 for request, options, on_text in group:
                     try:

@@ -18,16 +18,16 @@ from transformers import Blip2VisionConfig
 
 from blip2_actor.models.blip2 import Blip2
 
-MOST_SLOTS_CUDA = 512
+MAX_SLOTS_CUDA = 512
 """Where decoding a 2.7 B model in bfloat16 turns from reading weights to computing (about 360 rows on an
 H200, by arithmetic)."""
-LEAST_SLOTS_CPU = 128
-LEAST_ENCODE_BATCH = {"cpu": 8, "cuda": 64}
-MOST_ENCODE_BATCH = 128
+MIN_SLOTS_CPU = 128
+MIN_ENCODE_BATCH = {"cpu": 8, "cuda": 64}
+MAX_ENCODE_BATCH = 128
 ENCODE_BATCH_ELEMENTS = 1 << 18
 """Image tokens times width that are worth one pass: small models take more images."""
 
-LEAST_SLOTS_FRACTION = 8
+MIN_SLOTS_FRACTION = 8
 """Of all slots, one in so many must remain when the longest text that is admitted comes."""
 
 USED_FRACTION = 0.85
@@ -74,7 +74,7 @@ def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, n
     """
     device = model.query_tokens.device
     images = encode_batch or full_encode_batch(model.config.vision_config, device)
-    slots = MOST_SLOTS_CUDA if device.type == "cuda" else max(LEAST_SLOTS_CPU, 2 * images)
+    slots = MAX_SLOTS_CUDA if device.type == "cuda" else max(MIN_SLOTS_CPU, 2 * images)
     fitting = plan_memory(
         free_bytes=free_bytes(device),
         slot_bytes=slot_bytes(model),
@@ -86,8 +86,8 @@ def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, n
 
 def full_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:
     """Images that fill one pass of the vision encoder."""
-    least = LEAST_ENCODE_BATCH.get(device.type, LEAST_ENCODE_BATCH["cpu"])
-    return min(MOST_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // (_tokens(vision) * vision.hidden_size)))
+    least = MIN_ENCODE_BATCH.get(device.type, MIN_ENCODE_BATCH["cpu"])
+    return min(MAX_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // (_tokens(vision) * vision.hidden_size)))
 
 
 def slot_bytes(model: Blip2) -> int:
@@ -115,7 +115,7 @@ def longest_slot(model: Blip2, max_slots: int) -> int:
     Texts that slots are planned for are admitted always: who asks for too many slots gets fewer.
     """
     planned = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS + PLANNED_NEW_TOKENS
-    beside_others = _longest_beside(model, max(1, max_slots // LEAST_SLOTS_FRACTION))
+    beside_others = _longest_beside(model, max(1, max_slots // MIN_SLOTS_FRACTION))
     return min(longest_text(model), max(planned, beside_others))
 
 

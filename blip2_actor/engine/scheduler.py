@@ -30,7 +30,7 @@ from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)
 
-FEWEST_FILLED = 4
+MIN_FILLED = 4
 """Free slots that are worth a prefill, and an eighth of all where there are many."""
 
 
@@ -216,7 +216,7 @@ class Scheduler:
         """
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
         wanted = sum(job.num_slots for job in self.ready)
-        if self.running and len(free) < min(wanted, max(FEWEST_FILLED, self.max_slots // 8)):
+        if self.running and len(free) < min(wanted, max(MIN_FILLED, self.max_slots // 8)):
             return
         jobs: list[RequestState] = []
         while self.ready and (self.ready[0].is_dropped() or self.ready[0].num_slots <= len(free)):

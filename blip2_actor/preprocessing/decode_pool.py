@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from blip2_actor.preprocessing.decode_process import CHILD_COMMAND, DecodeProcess
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, refuse_unopened
 
-_MOST_AHEAD = 16
-_MOST_BYTES_AHEAD = 1 << 18
+_MAX_AHEAD = 16
+_MAX_BYTES_AHEAD = 1 << 18
 """A child has the next image at hand when it ends one: at least one, of small ones up to this much."""
 
 
@@ -115,7 +115,7 @@ def _feed(processes: list[DecodeProcess], todo: deque[tuple[int, bytes]]) -> Non
 
 def _wants_more(process: DecodeProcess) -> bool:
     ahead = process.num_pending
-    return ahead < 2 or (ahead < _MOST_AHEAD and process.num_pending_bytes < _MOST_BYTES_AHEAD)
+    return ahead < 2 or (ahead < _MAX_AHEAD and process.num_pending_bytes < _MAX_BYTES_AHEAD)
 
 
 def _ready(processes: list[DecodeProcess]) -> list[DecodeProcess]:

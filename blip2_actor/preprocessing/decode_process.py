@@ -32,7 +32,7 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_
 """Tells glibc to keep the memory of one image for the next: a quarter of the time of a small photograph went
 into page faults (144 an image at 320 x 240, now none; AMD EPYC, November 2026)."""
 _READ_BYTES = 1 << 18
-_MOST_STARTS = 3
+_MAX_STARTS = 3
 _OVERDUE_S = 10.0
 """A child ends itself after `wall_s`; one that cannot, because it is stopped, is killed this much later."""
 _LAST_WORDS_S = 1.0
@@ -197,9 +197,9 @@ class DecodeProcess:
         ended: Ended = []
         if not greeted:
             self._num_failed_starts += 1
-            if self._num_failed_starts == _MOST_STARTS:
+            if self._num_failed_starts == _MAX_STARTS:
                 raise RuntimeError(
-                    f"decoding children must start, got exit code {exit_code} {_MOST_STARTS} times; "
+                    f"decoding children must start, got exit code {exit_code} {_MAX_STARTS} times; "
                     f"see what they wrote to standard error, or run: {' '.join(self._command)}"
                 )
         elif self._pending:

@@ -47,7 +47,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
-_MOST_ERROR_CHARS = 200
+_MAX_ERROR_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,4 +254,4 @@ def _sentence(error: Exception) -> str:
     """One printable line of at most 200 characters: the message may quote what the file says."""
     text = " ".join(str(error).split()) or type(error).__name__
     printable = "".join(c if c.isprintable() else "?" for c in text)
-    return f"the image cannot be decoded: {printable[:_MOST_ERROR_CHARS]}"
+    return f"the image cannot be decoded: {printable[:_MAX_ERROR_CHARS]}"

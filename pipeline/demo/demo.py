@@ -19,7 +19,7 @@ from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings, DemoSettings
 
-LEAST_ACCURACY = 0.95
+MIN_ACCURACY = 0.95
 NUM_SHOWN = 6
 MARK = ".blip2-demo"
 """Says that a folder is a demo's own and may be wiped."""
@@ -63,7 +63,7 @@ def demo(settings: DemoSettings) -> int:
     score = compare(rows, truth)
     console.say(
         f"\naccuracy: {score.num_exact:,} of {score.num_readable:,} readable images captioned word for word "
-        f"right ({score.accuracy:.1%}; {LEAST_ACCURACY:.0%} wanted)"
+        f"right ({score.accuracy:.1%}; {MIN_ACCURACY:.0%} wanted)"
     )
     console.say(
         f"throughput: {result.num_rows / seconds:,.0f} images/s over {seconds:.0f} s, start-up included"
@@ -73,7 +73,7 @@ def demo(settings: DemoSettings) -> int:
     _say_expected(console, rows, truth, score)
     console.say(f"output: {captions}/**/*.parquet")
     done = result.exit_status(1.0) == 0 and not score.wrong_status
-    return 0 if done and score.accuracy >= LEAST_ACCURACY else 1
+    return 0 if done and score.accuracy >= MIN_ACCURACY else 1
 
 
 def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Score:

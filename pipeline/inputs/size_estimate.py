@@ -11,10 +11,10 @@ from pipeline.formats import count_rows, webdataset
 from pipeline.inputs.shards import Shard
 
 T = TypeVar("T")
-MOST_WALKED_TARS = 16
+MAX_WALKED_TARS = 16
 WALKED_ROWS = 64
 """Of each such tar: a store is asked for little more than these rows."""
-MOST_FOOTERS = 1000
+MAX_FOOTERS = 1000
 AT_ONCE = 16
 
 
@@ -35,8 +35,8 @@ class SizeEstimate:
 def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEstimate:
     """Count or extrapolate; reads file footers and the beginnings of some tars."""
     uncounted = [shard for shard in shards if shard.num_rows is None]
-    footers = spread([shard for shard in uncounted if shard.format == "parquet"], MOST_FOOTERS)
-    tars = spread([shard for shard in uncounted if shard.format == "webdataset"], MOST_WALKED_TARS)
+    footers = spread([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
+    tars = spread([shard for shard in uncounted if shard.format == "webdataset"], MAX_WALKED_TARS)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         walked = list(pool.map(_rows_and_bytes, [*footers, *tars]))
     counted = sum(shard.num_rows or 0 for shard in shards)

@@ -28,7 +28,7 @@ FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 ROW_GROUP_BYTES = 32 << 20
-MOST_ROW_GROUP_ROWS = 65_536
+MAX_ROW_GROUP_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _json(summary: Summary) -> bytes:
 
 def _parquet(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
     row_bytes = max(1, rows.nbytes // max(1, len(rows)))
-    group_rows = min(MOST_ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES // row_bytes))
+    group_rows = min(MAX_ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES // row_bytes))
     sink = pa.BufferOutputStream()
     pq.write_table(
         rows.replace_schema_metadata(dict(metadata)), sink, row_group_size=group_rows, compression="zstd"

@@ -15,7 +15,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.storage.folder import Folder
 
-MOST_NAMED = 5
+MAX_NAMED = 5
 """Shards named one by one in a report; the others are counted."""
 
 
@@ -86,5 +86,5 @@ def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str])
 
 
 def _named(lines: list[str]) -> list[str]:
-    more = len(lines) - MOST_NAMED
-    return lines[:MOST_NAMED] + ([f"... and {more:,} more"] if more > 0 else [])
+    more = len(lines) - MAX_NAMED
+    return lines[:MAX_NAMED] + ([f"... and {more:,} more"] if more > 0 else [])

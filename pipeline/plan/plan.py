@@ -23,7 +23,7 @@ from pipeline.progress import Console, duration
 from pipeline.run.bottleneck import REMEDIES
 from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
 
-MOST_ERRORS_SHOWN = 5
+MAX_ERRORS_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _rows(size_estimate: SizeEstimate) -> str:
 def _errors(found: Plan) -> Iterator[str]:
     rows = found.stage_costs.rows.select(["key", "shard", "status", "error"]).to_pylist()
     failed = [row for row in rows if row["status"] != Status.OK.value]
-    for row in failed[:MOST_ERRORS_SHOWN]:
+    for row in failed[:MAX_ERRORS_SHOWN]:
         yield f"{row['shard']} {row['key']}: {row['status']}: {row['error']}"
-    if len(failed) > MOST_ERRORS_SHOWN:
-        yield f"... and {len(failed) - MOST_ERRORS_SHOWN:,} more"
+    if len(failed) > MAX_ERRORS_SHOWN:
+        yield f"... and {len(failed) - MAX_ERRORS_SHOWN:,} more"
     yield from (f"partial: {reason}" for reason in found.sample.partial)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.plan.sample import Cost
-from pipeline.run.stream import LEAST_OPEN_SHARDS
+from pipeline.run.stream import MIN_OPEN_SHARDS
 from pipeline.settings.placement import Placement
 
 
@@ -50,7 +50,7 @@ def predict(costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: 
     """
     row_s = costs["caption"].wall_s
     workers = {
-        "read": max(LEAST_OPEN_SHARDS, num_cpus),
+        "read": max(MIN_OPEN_SHARDS, num_cpus),
         "decode": min(num_cpus, placement.max_decode_actors or num_cpus),
         "caption": 1,
         "write": placement.calls_per_actor,

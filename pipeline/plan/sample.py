@@ -16,7 +16,7 @@ from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 from pipeline.inputs.shards import InputError, Shard
 from pipeline.inputs.size_estimate import spread
 
-MOST_SHARDS = 16
+MAX_SHARDS = 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def take_sample(shards: Sequence[Shard], options: ReadOptions, num_rows: int) ->
     Raises:
         InputError: there are none.
     """
-    chosen = spread(shards, min(MOST_SHARDS, math.ceil(num_rows / 2)))
+    chosen = spread(shards, min(MAX_SHARDS, math.ceil(num_rows / 2)))
     each = math.ceil(num_rows / len(chosen))
     tables: list[pa.Table] = []
     costs: list[Cost] = []

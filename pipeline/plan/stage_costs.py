@@ -28,11 +28,11 @@ from pipeline.stages.decode import DecodeStage
 from pipeline.stages.write import caption_stage, contract
 from pipeline.storage.folder import ASIDE, Folder
 
-LEAST_S = 1.0
+MIN_S = 1.0
 """A shorter pass says little; it is repeated with more rows."""
 LONG_S = 10.0
 """After a first pass this long, whatever was slow only once hardly shows."""
-MOST_ROWS = 4096
+MAX_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _timed(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> tuple[pa.T
     result, wall_s, cpu_s = _once(stage, table)
     while wall_s < LONG_S:
         _, wall_s, cpu_s = _once(stage, table)
-        if wall_s >= LEAST_S or 4 * len(table) > MOST_ROWS:
+        if wall_s >= MIN_S or 4 * len(table) > MAX_ROWS:
             break
         table = pa.concat_tables([table] * 4).combine_chunks()
     return result, Cost(wall_s / len(table), cpu_s / len(table))

@@ -19,9 +19,9 @@ from pipeline.settings.settings import from_dict
 if TYPE_CHECKING:
     from pipeline.report.report import Report
 
-MOST_REASONS = 20
-MOST_CAPTIONS = 20
-MOST_VALUE_CHARS = 200
+MAX_REASONS = 20
+MAX_CAPTIONS = 20
+MAX_VALUE_CHARS = 200
 STYLE = """
 :root { color-scheme: light; --ink: #1d2433; --soft: #5a6475; --line: #dfe3ea; --bar: #3467b8;
   --bad: #b3261e; }
@@ -79,7 +79,7 @@ def _sections(report: Report) -> Iterator[str]:
         )
     if statistics.num_tokens:
         yield _counts("Length of captions", "tokens", sorted(statistics.num_tokens.items()))
-    repeated = statistics.captions.top(MOST_CAPTIONS)
+    repeated = statistics.captions.top(MAX_CAPTIONS)
     if repeated:
         counting = "" if statistics.captions.is_exact else "; counts are at least these"
         yield _counts(f"Most frequent captions{counting}", "caption", repeated)
@@ -122,9 +122,9 @@ def _failures(report: Report) -> Iterator[str]:
         return
     rows = [
         (status, reason, kind.count, ", ".join(kind.examples))
-        for (status, reason), kind in reasons[:MOST_REASONS]
+        for (status, reason), kind in reasons[:MAX_REASONS]
     ]
-    more = len(reasons) - MOST_REASONS
+    more = len(reasons) - MAX_REASONS
     summary = "Numbers in errors are written N" + (f"; {more:,} more reasons" if more > 0 else "")
     yield _table("Why rows failed", summary, ("status", "error", "rows", "such as"), rows)
 
@@ -161,7 +161,7 @@ def _short(value: Any) -> str:
     if isinstance(value, (list, bytes)):
         return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= MOST_VALUE_CHARS else f"{text[:MOST_VALUE_CHARS]}…"
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}…"
 
 
 def _counts(title: str, of: str, counts: Sequence[tuple[object, int]]) -> str:

@@ -26,7 +26,7 @@ from pipeline.settings.settings import CaptionSettings, ReportSettings, from_dic
 from pipeline.storage.folder import Folder
 
 NUM_SAMPLES = 24
-MOST_LINES = 5
+MAX_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def lines(found: Report) -> Iterator[str]:
     yield from found.reconciliation.lines(is_over=not found.reconciliation.missing)
     yield found.pace
     reasons = sorted(found.statistics.reasons.items(), key=lambda item: -item[1].count)
-    for (status, reason), kind in reasons[:MOST_LINES]:
+    for (status, reason), kind in reasons[:MAX_LINES]:
         yield f"{kind.count:,} {status}: {reason} (such as {kind.examples[0]})"
-    if len(reasons) > MOST_LINES:
-        yield f"... and {len(reasons) - MOST_LINES:,} more reasons"
+    if len(reasons) > MAX_LINES:
+        yield f"... and {len(reasons) - MAX_LINES:,} more reasons"
     for flag, kind in sorted(found.statistics.flags.items()):
         yield f"{kind.count:,} flagged {flag} (such as {', '.join(kind.examples)})"
-    for text, count in found.statistics.captions.top(MOST_LINES):
+    for text, count in found.statistics.captions.top(MAX_LINES):
         yield f"{count:,} times: {text}"
 
 

@@ -16,10 +16,10 @@ from blip2_actor.status import Status
 
 COUNTED = ("key", "shard", "caption", "num_tokens", "flags", "status", "error", "width", "height")
 """The columns that are read; those that an output does not have are not counted."""
-MOST_TEXTS = 50_000
-MOST_REASONS = 1_000
-MOST_REASON_CHARS = 200
-MOST_EXAMPLES = 3
+MAX_TEXTS = 50_000
+MAX_REASONS = 1_000
+MAX_REASON_CHARS = 200
+MAX_EXAMPLES = 3
 OTHER = "other reasons"
 _NUMBER = re.compile(r"\d+")
 
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"\d+")
 class Frequent:
     """The most frequent of any number of texts."""
 
-    def __init__(self, most: int = MOST_TEXTS) -> None:
+    def __init__(self, most: int = MAX_TEXTS) -> None:
         self._counts: Counter[str] = Counter()
         self._most = most
         self.is_exact = True
@@ -56,7 +56,7 @@ class Kind:
 
     def add(self, count: int, example: str) -> None:
         self.count += count
-        if len(self.examples) < MOST_EXAMPLES:
+        if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(example)
 
 
@@ -97,8 +97,8 @@ class Statistics:
         texts = pc.binary_join_element_wise(failed["status"], failed["error"].fill_null(""), "\0")
         for text, count, first in _firsts(texts):
             status, _, error = text.partition("\0")
-            reason = status, _NUMBER.sub("N", error)[:MOST_REASON_CHARS]
-            if reason not in self.reasons and len(self.reasons) >= MOST_REASONS:
+            reason = status, _NUMBER.sub("N", error)[:MAX_REASON_CHARS]
+            if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
                 reason = status, OTHER
             self.reasons.setdefault(reason, Kind()).add(count, failed["key"][first].as_py())
 

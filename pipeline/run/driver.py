@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TICK_S = 0.2
 LOOK_AROUND_EVERY_S = 1.0
 CPUS_PER_COMMITTER = 4
-MOST_COMMITTERS = 8
+MAX_COMMITTERS = 8
 COMMITS_WAITING = 32
 """From so many on the driver waits for one to be done."""
 FLUSH_S = 20.0
@@ -215,7 +215,7 @@ def _ended_after(*actors: Any) -> Iterator[None]:
 
 def _committers(cluster: ClusterSize) -> list[Any]:
     """Actors that merge shards. As tasks, which come in bursts, they would have Ray start a process each."""
-    number = max(1, min(MOST_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
+    number = max(1, min(MAX_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
     kind = ray.remote(Committer).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
     )

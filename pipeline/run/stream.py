@@ -26,9 +26,9 @@ from pipeline.storage.folder import Folder
 
 CALL_ROWS = 256
 """Rows of pixels in one block, and so in one captioning call, where memory allows."""
-MOST_BLOCK_BYTES = 16 << 20
-LEAST_BLOCK_BYTES = 1 << 20
-LEAST_OPEN_SHARDS = 2
+MAX_BLOCK_BYTES = 16 << 20
+MIN_BLOCK_BYTES = 1 << 20
+MIN_OPEN_SHARDS = 2
 """Shards read at once, one more per CPU: Ray keeps so many idle workers, and would start others anew."""
 
 
@@ -47,7 +47,7 @@ def receipts_dataset(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     block_bytes = CALL_ROWS * info.image_size_px**2 * 3
-    context.target_max_block_size = min(MOST_BLOCK_BYTES, max(LEAST_BLOCK_BYTES, block_bytes))
+    context.target_max_block_size = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, block_bytes))
     # A model of tens of gigabytes may take longer to fetch than Ray Data waits for a sign of life.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
@@ -55,7 +55,7 @@ def receipts_dataset(
             ShardSource(work, options, StoreShardReport(folder)),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
-            concurrency=min(len(work), max(LEAST_OPEN_SHARDS, int(cluster.num_cpus))),
+            concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
         )
         decoded = decode(
             encoded,

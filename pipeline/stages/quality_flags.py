@@ -21,11 +21,11 @@ ECHOES_PROMPT = "echoes_prompt"
 REGENERATED = "regenerated"
 """Made a second time because the first one was marked."""
 
-MOST_LOOP_WORDS = 16
-LEAST_TURNS = 3
-LEAST_TURNS_OF_ONE_WORD = 4
+MAX_LOOP_WORDS = 16
+MIN_TURNS = 3
+MIN_TURNS_OF_ONE_WORD = 4
 """People write "very, very, very", and nobody a fourth one."""
-LEAST_ECHO_WORDS = 3
+MIN_ECHO_WORDS = 3
 """A shorter piece of a question may well be its answer: "is it a cat or a dog?" - "a cat"."""
 
 _WORD = re.compile(r"\w+")
@@ -56,10 +56,10 @@ def stricter(options: GenerationOptions) -> GenerationOptions:
 
 def _loops(words: list[str]) -> bool:
     """Whether a run of words follows itself so often; in time linear in the words."""
-    if max(Counter(words).values()) < LEAST_TURNS:
+    if max(Counter(words).values()) < MIN_TURNS:
         return False
-    for length in range(1, min(MOST_LOOP_WORDS, len(words) // LEAST_TURNS) + 1):
-        turns = LEAST_TURNS_OF_ONE_WORD if length == 1 else LEAST_TURNS
+    for length in range(1, min(MAX_LOOP_WORDS, len(words) // MIN_TURNS) + 1):
+        turns = MIN_TURNS_OF_ONE_WORD if length == 1 else MIN_TURNS
         same = 0
         for word, later in zip(words, words[length:], strict=False):
             same = same + 1 if word == later else 0
@@ -72,7 +72,7 @@ def _echoes(words: list[str], prompt: list[str]) -> bool:
     """A prompt of one word, such as "a", is not an echo wherever it occurs."""
     if len(prompt) > 1 and _holds(words, prompt):
         return True
-    return len(words) >= LEAST_ECHO_WORDS and _holds(prompt, words)
+    return len(words) >= MIN_ECHO_WORDS and _holds(prompt, words)
 
 
 def _holds(words: list[str], part: list[str]) -> bool:

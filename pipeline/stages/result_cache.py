@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from blip2_actor import Result, Status
 
-MOST_REMEMBERED = 65_536
+MAX_REMEMBERED = 65_536
 """A result of one text of thirty tokens takes about 2 KiB, so 128 MiB of these; longer texts and several
 per image take as many times that. No pixels and no tensors are kept."""
 
@@ -17,7 +17,7 @@ per image take as many times that. No pixels and no tensors are kept."""
 class ResultCache:
     """Remembers the results used last; requests for the same that run now share one future. Thread-safe."""
 
-    def __init__(self, most: int = MOST_REMEMBERED) -> None:
+    def __init__(self, most: int = MAX_REMEMBERED) -> None:
         self._most = most
         self._lock = threading.Lock()
         self._known: OrderedDict[Hashable, Future[Result] | Result] = OrderedDict()

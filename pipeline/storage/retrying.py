@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 RETRY_FOR_S = 900.0
 """How long a bad spell may last before the job gives up: long enough for a person to free a disk."""
-FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 30.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -32,4 +32,4 @@ def retry_on_oserror(
                 raise
             logger.warning("The storage has failed, trying again in %.1f s: %s", pause_s, error)
             sleep(pause_s)
-            pause_s = min(2 * pause_s, MOST_PAUSE_S)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)

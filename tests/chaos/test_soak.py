@@ -21,7 +21,7 @@ from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver
 from tests.integration.inputs import BROKEN, right_caption, write_tars
 
 NUM_TARS, ROWS_PER_TAR, LINKS = 20, 500, 2
-LEAST_KILLS = 40
+MIN_KILLS = 40
 PAUSE_S = (5.0, 10.0)
 VICTIMS = {
     "FragmentStage": 4,
@@ -63,7 +63,7 @@ class Soak:
                 self._kill_something()
                 continue
             if status == 0:
-                if self.kills.total() >= LEAST_KILLS:
+                if self.kills.total() >= MIN_KILLS:
                     return
                 self.outputs.append(self._root / f"out{len(self.outputs)}")
             else:
@@ -125,4 +125,4 @@ def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         print(f"{soak.kills.total()} kills {dict(soak.kills)}, {soak.restarts} restarts of the driver")
         print(f"rows lost {lost}, rows twice {twice}, rows wrong {wrong}")
     assert (lost, twice, wrong) == (0, 0, 0)
-    assert soak.kills.total() >= LEAST_KILLS
+    assert soak.kills.total() >= MIN_KILLS
