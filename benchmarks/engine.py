@@ -36,11 +36,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Timing, alternate, ratio, report, write
-from benchmarks.models import checkpoint
 from benchmarks.sides.contender import Contender
 from benchmarks.sides.engine_sides import EncoderSide, EngineSide, ReferenceSide, Work
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
+from blip2_actor.testing.random_checkpoints import checkpoint
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,13 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import report
-from benchmarks.models import checkpoint
 from benchmarks.sides.contender import Contender
 from benchmarks.sides.job_side import JobSide, steady_rate
 from benchmarks.sides.map_batches import MapBatchesSide
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.preprocessing.images import decode_image
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, decode_image
+from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing.random_checkpoints import checkpoint
 from pipeline.settings.settings import CaptionSettings
-from tests.fake_engine import FakeEngineConfig
 
 TOKENS = 20
 OPTIONS = GenerationOptions(max_new_tokens=TOKENS, min_new_tokens=TOKENS)

@@ -35,9 +35,8 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from benchmarks.measure import Timing, ratio, report
+from blip2_actor import DecodePool, ImageLimits, decode_image, resize_image
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.preprocessing.decode_pool import DecodePool
-from blip2_actor.preprocessing.images import ImageLimits, decode_image, resize_image
 
 SIZE_PX = 224
 PHOTOGRAPHS = {(640, 480): 24, (1280, 960): 10, (2048, 1536): 5}

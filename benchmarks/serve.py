@@ -28,12 +28,12 @@ from PIL import Image
 
 from benchmarks.load import Load
 from benchmarks.measure import alternate, report
-from benchmarks.models import checkpoint
 from benchmarks.pipeline import EngineSide
 from benchmarks.sides.contender import Contender
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.testing.random_checkpoints import checkpoint
 from pipeline.run.cluster import set_ray_environment
 
 SIDE_PX = 320

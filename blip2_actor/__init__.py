@@ -1,20 +1,25 @@
 """BLIP-2 as an engine: captions, answers, scores and embeddings, exact against the reference.
 
-Imports neither Ray nor pyarrow, and torch only when an engine is built.
+`__all__` is the public interface. Importing the package imports neither Ray nor pyarrow, and torch, numpy and
+Pillow only when a name that needs them is used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
 from blip2_actor.config import EngineConfig, MatchingConfig
 from blip2_actor.options import GenerationOptions
+from blip2_actor.protocols import EngineBuilder, EngineLike
 from blip2_actor.request import (
     Completion,
     Embedding,
     EngineStats,
     Features,
+    FinishReason,
+    ImageLike,
     Match,
     ModelInfo,
     Request,
@@ -27,16 +32,27 @@ from blip2_actor.status import Status
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
+    from blip2_actor.preprocessing.decode_pool import DecodePool
+    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Blip2Actor",
     "Completion",
+    "DecodePool",
+    "DecodedImage",
     "Embedding",
     "Engine",
+    "EngineBuilder",
     "EngineConfig",
+    "EngineLike",
     "EngineStats",
     "Features",
+    "FinishReason",
     "GenerationOptions",
+    "ImageLike",
+    "ImageLimits",
     "Match",
     "MatchingConfig",
     "MatchingEngine",
@@ -46,17 +62,24 @@ __all__ = [
     "Score",
     "Status",
     "TextFeatures",
+    "__version__",
+    "decode_image",
+    "resize_image",
 ]
+
+_LAZY = {
+    "Engine": "blip2_actor.engine.engine",
+    "MatchingEngine": "blip2_actor.engine.matching_engine",
+    "DecodePool": "blip2_actor.preprocessing.decode_pool",
+    "DecodedImage": "blip2_actor.preprocessing.images",
+    "ImageLimits": "blip2_actor.preprocessing.images",
+    "decode_image": "blip2_actor.preprocessing.images",
+    "resize_image": "blip2_actor.preprocessing.images",
+}
+"""Names whose modules import torch, numpy or Pillow, and the module of each."""
 
 
 def __getattr__(name: str) -> Any:
-    # The engines bring torch: decode workers and drivers import this package without it.
-    if name == "Engine":
-        from blip2_actor.engine.engine import Engine
-
-        return Engine
-    if name == "MatchingEngine":
-        from blip2_actor.engine.matching_engine import MatchingEngine
-
-        return MatchingEngine
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

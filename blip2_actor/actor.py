@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import EngineBuilder, EngineStats, ImageLike, Request, Result
+from blip2_actor.protocols import EngineBuilder
+from blip2_actor.request import EngineStats, ImageLike, Request, Result
 
 
 class Blip2Actor:

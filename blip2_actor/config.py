@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from blip2_actor.flags import formerly
 from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class EngineConfig(ModelConfig):
     device_map: str | None = None
     """Split a model that is too large for one device: "auto", "balanced" or "sequential" plan by free memory,
     a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
-    skip_self_test: bool = False
+    skip_self_test: bool = field(default=False, metadata=formerly("skip_canary"))
     """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a graph."""

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder
 from deploy.captioner import Captioner
 from deploy.errors import RETRY_AFTER_S
 from deploy.gateway import Gateway

@@ -12,8 +12,7 @@ import time
 
 import numpy as np
 
-from blip2_actor import Blip2Actor, EngineStats, GenerationOptions, ModelInfo, Request, Result
-from blip2_actor.request import EngineBuilder
+from blip2_actor import Blip2Actor, EngineBuilder, EngineStats, GenerationOptions, ModelInfo, Request, Result
 
 logger = logging.getLogger("ray.serve")
 

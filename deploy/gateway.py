@@ -13,9 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import GenerationOptions, ModelInfo, Result, Status
-from blip2_actor.preprocessing.decode_pool import DecodePool
-from blip2_actor.preprocessing.images import DecodedImage
+from blip2_actor import DecodedImage, DecodePool, GenerationOptions, ModelInfo, Result, Status
 from deploy.api import create_api
 from deploy.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.request_body import CaptionCall

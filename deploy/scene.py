@@ -7,7 +7,7 @@ import secrets
 
 from PIL import Image
 
-from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.demo import SceneSampler, draw
 
 SIDE_PX = 320
 

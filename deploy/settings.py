@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from blip2_actor import EngineConfig, GenerationOptions
-from blip2_actor.preprocessing.images import ImageLimits
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
 
 
 class Settings(BaseModel):

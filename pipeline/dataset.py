@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from blip2_actor import EngineConfig, GenerationOptions
-from blip2_actor.preprocessing.images import ImageLimits
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.run.cluster import size_of_cluster
 from pipeline.schema import refuse_taken_names, result_fields
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind

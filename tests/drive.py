@@ -13,9 +13,9 @@ from pipeline.run.cluster import set_ray_environment
 
 def drive(arguments: str) -> int:
     set_ray_environment()
+    from blip2_actor.testing.fake_engine import FakeEngineConfig
     from pipeline.cli.commands import caption
     from pipeline.settings.settings import CaptionSettings, from_dict
-    from tests.fake_engine import FakeEngineConfig
 
     values = json.loads(arguments)
     settings = from_dict(CaptionSettings, values["settings"])

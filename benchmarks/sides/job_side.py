@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder
 from pipeline.progress import Console, Snapshot
 from pipeline.run.cluster import set_ray_environment
 from pipeline.settings.settings import CaptionSettings

@@ -104,7 +104,7 @@ class Engine:
         if self.config.skip_self_test or max_slots < self_test.NUM_IMAGES:
             return None
         record = self_test.check(self._runner, self.prompts.empty_ids, self.image_size_px)
-        self_test.compare_with_last(record, CACHE_FOLDER / "canary", checkpoint.digest(), self.model.dtype)
+        self_test.compare_with_last(record, CACHE_FOLDER / "self_test", checkpoint.digest(), self.model.dtype)
         return record
 
     # Requests -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
 from blip2_actor.checkpoints.tokenizer import require_known, require_something
 from blip2_actor.config import MatchingConfig
-from blip2_actor.device import ids_to_device, prepare_device, resolve_device, resolve_dtype, to_device
+from blip2_actor.device import prepare_device, resolve_device, resolve_dtype
 from blip2_actor.engine.input_processor import RequestRefused, to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
@@ -28,6 +28,7 @@ from blip2_actor.engine.request_state import NO_NUMBERS
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
 from blip2_actor.status import Status
+from blip2_actor.transfer import ids_to_device, to_device
 
 
 class MatchingEngine:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.device import ids_to_device, to_device
 from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
@@ -23,6 +22,7 @@ from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 from blip2_actor.models.scoring import text_logprobs
+from blip2_actor.transfer import ids_to_device, to_device
 
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
@@ -27,6 +26,7 @@ from blip2_actor.generation.search import TextSearch
 from blip2_actor.generation.step import advance
 from blip2_actor.request import Result
 from blip2_actor.status import Status
+from blip2_actor.transfer import to_device
 
 logger = logging.getLogger(__name__)
 

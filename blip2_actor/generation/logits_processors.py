@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.options import GenerationOptions
+from blip2_actor.transfer import to_device
 
 
 class SequenceSoFar(NamedTuple):

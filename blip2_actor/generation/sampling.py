@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.options import GenerationOptions
+from blip2_actor.transfer import to_device
 
 
 def draw(scores: Tensor, options: Sequence[GenerationOptions], shares: Sequence[float]) -> Tensor:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.generation.beam_search import BeamSearch, Candidate
 from blip2_actor.generation.logits_processors import process
 from blip2_actor.generation.sampling import draw
 from blip2_actor.generation.search import TextSearch
+from blip2_actor.transfer import to_device
 
 CHOSEN_AT_ONCE = 128
 """Texts whose processors run in one piece: sorting takes several times the memory of their scores."""

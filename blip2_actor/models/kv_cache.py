@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_actor.device import to_device
+from blip2_actor.transfer import to_device
 
 GROWTH = 64
 """Slots grow by this many positions at a time."""

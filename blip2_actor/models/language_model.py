@@ -98,7 +98,7 @@ class LanguageModel(Protocol):
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, kv_len: int) -> Tensor:
         """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1.
 
-        Its shapes follow from R, `kv_len` (positions to look at) and `KVCacheProtocol.step_shape`, its values from
-        tensors alone: it never waits for the device, and can be recorded and replayed.
+        Its shapes follow from R, `kv_len` (positions to look at) and `KVCacheProtocol.step_shape`; its values
+        from tensors alone: it never waits for the device, and can be recorded and replayed.
         """
         ...

@@ -13,8 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.models.layers import attend, merge_heads, split_heads
+from blip2_actor.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2Config
 
-from blip2_actor.device import to_device
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.qformer import QFormer
 from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
+from blip2_actor.transfer import to_device
 
 
 class Blip2Retrieval(nn.Module):

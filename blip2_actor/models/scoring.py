@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_actor.device import ids_to_device
 from blip2_actor.models.blip2 import Blip2
+from blip2_actor.transfer import ids_to_device
 
 
 def text_logprobs(

@@ -223,7 +223,7 @@ class T5(nn.Module):
     def _causal_bias(self, positions: Tensor, kv_len: int) -> Tensor:
         """Bias of the decoder's self-attention, -inf at what comes later.
 
-        int64[N] positions of the queries -> float[H, N, L] with L a multiple of `ALIGNMENT`, `kv_len` or more.
+        int64[N] query positions -> float[H, N, L], L a multiple of `ALIGNMENT` and at least `kv_len`.
         To be cut last: an axis that is put in behind the cut has the cut's length as its stride.
         """
         relative = aligned_arange(kv_len, positions.device) - positions[:, None]

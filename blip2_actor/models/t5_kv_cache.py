@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2_actor.device import to_device
 from blip2_actor.models.kv_cache import ALIGNMENT, KVCache, aligned_arange
+from blip2_actor.transfer import to_device
 
 
 class T5KVCache:

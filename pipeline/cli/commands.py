@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder
 from pipeline.errors import Stopped, TooManyFailures
 from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console

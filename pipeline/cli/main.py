@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
-from pipeline.flags import Parser, add_flags, build
+from blip2_actor.flags import Parser, add_flags, build
 from pipeline.run.cluster import set_ray_environment
 from pipeline.settings.settings import (
     CaptionSettings,

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from blip2_actor import Status
-from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.demo import SceneSampler, draw
 
 SHARD_FOLDER = "shards"
 """Holds the inputs and nothing else, so that the folder itself can be captioned."""

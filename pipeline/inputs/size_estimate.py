@@ -26,8 +26,8 @@ class SizeEstimate:
     num_bytes: int | None
     """Where the listing tells."""
     num_rows: int
-    least_rows: int
-    most_rows: int
+    min_rows: int
+    max_rows: int
     """What the sparsest and the densest of the walked shards would make of the others."""
     is_counted: bool
 
@@ -54,8 +54,8 @@ def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEsti
         num_shards=len(shards),
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         num_rows=typical,
-        least_rows=least,
-        most_rows=most,
+        min_rows=least,
+        max_rows=most,
         is_counted=is_counted,
     )
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.ledger.ledger import SUFFIX, shard_report_name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.storage.folder import Folder

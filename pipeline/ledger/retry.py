@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.compute as pc
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
 from pipeline.ledger.fragments import rows_in

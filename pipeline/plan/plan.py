@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from blip2_actor import ModelInfo
-from blip2_actor.request import EngineBuilder
-from blip2_actor.status import Status
+from blip2_actor import EngineBuilder, ModelInfo, Status
 from pipeline.cli.commands import errors_to_exit_status
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
@@ -143,10 +141,10 @@ def num_bytes(number: float) -> str:
     return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
 
 
-def _rows(size_estimate: SizeEstimate) -> str:
-    if size_estimate.is_counted:
-        return f"{size_estimate.num_rows:,} rows"
-    return f"about {size_estimate.num_rows:,} rows ({size_estimate.least_rows:,} to {size_estimate.most_rows:,}) by their bytes"
+def _rows(size: SizeEstimate) -> str:
+    if size.is_counted:
+        return f"{size.num_rows:,} rows"
+    return f"about {size.num_rows:,} rows ({size.min_rows:,} to {size.max_rows:,}), estimated from bytes"
 
 
 def _errors(found: Plan) -> Iterator[str]:

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blip2_actor.request import EngineBuilder
-from blip2_actor.status import Status
+from blip2_actor import EngineBuilder, Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard, output_name
 from pipeline.ledger.fragments import write_fragment

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import from_dict

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 
 COUNTED = ("key", "shard", "caption", "num_tokens", "flags", "status", "error", "width", "height")
 """The columns that are read; those that an output does not have are not counted."""

@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from blip2_actor.preprocessing.decode_pool import DecodePool
-from blip2_actor.preprocessing.images import ImageLimits
+from blip2_actor import DecodePool, ImageLimits
 from pipeline.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import InputError, Shard

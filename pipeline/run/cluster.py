@@ -9,8 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from blip2_actor import ModelInfo
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 
 

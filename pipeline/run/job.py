@@ -9,8 +9,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from blip2_actor import ModelInfo
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard

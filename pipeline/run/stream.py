@@ -12,8 +12,7 @@ from typing import Any
 import ray
 from ray.data import DataContext, Dataset
 
-from blip2_actor import ModelInfo
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.dataset import caption_pool, decode
 from pipeline.inputs.datasource import ShardSource
 from pipeline.inputs.reader import ShardWork

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from blip2_actor.status import Status
+from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import ShardProgress
 from pipeline.stages.coordinator import Receipt

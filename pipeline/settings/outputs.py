@@ -8,9 +8,8 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from blip2_actor import GenerationOptions, MatchingConfig, ModelInfo
-from blip2_actor.request import EngineBuilder
-from pipeline.flags import written_as
+from blip2_actor import EngineBuilder, GenerationOptions, MatchingConfig, ModelInfo
+from blip2_actor.flags import written_as
 from pipeline.schema import ROW_CONTRACT, refuse_taken_names
 
 EmbedKind = Literal["vision", "qformer", "queries"]

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Status
-from blip2_actor.preprocessing.images import ImageLimits
-from blip2_actor.request import EngineBuilder
-from pipeline.flags import hiding, prefixed, written_as
+from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
+from blip2_actor.flags import former_names, hiding, prefixed, written_as
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
@@ -323,6 +321,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         ValueError: a name is unknown.
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    renamed = {old: name for name, field in fields.items() for old in former_names(field)}
+    values = {renamed.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"settings must be those of this version, got unknown {', '.join(unknown)}")

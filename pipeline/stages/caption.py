@@ -17,8 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Blip2Actor, GenerationOptions, Request, Result, Status
-from blip2_actor.request import EngineBuilder, ImageLike
+from blip2_actor import Blip2Actor, EngineBuilder, GenerationOptions, ImageLike, Request, Result, Status
 from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.decode import PIXELS

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor.preprocessing.decode_pool import DecodePool
-from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, resize_image
-from blip2_actor.status import Status
+from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
 from pipeline.stages.worker_exit import end_without_ceremony
 from pipeline.storage.filesystems import open_filesystem
 

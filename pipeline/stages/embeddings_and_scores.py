@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from blip2_actor import Features, Result, Status
-from blip2_actor.request import EngineLike, ImageLike
+from blip2_actor import EngineLike, Features, ImageLike, Result, Status
 from pipeline.settings.outputs import CAPTION, Outputs
 from pipeline.stages.row_result import PendingRow, RowResult
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Result
-from blip2_actor.request import ImageLike
+from blip2_actor import ImageLike, Result
 
 Pending = Future[Result] | Result
 

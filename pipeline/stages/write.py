@@ -20,8 +20,7 @@ import pyarrow.compute as pc
 import ray
 from ray.util import metrics
 
-from blip2_actor import ModelInfo, Result, Status
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo, Result, Status
 from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.rowset import RowSet, runs

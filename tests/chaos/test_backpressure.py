@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from ray._private.internal_api import get_state_from_address, node_stats
 from ray.cluster_utils import Cluster
 
-from blip2_actor.preprocessing.images import decode_image
+from blip2_actor import decode_image
+from blip2_actor.testing.fake_engine import fake_caption
 from tests.chaos.cluster import NODE, cluster, start_driver
-from tests.fake_engine import fake_caption
 from tests.integration.inputs import png, write_tar
 
 STORE_BYTES = NODE["object_store_memory"]

@@ -141,4 +141,4 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
         driver.kill()
     check_output(output, truth)
     left = scan_output(Folder(str(output)))
-    assert (dict(left.fragments), left.ends, left.leftovers) == ({}, frozenset(), ())
+    assert (dict(left.fragments), left.shard_reports, left.leftovers) == ({}, frozenset(), ())

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from blip2_actor.flags import build
 from pipeline.cli.main import COMMANDS, main, make_parser
-from pipeline.flags import build
 
 FROZEN = Path(__file__).with_name("cli.txt")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from tests.parity.tiny import save_checkpoint
+from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,10 +12,9 @@ import ray
 from PIL import Image
 
 import pipeline
-from blip2_actor import GenerationOptions
-from blip2_actor.preprocessing.images import decode_image
+from blip2_actor import GenerationOptions, decode_image
+from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
 from pipeline.settings.placement import Placement
-from tests.fake_engine import FakeEngineConfig, fake_caption
 
 SIZE_PX = 32
 pytestmark = pytest.mark.usefixtures("local_ray")

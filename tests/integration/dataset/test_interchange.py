@@ -12,12 +12,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
-from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import png, right_caption
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blip2_actor.preprocessing.images import ImageLimits
+from blip2_actor import ImageLimits
+from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease, OutputInUse
@@ -22,7 +23,6 @@ from pipeline.run.job import prepare, prepare_retry, run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.settings import CaptionSettings, RetrySettings
 from pipeline.storage.folder import Folder
-from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import (
     BROKEN,
     check_output,
@@ -83,7 +83,7 @@ def test_the_same_command_again_does_nothing_and_says_the_same(finished):
 def test_nothing_is_left_of_the_work_but_results_and_the_record(finished):
     folder = Folder(str(finished.root / "out"))
     state = scan_output(folder)
-    assert (dict(state.fragments), state.ends, state.leftovers) == ({}, frozenset(), ())
+    assert (dict(state.fragments), state.shard_reports, state.leftovers) == ({}, frozenset(), ())
     assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from blip2_actor.testing.fake_engine import captions_made
 from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.ledger import scan_output
 from pipeline.report.status import status_lines
 from pipeline.storage.folder import Folder
-from tests.fake_engine import captions_made
 from tests.integration.inputs import check_output, write_tars
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -9,7 +9,14 @@ import pytest
 import ray
 
 import pipeline
-from blip2_actor.preprocessing.images import decode_image
+from blip2_actor import decode_image
+from blip2_actor.testing.fake_engine import (
+    FakeEngineConfig,
+    captions_made,
+    fake_caption,
+    fake_features,
+    fake_score,
+)
 from pipeline.cli.commands import caption, embed, score
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
@@ -18,7 +25,6 @@ from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
-from tests.fake_engine import FakeEngineConfig, captions_made, fake_caption, fake_features, fake_score
 from tests.integration.inputs import BROKEN, SIZE_PX, png, write_tar
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -23,16 +23,14 @@ import pytest
 from PIL import Image
 from ray import serve
 
-from blip2_actor import EngineConfig, EngineStats
-from blip2_actor.preprocessing.images import ImageLimits
-from blip2_actor.request import EngineBuilder
+from blip2_actor import EngineBuilder, EngineConfig, EngineStats, ImageLimits
+from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 from deploy.app import compose
 from deploy.settings import Settings
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
-from tests.fake_engine import FakeEngineConfig, fake_caption
-from tests.parity.tiny import save_checkpoint
 
 # Six processes import Ray, and one of them torch: minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(480)

@@ -9,13 +9,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.ledger.ledger import scan_output
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
-from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import right_caption, write_tars
 from tests.integration.storage.faulty_s3 import FaultyStore, faulty_store
 
@@ -66,4 +66,4 @@ def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
         assert table["key"].to_pylist() == list(images)
         assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
     left = scan_output(Folder(settings.output))
-    assert (dict(left.fragments), left.ends, left.leftovers) == ({}, frozenset(), ())
+    assert (dict(left.fragments), left.shard_reports, left.leftovers) == ({}, frozenset(), ())

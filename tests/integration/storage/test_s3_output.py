@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
+from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease, OutputInUse
 from pipeline.ledger.ledger import Run, drop_markers, scan_output
@@ -21,7 +22,6 @@ from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
-from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import right_caption, write_tars
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
-from blip2_actor.demo.evaluation import Score, generate_captions, score_captions
+from blip2_actor import Score
+from blip2_actor.demo.evaluation import generate_captions, score_captions
 from blip2_actor.demo.scenes import SceneSampler, all_captions, draw
 
 CHECKPOINT = Path(__file__).parents[3] / "blip2_actor" / "demo" / "checkpoint"

@@ -11,7 +11,7 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints import device_map as splitting
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
 

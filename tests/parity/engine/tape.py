@@ -19,14 +19,14 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_recorded = 0
+        self.num_captured = 0
         self._entries: list[tuple[Any, Any, Any, Any]] = []
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         self._entries = entries = []
         with self:
             step()
-        self.num_recorded += 1
+        self.num_captured += 1
 
         def replay() -> None:
             made: dict[int, Tensor] = {}

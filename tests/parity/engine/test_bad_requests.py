@@ -11,7 +11,7 @@ import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
 from blip2_actor.engine.request_state import EncodedImage
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 GOOD = images(1)[0].numpy()
 

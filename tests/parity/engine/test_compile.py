@@ -14,7 +14,7 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoders import Encoders
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 
 @pytest.mark.timeout(600)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
 from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.request import Features
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
-from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 LANGUAGES = ["opt", "t5"]
 

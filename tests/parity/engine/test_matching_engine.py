@@ -14,8 +14,8 @@ from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
 from blip2_actor.engine.request_state import EncodedImage
-from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, images
-from tests.parity.tiny_retrieval import save_retrieval_checkpoint
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, images
+from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 
 TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
 

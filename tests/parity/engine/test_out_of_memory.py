@@ -12,7 +12,7 @@ import torch
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.self_test import check
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
 WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
@@ -72,7 +72,7 @@ def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     assert engine.submit(narrow[0]).result(timeout=30).token_ids == expected[0].token_ids
 
 
-@pytest.mark.parametrize("place", ["fork", "reorder", "advance"])
+@pytest.mark.parametrize("place", ["copy_slots", "copy_positions", "advance"])
 def test_memory_that_ends_between_two_passes_ends_no_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

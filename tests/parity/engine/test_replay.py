@@ -22,8 +22,8 @@ from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
+from blip2_actor.testing.tiny_checkpoints import images
 from tests.parity.engine.tape import Tape
-from tests.parity.tiny import images
 
 NUM_SLOTS = 11
 PROMPT_LENGTHS = [1, 4, 1, 2, 9, 1, 3]
@@ -93,7 +93,7 @@ def test_replayed_steps_give_the_logits_of_exact_ones(model: Blip2) -> None:
     pair.decode(4)
     pair.prefill(make_jobs([2, 5]), [6, 7])  # slots that idle rows have written to
     pair.decode(3)
-    assert pair.tape.num_recorded >= 1
+    assert pair.tape.num_captured >= 1
     pair.prefill(make_jobs([3], max_new_tokens=50), [6])  # all slots grow
     pair.decode(4)
     pair.shrink(5)
@@ -148,7 +148,7 @@ def test_the_recording_that_is_in_use_is_not_the_one_that_goes(
     pair.prefill(make_jobs([1] * 7), list(range(7)))
     for rows in (1, 1, 2, 2, 1, 4, 4, 1):
         pair.replaying.decode([9] * rows, pair.lengths[:rows])
-    assert pair.tape.num_recorded == 3
+    assert pair.tape.num_captured == 3
 
 
 def test_rows_round_up_to_few_sizes() -> None:
@@ -206,7 +206,7 @@ def served(engine: Engine) -> list[tuple[int, ...]]:
 def test_an_engine_that_replays_gives_the_same_tokens(folder: Path, tape: Tape, monkeypatch) -> None:
     with make_engine(folder) as engine:
         replayed = served(engine)
-    assert tape.num_recorded > 3
+    assert tape.num_captured > 3
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
@@ -220,7 +220,7 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(tape, "record", refuse)
+    monkeypatch.setattr(tape, "capture", refuse)
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         found = served(engine)
     assert sum("could not be recorded" in record.message for record in caplog.records) == 1
@@ -239,7 +239,7 @@ def test_out_of_memory_while_recording_costs_no_slots(
 ) -> None:
     """A recording's allocations cannot be served from what is cached, so a step may fit that its recording
     does not: it is recorded once more when the cache is empty, and runs as it is where that fails too."""
-    folder, record = checkpoint_folder("opt"), tape.record
+    folder, capture = checkpoint_folder("opt"), tape.capture
     emptied: list[int] = []
     failures: list[Callable[[], None]] = []
 
@@ -247,20 +247,20 @@ def test_out_of_memory_while_recording_costs_no_slots(
         if len(failures) < num_failures:
             failures.append(step)
             raise torch.OutOfMemoryError("recording")
-        return record(step)
+        return capture(step)
 
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
-        monkeypatch.setattr(tape, "record", fail)
+        monkeypatch.setattr(tape, "capture", fail)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(failures)))
-        recorded = tape.num_recorded
+        recorded = tape.num_captured
         replayed = served(engine)
         assert engine._scheduler.max_slots == 13
     if num_failures == 1:
         assert emptied == [1]
-        assert tape.num_recorded > recorded
+        assert tape.num_captured > recorded
     else:
         assert emptied == list(range(1, len(failures), 2))  # behind every first try, and only there
-        assert tape.num_recorded == recorded
+        assert tape.num_captured == recorded
         assert "not recorded" in caplog.text
     monkeypatch.undo()
     with make_engine(folder) as engine:
@@ -273,19 +273,19 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
     """Neither recorded nor as it is: fewer texts at once are all that helps."""
     folder, failures = checkpoint_folder("opt"), [torch.OutOfMemoryError("step")] * 3
     with make_engine(folder) as engine:
-        record, decode = tape.record, engine.model.language_model.decode
+        capture, decode = tape.capture, engine.model.language_model.decode
 
         def fail_twice(step: Callable[[], None]) -> Callable[[], None]:
             if len(failures) > 1:
                 raise failures.pop()
-            return record(step)
+            return capture(step)
 
         def fail_then(*step: Any) -> torch.Tensor:
             if len(failures) == 1:
                 raise failures.pop()
             return decode(*step)
 
-        monkeypatch.setattr(tape, "record", fail_twice)
+        monkeypatch.setattr(tape, "capture", fail_twice)
         monkeypatch.setattr(engine.model.language_model, "decode", fail_then)
         replayed = served(engine)
         assert engine._scheduler.max_slots == 6
@@ -326,6 +326,6 @@ def test_a_recording_that_cannot_be_ended_gives_the_allocator_back(
             raise error
 
     with pytest.raises(RuntimeError, match=str(error or "previous error")):
-        capturer.record(step)
+        capturer.capture(step)
     assert ended == [(3, (0, 1))]
     assert capturer._pool == (0, 2)

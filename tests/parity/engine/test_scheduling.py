@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
-from tests.parity.tiny import IMAGE_SIZE_PX, images
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
 END_OFTEN = 65

@@ -53,8 +53,8 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
 class Stuck(Tape):
     """Replays as a recording does that was made on other buffers: what is asked for does not come."""
 
-    def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        super().record(step)
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        super().capture(step)
         return lambda: None
 
 
@@ -64,7 +64,7 @@ def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
     with caplog.at_level(logging.INFO):
         runner = ModelRunner(engine.model, 5, capturer=tape)
         assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
-    assert tape.num_recorded > 0
+    assert tape.num_captured > 0
     assert "plain and replayed differ by" in caplog.text
     stuck = ModelRunner(engine.model, 5, capturer=Stuck())
     with pytest.raises(SelfTestFailure, match="plain and replayed"):

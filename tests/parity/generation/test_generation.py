@@ -12,7 +12,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
 

@@ -22,7 +22,7 @@ from transformers import (
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.generation.logits_processors import SequenceSoFar, process
 from blip2_actor.generation.sampling import draw, warp
-from tests.parity.tiny import images
+from blip2_actor.testing.tiny_checkpoints import images
 
 
 @pytest.fixture(scope="module")

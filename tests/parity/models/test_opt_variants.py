@@ -13,7 +13,7 @@ from transformers import OPTForCausalLM
 
 from blip2_actor.checkpoints.weights import load_weights, opt_rules
 from blip2_actor.models.opt import OptDecoder
-from tests.parity.tiny import make_config, randomize
+from blip2_actor.testing.tiny_checkpoints import make_config, randomize
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},

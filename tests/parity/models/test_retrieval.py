@@ -14,7 +14,7 @@ from transformers import Blip2ForImageTextRetrieval
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model, load_retrieval
 from blip2_actor.models.retrieval import Blip2Retrieval
-from tests.parity.tiny import IMAGE_SIZE_PX, make_config, randomize
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, make_config, randomize
 
 CPU = torch.device("cpu")
 

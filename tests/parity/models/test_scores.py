@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
 from blip2_actor.checkpoints.weights import load_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
-from tests.parity.tiny import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
+from blip2_actor.testing.tiny_checkpoints import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
 
 LANGUAGES = ["opt", "t5"]
 CPU = torch.device("cpu")

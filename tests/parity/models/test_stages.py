@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.safetensors_file import StoredTensor
 from blip2_actor.models.blip2 import Blip2
-from tests.parity.tiny import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from blip2_actor import decode_image, resize_image
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.preprocessing.images import decode_image, resize_image
 from tests.unit.preprocessing.image_corpus import encode, noise
 
 

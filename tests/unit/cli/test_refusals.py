@@ -7,10 +7,10 @@ import sys
 import pytest
 import ray
 
+from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.cli.commands import caption, retry, status
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, RetrySettings, StatusSettings
-from tests.fake_engine import FakeEngineConfig
 from tests.integration.inputs import png, write_tar
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from blip2_actor import decode_image
 from blip2_actor.demo.scenes import all_captions
-from blip2_actor.preprocessing.images import decode_image
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
 
 NUM_IMAGES = 400

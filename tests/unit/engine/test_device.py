@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from blip2_actor import EngineConfig
-from blip2_actor.device import ids_to_device, prepare_device, resolve_compile
+from blip2_actor.device import prepare_device, resolve_compile
+from blip2_actor.transfer import ids_to_device
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 

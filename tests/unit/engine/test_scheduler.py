@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2_actor import GenerationOptions
 from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
-from blip2_actor.options import GenerationOptions
 
 OPTIONS = GenerationOptions(max_new_tokens=2)
 

@@ -92,7 +92,7 @@ def test_a_commit_cleans_up_after_itself(folder):
     StoreShardReport(folder)(report(3))
     commit_shard(folder, report(3), {})
     state = scan_output(folder)
-    assert (state.finished, dict(state.fragments), state.ends) == ({"a/0.tar"}, {}, frozenset())
+    assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, frozenset())
 
 
 def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folder):

@@ -19,5 +19,5 @@ def test_free_slots_take_no_memory() -> None:
     cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 1024))
     assert cache.num_bytes == 256 << 20
     assert status_bytes("VmRSS") - before < 32 << 20
-    assert cache.states[0, 0, :8].eq(1).all()
-    assert not cache.states[0, 0, 8:].any()
+    assert cache.kv[0, 0, :8].eq(1).all()
+    assert not cache.kv[0, 0, 8:].any()

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate as size_estimate
 from pipeline.inputs.listing import list_shards
@@ -31,9 +33,7 @@ from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
 from pipeline.stages.caption import CaptionStage, EngineFault
 from pipeline.storage.folder import Folder
-from tests.fake_engine import FakeEngineConfig, captions_made
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
-from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
 SLACK = 2.5
 """The machine has other work too."""
@@ -41,7 +41,7 @@ SLACK = 2.5
 
 @pytest.fixture(autouse=True)
 def _short_passes(monkeypatch):
-    monkeypatch.setattr(stage_costs, "LEAST_S", 0.1)
+    monkeypatch.setattr(stage_costs, "MIN_S", 0.1)
 
 
 def settings(folder: Path, **changes) -> PlanSettings:
@@ -93,7 +93,7 @@ def test_workers_hours_and_bottleneck_by_arithmetic():
 def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
     """Walking a thousand tars of a bucket to count them would be reading them."""
     monkeypatch.setattr(size_estimate, "WALKED_ROWS", 50)
-    monkeypatch.setattr(size_estimate, "MOST_WALKED_TARS", 4)
+    monkeypatch.setattr(size_estimate, "MAX_WALKED_TARS", 4)
     for at in range(9):
         tar = tmp_path / f"{at}.tar"
         write_tar(tar, {f"{row}": os.urandom(10_000 * (1 + at % 3)) for row in range(150 + 20 * at)})
@@ -105,7 +105,7 @@ def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
     truth = sum(150 + 20 * at for at in range(9))
     assert not found.is_counted
     if ending == "tar":
-        assert found.least_rows <= truth <= found.most_rows
+        assert found.min_rows <= truth <= found.max_rows
     assert 0.75 < found.num_rows / truth < 1.25
     assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert estimate_size(list_shards(str(tmp_path), limit=200), 200).num_rows == 200
@@ -216,7 +216,7 @@ def test_what_a_killed_plan_leaves_is_no_result_and_is_swept(tmp_path, monkeypat
 def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     write_tars(tmp_path / "in", num_tars=2, rows_per_tar=8)
     command = ["plan", "--input", str(tmp_path / "in"), "--model", "demo", "--num-threads", "1"]
-    command += ["--skip-canary", "--sample", "8", "--max-new-tokens", "4"]
+    command += ["--skip-self-test", "--sample", "8", "--max-new-tokens", "4"]
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["input"]["num_rows"] == 16

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, decode_image
 from blip2_actor.preprocessing import decode_process
-from blip2_actor.preprocessing.decode_pool import DecodePool
-from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
-from blip2_actor.status import Status
 from tests.unit.preprocessing.image_corpus import encode, malformed_images, noise
 
 SIZE = 32

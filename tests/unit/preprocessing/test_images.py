@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
-from blip2_actor.status import Status
+from blip2_actor import DecodedImage, ImageLimits, Status, decode_image, resize_image
 from tests.unit.preprocessing.image_corpus import encode, good_images, noise
 
 SIZE = 32

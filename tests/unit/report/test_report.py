@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from blip2_actor.preprocessing.decode_pool import DecodePool
+from blip2_actor import DecodePool
 from pipeline.cli.main import main
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ShardReport

@@ -12,13 +12,13 @@ import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, Result, Status
 from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption, fake_features, fake_score
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, EmbedSettings, ScoreSettings, from_dict
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS
-from pipeline.stages.result_cache import SharedResults
+from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import fixed_lists
-from tests.fake_engine import FakeEngineConfig, fake_caption, fake_features, fake_score
 
 ASKS = {"colour": "Question: what colour? Answer:", "shape": "Question: what shape? Answer:"}
 EMBEDS = {"seen": "vision", "mean": "qformer", "all": "queries"}
@@ -188,7 +188,7 @@ def test_what_is_remembered_is_bounded_shared_in_flight_and_never_a_fault():
         made.append(Future())
         return made[-1]
 
-    shared = SharedResults(most=2)
+    shared = ResultCache(most=2)
     first = shared.get("a", submit)
     assert shared.get("a", submit) is first and len(made) == 1
     result = Result()

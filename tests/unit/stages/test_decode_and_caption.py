@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from blip2_actor import GenerationOptions, Status
-from blip2_actor.preprocessing.images import ImageLimits
+from blip2_actor import GenerationOptions, ImageLimits, Status
+from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
 from pipeline.stages.caption import CaptionStage, EngineFault
 from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage
-from tests.fake_engine import FakeEngineConfig, fake_caption
 from tests.integration.inputs import BROKEN, SIZE_PX, png, right_caption
 
 

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
+from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
+from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, ScoreSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS
-from tests.fake_engine import FakeEngineConfig, fake_caption
-from tests.parity.tiny import IMAGE_SIZE_PX, images
-from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
 FAKE = FakeEngineConfig(image_size_px=IMAGE_SIZE_PX)
 TEXTS = ["a dog", "two cats on the sofa", None]

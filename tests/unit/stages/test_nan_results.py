@@ -13,11 +13,11 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
 from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.testing.tiny_checkpoints import images, save_checkpoint
+from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS
-from tests.parity.tiny import images, save_checkpoint
-from tests.parity.tiny_retrieval import save_retrieval_checkpoint
 
 PLAIN = {"device": "cpu", "dtype": "float32", "num_threads": 1}
 OPTIONS = GenerationOptions(max_new_tokens=4)
@@ -62,7 +62,7 @@ def check_that_the_black_one_alone_failed(made: pa.Table, names: Sequence[str]) 
 
 
 @pytest.mark.parametrize("bad", [nan, inf])
-@pytest.mark.parametrize("part", ["pooled", "qformer_features", "prefix"])
+@pytest.mark.parametrize("part", ["pooler_output", "qformer_features", "prefix"])
 def test_one_number_that_is_none_fails_its_row(stage: CaptionStage, monkeypatch, part: str, bad: float):
     """The language model of the score reads the prefix; each vector has a part of its own."""
     encode: Callable[[Sequence[EncodedImage]], None] = stage.actor.engine._runner.encode

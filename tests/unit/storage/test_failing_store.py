@@ -66,7 +66,7 @@ def test_a_commit_goes_on_whatever_request_fails(tmp_path, monkeypatch, is_late)
         rows = read_rows(folder, "a.tar")
         assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
         state = scan_output(folder)
-        assert (state.finished, dict(state.fragments), state.ends) == ({"a.tar"}, {}, frozenset())
+        assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a.tar"}, {}, frozenset())
         assert not os.path.exists(folder.path("_blip2/fragments/a.tar.rows"))
 
     commit(Folder(str(tmp_path / "undisturbed")))

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.parity.tiny import IMAGE_SIZE_PX, NUM_QUERIES, make_config, randomize
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, make_config, randomize
 
 WORDS = [
     "[PAD]",

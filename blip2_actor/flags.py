@@ -59,6 +59,7 @@ def add_flags(
             help_text += f" (default: {_shown(field.default)})"
         parser.add_argument(
             flag_of(prefix + field.name),
+            *(flag_of(prefix + old) for old in former_names(field)),
             dest=prefix + field.name,
             required=required,
             default=argparse.SUPPRESS,
@@ -92,6 +93,16 @@ def hiding(*names: str) -> dict[str, Any]:
 def prefixed(prefix: str) -> dict[str, Any]:
     """Metadata for a field whose dataclass has names that would say too little on their own."""
     return {"prefix": f"{prefix}_"}
+
+
+def formerly(*names: str) -> dict[str, Any]:
+    """Metadata for a field that had other names: their flags and stored values are still read."""
+    return {"former_names": names}
+
+
+def former_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """Names that a field had in earlier versions."""
+    return field.metadata.get("former_names", ())
 
 
 def written_as(metavar: str) -> dict[str, Any]:

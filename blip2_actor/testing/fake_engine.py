@@ -98,13 +98,13 @@ class FakeEngineConfig:
 
 def fake_caption(pixels: np.ndarray, prompt: str | None = None) -> str:
     """The right answer for uint8[H, W, 3]."""
-    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
     return f"{prompt} {digest}" if prompt else digest
 
 
 def fake_features(pixels: np.ndarray) -> Features:
     """The right vectors for uint8[H, W, 3]."""
-    seed = int.from_bytes(hashlib.sha256(np.ascontiguousarray(pixels)).digest()[:8])
+    seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8])
     random = np.random.default_rng(seed)
     return Features(
         pooler_output=random.random(VISION_WIDTH, np.float32),
