@@ -85,7 +85,9 @@ class EngineConfig(ModelConfig):
         """
         from blip2_actor.checkpoints.checkpoint import describe
 
-        return describe(self, lambda checkpoint: checkpoint.config)
+        return describe(
+            self.model, self.revision, self.device, self.dtype, lambda checkpoint: checkpoint.config
+        )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Refuse prompts that the model cannot take, before any work is begun; no weights are read.
@@ -131,7 +133,9 @@ class MatchingConfig(ModelConfig):
         """As `EngineConfig.info`."""
         from blip2_actor.checkpoints.checkpoint import describe
 
-        return describe(self, lambda checkpoint: checkpoint.retrieval_config)
+        return describe(
+            self.model, self.revision, self.device, self.dtype, lambda checkpoint: checkpoint.retrieval_config
+        )
 
     def build(self) -> MatchingEngine:
         """Load the weights; raises what `info` raises, and more."""

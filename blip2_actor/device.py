@@ -6,10 +6,9 @@ import importlib.util
 import logging
 import os
 import shutil
+from typing import Literal
 
 import torch
-
-from blip2_actor.config import EngineConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +48,14 @@ def prepare_device(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
 
     Raises:
         ValueError: the device does not compute in the dtype asked for.
     """
-    if config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.dtype)
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
         if device.type == "cpu" and dtype is torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 on a CPU, got float16; use --dtype auto")
         if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
@@ -74,11 +73,11 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def resolve_compile(config: EngineConfig, device: torch.device) -> bool:
+def resolve_compile(wanted: bool | Literal["auto"], device_map: str | None, device: torch.device) -> bool:
     """ "auto" is true on a GPU with what torch.compile needs: triton, and a C compiler for its launchers."""
-    if config.compile != "auto":
-        return config.compile
-    if device.type != "cuda" or config.device_map is not None:
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda" or device_map is not None:
         return False
     has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
     if importlib.util.find_spec("triton") is None or not has_compiler:

@@ -129,7 +129,7 @@ class EncoderSide:
         prepare_device(device)
         checkpoint = Checkpoint(Path(config.model))
         self._vision_config = checkpoint.config.vision_config
-        dtype = resolve_dtype(config, device)
+        dtype = resolve_dtype(config.dtype, device)
         self._model = load_model(checkpoint, device, dtype)
         if device.type == "cpu":
             pack_for_cpu(self._model)
@@ -142,7 +142,7 @@ class EncoderSide:
         if device.type == "cpu" and self._num_threads > 1:
             self._beside = ThreadPoolExecutor(1, initializer=_take_cores, initargs=(self._num_threads // 2,))
         self._encode = self._model.image_features
-        if resolve_compile(config, device):
+        if resolve_compile(config.compile, config.device_map, device):
             self._encode = torch.compile(self._encode, dynamic=False, fullgraph=True)
 
     def described(self) -> tuple[str, int, float, float]:

@@ -25,7 +25,6 @@ from blip2_actor.checkpoints.download import (
     matches,
     write_whole,
 )
-from blip2_actor.config import ModelConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -148,15 +147,17 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
     return Checkpoint(*fetch_from_hub(model, revision, patterns))
 
 
-def describe(config: ModelConfig, read: Callable[[Checkpoint], Blip2Config]) -> ModelInfo:
+def describe(
+    model: str, revision: str | None, device: str, dtype: str, read: Callable[[Checkpoint], Blip2Config]
+) -> ModelInfo:
     """See `EngineConfig.info`; `read` says which of the checkpoint's configurations is wanted."""
-    checkpoint = resolve(config.model, config.revision, with_weights=False)
-    dtype = resolve_dtype(config, resolve_device(config.device))
+    checkpoint = resolve(model, revision, with_weights=False)
+    resolved = resolve_dtype(dtype, resolve_device(device))
     found = read(checkpoint)
     return ModelInfo(
-        model=config.model,
+        model=model,
         image_size_px=found.vision_config.image_size,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(resolved).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=found.vision_config.hidden_size,
         qformer_width=found.qformer_config.hidden_size,

@@ -21,7 +21,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blip2_actor.config import EngineConfig
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 
@@ -119,9 +118,9 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
 
-def capturer_for(config: EngineConfig, device: torch.device) -> StepCapturer | None:
+def capturer_for(device: torch.device, is_wanted: bool) -> StepCapturer | None:
     """How decode steps are recorded; None where that gains nothing, or weights move between devices."""
-    if device.type != "cuda" or config.skip_cuda_graphs or config.device_map is not None:
+    if device.type != "cuda" or not is_wanted:
         return None
     return CudaGraphs(device)
 

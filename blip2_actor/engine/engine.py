@@ -79,8 +79,8 @@ class Engine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
-        self.model = load_model(checkpoint, device, resolve_dtype(config, device), config.device_map)
-        is_compiled = resolve_compile(config, device)
+        self.model = load_model(checkpoint, device, resolve_dtype(config.dtype, device), config.device_map)
+        is_compiled = resolve_compile(config.compile, config.device_map, device)
         if device.type == "cpu" and not is_compiled and config.device_map is None:
             pack_for_cpu(self.model)
         self.prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
@@ -93,7 +93,9 @@ class Engine:
         self.encode_batch, max_slots = sizes.encode_batch, sizes.max_slots
         self._input_processor = InputProcessor(self.model, self.prompts, self.image_size_px, max_slots)
         compiled_batch = self.encode_batch if is_compiled else None
-        self._runner = ModelRunner(self.model, max_slots, compiled_batch, capturer_for(config, device))
+        has_graphs = not config.skip_cuda_graphs and config.device_map is None
+        capturer = capturer_for(device, has_graphs)
+        self._runner = ModelRunner(self.model, max_slots, compiled_batch, capturer)
         self.self_test = self._run_self_test(checkpoint, max_slots)
         self._encode_worker = (
             EncodeWorker(self._runner, self._num_threads, self._notice) if has_encode_worker else None

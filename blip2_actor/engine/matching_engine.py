@@ -58,7 +58,7 @@ class MatchingEngine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
-        self.model = load_retrieval(checkpoint, device, resolve_dtype(config, device))
+        self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)

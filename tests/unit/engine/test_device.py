@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from blip2_actor import EngineConfig
 from blip2_actor.device import prepare_device, resolve_compile
 from blip2_actor.transfer import ids_to_device
 
@@ -27,22 +26,22 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_a_gpu_compiles_where_its_compilers_are(installed: set[str]) -> None:
-    assert resolve_compile(EngineConfig(), GPU)
-    assert not resolve_compile(EngineConfig(), CPU)
-    assert not resolve_compile(EngineConfig(device_map="auto"), GPU)
+    assert resolve_compile("auto", None, GPU)
+    assert not resolve_compile("auto", None, CPU)
+    assert not resolve_compile("auto", "auto", GPU)
 
 
 @pytest.mark.parametrize("missing", ["triton", "cc"])
 def test_a_bare_gpu_machine_runs_uncompiled_and_says_so(installed, missing, caplog) -> None:
     installed.remove(missing)
-    assert not resolve_compile(EngineConfig(), GPU)
+    assert not resolve_compile("auto", None, GPU)
     assert "run uncompiled" in caplog.text
 
 
 def test_what_is_asked_for_wins(installed: set[str]) -> None:
     installed.clear()
-    assert resolve_compile(EngineConfig(compile=True), CPU)
-    assert not resolve_compile(EngineConfig(compile=False), GPU)
+    assert resolve_compile(True, None, CPU)
+    assert not resolve_compile(False, None, GPU)
 
 
 @pytest.fixture
