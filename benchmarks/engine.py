@@ -40,7 +40,7 @@ from benchmarks.sides.contender import Contender
 from benchmarks.sides.engine_sides import EncoderSide, EngineSide, ReferenceSide, Work
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
-from blip2_actor.testing.random_checkpoints import checkpoint
+from blip2_actor.testing import save_random_checkpoint
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def main() -> None:
             folder = (
                 DEMO_FOLDER
                 if case.model == "demo"
-                else checkpoint(case.model, models, arguments.device, stored)
+                else save_random_checkpoint(case.model, models, arguments.device, stored)
             )
 
             def keep(found: dict[str, Any], name: str = name) -> None:

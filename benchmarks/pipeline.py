@@ -35,8 +35,8 @@ from benchmarks.sides.contender import Contender
 from benchmarks.sides.job_side import JobSide, steady_rate
 from benchmarks.sides.map_batches import MapBatchesSide
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, decode_image
+from blip2_actor.testing import save_random_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig
-from blip2_actor.testing.random_checkpoints import checkpoint
 from pipeline.settings.settings import CaptionSettings
 
 TOKENS = 20
@@ -231,7 +231,7 @@ def main() -> None:
         for name in arguments.cases:
             print(name)
             if name in ("engine", "map-batches"):
-                folder = checkpoint("midsize", arguments.models or work, "cpu", torch.float32)
+                folder = save_random_checkpoint("midsize", arguments.models or work, "cpu", torch.float32)
                 measure = engine if name == "engine" else map_batches
                 results[name] = measure(folder, work, arguments.images, arguments.rounds)
             elif name == "scale":

@@ -33,7 +33,7 @@ from benchmarks.sides.contender import Contender
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
-from blip2_actor.testing.random_checkpoints import checkpoint
+from blip2_actor.testing import save_random_checkpoint
 from pipeline.run.cluster import set_ray_environment
 
 SIDE_PX = 320
@@ -126,7 +126,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = DEMO_FOLDER if arguments.model == "demo" else Path(arguments.model)
         if arguments.model == "midsize":
-            folder = checkpoint("midsize", arguments.models or Path(temporary), "cpu", torch.float32)
+            folder = save_random_checkpoint(
+                "midsize", arguments.models or Path(temporary), "cpu", torch.float32
+            )
         run(arguments, folder, Path(temporary) / "scenes")
 
 

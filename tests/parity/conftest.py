@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor.testing.tiny_checkpoints import save_checkpoint
+from blip2_actor.testing import save_tiny_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +29,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
     @cache
     def make(language: str = "opt", **options: Any) -> Path:
-        return save_checkpoint(tmp_path_factory.mktemp(language), language, **options)
+        return save_tiny_checkpoint(tmp_path_factory.mktemp(language), language, **options)
 
     return make
 

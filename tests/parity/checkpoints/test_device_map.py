@@ -11,7 +11,7 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints import device_map as splitting
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
 
@@ -21,7 +21,7 @@ def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, device_map=device_map
     )
-    pictures = [image.numpy() for image in images(4)]
+    pictures = [image.numpy() for image in random_images(4)]
     with config.build() as engine:
         asked = [Request(image=p, prompt=t) for p in pictures for t in (None, "what is it?")]
         results = engine.generate(asked, GenerationOptions(max_new_tokens=12))

@@ -11,9 +11,9 @@ import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
 from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
-GOOD = images(1)[0].numpy()
+GOOD = random_images(1)[0].numpy()
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])

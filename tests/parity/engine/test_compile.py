@@ -14,7 +14,7 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoders import Encoders
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 
 @pytest.mark.timeout(600)
@@ -22,7 +22,7 @@ from blip2_actor.testing.tiny_checkpoints import images
 def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..., Path], caplog) -> None:
     """Five images in batches of four: the first batch is compiled, the second is not. The engine goes on
     where compiling fails, which must not be what is tested here."""
-    asked = [Request(image=image.numpy()) for image in images(5)]
+    asked = [Request(image=image.numpy()) for image in random_images(5)]
     found = []
     for compiled in (False, True):
         config = EngineConfig(
@@ -64,7 +64,9 @@ def test_encoders_that_cannot_be_compiled_run_all_the_same(
         compile=True,
     )
     with Engine(config) as engine:
-        assert all(r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in images(9)]))
+        assert all(
+            r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in random_images(9)])
+        )
     assert sum("no working compiler" in record.message for record in caplog.records) == 1
 
 
@@ -80,5 +82,5 @@ def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
     model = load_model(resolve(str(checkpoint_folder())), torch.device("cpu"), torch.float32)
     encoders = Encoders(model, compiled_batch=2)
     with pytest.raises(torch.OutOfMemoryError):
-        encoders(images(2))
+        encoders(random_images(2))
     assert encoders.compiled_batch == 2

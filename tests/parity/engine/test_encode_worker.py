@@ -12,7 +12,7 @@ import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
 from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def watch_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(image=image.numpy()) for image in images(count)]
+    return [Request(image=image.numpy()) for image in random_images(count)]
 
 
 def test_both_threads_encode_each_with_half_of_the_cores(engine, monkeypatch) -> None:
@@ -91,7 +91,7 @@ def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threadin
 def test_what_is_asked_of_an_image_while_it_is_encoded_is_not_forgotten(engine, monkeypatch) -> None:
     """Its pass began without keeping the vision encoder's output: without a second one there is none."""
     begun, go_on = hold_lane(engine, monkeypatch)
-    shared = [engine.image(image.numpy()) for image in images(2)]
+    shared = [engine.image(image.numpy()) for image in random_images(2)]
     captions = engine._submit([(Request(image=image), GenerationOptions(), None) for image in shared])
     assert begun.wait(30)
     found: list[Features] = []

@@ -14,8 +14,7 @@ from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
 from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, images
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
+from blip2_actor.testing import IMAGE_SIZE_PX, NUM_QUERIES, random_images, save_tiny_retrieval_checkpoint
 
 TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
 
@@ -23,7 +22,7 @@ TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "image-token"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both layouts of the processor: without image tokens, and with them in front of the text."""
-    return save_retrieval_checkpoint(tmp_path_factory.mktemp("matching"), request.param)
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("matching"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, fold
         Blip2ForImageTextRetrieval.from_pretrained(folder).eval(),
         Blip2Processor.from_pretrained(folder),
     )
-    pictures = images(3).numpy()
+    pictures = random_images(3).numpy()
     matches = engine.score(pictures, TEXTS)
     image_vectors, text_vectors = engine.image_embeddings(pictures), engine.text_embeddings(TEXTS)
     rows = zip(pictures, TEXTS, matches, image_vectors, text_vectors, strict=True)
@@ -67,7 +66,7 @@ def test_an_image_given_for_several_texts_is_encoded_once(
     engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captions are filtered by asking for each of them: the vision encoder is nearly all of the cost."""
-    first, second = (image.numpy() for image in images(2))
+    first, second = (image.numpy() for image in random_images(2))
     asked = [(first, TEXTS[0]), (second, TEXTS[1]), (first, TEXTS[2]), (first, TEXTS[1])]
     alone = [engine.score([image], [text])[0] for image, text in asked]
     sizes = count_encoded(engine, monkeypatch)
@@ -79,7 +78,7 @@ def test_an_image_given_for_several_texts_is_encoded_once(
 
 
 def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) -> None:
-    good = images(1)[0].numpy()
+    good = random_images(1)[0].numpy()
     long = "a dog " * 40
     matches = engine.score([good, b"junk", good, good], ["a dog", "a dog", "", long])
     assert [m.status for m in matches] == [Status.OK, Status.UNDECODABLE, Status.REFUSED, Status.REFUSED]
@@ -99,7 +98,7 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = [image.numpy() for image in images(5)]
+    pictures = [image.numpy() for image in random_images(5)]
     expected = engine.score(pictures, ["a dog"] * 5)
     real = engine.model.image_features
 
@@ -118,7 +117,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
 
 def test_callers_of_several_threads_get_their_own_scores(engine: MatchingEngine) -> None:
-    pictures = [image.numpy() for image in images(6)]
+    pictures = [image.numpy() for image in random_images(6)]
     expected = [engine.score([picture], ["a cat"])[0].itc for picture in pictures]
     with ThreadPoolExecutor(6) as pool:
         found = pool.map(lambda picture: engine.score([picture], ["a cat"])[0].itc, pictures)

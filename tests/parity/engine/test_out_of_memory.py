@@ -12,7 +12,7 @@ import torch
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.self_test import check
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
 WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
@@ -58,7 +58,7 @@ def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would wait in front of all others for slots that never become free: behind its image, or later."""
-    pictures = [image.numpy() for image in images(6)]
+    pictures = [image.numpy() for image in random_images(6)]
     expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
     fail_once(monkeypatch, engine._runner, "decode")
     narrow = [Request(image=picture, options=LONG) for picture in pictures]
@@ -77,7 +77,7 @@ def test_memory_that_ends_between_two_passes_ends_no_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Copies between slots and the choice of tokens need memory too."""
-    pictures = [image.numpy() for image in images(6)]
+    pictures = [image.numpy() for image in random_images(6)]
     lengths = [3, 12, 5, 12, 8, 12]
     requests = [
         Request(
@@ -102,7 +102,7 @@ def test_what_does_not_fit_even_alone_fails_alone(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
     )
     with config.build() as engine:
-        first, second = [Request(image=image.numpy(), options=LONG) for image in images(2)]
+        first, second = [Request(image=image.numpy(), options=LONG) for image in random_images(2)]
         expected = engine.generate([second])
         fail_once(monkeypatch, engine._runner, stage)
         refused, served = engine.generate([first, second])
@@ -133,7 +133,7 @@ def test_slots_are_given_back_before_half_as_many_are_made(
 
     monkeypatch.setattr(runner, "decode", failing_pass)
     monkeypatch.setattr(runner, "shrink", shrink)
-    assert engine.generate([Request(image=images(1)[0].numpy())], LONG)[0].ok
+    assert engine.generate([Request(image=random_images(1)[0].numpy())], LONG)[0].ok
     assert alive == [[False, False]]
     assert runner.slots.num_slots == 4
 

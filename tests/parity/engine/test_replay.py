@@ -22,7 +22,7 @@ from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import EncodedImage, RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 from tests.parity.engine.tape import Tape
 
 NUM_SLOTS = 11
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]
 
 
 def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[RequestState]:
-    pictures = images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
+    pictures = random_images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
     return [
         RequestState(
             EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens)
@@ -188,7 +188,7 @@ def make_requests() -> list[Request]:
                 max_new_tokens=choose.randint(1, 30), num_beams=choose.choice([1, 1, 1, 3])
             ),
         )
-        for picture in images(24, seed=2)
+        for picture in random_images(24, seed=2)
     ]
 
 
@@ -199,7 +199,7 @@ def served(engine: Engine) -> list[tuple[int, ...]]:
     futures[3].result(timeout=60)
     futures += [engine.submit(request) for request in second]
     long = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
-    futures.append(engine.submit(Request(image=images(1)[0].numpy()), long))
+    futures.append(engine.submit(Request(image=random_images(1)[0].numpy()), long))
     return [future.result(timeout=60).token_ids for future in futures]
 
 

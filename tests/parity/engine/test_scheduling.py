@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
+from blip2_actor.testing import IMAGE_SIZE_PX, random_images
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
 END_OFTEN = 65
@@ -53,7 +53,7 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
                 max_new_tokens=choose.randint(1, 16), num_beams=choose.choice([1, 1, 1, 2, 3])
             ),
         )
-        for image in images(count, seed)
+        for image in random_images(count, seed)
     ]
 
 
@@ -120,7 +120,7 @@ def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
 
 def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
     """Several prompts and several texts of one image cost one pass of the vision encoder."""
-    shared = engine.image(images(1, 9)[0].numpy())
+    shared = engine.image(random_images(1, 9)[0].numpy())
     before = engine.stats().num_images_encoded
     results = engine.generate([Request(image=shared, prompt=p) for p in PROMPTS])
     again = engine.generate(
@@ -128,7 +128,7 @@ def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
     )
     assert engine.stats().num_images_encoded == before + 1
     assert len(again[0].completions) == 3
-    separate = engine.generate([Request(image=images(1, 9)[0].numpy(), prompt=p) for p in PROMPTS])
+    separate = engine.generate([Request(image=random_images(1, 9)[0].numpy(), prompt=p) for p in PROMPTS])
     assert [r.token_ids for r in results] == [r.token_ids for r in separate]
 
 
@@ -138,7 +138,7 @@ def test_cancelling_frees_the_slot_for_the_next_request(folder) -> None:
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
     )
     with Engine(config) as engine:
-        image = images(1)[0].numpy()
+        image = random_images(1)[0].numpy()
         options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
         stream = engine.stream(Request(image=image), options)
         next(stream)
@@ -177,7 +177,7 @@ def test_refused_requests_fail_alone(engine, asked, alone) -> None:
 
 
 def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
-    request = Request(image=images(1)[0].numpy())
+    request = Request(image=random_images(1)[0].numpy())
     options = GenerationOptions(max_new_tokens=24, min_new_tokens=24)
     whole = engine.generate([request], options)[0].text
     stop = whole[len(whole) // 2]

@@ -12,7 +12,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
 
@@ -49,8 +49,10 @@ def reference_ids(
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     pixel_values = (image[None].permute(0, 3, 1, 2).float() / 255 - mean) / std
-    text = make_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
-    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text])
+    text = (
+        tiny_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS_TOKEN_ID]
+    )
+    input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text])
     output = model.generate(
         pixel_values,
         input_ids=input_ids,
@@ -61,7 +63,7 @@ def reference_ids(
     start = input_ids.shape[1] if language == "opt" else 1
     found = []
     for row in output[:, start:].tolist():
-        end = row.index(EOS) + 1 if EOS in row else len(row)
+        end = row.index(EOS_TOKEN_ID) + 1 if EOS_TOKEN_ID in row else len(row)
         found.append(row[:end])
     return found
 
@@ -69,7 +71,7 @@ def reference_ids(
 def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Request]:
     return [
         Request(image=image.numpy(), prompt=prompts[i % len(prompts)])
-        for i, image in enumerate(images(count))
+        for i, image in enumerate(random_images(count))
     ]
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.generation.logits_processors import SequenceSoFar, process
 from blip2_actor.generation.sampling import draw, warp
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_rows_without_anything_to_draw_take_the_largest_and_leave_their_neighbou
 
 def test_samples_follow_the_models_probabilities(engine: Engine) -> None:
     """First tokens of 2,000 seeds against the first logits: a generator reused wrongly skews this."""
-    image = engine.image(images(1)[0].numpy())
+    image = engine.image(random_images(1)[0].numpy())
     count = 2000
     options = [GenerationOptions(do_sample=True, max_new_tokens=1, seed=s, top_k=4) for s in range(count)]
     results = engine.generate([Request(image=image, options=o) for o in options])
@@ -134,11 +134,11 @@ def test_samples_follow_the_models_probabilities(engine: Engine) -> None:
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it(engine: Engine) -> None:
     options = GenerationOptions(do_sample=True, temperature=1.5, seed=5, max_new_tokens=12)
-    request = Request(image=images(1)[0].numpy(), options=options)
+    request = Request(image=random_images(1)[0].numpy(), options=options)
     alone = engine.generate([request])[0].token_ids
     others = [
         Request(image=i.numpy(), options=GenerationOptions(do_sample=True, seed=s))
-        for s, i in enumerate(images(9))
+        for s, i in enumerate(random_images(9))
     ]
     crowded = engine.generate([*others, request, *others])
     assert crowded[len(others)].token_ids == alone
@@ -147,7 +147,7 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(engine: Engine) -> N
 
 def test_several_samples_of_one_request_are_different_and_reproducible(engine: Engine) -> None:
     options = GenerationOptions(do_sample=True, num_return_sequences=4, seed=2, max_new_tokens=8)
-    first, second = engine.generate([Request(image=images(1)[0].numpy(), options=options)] * 2)
+    first, second = engine.generate([Request(image=random_images(1)[0].numpy(), options=options)] * 2)
     assert len({c.token_ids for c in first.completions}) == 4
     assert first.completions == second.completions
 
@@ -170,7 +170,7 @@ def test_texts_of_all_kinds_are_the_same_alone_and_together(
         GenerationOptions(num_beams=2, no_repeat_ngram_size=2),
         GenerationOptions(do_sample=True, num_return_sequences=3, seed=2),
     ]
-    image = engine.image(images(1)[0].numpy())
+    image = engine.image(random_images(1)[0].numpy())
     requests = [
         Request(image=image, prompt=prompt, options=replace(options, max_new_tokens=12))
         for options in kinds

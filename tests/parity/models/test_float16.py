@@ -10,7 +10,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.testing.tiny_checkpoints import NUM_QUERIES
+from blip2_actor.testing import NUM_QUERIES
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from transformers import OPTForCausalLM
 
 from blip2_actor.checkpoints.weights import load_weights, opt_rules
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.testing.tiny_checkpoints import make_config, randomize
+from blip2_actor.testing import randomize_weights, tiny_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
@@ -37,9 +37,9 @@ class Holder(nn.Module):
 
 @pytest.fixture(params=VARIANTS)
 def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, OPTForCausalLM]:
-    config = make_config("opt", **VARIANTS[request.param]).text_config
+    config = tiny_config("opt", **VARIANTS[request.param]).text_config
     reference = OPTForCausalLM(config).eval()
-    randomize(reference)
+    randomize_weights(reference)
     tensors = {f"language_model.{name}": p.detach() for name, p in reference.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     ours = OptDecoder(config).eval()

@@ -14,18 +14,18 @@ from transformers import Blip2ForImageTextRetrieval
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model, load_retrieval
 from blip2_actor.models.retrieval import Blip2Retrieval
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, make_config, randomize
+from blip2_actor.testing import IMAGE_SIZE_PX, randomize_weights, tiny_config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = make_config("opt", image_token=False)
+    config = tiny_config("opt", image_token=False)
     config.qformer_config.use_qformer_text_input = True
     config.image_text_hidden_size = 12
     model = Blip2ForImageTextRetrieval(config)
-    randomize(model)
+    randomize_weights(model)
     path = tmp_path_factory.mktemp("retrieval")
     model.save_pretrained(path)
     return path

@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
 from blip2_actor.checkpoints.weights import load_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
-from blip2_actor.testing.tiny_checkpoints import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
+from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES
 
 LANGUAGES = ["opt", "t5"]
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def reference_loss(
     model: Blip2ForConditionalGeneration, pixel_values: Tensor, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """The reference wants its image tokens, and for OPT labels for them too."""
-    image_ids = torch.full((len(input_ids), NUM_QUERIES), IMAGE)
+    image_ids = torch.full((len(input_ids), NUM_QUERIES), IMAGE_TOKEN_ID)
     if model.config.text_config.model_type == "opt":
         labels = torch.cat([torch.full_like(image_ids, -100), labels], dim=1)
     return model(pixel_values, input_ids=torch.cat([image_ids, input_ids], dim=1), labels=labels).loss

@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.safetensors_file import StoredTensor
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def model(checkpoint_folder: Callable[..., Path]) -> Blip2:
 
 @pytest.fixture(scope="module")
 def pixel_values(model: Blip2) -> torch.Tensor:
-    return model.normalizer(images(3), torch.float32)
+    return model.normalizer(random_images(3), torch.float32)
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def test_qformer_and_projection_equal_the_reference(model, reference, pixel_valu
 @torch.no_grad()
 def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt) -> None:
     """Packed prefill, positions and the head, without any search around them."""
-    text = make_tokenizer("opt")(prompt).input_ids if prompt else [2]
-    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text]).expand(3, -1)
+    text = tiny_tokenizer("opt")(prompt).input_ids if prompt else [2]
+    input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text]).expand(3, -1)
     expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
     prefix = model.project(model.qformer_features(model.image_features(pixel_values)))
     embeds = model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
@@ -95,7 +95,7 @@ def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_fol
     older.joinpath("config.json").write_text(
         "\n".join(line for line in config.splitlines() if "image_token_index" not in line)
     )
-    asked = [Request(image=i.numpy(), prompt=p) for i in images(3) for p in (None, "what is it")]
+    asked = [Request(image=i.numpy(), prompt=p) for i in random_images(3) for p in (None, "what is it")]
     found = []
     for folder in (newer, older):
         with EngineConfig(model=str(folder), dtype="float32").build() as engine:
@@ -173,4 +173,4 @@ def test_another_language_model_is_refused_before_loading(
 
 
 def test_end_token_constant_is_the_tokenizers() -> None:
-    assert make_tokenizer("opt").eos_token_id == EOS
+    assert tiny_tokenizer("opt").eos_token_id == EOS_TOKEN_ID

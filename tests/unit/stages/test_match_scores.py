@@ -7,9 +7,8 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
+from blip2_actor.testing import IMAGE_SIZE_PX, random_images, save_tiny_retrieval_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, ScoreSettings
 from pipeline.stages.caption import CaptionStage
@@ -21,7 +20,7 @@ TEXTS = ["a dog", "two cats on the sofa", None]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def config(folder: Path) -> MatchingConfig:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    return list(images(3).numpy())
+    return list(random_images(3).numpy())
 
 
 def decoded(pictures: list[np.ndarray]) -> pa.Table:

@@ -13,8 +13,7 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
 from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import images, save_checkpoint
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
+from blip2_actor.testing import random_images, save_tiny_checkpoint, save_tiny_retrieval_checkpoint
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS
@@ -26,7 +25,7 @@ VECTORS = Outputs.of(embeds={"seen": "vision", "mean": "qformer"}, scores={"fit"
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CaptionStage]:
-    folder = save_checkpoint(tmp_path_factory.mktemp("opt"))
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("opt"))
     started = CaptionStage(EngineConfig(model=str(folder), **PLAIN), OPTIONS, outputs=VECTORS)
     yield started
     started.close()
@@ -34,12 +33,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CaptionStage]:
 
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
 
 
 def table() -> pa.Table:
     """Three images with texts, the second of them black."""
-    pictures = images(3).numpy()
+    pictures = random_images(3).numpy()
     pictures[1] = 0
     columns = {
         "status": pa.array(["ok"] * 3),
