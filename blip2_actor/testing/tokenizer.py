@@ -25,7 +25,7 @@ def byte_tokenizer(
         special_ids: id of each special token; "<image>" must be one of them.
         first_byte_id: id of the first byte token; the other 255 follow.
         first: special token at the start of every text, as in the tokenizer of OPT.
-        last: special token at the end of every text, as in the tokenizer of T5. Give `first` or `last`, not both.
+        last: special token at the end of every text, as in the tokenizer of T5; exclusive with `first`.
         roles: special tokens by their name in transformers, such as `eos_token="<end>"`.
 
     Returns:
