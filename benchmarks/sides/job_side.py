@@ -56,8 +56,10 @@ class JobSide:
     """Run jobs in this process, which becomes Ray's driver."""
 
     def __init__(self, started: float) -> None:
-        """Args:
-        started: `time.time()` at which the command was given.
+        """Prepare this process for Ray.
+
+        Args:
+            started: `time.time()` at which the command was given.
         """
         self._started = started
         set_ray_environment()

@@ -25,9 +25,11 @@ class ServeBatch:
     """A careful version: the model has a thread of its own, and images are decoded in other threads."""
 
     def __init__(self, device: str, *captioner: Any) -> None:
-        """Args:
-        device: torch device of the model.
-        captioner: the arguments of `Captioner`.
+        """Load the model.
+
+        Args:
+            device: torch device of the model.
+            captioner: the arguments of `Captioner`.
         """
         # One thread loads and computes, because a second one would have OpenMP threads of its own.
         self._thread = ThreadPoolExecutor(1)
