@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
-from blip2_actor import Score
-from blip2_actor.demo.evaluation import generate_captions, score_captions
-from blip2_actor.demo.scenes import SceneSampler, all_captions, draw
+from blip2_actor.demo import SceneSampler, all_captions, draw
+from blip2_actor.demo.evaluation import CaptionAccuracy, generate_captions, score_captions
 
 CHECKPOINT = Path(__file__).parents[3] / "blip2_actor" / "demo" / "checkpoint"
 SEED = 20_261  # training draws from 1, and chooses by 2
@@ -33,7 +32,7 @@ def processor():
     return AutoProcessor.from_pretrained(CHECKPOINT)
 
 
-def score(model, processor, split: str, num_scenes: int) -> Score:
+def score(model, processor, split: str, num_scenes: int) -> CaptionAccuracy:
     """Draw at many sizes, through JPEG and PNG, and caption through the checkpoint's own processor."""
     rng = np.random.default_rng(SEED)
     sampler = SceneSampler(split, SEED)  # type: ignore[arg-type]
