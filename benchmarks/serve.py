@@ -39,6 +39,8 @@ from pipeline.run.cluster import set_ray_environment
 MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
 OFFERED = (0.25, 0.5)
 """Rates of arrivals, as fractions of the images/s of the engine alone in the first round."""
+AT_ONCE = (1, 4, 16, 64)
+"""Default numbers of callers, and default batch sizes."""
 Runs = dict[str, dict[str, dict[str, Any]]]
 """Figures by load and side."""
 
@@ -122,20 +124,8 @@ def main() -> None:
         help=f"new tokens of every text (default: each text ends by itself within {MAX_NEW_TOKENS})",
     )
     add("--images", type=int, default=1024, help="number of different images (default: %(default)s)")
-    add(
-        "--callers",
-        type=int,
-        nargs="+",
-        default=[1, 4, 16, 64],
-        help="callers at once, one load for each number",
-    )
-    add(
-        "--batches",
-        type=int,
-        nargs="+",
-        default=[1, 4, 16, 64],
-        help="values of max_batch_size of @serve.batch",
-    )
+    add("--callers", type=int, nargs="+", default=AT_ONCE, help="callers at once, one load for each number")
+    add("--batches", type=int, nargs="+", default=AT_ONCE, help="values of max_batch_size of @serve.batch")
     add("--seconds", type=float, default=10, help="duration of one load (default: %(default)s)")
     add("--rounds", type=int, default=3)
     add_models(parser)

@@ -69,8 +69,7 @@ def _options(length: int, num_beams: int) -> GenerationOptions:
 
 
 class ReferenceSide:
-    """transformers as its documentation describes it: one batch at a time, with pixel values that are
-    ready."""
+    """transformers as its documentation describes it, one batch at a time; its pixel values are ready."""
 
     def __init__(self, folder: Path, dtype: str, device: str, work: Work, num_beams: int) -> None:
         self._device, self._work, self._num_beams = torch.device(device), work, num_beams
@@ -170,9 +169,7 @@ class EncoderSide:
             self._encode_all(self._pixel_values.split(self.batch))
             return
         num_pairs = -(-len(self._pixel_values) // (2 * self.batch))
-        batches = self._pixel_values.tensor_split(
-            2 * num_pairs
-        )  # both threads get the same number of batches
+        batches = self._pixel_values.tensor_split(2 * num_pairs)  # the same number for each thread
         _take_cores(self._num_threads - self._num_threads // 2)
         other_half = self._second_thread.submit(self._encode_all, batches[1::2])
         self._encode_all(batches[::2])
