@@ -79,7 +79,10 @@ def test_a_map_that_says_nothing_is_refused(options: dict, message: str) -> None
 def test_a_map_with_names_of_another_model_is_refused(checkpoint_folder: Callable[..., Path]) -> None:
     """Such as transformers' own, which would else put nothing anywhere."""
     for device_map, message in (
-        ('{"language_model.model.decoder": "disk"}', r"got language_model\.model\.decoder; it has vision"),
+        (
+            '{"language_model.model.decoder": "disk"}',
+            r"got language_model\.model\.decoder; the model has vision",
+        ),
         ('{"vision": 9}', "device must exist here"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -120,7 +120,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
     tensors["language_projection.bias"] = torch.zeros(7)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(StoredTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match="must be those of its config") as refusal:
+    with pytest.raises(ValueError, match="do not match its config") as refusal:
         load_model(Checkpoint(broken), CPU, torch.float32)
     for name in (
         "missing vision.layers.1.fc1.bias",
@@ -136,14 +136,14 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
     shutil.copytree(checkpoint_folder(), broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OSError, match=r"model.safetensors must be a whole safetensors file"):
+    with pytest.raises(OSError, match=r"model.safetensors must be a complete safetensors file"):
         load_model(Checkpoint(broken), CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "./no/such/folder"}, "model must be a folder that exists"),
+        ({"model": "./no/such/folder"}, "model must be an existing folder"),
         ({"model": "demo", "device": "cuda:7"}, "device must exist here"),
         ({"model": "demo", "device": "meta"}, "device must be .*got 'meta'"),
         ({"model": "demo", "device": "gpu"}, "device must be .*got 'gpu'"),

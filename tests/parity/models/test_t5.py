@@ -216,5 +216,5 @@ def test_stored_copies_of_the_embeddings_must_agree(
     load(tmp_path)
     tensors["language_model.encoder.embed_tokens.weight"] += 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="differs from the tensor that it should share"):
+    with pytest.raises(ValueError, match="differs from the tensor that it should equal"):
         load(tmp_path)

@@ -19,11 +19,14 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError("404", response=RESPONSE), "model must exist on the hub"),
+        (RepositoryNotFoundError("404", response=RESPONSE), "hub has no model 'some/model'"),
         (RevisionNotFoundError("404", response=RESPONSE), "revision must be a commit, tag or branch .*'v9'"),
         (LocalEntryNotFoundError("no network"), "the hub cannot be reached"),
         (ConnectionResetError("reset"), "the hub cannot be reached"),
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot be stored .*No space left.*make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot be stored .*No space left.*free disk space",
+        ),
     ],
     ids=["model", "revision", "network", "reset", "disk"],
 )

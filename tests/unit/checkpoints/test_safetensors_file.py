@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from blip2_actor.checkpoints import safetensors_file as tensor_file
+from blip2_actor.checkpoints.name_map import Rule
 from blip2_actor.checkpoints.safetensors_file import DTYPES, list_tensors
-from blip2_actor.checkpoints.weights import Place, load_weights
+from blip2_actor.checkpoints.weights import load_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -51,7 +52,7 @@ def test_what_is_no_whole_file_is_refused_by_name(spoil: Callable[[bytes], bytes
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4)}, path)
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(OSError, match=r"x\.safetensors must be a whole safetensors file"):
+    with pytest.raises(OSError, match=r"x\.safetensors must be a complete safetensors file"):
         list_tensors(path)
 
 
@@ -76,5 +77,5 @@ def test_loading_takes_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     save_file({"weight": model.weight.clone()}, tmp_path / "model.safetensors")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status_bytes("VmRSS")
-    load_weights(model, tmp_path, [("weight", lambda _: Place("weight"))])
+    load_weights(model, tmp_path, [Rule("weight", "weight")])
     assert status_bytes("VmHWM") - before < model.weight.numel() * 4 // 4
