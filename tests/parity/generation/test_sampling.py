@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.generation.logits_processors import SequenceSoFar, process
-from blip2_actor.generation.sampling import draw, warp
+from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
+from blip2_actor.generation.sampling import sample, warp
 from blip2_actor.testing.tiny_checkpoints import images
 
 
@@ -77,7 +77,7 @@ def test_scores_equal_the_references_processors_in_a_mixed_batch() -> None:
             reference = reference_processors(options, len(context), ends)
             expected.append(reference(torch.tensor([context + token_ids]), logits[row : row + 1].clone())[0])
         found = logits.clone()
-        process(found, drafts, ends)
+        process_logits(found, drafts, ends)
         torch.testing.assert_close(warp(found, MIXED), torch.stack(expected), rtol=0, atol=0)
 
 
@@ -90,7 +90,7 @@ def test_evenly_spread_shares_draw_the_references_probabilities(options: Generat
     )
     count = 4000
     scores = logits.expand(count, -1)
-    drawn = draw(scores, [options] * count, [i / count for i in range(count)])
+    drawn = sample(scores, [options] * count, [i / count for i in range(count)])
     found = drawn.bincount(minlength=50)
     assert (found - count * expected).abs().max() <= 1
     assert found[expected == 0].sum() == 0
@@ -102,16 +102,16 @@ def test_the_outermost_shares_draw_tokens_that_are_possible() -> None:
     scores[:, :3] = scores[:, -3:] = float("-inf")
     scores[:, 100] = 1
     plain = GenerationOptions(do_sample=True)
-    assert draw(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
+    assert sample(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
 
 
 def test_rows_without_anything_to_draw_take_the_largest_and_leave_their_neighbours_alone() -> None:
     """What is drawn from NaN is an index beyond the vocabulary, with which a GPU ends everybody's batch."""
     plain = GenerationOptions(do_sample=True, top_k=4, top_p=0.9)
     scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
-    alone = draw(scores[3:], [plain], [0.4])
+    alone = sample(scores[3:], [plain], [0.4])
     scores[0], scores[1], scores[2, 5] = torch.nan, float("-inf"), float("inf")
-    found = draw(scores, [plain] * 4, [0.7, 0.5, 0.5, 0.4])
+    found = sample(scores, [plain] * 4, [0.7, 0.5, 0.5, 0.4])
     assert found[:3].tolist() == [0, 0, 5]
     assert found[3] == alone[0]
 
@@ -157,7 +157,7 @@ def test_texts_of_all_kinds_are_the_same_alone_and_together(
 ) -> None:
     """Rows are chosen together, in pieces: a row's options, tokens or random numbers that reach another row
     change its text."""
-    monkeypatch.setattr("blip2_actor.generation.step.CHOSEN_AT_ONCE", 3)
+    monkeypatch.setattr("blip2_actor.generation.step.MAX_PROCESSED_AT_ONCE", 3)
     kinds = [
         *MIXED,
         GenerationOptions(),
