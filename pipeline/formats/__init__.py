@@ -1,6 +1,8 @@
-"""How each kind of shard is read. A reader gives tables of the rows asked for, then a report.
+"""Read shards: one module per format, and the functions that choose among them.
 
-No image is decoded here and no row is lost: where its bytes cannot be had, the row says why.
+A reader yields tables of the rows asked for, then returns a report. It decodes no image and loses no
+row: if the bytes of an image cannot be had, the row says why. The same work gives the same tables every
+time. Each module says which rule makes a row and what damage may cost.
 """
 
 from __future__ import annotations
@@ -10,22 +12,21 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from pipeline.formats import folder, parquet, webdataset
-from pipeline.formats.columns import Columns, option_of
+from pipeline.formats.columns import Columns, option_name
 from pipeline.formats.rows import member_type
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
 from pipeline.inputs.shards import Format, InputError, Shard
 
-NOT_OF_FOLDERS = {
+OPTIONS_THAT_NEED_TEXTS = {
     "image_column": "--image-column",
     "prompt_column": "--prompt-column",
     "text_columns": "--text-column or --score",
     "keep": "--keep",
 }
-"""Options that name columns or members, by the flags that set them."""
-SAMPLES_LOOKED_AT = 16
-"""Of a tar, to learn which members its samples have,"""
-TARS_LOOKED_AT = 4
-"""and of so many tars at most."""
+"""Options that name columns or members, which folders of images do not have, and the flags that set them."""
+MAX_CHECKED_SAMPLES = 16
+"""First samples of a tar that are read to learn which members the samples have."""
+MAX_CHECKED_TARS = 4
 
 READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
@@ -35,40 +36,37 @@ READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
 
 
 def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
-    """Tables of the rows asked for, in order; the ShardReport is the generator's return value."""
+    """Yield tables of the rows asked for, in order. The generator's return value is a `ShardReport`."""
     return READERS[work.shard.format](work, options)
 
 
-def count_rows(shard: Shard, at_most: int) -> int:
-    """Rows of a shard, or that number when there are more: by the file's own account, or by walking a tar."""
+def count_rows(shard: Shard, max_rows: int) -> int:
+    """Count the rows of a shard up to a maximum: by a Parquet file's footer, or by scanning a tar."""
     if shard.num_rows is not None:
-        return min(shard.num_rows, at_most)
+        return min(shard.num_rows, max_rows)
     if shard.format == "parquet":
-        return min(parquet.count_rows(shard), at_most)
-    return webdataset.count_rows(shard, at_most)
+        return min(parquet.count_rows(shard), max_rows)
+    return webdataset.count_rows(shard, max_rows)
 
 
 def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Field]:
-    """Refuse, before anything is read, options that the shards cannot meet; describe the kept columns.
+    """Refuse options that the shards cannot satisfy, before any row is read.
+
+    Returns:
+        The fields of the kept columns, in order.
 
     Raises:
-        InputError: a column is not there or has a type that does not fit, no image column is found,
-            or an option means nothing to these shards.
+        InputError: a column does not exist or has the wrong type, no image column is found, or an option
+            has no meaning for these shards.
     """
     formats = {shard.format for shard in shards}
     if options.key_column is not None and "parquet" not in formats:
         raise InputError(
-            f"key_column must be left out without Parquet tables, got {options.key_column!r}; "
-            "the key of a file is its path"
+            f"--key-column needs Parquet tables, got {options.key_column!r} and no table; leave it out, "
+            "because the key of a file is its path"
         )
     if formats == {"folder"}:
-        for name, flag in NOT_OF_FOLDERS.items():
-            if value := getattr(options, name):
-                named = value if isinstance(value, str) else ", ".join(value)
-                raise InputError(
-                    f"{flag} must name nothing in folders of files, which hold images and no texts, "
-                    f"got {named}; put both into tars or a table"
-                )
+        _refuse_texts(options)
     _check_members([shard for shard in shards if shard.format == "webdataset"], options)
     for shard in shards:
         if shard.format == "parquet":
@@ -77,27 +75,38 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Fiel
     return [pa.field(name, member_type(source)) for name, source in options.kept.items()]
 
 
-def _check_members(tars: Sequence[Shard], options: ReadOptions) -> None:
-    """Refuse members that none of the first samples has: every row would be without, and most of them ok.
+def _refuse_texts(options: ReadOptions) -> None:
+    for name, flag in OPTIONS_THAT_NEED_TEXTS.items():
+        if value := getattr(options, name):
+            value = value if isinstance(value, str) else ", ".join(value)
+            raise InputError(
+                f"{flag} has no meaning for folders of files, which hold images and no texts, got {value}; "
+                "put both into tars or a table"
+            )
 
-    A further tar is opened only where those before it have not shown everything.
+
+def _check_members(tars: Sequence[Shard], options: ReadOptions) -> None:
+    """Refuse members that none of the first samples has.
+
+    Every row would lack the member, and most rows would still be ok. A tar is opened only if the ones
+    before it have not shown every member.
     """
-    named = [(option_of(name), source) for name, source in options.texts.items()]
-    named += [("keep", source) for source in options.kept.values()]
+    wanted = [(option_name(name), source) for name, source in options.texts.items()]
+    wanted += [("keep", source) for source in options.kept.values()]
     if options.image_column is not None:
-        named.append(("image_column", options.image_column))
+        wanted.append(("image_column", options.image_column))
     found: dict[str, None] = {}
     num_samples = 0
-    for tar in tars[:TARS_LOOKED_AT]:
-        if all(source.lower() in found for _, source in named):
+    for tar in tars[:MAX_CHECKED_TARS]:
+        if all(source.lower() in found for _, source in wanted):
             return
-        samples = webdataset.first_members(tar, SAMPLES_LOOKED_AT)
+        samples = webdataset.first_extensions(tar, MAX_CHECKED_SAMPLES)
         num_samples += len(samples)
-        found |= dict.fromkeys(extension for members in samples for extension in members)
-    for option, source in named:
+        found |= dict.fromkeys(extension for extensions in samples for extension in extensions)
+    for option, source in wanted:
         if found and source.lower() not in found:
-            where = tars[0].uri if len(tars) == 1 else f"the first tars, from {tars[0].uri} on,"
+            checked = tars[0].uri if len(tars) == 1 else f"the first tars, from {tars[0].uri} on,"
             raise InputError(
                 f"{option} must be a member of the samples, got {source!r}; "
-                f"the first {num_samples} of {where} have {', '.join(found)}"
+                f"the first {num_samples} samples of {checked} have {', '.join(found)}"
             )

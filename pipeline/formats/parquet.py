@@ -1,42 +1,44 @@
-"""Parquet tables with a column of encoded images.
+"""Read Parquet tables with a column of encoded images: one row of the table is one row.
 
-A row group that is damaged costs its own rows only. They are given as unreadable, so that every
-other row keeps its number.
+A damaged row group costs its own rows only. They are yielded as unreadable, so that every other row keeps
+its number. A file whose footer cannot be read is a shard without rows, and its report says why. Only the
+row groups with rows that are asked for are read, in small batches whose sizes depend on the file and the
+options alone, so the same work gives the same tables.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blip2_actor import Status
 from pipeline.formats.columns import Columns
-from pipeline.inputs.reader import READ_COLUMNS, ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.formats.parquet_rows import ParquetRows
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import InputError, Shard
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 
 BUFFER_BYTES = 4 << 20
-"""A column is read in such pieces, never a row group at once: one may be larger than memory."""
+"""A column is read in pieces of this size, never a whole row group: one may be larger than memory."""
 
-_DAMAGE = (OSError, pa.ArrowException)
+_DAMAGE_ERRORS = (OSError, pa.ArrowException)
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
-    """Give the rows asked for; a row group of which nothing is asked for is not touched."""
+    """Yield the rows asked for. A row group without such rows is not read."""
     shard, num_rows, reasons = work.shard, 0, []
     try:
         with _open(shard) as file:
             sizes = _group_sizes(file.metadata)
             first, stop = shard.row_groups or (0, len(sizes))
-            rows = _Rows(shard.name, sum(sizes[:first]), Columns.find(file.schema_arrow, options), options)
-            num_rows = shard.rows_of(sum(sizes[first:stop]))
+            columns = Columns.find(file.schema_arrow, options)
+            rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options)
+            num_rows = shard.limit_rows(sum(sizes[first:stop]))
             start = 0
             for group in range(first, stop):
                 wanted = list(work.overlaps(start, min(start + sizes[group], num_rows)))
@@ -44,7 +46,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
                     reason = yield from _read_group(file, group, start, wanted, rows)
                     reasons += [reason] if reason else []
                 start += sizes[group]
-    except (InputError, *_DAMAGE) as error:
+    except (InputError, *_DAMAGE_ERRORS) as error:
         reasons.append(str(error))
     return ShardReport(
         shard=shard.name,
@@ -54,19 +56,22 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     )
 
 
-def split(shard: Shard, most_bytes: int) -> list[Shard]:
-    """Cut a larger file into ranges of row groups of about so many bytes; a damaged one stays whole."""
-    if shard.size_bytes is not None and shard.size_bytes <= most_bytes:
+def split(shard: Shard, max_bytes: int) -> list[Shard]:
+    """Cut a file into ranges of row groups of at most `max_bytes`, or of one row group that is larger.
+
+    A damaged file stays one shard; reading it will say what is wrong.
+    """
+    if shard.size_bytes is not None and shard.size_bytes <= max_bytes:
         return [shard]
     try:
         with _open(shard) as file:
             metadata = file.metadata
-    except _DAMAGE:
-        return [shard]  # Reading it will say what is wrong.
-    ranges: list[tuple[int, int, int]] = []  # first and last group, bytes
+    except _DAMAGE_ERRORS:
+        return [shard]
+    ranges: list[tuple[int, int, int]] = []  # first group, end of the range (excluded), bytes
     for group in range(metadata.num_row_groups):
         size_bytes = metadata.row_group(group).total_byte_size
-        if ranges and ranges[-1][2] + size_bytes <= most_bytes:
+        if ranges and ranges[-1][2] + size_bytes <= max_bytes:
             ranges[-1] = (ranges[-1][0], group + 1, ranges[-1][2] + size_bytes)
         else:
             ranges.append((group, group + 1, size_bytes))
@@ -84,11 +89,11 @@ def split(shard: Shard, most_bytes: int) -> list[Shard]:
 
 
 def count_rows(shard: Shard) -> int:
-    """Rows by the file's own account; none when it cannot be opened."""
+    """Read the number of rows from the footer of the file; 0 if it cannot be opened."""
     try:
         with _open(shard) as file:
             return file.metadata.num_rows
-    except _DAMAGE:
+    except _DAMAGE_ERRORS:
         return 0
 
 
@@ -97,121 +102,45 @@ def schema_of(shard: Shard) -> pa.Schema:
         return file.schema_arrow
 
 
-class _Rows:
-    """Makes tables of a shard's rows; all have the same schema."""
-
-    def __init__(self, shard: str, offset: int, columns: Columns, options: ReadOptions) -> None:
-        self.columns = columns
-        self.options = options
-        self._shard = shard
-        self._offset = offset
-        """Row of the file that is row 0 of the shard."""
-        texts = dict.fromkeys(columns.texts, pa.string())
-        kept = {name: field.type for name, field in columns.kept.items()}
-        self._schema = pa.schema(READ_COLUMNS | texts | kept)
-
-    def of(self, batch: pa.RecordBatch, row: int) -> pa.Table:
-        """A table of a batch whose first row is so-and-so-many of the shard."""
-        images, statuses, errors = self._images(batch.column(self.columns.image.name))
-        keys = self._row_numbers(row, len(batch))
-        if self.columns.key is not None:
-            keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
-        others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
-        others += [batch.column(field.name) for field in self.columns.kept.values()]
-        return self._table(row, keys, images, statuses, errors, others)
-
-    def unreadable(self, row: int, count: int, reason: str) -> pa.Table:
-        """Rows that are there, by the file's own account, and cannot be read."""
-        others = [pa.nulls(count, field.type) for field in list(self._schema)[len(READ_COLUMNS) :]]
-        statuses, errors = [Status.UNREADABLE] * count, [reason] * count
-        return self._table(
-            row, self._row_numbers(row, count), pa.nulls(count, pa.binary()), statuses, errors, others
-        )
-
-    def _table(
-        self,
-        row: int,
-        keys: pa.Array,
-        images: pa.Array,
-        statuses: Sequence[Status | None],
-        errors: Sequence[str | None],
-        others: list[pa.Array],
-    ) -> pa.Table:
-        count = len(keys)
-        shards = pa.repeat(pa.scalar(self._shard), count)
-        rows = pa.array(range(row, row + count), pa.int64())
-        settled = [pa.array(statuses, pa.string()), pa.array(errors, pa.string())]
-        return pa.Table.from_arrays([keys, shards, rows, images, *settled, *others], schema=self._schema)
-
-    def _row_numbers(self, row: int, count: int) -> pa.Array:
-        start = self._offset + row
-        return pa.array(range(start, start + count), pa.int64()).cast(pa.string())
-
-    def _images(self, cells: pa.Array) -> tuple[pa.Array, list[Status | None], list[str | None]]:
-        paths = None
-        if pa.types.is_struct(cells.type):
-            names = {field.name for field in cells.type}
-            paths = pc.struct_field(cells, "path") if "path" in names else None
-            cells = pc.struct_field(cells, "bytes")
-        images = cells.cast(pa.binary())
-        lengths = pc.fill_null(pc.binary_length(images), 0)
-        most = self.options.max_image_bytes
-        good = pc.and_(pc.greater(lengths, 0), pc.less_equal(lengths, most))
-        statuses: list[Status | None] = [None] * len(images)
-        errors: list[str | None] = [None] * len(images)
-        for at in pc.indices_nonzero(pc.invert(good)).to_pylist():
-            statuses[at] = Status.MISSING_IMAGE
-            path = None if paths is None else paths[at].as_py()
-            if lengths[at].as_py() > most:
-                statuses[at] = Status.TOO_LARGE
-                errors[at] = f"the cell has {lengths[at]} bytes, more than {most}"
-            elif path is not None and not images[at].is_valid:
-                errors[at] = f"the cell has no bytes, only the path {path!r}; embed the images in the table"
-            else:
-                errors[at] = "the cell is null" if not images[at].is_valid else "the cell is empty"
-        return pc.if_else(good, images, None), statuses, errors
-
-
 def _read_group(
-    file: pq.ParquetFile, group: int, start: int, wanted: list[tuple[int, int]], rows: _Rows
+    file: pq.ParquetFile, group: int, start: int, wanted: list[tuple[int, int]], rows: ParquetRows
 ) -> Generator[pa.Table, None, str | None]:
-    """Give the wanted rows of a group whose first row is `start`; return what was wrong with it."""
-    at, last = start, wanted[-1][1]
-    reason = None
+    """Yield the wanted rows of a row group.
+
+    Args:
+        start: number of the group's first row in the shard.
+        wanted: ranges of rows of the shard that lie in the group.
+
+    Returns:
+        What is wrong with the group, or None.
+    """
+    position, last = start, wanted[-1][1]
     try:
         for batch in file.iter_batches(
-            _rows_at_once(file.metadata.row_group(group), rows),
+            rows.batch_rows(file.metadata.row_group(group)),
             [group],
-            rows.columns.to_read,
+            rows.columns.names,
             use_threads=False,
         ):
-            for low, high in _within(wanted, at, at + len(batch)):
-                yield rows.of(batch.slice(low - at, high - low), low)
-            at += len(batch)
-            if at >= last:
+            for low, high in _overlaps(wanted, position, position + len(batch)):
+                yield rows.read(batch.slice(low - position, high - low), low)
+            position += len(batch)
+            if position >= last:
                 return None
         reason = f"row group {group} ends early"
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         reason = f"row group {group} cannot be read: {error}"
-    for low, high in _within(wanted, at, last):
+    for low, high in _overlaps(wanted, position, last):
         for row in range(low, high, rows.options.table_rows):
             yield rows.unreadable(row, min(rows.options.table_rows, high - row), reason)
     return reason
 
 
-def _within(spans: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _overlaps(spans: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of half-open spans that lie from start (included) to stop (excluded)."""
     for low, high in spans:
         if max(low, start) < min(high, stop):
             yield max(low, start), min(high, stop)
-
-
-def _rows_at_once(group: pq.RowGroupMetaData, rows: _Rows) -> int:
-    """As many rows as fill a table, by the average of their row group."""
-    names = set(rows.columns.to_read)
-    chunks = (group.column(at) for at in range(group.num_columns))
-    num_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in names)
-    average = max(1, num_bytes // max(1, group.num_rows))
-    return max(1, min(rows.options.table_rows, rows.options.table_bytes // average))
 
 
 @contextmanager
@@ -220,7 +149,7 @@ def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
     with (
         open_input(filesystem, join(root, shard.files[0])) as source,
         pq.ParquetFile(
-            # Arrow takes what one call of a Python file's `read` gives for all there is.
+            # Arrow takes a short result of one `read` of a Python file for the end of the file.
             source if isinstance(source, pa.NativeFile) else io.BufferedReader(source),
             buffer_size=BUFFER_BYTES,
             pre_buffer=False,

@@ -11,7 +11,7 @@ from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo, Status
 from pipeline.cli.commands import errors_to_exit_status
-from pipeline.inputs.datasource import check_options
+from pipeline.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import SizeEstimate, estimate_size
 from pipeline.plan.prediction import Prediction, predict

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from pipeline.formats import read_shard
 from pipeline.formats.tar import BUFFER_BYTES
+from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 from pipeline.inputs.shards import InputError, Shard
-from pipeline.inputs.size_estimate import spread
 
 MAX_SHARDS = 16
 
@@ -44,7 +44,7 @@ def take_sample(shards: Sequence[Shard], options: ReadOptions, num_rows: int) ->
     Raises:
         InputError: there are none.
     """
-    chosen = spread(shards, min(MAX_SHARDS, math.ceil(num_rows / 2)))
+    chosen = evenly_spaced(shards, min(MAX_SHARDS, math.ceil(num_rows / 2)))
     each = math.ceil(num_rows / len(chosen))
     tables: list[pa.Table] = []
     costs: list[Cost] = []
@@ -69,7 +69,7 @@ def take_sample(shards: Sequence[Shard], options: ReadOptions, num_rows: int) ->
 def _work(shard: Shard, num_rows: int) -> ShardWork:
     if shard.format != "folder":
         return ShardWork(shard=shard, missing=((0, num_rows),))
-    rows = spread(range(shard.rows_of(len(shard.files))), num_rows)
+    rows = evenly_spaced(range(shard.limit_rows(len(shard.files))), num_rows)
     return ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
 
 

@@ -12,6 +12,8 @@ from fsspec.core import url_to_fs
 from pipeline.inputs.shards import InputError
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+MAX_PARALLEL_REQUESTS = 16
+"""Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

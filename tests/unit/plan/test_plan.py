@@ -92,8 +92,8 @@ def test_workers_hours_and_bottleneck_by_arithmetic():
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
     """Walking a thousand tars of a bucket to count them would be reading them."""
-    monkeypatch.setattr(size_estimate, "WALKED_ROWS", 50)
-    monkeypatch.setattr(size_estimate, "MAX_WALKED_TARS", 4)
+    monkeypatch.setattr(size_estimate, "SCANNED_ROWS_PER_TAR", 50)
+    monkeypatch.setattr(size_estimate, "MAX_SCANNED_TARS", 4)
     for at in range(9):
         tar = tmp_path / f"{at}.tar"
         write_tar(tar, {f"{row}": os.urandom(10_000 * (1 + at % 3)) for row in range(150 + 20 * at)})
