@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import get_args
 
+from pipeline.errors import InputError
 from pipeline.inputs.find_files import FileSizes, FoundFiles
 from pipeline.inputs.reader import IMAGE_EXTENSIONS
-from pipeline.inputs.shards import Format, InputError
+from pipeline.inputs.shards import Format
 
 FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
     "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),

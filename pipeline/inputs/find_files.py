@@ -14,9 +14,10 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
-from pipeline.inputs.shards import InputError, without_secrets
 from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX")
 """Never part of an input, like everything whose name begins with a dot."""

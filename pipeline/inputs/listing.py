@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, takewhile
 
-from pipeline.formats import count_rows, parquet
+from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, choose_files
 from pipeline.inputs.find_files import FileSizes, find_files
-from pipeline.inputs.shards import Format, InputError, Shard
+from pipeline.inputs.formats import count_rows, parquet
+from pipeline.inputs.shards import Format, Shard
 from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS
 
 FILES_PER_SHARD = 1000

@@ -1,26 +1,19 @@
 """A shard: the unit of input, of retry and of output.
 
-A shard holds plain values that JSON can store, and this module needs only the standard library.
-`json.dumps(dataclasses.asdict(shard))` stores a shard, `Shard(**json.loads(text))` restores it.
-
-A shard that is stored or shown must hold no password. `without_secrets` removes the secrets of a URI;
-`with_secrets` puts those of the user's inputs back.
+A shard holds plain values that JSON can store: `json.dumps(dataclasses.asdict(shard))` stores a shard,
+`Shard(**json.loads(text))` restores it. A stored shard holds no secrets; `with_secrets` puts those of the
+user's inputs back. This module needs only the standard library.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.storage.secrets import with_secrets_of, without_secrets
+
 Format = Literal["webdataset", "parquet", "folder"]
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@")
-
-
-class InputError(ValueError):
-    """The input cannot be used as the user named it. The message says what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +55,6 @@ class Shard:
         return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
 
 
-def without_secrets(uri: str) -> str:
-    """Remove the options of a URI and the credentials before its bucket: both may hold a password."""
-    return _CREDENTIALS.sub("", uri.partition("?")[0]) if "://" in uri else uri
-
-
 def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
     """Give a shard that was stored without secrets those of the input that it lies below.
 
@@ -77,9 +65,5 @@ def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
     for uri in inputs:
         plain = without_secrets(uri)
         if plain != uri and plain.startswith(shard.root.rstrip("/")):
-            credentials = _CREDENTIALS.search(uri)
-            scheme, _, path = shard.root.partition("://")
-            _, mark, options = uri.partition("?")
-            root = f"{scheme}://{credentials.group() if credentials else ''}{path}{mark}{options}"
-            return replace(shard, root=root)
+            return replace(shard, root=with_secrets_of(uri, shard.root))
     return shard

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.formats import count_rows, webdataset
 from pipeline.inputs.evenly_spaced import evenly_spaced
+from pipeline.inputs.formats import count_rows, webdataset
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS
 

@@ -11,7 +11,7 @@ import os
 
 from blip2_actor import EngineBuilder
 from pipeline.cli.commands import errors_to_exit_status
-from pipeline.formats import check_options
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan

@@ -9,11 +9,12 @@ from statistics import fmean
 
 import pyarrow as pa
 
-from pipeline.formats import read_shard
-from pipeline.formats.tar import BUFFER_BYTES
+from pipeline.errors import InputError
 from pipeline.inputs.evenly_spaced import evenly_spaced
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.formats.tar import BUFFER_BYTES
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 from pipeline.plan.cost import Cost, measure
 
 MAX_SHARDS = 16

@@ -17,9 +17,10 @@ import pyarrow as pa
 from PIL import Image
 
 from blip2_actor import DecodePool, ImageLimits
-from pipeline.formats import read_shard
+from pipeline.errors import InputError
+from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardWork
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 
 SIZE_PX = 192
 """The longer side of a thumbnail."""

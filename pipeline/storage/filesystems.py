@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
-from pipeline.inputs.shards import InputError
+from pipeline.errors import InputError
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 MAX_PARALLEL_REQUESTS = 16

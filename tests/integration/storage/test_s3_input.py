@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.formats import check_options, read_shard
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options, read_shard
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
-from pipeline.inputs.shards import InputError
 from pipeline.storage.filesystems import open_filesystem
-from tests.unit.formats.reading_cases import read_rows, tar_bytes
+from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import os
 import pyarrow.fs as pafs
 import pytest
 
+from pipeline.errors import InputError
 from pipeline.inputs.listing import list_shards
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import open_filesystem
-from tests.unit.formats.reading_cases import read_rows, tar_bytes
+from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 
 def touch(folder, *names: str) -> None:

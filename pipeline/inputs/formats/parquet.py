@@ -16,10 +16,11 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.formats.columns import Columns
-from pipeline.formats.parquet_rows import ParquetRows
+from pipeline.errors import InputError
+from pipeline.inputs.formats.columns import Columns
+from pipeline.inputs.formats.parquet_rows import ParquetRows
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 

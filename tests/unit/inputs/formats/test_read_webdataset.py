@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import webdataset
 
-from tests.unit.formats.reading_cases import (
+from tests.unit.inputs.formats.reading_cases import (
     read_rows,
     read_tables,
     shard_at,

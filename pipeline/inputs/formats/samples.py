@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import IO, cast
 
 from blip2_actor import Status
-from pipeline.formats.tar import TAR_ERRORS, TarEndsEarly, members
+from pipeline.inputs.formats.tar import TAR_ERRORS, TarEndsEarly, members
 from pipeline.inputs.reader import IMAGE_EXTENSIONS, ReadOptions
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)

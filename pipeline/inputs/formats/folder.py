@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from blip2_actor import Status
-from pipeline.formats.rows import TableBuilder
+from pipeline.errors import InputError
+from pipeline.inputs.formats.rows import TableBuilder
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.inputs.shards import InputError
 from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 

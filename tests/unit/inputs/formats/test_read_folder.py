@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.formats import check_options
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import InputError, Shard
-from tests.unit.formats.reading_cases import read_rows, read_tables
+from pipeline.inputs.shards import Shard
+from tests.unit.inputs.formats.reading_cases import read_rows, read_tables
 
 
 def test_files_in_order_with_their_path_as_key(tmp_path):

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.formats.reading_cases import read_rows, shard_at, tar_bytes, tar_shard_of, write_tar_shard
+from tests.unit.inputs.formats.reading_cases import (
+    read_rows,
+    shard_at,
+    tar_bytes,
+    tar_shard_of,
+    write_tar_shard,
+)
 
 SAMPLES = [
     member

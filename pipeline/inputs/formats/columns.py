@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.inputs.reader import PROMPT, ReadOptions
-from pipeline.inputs.shards import InputError
 
 USUAL_IMAGE_COLUMNS = (
     "image",

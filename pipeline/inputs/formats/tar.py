@@ -19,7 +19,8 @@ from typing import IO, cast
 
 import pyarrow as pa
 
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.errors import InputError
+from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 

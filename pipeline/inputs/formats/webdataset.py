@@ -1,4 +1,4 @@
-"""Read WebDataset tars: one sample is one row, by the rule of `pipeline.formats.samples`.
+"""Read WebDataset tars: one sample is one row, by the rule of `pipeline.inputs.formats.samples`.
 
 Damage costs the sample that it hits and all samples after it: the rows of a tar that ends early are exactly
 the first rows of the whole tar. Nothing after damage is read, because its rows would get other numbers
@@ -11,9 +11,9 @@ from __future__ import annotations
 import tarfile
 
 from blip2_actor import Status
-from pipeline.formats.rows import TableBuilder
-from pipeline.formats.samples import Sample, SampleReader
-from pipeline.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
+from pipeline.inputs.formats.rows import TableBuilder
+from pipeline.inputs.formats.samples import Sample, SampleReader
+from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
 

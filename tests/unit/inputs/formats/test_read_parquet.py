@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.formats import check_options, parquet
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options, parquet
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import InputError
-from tests.unit.formats.reading_cases import read_rows, read_tables, shard_at
+from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
 
 
 def write(tmp_path, table: pa.Table | dict, **more):

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
-from pipeline.formats.columns import Columns
+from pipeline.inputs.formats.columns import Columns
 from pipeline.inputs.reader import READ_COLUMNS, ReadOptions
 
 

@@ -6,10 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.formats import check_options, webdataset
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options, webdataset
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import InputError, Shard
-from tests.unit.formats.reading_cases import shard_at, tar_bytes
+from pipeline.inputs.shards import Shard
+from tests.unit.inputs.formats.reading_cases import shard_at, tar_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from pipeline.formats import folder, parquet, webdataset
-from pipeline.formats.columns import Columns, option_name
-from pipeline.formats.rows import member_type
+from pipeline.errors import InputError
+from pipeline.inputs.formats import folder, parquet, webdataset
+from pipeline.inputs.formats.columns import Columns, option_name
+from pipeline.inputs.formats.rows import member_type
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
-from pipeline.inputs.shards import Format, InputError, Shard
+from pipeline.inputs.shards import Format, Shard
 
 OPTIONS_THAT_NEED_TEXTS = {
     "image_column": "--image-column",
