@@ -3,6 +3,8 @@
 A reader numbers the rows of the whole shard from 0, skips the rows that it is not asked for, and yields
 small Arrow tables in order. Its generator's return value is a report. The same work gives the same
 tables every time, so that Ray can run a lost read again.
+
+This module does not import pyarrow, because the command line is made of these options.
 """
 
 from __future__ import annotations
@@ -10,29 +12,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from pipeline.inputs.shards import Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
 """Extensions of image files, in upper or lower case. Reading does not look at the content of a file."""
 
 READ_COLUMNS = {
-    "key": pa.string(),
-    "shard": pa.string(),
-    "row": pa.int64(),
-    "image": pa.binary(),  # encoded bytes as they were read; null if there are none
-    "status": pa.string(),  # a blip2_actor.Status if the row has already failed, else null
-    "error": pa.string(),  # one sentence if status is not null
+    "key": "string",
+    "shard": "string",
+    "row": "int64",
+    "image": "binary",  # encoded bytes as they were read; null if there are none
+    "status": "string",  # a blip2_actor.Status if the row has already failed, else null
+    "error": "string",  # one sentence if status is not null
 }
-"""The first columns of every table. The columns of `ReadOptions.texts` (string) and the kept ones follow."""
+"""The first columns of every table, with their Arrow types. The columns of `ReadOptions.texts`, which are
+strings, and the kept columns follow."""
 
 PROMPT = "prompt"
 TEXT = "_blip2_text_"
 """Prefix of the names of columns with text that is scored."""
 
-Tables = Generator[pa.Table, None, "ShardReport"]
+Tables = Generator["pa.Table", None, "ShardReport"]
 """A reader: tables to iterate over, and the report as the generator's return value."""
 
 
