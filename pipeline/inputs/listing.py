@@ -17,7 +17,7 @@ from pipeline.inputs.file_kinds import FORMATS, choose_files
 from pipeline.inputs.find_files import FileSizes, find_files
 from pipeline.inputs.formats import count_rows, parquet
 from pipeline.inputs.shards import Format, Shard
-from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
 FILES_PER_SHARD = 1000
 """Images of a folder in one shard: about as many rows as a tar usually has."""
@@ -118,7 +118,7 @@ def _file_shards(
         shards.append(Shard(name=name, format=file_format, root=root, files=(file,), size_bytes=size_bytes))
     if file_format != "parquet":
         return shards
-    with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as threads:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
         parts = threads.map(lambda shard: parquet.split(shard, range_bytes), shards)
         return list(chain.from_iterable(parts))
 

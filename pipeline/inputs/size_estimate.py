@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import count_rows, webdataset
 from pipeline.inputs.shards import Shard
-from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
 MAX_SCANNED_TARS = 16
 SCANNED_ROWS_PER_TAR = 64
@@ -58,7 +58,7 @@ def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEsti
     uncounted = [shard for shard in shards if shard.num_rows is None]
     tables = evenly_spaced([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
     tars = evenly_spaced([shard for shard in uncounted if shard.format == "webdataset"], MAX_SCANNED_TARS)
-    with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         scans = list(pool.map(_scan, [*tables, *tars]))
     counted = sum(shard.num_rows or 0 for shard in shards)
     is_counted = len(scans) == len(uncounted) and all(scan.is_whole for scan in scans)

@@ -66,9 +66,7 @@ def render_page(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     statistics = report.statistics
     yield from _head(report)
-    yield _bar_chart(
-        "Rows by status", "status", sorted(statistics.by_status.items(), key=lambda item: -item[1])
-    )
+    yield _bar_chart("Rows by status", "status", statistics.by_status.most_common())
     yield from _failures(report)
     if statistics.flags:
         yield _table(

@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 from pipeline.errors import InputError
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
-MAX_PARALLEL_REQUESTS = 16
+MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
 

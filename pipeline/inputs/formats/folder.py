@@ -1,7 +1,7 @@
 """Read folders of image files: one file is one row, and its key is its path.
 
-A file that cannot be read costs its own row only. The rows follow the shard's list of files, so the same
-work gives the same tables, whatever the folder holds by then.
+A file that cannot be read costs its own row only. The rows follow the list of files that the shard holds,
+and the folder is not listed again. So the same work gives the same tables, also when files were added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.inputs.formats.rows import TableBuilder
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.storage.filesystems import MAX_PARALLEL_REQUESTS, join, open_filesystem
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 
 Content = tuple[bytes | None, Status | None, str | None]
@@ -36,8 +36,8 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
 
     num_rows = shard.limit_rows(len(shard.files))
     rows = (row for span in work.overlaps(0, num_rows) for row in range(*span))
-    with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as threads:
-        while batch := list(islice(rows, MAX_PARALLEL_REQUESTS)):
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
+        while batch := list(islice(rows, MAX_CONCURRENT_REQUESTS)):
             for row, (image, status, reason) in zip(batch, threads.map(read_row, batch), strict=True):
                 table.add(row, shard.files[row], image=image, status=status, error=reason, members={})
                 if table.is_full:

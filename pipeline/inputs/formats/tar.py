@@ -95,7 +95,8 @@ class _ForwardStream:
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of all members that are not folders."""
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # It would keep every header in memory.
+        # The archive would keep every header in memory; the stubs of tarfile lack the attribute.
+        archive.members = []  # type: ignore[attr-defined]
         if not member.isdir():
             yield member
 
@@ -109,9 +110,7 @@ def check_after_end(archive: tarfile.TarFile) -> str | None:
     num_zeros = 0
     while block := file.read(BUFFER_BYTES):
         if block.count(0) < len(block):
-            return (
-                "data follows the end-of-archive mark; join tars with `tar --concatenate`, or name each tar"
-            )
+            return "data follows the end-of-archive mark; join tars with `tar --concatenate` or name each"
         num_zeros += len(block)
     if num_zeros > MAX_PADDING_BYTES:
         return f"the tar ends in {num_zeros} bytes of zeros; it was probably not copied to its end"
@@ -125,7 +124,7 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # The stubs of tarfile lack it.
             raise  # The end-of-archive mark.
         except tarfile.HeaderError as error:
             raise TarEndsEarly(
