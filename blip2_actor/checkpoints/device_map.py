@@ -99,9 +99,8 @@ class ModelSplit:
             return torch.empty_like(like, device="cpu")
         self.offload_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.offload_folder) as file:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a full disk raises OSError here, and would kill the process later
+            if hasattr(os, "posix_fallocate"):
+                # A full disk raises OSError here; otherwise it would kill the process later.
                 os.posix_fallocate(file.fileno(), 0, like.nbytes)
             flat = torch.from_file(file.name, shared=True, size=like.nbytes, dtype=torch.uint8)
         return flat.view(like.dtype).view(like.shape)
@@ -119,9 +118,8 @@ def _plan(model: nn.Module, strategy: str, main: torch.device) -> dict[str, int 
         memory = get_balanced_memory(model, memory, no_split_module_classes=WHOLE_LAYERS)
     plan = infer_auto_device_map(model, memory, no_split_module_classes=WHOLE_LAYERS)
     modules = dict(model.named_modules())
-    return {
-        name: place for name, place in plan.items() if name in modules
-    }  # without the plan's names of single parameters
+    # The plan also names single parameters; they have the place of their module.
+    return {name: place for name, place in plan.items() if name in modules}
 
 
 def _resolve_place(place: int | str) -> str:

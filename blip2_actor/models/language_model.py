@@ -1,4 +1,4 @@
-"""The interface between the scheduler and a language model, and between it and its KV cache.
+"""The interface of a language model and of its KV cache, as the scheduler uses them.
 
 A prefix (the projected image and the prompt) is written into a slot of the KV cache by `prefill`; `decode`
 then advances all running slots by one token. `OptDecoder` (decoder only) and `T5` (encoder and decoder)
