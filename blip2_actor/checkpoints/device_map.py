@@ -118,7 +118,7 @@ def _plan(model: nn.Module, strategy: str, main: torch.device) -> dict[str, int 
         memory = get_balanced_memory(model, memory, no_split_module_classes=WHOLE_LAYERS)
     plan = infer_auto_device_map(model, memory, no_split_module_classes=WHOLE_LAYERS)
     modules = dict(model.named_modules())
-    # The plan also names single parameters; they have the place of their module.
+    # The plan also names single parameters, which `place_of` never looks up.
     return {name: place for name, place in plan.items() if name in modules}
 
 
