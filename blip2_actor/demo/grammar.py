@@ -4,9 +4,9 @@ A scene is one object, or two objects in one of four arrangements, on a plain ba
 the upper object first, or the left one if both are level: "a red circle above a blue square on a grey
 background".
 
-A checksum of its text and its pairs of color and shape assign each caption to one split, so the splits are
-disjoint by construction: training never draws a caption of `held_out`, and no pair of `UNSEEN_PAIRS` occurs
-outside `unseen`.
+Each caption belongs to one split, by its pairs of color and shape and by a checksum of its text. So the splits
+are disjoint by construction: training never draws a caption of `held_out`, and no pair of `UNSEEN_PAIRS`
+occurs outside `unseen`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HELD_OUT_PERCENT = 15
 
 Split = Literal["train", "held_out", "unseen"]
 Thing = tuple[str, str]
-"""Colour and shape of one object."""
+"""Color and shape of one object."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Caption:
 
     @property
     def split(self) -> Split:
-        """The one split this caption belongs to."""
+        """The only split that this caption belongs to."""
         if any(thing in UNSEEN_PAIRS for thing in self.things):
             return "unseen"
         held_out = zlib.crc32(str(self).encode()) % 100 < HELD_OUT_PERCENT

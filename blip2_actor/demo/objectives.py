@@ -59,8 +59,7 @@ class Heads(nn.Module):
         self.query = nn.ModuleList([nn.Linear(WIDTH, n) for n in answers])
 
     def patch_loss(self, image_embeds: Tensor, patches: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss over float[B, P + 1, D], and the fraction of right shapes of patches on an
-        object."""
+        """Return the loss over float[B, P + 1, D], and the accuracy of the shapes of patches on an object."""
         colors, shapes = (head(image_embeds[:, 1:]).float() for head in self.patch)
         loss = F.cross_entropy(colors.flatten(0, 1), patches[..., 0].flatten())
         loss = loss + 2 * F.cross_entropy(shapes.flatten(0, 1), patches[..., 1].flatten())
@@ -69,8 +68,7 @@ class Heads(nn.Module):
         return loss, right[patches[..., 1] > 0].float().mean()
 
     def place_loss(self, image_embeds: Tensor, patches: Tensor, attributes: Tensor) -> Tensor:
-        """Return the loss over float[B, P + 1, D] for which object is named first, and for the
-        arrangement."""
+        """Return the loss over float[B, P + 1, D] for the order of the objects and for their arrangement."""
         order = F.cross_entropy(
             self.order(image_embeds[:, 1:]).float().flatten(0, 1), patches[..., 2].flatten()
         )

@@ -187,6 +187,8 @@ class FakeEngine:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        if self._trace:
+            self._trace.close()
 
     def _encode(self, image: ImageLike) -> np.ndarray:
         """Count an image, a shared one only once, and return its pixels."""

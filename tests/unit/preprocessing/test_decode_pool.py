@@ -73,8 +73,7 @@ def test_a_hostile_image_fails_alone(
 
 
 def test_many_hostile_images_in_a_row_each_get_their_own_outcome() -> None:
-    """The blame must not move to the next image, and three deaths in a row must not count as failed
-    starts."""
+    """The next image must not get the blame, and three deaths in a row must not count as failed starts."""
     batch = [
         attack("segfault"),
         attack("leave"),
@@ -225,8 +224,7 @@ def test_impossible_sizes_are_refused(size_px: int, num_children: int, name: str
 
 
 def test_every_malformed_image_has_an_outcome_and_its_neighbors_are_unchanged() -> None:
-    """300 damaged files of every format, each between good ones, decoded twice: none is lost, and both runs
-    agree."""
+    """300 damaged files of every format, each between good ones: none is lost, and two runs agree."""
     names, damaged = zip(*malformed_images(300, seed=11), strict=True)
     batch = [data for index, bad in enumerate(damaged) for data in (bad, GOOD[index % 8])]
     with DecodePool(SIZE, num_children=2) as pool:
