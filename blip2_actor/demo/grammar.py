@@ -4,9 +4,9 @@ A scene is one object, or two objects in one of four arrangements, on a plain ba
 the upper object first, or the left one if both are level: "a red circle above a blue square on a grey
 background".
 
-Each caption belongs to one split, by its pairs of color and shape and by a checksum of its text. So the splits
-are disjoint by construction: training never draws a caption of `held_out`, and no pair of `UNSEEN_PAIRS`
-occurs outside `unseen`.
+Each caption belongs to one split, by its pairs of color and shape and by a checksum of its text. So the
+splits are disjoint by construction: training never draws a caption of `held_out`, and no pair of
+`UNSEEN_PAIRS` occurs outside `unseen`.
 """
 
 from __future__ import annotations
