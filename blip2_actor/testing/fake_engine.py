@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,9 @@ class FakeEngine:
     ) -> list[Result]:
         return [future.result() for future in [self.submit(request, options) for request in requests]]
 
-    def stream(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Iterable[str]:
+    def stream(
+        self, request: Request, options: GenerationOptions = GenerationOptions()
+    ) -> Generator[str, None, None]:
         yield self.submit(request, options).result().text or ""
 
     def image(self, image: ImageLike) -> SharedImage:
