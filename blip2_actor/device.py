@@ -48,6 +48,16 @@ def prepare_device(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def set_num_threads(num_threads: int) -> None:
+    """Set how many CPU threads torch uses for what the calling thread computes.
+
+    torch initializes this number for each thread when the thread first asks for it, and that would undo an
+    earlier `torch.set_num_threads`. So this asks first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+
+
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from blip2_actor.engine.request_state import EncodedImage
+    from blip2_actor.engine.encoded_image import EncodedImage
 
 ImageLike = Union[bytes, "Image", "np.ndarray", "EncodedImage"]
 """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or what the engine's `image()` made of one."""

@@ -104,19 +104,19 @@ def position_bytes(model: Blip2) -> int:
     return model.language_model.new_kv_cache(1, 64, 64).num_bytes // 128
 
 
-def longest_text(model: Blip2) -> int:
+def max_positions_read(model: Blip2) -> int:
     """Most positions of a text that is only read: the model's own limit, or half of free memory's."""
     return _longest_beside(model, 1)
 
 
-def longest_slot(model: Blip2, max_slots: int) -> int:
+def max_positions_in_slots(model: Blip2, max_slots: int) -> int:
     """Most positions of a text that is written: each slot is as long as the longest, so it must leave some.
 
     Texts that slots are planned for are admitted always: who asks for too many slots gets fewer.
     """
     planned = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS + PLANNED_NEW_TOKENS
     beside_others = _longest_beside(model, max(1, max_slots // MIN_SLOTS_FRACTION))
-    return min(longest_text(model), max(planned, beside_others))
+    return min(max_positions_read(model), max(planned, beside_others))
 
 
 def _longest_beside(model: Blip2, num_slots: int) -> int:

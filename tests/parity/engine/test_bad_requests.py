@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
-from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.testing.tiny_checkpoints import images
 
 GOOD = images(1)[0].numpy()
@@ -121,9 +121,9 @@ def test_a_text_that_would_leave_few_slots_is_refused(
         encode_batch=4,
     )
     with config.build() as engine:
-        limit = engine._input_processor.max_slot_positions
-        assert 8 * limit * engine._runner._position_bytes < 4 << 20
-        assert limit < engine._input_processor.max_positions
+        limit = engine._input_processor.max_positions_in_slots
+        assert 8 * limit * engine._core.runner.position_bytes < 4 << 20
+        assert limit < engine._input_processor.max_positions_read
         room = limit - engine.model.config.num_query_tokens - 1
         fits, exceeds = (
             engine.generate([Request(image=GOOD, options=GenerationOptions(max_new_tokens=n))])[0]
@@ -150,7 +150,7 @@ def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_ne
         model=str(checkpoint_folder("t5")), dtype="float32", device="cpu", num_threads=1, max_slots=8
     )
     with config.build() as engine:
-        position = engine._runner._position_bytes
+        position = engine._core.runner.position_bytes
         monkeypatch.setattr("blip2_actor.engine.model_runner.free_bytes", lambda _: position * 8 * 100)
         short, long, endless = (
             Request(image=GOOD, options=GenerationOptions(max_new_tokens=n, min_new_tokens=n))
@@ -161,7 +161,7 @@ def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_ne
         assert len(results[1].token_ids) == 120
         assert results[3] == results[0]
         assert "out of memory" in results[2].error
-        assert engine._scheduler.max_slots == 1
+        assert engine._core.scheduler.limits.max_slots == 1
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_scores_that_are_no_numbers_are_a_failure(
     engine: Engine, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float16 overflows on some image: the first token of NaN is no caption, and drawing from NaN raises."""
-    real = engine._runner.prefill
+    real = engine._core.runner.prefill
 
     def overflow(jobs: list, slots: list[int]) -> torch.Tensor:
         logits = real(jobs, slots).clone()
@@ -179,11 +179,11 @@ def test_scores_that_are_no_numbers_are_a_failure(
         logits[poisoned] = torch.nan
         return logits
 
-    monkeypatch.setattr(engine._runner, "prefill", overflow)
+    monkeypatch.setattr(engine._core.runner, "prefill", overflow)
     chosen = GenerationOptions(max_new_tokens=7, **options)
     result = beside_a_good_one(engine, Request(image=GOOD, options=chosen))
     assert result.status is Status.FAILED
-    assert "no number" in result.error
+    assert "NaN or infinity" in result.error
 
 
 @pytest.mark.parametrize(

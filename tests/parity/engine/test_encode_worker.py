@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
-from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.testing.tiny_checkpoints import images
 
 
@@ -34,13 +34,13 @@ Pass = tuple[str, int, int]
 
 
 def watch_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
-    real, seen = engine._runner.encode, []
+    real, seen = engine._core.runner.encode, []
 
     def encode(batch: list[EncodedImage]) -> None:
         seen.append((threading.current_thread().name, len(batch), torch.get_num_threads()))
         real(batch)
 
-    monkeypatch.setattr(engine._runner, "encode", encode)
+    monkeypatch.setattr(engine._core.runner, "encode", encode)
     return seen
 
 
@@ -76,7 +76,7 @@ def test_a_few_images_are_divided(engine, monkeypatch) -> None:
 
 def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Passes of the lane are done but not handed over until the second event; the first says that one is."""
-    real, begun, go_on = engine._runner.encode, threading.Event(), threading.Event()
+    real, begun, go_on = engine._core.runner.encode, threading.Event(), threading.Event()
 
     def encode(batch: list[EncodedImage]) -> None:
         real(batch)
@@ -84,7 +84,7 @@ def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threadin
             begun.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(engine._runner, "encode", encode)
+    monkeypatch.setattr(engine._core.runner, "encode", encode)
     return begun, go_on
 
 
@@ -123,7 +123,7 @@ def test_closing_finishes_what_the_lane_holds(engine, monkeypatch) -> None:
     assert begun.wait(30)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while not engine._is_closed:
+    while not engine._core.is_closed:
         time.sleep(0.001)
     go_on.set()
     closing.join(30)
@@ -132,14 +132,14 @@ def test_closing_finishes_what_the_lane_holds(engine, monkeypatch) -> None:
 
 def test_a_lane_that_fails_fails_every_request(engine, monkeypatch) -> None:
     """Nobody waits in the lane's thread for its error."""
-    real = engine._runner.encode
+    real = engine._core.runner.encode
 
     def broken(batch: list[EncodedImage]) -> None:
         if threading.current_thread().name == "blip2-encode":
             raise RuntimeError("the device fell off")
         real(batch)
 
-    monkeypatch.setattr(engine._runner, "encode", broken)
+    monkeypatch.setattr(engine._core.runner, "encode", broken)
     with pytest.raises(RuntimeError, match="fell off"):
         engine.generate(requests(16))
 

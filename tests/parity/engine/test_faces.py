@@ -110,7 +110,7 @@ def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
     shared = engine.image(images(1)[0].numpy())
     result = engine.generate([Request(image=shared)], GenerationOptions(max_new_tokens=9))[0]
     rows = [(shared, engine.prompts.encode(None), list(result.token_ids))]
-    assert sum(engine._runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
+    assert sum(engine._core.runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
 
 
 def test_caption_answers_score_and_embedding_cost_one_encode(engine) -> None:
@@ -147,7 +147,7 @@ def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -
         raise torch.OutOfMemoryError("one text alone does not fit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "text_logprobs", fails)
+        patch.setattr(engine._core.runner, "text_logprobs", fails)
         running = engine.submit(Request(image=pictures[0]), GenerationOptions(max_new_tokens=20))
         with pytest.raises(torch.OutOfMemoryError, match="one text alone"):
             engine.score(pictures, ["a", "b"])

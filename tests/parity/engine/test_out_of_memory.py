@@ -60,7 +60,7 @@ def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     """It would wait in front of all others for slots that never become free: behind its image, or later."""
     pictures = [image.numpy() for image in images(6)]
     expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
-    fail_once(monkeypatch, engine._runner, "decode")
+    fail_once(monkeypatch, engine._core.runner, "decode")
     narrow = [Request(image=picture, options=LONG) for picture in pictures]
     wide = Request(image=pictures[0], options=WIDE)
     *found, refused = [f.result(timeout=30) for f in [engine.submit(r) for r in [*narrow, wide]]]
@@ -86,10 +86,10 @@ def test_memory_that_ends_between_two_passes_ends_no_engine(
         for picture, n in zip(pictures, lengths, strict=True)
     ]
     expected = engine.generate(requests)
-    called = fail_once(monkeypatch, scheduler if place == "advance" else engine._runner, place)
+    called = fail_once(monkeypatch, scheduler if place == "advance" else engine._core.runner, place)
     assert tokens(engine.generate(requests)) == tokens(expected)
     assert called
-    assert engine._scheduler.max_slots == 4
+    assert engine._core.scheduler.limits.max_slots == 4
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
@@ -104,7 +104,7 @@ def test_what_does_not_fit_even_alone_fails_alone(
     with config.build() as engine:
         first, second = [Request(image=image.numpy(), options=LONG) for image in images(2)]
         expected = engine.generate([second])
-        fail_once(monkeypatch, engine._runner, stage)
+        fail_once(monkeypatch, engine._core.runner, stage)
         refused, served = engine.generate([first, second])
         assert refused.status is Status.FAILED
         assert refused.error == "out of memory: not enough"
@@ -118,7 +118,7 @@ def test_slots_are_given_back_before_half_as_many_are_made(
     """Memory has just run out: what the failed pass held, and the old slots, must be gone by then."""
     held: list[weakref.ref] = []
     alive: list[list[bool]] = []
-    runner, real_shrink = engine._runner, engine._runner.shrink
+    runner, real_shrink = engine._core.runner, engine._core.runner.shrink
 
     def failing_pass(*_: object) -> None:
         working_memory = torch.zeros(10)
@@ -142,13 +142,13 @@ def test_a_full_batch_that_does_not_fit_does_not_keep_the_engine_from_starting(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The canary fills a compiled batch; only the scheduler halves batches."""
-    runner, real = engine._runner, engine._runner.encode
+    runner, real = engine._core.runner, engine._core.runner.encode
     monkeypatch.setattr(runner.encoders, "compiled_batch", 16)
     monkeypatch.setattr(runner, "encode", lambda x: out_of_memory() if len(x) > 4 else real(x))
     assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
 
 
 def test_no_memory_at_start_names_what_to_lower(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._runner, "prefill", out_of_memory)
+    monkeypatch.setattr(engine._core.runner, "prefill", out_of_memory)
     with pytest.raises(ValueError, match=r"got 8 texts at once and not enough; lower --max-slots"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)

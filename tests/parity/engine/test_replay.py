@@ -18,8 +18,9 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.request_state import EncodedImage, RequestState
+from blip2_actor.engine.request_state import RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
 from blip2_actor.testing.tiny_checkpoints import images
@@ -174,7 +175,7 @@ def make_engine(folder: Path) -> Engine:
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
     """Engines replay as they do on a GPU."""
     tape = Tape()
-    monkeypatch.setattr("blip2_actor.engine.engine.capturer_for", lambda *_: tape)
+    monkeypatch.setattr("blip2_actor.engine.startup.capturer_for", lambda *_, **__: tape)
     yield tape
 
 
@@ -223,7 +224,7 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(
     monkeypatch.setattr(tape, "capture", refuse)
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         found = served(engine)
-    assert sum("could not be recorded" in record.message for record in caplog.records) == 1
+    assert sum("could not be captured" in record.message for record in caplog.records) == 1
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == found
@@ -254,14 +255,14 @@ def test_out_of_memory_while_recording_costs_no_slots(
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(failures)))
         recorded = tape.num_captured
         replayed = served(engine)
-        assert engine._scheduler.max_slots == 13
+        assert engine._core.scheduler.limits.max_slots == 13
     if num_failures == 1:
         assert emptied == [1]
         assert tape.num_captured > recorded
     else:
         assert emptied == list(range(1, len(failures), 2))  # behind every first try, and only there
         assert tape.num_captured == recorded
-        assert "not recorded" in caplog.text
+        assert "was not captured" in caplog.text
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
@@ -288,7 +289,7 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
         monkeypatch.setattr(tape, "capture", fail_twice)
         monkeypatch.setattr(engine.model.language_model, "decode", fail_then)
         replayed = served(engine)
-        assert engine._scheduler.max_slots == 6
+        assert engine._core.scheduler.limits.max_slots == 6
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed

@@ -195,19 +195,17 @@ def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatc
     """A device that holds only a few rows at once: everything is served all the same, in smaller pieces."""
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
     with Engine(config) as engine:
-        real = getattr(engine._runner, stage)
+        real = getattr(engine._core.runner, stage)
 
         def small_device(rows: list[object], *more: object) -> object:
             if len(rows) > 4:
                 raise torch.OutOfMemoryError("no more than 4 rows")
             return real(rows, *more)
 
-        monkeypatch.setattr(engine._runner, stage, small_device)
+        monkeypatch.setattr(engine._core.runner, stage, small_device)
         assert [r.token_ids for r in engine.generate(asked)] == alone
-        assert (
-            min(engine._scheduler.max_slots, engine._scheduler.encode_batch, engine._scheduler.prefill_batch)
-            <= 4
-        )
+        limits = engine._core.scheduler.limits
+        assert min(limits.max_slots, limits.encode_batch, limits.prefill_batch) <= 4
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -219,7 +217,7 @@ def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, 
         def broken(*_: object) -> None:
             raise RuntimeError("the device fell off")
 
-        monkeypatch.setattr(engine._runner, "encode", broken)
+        monkeypatch.setattr(engine._core.runner, "encode", broken)
         with pytest.raises(RuntimeError, match="fell off"):
             engine.generate(make_requests(5))
         with pytest.raises(RuntimeError, match="has failed"):
@@ -235,13 +233,13 @@ def test_what_comes_while_the_engine_computes_something_else_is_finished_before_
         begun.set()
         closing.wait(30)
 
-    caller = threading.Thread(target=engine._call, args=(work,))
+    caller = threading.Thread(target=engine._core.call, args=(work,))
     caller.start()
     begun.wait(30)
     future = engine.submit(make_requests(1)[0])
     closer = threading.Thread(target=engine.close)
     closer.start()
-    while not engine._is_closed:
+    while not engine._core.is_closed:
         time.sleep(0)
     closing.set()
     closer.join()

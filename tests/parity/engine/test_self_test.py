@@ -25,7 +25,7 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Engine:
 
 
 def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None:
-    again = check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+    again = check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
     assert engine.self_test == again
 
 
@@ -39,7 +39,7 @@ def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None
 
     monkeypatch.setattr(engine.model, "qformer_features", leaking)
     with pytest.raises(SelfTestFailure, match="alone and in a batch"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
 def test_nan_is_refused(engine, monkeypatch) -> None:
@@ -47,7 +47,7 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
         engine.model, "project", lambda features: features.new_full((*features.shape[:2], 32), torch.nan)
     )
     with pytest.raises(SelfTestFailure, match="nan"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
 class Stuck(Tape):
@@ -65,9 +65,9 @@ def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
         runner = ModelRunner(engine.model, 5, capturer=tape)
         assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
     assert tape.num_captured > 0
-    assert "plain and replayed differ by" in caplog.text
+    assert "eager and replayed differ by" in caplog.text
     stuck = ModelRunner(engine.model, 5, capturer=Stuck())
-    with pytest.raises(SelfTestFailure, match="plain and replayed"):
+    with pytest.raises(SelfTestFailure, match="eager and replayed"):
         check(stuck, engine.prompts.empty_ids, engine.image_size_px)
 
 
