@@ -35,8 +35,7 @@ class Engine:
     The token ids of a request do not depend on the requests that run next to it.
 
     Example:
-        >>> with Engine(EngineConfig(model="demo", device="cpu")) as engine:  # doctest: +SKIP
-        ...     engine.generate([Request(image=picture)])
+        >>> engine = Engine(EngineConfig(model="demo", device="cpu"))
         >>> engine.generate([Request(image=picture)])[0].text
         'a red circle on a white background'
         >>> "".join(engine.stream(Request(image=picture)))
@@ -45,6 +44,7 @@ class Engine:
         >>> red, blue = engine.score([shared, shared], ["a red circle", "a blue square"])
         >>> red.logprob > blue.logprob
         True
+        >>> engine.close()
     """
 
     def __init__(self, config: EngineConfig) -> None:

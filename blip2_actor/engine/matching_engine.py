@@ -39,10 +39,8 @@ class MatchingEngine:
     """A loaded retrieval model. Close it, or use it as a context manager.
 
     Example:
-        >>> engine = MatchingConfig(model=retrieval_folder, device="cpu").build()
+        >>> engine = MatchingConfig(model=retrieval_folder, device="cpu", dtype="float32").build()
         >>> match = engine.score([picture], ["a dog"])[0]
-        >>> 0 <= match.itm <= 1
-        True
         >>> image, text = engine.image_embeddings([picture])[0], engine.text_embeddings(["a dog"])[0]
         >>> abs(float((image.vectors @ text.vectors.T).max()) - match.itc) < 1e-3
         True

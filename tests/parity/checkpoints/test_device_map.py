@@ -80,7 +80,7 @@ def test_a_map_with_names_of_another_model_is_refused(checkpoint_folder: Callabl
     """Such as transformers' own, which would else put nothing anywhere."""
     for device_map, message in (
         ('{"language_model.model.decoder": "disk"}', r"got language_model\.model\.decoder; it has vision"),
-        ('{"vision": 9}', "device must exist here"),
+        ('{"vision": 9}', "device must exist on this machine"),
     ):
         with pytest.raises(ValueError, match=message):
             EngineConfig(model=str(checkpoint_folder("opt")), device="cpu", device_map=device_map).build()
