@@ -104,7 +104,7 @@ class Features:
         >>> features.qformer_features.shape, features.pooler_output.shape
         ((8, 128), (128,))
         >>> list(features.attention_maps)
-        ['qformer.layers.0', 'qformer.layers.2']
+        ['qformer.layers.0', 'qformer.layers.1']
     """
 
     status: Status = Status.OK

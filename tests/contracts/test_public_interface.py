@@ -1,4 +1,4 @@
-"""The public interface is a contract: siblings and users import from `blip2_actor`, and from nowhere deeper."""
+"""The public interface is a contract: siblings and users import from `blip2_actor`, and never deeper."""
 
 from __future__ import annotations
 

@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 
 import blip2_actor
 from blip2_actor import EngineConfig, MatchingConfig
-from blip2_actor.demo.scenes import BACKGROUNDS, COLOURS
 from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
+
+WHITE, RED = (248, 248, 248), (215, 35, 35)
+"""As in the scenes that the demonstration checkpoint was trained on."""
 
 WITH_EXAMPLES = [
     "Blip2Actor",
@@ -32,8 +34,8 @@ WITH_EXAMPLES = [
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What the examples may use: the public names, a picture, and one engine of each kind."""
-    picture = Image.new("RGB", (64, 64), BACKGROUNDS["white"])
-    ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=COLOURS["red"])
+    picture = Image.new("RGB", (64, 64), WHITE)
+    ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=RED)
     folder: Path = save_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
     public = {name: getattr(blip2_actor, name) for name in blip2_actor.__all__}
     with (

@@ -1,9 +1,9 @@
-"""Memory that ends at the wrong moment: nothing hangs, nothing else is lost, and whoever starts is told."""
+"""Memory runs out at a bad moment: nothing hangs, no other request is lost, and a failed start says why."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
 
 
 @pytest.fixture(params=["opt", "t5"])
-def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Engine:
+def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
     config = EngineConfig(
         model=str(checkpoint_folder(request.param)),
         dtype="float32",
@@ -41,8 +41,9 @@ def tokens(results: list[Result]) -> list[tuple[int, ...]]:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list[bool]:
-    """The first call runs out of memory; what is returned says whether there was one."""
-    real, called = getattr(place, name), []
+    """Let the first call run out of memory; the returned list is empty until then."""
+    real = getattr(place, name)
+    called: list[bool] = []
 
     def first_fails(*args: object) -> object:
         if not called:
@@ -57,7 +58,8 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list
 def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would wait in front of all others for slots that never become free: behind its image, or later."""
+    """It would wait for slots that never become free, and all later requests behind it: when its image is
+    encoded, or when it arrives later."""
     pictures = [image.numpy() for image in images(6)]
     expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
     fail_once(monkeypatch, engine._core.runner, "decode")
@@ -68,15 +70,15 @@ def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     late = engine.submit(wide).result(timeout=30)
     for result in (refused, late):
         assert result.status is Status.FAILED
-        assert "must be at most 4, got 8; lower them" in result.error
+        assert "must be at most 4, got 8; lower them" in str(result.error)
     assert engine.submit(narrow[0]).result(timeout=30).token_ids == expected[0].token_ids
 
 
 @pytest.mark.parametrize("place", ["copy_slots", "copy_positions", "advance"])
-def test_memory_that_ends_between_two_passes_ends_no_engine(
+def test_memory_that_runs_out_between_two_passes_does_not_end_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Copies between slots and the choice of tokens need memory too."""
+    """Copies between slots and the selection of tokens need memory too."""
     pictures = [image.numpy() for image in images(6)]
     lengths = [3, 12, 5, 12, 8, 12]
     requests = [
@@ -96,7 +98,7 @@ def test_memory_that_ends_between_two_passes_ends_no_engine(
 def test_what_does_not_fit_even_alone_fails_alone(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """One slot, and no memory for what is in it: the engine must be there for the next request."""
+    """There is one slot, and no memory for its text; the engine must still serve the next request."""
     folder = checkpoint_folder("opt")
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
@@ -112,10 +114,10 @@ def test_what_does_not_fit_even_alone_fails_alone(
         assert engine.generate([first])[0].ok
 
 
-def test_slots_are_given_back_before_half_as_many_are_made(
+def test_slots_are_freed_before_half_as_many_are_allocated(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory has just run out: what the failed pass held, and the old slots, must be gone by then."""
+    """Memory has just run out, so the memory of the failed pass and of the old slots must be free by then."""
     held: list[weakref.ref] = []
     alive: list[list[bool]] = []
     runner, real_shrink = engine._core.runner, engine._core.runner.shrink
@@ -141,7 +143,7 @@ def test_slots_are_given_back_before_half_as_many_are_made(
 def test_a_full_batch_that_does_not_fit_does_not_keep_the_engine_from_starting(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The canary fills a compiled batch; only the scheduler halves batches."""
+    """The self-test fills a compiled batch, but only the scheduler halves batches."""
     runner, real = engine._core.runner, engine._core.runner.encode
     monkeypatch.setattr(runner.encoders, "compiled_batch", 16)
     monkeypatch.setattr(runner, "encode", lambda x: out_of_memory() if len(x) > 4 else real(x))
