@@ -28,7 +28,7 @@ ENCODE_BATCH_ELEMENTS = 1 << 18
 """Image tokens times width that fill one pass: small models take more images."""
 
 MIN_SLOTS_FRACTION = 8
-"""At least one slot in 8 must remain when the longest text that is admitted comes."""
+"""One slot of this number of slots must remain when the longest text that is admitted comes."""
 
 USED_FRACTION = 0.85
 """Fraction of free memory that is planned. The rest is for what is not counted here: workspaces,

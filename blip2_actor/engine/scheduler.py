@@ -129,7 +129,10 @@ class Scheduler:
             self._encoded(images, catch_out_of_memory(lambda: self.runner.encode(images)))
 
     def _use_encode_worker(self, encode_worker: EncodeWorker) -> None:
-        """Take the finished batches, and give new ones until the ready requests cover all slots once more."""
+        """Take the finished batches, and give new ones.
+
+        The worker goes on until enough requests are ready to fill all slots once more.
+        """
         while encode_worker.is_done:
             self._encoded(*encode_worker.take())
         num_uncovered = self._num_uncovered_slots

@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint_folder("opt", do_layer_norm_before=False)` saves a random checkpoint and returns its folder."""
+    """Call `checkpoint_folder("opt", do_layer_norm_before=False)` to get a saved random checkpoint."""
 
     @cache
     def make(language: str = "opt", **options: Any) -> Path:

@@ -68,7 +68,7 @@ def test_a_plan_by_free_memory_fills_the_device_and_puts_the_rest_on_disk(
     [
         ({"device_map": "all over"}, "device_map must be auto, balanced, sequential or a JSON object"),
         ({"device_map": '{"vision": null}'}, "device_map must be"),
-        ({"device_map": "auto", "compile": True}, "compile must be off"),
+        ({"device_map": "auto", "compile": True}, "compile must not be true"),
     ],
 )
 def test_a_map_that_says_nothing_is_refused(options: dict, message: str) -> None:
