@@ -6,9 +6,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from torch import Tensor
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import RequestState
@@ -152,13 +149,6 @@ def test_the_graph_that_is_dropped_is_the_least_recently_used(
     for rows in (1, 1, 2, 2, 1, 4, 4, 1):
         pair.replaying.decode([9] * rows, pair.lengths[:rows])
     assert pair.tape.num_captured == 3
-
-
-def test_rows_round_up_to_few_sizes() -> None:
-    sizes = [round_rows(count) for count in range(1, 513)]
-    assert all(size >= count for count, size in enumerate(sizes, start=1))
-    assert sizes[:5] == [1, 2, 4, 4, 8]
-    assert len(set(sizes)) == 21
 
 
 @pytest.fixture(params=["opt", "t5"])
@@ -297,41 +287,3 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
-
-
-class BrokenGraph:
-    """A CUDA graph whose capture the driver has aborted."""
-
-    def capture_begin(self, **_: object) -> None:
-        pass
-
-    def capture_end(self) -> None:
-        raise RuntimeError("operation failed due to a previous error during capture")
-
-
-@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("capture")])
-def test_a_capture_that_cannot_be_ended_releases_the_allocator(
-    monkeypatch: pytest.MonkeyPatch, error: Exception | None
-) -> None:
-    """Otherwise the thread would allocate from a pool that is not kept, and the next `empty_cache` would
-    fail. The error of the step itself must be raised, because it says whether memory is short."""
-    pools, ended = iter([(0, 1), (0, 2)]), []
-    stream = SimpleNamespace(device=None, device_index=3, wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *x: ended.append(x), raising=False)
-    capturer = CudaGraphs(torch.device("cuda", 3))
-    calls: list[None] = []
-
-    def step() -> None:
-        calls.append(None)
-        if error is not None and len(calls) == 2:
-            raise error
-
-    with pytest.raises(RuntimeError, match=str(error or "previous error")):
-        capturer.capture(step)
-    assert ended == [(3, (0, 1))]
-    assert capturer._pool == (0, 2)
