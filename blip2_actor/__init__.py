@@ -1,7 +1,7 @@
-"""BLIP-2 as an engine: captions, answers, scores and embeddings, exact against the reference.
+"""BLIP-2 as an engine: captions, answers, scores and embeddings, with the token ids of the reference.
 
-`__all__` is the public interface. Importing the package imports neither Ray nor pyarrow, and torch, numpy and
-Pillow only when a name that needs them is used.
+`__all__` is the public interface. Importing the package imports neither Ray nor pyarrow. It imports torch,
+numpy and Pillow only when a name that needs them is used.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _LAZY = {
     "decode_image": "blip2_actor.preprocessing.images",
     "resize_image": "blip2_actor.preprocessing.images",
 }
-"""Names whose modules import torch, numpy or Pillow, and the module of each."""
+"""Names whose modules import torch, numpy or Pillow, with the module of each."""
 
 
 def __getattr__(name: str) -> Any:
