@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
@@ -58,10 +58,10 @@ def measure_stage_costs(
     Raises:
         ValueError: no image of it can be captioned.
     """
-    decoding = DecodeStage(size_px, settings.limits, "image")
-    decode = lambda table: pa.concat_tables(decoding(table))  # noqa: E731
-    decode(sample.rows.slice(0, 1))  # Starts the child.
-    decoded, decode_cost = _timed(decode, sample.rows)
+    with closing(DecodeStage(size_px, settings.limits, "image")) as decoding:
+        decode = lambda table: pa.concat_tables(decoding(table))  # noqa: E731
+        decode(sample.rows.slice(0, 1))  # Starts the child.
+        decoded, decode_cost = _timed(decode, sample.rows)
     # The child computes or waits for its next image, which is always there.
     decode_cost = Cost(decode_cost.wall_s, max(decode_cost.wall_s, decode_cost.cpu_s))
     readable = decoded.filter(pc.equal(decoded["status"], Status.OK.value))
