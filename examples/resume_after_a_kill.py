@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 
 from examples.drawn_pictures import draw_pictures
+from pipeline.__main__ import main as blip2
 
 
 def kill_and_resume(folder: Path, num_pictures: int) -> list[str]:
@@ -27,19 +28,18 @@ def kill_and_resume(folder: Path, num_pictures: int) -> list[str]:
     """
     draw_pictures(folder / "pictures", num_pictures)
     output = folder / "captions"
-    command = [sys.executable, "-m", "pipeline", "caption", "--model", "demo"]
-    command += ["--input", str(folder / "pictures"), "--output", str(output)]
+    arguments = ["caption", "--model", "demo", "--input", str(folder / "pictures"), "--output", str(output)]
 
-    first = subprocess.Popen(command)
+    first = subprocess.Popen([sys.executable, "-m", "pipeline", *arguments])
     while first.poll() is None and not any((output / "_blip2" / "fragments").rglob("*.arrow")):
         time.sleep(0.05)
     first.kill()
     first.wait()
     print(f"killed; {num_rows(output)} rows are in finished files, the rest in fragments under _blip2")
 
-    second = subprocess.run(command, check=False)
-    if second.returncode:
-        raise RuntimeError(f"the second start must finish, got exit status {second.returncode}")
+    status = blip2(arguments)
+    if status:
+        raise RuntimeError(f"the second start must finish, got exit status {status}")
     return ds.dataset(output, format="parquet").to_table(columns=["key"])["key"].to_pylist()
 
 

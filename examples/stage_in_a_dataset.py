@@ -10,11 +10,13 @@ to it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.data.expressions import col
 
 import pipeline
 from blip2_actor import EngineConfig, GenerationOptions
@@ -28,11 +30,13 @@ def add_number_of_words(row: dict[str, Any]) -> dict[str, Any]:
 
 def caption_dataset(pictures: str, output: str, model: str) -> int:
     """Caption a folder, drop what could not be captioned, and return the number of rows written."""
+    # Workers may run in another working directory.
+    pictures, output = os.path.abspath(pictures), os.path.abspath(output)
     files = ray.data.read_binary_files(pictures, include_paths=True)
     captioned = pipeline.caption(
         files, EngineConfig(model=model), GenerationOptions(max_new_tokens=30), image_column="bytes"
     )
-    good = captioned.filter(lambda row: row["status"] == "ok").map(add_number_of_words)
+    good = captioned.filter(expr=col("status") == "ok").map(add_number_of_words)
     good.select_columns(["path", "caption", "num_words"]).write_parquet(output)
     written = ray.data.read_parquet(output)
     for row in written.take(5):

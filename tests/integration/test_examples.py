@@ -46,7 +46,7 @@ def test_a_killed_run_resumes(local_ray, folder, monkeypatch, capsys):
     """On the tests' own Ray: starting two of its own would take most of the time."""
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    num_pictures = 1500
+    num_pictures = 800
     keys = resume_after_a_kill.kill_and_resume(folder, num_pictures)
     assert sorted(set(keys)) == sorted(keys) and len(keys) == num_pictures
     (before,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("killed")]
