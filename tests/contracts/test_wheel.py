@@ -53,7 +53,7 @@ def test_it_holds_what_a_cluster_needs(wheel, names):
     assert len(manifests) == 3 and manifests <= names
     with zipfile.ZipFile(wheel) as archive:
         for name in ("ray_cluster.yaml", "constraints.txt"):
-            assert archive.read(f"deploy/{name}") == (ROOT / name).read_bytes()
+            assert archive.read(f"deploy/cluster_files/{name}") == (ROOT / name).read_bytes()
 
 
 def test_it_says_version_license_and_extras(metadata):
@@ -87,7 +87,7 @@ assert version("blip2-ray") == blip2_actor.__version__
 with blip2_actor.EngineConfig(model="demo", device="cpu", num_threads=1).build() as engine:
     result = engine.generate([blip2_actor.Request(image=np.zeros((64, 64, 3), np.uint8))])[0]
 assert result.status == "ok", result
-from deploy.cluster_files import main
+from deploy.cluster_files.__main__ import main
 assert main(["cluster"]) == 0
 """
     done = run_installed(programs / "python", "-c", code, cwd=empty)

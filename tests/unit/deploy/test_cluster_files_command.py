@@ -6,7 +6,7 @@ import yaml
 
 from blip2_actor import __version__
 from deploy.check import check
-from deploy.cluster_files import main
+from deploy.cluster_files.__main__ import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,6 +39,6 @@ def test_nodes_install_the_wheel_of_this_version_from_the_folder(tmp_path):
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "serve_config.yaml").write_text("mine: 1\n")
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 3
     assert "serve_config.yaml exists" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["serve_config.yaml"]
