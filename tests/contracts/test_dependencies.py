@@ -105,7 +105,7 @@ def test_all_is_every_extra_of_a_user() -> None:
 
 
 def test_the_version_is_written_once() -> None:
-    """`blip2_actor.__version__`; the manifests and commands that name the image follow it."""
+    """In `blip2_actor/version.py`; the changelog, and the files that name the image, follow it."""
     assert PROJECT["dynamic"] == ["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{blip2_actor.__version__}]" in changelog
