@@ -1,6 +1,6 @@
 """A wheel in a fresh environment: built, installed without the source tree, and run from an empty folder.
 
-    python -m tests.contracts.installed_wheel dist/blip2_ray-0.1.0-py3-none-any.whl
+    python -m tests.contracts.installed_wheel dist/*.whl
 
 installs a wheel and runs `blip2 demo` with it, as `make wheel` does. The environment borrows the packages of
 the one that runs this, so that nothing is downloaded; the project itself comes from the wheel alone.

@@ -7,7 +7,6 @@ import sys
 import tomllib
 from functools import cache
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -104,11 +103,19 @@ def test_all_is_every_extra_of_a_user() -> None:
     assert declared("ray") == declared("all")
 
 
+def test_the_readme_explains_every_extra_of_a_user() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| extra | for |") : text.index("`-c constraints.txt`")]
+    first_cells = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", first_cells)) == EXTRAS.keys() - {"dev"}
+
+
 def test_the_version_is_written_once() -> None:
     """In `blip2_actor/version.py`; the changelog, and the files that name the image, follow it."""
     assert PROJECT["dynamic"] == ["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{blip2_actor.__version__}]" in changelog
-    for file in (*Path(ROOT / "deploy").glob("kubernetes/*.yaml"), ROOT / "deploy/Dockerfile"):
-        tags = re.findall(r"\bblip2:(\d[\w.]*)", file.read_text(encoding="utf-8"))
-        assert tags and set(tags) == {blip2_actor.__version__}, file
+    named_in = [*ROOT.glob("deploy/kubernetes/*.yaml"), ROOT / "deploy/Dockerfile", ROOT / "README.md"]
+    for file in named_in:
+        versions = re.findall(r"\bblip2(?::|_ray-)(\d+(?:\.\d+)*)", file.read_text(encoding="utf-8"))
+        assert versions and set(versions) == {blip2_actor.__version__}, file

@@ -21,7 +21,7 @@ BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `runs` where the README marks it as runnable anywhere."""
+    """A fenced block; `runs` if the README marks it as runnable anywhere."""
 
     language: str
     text: str
