@@ -28,14 +28,13 @@ from blip2_actor.request import (
     TextFeatures,
 )
 from blip2_actor.status import Status
+from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Blip2Actor",

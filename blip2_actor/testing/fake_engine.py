@@ -205,6 +205,8 @@ class FakeEngine:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        if self._trace:
+            self._trace.close()
 
     def _run(self) -> None:
         while True:
