@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TextIO
 
 import numpy as np
 
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import (
     Completion,
@@ -118,12 +120,6 @@ class FakeEngineConfig:
         return FakeEngine(self)
 
 
-class SharedImage(np.ndarray):
-    """uint8[H, W, 3] from `FakeEngine.image`: counts as encoded once, however many requests use it."""
-
-    is_encoded = False
-
-
 class FakeEngine:
     """One thread that takes the waiting requests, at most `max_batch` at once, and sleeps for their cost."""
 
@@ -133,6 +129,7 @@ class FakeEngine:
             queue.SimpleQueue()
         )
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
+        self._encoded: weakref.WeakSet[EncodedImage] = weakref.WeakSet()
         self._busy_s = 0.0
         self._trace = _open_trace(config.trace) if config.trace else None
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -156,8 +153,8 @@ class FakeEngine:
     ) -> Generator[str, None, None]:
         yield self.submit(request, options).result().text or ""
 
-    def image(self, image: ImageLike) -> SharedImage:
-        return np.asarray(image).view(SharedImage)
+    def image(self, image: ImageLike) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else EncodedImage(np.asarray(image))
 
     def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
         return [fake_features(self._encode(image)) for image in images]
@@ -194,10 +191,10 @@ class FakeEngine:
 
     def _encode(self, image: ImageLike) -> np.ndarray:
         """Count an image, a shared one only once, and return its pixels."""
-        if isinstance(image, SharedImage):
-            self._num_encoded += not image.is_encoded
-            image.is_encoded = True
-            return image
+        if isinstance(image, EncodedImage):
+            self._num_encoded += image not in self._encoded
+            self._encoded.add(image)
+            return image.pixels
         self._num_encoded += 1
         return np.asarray(image)
 
