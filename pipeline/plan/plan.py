@@ -19,7 +19,8 @@ from pipeline.plan.sample import Sample, take_sample
 from pipeline.plan.stage_costs import StageCosts, measure_stage_costs
 from pipeline.progress import Console, duration
 from pipeline.run.bottleneck import REMEDIES
-from pipeline.settings.settings import AnyPlanSettings, CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.plan_settings import AnyPlanSettings
 
 MAX_ERRORS_SHOWN = 5
 
@@ -80,7 +81,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = settings.job()
     engine = engine or job.builder
     info = engine.info()
-    job.outputs.check(engine, info, job.prompt, job.generation)
+    job.spec(engine).check(info)
     shards = list_shards(job.input, format=job.format, limit=job.limit)
     check_options(shards, job.read_options)
     sample = take_sample(shards, job.read_options, settings.sample)

@@ -22,9 +22,10 @@ from pipeline.ledger.commit import commit_shard, output_name
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import PLAN_FOLDERS, STATE, SUFFIX
 from pipeline.plan.sample import Cost, Sample
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.write import caption_stage, contract
+from pipeline.stages.write import output_rows
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_S = 1.0
@@ -73,14 +74,14 @@ def measure_stage_costs(
         )
     started = perf_counter()
     # Rows come again here that would not in the job.
-    captioning = caption_stage(engine, dataclasses.replace(settings, reuse_identical=False))
+    captioning = CaptionStage(dataclasses.replace(settings.spec(engine), reuse_identical=False))
     start_s = perf_counter() - started
     try:
         captioning(readable.slice(0, 1))
         captioned, caption_cost = _timed(captioning, decoded)
     finally:
         captioning.close()
-    rows = contract(captioned, list(settings.reading.kept), captioning)
+    rows = output_rows(captioned, list(settings.reading.kept), captioning)
     with _folder_for_plan(settings.output) as folder:
         write_cost, row_bytes, file_bytes = _write(folder, rows)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": write_cost}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip2_actor import Status
 from pipeline.schema import ROW_CONTRACT
+from pipeline.settings.from_dict import from_dict
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import from_dict
 
 if TYPE_CHECKING:
     from pipeline.report.report import Report

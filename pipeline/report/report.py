@@ -22,7 +22,9 @@ from pipeline.progress import Console, duration
 from pipeline.report.html import page
 from pipeline.report.statistics import COUNTED, Statistics
 from pipeline.report.thumbnails import Place, thumbnails
-from pipeline.settings.settings import CaptionSettings, ReportSettings, from_dict
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.report_settings import ReportSettings
 from pipeline.storage.folder import Folder
 
 NUM_SAMPLES = 24

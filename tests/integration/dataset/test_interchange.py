@@ -17,7 +17,7 @@ from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.schema import output_schema
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import png, right_caption
 
 pytestmark = pytest.mark.usefixtures("local_ray")

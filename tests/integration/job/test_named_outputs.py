@@ -23,8 +23,9 @@ from pipeline.progress import Console
 from pipeline.run.job import prepare, prepare_retry, run_job
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
+from pipeline.settings.retry_settings import RetrySettings
 from tests.integration.inputs import BROKEN, SIZE_PX, png, write_tar
 
 pytestmark = pytest.mark.usefixtures("local_ray")
