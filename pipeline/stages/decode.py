@@ -79,11 +79,13 @@ class DecodeStage:
         return rest
 
     def _decode(self, images: Sequence[bytes | np.ndarray | None]) -> list[DecodedImage]:
-        if any(isinstance(image, np.ndarray) for image in images):
-            return [self._resize(image) for image in images]
-        return self._pool.decode(list(images))  # type: ignore[arg-type]
+        encoded = [image for image in images if not isinstance(image, np.ndarray)]
+        if len(encoded) == len(images):
+            return self._pool.decode(encoded)
+        return [self._resize(image) for image in images]
 
     def _resize(self, image: Any) -> DecodedImage:
+        """Resize an image that is already an array."""
         if image is None:
             return DecodedImage(status=Status.MISSING_IMAGE, error="there is no image")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,10 +46,11 @@ def columns_of(rows: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str
     }
     for column in named:
         values = [row.named.get(column.name) if row.result.ok else None for row in rows]
-        is_vector = pa.types.is_fixed_size_list(column.type)
-        columns[column.name] = (
-            fixed_size_lists(values, column.type) if is_vector else pa.array(values, column.type)  # type: ignore[arg-type]
-        )
+        if pa.types.is_fixed_size_list(column.type):
+            vectors = typing.cast(Sequence[np.ndarray | None], values)
+            columns[column.name] = fixed_size_lists(vectors, column.type)
+        else:
+            columns[column.name] = pa.array(values, column.type)
     return columns
 
 
