@@ -71,9 +71,10 @@ def caption(
         ValueError: the model is unknown, a column is missing, or a column has the name of a new one.
 
     Example:
+        >>> from pathlib import Path
         >>> import ray, pipeline
         >>> from blip2_actor import EngineConfig
-        >>> ds = ray.data.read_images("pictures", mode="RGB")
+        >>> ds = ray.data.from_items([{"image": path.read_bytes()} for path in Path("pictures").iterdir()])
         >>> captioned = pipeline.caption(ds, EngineConfig(model="demo"))
         >>> captioned.select_columns(["caption", "status"]).show()
     """
