@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.column_names import SCHEMA_VERSION
     from pipeline.dataset import caption
     from pipeline.inputs.reader import ReadOptions
     from pipeline.progress import Console, Snapshot
     from pipeline.run.cluster import set_ray_environment
     from pipeline.run.job import prepare, prepare_retry, run_job
-    from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION
+    from pipeline.schema import ROW_CONTRACT
     from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
     from pipeline.settings.outputs import Outputs
     from pipeline.settings.placement import Placement
@@ -49,7 +50,7 @@ _MODULES = {
     "ROW_CONTRACT": "pipeline.schema",
     "ReadOptions": "pipeline.inputs.reader",
     "RetrySettings": "pipeline.settings.retry_settings",
-    "SCHEMA_VERSION": "pipeline.schema",
+    "SCHEMA_VERSION": "pipeline.column_names",
     "ScoreSettings": "pipeline.settings.job_settings",
     "Snapshot": "pipeline.progress",
     "caption": "pipeline.dataset",

@@ -9,8 +9,8 @@ import ray
 from ray.data import Dataset
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
+from pipeline.column_names import refuse_taken_names
 from pipeline.run.cluster import size_of_cluster
-from pipeline.schema import refuse_taken_names
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, reserve, resolve_engine

@@ -6,12 +6,11 @@ columns of the contract are followed by the named outputs, and then by the kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Part of every run's fingerprint; increased when a column or a status changes its meaning."""
+from pipeline.column_names import refuse_taken_names
 
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),
@@ -75,20 +74,3 @@ def output_schema(
     refuse_taken_names([field.name for field in kept], taken, "keep")
     contract = [field for field in ROW_CONTRACT if captioned or field.name not in CAPTION_COLUMNS]
     return pa.schema([*contract, *named, *kept])
-
-
-def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
-    """Raise ValueError if a name is taken or is given twice.
-
-    Args:
-        flag: the setting to which the names belong, for the message.
-    """
-    collisions = sorted(set(names) & set(taken))
-    if collisions:
-        raise ValueError(
-            f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
-            "rename or drop them"
-        )
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{flag} must name each column once, got {', '.join(repeated)} more than once")

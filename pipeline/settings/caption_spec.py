@@ -7,12 +7,13 @@ rule about these values stands here once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
-from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class CaptionSpec:
     @property
     def result_fields(self) -> tuple[pa.Field, ...]:
         """The columns with results that every dataset gets, in order."""
+        from pipeline.schema import result_fields  # needs pyarrow, which --help does not
+
         return result_fields(self.outputs.caption, self.options.num_return_sequences)
 
     def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:

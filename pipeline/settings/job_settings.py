@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
 from blip2_actor.flags import hiding, prefixed, written_as
+from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION, refuse_taken_names
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
-from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.fingerprint import ADDED_LATER, Fingerprint
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
@@ -57,7 +57,7 @@ class JobSettings:
         require_fraction(self.max_failed_fraction)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
-        refuse_taken_names(list(self.reading.kept), ROW_CONTRACT.names, "keep")
+        refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class CaptionSettings(JobSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.spec()  # validates what the caption stage is given
-        self.outputs.refuse_taken([*ROW_CONTRACT.names, *self.reading.kept])
+        self.outputs.refuse_taken([*COLUMN_NAMES, *self.reading.kept])
 
     def job(self) -> CaptionSettings:
         """Return the job itself, as `job()` of the other commands does."""
