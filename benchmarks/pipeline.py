@@ -36,7 +36,7 @@ from benchmarks.sides.job_side import JobSide
 from benchmarks.sides.map_batches import MapBatchesSide
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, save_random_checkpoint
-from pipeline.settings.settings import CaptionSettings
+from pipeline import CaptionSettings
 
 NUM_TOKENS = 20
 OPTIONS = GenerationOptions(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS)

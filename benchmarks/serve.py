@@ -34,7 +34,7 @@ from benchmarks.sides.engine_alone import EngineAlone
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.testing import save_random_checkpoint
-from pipeline.run.cluster import set_ray_environment
+from pipeline import set_ray_environment
 
 MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
 OFFERED = (0.25, 0.5)

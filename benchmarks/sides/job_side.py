@@ -9,9 +9,7 @@ import psutil
 
 from benchmarks.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
-from pipeline.progress import Console, Snapshot
-from pipeline.run.cluster import set_ray_environment
-from pipeline.settings.settings import CaptionSettings
+from pipeline import CaptionSettings, Console, Snapshot, set_ray_environment
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class MapBatchesSide:
     """Run the job in this process, which becomes Ray's driver."""
 
     def __init__(self) -> None:
-        from pipeline.run.cluster import set_ray_environment
+        from pipeline import set_ray_environment
 
         set_ray_environment()
 

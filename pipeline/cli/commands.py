@@ -13,14 +13,10 @@ from pipeline.ledger.lease import OutputInUse
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
 from pipeline.run.job import Job, prepare, prepare_retry, run_job
-from pipeline.settings.settings import (
-    CaptionSettings,
-    EmbedSettings,
-    RetrySettings,
-    ScoreSettings,
-    StatusSettings,
-)
-from pipeline.stages.caption import EngineFault
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.report_settings import StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
+from pipeline.stages.engine_fault import EngineFault
 
 P = ParamSpec("P")
 

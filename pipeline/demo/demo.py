@@ -20,7 +20,8 @@ from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
-from pipeline.settings.settings import CaptionSettings, DemoSettings
+from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 MIN_ACCURACY = 0.95
 NUM_SHOWN = 6
