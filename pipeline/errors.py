@@ -1,11 +1,19 @@
-"""Why a run ends before its work does."""
+"""Why a run ends before its work is done."""
 
 from __future__ import annotations
 
 
 class Stopped(RuntimeError):
-    """The run was stopped; everything finished is kept."""
+    """The run was stopped; finished work is kept."""
 
 
 class TooManyFailures(Stopped):
-    """Most of the input fails; the job has stopped early."""
+    """Most rows of the input fail; the job stops early."""
+
+
+class OutputInUse(RuntimeError):
+    """Another driver works on this output."""
+
+
+class EngineFault(RuntimeError):
+    """The engine or its device has failed, and every request with it: the process should end."""

@@ -6,12 +6,11 @@ outputs and then the kept columns of the input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Part of every run's fingerprint; grows when a column or a status changes its meaning."""
+from pipeline.column_names import refuse_taken_names
 
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),
@@ -70,16 +69,3 @@ def output_schema(
     refuse_taken_names([field.name for field in kept], taken, "keep")
     contract = [field for field in ROW_CONTRACT if captioned or field.name not in OF_CAPTIONS]
     return pa.schema([*contract, *named, *kept])
-
-
-def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
-    """Raise ValueError when a name is taken or comes twice."""
-    collisions = sorted(set(names) & set(taken))
-    if collisions:
-        raise ValueError(
-            f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
-            "give them other names or drop them"
-        )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{flag} must name each column once, got {', '.join(twice)} more than once")

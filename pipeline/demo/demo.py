@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.cli.commands import errors_to_exit_status
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
@@ -43,7 +43,8 @@ class Score:
 def demo(settings: DemoSettings) -> int:
     """Render, caption, compare; 1 when less than 95 % is right or a row is not accounted for."""
     console = Console()
-    folder = _fresh_folder(settings.output)
+    with before_work():
+        folder = _fresh_folder(settings.output)
     console.say(f"Rendering {settings.num_images:,} drawn scenes, some broken on purpose, to {folder}/")
     truth = write_demo_dataset(folder, num_images=settings.num_images)
     captions = folder / "captions"

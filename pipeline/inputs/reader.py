@@ -9,21 +9,23 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from pipeline.inputs.shards import Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
 """File names that end so, in any case, are images; their content is not looked at here."""
 
 READ_COLUMNS = {
-    "key": pa.string(),
-    "shard": pa.string(),
-    "row": pa.int64(),
-    "image": pa.binary(),  # encoded bytes as they came; null when there are none
-    "status": pa.string(),  # a blip2_actor.Status when reading already settled the row, else null
-    "error": pa.string(),  # one sentence when status is not null
+    "key": "string",
+    "shard": "string",
+    "row": "int64",
+    "image": "binary",  # encoded bytes as they came; null when there are none
+    "status": "string",  # a blip2_actor.Status when reading already settled the row, else null
+    "error": "string",  # one sentence when status is not null
 }
 """First columns of every table; then those of `ReadOptions.texts` (string), then the kept ones."""
 
@@ -31,7 +33,7 @@ PROMPT = "prompt"
 TEXT = "_blip2_text_"
 """Begins the names of columns with text that is scored."""
 
-Tables = Generator[pa.Table, None, "ShardReport"]
+Tables = Generator["pa.Table", None, "ShardReport"]
 """A reader: tables to iterate over, and the report as the generator's return value."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo, Status
-from pipeline.cli.commands import errors_to_exit_status
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.datasource import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import SizeEstimate, estimate_size
@@ -61,7 +61,8 @@ class Plan:
 @errors_to_exit_status
 def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan."""
-    found = make_plan(settings, engine)
+    with before_work():  # a plan starts nothing: all that it refuses, the job would refuse
+        found = make_plan(settings, engine)
     console = Console()
     if settings.json:
         console.say(json.dumps(_to_dict(found)))

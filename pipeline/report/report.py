@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cli.commands import errors_to_exit_status
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
 from pipeline.ledger.commit import output_name
@@ -63,7 +63,8 @@ class Report:
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the page where one is asked for."""
     console = Console()
-    found = make_report(settings.output, settings.thumbnails if settings.html else 0)
+    with before_work():
+        found = make_report(settings.output, settings.thumbnails if settings.html else 0)
     for line in lines(found):
         console.say(line)
     if settings.html:

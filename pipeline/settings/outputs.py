@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blip2_actor import EngineBuilder, GenerationOptions, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
-from pipeline.schema import ROW_CONTRACT, refuse_taken_names
+from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 EmbedKind = Literal["vision", "qformer", "queries"]
 ScoreKind = Literal["itm", "itc"]
@@ -68,7 +69,7 @@ class Outputs:
             raise ValueError("regenerate must be left out without captions")
         if not (self.caption or self.names):
             raise ValueError("outputs must name at least one column, got none")
-        self.refuse_taken(ROW_CONTRACT.names)
+        self.refuse_taken(COLUMN_NAMES)
 
     @classmethod
     def of(
@@ -175,6 +176,8 @@ class Outputs:
 
     def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:
         """The named columns with their types."""
+        import pyarrow as pa
+
         vector = pa.list_(pa.float32(), info.qformer_width)
         kinds = {
             "vision": pa.list_(pa.float32(), info.vision_width),

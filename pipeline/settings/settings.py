@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
 from blip2_actor.flags import former_names, hiding, prefixed, written_as
+from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION, refuse_taken_names
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import without_secrets
-from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, refuse_taken_names
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
@@ -58,7 +58,7 @@ class JobSettings:
         _require_fraction(self.max_failed_fraction)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
-        refuse_taken_names(list(self.reading.kept), ROW_CONTRACT.names, "keep")
+        refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class CaptionSettings(JobSettings):
         super().__post_init__()
         if self.prompt is not None and self.reading.prompt_column is not None:
             raise ValueError("prompt_column must be alone, got prompt too; name one of them")
-        self.outputs.refuse_taken([*ROW_CONTRACT.names, *self.reading.kept])
+        self.outputs.refuse_taken([*COLUMN_NAMES, *self.reading.kept])
 
     def job(self) -> CaptionSettings:
         return self

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import Status
-from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, output_schema
+from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION
+from pipeline.schema import ROW_CONTRACT, output_schema
 
 FROZEN = """\
 key: string not null
@@ -42,6 +43,11 @@ def test_columns_types_and_statuses_are_frozen():
     assert str(ROW_CONTRACT) == FROZEN
     assert [status.value for status in Status] == STATUSES
     assert SCHEMA_VERSION == 1
+
+
+def test_the_names_without_types_are_those_of_the_contract():
+    """Settings refuse taken names by this list; a name missing in it could be given to another column."""
+    assert list(COLUMN_NAMES) == ROW_CONTRACT.names
 
 
 def test_kept_columns_come_last_as_they_came():

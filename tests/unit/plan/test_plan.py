@@ -31,7 +31,8 @@ from pipeline.plan.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.stages.caption import CaptionStage, EngineFault
+from pipeline.errors import EngineFault
+from pipeline.stages.caption import CaptionStage
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 
@@ -172,11 +173,11 @@ def test_an_input_of_which_nothing_can_be_decoded_is_refused_with_the_reason(tmp
 def test_what_the_job_would_refuse_or_die_of_is_one_sentence(tmp_path, monkeypatch, capsys):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     engine = FakeEngineConfig()
-    assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 1
+    assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 3
     assert "prompt must be servable" in capsys.readouterr().err
     retrieval = save_retrieval_checkpoint(tmp_path / "retrieval")
     matched = Outputs(score=("fit=caption",), score_model=str(retrieval))
-    assert plan(settings(tmp_path / "in", outputs=matched), engine) == 1
+    assert plan(settings(tmp_path / "in", outputs=matched), engine) == 3
     assert "score_model must take images of 32 px" in capsys.readouterr().err
 
     def fail(*_):
@@ -223,7 +224,7 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     assert said["sample"] == {"num_rows": 8, "by_status": {"ok": 8}}
     assert set(said["prediction"]["stages"]) == {"read", "decode", "caption", "write"}
     assert said["prediction"]["actor_s"] > 0
-    assert main([*command, "--sample", "0"]) == 1
+    assert main([*command, "--sample", "0"]) == 3
     assert "sample must be at least 1, got 0" in capsys.readouterr().err
 
 
@@ -239,10 +240,10 @@ def test_the_other_commands_are_planned_as_the_jobs_they_are(tmp_path, capsys):
         assert None not in found.stage_costs.rows[name].to_pylist()
         assert "caption" not in found.stage_costs.rows.column_names
     assert not captions_made(tmp_path / "trace")
-    assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 1
+    assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 3
     assert "text to score must be one of the columns image, alt, got 'words'" in capsys.readouterr().err
     for command in ("embed", "score --text-column alt"):
-        assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 1
+        assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 3
         assert f"blip2 plan {command[:5]}: sample must be at least 1, got 0" in capsys.readouterr().err
 
 

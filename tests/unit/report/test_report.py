@@ -133,7 +133,7 @@ def test_the_command_writes_one_page_and_says_the_same(folder, tmp_path, capsys)
     assert all(line in said for line in lines(make_report(folder.uri)))
     assert "rows in 60 = ok 54 + failed 6" in said and "10 flagged looping" in said
     assert html.read_text().startswith("<!DOCTYPE html>")
-    assert main(["report", "--output", str(tmp_path)]) == 1
+    assert main(["report", "--output", str(tmp_path)]) == 3
     assert "must be a folder with a run" in capsys.readouterr().err
 
 
