@@ -1,11 +1,10 @@
 """Command-line flags from frozen dataclasses: a field is a flag, the docstring under it is its help.
 
-Every default exists once, in the dataclass. A field whose type is a dataclass adds the flags of that dataclass
-to the same flat list. `blip2` and `python -m deploy` both take their flags from here.
+Every default exists once, in the dataclass. A field whose type is a dataclass adds the flags of that
+dataclass to the same flat list. `blip2` and `python -m deploy` both take their flags from here.
 
-A wrong command line exits with `WRONG_FLAGS` before anything is started: an unknown flag is named together
-with the nearest known one, even when a required flag is missing too, because the misspelled flag usually is the
-missing one.
+A wrong command line exits with `WRONG_FLAGS` before anything is started. An unknown flag is reported with the
+nearest known one, and before a missing flag: the misspelled flag usually is the missing one.
 """
 
 from __future__ import annotations
@@ -76,18 +75,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def add_flags(
-    parser: argparse._ActionsContainer,
-    cls: type,
-    without: frozenset[str] = frozenset(),
-    prefix: str = "",
-    defaults: object = None,
+    parser: argparse._ActionsContainer, cls: type, without: frozenset[str] = frozenset(), prefix: str = ""
 ) -> None:
     """Add a flag for each field of a dataclass, and of the dataclasses inside it.
 
     Args:
         without: names of fields that get no flag.
         prefix: begins the name of each flag.
-        defaults: an instance whose values are the defaults, in place of those of the class.
     """
     hints = typing.get_type_hints(cls)
     help_of = field_docs(cls)
@@ -95,15 +89,14 @@ def add_flags(
         if field.name in without:
             continue
         hint = hints[field.name]
-        default = field.default if defaults is None else getattr(defaults, field.name)
         if dataclasses.is_dataclass(hint):
             group = parser.add_argument_group(help_of[field.name])
-            add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field), default)
+            add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
-        required = default is dataclasses.MISSING
+        required = field.default is dataclasses.MISSING
         help_text = help_of[field.name]
-        if not required and hint is not bool and default not in (None, (), ""):
-            help_text += f" (default: {_shown(default)})"
+        if not required and hint is not bool and field.default not in (None, (), ""):
+            help_text += f" (default: {_shown(field.default)})"
         parser.add_argument(
             flag_of(prefix + field.name),
             *(flag_of(prefix + old) for old in former_names(field)),
@@ -115,7 +108,7 @@ def add_flags(
         )
 
 
-def build(cls: type[T], given: Mapping[str, Any], prefix: str = "", defaults: T | None = None) -> T:
+def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     """Return an instance of a dataclass from parsed flags; fields that are not given keep their defaults.
 
     Raises:
@@ -126,12 +119,11 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "", defaults: T 
     for field in dataclasses.fields(typing.cast(Any, cls)):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            default = field.default if defaults is None else getattr(defaults, field.name)
-            values[field.name] = build(typing.cast(type, hint), given, _prefix(field), default)
+            values[field.name] = build(typing.cast(type, hint), given, _prefix(field))
         elif prefix + field.name in given:
             value = given[prefix + field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values) if defaults is None else dataclasses.replace(typing.cast(Any, defaults), **values)
+    return cls(**values)
 
 
 def flag_of(name: str) -> str:

@@ -63,7 +63,8 @@ class VersionAction(argparse.Action):
         super().__init__(nargs=0, default=argparse.SUPPRESS, **settings)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.exit(0, "".join(f"{line}\n" for line in version_lines()))
+        sys.stdout.write("".join(f"{line}\n" for line in version_lines()))
+        parser.exit()
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:

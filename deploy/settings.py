@@ -19,6 +19,15 @@ MAX_IN_FLIGHT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineImageLimits(ImageLimits):
+    """What one image may cost; tighter than in a batch job, because somebody waits for the answer."""
+
+    max_file_bytes: int = 20 << 20
+    cpu_s: float = 10.0
+    wall_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The model and the limits of the service. Replicas and devices are Serve's own `deployments`."""
 
@@ -32,10 +41,8 @@ class Settings:
     """Seconds from the first byte of a request to its caption; after that the answer is 504."""
     max_in_flight: int = 512
     """Requests that one gateway serves at once; the answer to more is 503."""
-    image: ImageLimits = field(
-        default=ImageLimits(max_file_bytes=20 << 20, cpu_s=10.0, wall_s=30.0), metadata=prefixed("image")
-    )
-    """what one image may cost; tighter than in a batch job"""
+    image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
+    """what one image may cost"""
     decode_children: int = 2
     """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 SCHEMA_VERSION = 1
-"""Part of every run's fingerprint; increases when a column or a status changes its meaning."""
+"""Part of every run's fingerprint; increased when a column or a status changes its meaning."""
 
 COLUMN_NAMES = (
     "key",
@@ -32,13 +32,17 @@ COLUMN_NAMES = (
 
 
 def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
-    """Raise ValueError when a name is taken or comes twice."""
+    """Raise ValueError if a name is taken or is given twice.
+
+    Args:
+        flag: the setting to which the names belong, for the message.
+    """
     collisions = sorted(set(names) & set(taken))
     if collisions:
         raise ValueError(
             f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
-            "give them other names or drop them"
+            "rename or drop them"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{flag} must name each column once, got {', '.join(twice)} more than once")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{flag} must name each column once, got {', '.join(repeated)} more than once")

@@ -9,8 +9,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.run.cluster import size_of_cluster
-from pipeline.column_names import refuse_taken_names
-from pipeline.schema import result_fields
+from pipeline.schema import refuse_taken_names, result_fields
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, Reservations, reserve, resolve_engine
 from pipeline.stages.caption import CaptionStage

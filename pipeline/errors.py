@@ -1,4 +1,4 @@
-"""Why a run ends before its work is done."""
+"""Errors that end a run before its work is done; each message says what to do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ class Stopped(RuntimeError):
 
 
 class TooManyFailures(Stopped):
-    """Most rows of the input fail; the job stops early."""
+    """Most rows fail, so the run has stopped early."""
+
+
+class RayStartFailed(RuntimeError):
+    """Ray could not be started, or its cluster could not be reached; none of its processes is left."""
 
 
 class OutputInUse(RuntimeError):
     """Another driver works on this output."""
-
-
-class EngineFault(RuntimeError):
-    """The engine or its device has failed, and every request with it: the process should end."""

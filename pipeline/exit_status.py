@@ -17,7 +17,8 @@ from enum import IntEnum
 from typing import ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS
-from pipeline.errors import EngineFault, OutputInUse, Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.stages.engine_fault import EngineFault
 
 P = ParamSpec("P")
 
@@ -65,7 +66,7 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             return _fail(error, ExitStatus.TOO_MANY_FAILURES)
         except EngineFault as error:
             return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
-        except (ValueError, OSError, OutputInUse, Stopped) as error:
+        except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
             return _fail(error, ExitStatus.FAILED)
 
     return wrapped

@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from blip2_actor.installation import install_hint
+
 DESCRIPTION = ("*.json", "*.txt", "*.model")
 """Configurations and tokenizers."""
 FILES = (*DESCRIPTION, "*.safetensors")
@@ -102,7 +104,8 @@ def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
         filesystem.invalidate_cache(root)
         entries = filesystem.ls(root, detail=True)
     except ImportError as error:
-        raise OSError(f"{uri} needs a package that is missing: {error}; install it") from error
+        hint = install_hint(uri.partition("://")[0])
+        raise OSError(f"{uri} needs a package that is not installed: {error}{hint}") from error
     except Exception as error:  # every store's library has exceptions of its own
         raise OSError(f"{uri} must be a readable folder, got {type(error).__name__}: {error}") from error
     listed = [e for e in entries if e["type"] == "file" and matches(e["name"], FILES)]

@@ -18,16 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from blip2_actor import Blip2Actor, EngineBuilder, GenerationOptions, ImageLike, Request, Result, Status
-from pipeline.errors import EngineFault
 from pipeline.schema import result_fields
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.decode import PIXELS
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
+from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.quality_flags import REGENERATED, find_flags, stricter
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import Pending, PendingRow, RowResult, columns_of
 from pipeline.stages.worker_exit import end_without_ceremony
-
 
 FinishedRows = list[tuple[int, RowResult]]
 """Rows of a table and what became of them."""

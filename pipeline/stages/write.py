@@ -21,7 +21,6 @@ import ray
 from ray.util import metrics
 
 from blip2_actor import EngineBuilder, ModelInfo, Result, Status
-from pipeline.errors import EngineFault
 from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.rowset import RowSet, runs
@@ -29,6 +28,7 @@ from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.coordinator import Attempt, Receipt
+from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.row_result import RowResult
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import retry_on_oserror

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ import pytest
 from PIL import Image
 from ray import serve
 
-from blip2_actor import EngineBuilder, EngineConfig, EngineStats, ImageLimits
+from blip2_actor import EngineBuilder, EngineConfig, EngineStats
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
 from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 from deploy.app import compose
-from deploy.settings import Settings
+from deploy.settings import OnlineImageLimits, Settings
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
@@ -35,6 +37,7 @@ from pipeline.settings.settings import CaptionSettings
 # Six processes import Ray, and one of them torch: minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(480)
 
+ROOT = Path(__file__).parents[3]
 NUM_CALLERS = 16
 COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
 SIDE_PX = FakeEngineConfig().image_size_px
@@ -82,7 +85,7 @@ def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     gated = FakeEngineConfig(model="demo", gate=str(gate), faults_on=(caption_of(FAULTY),))
-    limits = ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
+    limits = OnlineImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
     serve.run_many(
         [
             target("/", gated, max_in_flight=NUM_CALLERS, timeout_s=20, image=limits),
@@ -202,23 +205,44 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
     assert "<form" in httpx.get(url).text
 
 
-def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = subprocess.Popen(
-            [sys.executable, "-m", "deploy", "--model", "demo", "--device", "cpu", "--port", str(port)],
-            env=environment | {"RAY_TMPDIR": folder, "HOME": str(tmp_path)},
-            cwd=Path(__file__).parents[3],
+def poison(folder: Path) -> None:
+    """Put modules with the names of our packages into a folder; importing one ends the process."""
+    for name in ("pipeline", "blip2_actor", "deploy"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the file of the user was imported')")
+
+
+@contextmanager
+def serving(folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `blip2 serve` from a folder as the console script does, with a Ray of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        environment |= {"RAY_TMPDIR": ray_folder, "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+        yield subprocess.Popen(
+            [sys.executable, "-P", "-m", "pipeline", "serve", "--model", "demo", "--device", "cpu", *flags],
+            env=kept | environment,
+            cwd=folder,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
+    """From a folder whose files have the names of our packages: Ray would have its workers import those."""
+    poison(tmp_path)
+    port = free_port()
+    with serving(tmp_path, "--port", str(port), "--max-new-tokens", "4") as command:
         assert command.stdout is not None
         lines = [command.stdout.readline() for _ in range(3)]
-        assert f"http://127.0.0.1:{port}/" in lines[0], lines
+        assert f"http://127.0.0.1:{port}/" in lines[0], (lines, command.communicate()[1])
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/model").json()["options"]["max_new_tokens"] == 4
         scene = httpx.get(f"http://127.0.0.1:{port}/scene.png")
-        answer = post(f"http://127.0.0.1:{port}", scene.content)
+        answer = post(f"http://127.0.0.1:{port}", scene.content, options='{"max_new_tokens": 30}')
         assert answer.json()["caption"].endswith("background")
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
@@ -229,3 +253,33 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert not alive
     # A token file would change how every later Ray of this user starts.
     assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+def test_a_ray_that_comes_up_too_late_leaves_nothing_running(tmp_path: Path) -> None:
+    """Ray's own processes run by then; only its wait for them, here made short, is over."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '--port' in sys.argv or 'deploy' in ' '.join(sys.orig_argv):\n"
+        "    import itertools, time, types\n"
+        "    import ray._private.node, ray._private.services\n"
+        "    def get_node(*_):\n"
+        "        time.sleep(0.1)\n"
+        "        raise RuntimeError('the node is not there')\n"
+        "    ray._private.services.get_node = get_node\n"
+        "    fast = types.SimpleNamespace(**vars(time))\n"
+        "    fast.monotonic = lambda: 10 * time.monotonic()\n"
+        "    ray._private.node.time = fast\n"
+    )
+    with serving(tmp_path, "--port", str(free_port()), PYTHONSTARTUP="") as command:
+        seen: dict[int, psutil.Process] = {}
+        while command.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen |= {p.pid: p for p in psutil.Process(command.pid).children(recursive=True)}
+            time.sleep(0.05)
+        said = command.communicate()[1]
+        assert command.returncode == 1, said
+        assert "blip2 serve: Ray did not start on this machine: The current node timed out" in said
+        assert "Traceback" not in said
+        assert any("raylet" in " ".join(p.info) for p in seen.values()) if False else len(seen) > 1
+        _, alive = psutil.wait_procs(list(seen.values()), timeout=30)
+        assert not alive

@@ -1,4 +1,4 @@
-"""What cannot work is refused before Ray starts, with a sentence that says what to do, and status 1."""
+"""What cannot work is refused before Ray starts, with a sentence that says what to do, and exit status 3."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 import ray
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig
-from pipeline.cli.commands import caption, retry, status
+from pipeline.cli.commands import caption, retry
+from pipeline.cli.status import status
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import CaptionSettings, RetrySettings, StatusSettings
 from tests.integration.inputs import png, write_tar
@@ -21,7 +22,7 @@ def refused(tmp_path, capsys):
     def run(engine=None, **changes) -> str:
         write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
         values = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")} | changes
-        assert caption(CaptionSettings(**values), engine or FakeEngineConfig()) == 1
+        assert caption(CaptionSettings(**values), engine or FakeEngineConfig()) == 3
         assert not ray.is_initialized()
         said = capsys.readouterr().err
         assert said.startswith("blip2: ")
@@ -45,7 +46,7 @@ def test_unknown_model_folder(tmp_path, capsys):
         output=str(tmp_path / "out"),
         engine=EngineConfig(model=str(tmp_path / "no-such-checkpoint")),
     )
-    assert caption(settings) == 1
+    assert caption(settings) == 3
     assert "no-such-checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -83,8 +84,8 @@ def test_output_with_files_of_someone_else(refused, tmp_path):
 
 
 def test_status_and_retry_without_a_run(tmp_path, capsys):
-    assert status(StatusSettings(output=str(tmp_path))) == 1
-    assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 1
+    assert status(StatusSettings(output=str(tmp_path))) == 3
+    assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 3
     assert capsys.readouterr().err.count("output must be a folder with a run") == 2
 
 

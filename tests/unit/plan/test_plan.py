@@ -31,8 +31,8 @@ from pipeline.plan.sample import Cost, take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.errors import EngineFault
 from pipeline.stages.caption import CaptionStage
+from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 

@@ -9,8 +9,7 @@ import pytest
 
 from blip2_actor import GenerationOptions, ImageLimits, Status
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
-from pipeline.errors import EngineFault
-from pipeline.stages.caption import CaptionStage
+from pipeline.stages.caption import CaptionStage, EngineFault
 from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage
 from tests.integration.inputs import BROKEN, SIZE_PX, png, right_caption
 
