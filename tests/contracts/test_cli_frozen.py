@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -28,7 +28,7 @@ REQUIRED = "--input a --output b --text-column c"
 def commands() -> Mapping[str, Parser]:
     """Every subcommand with its parser; `serve` has that of the endpoint."""
     [action] = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    return cast(Mapping[str, Parser], action.choices) | {"serve": deploy.command.make_parser()}
+    return cast(dict[str, Parser], action.choices) | {"serve": deploy.command.make_parser()}
 
 
 def surface() -> Iterator[str]:
@@ -109,7 +109,8 @@ def test_defaults_are_those_of_the_dataclasses():
 def test_flags_reach_the_dataclasses_inside():
     arguments = "caption --input a b --output o --model demo --num-beams 3 --early-stopping never --stop x"
     arguments += " --keep url caption2=caption --image-max-pixels 9 --max-actors 4 --image-jpeg-draft"
-    settings = build(COMMANDS["caption"].settings, vars(make_parser().parse_args(arguments.split())))
+    given = vars(make_parser().parse_args(arguments.split()))
+    settings: Any = build(COMMANDS["caption"].settings, given)
     assert settings.input == ("a", "b")
     assert settings.engine.model == "demo"
     assert (settings.generation.num_beams, settings.generation.early_stopping) == (3, "never")
@@ -122,7 +123,8 @@ def test_flags_reach_the_dataclasses_inside():
 def test_the_old_name_of_a_flag_is_still_read():
     for flag in ("--skip-self-test", "--skip-canary"):
         given = vars(make_parser().parse_args(["caption", "--input", "a", "--output", "b", flag]))
-        assert build(COMMANDS["caption"].settings, given).engine.skip_self_test
+        settings: Any = build(COMMANDS["caption"].settings, given)
+        assert settings.engine.skip_self_test
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "serve"])

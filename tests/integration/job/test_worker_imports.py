@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.inputs import png, write_tar
 
-# A cluster of its own starts and ends: minutes on a machine that is busy.
+# A cluster of its own starts and ends; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
 ROOT = Path(__file__).parents[3]

@@ -1,4 +1,4 @@
-"""The endpoint as its callers meet it: a real Serve instance, HTTP, decoding children and an engine."""
+"""The endpoint as its callers see it: a real Serve instance, HTTP, decoding children and an engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.settings import CaptionSettings
 
-# Six processes import Ray, and one of them torch: minutes on a machine that is busy.
+# Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
 ROOT = Path(__file__).parents[3]
@@ -44,7 +44,7 @@ SIDE_PX = FakeEngineConfig().image_size_px
 
 
 def png(seed: int) -> bytes:
-    """A picture at the model's own size, so that resizing changes nothing."""
+    """Return a picture of the model's own size, which resizing does not change."""
     pixels = np.random.default_rng(seed).integers(0, 255, (SIDE_PX, SIDE_PX, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -56,19 +56,19 @@ def caption_of(image: bytes, prompt: str | None = None) -> str:
 
 
 FAULTY = png(1_000)
-"""The picture on which the fake engine's device fails."""
+"""The picture for which the device of the fake engine fails."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, the fake engine finishes nothing."""
+    """A file; while it exists, the fake engine finishes no request."""
     return tmp_path_factory.mktemp("gate") / "closed"
 
 
@@ -97,7 +97,7 @@ def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]
 
 
 def target(route: str, engine: EngineBuilder, **settings: Any) -> serve.RunTarget:
-    """One application; its actors take none of the two CPUs, which the batch job needs."""
+    """One application; its actors reserve neither of the two CPUs, which the batch job needs."""
     free = {"ray_actor_options": {"num_cpus": 0}}
     application = compose(engine, Settings(**settings), captioner=free, gateway=free)
     return serve.RunTarget(application, name=route, route_prefix=route)
@@ -123,9 +123,9 @@ def test_concurrent_requests_share_passes_and_keep_their_own_answers(url: str, c
     before = engine_stats()
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
         answers = [callers.submit(post, url, image, prompt=f"p{n}") for n, image in enumerate(images)]
-        # All of them reach the engine while it is busy with the first: none waits behind Serve's limits.
+        # All of them reach the engine while it is busy with the first: Serve's limits hold none back.
         wait_for(lambda: engine_stats().num_requests - before.num_requests == NUM_CALLERS)
-        # And one more than the gateway admits is told so at once, in our own words.
+        # One more than the gateway admits is refused at once, by the gateway and not by Serve.
         refused = post(url, images[0])
         closed_gate.unlink()
         bodies = [answer.result().json() for answer in answers]
@@ -156,16 +156,16 @@ def test_a_picture_of_too_many_pixels_is_413(url: str) -> None:
     assert (response.status_code, response.json()["error"]["type"]) == (413, "too_large")
 
 
-def test_a_caller_that_goes_away_frees_its_place(url: str, closed_gate: Path) -> None:
+def test_a_caller_that_disconnects_frees_its_slot(url: str, closed_gate: Path) -> None:
     image = png(1)
     before = engine_stats()
     for _ in range(NUM_CALLERS + 4):
-        # Had those before it kept their places, the last four would be refused instead of left waiting.
+        # If the callers before had kept their slots, the last four would be refused and not left waiting.
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/caption", files={"image": image}, timeout=httpx.Timeout(10, read=0.15))
     closed_gate.unlink()
     assert post(url, image).status_code == 200
-    # The engine was busy with the first; the others were given up before their turn.
+    # The engine was busy with the first request; the others were cancelled before it started them.
     assert engine_stats().num_requests - before.num_requests > 2
     assert engine_stats().num_finished - before.num_finished < 5
 
@@ -195,7 +195,7 @@ def test_an_engine_that_fails_is_replaced(url: str) -> None:
     refused = post(url, FAULTY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
     wait_for(lambda: post(url, png(2)).status_code == 200, seconds=120)
-    assert engine_stats().num_finished < 5  # another engine, with counters of its own
+    assert engine_stats().num_finished < 5  # another engine, with its own counters
 
 
 def test_the_page_the_model_and_readiness(url: str) -> None:
@@ -258,9 +258,9 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
 
 TOO_LATE = """
 import sys, time, types
-import ray._private.node as node, ray._private.services as services
+from deploy import local_service
 
-skipped_s = 0.0
+start_ray, skipped_s = local_service._start_ray, 0.0
 
 def get_node(*_):
     global skipped_s
@@ -268,8 +268,14 @@ def get_node(*_):
     skipped_s += 15
     raise RuntimeError("the node is not there")
 
-services.get_node = get_node
-node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + skipped_s})
+def start_ray_too_late():
+    from ray._private import node, services  # not before the endpoint has set the environment for Ray
+
+    services.get_node = get_node
+    node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + skipped_s})
+    start_ray()
+
+local_service._start_ray = start_ray_too_late
 
 from deploy.__main__ import main
 sys.exit(main())
