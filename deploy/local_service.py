@@ -89,7 +89,7 @@ def _start_ray() -> None:
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise RayNotStarted(
-            f"Ray did not start on this machine: {reason.rstrip('.')}; when the machine is busy or short of "
+            f"Ray did not start on this machine: {reason}; when the machine is busy or short of "
             "memory or disk space, wait or free some, and run the same command again"
         ) from error
 
