@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_room, require_something
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.memory import longest_slot, longest_text
 from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
@@ -106,7 +106,7 @@ class InputProcessor:
     def text_alone(self, text: str) -> list[int] | RequestRefused:
         """Ids of a text that no image stands before; or why it cannot be read."""
         try:
-            require_something(text)
+            require_non_empty(text)
             token_ids = self.prompts.encode(text)
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))

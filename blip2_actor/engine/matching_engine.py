@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
-from blip2_actor.checkpoints.tokenizer import require_known, require_something
+from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype
 from blip2_actor.engine.input_processor import RequestRefused, to_pixels
@@ -133,9 +133,9 @@ class MatchingEngine:
     def _token_ids(self, text: str) -> list[int] | RequestRefused:
         """Ids as the reference's processor makes them, special tokens included, image tokens not."""
         try:
-            token_ids: list[int] = self.tokenizer(require_something(text)).input_ids
+            token_ids: list[int] = self.tokenizer(require_non_empty(text)).input_ids
             known = self.model.word_embeddings.num_embeddings
-            require_known(token_ids, known, self.model.config.image_token_index)
+            require_known_tokens(token_ids, known, self.model.config.image_token_index)
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))
         limit = self.model.position_embeddings.num_embeddings

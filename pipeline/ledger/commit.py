@@ -56,6 +56,7 @@ def commit_shard(
     report: ShardReport,
     metadata: Mapping[bytes, bytes],
     empty_schema: pa.Schema = ROW_CONTRACT,
+    file_name: str | None = None,
 ) -> Summary | None:
     """Merge what a shard's file and fragments hold into its file.
 
@@ -63,15 +64,20 @@ def commit_shard(
         report: how reading the shard ended.
         metadata: for the footer: the run's fingerprint.
         empty_schema: of a shard without rows.
+        file_name: name of the file; default: that of the shard.
 
     Returns:
         What the file now holds, or None, nothing changed, when rows are missing.
     """
-    return retry_on_oserror(lambda: _commit(folder, report, metadata, empty_schema))
+    return retry_on_oserror(lambda: _commit(folder, report, metadata, empty_schema, file_name))
 
 
 def _commit(
-    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+    folder: Folder,
+    report: ShardReport,
+    metadata: Mapping[bytes, bytes],
+    empty_schema: pa.Schema,
+    file_name: str | None,
 ) -> Summary | None:
     fragments = list_fragments(folder, report.shard)
     tables = read_fragments(folder, fragments)
@@ -90,7 +96,7 @@ def _commit(
         reason=report.reason,
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
-    folder.put(output_name(report.shard), content)
+    folder.put(file_name or output_name(report.shard), content)
     # Rows behind the end of a worse reading wait for a better one.
     delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
     folder.delete(shard_report_name(report.shard))

@@ -10,7 +10,7 @@ from functools import partial
 import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.inputs.datasource import check_options
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY, commit_shard, output_name, read_summary

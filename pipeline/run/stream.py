@@ -14,7 +14,7 @@ from ray.data import DataContext, Dataset
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.dataset import caption_pool, decode
-from pipeline.inputs.datasource import ShardSource
+from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import StoreShardReport
 from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
@@ -51,7 +51,7 @@ def receipts_dataset(
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
-            ShardSource(work, options, StoreShardReport(folder)),
+            ShardDatasource(work, options, StoreShardReport(folder)),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
             concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),

@@ -16,9 +16,9 @@ from datetime import datetime
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.inputs.shards import without_secrets
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying_file import open_input
+from pipeline.storage.secrets import without_secrets
 
 ASIDE = "_blip2/tmp"
 """Where a file on a disk waits until it is whole; swept when a run starts."""

@@ -27,7 +27,7 @@ VICTIMS = {
     "FragmentStage": 4,
     "DecodeStage": 2,
     "decode_child": 2,
-    "ReadShardSource": 1,
+    "ReadShard": 1,
     "node": 1,
     "driver killed": 1,
     "driver terminated": 1,

@@ -103,7 +103,7 @@ def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused(engine: Engine
     engine.prompts.tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
     result = beside_a_good_one(engine, Request(image=GOOD, prompt="a <new7>"))
     assert result.status is Status.REFUSED
-    assert "a token that the model does not know (264 are known), got number 268" in result.error
+    assert "only tokens that the model knows (0 to 263), got token 268" in result.error
     assert engine.score([GOOD], ["a <new7>"])[0].status is Status.REFUSED
 
 
