@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """The folder that holds this package and `blip2_actor`."""
 
 
-class RayNotStarted(RuntimeError):
+class RayStartFailed(RuntimeError):
     """Ray did not come up on this machine; the message says what to do."""
 
 
@@ -30,7 +30,7 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     """Start Ray and the application; at a signal end both, requests in flight first.
 
     Raises:
-        RayNotStarted: Ray does not start.
+        RayStartFailed: Ray does not start.
         RuntimeError: the application does not start.
     """
     # No other process knows the token of this cluster, and no token file is left behind.
@@ -87,11 +87,30 @@ def _start_ray() -> None:
             job_config=OurPackagesFirst(),
         )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
+        _end_started_processes(error)
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise RayNotStarted(
+        raise RayStartFailed(
             f"Ray did not start on this machine: {reason}; when the machine is busy or short of "
             "memory or disk space, wait or free some, and run the same command again"
         ) from error
+
+
+def _end_started_processes(error: Exception) -> None:
+    """End what a failed `ray.init` has started.
+
+    Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its processes.
+    The raylet would be killed with this process, and the agents that it has started would stay. Terminated, it
+    ends them. The node is still in the traceback.
+    """
+    from ray._private.node import Node
+
+    trace = error.__traceback__
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            return
+        trace = trace.tb_next
 
 
 def _wait_until_running(stop: threading.Event) -> bool:
