@@ -98,9 +98,9 @@ def _start_ray() -> None:
 def _end_started_processes(error: Exception) -> None:
     """End what a failed `ray.init` has started.
 
-    Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its processes.
-    The raylet would be killed with this process, and the agents that it has started would stay. Terminated, it
-    ends them. The node is still in the traceback.
+    Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its
+    processes. The raylet would be killed together with this process, and the agents that it has started would
+    stay; a raylet that is terminated ends them. The node is still in the traceback.
     """
     from ray._private.node import Node
 
