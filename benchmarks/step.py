@@ -57,7 +57,7 @@ def measure(threads: int | None) -> dict[str, Any]:
     own_ms: list[float] = []
     all_ms: list[float] = []
     with Engine(EngineConfig(model="demo", device="cpu", max_slots=NUM_SLOTS, num_threads=threads)) as engine:
-        driven = engine._scheduler
+        driven = engine._core.scheduler
         step = driven.step
 
         def timed() -> None:

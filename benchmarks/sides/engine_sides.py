@@ -18,7 +18,7 @@ from benchmarks.measure import product
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype, set_num_threads
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.models.vision import PixelNormalizer
@@ -140,7 +140,9 @@ class EncoderSide:
         self._num_threads = torch.get_num_threads()
         self._beside = None
         if device.type == "cpu" and self._num_threads > 1:
-            self._beside = ThreadPoolExecutor(1, initializer=_take_cores, initargs=(self._num_threads // 2,))
+            self._beside = ThreadPoolExecutor(
+                1, initializer=set_num_threads, initargs=(self._num_threads // 2,)
+            )
         self._encode = self._model.image_features
         if resolve_compile(config.compile, config.device_map, device):
             self._encode = torch.compile(self._encode, dynamic=False, fullgraph=True)
@@ -159,11 +161,11 @@ class EncoderSide:
             return
         num_pairs = -(-len(self._pixel_values) // (2 * self.batch))
         batches = self._pixel_values.tensor_split(2 * num_pairs)  # as many for one thread as for the other
-        _take_cores(self._num_threads - self._num_threads // 2)
+        set_num_threads(self._num_threads - self._num_threads // 2)
         other_half = self._beside.submit(self._encode_all, batches[1::2])
         self._encode_all(batches[::2])
         other_half.result()
-        _take_cores(self._num_threads)
+        set_num_threads(self._num_threads)
 
     @torch.inference_mode()
     def _encode_all(self, batches: Sequence[torch.Tensor]) -> None:
@@ -172,8 +174,3 @@ class EncoderSide:
 
     def multiply(self) -> None:
         self._product()
-
-
-def _take_cores(num_threads: int) -> None:
-    torch.get_num_threads()  # torch sets a thread up when it is first asked, and would undo the next line
-    torch.set_num_threads(num_threads)

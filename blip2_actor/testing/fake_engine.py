@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
+from blip2_actor.request import (
+    Completion,
+    EngineStats,
+    Features,
+    ImageLike,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+)
 from blip2_actor.status import Status
 
 MAX_LETTERS = 100
@@ -118,14 +129,6 @@ def fake_score(pixels: np.ndarray, text: str, prompt: str | None = None) -> floa
     return -digest[0] / 256
 
 
-class SharedImage:
-    """What `FakeEngine.image` gives."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.is_encoded = False
-
-
 class FakeEngine:
     """One thread that takes what waits, up to max_batch, and sleeps what it costs."""
 
@@ -135,6 +138,7 @@ class FakeEngine:
             queue.SimpleQueue()
         )
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
+        self._encoded: weakref.WeakSet[EncodedImage] = weakref.WeakSet()
         self._busy_s = 0.0
         self._trace = None
         if config.trace:
@@ -157,11 +161,13 @@ class FakeEngine:
     ) -> list[Result]:
         return [future.result() for future in [self.submit(request, options) for request in requests]]
 
-    def stream(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Iterable[str]:
+    def stream(
+        self, request: Request, options: GenerationOptions = GenerationOptions()
+    ) -> Generator[str, None, None]:
         yield self.submit(request, options).result().text or ""
 
-    def image(self, image: np.ndarray) -> SharedImage:
-        return SharedImage(image)
+    def image(self, image: ImageLike) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else EncodedImage(np.asarray(image))
 
     def features(self, images: Sequence[Any], with_image_embeds: bool = False) -> list[Features]:
         return [fake_features(self._encode(image)) for image in images]
@@ -179,9 +185,9 @@ class FakeEngine:
 
     def _encode(self, image: Any) -> np.ndarray:
         """Count an image, a shared one once, and give its pixels."""
-        if isinstance(image, SharedImage):
-            self._num_encoded += not image.is_encoded
-            image.is_encoded = True
+        if isinstance(image, EncodedImage):
+            self._num_encoded += image not in self._encoded
+            self._encoded.add(image)
             return image.pixels
         self._num_encoded += 1
         return np.asarray(image)
@@ -199,6 +205,8 @@ class FakeEngine:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        if self._trace:
+            self._trace.close()
 
     def _run(self) -> None:
         while True:

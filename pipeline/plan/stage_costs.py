@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,13 +97,13 @@ def measure_stage_costs(
 
 
 def _decode(settings: CaptionSettings, size_px: int, sample: Sample) -> tuple[pa.Table, Cost]:
-    decoding = DecodeStage(size_px, settings.limits, "image")
+    with closing(DecodeStage(size_px, settings.limits, "image")) as decoding:
 
-    def decode(table: pa.Table) -> pa.Table:
-        return pa.concat_tables(decoding(table))
+        def decode(table: pa.Table) -> pa.Table:
+            return pa.concat_tables(decoding(table))
 
-    decode(sample.rows.slice(0, 1))  # This starts the child process, which must not count.
-    decoded, cost = _measure_per_row(decode, sample.rows)
+        decode(sample.rows.slice(0, 1))  # This starts the child process, which must not count.
+        decoded, cost = _measure_per_row(decode, sample.rows)
     if not pc.any(_is_ok(decoded)).as_py():
         error = decoded["error"][0].as_py()
         raise ValueError(

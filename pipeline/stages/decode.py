@@ -55,6 +55,10 @@ class DecodeStage:
         for start in range(0, len(table), BATCH_ROWS):
             yield self._decode_batch(table.slice(start, BATCH_ROWS))
 
+    def close(self) -> None:
+        """End the decoding child."""
+        self._pool.close()
+
     def _decode_batch(self, table: pa.Table) -> pa.Table:
         started = time.monotonic()
         images, hashes = _images(table[self._image_column])

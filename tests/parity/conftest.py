@@ -16,7 +16,7 @@ from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for each other's threads."""
+    """Use one thread: models this small spend their time waiting for other threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint_folder("opt", do_layer_norm_before=False)` -> a saved random checkpoint."""
+    """Call `checkpoint_folder("opt", do_layer_norm_before=False)` to get a saved random checkpoint."""
 
     @cache
     def make(language: str = "opt", **options: Any) -> Path:

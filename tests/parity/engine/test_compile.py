@@ -1,4 +1,4 @@
-"""Compiled encoders give what the plain ones give."""
+"""Compiled encoders give the same results as uncompiled ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from blip2_actor.testing.tiny_checkpoints import images
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..., Path], caplog) -> None:
-    """Five images in batches of four: the first batch is compiled, the second is not. The engine goes on
-    where compiling fails, which must not be what is tested here."""
+    """Five images in batches of four: the first batch runs compiled, the second does not. The engine also
+    goes on if compiling fails, so the test checks that it did not."""
     asked = [Request(image=image.numpy()) for image in images(5)]
     found = []
     for compiled in (False, True):
@@ -42,11 +42,11 @@ def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError, FailOnRecompileLimitHit])
-def test_encoders_that_cannot_be_compiled_run_all_the_same(
+def test_encoders_that_cannot_be_compiled_run_uncompiled(
     kind: type[Exception], checkpoint_folder: Callable[..., Path], caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "auto" compiles on machines nobody has seen: a broken compiler must cost speed, not the job; whatever
-    it raises, a stride that is not the one expected (AssertionError) or shapes that are too many."""
+    """ "auto" compiles on unknown machines, where a broken compiler must cost speed, not the job. It may
+    raise anything: AssertionError for an unexpected stride, or an error about too many shapes."""
 
     def broken(*_: object, **__: object) -> Callable[..., object]:
         def fail(*_: object) -> object:
@@ -71,7 +71,7 @@ def test_encoders_that_cannot_be_compiled_run_all_the_same(
 def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uncompiled it would not fit either: who asked makes the batch smaller."""
+    """It would not fit uncompiled either, so the caller makes the batch smaller."""
 
     def exhausted(*_: object) -> object:
         raise torch.OutOfMemoryError("no memory")

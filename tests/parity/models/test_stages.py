@@ -144,7 +144,7 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
     ("options", "message"),
     [
         ({"model": "./no/such/folder"}, "model must be an existing folder"),
-        ({"model": "demo", "device": "cuda:7"}, "device must exist here"),
+        ({"model": "demo", "device": "cuda:7"}, "device must exist on this machine"),
         ({"model": "demo", "device": "meta"}, "device must be .*got 'meta'"),
         ({"model": "demo", "device": "gpu"}, "device must be .*got 'gpu'"),
         (

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
@@ -101,7 +102,8 @@ def test_decoding_keeps_fates_that_reading_has_settled_and_drops_encoded_bytes()
             "error": pa.array([None, "the file vanished", None, None], pa.string()),
         }
     )
-    [out] = DecodeStage(SIZE_PX, ImageLimits(), "image")(table)
+    with closing(DecodeStage(SIZE_PX, ImageLimits(), "image")) as decoding:
+        [out] = decoding(table)
     assert "image" not in out.column_names
     assert out["status"].to_pylist() == ["ok", "unreadable", "undecodable", "missing_image"]
     assert out["error"].to_pylist()[:2] == [None, "the file vanished"]
@@ -113,5 +115,6 @@ def test_decoding_keeps_fates_that_reading_has_settled_and_drops_encoded_bytes()
 
 def test_a_block_of_many_small_images_is_decoded_in_small_tables():
     table = pa.table({"image": [png(n % 3) for n in range(BATCH_ROWS + 2)]})
-    sizes = [len(part) for part in DecodeStage(SIZE_PX, ImageLimits(), "image")(table)]
+    with closing(DecodeStage(SIZE_PX, ImageLimits(), "image")) as decoding:
+        sizes = [len(part) for part in decoding(table)]
     assert sizes == [BATCH_ROWS, 2]

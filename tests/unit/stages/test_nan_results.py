@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
-from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.testing.tiny_checkpoints import images, save_checkpoint
 from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.settings.outputs import Outputs
@@ -54,7 +54,7 @@ def table() -> pa.Table:
 
 def check_that_the_black_one_alone_failed(made: pa.Table, names: Sequence[str]) -> None:
     assert made["status"].to_pylist() == ["ok", "failed", "ok"]
-    assert "is no number" in made["error"][1].as_py()
+    assert "NaN or infinity" in made["error"][1].as_py()
     for name in names:
         values = made[name].to_pylist()
         assert values[1] is None
@@ -65,7 +65,7 @@ def check_that_the_black_one_alone_failed(made: pa.Table, names: Sequence[str]) 
 @pytest.mark.parametrize("part", ["pooler_output", "qformer_features", "prefix"])
 def test_one_number_that_is_none_fails_its_row(stage: CaptionStage, monkeypatch, part: str, bad: float):
     """The language model of the score reads the prefix; each vector has a part of its own."""
-    encode: Callable[[Sequence[EncodedImage]], None] = stage.actor.engine._runner.encode
+    encode: Callable[[Sequence[EncodedImage]], None] = stage.actor.engine._core.runner.encode
 
     def spoil(encoded: Sequence[EncodedImage]) -> None:
         encode(encoded)
@@ -75,7 +75,7 @@ def test_one_number_that_is_none_fails_its_row(stage: CaptionStage, monkeypatch,
                 spoiled.view(-1)[3] = bad
                 setattr(image, part, spoiled)
 
-    monkeypatch.setattr(stage.actor.engine._runner, "encode", spoil)
+    monkeypatch.setattr(stage.actor.engine._core.runner, "encode", spoil)
     check_that_the_black_one_alone_failed(stage(table()), VECTORS.names)
 
 

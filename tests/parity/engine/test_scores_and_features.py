@@ -1,4 +1,4 @@
-"""Scores and features through the engine: equal to the reference, and one encode for all of them."""
+"""Scores and features through the engine equal the reference, and share one pass of the encoders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[En
 
 @torch.no_grad()
 def test_scores_are_the_references_loss_per_row(engine, reference, language) -> None:
-    """Texts and prompts of several lengths in one call; padding would move every one of them."""
+    """Texts and prompts of several lengths in one call; padding would change every score."""
     model = reference(language)
     texts = ["a cat", "été", "two dogs on a sofa"]
     prompts = [None, "Question: who? Answer:", None]
@@ -88,7 +88,7 @@ def test_text_features_equal_the_references(engine, checkpoint_folder, language)
 
 @torch.no_grad()
 def test_attention_maps_equal_the_references(engine, checkpoint_folder, language) -> None:
-    """Through the engine, whose linear layers are packed."""
+    """They come through the engine, whose linear layers are packed."""
     model = Blip2ForConditionalGeneration.from_pretrained(
         checkpoint_folder(language), attn_implementation="eager"
     ).eval()
@@ -106,14 +106,14 @@ def test_attention_maps_equal_the_references(engine, checkpoint_folder, language
 
 
 def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
-    """Two ways through the model (slots, teacher forcing) must agree on the same tokens."""
+    """Two ways through the model, slots and teacher forcing, must agree on the same tokens."""
     shared = engine.image(images(1)[0].numpy())
     result = engine.generate([Request(image=shared)], GenerationOptions(max_new_tokens=9))[0]
     rows = [(shared, engine.prompts.encode(None), list(result.token_ids))]
-    assert sum(engine._runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
+    assert sum(engine._core.runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
 
 
-def test_caption_answers_score_and_embedding_cost_one_encode(engine) -> None:
+def test_captions_scores_and_features_of_an_image_need_one_pass(engine) -> None:
     shared = engine.image(images(1, 7)[0].numpy())
     before = engine.stats().num_images_encoded
     engine.generate([Request(image=shared, prompt=p) for p in (None, "what?", "who?")])
@@ -138,7 +138,8 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
 
 
 def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -> None:
-    """The caller's thread would run beside a decode step, on the same device and with other thread counts."""
+    """In the caller's thread they would run during a decode step, on the same device and with other thread
+    counts."""
     pictures = [image.numpy() for image in images(2)]
     seen = []
 
@@ -147,7 +148,7 @@ def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -
         raise torch.OutOfMemoryError("one text alone does not fit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "text_logprobs", fails)
+        patch.setattr(engine._core.runner, "text_logprobs", fails)
         running = engine.submit(Request(image=pictures[0]), GenerationOptions(max_new_tokens=20))
         with pytest.raises(torch.OutOfMemoryError, match="one text alone"):
             engine.score(pictures, ["a", "b"])
