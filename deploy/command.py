@@ -10,7 +10,8 @@ import socket
 import sys
 
 from blip2_actor.flags import WRONG_FLAGS, Parser, add_flags, build
-from blip2_actor.installation import MissingPackages, add_version_flag, require_packages
+from blip2_actor.installation import MissingPackages, require_packages
+from blip2_actor.version_flag import add_version_flag
 from deploy.settings import ServeSettings
 
 PROG = "blip2 serve"

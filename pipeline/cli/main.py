@@ -14,7 +14,8 @@ from importlib import import_module
 from typing import Any
 
 from blip2_actor.flags import Parser, add_flags, build, did_you_mean
-from blip2_actor.installation import MissingPackages, add_version_flag, require_packages
+from blip2_actor.installation import MissingPackages, require_packages
+from blip2_actor.version_flag import add_version_flag
 from pipeline.cli.serve import become_deployment
 from pipeline.exit_status import ExitStatus
 from pipeline.settings.settings import (
