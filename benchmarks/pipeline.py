@@ -37,7 +37,7 @@ from benchmarks.sides.map_batches import MapBatchesSide
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, decode_image
 from blip2_actor.testing.fake_engine import FakeEngineConfig
 from blip2_actor.testing.random_checkpoints import checkpoint
-from pipeline.settings.settings import CaptionSettings
+from pipeline import CaptionSettings
 
 TOKENS = 20
 OPTIONS = GenerationOptions(max_new_tokens=TOKENS, min_new_tokens=TOKENS)

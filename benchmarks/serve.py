@@ -34,7 +34,7 @@ from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.demo.scenes import SceneSampler, draw
 from blip2_actor.testing.random_checkpoints import checkpoint
-from pipeline.run.cluster import set_ray_environment
+from pipeline import set_ray_environment
 
 SIDE_PX = 320
 OFFERED = (0.25, 0.5)

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from blip2_actor import EngineBuilder
-from pipeline.progress import Console, Snapshot
-from pipeline.run.cluster import set_ray_environment
-from pipeline.settings.settings import CaptionSettings
+from pipeline import CaptionSettings, Console, Snapshot, set_ray_environment
 
 START, END = 0.15, 0.9
 """The steady state: between these parts of the rows; before is start-up, after it the tail."""

@@ -6,7 +6,8 @@ from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.progress import Console
 from pipeline.run.job import Job, prepare, prepare_retry, run_job
-from pipeline.settings.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.retry_settings import RetrySettings
 
 
 @errors_to_exit_status

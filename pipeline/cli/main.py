@@ -18,18 +18,11 @@ from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
 from pipeline.cli.serve import become_deployment
 from pipeline.exit_status import ExitStatus
-from pipeline.settings.settings import (
-    CaptionSettings,
-    DemoSettings,
-    EmbedSettings,
-    PlanEmbedSettings,
-    PlanScoreSettings,
-    PlanSettings,
-    ReportSettings,
-    RetrySettings,
-    ScoreSettings,
-    StatusSettings,
-)
+from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.settings.report_settings import ReportSettings, StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
-from pipeline.settings.settings import StatusSettings
+from pipeline.settings.report_settings import StatusSettings
 
 
 @errors_to_exit_status

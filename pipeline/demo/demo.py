@@ -17,7 +17,8 @@ from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
-from pipeline.settings.settings import CaptionSettings, DemoSettings
+from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 MIN_ACCURACY = 0.95
 NUM_SHOWN = 6

@@ -31,7 +31,9 @@ from pipeline.progress import Console
 from pipeline.run.cluster import connected, info_where_it_runs
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, RetrySettings, from_dict
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import retry_on_oserror
 
@@ -75,7 +77,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     """
     engine = engine or settings.builder
     info = engine.info()
-    settings.outputs.check(engine, info, settings.prompt, settings.generation)
+    settings.spec(engine).check(info)
     folder = Folder(settings.output)
     run = load_run(folder, settings.input)
     shards = run.shards if run is not None else _list(settings, folder)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import ShardProgress
-from pipeline.stages.coordinator import Receipt
+from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
 MAX_FAILED_FRACTION = 0.5

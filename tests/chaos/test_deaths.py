@@ -52,13 +52,13 @@ def kill_decode_actors(scene: Scene) -> None:
 
 
 def kill_caption_actors(scene: Scene) -> None:
-    scene.kill_each("FragmentStage")
+    scene.kill_each("WriteStage")
 
 
 def kill_caption_actors_twice(scene: Scene) -> None:
-    scene.kill_each("FragmentStage")
-    wait_until(lambda: processes(scene.cluster, "FragmentStage"), scene.driver, scene.log)
-    scene.kill_each("FragmentStage")
+    scene.kill_each("WriteStage")
+    wait_until(lambda: processes(scene.cluster, "WriteStage"), scene.driver, scene.log)
+    scene.kill_each("WriteStage")
 
 
 def kill_the_board(scene: Scene) -> None:
@@ -67,11 +67,11 @@ def kill_the_board(scene: Scene) -> None:
 
 def kill_a_node(scene: Scene) -> None:
     """The node that captions goes, as a machine that is taken away; another comes."""
-    captioning = set(processes(scene.cluster, "FragmentStage"))
+    captioning = set(processes(scene.cluster, "WriteStage"))
     for node in list(scene.cluster.worker_nodes):
         exclusive = Cluster.__new__(Cluster)
         exclusive.head_node, exclusive.worker_nodes = None, {node}
-        if captioning & set(processes(exclusive, "FragmentStage")):
+        if captioning & set(processes(exclusive, "WriteStage")):
             scene.cluster.remove_node(node, allow_graceful=False)
             scene.cluster.add_node(**NODE)
 

@@ -24,7 +24,7 @@ NUM_TARS, ROWS_PER_TAR, LINKS = 20, 500, 2
 MIN_KILLS = 40
 PAUSE_S = (5.0, 10.0)
 VICTIMS = {
-    "FragmentStage": 4,
+    "WriteStage": 4,
     "DecodeStage": 2,
     "decode_child": 2,
     "ReadShard": 1,

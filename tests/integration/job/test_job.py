@@ -22,7 +22,8 @@ from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console
 from pipeline.run.job import prepare, prepare_retry, run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, RetrySettings
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import (
     BROKEN,

@@ -7,7 +7,7 @@ import pytest
 from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import read_output, right_caption, write_tars
 
 pytestmark = pytest.mark.usefixtures("local_ray")

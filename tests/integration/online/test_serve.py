@@ -32,7 +32,7 @@ from deploy.app import compose
 from deploy.settings import OnlineImageLimits, Settings
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)

@@ -13,7 +13,7 @@ from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.ledger.ledger import scan_output
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import right_caption, write_tars

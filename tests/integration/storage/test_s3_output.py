@@ -20,7 +20,7 @@ from pipeline.progress import Console
 from pipeline.report.status import status_lines
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import right_caption, write_tars

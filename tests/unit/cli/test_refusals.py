@@ -11,8 +11,10 @@ from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailure
 from pipeline.exit_status import ExitStatus
 from pipeline.ledger.ledger import begin_run
 from pipeline.run.job import prepare
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, RetrySettings, StatusSettings
+from pipeline.settings.report_settings import StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
 from tests.integration.inputs import png, write_tar
 
 

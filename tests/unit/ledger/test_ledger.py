@@ -9,7 +9,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Run, StoreShardReport, begin_run, load_run, scan_output, unfinished
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
 

@@ -31,7 +31,7 @@ from pipeline.plan.prediction import predict
 from pipeline.plan.sample import take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
-from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.folder import Folder

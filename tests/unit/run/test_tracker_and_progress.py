@@ -14,9 +14,11 @@ from pipeline.progress import Console, Rate, Snapshot, duration
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.placement import ClusterSize, Placement, reserve
-from pipeline.settings.settings import CaptionSettings, from_dict
-from pipeline.stages.coordinator import Load, Receipt
+from pipeline.stages.coordinator import Load
+from pipeline.stages.receipts import Receipt
 from pipeline.storage.retrying import retry_on_oserror
 
 
