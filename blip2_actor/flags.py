@@ -1,7 +1,10 @@
 """Command-line flags from frozen dataclasses: a field is a flag, the docstring under it is its help.
 
-Every default exists once, in the dataclass. A field whose type is a dataclass brings that one's
-flags along, flat. An unknown flag is an error, and every error exits with status 1.
+Every default exists once, in the dataclass. A field whose type is a dataclass adds the flags of that
+dataclass to the same flat list. `blip2` and `python -m deploy` both take their flags from here.
+
+A wrong command line exits with `WRONG_FLAGS` before anything is started. An unknown flag is reported with the
+nearest known one, and before a missing flag: the misspelled flag usually is the missing one.
 """
 
 from __future__ import annotations
@@ -14,35 +17,72 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 T = TypeVar("T")
 
+WRONG_FLAGS = 3
+"""Exit status of a command line that cannot be understood; `pipeline.exit_status` has the whole table."""
+
+MIN_SIMILARITY = 0.5
+"""A suggestion must share at least this much with what was typed (`difflib`: 0 is nothing, 1 is equal)."""
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors exit with 1 (2 says that too many rows failed) and name the next best flag."""
+    """argparse whose errors exit with `WRONG_FLAGS` and suggest the nearest flag."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: {message}\nSee {self.prog} --help\n")
+        self.exit(WRONG_FLAGS, f"{self.prog}: {message}\nSee {self.prog} --help\n")
 
-    def refuse_unknown(self, unknown: Sequence[str], command: str) -> NoReturn:
-        """End with the flag of a subcommand that is nearest to the first unknown argument."""
-        flag = unknown[0].partition("=")[0]
-        subparsers = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
-        near = difflib.get_close_matches(flag, subparsers.choices[command]._option_string_actions, 1)
-        self.error(f"{command} has no argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments; report an unknown flag before a missing one."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            given, unknown = super().parse_known_args(args, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        if unknown:
+            self.refuse_unknown(unknown[0])
+        missing = [_name_of(action) for action in required if getattr(given, action.dest, None) is None]
+        if missing:
+            self.error(f"{' and '.join(missing)} must be given")
+        return given, unknown
+
+    def refuse_unknown(self, argument: str) -> NoReturn:
+        """Exit with the flag that is nearest to an unknown argument."""
+        flag = argument.partition("=")[0]
+        what = "flag" if flag.startswith("-") else "argument"
+        self.error(f"there is no {what} {flag}{did_you_mean(flag, self._option_string_actions)}")
+
+
+def _name_of(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else str(action.metavar)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that names the nearest known word, or nothing when none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, MIN_SIMILARITY)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def add_flags(
     parser: argparse._ActionsContainer, cls: type, without: frozenset[str] = frozenset(), prefix: str = ""
 ) -> None:
-    """Add a flag for each field of a dataclass, and of the dataclasses inside it."""
+    """Add a flag for each field of a dataclass, and of the dataclasses inside it.
+
+    Args:
+        without: names of fields that get no flag.
+        prefix: begins the name of each flag.
+    """
     hints = typing.get_type_hints(cls)
     help_of = field_docs(cls)
     for field in dataclasses.fields(cls):
@@ -53,7 +93,7 @@ def add_flags(
             group = parser.add_argument_group(help_of[field.name])
             add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        required = field.default is dataclasses.MISSING
         help_text = help_of[field.name]
         if not required and hint is not bool and field.default not in (None, (), ""):
             help_text += f" (default: {_shown(field.default)})"
@@ -64,17 +104,22 @@ def add_flags(
             required=required,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
-            **_reading(hint, field.name) | _metavar_of(field),
+            **_value_options(hint, field.name) | _metavar_of(field),
         )
 
 
-def build(cls: type[T], given: dict[str, Any], prefix: str = "") -> T:
-    """An instance of a dataclass from parsed flags; fields not given keep their defaults."""
+def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+    """Return an instance of a dataclass from parsed flags; fields that are not given keep their defaults.
+
+    Raises:
+        ValueError: values contradict each other, or one is out of range.
+    """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = build(typing.cast(type, hints[field.name]), given, _prefix(field))
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            values[field.name] = build(typing.cast(type, hint), given, _prefix(field))
         elif prefix + field.name in given:
             value = given[prefix + field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
@@ -86,27 +131,27 @@ def flag_of(name: str) -> str:
 
 
 def hiding(*names: str) -> dict[str, Any]:
-    """Metadata for a field whose dataclass has fields that are no flags here."""
+    """Return metadata for a field of a dataclass type: these fields of it get no flags."""
     return {"without": frozenset(names)}
 
 
 def prefixed(prefix: str) -> dict[str, Any]:
-    """Metadata for a field whose dataclass has names that would say too little on their own."""
+    """Return metadata for a field of a dataclass type: this word begins the names of its flags."""
     return {"prefix": f"{prefix}_"}
 
 
 def formerly(*names: str) -> dict[str, Any]:
-    """Metadata for a field that had other names: their flags and stored values are still read."""
+    """Return metadata for a renamed field: flags and stored values under the old names are still read."""
     return {"former_names": names}
 
 
 def former_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
-    """Names that a field had in earlier versions."""
+    """Return the names that a field had in earlier versions."""
     return field.metadata.get("former_names", ())
 
 
 def written_as(metavar: str) -> dict[str, Any]:
-    """Metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
+    """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
     return {"metavar": metavar}
 
 
@@ -124,7 +169,7 @@ def _prefix(field: dataclasses.Field[Any]) -> str:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field, inherited ones too, as one line."""
+    """Return the docstring under each field, inherited fields included, as one line each."""
     docs = {name: text for base in reversed(cls.__mro__[1:-1]) for name, text in field_docs(base).items()}
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     for statement, after in pairwise(body):
@@ -138,8 +183,8 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _reading(hint: Any, name: str) -> dict[str, Any]:
-    """How argparse reads a value of this type."""
+def _value_options(hint: Any, name: str) -> dict[str, Any]:
+    """Return the options with which argparse reads a value of this type."""
     if hint is bool:
         return {"action": "store_true"}
     if typing.get_origin(hint) is tuple:
@@ -147,7 +192,7 @@ def _reading(hint: Any, name: str) -> dict[str, Any]:
     choices = _choices(hint)
     if choices:
         by_text = {str(choice).lower(): choice for choice in choices}
-        return {"type": _choosing(by_text), "metavar": "{" + ",".join(by_text) + "}"}
+        return {"type": _choice_reader(by_text), "metavar": "{" + ",".join(by_text) + "}"}
     for kind in (int, float, str):
         if kind in (typing.get_args(hint) or (hint,)):
             return {"type": kind, "metavar": _metavar(name) if kind is str else kind.__name__.upper()}
@@ -155,7 +200,7 @@ def _reading(hint: Any, name: str) -> dict[str, Any]:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """The allowed values of a Literal, a bool beside a Literal, or an optional one; else none."""
+    """Return the allowed values of a Literal, alone or in a union with bool or None; else nothing."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -166,7 +211,7 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def _shown(default: object) -> str:
-    """As it is written on the command line."""
+    """Return a default as it is written on the command line."""
     if isinstance(default, tuple):
         return " ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
@@ -176,10 +221,10 @@ def _metavar(name: str) -> str:
     return name.rpartition("_")[2].upper()
 
 
-def _choosing(by_text: Mapping[str, Any]) -> Callable[[str], Any]:
-    def choose(text: str) -> Any:
+def _choice_reader(by_text: Mapping[str, Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
         if text.lower() not in by_text:
             raise argparse.ArgumentTypeError(f"must be one of {', '.join(by_text)}, got {text}")
         return by_text[text.lower()]
 
-    return choose
+    return read

@@ -1,4 +1,4 @@
-"""BLIP-2 online and on a cluster: the Serve application, and everything that places the system.
+"""BLIP-2 online and on a cluster: the Serve application, and the files that describe clusters.
 
-Knows `blip2_actor` alone; the batch job in `pipeline` is its sibling.
+It imports `blip2_actor` alone; the batch job in `pipeline` is its sibling, and neither imports the other.
 """

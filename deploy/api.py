@@ -1,6 +1,6 @@
-"""The HTTP surface: routes, the shape of answers, the page to try it on. Knows no Ray.
+"""The HTTP interface: routes, the shape of answers, and a page to try it.
 
-`create_api` makes it for anything that can caption a call, so that it is tested without a cluster.
+It imports no Ray. `create_api` takes any service that can caption a call, so that tests need no cluster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGE_POLICY = (
 
 
 class CaptionService(Protocol):
-    """What the routes ask of whoever captions."""
+    """What the routes need of the object that captions."""
 
     model: ModelInfo
     options: GenerationOptions
@@ -36,22 +36,22 @@ class CaptionService(Protocol):
     timeout_s: float
 
     def admit(self) -> None:
-        """Raise ApiError 503 when there is already too much to do; balanced by `leave`."""
+        """Raise ApiError 503 when too many requests are served; else count one more, until `leave`."""
         ...
 
     def leave(self) -> None: ...
 
     async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
-        """Give an ok result with the original image's width and height, or raise ApiError."""
+        """Return an ok result, and the width and height of the original image; or raise ApiError."""
         ...
 
     async def check_ready(self) -> None:
-        """Raise ApiError 503 unless a caption could be had now."""
+        """Raise ApiError 503 unless an engine can caption now."""
         ...
 
 
 def create_api(service: CaptionService) -> FastAPI:
-    """Bind the routes to a service."""
+    """Return the application whose routes call a service."""
     api = FastAPI(title="BLIP-2", description="Captions and answers for images.", version="1")
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
@@ -66,7 +66,7 @@ def create_api(service: CaptionService) -> FastAPI:
                 call = await read_call(request, service.options, service.max_image_bytes)
                 result, width, height = await service.caption(call)
         except TimeoutError:
-            message = f"no caption within {service.timeout_s:g} s; try again, or ask for fewer tokens"
+            message = f"no caption within {service.timeout_s:g} s; try again, or request fewer tokens"
             raise ApiError(504, "timeout", message) from None
         finally:
             service.leave()
@@ -74,12 +74,12 @@ def create_api(service: CaptionService) -> FastAPI:
 
     @api.get("/v1/model")
     async def model() -> JSONResponse:
-        """Describe the model, and the options of a request that gives none."""
+        """Describe the model, and the options of a request that names none."""
         return JSONResponse(asdict(service.model) | {"options": asdict(service.options)})
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
-        """200 when a caption could be had now, 503 otherwise."""
+        """Answer 200 when an engine can caption now, else 503."""
         await service.check_ready()
         return JSONResponse({"status": "ok"})
 
@@ -91,7 +91,7 @@ def create_api(service: CaptionService) -> FastAPI:
 
     @api.get("/scene.png", include_in_schema=False)
     def scene() -> Response:
-        """A picture that the demonstration model can caption; no other model needs one."""
+        """Draw a picture that the demonstration model can caption; other models have no such route."""
         if service.model.model != "demo":
             raise HTTPException(404)
         png, caption = draw_scene_png()
@@ -101,7 +101,7 @@ def create_api(service: CaptionService) -> FastAPI:
 
 
 def _caption_answer(result: Result, width: int | None, height: int | None, model: str) -> dict[str, Any]:
-    """The columns of the batch job's output, under the same names."""
+    """Return the columns of the batch job's output, under the same names."""
     several = len(result.completions) > 1
     return {
         "caption": result.text,
@@ -118,7 +118,7 @@ def _caption_answer(result: Result, width: int | None, height: int | None, model
 
 
 def _caption_body() -> dict[str, Any]:
-    """The OpenAPI description of a body that the route reads by itself."""
+    """Return the OpenAPI description of the body, which FastAPI cannot see: the route reads it itself."""
     image, prompt, options = FIELDS
     text = {"type": "string"}
     form = {image: {"type": "string", "format": "binary"}, prompt: text, options: text}
@@ -145,4 +145,4 @@ async def _answer_http_exception(_: Request, error: Exception) -> Response:
 
 async def _answer_anything_else(_: Request, error: Exception) -> Response:
     # The middleware around this handler raises the error again, into the replica's log.
-    return ApiError(500, "internal", "the service failed on this request; its log says why").response()
+    return ApiError(500, "internal", "the service failed on this request; its log has the reason").response()

@@ -1,14 +1,15 @@
 """The Serve application: gateways on CPU in front of engines on accelerators.
 
-    client ── HTTP ──▶ Gateway (CPU: admission, reading, decoding) ── uint8 ──▶ Captioner (engine)
+    client ── HTTP ──▶ Gateway (CPU: admission, reading, image decoding) ── uint8 ──▶ Captioner (engine)
 
-`import_path: deploy.app:build` in a Serve config file; `python -m deploy` on one machine.
+A Serve config file names it as `import_path: deploy.app:build`; `blip2 serve` runs it on one machine.
 """
 
-# No `from __future__ import annotations` here: Serve reads the annotation of `build` to check its `args`,
-# and hands over an unchecked dictionary where it finds a text.
+# Without `from __future__ import annotations`: Serve reads the annotation of `build` to check its `args`. An
+# annotation that is a string would have Serve pass an unchecked dictionary.
 from typing import Any
 
+from pydantic import RootModel
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
@@ -20,8 +21,8 @@ from deploy.gateway import Gateway
 from deploy.settings import Settings
 
 CAPTIONER: Deployment = serve.deployment(
-    # What one engine may hold; a gateway's handle queues the rest, where the autoscaler sees it. Serve's
-    # own default of 5 would keep the engine's slots empty.
+    # What one engine may hold; the handle of a gateway queues the rest, and the autoscaler counts that queue.
+    # Serve's own default of 5 would keep the engine's slots empty.
     max_ongoing_requests=256,
     health_check_period_s=10,
     health_check_timeout_s=30,
@@ -30,9 +31,9 @@ CAPTIONER: Deployment = serve.deployment(
 )(Captioner)
 
 GATEWAY: Deployment = serve.deployment(
-    # Beyond `Settings.max_in_flight` the gateway answers 503 itself, in JSON, so Serve must let those
-    # requests through to be refused; its own limits stand far behind. They count every request that has
-    # no replica yet, also those of a burst on an idle one.
+    # Beyond `Settings.max_in_flight` the gateway itself answers 503, in JSON, so Serve must let those
+    # requests reach it; Serve's own limits are far higher. They count every request that has no replica
+    # yet, including a burst that meets an idle one.
     max_ongoing_requests=2048,
     max_queued_requests=2048,
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
@@ -43,9 +44,13 @@ GATEWAY: Deployment = serve.deployment(
 )(serve.ingress()(Gateway))
 
 
-def build(args: Settings) -> Application:
+class ServeArgs(RootModel[Settings]):
+    """The `args` of a Serve config file: `Settings`, checked by pydantic, unknown names refused."""
+
+
+def build(args: ServeArgs) -> Application:
     """Build the application from the `args` of a Serve config file."""
-    return compose(args.engine, args)
+    return compose(args.root.engine, args.root)
 
 
 def compose(
@@ -55,6 +60,11 @@ def compose(
     captioner: dict[str, Any] | None = None,
     gateway: dict[str, Any] | None = None,
 ) -> Application:
-    """Put gateways in front of captioners of any engine; the last two are Serve's deployment options."""
+    """Put gateways in front of captioners that run any engine.
+
+    Args:
+        captioner: Serve's deployment options of the captioners.
+        gateway: Serve's deployment options of the gateways.
+    """
     engines = CAPTIONER.options(**(captioner or {})).bind(engine, settings.options)
     return GATEWAY.options(**(gateway or {})).bind(engines, settings)

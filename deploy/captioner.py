@@ -1,6 +1,8 @@
-"""The accelerator's side: a replica that runs one engine for every request that reaches it.
+"""The replica on the accelerator: one engine for every request that reaches it.
 
-A plain class that knows no Ray; `app` makes a deployment of it.
+The rule: a bad request is a result with a status. An exception means that the engine itself has failed, and
+the replica ends, so that Serve replaces it. `Captioner` is a plain class that imports no Ray; `deploy.app`
+makes a deployment of it.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from blip2_actor import Blip2Actor, EngineBuilder, EngineStats, GenerationOption
 logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
-"""An engine with work that finishes nothing for so long is replaced; compiling takes less."""
+"""An engine that has work and makes no progress for this long is replaced; compiling takes less."""
 
 
 class Captioner:
-    """One engine. Takes pixels only: whatever strangers sent was decoded elsewhere."""
+    """One engine. It takes pixels only: untrusted bytes are decoded elsewhere."""
 
     def __init__(self, engine: EngineBuilder, options: GenerationOptions) -> None:
         self._actor = Blip2Actor(engine, options)
@@ -29,14 +31,14 @@ class Captioner:
         self._progress_at_s = time.monotonic()
 
     async def caption(self, pixels: np.ndarray, prompt: str | None, options: GenerationOptions) -> Result:
-        """Caption uint8[S, S, 3]; a caller that goes away frees its slot."""
+        """Caption uint8[S, S, 3]; a caller that disconnects frees its slot."""
         request = Request(image=pixels, prompt=prompt, options=options)
         try:
             return await asyncio.wrap_future(self._actor.submit(request))
         except Exception:
-            # A bad request is a result with a status; what is raised is the end of the engine. A replica
-            # without one would answer fastest and draw all requests until its health is next asked for.
-            logger.exception("the engine has failed; this replica ends, to be replaced")
+            # A replica without an engine would answer fastest, and Serve would send it all requests until
+            # the next health check.
+            logger.exception("the engine has failed; this replica ends, so that Serve replaces it")
             os._exit(1)
 
     def info(self) -> ModelInfo:
@@ -46,7 +48,7 @@ class Captioner:
         return self._actor.stats()
 
     def check_health(self) -> None:
-        """Raise when the engine has work and does none, so that Serve replaces this replica."""
+        """Raise RuntimeError when the engine has work and makes no progress; Serve replaces the replica."""
         stats = self._actor.stats()
         progress = (stats.num_finished, stats.num_encode_calls, stats.num_decode_steps)
         now_s = time.monotonic()
@@ -54,11 +56,11 @@ class Captioner:
             self._progress, self._progress_at_s = progress, now_s
         elif now_s - self._progress_at_s > STALLED_AFTER_S:
             raise RuntimeError(
-                f"the engine has finished nothing for {now_s - self._progress_at_s:.0f} s "
+                f"the engine has made no progress for {now_s - self._progress_at_s:.0f} s "
                 f"with {stats.num_running} running and {stats.num_waiting} waiting requests"
             )
 
     def __del__(self) -> None:
-        # Serve calls this once the replica is drained; an unfinished constructor has no actor.
+        # Serve calls this after the last request; when the constructor has failed, there is no actor.
         if hasattr(self, "_actor"):
             self._actor.close()

@@ -1,6 +1,8 @@
 """`python -m deploy.check`: refuse a wrong cluster file here, before a cluster is paid for.
 
-Ray's own validation, offline, and what it lets pass: Serve accepts unknown keys in silence.
+It runs Ray's own validation offline, and adds what Ray lets pass: Serve accepts unknown keys in silence.
+Without arguments it checks the Serve config of the installed package, and the `ray_cluster.yaml` of the
+working folder if there is one.
 """
 
 from __future__ import annotations
@@ -8,27 +10,26 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Iterator, Mapping
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonschema import ValidationError
-from pydantic import BaseModel
-from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.serve.schema import ServeDeploySchema
+from blip2_actor.flags import WRONG_FLAGS, Parser
+from blip2_actor.installation import MissingPackages, require_packages
 
-from deploy.app import CAPTIONER, GATEWAY
-from deploy.settings import Settings
-
-FILES = ("ray_cluster.yaml", "deploy/serve_config.yaml")
+PROG = "python -m deploy.check"
+CLUSTER_FILE = "ray_cluster.yaml"
+NEEDS = ("ray", "fastapi", "yaml")
 
 
 def check(path: Path) -> None:
     """Check a cluster file or a Serve config file, told apart by their keys.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: the file is wrong; the message names the key.
     """
+    import yaml
+
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not {"applications", "cluster_name"} & set(document):
         raise ValueError("the file must be a Serve config (applications) or a cluster (cluster_name)")
@@ -40,6 +41,9 @@ def check(path: Path) -> None:
 
 def check_cluster(document: Mapping[str, Any]) -> None:
     """Raise ValueError unless `ray up` would take the cluster."""
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
     try:
         validate_config(prepare_config(dict(document)))
     except ValidationError as error:
@@ -47,12 +51,16 @@ def check_cluster(document: Mapping[str, Any]) -> None:
 
 
 def check_serve_config(document: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `serve deploy` would take the config and mean all of it."""
+    """Raise ValueError unless `serve deploy` would take the config and ignore nothing in it."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from deploy.app import CAPTIONER, GATEWAY, ServeArgs
+
     ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in document["applications"]:
-        Settings.model_validate(application.get("args", {}))
+        ServeArgs.model_validate(application.get("args", {}))
         for deployment in application.get("deployments", []):
             if deployment["name"] not in (CAPTIONER.name, GATEWAY.name):
                 raise ValueError(
@@ -61,6 +69,7 @@ def check_serve_config(document: Mapping[str, Any]) -> None:
 
 
 def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of each key that no pydantic model in the annotation has."""
     models = list(_models_in(annotation))
     if isinstance(value, Mapping) and models:
         fields = {name: field for model in models for name, field in model.model_fields.items()}
@@ -74,26 +83,54 @@ def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[st
             yield from _unknown_keys(item, annotation, f"{path}[{index}]")
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: Any) -> Iterator[Any]:
+    """Yield the pydantic models in an annotation, such as that of `list[Model] | None`."""
+    from pydantic import BaseModel
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _models_in(argument)
 
 
-def main(paths: list[str]) -> int:
-    """Check files; 0 when all are right, 1 with one line per wrong file."""
-    num_wrong = 0
-    for path in paths or FILES:
-        try:
-            check(Path(path))
-        except (ValueError, OSError) as error:
-            num_wrong += 1
-            sys.stderr.write(f"error: {path}: {error}\n")
+def main(argv: list[str] | None = None) -> int:
+    """Check files; return 0 when all are valid, else 1 with one line per wrong file."""
+    parser = Parser(prog=PROG, description="Check cluster files and Serve configs offline.")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help=f"default: the Serve config of this package, and {CLUSTER_FILE} of the working folder if any",
+    )
+    paths: list[str] = parser.parse_args(argv).files
+    try:
+        require_packages(PROG, NEEDS, "serve")
+    except MissingPackages as error:
+        sys.stderr.write(f"{error}\n")
+        return WRONG_FLAGS
+    if paths:
+        num_wrong = sum(_is_wrong(Path(path)) for path in paths)
+    else:
+        with as_file(files("deploy") / "serve_config.yaml") as packaged:
+            num_wrong = _is_wrong(packaged)
+        if Path(CLUSTER_FILE).exists():
+            num_wrong += _is_wrong(Path(CLUSTER_FILE))
         else:
-            sys.stdout.write(f"{path} is valid\n")
+            sys.stdout.write(
+                f"no cluster was checked: there is no {CLUSTER_FILE} in this folder; name one: {PROG} FILE\n"
+            )
     return 1 if num_wrong else 0
 
 
+def _is_wrong(path: Path) -> bool:
+    try:
+        check(path)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {path}: {error}\n")
+        return True
+    sys.stdout.write(f"{path} is valid\n")
+    return False
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a caller is told when a request cannot be served: one JSON shape, one table of codes."""
+"""The answer to a request that cannot be served: one JSON shape, one table of codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from blip2_actor import Status
 RETRY_AFTER_S = 1
 
 STATUS_CODES = {Status.TOO_LARGE: 413, Status.FAILED: 500}
-"""HTTP codes of an image's fate; 422 for the others, where the image or what was asked of it is at fault."""
+"""HTTP codes by row status. The code of every other status is 422: the image, or what was asked of it, is
+at fault."""
 
 
 class ApiError(Exception):
@@ -22,7 +23,7 @@ class ApiError(Exception):
         self.message = message
 
     def response(self) -> JSONResponse:
-        """`{"error": {"type", "message"}}`, with Retry-After when trying again can help."""
+        """Return `{"error": {"type", "message"}}`, with Retry-After when another try can help."""
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.code == 503 else None
         body = {"error": {"type": self.type, "message": self.message}}
         return JSONResponse(body, status_code=self.code, headers=headers)
@@ -33,7 +34,7 @@ def bad_request(message: str) -> ApiError:
 
 
 def of_status(status: Status, error: str | None) -> ApiError:
-    """The answer for an image that came to grief; its type is the status."""
+    """Return the answer for an image that has no caption; its type is the status."""
     return ApiError(
-        STATUS_CODES.get(status, 422), status.value, error or f"the image ended as {status.value}"
+        STATUS_CODES.get(status, 422), status.value, error or f"the image has the status {status.value}"
     )

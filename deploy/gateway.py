@@ -1,6 +1,7 @@
-"""The strangers' side: HTTP, admission and decoding on CPU; pixels go on to a `Captioner`.
+"""The replica that callers reach: HTTP, admission and image decoding on CPU.
 
-A plain class; `app` makes the ingress deployment of it.
+The rule: untrusted bytes end here. They are decoded in child processes with limits, and only pixels go on
+to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress deployment of it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Gateway:
         self._max_in_flight = settings.max_in_flight
         self._num_in_flight = 0
         self._captioner = captioner
-        # Only the replica knows what "auto" became on its device; this also waits for the weights.
+        # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await captioner.info.remote()
         self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
-        self._decoder.decode([b"-"] * settings.decode_children)  # starts the children before the first caller
+        self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
         self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -61,7 +62,7 @@ class Gateway:
         try:
             result: Result = await response
         except asyncio.CancelledError:
-            # The timeout, or a client that has gone: the engine's slot is for somebody else.
+            # The time is over, or the client has disconnected: free the slot of the engine.
             response.cancel()
             raise
         except (BackPressureError, DeploymentUnavailableError, RayActorError):

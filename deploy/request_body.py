@@ -1,6 +1,6 @@
-"""Reads the body of `POST /v1/caption`: bounded, multipart or JSON, nothing ignored.
+"""Read the body of `POST /v1/caption`: multipart or JSON, of bounded size, with nothing ignored.
 
-Does not look at the image; its bytes are untrusted and go to a decoding child as they came.
+The bytes of the image are untrusted. They are not inspected here; a child process decodes them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from blip2_actor import GenerationOptions
 from deploy.errors import ApiError, bad_request
 
 FIELDS = ("image", "prompt", "options")
-MOST = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
-"""What one stranger may ask of a shared engine; beyond it a request crowds out its neighbours."""
+MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
+"""What one caller may ask of a shared engine; more would crowd out the other requests."""
 MAX_TEXT_CHARS = 8_192
-"""Longest prompt; a model's own limit, in tokens, is below it."""
+"""Maximum length of a prompt; the model's own limit, in tokens, is lower."""
 
 _OPTION_TYPES: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -34,7 +34,7 @@ _OPTION_TYPES: dict[str, TypeAdapter[Any]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionCall:
-    """One request as it was asked."""
+    """One request, with the service's options filled in."""
 
     image: bytes
     prompt: str | None
@@ -42,10 +42,10 @@ class CaptionCall:
 
 
 async def read_call(request: Request, defaults: GenerationOptions, max_image_bytes: int) -> CaptionCall:
-    """Read one call; options that are not given are those of `defaults`.
+    """Read one call; options that are not given are taken from `defaults`.
 
     Raises:
-        ApiError: 400, 413 or 415, with what is wrong.
+        ApiError: 400, 413 or 415; the message says what is wrong.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
@@ -64,10 +64,10 @@ async def read_call(request: Request, defaults: GenerationOptions, max_image_byt
 
 
 def parse_options(given: object, defaults: GenerationOptions) -> GenerationOptions:
-    """Lay the caller's options over the service's.
+    """Return the service's options with those of the caller in their place.
 
     Raises:
-        ApiError: 400, naming the option that is unknown, of the wrong type or senseless.
+        ApiError: 400; an option is unknown, of the wrong type, out of range or without effect.
     """
     if not isinstance(given, dict):
         raise bad_request(f"options must be a JSON object, got {_short(given)}")
@@ -100,7 +100,7 @@ def _json_fields(body: bytes) -> dict[str, Any]:
     image = fields.get("image")
     if image is not None:
         if not isinstance(image, str):
-            raise bad_request("image must be a text in base64")
+            raise bad_request("image must be a string in base64")
         try:
             fields["image"] = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError):
@@ -144,7 +144,7 @@ def _call(fields: Mapping[str, Any], defaults: GenerationOptions, max_image_byte
     if len(image) > max_image_bytes:
         _refuse_size("image", max_image_bytes, len(image))
     if prompt is not None and not isinstance(prompt, str):
-        raise bad_request("prompt must be a text")
+        raise bad_request("prompt must be a string")
     if prompt is not None and len(prompt) > MAX_TEXT_CHARS:
         raise bad_request(f"prompt must have at most {MAX_TEXT_CHARS} characters, got {len(prompt)}")
     return CaptionCall(image=image, prompt=prompt or None, options=parse_options(options or {}, defaults))
@@ -154,15 +154,15 @@ def _option(name: str, value: object) -> Any:
     if name not in _OPTION_TYPES:
         raise bad_request(f"{name} is not an option; the options are {', '.join(_OPTION_TYPES)}")
     try:
-        # By way of JSON, where a list is a tuple.
+        # Through JSON, in which a list is accepted for a tuple.
         parsed = _OPTION_TYPES[name].validate_json(json.dumps(value))
     except ValidationError as error:
         rule = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise bad_request(f"options: {name} must be {rule}, got {_short(value)}") from None
-    if name in MOST and parsed > MOST[name]:
-        raise bad_request(f"options: {name} must be at most {MOST[name]}, got {parsed}")
+    if name in MAX_OPTIONS and parsed > MAX_OPTIONS[name]:
+        raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
     if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
-        raise bad_request("options: stop must be at most 8 texts of at most 64 characters")
+        raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
     return parsed
 
 

@@ -1,4 +1,4 @@
-"""A drawn scene for whoever tries the demonstration model and has no fitting picture at hand."""
+"""A drawn scene, for trying the demonstration model without a suitable picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIDE_PX = 320
 
 
 def draw_scene_png() -> tuple[bytes, str]:
-    """Draw a scene that training never saw; give it as PNG with its true caption."""
+    """Draw a scene that is not in the training set; return it as PNG, with its true caption."""
     scenes = SceneSampler("held_out", secrets.randbits(32)).sample(1)
     png = io.BytesIO()
     Image.fromarray(draw(scenes, SIDE_PX)[0]).save(png, "PNG")

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
-from pipeline.cli.main import main
+WRONG_INSTALLATION = 3
+"""Exit status of what is refused before work; the table in `pipeline.exit_status` cannot be imported yet."""
 
-__all__ = ["main"]
+
+def main() -> int:
+    """Run the command line, unless another `blip2_actor` hides ours."""
+    hidden_by = file_that_hides("blip2_actor")
+    if hidden_by is not None:
+        sys.stderr.write(
+            f"blip2: {hidden_by} is imported in place of the package blip2_actor that blip2 needs; "
+            "rename it, run from another folder, or take its folder out of PYTHONPATH\n"
+        )
+        return WRONG_INSTALLATION
+    from pipeline.cli.main import main
+
+    return main()
+
+
+def file_that_hides(package: str) -> str | None:
+    """Return the file or folder that is imported in place of one of our packages, or None."""
+    ours = Path(__file__).resolve().parents[1] / package / "__init__.py"
+    spec = find_spec(package)
+    if spec is None or (spec.origin and Path(spec.origin).resolve() == ours):
+        return None
+    return spec.origin or next(iter(spec.submodule_search_locations or [package]))
+
 
 if __name__ == "__main__":
     sys.exit(main())

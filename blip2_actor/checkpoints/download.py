@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from blip2_actor.installation import install_hint
+
 DESCRIPTION = ("*.json", "*.txt", "*.model")
 """Patterns of the files that describe a checkpoint: configurations and tokenizers."""
 FILES = (*DESCRIPTION, "*.safetensors")
@@ -112,7 +114,8 @@ def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
         filesystem.invalidate_cache(root)
         entries = filesystem.ls(root, detail=True)
     except ImportError as error:
-        raise OSError(f"{uri} needs a package that is not installed: {error}; install it") from error
+        hint = install_hint(uri.partition("://")[0])
+        raise OSError(f"{uri} needs a package that is not installed: {error}{hint}") from error
     except Exception as error:  # each store's library has its own exceptions
         raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
     files = [e for e in entries if e["type"] == "file" and matches(e["name"], FILES)]

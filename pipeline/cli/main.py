@@ -1,19 +1,23 @@
-"""The command line `blip2`: subcommands from dataclasses. Neither torch nor Ray is imported to print help.
+"""The command line `blip2`: subcommands from dataclasses.
 
-Exit status: 0 done; 2 when a larger share of the rows failed than allowed; 1 for anything else.
+Printing help imports neither torch, Ray, pyarrow nor numpy. A command first says what is not installed, then
+which settings contradict each other, and only then imports what it needs. `pipeline.exit_status` has the exit
+statuses.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
-from blip2_actor.flags import Parser, add_flags, build
-from pipeline.run.cluster import set_ray_environment
+from blip2_actor.flags import Parser, add_flags, build, did_you_mean
+from blip2_actor.installation import MissingPackages, require_packages
+from blip2_actor.version_flag import add_version_flag
+from pipeline.cli.serve import become_deployment
+from pipeline.exit_status import ExitStatus
 from pipeline.settings.demo_settings import DemoSettings
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
@@ -23,13 +27,15 @@ from pipeline.settings.retry_settings import RetrySettings
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings, and the function that takes them and gives the exit status."""
+    """A subcommand: its settings, and the function that takes them and returns the exit status."""
 
     settings: type
     function: str
     """module:function, imported when the command runs."""
     without: frozenset[str] = frozenset()
-    """Settings that mean nothing here and are no flags."""
+    """Settings that have no effect in this command and get no flags."""
+    needs: tuple[str, ...] = ("ray", "pyarrow")
+    """Packages of the extra `batch` without which the command cannot run."""
 
     @property
     def summary(self) -> str:
@@ -40,16 +46,18 @@ class Command:
         return getattr(import_module(module), name)
 
 
+NO_FORK = frozenset({"fork"})
+NO_RAY = ("pyarrow",)
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo.demo:demo"),
     "caption": Command(CaptionSettings, "pipeline.cli.commands:caption"),
     "embed": Command(EmbedSettings, "pipeline.cli.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.cli.commands:score"),
-    "plan": Command(PlanSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
-    "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
-    "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", without=frozenset({"fork"})),
-    "report": Command(ReportSettings, "pipeline.report.report:report"),
-    "status": Command(StatusSettings, "pipeline.cli.commands:status"),
+    "plan": Command(PlanSettings, "pipeline.plan.plan:plan", NO_FORK),
+    "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", NO_FORK),
+    "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", NO_FORK),
+    "report": Command(ReportSettings, "pipeline.report.report:report", needs=NO_RAY),
+    "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }
 SERVE = "serve"
@@ -57,34 +65,34 @@ SERVE = "serve"
 
 def make_parser() -> Parser:
     parser = Parser(prog="blip2", description="BLIP-2 captions for millions of images, on Ray.")
+    add_version_flag(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary)
         add_flags(sub, command.settings, command.without)
-    commands.add_parser(SERVE, help="Serve captions over HTTP; takes the flags of python -m deploy.")
+    commands.add_parser(SERVE, help="Serve captions over HTTP from this machine.")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [SERVE]:
-        _become([sys.executable, "-m", "deploy", *arguments[1:]])
-    if " ".join(arguments[:2]) in COMMANDS:  # of two words
+        become_deployment(arguments[1:])
+    if " ".join(arguments[:2]) in COMMANDS:  # a command of two words
         arguments[:2] = [" ".join(arguments[:2])]
     parser = make_parser()
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.refuse_unknown(unknown, given.command)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        parser.error(f"there is no command {arguments[0]}{did_you_mean(arguments[0], [*COMMANDS, SERVE])}")
+    given = parser.parse_args(arguments)
     command = COMMANDS[given.command]
     try:
+        require_packages(given.command, command.needs, "batch")
         settings: Any = build(command.settings, vars(given))
-    except ValueError as error:
+    except (MissingPackages, ValueError) as error:
         print(f"blip2 {given.command}: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return ExitStatus.REFUSED
+    from pipeline.run.cluster import set_ray_environment
+
     set_ray_environment()
     return command.load()(settings)
-
-
-def _become(command: list[str]) -> NoReturn:
-    """Go on as another program: its signals and its exit status are its own."""
-    os.execv(command[0], command)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.cli.commands import errors_to_exit_status
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.ledger.ledger import STATE
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
@@ -47,7 +47,8 @@ class Comparison:
 def demo(settings: DemoSettings) -> int:
     """Draw scenes, caption them and compare; return 1 if less than 95 % are right or any status is wrong."""
     console = Console()
-    folder = _fresh_folder(settings.output)
+    with before_work():
+        folder = _fresh_folder(settings.output)
     console.say(f"Rendering {settings.num_images:,} drawn scenes, some broken on purpose, to {folder}/")
     truth = write_demo_dataset(folder, num_images=settings.num_images)
     captions = folder / "captions"

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
+from pipeline.errors import OutputInUse
 from pipeline.storage.folder import Folder
 
 LEASE = "_blip2/lease.json"
@@ -26,10 +27,6 @@ BEAT_S = 5.0
 """Seconds between heartbeats."""
 DEAD_AFTER_S = 30.0
 """A heartbeat that stands still for this long is that of a dead driver."""
-
-
-class OutputInUse(RuntimeError):
-    """Another driver works on this output."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import os
 
 from blip2_actor import EngineBuilder
-from pipeline.cli.commands import errors_to_exit_status
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.size_estimate import estimate_size
@@ -24,7 +24,8 @@ from pipeline.settings.plan_settings import AnyPlanSettings
 @errors_to_exit_status
 def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan, as lines or as one JSON object."""
-    found = make_plan(settings, engine)
+    with before_work():  # a plan starts nothing: all that it refuses, the job would refuse
+        found = make_plan(settings, engine)
     console = Console()
     if settings.json:
         console.say(json.dumps(found.to_dict()))

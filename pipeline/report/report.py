@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cli.commands import errors_to_exit_status
+from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.commit import output_name
@@ -38,7 +38,8 @@ NUM_SAMPLES = 24
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the page if `--html` names a file."""
     console = Console()
-    found = make_report(settings.output, settings.thumbnails if settings.html else 0)
+    with before_work():
+        found = make_report(settings.output, settings.thumbnails if settings.html else 0)
     for line in found.lines():
         console.say(line)
     if settings.html:

@@ -37,6 +37,8 @@ def connected() -> Iterator[ClusterSize]:
     """
     import ray
 
+    from pipeline.run.worker_imports import OurPackagesFirst
+
     address = os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
@@ -45,7 +47,7 @@ def connected() -> Iterator[ClusterSize]:
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **({} if address else {"include_dashboard": False}),
+                **({} if address else {"include_dashboard": False, "job_config": OurPackagesFirst()}),
             )
     try:
         quiet_ray_data()

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.errors import Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, Stopped, TooManyFailures
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Committer
-from pipeline.ledger.lease import Lease, OutputInUse
+from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import ShardProgress, load_shard_report, shards_with_a_report
 from pipeline.progress import Console, Rate, Snapshot
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck

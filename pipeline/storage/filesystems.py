@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
+from blip2_actor.installation import install_hint
 from pipeline.errors import InputError
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
@@ -31,7 +32,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 return pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
-        raise InputError(f"{scheme}:// needs a package that is not installed: {error}") from error
+        hint = install_hint(scheme)
+        raise InputError(f"{scheme}:// needs a package that is not installed: {error}{hint}") from error
     except OSError as error:
         hint = "; name the bucket's region: ?region=us-east-1" if scheme == "s3" else ""
         raise InputError(f"{uri} cannot be reached: {error}{hint}") from error

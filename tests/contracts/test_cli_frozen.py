@@ -1,6 +1,6 @@
-"""The command line is a contract: scripts break when a flag or a default goes.
+"""The command line is a contract: scripts break when a flag or a default disappears.
 
-`python -m tests.contracts.test_cli_frozen` writes tests/contracts/cli.txt anew after a change that is meant.
+After an intended change, `python -m tests.contracts.test_cli_frozen` writes tests/contracts/cli.txt again.
 """
 
 from __future__ import annotations
@@ -8,83 +8,109 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from blip2_actor.flags import build
+import deploy.command
+from blip2_actor import EngineConfig, GenerationOptions
+from blip2_actor.flags import Parser, build
+from deploy.settings import OnlineImageLimits, ServeSettings
 from pipeline.cli.main import COMMANDS, main, make_parser
 
 FROZEN = Path(__file__).with_name("cli.txt")
+REQUIRED = "--input a --output b --text-column c"
+"""The required flags of any command; a test removes those that its command does not have."""
+
+
+def commands() -> Mapping[str, Parser]:
+    """Every subcommand with its parser; `serve` has that of the endpoint."""
+    [action] = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return cast(dict[str, Parser], action.choices) | {"serve": deploy.command.make_parser()}
 
 
 def surface() -> Iterator[str]:
-    """Each flag of each command with its kind; defaults stand in the help of the flag."""
-    parser = make_parser()
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for name, sub in subparsers.choices.items():
+    """Yield each flag of each command with its kind; the default is read from the help of the flag."""
+    for name, command in commands().items():
         yield name
-        for action in sub._actions:
+        for action in command._actions:
             if action.dest == "help":
                 continue
-            default = (
-                (action.help or "").rpartition("(default: ")[2].rstrip(")")
-                if "(default: " in action.help
-                else "-"
-            )
+            help_text = action.help or ""
+            default = help_text.rpartition("(default: ")[2].rstrip(")") if "(default: " in help_text else "-"
             required = " required" if action.required else ""
             many = " many" if action.nargs == "+" else ""
             yield f"  {action.option_strings[0]} {action.metavar or 'switch'}{many}{required} {default}"
+
+
+def run_command(arguments: str) -> int:
+    """Return the exit status of a command line, of the endpoint when the first word is `serve`."""
+    words = arguments.split()
+    try:
+        return deploy.command.main(words[1:]) if words[:1] == ["serve"] else main(words)
+    except SystemExit as end:
+        return cast(int, end.code)
 
 
 def test_surface_is_frozen():
     assert list(surface()) == FROZEN.read_text().splitlines()
 
 
-def test_help_needs_neither_torch_nor_ray():
+@pytest.mark.parametrize("module", ["pipeline.cli.main", "deploy.command"])
+def test_help_imports_nothing_heavy(module):
     """Help that takes ten seconds is not read."""
     code = (
         "import sys\n"
-        "from pipeline.cli.main import main\n"
-        "try: main(['caption', '--help'])\n"
+        f"from {module} import main, make_parser\n"
+        f"try: main(['caption', '--help'] if {module!r} == 'pipeline.cli.main' else ['--help'])\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules), 'too much imported'"
+        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'fastapi'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--max-failed-fraction" in done.stdout
+    assert "--max-new-tokens" in done.stdout
 
 
-def test_every_flag_has_help():
-    parser = make_parser()
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for sub in subparsers.choices.values():
-        assert all(action.help for action in sub._actions)
+def test_every_flag_has_help_for_a_person_at_a_terminal():
+    for command in commands().values():
+        for action in command._actions:
+            assert action.help, action.option_strings
 
 
 @pytest.mark.parametrize("command", ["caption", "embed", "score"])
 def test_a_plan_takes_the_flags_of_its_command(command):
     """A command line is planned by putting `plan` in front of it."""
-    parser = make_parser()
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    planned = set(commands["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
-    flags = set(commands[command]._option_string_actions)
+    planned = set(commands()["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
+    flags = set(commands()[command]._option_string_actions)
     assert (planned - flags, flags - planned) == ({"--sample", "--json"}, {"--fork"})
+
+
+def test_the_endpoint_takes_the_flags_of_the_engine():
+    """It had six flags of its own: slots, threads and compilation could not be set."""
+    flags = set(commands()["serve"]._option_string_actions)
+    shared = {flag for flag in flags if flag in commands()["caption"]._option_string_actions}
+    assert {"--max-slots", "--num-threads", "--compile", "--device-map", "--num-beams"} <= shared
+    assert {"--host", "--port", "--timeout-s", "--max-in-flight", "--decode-children"} <= flags
 
 
 def test_defaults_are_those_of_the_dataclasses():
     given = vars(make_parser().parse_args(["caption", "--input", "in", "--output", "out"]))
     settings = COMMANDS["caption"].settings
     assert build(settings, given) == settings(input=("in",), output="out")
+    served = build(ServeSettings, vars(deploy.command.make_parser().parse_args([])))
+    assert served == ServeSettings()
+    assert (served.engine, served.options) == (EngineConfig(), GenerationOptions())
+    assert served.image == OnlineImageLimits(max_file_bytes=20 << 20, cpu_s=10.0, wall_s=30.0)
 
 
 def test_flags_reach_the_dataclasses_inside():
     arguments = "caption --input a b --output o --model demo --num-beams 3 --early-stopping never --stop x"
-    arguments += " --keep url caption2=caption --image-max-pixels 9 --max-actors 4 --jpeg-draft".replace(
-        " --jpeg-draft", " --image-jpeg-draft"
-    )
-    settings = build(COMMANDS["caption"].settings, vars(make_parser().parse_args(arguments.split())))
+    arguments += " --keep url caption2=caption --image-max-pixels 9 --max-actors 4 --image-jpeg-draft"
+    given = vars(make_parser().parse_args(arguments.split()))
+    settings: Any = build(COMMANDS["caption"].settings, given)
     assert settings.input == ("a", "b")
     assert settings.engine.model == "demo"
     assert (settings.generation.num_beams, settings.generation.early_stopping) == (3, "never")
@@ -94,22 +120,48 @@ def test_flags_reach_the_dataclasses_inside():
     assert settings.placement.max_actors == 4
 
 
+def test_the_old_name_of_a_flag_is_still_read():
+    for flag in ("--skip-self-test", "--skip-canary"):
+        given = vars(make_parser().parse_args(["caption", "--input", "a", "--output", "b", flag]))
+        settings: Any = build(COMMANDS["caption"].settings, given)
+        assert settings.engine.skip_self_test
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "serve"])
+@pytest.mark.parametrize("others", ["", REQUIRED])
+def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command, others, capsys):
+    """Alone it was hidden by "the following arguments are required", and `serve` exited with 2."""
+    flags = commands()[command]._option_string_actions
+    pairs = zip(*[iter(others.split())] * 2, strict=True)
+    others = " ".join(f"{flag} {value}" for flag, value in pairs if flag in flags)
+    right = "--model" if "--model" in flags else "--output"
+    wrong = right[:-2] + right[:-3:-1]
+    assert run_command(f"{command} {wrong} x {others}") == 3
+    said = capsys.readouterr().err
+    assert f"there is no flag {wrong}; did you mean {right}?" in said
+    assert f"See blip2 {command} --help" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ("caption --input a --output b --pormpt x", "did you mean --prompt?"),
-        ("caption --input a", "--output"),
+        ("caption --input a --output b --pormpt=x", "there is no flag --pormpt; did you mean --prompt?"),
+        ("caption --input a", "--output must be given"),
+        ("caption", "--input and --output must be given"),
         ("caption --input a --output b --dtype float8", "must be one of auto, float32"),
         ("caption --input a --output b --num-beams two", "num-beams"),
-        ("transcribe", "transcribe"),
+        ("serve --port eight", "port"),
+        ("serve --dtype float8", "must be one of auto, float32"),
+        ("captoin --input a", "there is no command captoin; did you mean caption?"),
+        ("transcribe", "there is no command transcribe"),
+        ("--verzion", "did you mean --version?"),
         ("", "COMMAND"),
     ],
 )
-def test_a_wrong_command_line_exits_with_1_and_says_what_is_right(arguments, said, capsys):
-    """argparse itself exits with 2, which here says that too many rows failed."""
-    with pytest.raises(SystemExit) as end:
-        main(arguments.split())
-    assert end.value.code == 1
+def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, said, capsys):
+    """argparse itself exits with 2, which here means that too many rows failed."""
+    assert run_command(arguments) == 3
     assert said in capsys.readouterr().err
 
 
@@ -125,9 +177,51 @@ def test_a_wrong_command_line_exits_with_1_and_says_what_is_right(arguments, sai
         ("--prompt x --prompt-column y", "prompt"),
     ],
 )
-def test_settings_that_contradict_are_refused(arguments, said, capsys):
-    assert main(["caption", "--input", "a", "--output", "b", *arguments.split()]) == 1
+def test_settings_that_contradict_each_other_are_refused(arguments, said, capsys):
+    assert run_command(f"caption --input a --output b {arguments}") == 3
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--num-beams 0", "num_beams must be at least 1, got 0"),
+        ("--model demo --device-map auto --compile true", "device_map"),
+        ("--timeout-s 0", "timeout_s must be above 0"),
+        ("--max-in-flight 1001", "max_in_flight must be from 1 to 1000, got 1001"),
+        ("--decode-children 0", "decode_children must be at least 1"),
+        ("--port 70000", "port must be from 1 to 65535, got 70000"),
+    ],
+)
+def test_settings_of_the_endpoint_that_cannot_work_are_refused(arguments, said, capsys):
+    assert run_command(f"serve {arguments}") == 3
+    assert said in capsys.readouterr().err
+
+
+def test_version_names_what_decides_results_without_importing_ray():
+    said = set()
+    for module in ("pipeline", "deploy"):
+        code = (
+            "import sys\n"
+            "sys.argv = ['x', '--version']\n"
+            f"from {module}.__main__ import main\n"
+            "try: main()\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "assert 'ray' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.add(done.stdout)
+    [lines] = [text.splitlines() for text in said]
+    assert [line.partition(" ")[0] for line in lines] == [
+        "blip2-ray",
+        "Python",
+        "torch",
+        "transformers",
+        "ray",
+        "device",
+    ]
+    assert all(line.partition(" ")[2] for line in lines)
 
 
 if __name__ == "__main__":

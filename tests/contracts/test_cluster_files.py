@@ -1,9 +1,10 @@
-"""The cluster files as their readers will see them: Ray's launcher, Serve and KubeRay's field names."""
+"""The cluster files as their readers see them: Ray's launcher, Serve, and the field names of KubeRay."""
 
 from __future__ import annotations
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,44 @@ def test_the_committed_files_are_valid(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main([]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "serve_config.yaml is valid" in said and "ray_cluster.yaml is valid" in said
 
 
-def test_the_cluster_grows_from_a_head_that_runs_no_work() -> None:
+def test_elsewhere_the_packaged_serve_config_is_checked_and_the_missing_cluster_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outside the clone it said "No such file or directory" for its own files."""
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert str(files("deploy") / "serve_config.yaml") in said
+    assert "no cluster was checked: there is no ray_cluster.yaml in this folder" in said
+
+
+def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = load("ray_cluster.yaml") | {"max_worker": 3}
+    (tmp_path / "ray_cluster.yaml").write_text(yaml.safe_dump(wrong))
+    assert main([]) == 1
+    assert "max_worker" in capsys.readouterr().err
+    right = str(ROOT / "ray_cluster.yaml")
+    assert main([right]) == 0
+    assert main([right, "ray_cluster.yaml", "nothing.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 2 and "nothing.yaml" in said
+
+
+def test_a_wrong_flag_of_the_check_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--hlep"])
+    assert end.value.code == 3
+    assert "did you mean --help?" in capsys.readouterr().err
+
+
+def test_the_cluster_grows_from_a_head_that_runs_no_tasks() -> None:
     cluster = load("ray_cluster.yaml")
     types = cluster["available_node_types"]
     assert set(types) == {"head", "cpu", "accelerator"} and cluster["head_node_type"] == "head"
@@ -98,7 +134,7 @@ def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: st
 
 
 def test_serve_itself_checks_the_args_of_the_builder() -> None:
-    # With postponed annotations Serve does not see the model and hands `build` an unchecked dictionary.
+    # With postponed annotations, Serve does not see the model and passes `build` an unchecked dictionary.
     with pytest.raises(ValueError, match="modle"):
         call_user_app_builder_with_args_if_necessary(build, {"engine": {"modle": "demo"}})
     call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}})

@@ -46,7 +46,13 @@ PUBLIC = [
     "resize_image",
 ]
 
-OPEN_TO_SIBLINGS = ("blip2_actor.flags", "blip2_actor.testing", "blip2_actor.demo")
+OPEN_TO_SIBLINGS = (
+    "blip2_actor.flags",
+    "blip2_actor.version_flag",
+    "blip2_actor.installation",
+    "blip2_actor.testing",
+    "blip2_actor.demo",
+)
 
 
 def test_the_public_names_are_frozen() -> None:

@@ -14,8 +14,9 @@ import pytest
 from blip2_actor import ImageLimits
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
+from pipeline.errors import OutputInUse
 from pipeline.ledger.commit import Committer
-from pipeline.ledger.lease import Lease, OutputInUse
+from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import begin_run, scan_output
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console

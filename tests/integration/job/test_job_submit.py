@@ -1,4 +1,4 @@
-"""The job as a cluster gets it: `ray job submit` to a cluster of its own, from a copy of the tree."""
+"""The job on a cluster: `ray job submit` to a cluster of its own, from a copy of the tree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from blip2_actor.demo.scenes import SceneSampler, draw
 
-# A whole cluster starts and ends, and a job with its own interpreter: minutes on a machine that is busy.
+# A whole cluster starts and ends, and a job with its own interpreter; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
 ROOT = Path(__file__).parents[3]
@@ -48,30 +48,33 @@ def free_ports(count: int) -> list[int]:
 def environment() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="rj", dir="/tmp", ignore_cleanup_errors=True) as folder:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # The job says `python`: on a cluster that is the one which Ray runs on.
+        # The job runs `python`; on a cluster that is the Python on which Ray runs.
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         yield kept | {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
 
 
 @pytest.fixture(scope="module")
 def dashboard(environment: dict[str, str]) -> Iterator[str]:
-    """A cluster under one process in the foreground, so that all of it, and nothing else, can be ended."""
+    """A cluster under one process in the foreground, so that all of it can be ended, and nothing else."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any: the usual ones may be another cluster's
+    command += [
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]  # any; the default may be in use
     command += [f"--{name}={port}" for name, port in ports.items()]
     ray = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    said = []
+    printed = []
     assert ray.stdout is not None
     for line in ray.stdout:
-        said.append(line)
+        printed.append(line)
         if "Ray runtime started" in line:
             break
     else:
-        pytest.fail("".join(said))
+        pytest.fail("".join(printed))
     yield f"http://127.0.0.1:{ports['dashboard-port']}"
     started = [*psutil.Process(ray.pid).children(recursive=True), ray]
     for process in started:
@@ -80,7 +83,7 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
     psutil.wait_procs(started[:-1], timeout=30)
 
 
-def test_the_tree_is_submitted_and_its_captions_are_there(
+def test_the_tree_is_submitted_and_captions_its_input(
     dashboard: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     scenes = SceneSampler("held_out", seed=0).sample(20)
@@ -93,7 +96,7 @@ def test_the_tree_is_submitted_and_its_captions_are_there(
     submit += ["--input", str(tmp_path / "images"), "--output", str(tmp_path / "captions")]
     done = subprocess.run(submit, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    # The command's own status is 0 or 1, whatever the job's was.
+    # The command exits with 0 or 1, whatever the exit status of the job.
     job = JobSubmissionClient(dashboard).get_job_info("captions")
     assert (job.status, job.driver_exit_code) == (JobStatus.SUCCEEDED, 0)
     [output] = (tmp_path / "captions").glob("*.parquet")

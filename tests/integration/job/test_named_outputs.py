@@ -148,7 +148,7 @@ def test_score_writes_the_score_of_each_rows_text(tmp_path, table):
 
 def test_a_text_column_that_is_not_there_is_refused_before_anything_is_read(tmp_path, table, capsys):
     asked = ScoreSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), text_column="words")
-    assert score(asked, ENGINE) == 1
+    assert score(asked, ENGINE) == 3
     assert "text to score must be one of the columns image, alt, ask, got 'words'" in capsys.readouterr().err
 
 

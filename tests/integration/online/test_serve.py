@@ -1,7 +1,8 @@
-"""The endpoint as its callers meet it: a real Serve instance, HTTP, decoding children and an engine."""
+"""The endpoint as its callers see it: a real Serve instance, HTTP, decoding children and an engine."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,26 @@ import pytest
 from PIL import Image
 from ray import serve
 
-from blip2_actor import EngineBuilder, EngineConfig, EngineStats, ImageLimits
+from blip2_actor import EngineBuilder, EngineConfig, EngineStats
 from blip2_actor.testing import save_tiny_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
 from deploy.app import compose
-from deploy.settings import Settings
+from deploy.settings import OnlineImageLimits, Settings
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.job_settings import CaptionSettings
 
-# Six processes import Ray, and one of them torch: minutes on a machine that is busy.
+# Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
+ROOT = Path(__file__).parents[3]
 NUM_CALLERS = 16
 COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
 SIDE_PX = FakeEngineConfig().image_size_px
 
 
 def png(seed: int) -> bytes:
-    """A picture at the model's own size, so that resizing changes nothing."""
+    """Return a picture of the model's own size, which resizing does not change."""
     pixels = np.random.default_rng(seed).integers(0, 255, (SIDE_PX, SIDE_PX, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -53,19 +56,19 @@ def caption_of(image: bytes, prompt: str | None = None) -> str:
 
 
 FAULTY = png(1_000)
-"""The picture on which the fake engine's device fails."""
+"""The picture for which the device of the fake engine fails."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, the fake engine finishes nothing."""
+    """A file; while it exists, the fake engine finishes no request."""
     return tmp_path_factory.mktemp("gate") / "closed"
 
 
@@ -82,7 +85,7 @@ def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     gated = FakeEngineConfig(model="demo", gate=str(gate), faults_on=(caption_of(FAULTY),))
-    limits = ImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
+    limits = OnlineImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
     serve.run_many(
         [
             target("/", gated, max_in_flight=NUM_CALLERS, timeout_s=20, image=limits),
@@ -94,7 +97,7 @@ def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]
 
 
 def target(route: str, engine: EngineBuilder, **settings: Any) -> serve.RunTarget:
-    """One application; its actors take none of the two CPUs, which the batch job needs."""
+    """One application; its actors reserve neither of the two CPUs, which the batch job needs."""
     free = {"ray_actor_options": {"num_cpus": 0}}
     application = compose(engine, Settings(**settings), captioner=free, gateway=free)
     return serve.RunTarget(application, name=route, route_prefix=route)
@@ -120,9 +123,9 @@ def test_concurrent_requests_share_passes_and_keep_their_own_answers(url: str, c
     before = engine_stats()
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
         answers = [callers.submit(post, url, image, prompt=f"p{n}") for n, image in enumerate(images)]
-        # All of them reach the engine while it is busy with the first: none waits behind Serve's limits.
+        # All of them reach the engine while it is busy with the first: Serve's limits hold none back.
         wait_for(lambda: engine_stats().num_requests - before.num_requests == NUM_CALLERS)
-        # And one more than the gateway admits is told so at once, in our own words.
+        # One more than the gateway admits is refused at once, by the gateway and not by Serve.
         refused = post(url, images[0])
         closed_gate.unlink()
         bodies = [answer.result().json() for answer in answers]
@@ -153,16 +156,16 @@ def test_a_picture_of_too_many_pixels_is_413(url: str) -> None:
     assert (response.status_code, response.json()["error"]["type"]) == (413, "too_large")
 
 
-def test_a_caller_that_goes_away_frees_its_place(url: str, closed_gate: Path) -> None:
+def test_a_caller_that_disconnects_frees_its_slot(url: str, closed_gate: Path) -> None:
     image = png(1)
     before = engine_stats()
     for _ in range(NUM_CALLERS + 4):
-        # Had those before it kept their places, the last four would be refused instead of left waiting.
+        # If the callers before had kept their slots, the last four would be refused and not left waiting.
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/caption", files={"image": image}, timeout=httpx.Timeout(10, read=0.15))
     closed_gate.unlink()
     assert post(url, image).status_code == 200
-    # The engine was busy with the first; the others were given up before their turn.
+    # The engine was busy with the first request; the others were cancelled before it started them.
     assert engine_stats().num_requests - before.num_requests > 2
     assert engine_stats().num_finished - before.num_finished < 5
 
@@ -192,7 +195,7 @@ def test_an_engine_that_fails_is_replaced(url: str) -> None:
     refused = post(url, FAULTY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
     wait_for(lambda: post(url, png(2)).status_code == 200, seconds=120)
-    assert engine_stats().num_finished < 5  # another engine, with counters of its own
+    assert engine_stats().num_finished < 5  # another engine, with its own counters
 
 
 def test_the_page_the_model_and_readiness(url: str) -> None:
@@ -202,23 +205,45 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
     assert "<form" in httpx.get(url).text
 
 
-def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = subprocess.Popen(
-            [sys.executable, "-m", "deploy", "--model", "demo", "--device", "cpu", "--port", str(port)],
-            env=environment | {"RAY_TMPDIR": folder, "HOME": str(tmp_path)},
-            cwd=Path(__file__).parents[3],
+def poison(folder: Path) -> None:
+    """Put modules with the names of our packages into a folder; importing one ends the process."""
+    for name in ("pipeline", "blip2_actor", "deploy"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the file of the user was imported')")
+
+
+@contextmanager
+def serving(
+    folder: Path, *flags: str, start: Sequence[str] = ("-m", "pipeline", "serve")
+) -> Iterator[subprocess.Popen[str]]:
+    """Run `blip2 serve` from a folder as the console script does, with a Ray of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        yield subprocess.Popen(
+            [sys.executable, "-P", *start, "--model", "demo", "--device", "cpu", *flags],
+            env=kept | {"RAY_TMPDIR": ray_folder, "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+            cwd=folder,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
+    """From a folder whose files have the names of our packages: Ray would have its workers import those."""
+    poison(tmp_path)
+    port = free_port()
+    with serving(tmp_path, "--port", str(port), "--max-new-tokens", "4") as command:
         assert command.stdout is not None
         lines = [command.stdout.readline() for _ in range(3)]
-        assert f"http://127.0.0.1:{port}/" in lines[0], lines
+        assert f"http://127.0.0.1:{port}/" in lines[0], (lines, command.communicate()[1])
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/model").json()["options"]["max_new_tokens"] == 4
         scene = httpx.get(f"http://127.0.0.1:{port}/scene.png")
-        answer = post(f"http://127.0.0.1:{port}", scene.content)
+        answer = post(f"http://127.0.0.1:{port}", scene.content, options='{"max_new_tokens": 30}')
         assert answer.json()["caption"].endswith("background")
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
@@ -229,3 +254,49 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert not alive
     # A token file would change how every later Ray of this user starts.
     assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+TOO_LATE = """
+import sys, time, types
+from deploy import local_service
+
+start_ray, skipped_s = local_service._start_ray, 0.0
+
+def get_node(*_):
+    global skipped_s
+    time.sleep(1)
+    skipped_s += 15
+    raise RuntimeError("the node is not there")
+
+def start_ray_too_late():
+    from ray._private import node, services  # not before the endpoint has set the environment for Ray
+
+    services.get_node = get_node
+    node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + skipped_s})
+    start_ray()
+
+local_service._start_ray = start_ray_too_late
+
+from deploy.__main__ import main
+sys.exit(main())
+"""
+"""The endpoint with a Ray whose processes start but never report; the wait of 30 s takes 2 s."""
+
+
+def test_a_ray_that_comes_up_too_late_is_one_sentence_and_leaves_nothing_running(tmp_path: Path) -> None:
+    with serving(tmp_path, "--port", str(free_port()), start=["-c", TOO_LATE]) as command:
+        seen: dict[int, psutil.Process] = {}
+        names = set()
+        while command.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(command.pid).children(recursive=True):
+                    seen[process.pid] = process
+                    names.add(process.name())
+            time.sleep(0.05)
+        said = command.communicate()[1]
+        assert command.returncode == 1, said
+        assert "raylet" in names
+        assert said.startswith("blip2 serve: Ray did not start on this machine: The current node timed out")
+        assert said.count("\n") == 1
+        _, alive = psutil.wait_procs(list(seen.values()), timeout=30)
+        assert not alive

@@ -12,8 +12,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.lease import Lease, OutputInUse
+from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Run, drop_markers, scan_output
 from pipeline.progress import Console
 from pipeline.report.status import status_lines

@@ -1,14 +1,16 @@
-"""What cannot work is refused before Ray starts, with a sentence that says what to do, and status 1."""
-
-import os
-import subprocess
-import sys
+"""What cannot work is refused before Ray starts: one sentence that says what to do, and exit status 3."""
 
 import pytest
 import ray
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig
-from pipeline.cli.commands import caption, retry, status
+from pipeline.cli.commands import caption, retry
+from pipeline.cli.main import main
+from pipeline.cli.status import status
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.exit_status import ExitStatus
+from pipeline.ledger.ledger import begin_run
+from pipeline.run.job import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.report_settings import StatusSettings
@@ -18,12 +20,12 @@ from tests.integration.inputs import png, write_tar
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Run the caption command, which must be refused, and give what it said."""
+    """Run the caption command, which must be refused, and return what it printed."""
 
     def run(engine=None, **changes) -> str:
         write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
         values = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")} | changes
-        assert caption(CaptionSettings(**values), engine or FakeEngineConfig()) == 1
+        assert caption(CaptionSettings(**values), engine or FakeEngineConfig()) == 3
         assert not ray.is_initialized()
         said = capsys.readouterr().err
         assert said.startswith("blip2: ")
@@ -38,7 +40,7 @@ def test_unknown_model(refused):
 
 
 def test_unknown_model_folder(tmp_path, capsys):
-    """Through the real engine's own check."""
+    """The real engine checks this."""
     write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
     from blip2_actor import EngineConfig
 
@@ -47,13 +49,13 @@ def test_unknown_model_folder(tmp_path, capsys):
         output=str(tmp_path / "out"),
         engine=EngineConfig(model=str(tmp_path / "no-such-checkpoint")),
     )
-    assert caption(settings) == 1
+    assert caption(settings) == 3
     assert "no-such-checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_that_no_row_could_be_served_with(refused):
-    """Each row would be refused by itself, after the cluster has started for it."""
+def test_a_prompt_that_the_model_cannot_take(refused):
+    """Every single row would be refused, after a cluster has started for it."""
     assert "prompt must be servable" in refused(prompt="unservable")
     assert "prompt must be servable" in refused(outputs=Outputs(ask=("what=unservable",)))
 
@@ -77,26 +79,89 @@ def test_output_that_cannot_be_written(refused, tmp_path):
     assert "output must be a folder that can be written" in said
 
 
-def test_output_with_files_of_someone_else(refused, tmp_path):
-    """A file of the same name would be taken for a finished shard, and its rows never be captioned."""
+def test_output_with_files_that_no_run_has_written(refused, tmp_path):
+    """A file of the same name would count as a finished shard, and its rows would never be captioned."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.tar.parquet").write_bytes(b"PAR1")
     assert "a.tar.parquet" in refused()
 
 
 def test_status_and_retry_without_a_run(tmp_path, capsys):
-    assert status(StatusSettings(output=str(tmp_path))) == 1
-    assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 1
+    assert status(StatusSettings(output=str(tmp_path))) == 3
+    assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 3
     assert capsys.readouterr().err.count("output must be a folder with a run") == 2
 
 
-def test_serve_becomes_the_deployment_with_its_own_flags():
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "serve", "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-    )
-    assert done.returncode == 0
-    assert "--port" in done.stdout
+def test_an_output_that_was_begun_with_other_settings(refused, tmp_path):
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
+    write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
+    job = prepare(settings, FakeEngineConfig())
+    begin_run(job.folder, job.run)
+    assert "'another'" in refused(prompt="another")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "embed --model demo --input {}/nowhere --output {}/out",
+        "score --model demo --input {}/nowhere --output {}/out --text-column txt",
+        "embed --model {}/no-model --input {} --output {}/out",
+        "plan --model demo --input {}/nowhere",
+        "plan embed --model demo --input {}/nowhere",
+        "report --output {}",
+        "status --output {}",
+        "retry --output {}",
+        "demo --output {}",
+    ],
+)
+def test_every_command_refuses_before_work(arguments, tmp_path, capsys):
+    """Each of them exited with 1, which says that the same command may help."""
+    (tmp_path / "mine").write_text("a file that no command has written")
+    assert main(arguments.format(*[tmp_path] * 3).split()) == 3
+    assert not ray.is_initialized()
+    said = capsys.readouterr().err
+    assert said.startswith("blip2: ") and str(tmp_path) in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError("the disk is full"), 1),
+        (ValueError("a fragment is damaged"), 1),
+        (OutputInUse("process 7 works on it"), 1),
+        (RayStartFailed("Ray did not start"), 1),
+        (Stopped("stopped by a signal"), 1),
+        (TooManyFailures("most rows failed"), 2),
+    ],
+)
+def test_what_fails_after_work_has_begun_may_be_tried_again(error, status, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
+    monkeypatch.setattr("pipeline.cli.commands.run_job", fail)
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
+    assert caption(settings, FakeEngineConfig()) == status
+    assert capsys.readouterr().err == f"blip2: {error}\n"
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("pipeline.cli.commands.prepare", fail)
+    with pytest.raises(TypeError):
+        caption(CaptionSettings(input=("a",), output="b"), FakeEngineConfig())
+
+
+def test_the_table_of_exit_statuses_is_frozen():
+    """Scripts and schedulers decide by these numbers."""
+    assert {status.name: status.value for status in ExitStatus} == {
+        "DONE": 0,
+        "FAILED": 1,
+        "TOO_MANY_FAILURES": 2,
+        "REFUSED": 3,
+        "INTERRUPTED": 130,
+        "TERMINATED": 143,
+    }

@@ -1,10 +1,11 @@
-"""The HTTP surface without a cluster: what is refused, with which code, and that nothing is ignored."""
+"""The HTTP interface without a cluster: what is refused, with which code, and that nothing is ignored."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ IMAGE = b"encoded bytes"
 
 
 class EchoService:
-    """Captions a call with what it was asked, so that a lost or changed field shows."""
+    """Captions a call with what was requested, so that a lost or changed field is visible."""
 
     def __init__(self) -> None:
         self.model = ModelInfo(model="demo", image_size_px=64, dtype="float32", digest="d")
@@ -91,7 +92,7 @@ def test_form_and_json_are_the_same_call(service: EchoService) -> None:
     for call in service.calls:
         assert call.image == IMAGE
         assert call.prompt == "a photo of"
-        # What the caller left out is the service's own default, not the engine's.
+        # What the caller leaves out takes the default of the service, not that of the engine.
         assert call.options == GenerationOptions(num_beams=3, stop=(".",), max_new_tokens=7)
 
 
@@ -134,10 +135,10 @@ def test_the_answer_has_the_names_of_the_batch_output(service: EchoService) -> N
         ({"imgae": "x"}, "imgae"),
     ],
 )
-def test_senseless_fields_are_refused_by_name(
+def test_wrong_fields_are_refused_by_name(
     service: EchoService, fields: dict[str, object], named: str
 ) -> None:
-    # 1e999 is JSON, and infinite once read.
+    # 1e999 is valid JSON, and infinity when it is read.
     body = json.dumps({"image": base64.b64encode(IMAGE).decode()} | fields).replace("Infinity", "1e999")
     headers = {"content-type": "application/json"}
     code, kind, message = error_of(ask(service, "POST", "/v1/caption", content=body, headers=headers))
@@ -162,16 +163,14 @@ def test_a_body_that_is_no_json_object(service: EchoService, body: bytes) -> Non
         {"files": {"imgae": ("x.jpg", IMAGE)}},
         {"files": {"image": ("x.jpg", IMAGE), "prompt": ("p.txt", b"x")}},
         {"files": [("image", ("x.jpg", IMAGE)), ("image", ("y.jpg", IMAGE))]},
-        {"files": {"other": (None, b"x")}, "data": {"image": "a text, not a file"}},
+        {"files": {"other": (None, b"x")}, "data": {"image": "a string, not a file"}},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"max_new_tokens": "5"}},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"options": "max_new_tokens=5"}},
         {"content": b"no boundary", "headers": {"content-type": "multipart/form-data"}},
         {"content": b"--b\r\ncut", "headers": {"content-type": "multipart/form-data; boundary=b"}},
     ],
 )
-def test_a_form_that_cannot_be_read_as_it_was_meant(
-    service: EchoService, request_: dict[str, object]
-) -> None:
+def test_a_form_that_cannot_be_read_is_400(service: EchoService, request_: dict[str, object]) -> None:
     assert error_of(ask(service, "POST", "/v1/caption", **request_))[:2] == (400, "bad_request")
     assert not service.calls
 
@@ -185,7 +184,7 @@ def test_another_content_type_is_415(service: EchoService, content_type: str) ->
 def test_a_body_beyond_the_limit_is_never_read_whole(service: EchoService) -> None:
     sent = 0
 
-    async def endless():  # type: ignore[no-untyped-def]
+    async def endless() -> AsyncIterator[bytes]:
         nonlocal sent
         while sent < 100 << 20:
             sent += 64 * 1024
@@ -202,21 +201,21 @@ def test_an_image_beyond_the_limit_is_413(service: EchoService) -> None:
     assert error_of(ask(service, "POST", "/v1/caption", files=big))[:2] == (413, "too_large")
 
 
-def test_a_request_that_takes_too_long_is_504_and_leaves(service: EchoService) -> None:
+def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted(service: EchoService) -> None:
     service.timeout_s = 0.01
     service.hold = asyncio.Event()
     assert error_of(post_form(service))[:2] == (504, "timeout")
     assert service.num_in_flight == 0
 
 
-def test_a_failure_of_our_own_tells_nothing_of_the_inside(service: EchoService) -> None:
+def test_an_internal_error_reveals_nothing(service: EchoService) -> None:
     code, kind, message = error_of(post_json(service, prompt="raise"))
     assert (code, kind) == (500, "internal")
     assert "secret" not in message
     assert service.num_in_flight == 0
 
 
-def test_no_engine_is_503_with_a_time_to_come_back(service: EchoService) -> None:
+def test_no_engine_is_503_with_retry_after(service: EchoService) -> None:
     response = ask(service, "GET", "/healthz")
     assert error_of(response)[:2] == (503, "not_ready")
     assert response.headers["retry-after"] == "1"
@@ -229,7 +228,7 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(service: EchoService
     assert response.headers["allow"] == "POST"
 
 
-def test_the_page_asks_for_routes_that_exist(service: EchoService) -> None:
+def test_the_page_uses_routes_that_exist(service: EchoService) -> None:
     page = ask(service, "GET", "/")
     assert page.headers["content-type"].startswith("text/html")
     for path in ("v1/model", "v1/caption", "scene.png"):

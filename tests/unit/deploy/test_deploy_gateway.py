@@ -1,4 +1,4 @@
-"""What a gateway makes of an engine's answers, with a handle whose answers are chosen."""
+"""How a gateway turns the engine's answers into its own, with a handle whose answers the test chooses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deploy.settings import Settings
 
 
 class Response:
-    """Like Serve's: awaiting it gives up on the answer, only `cancel` calls the work off."""
+    """Like Serve's response: ending the wait does not stop the work, only `cancel` does."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -60,7 +60,7 @@ async def gateway(handle: Handle, **settings: Any) -> AsyncIterator[Gateway]:
         yield made
     finally:
         made.__del__()
-        del made._decode_threads  # closed already
+        del made._decode_threads  # already closed
 
 
 def picture() -> CaptionCall:
@@ -83,7 +83,7 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
     return asyncio.run(ask())
 
 
-def test_a_timeout_calls_the_work_off() -> None:
+def test_a_timeout_cancels_the_work() -> None:
     handle = Handle(None)
 
     async def ask() -> None:
@@ -98,7 +98,7 @@ def test_a_timeout_calls_the_work_off() -> None:
     assert handle.caption.response.cancelled
 
 
-def test_an_engine_that_is_gone_is_503() -> None:
+def test_an_engine_that_has_died_is_503() -> None:
     gone = [ActorDiedError(), DeploymentUnavailableError("Captioner")]
     assert refusals(gone) == [(503, "overloaded")] * 2
 
@@ -111,7 +111,7 @@ def test_every_status_but_ok_is_an_error_of_its_name() -> None:
     ]
 
 
-def test_beyond_the_limit_nobody_is_admitted_until_one_leaves() -> None:
+def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
     async def ask() -> None:
         async with gateway(Handle(None), max_in_flight=1) as made:
             made.admit()

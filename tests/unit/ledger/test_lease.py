@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from pipeline.ledger.lease import LEASE, Holder, Lease, OutputInUse, read_holder
+from pipeline.errors import OutputInUse
+from pipeline.ledger.lease import LEASE, Holder, Lease, read_holder
 from pipeline.storage.folder import Folder
 
 

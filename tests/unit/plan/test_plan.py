@@ -174,11 +174,11 @@ def test_an_input_without_decodable_images_is_refused_with_the_reason(tmp_path):
 def test_what_would_stop_the_job_is_one_sentence(tmp_path, monkeypatch, capsys):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     engine = FakeEngineConfig()
-    assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 1
+    assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 3
     assert "prompt must be servable" in capsys.readouterr().err
     retrieval = save_tiny_retrieval_checkpoint(tmp_path / "retrieval")
     matched = Outputs(score=("fit=caption",), score_model=str(retrieval))
-    assert plan(settings(tmp_path / "in", outputs=matched), engine) == 1
+    assert plan(settings(tmp_path / "in", outputs=matched), engine) == 3
     assert "score_model must take images of 32 px" in capsys.readouterr().err
 
     def fail(*_):
@@ -225,7 +225,7 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     assert said["sample"] == {"num_rows": 8, "by_status": {"ok": 8}}
     assert set(said["prediction"]["stages"]) == {"read", "decode", "caption", "write"}
     assert said["prediction"]["actor_s"] > 0
-    assert main([*command, "--sample", "0"]) == 1
+    assert main([*command, "--sample", "0"]) == 3
     assert "sample must be at least 1, got 0" in capsys.readouterr().err
 
 
@@ -241,10 +241,10 @@ def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
         assert None not in found.stage_costs.rows[name].to_pylist()
         assert "caption" not in found.stage_costs.rows.column_names
     assert not captions_made(tmp_path / "trace")
-    assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 1
+    assert plan(PlanScoreSettings(input=input, text_column="words"), engine) == 3
     assert "text to score must be one of the columns image, alt, got 'words'" in capsys.readouterr().err
     for command in ("embed", "score --text-column alt"):
-        assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 1
+        assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 3
         assert f"blip2 plan {command[:5]}: sample must be at least 1, got 0" in capsys.readouterr().err
 
 

@@ -95,5 +95,5 @@ def test_a_run_that_has_only_started(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert main(["status", "--output", str(tmp_path)]) == 1
+    assert main(["status", "--output", str(tmp_path)]) == 3
     assert "must be a folder with a run" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""Packages that an extra of the distribution installs: which of them are missing, and how to install them.
+
+It imports the standard library only, so that a command can say what is missing when almost nothing is
+installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+DISTRIBUTION = "blip2-ray"
+EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The extra that brings the package for a URI scheme."""
+
+
+class MissingPackages(Exception):
+    """Packages that a command needs are not installed; the message has the command that installs them."""
+
+
+def require_packages(command: str, packages: Sequence[str], extra: str) -> None:
+    """Check that packages can be imported, without importing them.
+
+    Raises:
+        MissingPackages: at least one cannot.
+    """
+    missing = [package for package in packages if not _can_be_imported(package)]
+    if missing:
+        raise MissingPackages(f"{command} needs {' and '.join(missing)}; run: {pip_install(extra)}")
+
+
+def pip_install(extra: str) -> str:
+    """Return the command that installs this distribution with one of its extras."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def install_hint(scheme: str) -> str:
+    """Return the end of a sentence about a URI whose package is missing: the command that installs it."""
+    extra = EXTRA_OF_SCHEME.get(scheme)
+    return f"; run: {pip_install(extra)}" if extra else "; install the package that it names"
+
+
+def _can_be_imported(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # ValueError: something in sys.modules that was never found by a finder
+        return False

@@ -1,0 +1,145 @@
+"""The endpoint on this machine: a Ray of its own, the application on it, and the end of both.
+
+The cluster belongs to this process alone. Its token lives in the environment only, its workers import our
+packages whatever the working folder holds, and every process ends with this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from deploy.settings import ServeSettings
+
+APPLICATION = "blip2"
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds this package and `blip2_actor`."""
+
+
+class RayStartFailed(RuntimeError):
+    """Ray did not come up on this machine; the message says what to do."""
+
+
+def serve_until_stopped(settings: ServeSettings) -> None:
+    """Start Ray and the application; at a signal end both, requests in flight first.
+
+    Raises:
+        RayStartFailed: Ray does not start.
+        RuntimeError: the application does not start.
+    """
+    # No other process knows the token of this cluster, and no token file is left behind.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+    from ray import serve
+
+    from deploy.app import compose
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    engine = dataclasses.replace(settings.engine, num_threads=settings.engine.num_threads or os.cpu_count())
+    stop = threading.Event()
+    _set_on_signal(stop)
+    try:
+        _start_ray()
+        _set_on_signal(stop)  # again, because Ray has set its own handlers
+        num_gpus = 1 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        application = compose(
+            engine, settings, captioner={"ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus}}
+        )
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        target = serve.RunTarget(application, name=APPLICATION)
+        serve.run_many([target], wait_for_applications_running=False)
+        if _wait_until_running(stop):
+            sys.stdout.write(_invitation(engine.model, settings.host, settings.port))
+            sys.stdout.flush()
+            stop.wait()
+            serve.delete(APPLICATION)
+    finally:
+        ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+    from ray.job_config import JobConfig
+
+    class OurPackagesFirst(JobConfig):
+        """Workers search the folder of our packages; Ray would add the working folder in front of it."""
+
+        def _serialize(self) -> str:
+            self._py_driver_sys_path = [str(ROOT)]
+            return super()._serialize()
+
+    try:
+        ray.init(
+            address="local",
+            # Logical CPUs place our actors; they do not bind threads.
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=512 << 20,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            job_config=OurPackagesFirst(),
+        )
+    except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
+        _end_started_processes(error)
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise RayStartFailed(
+            f"Ray did not start on this machine: {reason}; when the machine is busy or short of "
+            "memory or disk space, wait or free some, and run the same command again"
+        ) from error
+
+
+def _end_started_processes(error: Exception) -> None:
+    """End what a failed `ray.init` has started.
+
+    Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its
+    processes. The raylet would be killed together with this process, and the agents that it has started would
+    stay; a raylet that is terminated ends them. The node is still in the traceback.
+    """
+    from ray._private.node import Node
+
+    trace = error.__traceback__
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            return
+        trace = trace.tb_next
+
+
+def _wait_until_running(stop: threading.Event) -> bool:
+    """Wait for the application; return False when told to stop before it runs."""
+    from ray import serve
+
+    while not stop.wait(0.2):
+        application = serve.status().applications[APPLICATION]
+        if application.status == "RUNNING":
+            return True
+        if application.status == "DEPLOY_FAILED":
+            reasons = [deployment.message for deployment in application.deployments.values()]
+            raise RuntimeError("\n".join([application.message, *filter(None, reasons)]))
+    return False
+
+
+def _set_on_signal(stop: threading.Event) -> None:
+    # An event, not KeyboardInterrupt: raised inside Ray, that can end the process with its children alive.
+    # SIGINT is set explicitly, because a shell has its background jobs ignore it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _invitation(model: str, host: str, port: int) -> str:
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    image = "photo.jpg"
+    lines = [f"{model} is ready on {url}/ (Ctrl-C ends it)"]
+    if model == "demo":
+        image = "scene.png"
+        lines.append(f"  curl -so {image} {url}/{image}")
+    lines.append(f"  curl -F image=@{image} {url}/v1/caption")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,19 @@
+"""`blip2 status`, apart from the commands that run a job: it imports no Ray."""
+
+from __future__ import annotations
+
+from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
+from pipeline.progress import Console
+from pipeline.report.status import status_lines
+from pipeline.settings.report_settings import StatusSettings
+
+
+@errors_to_exit_status
+def status(settings: StatusSettings) -> int:
+    """Print how far a run is."""
+    console = Console()
+    with before_work():
+        lines = status_lines(settings.output)
+    for line in lines:
+        console.say(line)
+    return ExitStatus.DONE

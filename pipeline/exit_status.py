@@ -1,0 +1,77 @@
+"""Exit statuses: the one table, and the one place where an error becomes a sentence and a status.
+
+The rule: what is refused before anything has started exits with `REFUSED`, because the same command cannot
+succeed. What fails after work has begun exits with `FAILED`, because the same command resumes. Commands mark
+the first part with `before_work`; `errors_to_exit_status` does the rest.
+
+Every other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import ParamSpec
+
+from blip2_actor.flags import WRONG_FLAGS
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.stages.engine_fault import EngineFault
+
+P = ParamSpec("P")
+
+
+class ExitStatus(IntEnum):
+    """What the exit status of every command says."""
+
+    DONE = 0
+    """Finished; the share of failed rows is at most --max-failed-fraction."""
+    FAILED = 1
+    """Failed; the same command may succeed, and finished work is kept."""
+    TOO_MANY_FAILURES = 2
+    """Finished or stopped early, and too many rows failed or were flagged."""
+    REFUSED = WRONG_FLAGS
+    """Refused before work: flags, input, model or output must change first. Nothing was started."""
+    INTERRUPTED = 130
+    """Stopped by SIGINT; finished work is kept."""
+    TERMINATED = 143
+    """Stopped by SIGTERM; finished work is kept."""
+
+
+class Refused(Exception):
+    """A command cannot start; the message says what to change."""
+
+
+@contextmanager
+def before_work() -> Iterator[None]:
+    """Turn the errors of checks, made before anything is started, into `Refused`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
+    """Print errors that a person can act on as one sentence, and return their exit status."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except Refused as error:
+            return _fail(error, ExitStatus.REFUSED)
+        except TooManyFailures as error:
+            return _fail(error, ExitStatus.TOO_MANY_FAILURES)
+        except EngineFault as error:
+            return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
+        except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
+            return _fail(error, ExitStatus.FAILED)
+
+    return wrapped
+
+
+def _fail(error: object, status: ExitStatus) -> ExitStatus:
+    print(f"blip2: {error}", file=sys.stderr)  # noqa: T201
+    return status
