@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 
 from examples.drawn_pictures import draw_pictures
-from pipeline.__main__ import main as blip2
+from pipeline.cli.main import main as blip2
 
 
 def caption_folder(pictures: str, output: str, model: str) -> int:

@@ -36,11 +36,11 @@ def matching_pairs(folder: Path, model: str, min_score: float) -> list[tuple[str
 
 def write_demonstration(folder: Path) -> str:
     """Write a few pairs to `folder/pairs` and a random checkpoint; return the checkpoint's folder."""
-    from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
+    from blip2_actor.testing import save_tiny_retrieval_checkpoint
 
     for name, caption in draw_pictures(folder / "pairs", 6).items():
         (folder / "pairs" / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return str(save_retrieval_checkpoint(folder / "checkpoint"))
+    return str(save_tiny_retrieval_checkpoint(folder / "checkpoint"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pipeline.run.cluster import set_ray_environment
 
 def drive(arguments: str) -> int:
     set_ray_environment()
-    from blip2_actor.testing.fake_engine import FakeEngineConfig
+    from blip2_actor.testing import FakeEngineConfig
     from pipeline.cli.commands import caption
     from pipeline.settings.from_dict import from_dict
     from pipeline.settings.job_settings import CaptionSettings

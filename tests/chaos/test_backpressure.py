@@ -16,7 +16,7 @@ from ray._private.internal_api import get_state_from_address, node_stats
 from ray.cluster_utils import Cluster
 
 from blip2_actor import decode_image
-from blip2_actor.testing.fake_engine import fake_caption
+from blip2_actor.testing import fake_caption
 from tests.chaos.cluster import NODE, cluster, start_driver
 from tests.integration.inputs import png, write_tar
 

@@ -12,7 +12,7 @@ import pytest
 import blip2_actor
 from blip2_actor import Engine, EngineBuilder, EngineConfig, EngineLike, MatchingConfig, MatchingEngine
 from blip2_actor.protocols import ModelBuilder, ModelLike
-from blip2_actor.testing.fake_engine import FakeEngine, FakeEngineConfig
+from blip2_actor.testing import FakeEngine, FakeEngineConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from blip2_actor import decode_image
-from blip2_actor.testing.fake_engine import fake_caption
+from blip2_actor.testing import fake_caption
 
 SIZE_PX = 32
 BROKEN = b"this is not an image"

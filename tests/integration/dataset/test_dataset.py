@@ -14,7 +14,7 @@ from PIL import Image
 
 import pipeline
 from blip2_actor import GenerationOptions, decode_image
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption
 from pipeline import Placement
 
 SIZE_PX = 32

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor import ImageLimits
-from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
 from pipeline.ledger.commit import Committer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from blip2_actor.testing.fake_engine import captions_made
+from blip2_actor.testing import captions_made
 from pipeline.ledger.fragments import read_fragment
 from pipeline.ledger.ledger import scan_output
 from pipeline.report.status import status_lines

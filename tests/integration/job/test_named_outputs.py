@@ -10,7 +10,7 @@ import ray
 
 import pipeline
 from blip2_actor import decode_image
-from blip2_actor.testing.fake_engine import (
+from blip2_actor.testing import (
     FakeEngineConfig,
     captions_made,
     fake_caption,

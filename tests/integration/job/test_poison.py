@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job
 from pipeline.settings.job_settings import CaptionSettings

@@ -26,8 +26,7 @@ from PIL import Image
 from ray import serve
 
 from blip2_actor import EngineBuilder, EngineConfig, EngineStats
-from blip2_actor.testing import save_tiny_checkpoint
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption, save_tiny_checkpoint
 from deploy.app import compose
 from deploy.settings import OnlineImageLimits, Settings
 from pipeline.progress import Console

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.ledger.ledger import scan_output
 from pipeline.progress import Console
 from pipeline.run.job import prepare, run_job

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.commands import caption, retry
 from pipeline.cli.main import main
 from pipeline.cli.status import status

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2_actor.testing import save_tiny_retrieval_checkpoint
-from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
+from blip2_actor.testing import FakeEngineConfig, captions_made, save_tiny_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
 from pipeline.inputs.listing import list_shards

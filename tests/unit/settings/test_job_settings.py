@@ -3,7 +3,7 @@
 import pytest
 
 from blip2_actor import GenerationOptions, ImageLimits
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.from_dict import from_dict

@@ -1,7 +1,7 @@
 """If the digest of the same settings changed, no run that an earlier version began could resume."""
 
 from blip2_actor import GenerationOptions, ImageLimits
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import ImageLimits, Status
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage

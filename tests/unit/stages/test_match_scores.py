@@ -8,8 +8,13 @@ import pyarrow as pa
 import pytest
 
 from blip2_actor import EngineConfig, Match, MatchingConfig
-from blip2_actor.testing import IMAGE_SIZE_PX, random_images, save_tiny_retrieval_checkpoint
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing import (
+    IMAGE_SIZE_PX,
+    FakeEngineConfig,
+    fake_caption,
+    random_images,
+    save_tiny_retrieval_checkpoint,
+)
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.job_settings import CaptionSettings, ScoreSettings
 from pipeline.settings.outputs import Outputs, ScoreKind

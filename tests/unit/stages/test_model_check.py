@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from blip2_actor.testing.fake_engine import FakeEngineConfig
+from blip2_actor.testing import FakeEngineConfig
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.model_check import Models, require_same_models
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLike, Request
 from blip2_actor.demo.scenes import SceneSampler, draw
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption, fake_features, fake_score
+from blip2_actor.testing import FakeEngineConfig, fake_caption, fake_features, fake_score
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs
 from pipeline.stages.caption import CaptionStage

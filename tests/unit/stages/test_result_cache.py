@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pyarrow as pa
 
 from blip2_actor import Result, Status
-from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.caption import CaptionStage
