@@ -43,10 +43,11 @@ class Module:
 
     @property
     def functions(self) -> Iterator[tuple[str, int]]:
-        """Each function as (name, number of lines from `def` to its last line)."""
+        """Each function as (name, number of lines from `def` to its last line, without its docstring)."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+                docstring = node.body[0] if ast.get_docstring(node) is not None else None
+                yield node.name, _num_lines(node) - (_num_lines(docstring) if docstring else 0)
 
     @property
     def defined_names(self) -> set[str]:
@@ -62,6 +63,10 @@ class Module:
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names.add(node.target.id)
         return names
+
+
+def _num_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def modules(*folders: str) -> list[Module]:
