@@ -1,11 +1,19 @@
-"""Why a run ends before its work does."""
+"""Errors that end a run before its work is done; each message says what to do."""
 
 from __future__ import annotations
 
 
 class Stopped(RuntimeError):
-    """The run was stopped; everything finished is kept."""
+    """The run was stopped; finished work is kept."""
 
 
 class TooManyFailures(Stopped):
-    """Most of the input fails; the job has stopped early."""
+    """Most rows fail, so the run has stopped early."""
+
+
+class RayStartFailed(RuntimeError):
+    """Ray could not be started, or its cluster could not be reached; none of its processes is left."""
+
+
+class OutputInUse(RuntimeError):
+    """Another driver works on this output."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from blip2_actor import EngineBuilder
-from pipeline.progress import Console, Snapshot
+from pipeline.progress import Console, ProgressSnapshot
 from pipeline.run.cluster import set_ray_environment
 from pipeline.settings.settings import CaptionSettings
 
@@ -47,7 +47,7 @@ class Watch(Console):
     def say(self, text: str = "") -> None:
         pass
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: ProgressSnapshot) -> None:
         if not snapshot.num_rows or (self.seen and self.seen[-1][1] == snapshot.num_rows):
             return
         self.seen.append((time.monotonic(), snapshot.num_rows))
@@ -73,7 +73,8 @@ class JobSide:
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """A `JobRun` as plain values; the first run of the process counts from the command."""
-        from pipeline.run.job import prepare, run_job
+        from pipeline.run.prepare import prepare
+        from pipeline.run.run_job import run_job
 
         began, self._started = self._started or time.time(), 0.0
         offset = time.time() - time.monotonic()

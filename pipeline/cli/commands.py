@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from blip2_actor import EngineBuilder
-from pipeline.errors import Stopped, TooManyFailures
-from pipeline.ledger.lease import OutputInUse
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
-from pipeline.run.job import Job, prepare, prepare_retry, run_job
+from pipeline.run.job import Job
+from pipeline.run.prepare import prepare, prepare_retry
+from pipeline.run.run_job import run_job
 from pipeline.settings.settings import (
     CaptionSettings,
     EmbedSettings,
@@ -36,7 +37,7 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             return _refuse(error, 2)
         except EngineFault as error:
             return _refuse(f"the engine has failed: {error}", 1)
-        except (ValueError, OSError, OutputInUse, Stopped) as error:
+        except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
             return _refuse(error, 1)
 
     return wrapped

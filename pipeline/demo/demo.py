@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from blip2_actor import EngineConfig, Status
 from pipeline.cli.commands import errors_to_exit_status
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
-from pipeline.ledger.ledger import STATE
+from pipeline.ledger.layout import STATE
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.settings import CaptionSettings, DemoSettings
 
 MIN_ACCURACY = 0.95

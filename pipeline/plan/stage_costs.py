@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from blip2_actor import EngineBuilder, Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import commit_shard, output_name
+from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import PLAN_FOLDERS, STATE, SUFFIX
+from pipeline.ledger.layout import PLAN_FOLDERS, STATE, SUFFIX, output_name
 from pipeline.plan.sample import Cost, Sample
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.decode import DecodeStage

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from pipeline.cli.commands import errors_to_exit_status
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.size_estimate import spread
-from pipeline.ledger.commit import output_name
-from pipeline.ledger.ledger import RUN, Run, is_result, load_run, scan_output
-from pipeline.ledger.reconcile import Reconciliation, reconcile
+from pipeline.ledger.layout import RUN_FILE, is_result, output_name
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.reconcile import Reconciliation
+from pipeline.ledger.run_record import Run
 from pipeline.progress import Console, duration
 from pipeline.report.html import page
 from pipeline.report.statistics import COUNTED, Statistics
@@ -79,12 +80,9 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         ValueError: there is no run, or nothing of it is finished.
     """
     folder = Folder(uri)
-    run = load_run(folder)
-    if run is None:
-        raise ValueError(
-            f"output must be a folder with a run, got {folder} without one; name that of --output"
-        )
-    done = reconcile(folder, run.shards, scan_output(folder).finished)
+    ledger = Ledger(folder)
+    run = ledger.require_run()
+    done = ledger.reconcile(run, ledger.scan())
     if not done.summaries:
         raise ValueError(f"output must have finished shards, got none in {folder}; look again later")
     statistics, samples = Statistics(), list[dict[str, Any]]()
@@ -101,7 +99,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         statistics=statistics,
         samples=samples,
         pictures=_pictures(run, spread(samples, num_thumbnails)) if num_thumbnails else {},
-        begun=changes[RUN],
+        begun=changes[RUN_FILE],
         last_written=max(written),
     )
 

@@ -23,14 +23,13 @@ from ray.util import metrics
 from blip2_actor import EngineBuilder, ModelInfo, Result, Status
 from pipeline.inputs.reader import PROMPT, TEXT
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.rowset import RowSet, runs
+from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.schema import output_schema
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage, EngineFault, FinishedRows
 from pipeline.stages.coordinator import Attempt, Receipt
 from pipeline.stages.row_result import RowResult
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import retry_on_oserror
 
 FRAGMENT_ROWS = 256
 FRAGMENT_S = 2.0
@@ -115,7 +114,7 @@ class FragmentStage:
         if attempt.number == 1:
             with self._lock.shared():
                 for piece in self._stage.finish_rows(table, todo, FRAGMENT_ROWS, FRAGMENT_S):
-                    yield list(runs(row for row, _ in piece)), self._write(table, piece)
+                    yield list(ranges_of(row for row, _ in piece)), self._write(table, piece)
                     if ray.get(self._coordinator.is_stopping.remote()):
                         return
             return
@@ -128,7 +127,7 @@ class FragmentStage:
                 else:
                     ray.get(self._coordinator.trying.remote(call, step[0], step[-1] + 1))
                     piece = [pair for part in self._stage.finish_rows(table, step) for pair in part]
-                yield list(runs(step)), self._write(table, piece)
+                yield list(ranges_of(step)), self._write(table, piece)
 
     def _write(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         if not piece:
@@ -138,10 +137,10 @@ class FragmentStage:
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
             of_shard = contract(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
-            retry_on_oserror(lambda of_shard=of_shard: write_fragment(self._folder, of_shard))  # type: ignore[misc]
+            write_fragment(self._folder, of_shard)
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
-            receipts.append(Receipt(shard, tuple(runs(numbers)), tuple(sorted(by_status.items()))))
+            receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
                 self._rows.inc(count, {"status": status})
         self._write_s += time.monotonic() - started

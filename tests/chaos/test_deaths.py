@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars

@@ -15,7 +15,7 @@ import ray
 
 from blip2_actor.testing.fake_engine import captions_made
 from pipeline.ledger.fragments import read_fragment
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.report.status import status_lines
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import check_output, write_tars
@@ -92,7 +92,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert len(state.finished) < 3
 
     last = status_lines(str(output))[-1]
-    assert last.startswith("no driver at work") and last.endswith("run the same command to go on")
+    assert last.startswith("no driver at work") and last.endswith("run the same command to resume")
     assert ("has died" in last) == (number == signal.SIGKILL)
 
     gate.unlink()

@@ -6,7 +6,8 @@ import pytest
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.settings import CaptionSettings
 from tests.integration.inputs import read_output, right_caption, write_tars
 

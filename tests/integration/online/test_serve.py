@@ -29,7 +29,8 @@ from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 from deploy.app import compose
 from deploy.settings import Settings
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.settings import CaptionSettings
 
 # Six processes import Ray, and one of them torch: minutes on a machine that is busy.

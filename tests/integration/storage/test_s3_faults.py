@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder

@@ -14,10 +14,12 @@ from moto.server import ThreadedMotoServer
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease, OutputInUse
-from pipeline.ledger.ledger import Run, drop_markers, scan_output
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
@@ -75,17 +77,18 @@ def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
 def test_markers_of_emptied_folders_go_only_when_nothing_is_to_do(bucket):
     """One for every shard stayed, and each listing of the output paid for it."""
     folder = Folder(bucket.format("marked"))
+    ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]
     run = Run(Fingerprint({}), {}, tuple(shards))
     for shard in shards:
         folder.put(f"_blip2/fragments/{shard.name}.rows/1.arrow", b"")
         folder.delete(f"_blip2/fragments/{shard.name}.rows/1.arrow")
     folder.put("a.tar.parquet", b"")
-    drop_markers(folder, run, scan_output(folder))
+    ledger.drop_markers(run, ledger.scan())
     markers = [f"marked/_blip2/fragments/{shard.name}.rows/" for shard in shards]
     assert raw_keys(bucket, "marked/_blip2/") == markers
     folder.put("b.tar.parquet", b"")
-    drop_markers(folder, run, scan_output(folder))
+    ledger.drop_markers(run, ledger.scan())
     assert set(raw_keys(bucket, "marked/_blip2/")) <= {"marked/_blip2/"}
     assert sorted(folder.names()) == ["a.tar.parquet", "b.tar.parquet"]
 
@@ -121,7 +124,7 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
         assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
         assert all(b"secret" not in value for value in table.schema.metadata.values())
     folder = Folder(settings.output)
-    assert not scan_output(folder).fragments
+    assert not Ledger(folder).scan().fragments
     assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)

@@ -85,7 +85,7 @@ def test_output_with_files_of_someone_else(refused, tmp_path):
 def test_status_and_retry_without_a_run(tmp_path, capsys):
     assert status(StatusSettings(output=str(tmp_path))) == 1
     assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 1
-    assert capsys.readouterr().err.count("output must be a folder with a run") == 2
+    assert capsys.readouterr().err.count("holds no run; pass the folder given as --output") == 2
 
 
 def test_serve_becomes_the_deployment_with_its_own_flags():

@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
+from pipeline.ledger.commit import SUMMARY_KEY, commit_shard, read_summary
 from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, write_fragment
-from pipeline.ledger.ledger import StoreShardReport, load_shard_report, scan_output
+from pipeline.ledger.layout import output_name
 from pipeline.ledger.rowset import RowSet
+from pipeline.ledger.scan import scan_output
+from pipeline.ledger.shard_reports import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
 
@@ -89,7 +91,7 @@ def test_a_commit_with_a_missing_row_changes_nothing(folder):
 
 def test_a_commit_cleans_up_after_itself(folder):
     write_fragment(folder, rows(range(3)))
-    StoreShardReport(folder)(report(3))
+    store_shard_report(folder, report(3))
     commit_shard(folder, report(3), {})
     state = scan_output(folder)
     assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, frozenset())
@@ -126,11 +128,11 @@ def test_rows_behind_a_worse_reading_wait_for_a_better_one(folder):
 
 
 def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
-    StoreShardReport(folder)(report(4, complete=False, reason="ends early"))
-    StoreShardReport(folder)(report(2, complete=False, reason="vanished"))
+    store_shard_report(folder, report(4, complete=False, reason="ends early"))
+    store_shard_report(folder, report(2, complete=False, reason="vanished"))
     assert load_shard_report(folder, "a/0.tar").num_rows == 4
-    StoreShardReport(folder)(report(9))
-    StoreShardReport(folder)(report(0, complete=False, reason="403"))
+    store_shard_report(folder, report(9))
+    store_shard_report(folder, report(0, complete=False, reason="403"))
     assert load_shard_report(folder, "a/0.tar") == report(9)
 
 

@@ -22,7 +22,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import estimate_size
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.plan import sample
 from pipeline.plan import stage_costs as stage_costs
 from pipeline.plan.plan import lines, make_plan, num_bytes, plan
