@@ -1,4 +1,4 @@
-"""RowSet decides what is read again after a crash: a wrong union loses rows or captions them twice."""
+"""RowSet decides what is read again after a death: a wrong union loses rows or captions them twice."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -14,4 +14,4 @@ def test_one_of_each_stage_fits_at_the_same_time(cpus, gpus, max_actors):
     assert needs.read_cpus + needs.decode_cpus + max_actors * needs.caption_cpus <= cpus
     assert min(needs.read_cpus, needs.decode_cpus) > 0
     if not gpus:
-        assert 1 <= needs.num_threads <= cpus
+        assert needs.num_threads is not None and 1 <= needs.num_threads <= cpus
