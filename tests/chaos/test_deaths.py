@@ -1,10 +1,11 @@
-"""Each kind of death, once, in the middle of a run on several nodes: all rows equal the undisturbed run's.
+"""Each kind of death, once, in the middle of a run on several nodes: all rows are as without it.
 
-The engine is held at a gate, so that the death comes at a known point; nothing here waits for time.
+A gate stops the engine in the middle, so that each death happens at a known point; no test sleeps.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,8 +17,11 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.ledger.scan import scan_output
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.decode import DecodeStage
+from pipeline.stages.write import FragmentStage
 from pipeline.storage.folder import Folder
-from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver, wait_until
+from tests.chaos.cluster import NODE, cluster, kill, processes, processes_of, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars
 
 
@@ -29,7 +33,7 @@ def nodes() -> Iterator[Cluster]:
 
 @dataclass
 class Scene:
-    """A run held in the middle."""
+    """A run that a gate has stopped in the middle."""
 
     cluster: Cluster
     driver: subprocess.Popen
@@ -48,30 +52,28 @@ def kill_decode_children(scene: Scene) -> None:
 
 
 def kill_decode_actors(scene: Scene) -> None:
-    scene.kill_each("DecodeStage")
+    scene.kill_each(DecodeStage.__name__)
 
 
 def kill_caption_actors(scene: Scene) -> None:
-    scene.kill_each("FragmentStage")
+    scene.kill_each(FragmentStage.__name__)
 
 
 def kill_caption_actors_twice(scene: Scene) -> None:
-    scene.kill_each("FragmentStage")
-    wait_until(lambda: processes(scene.cluster, "FragmentStage"), scene.driver, scene.log)
-    scene.kill_each("FragmentStage")
+    scene.kill_each(FragmentStage.__name__)
+    wait_until(lambda: processes(scene.cluster, FragmentStage.__name__), scene.driver, scene.log)
+    scene.kill_each(FragmentStage.__name__)
 
 
-def kill_the_board(scene: Scene) -> None:
-    scene.kill_each("ray::Board")
+def kill_the_coordinator(scene: Scene) -> None:
+    scene.kill_each(f"ray::{Coordinator.__name__}")
 
 
 def kill_a_node(scene: Scene) -> None:
-    """The node that captions goes, as a machine that is taken away; another comes."""
-    captioning = set(processes(scene.cluster, "FragmentStage"))
+    """Remove the node that captions, as when a machine is taken away, and add another."""
+    captioning = set(processes(scene.cluster, FragmentStage.__name__))
     for node in list(scene.cluster.worker_nodes):
-        exclusive = Cluster.__new__(Cluster)
-        exclusive.head_node, exclusive.worker_nodes = None, {node}
-        if captioning & set(processes(exclusive, "FragmentStage")):
+        if captioning & set(processes_of(node, FragmentStage.__name__)):
             scene.cluster.remove_node(node, allow_graceful=False)
             scene.cluster.add_node(**NODE)
 
@@ -85,7 +87,7 @@ def terminate_the_driver(scene: Scene) -> None:
 
 
 def break_the_disk(scene: Scene) -> None:
-    """Writing fails while a file stands where the folder of fragments should be."""
+    """Make writing fail for a while: a file is in the place of the folder of fragments."""
     fragments = scene.folder / "_blip2" / "fragments"
     aside = scene.folder / "_blip2" / "aside"
     fragments.rename(aside)
@@ -97,8 +99,6 @@ def break_the_disk(scene: Scene) -> None:
 
 
 def worker_logs() -> str:
-    import os
-
     logs = Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
     return "".join(log.read_text(errors="replace") for log in logs)
 
@@ -108,7 +108,7 @@ DEATHS: list[Callable[[Scene], None]] = [
     kill_decode_actors,
     kill_caption_actors,
     kill_caption_actors_twice,
-    kill_the_board,
+    kill_the_coordinator,
     kill_a_node,
     kill_the_driver,
     terminate_the_driver,

@@ -1,6 +1,6 @@
-"""A cluster whose driver has no accelerator: actors take those of the workers, and "auto" means theirs.
+"""A cluster whose driver has no accelerator: actors use those of the workers, and "auto" means their dtype.
 
-The accelerator is one in Ray's books only, as the engine is a fake one.
+The accelerator exists only as a resource of Ray, because the engine is a fake.
 """
 
 from __future__ import annotations

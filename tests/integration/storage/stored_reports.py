@@ -1,4 +1,4 @@
-"""An `on_end` for tests, in a module of its own because workers import it."""
+"""A callback for shard reports, in a module of its own because workers import it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.inputs.reader import ShardReport
 
 @dataclass(frozen=True)
 class StoreReport:
-    """Writes each report to a file of its own, so that a test sees every call of every worker."""
+    """Write each report to a file of its own, so that a test sees every call of every worker."""
 
     folder: Path
     dies_once: bool = False
-    """Kill the process instead of storing the very first report."""
+    """Kill the process instead of storing the first report."""
 
     def __call__(self, report: ShardReport) -> None:
         if self.dies_once:

@@ -1,4 +1,4 @@
-"""Shards read by a real Ray: every row once, in whatever pieces, and a report for every shard."""
+"""Shards read by a real Ray: each row once, however the shards are divided, and a report for each shard."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_shards_of_every_format_in_one_dataset(inputs, stored):
     assert in_slices == list(images.values())
 
 
-def test_what_is_done_is_not_read_and_a_shard_without_work_still_reports(inputs, stored):
+def test_finished_rows_are_not_read_and_a_shard_without_work_still_reports(inputs, stored):
     shards, _ = inputs
     (tar,) = [shard for shard in shards if shard.name == "a/0.tar"]
     (part, *_) = [shard for shard in shards if shard.format == "parquet"]
@@ -86,9 +86,9 @@ def test_a_reader_that_is_killed_at_its_end_is_run_again_and_gives_the_same(inpu
     assert rows == read(work, StoreReport(stored))
 
 
-def test_few_shards_are_not_split_into_crumbs(inputs, stored):
+def test_few_shards_are_not_split_into_small_blocks(inputs, stored):
     shards, _ = inputs
     (tar,) = [shard for shard in shards if shard.name == "a/0.tar"]
     source = ShardSource([ShardWork(shard=tar)], ReadOptions(), StoreReport(stored))
     assert ray.data.read_datasource(source, override_num_blocks=1).materialize().num_blocks() == 1
-    assert ray.data.read_datasource(source).materialize().num_blocks() > 1, "then the advice is out of date"
+    assert ray.data.read_datasource(source).materialize().num_blocks() > 1, "Ray splits no more"

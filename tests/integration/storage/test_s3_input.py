@@ -1,4 +1,4 @@
-"""Inputs in a bucket: a real S3 protocol on loopback, listed and read like a disk."""
+"""Inputs in a bucket, by the S3 protocol on loopback: they are listed and read as on a disk."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_tables_and_folders_in_a_bucket(query):
     ]
 
 
-def test_what_is_not_there_is_refused_and_what_vanishes_is_partial(query):
+def test_a_missing_input_is_refused_and_a_shard_that_vanishes_is_partial(query):
     with pytest.raises(InputError, match="must be a file or folder that is there"):
         list_shards(uri("bucket/gone", query))
     (shard,) = list_shards(uri("bucket/tars/a/0.tar", query))
@@ -87,5 +87,5 @@ def test_what_is_not_there_is_refused_and_what_vanishes_is_partial(query):
         with filesystem.open_output_stream(path) as file:
             file.write(content)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
-    assert "secret" not in report.reason
+    assert report.reason is not None and "secret" not in report.reason
     assert len(list(read_shard(ShardWork(shard=shard), ReadOptions()))) == 1

@@ -1,4 +1,4 @@
-"""Results in a bucket: the same ledger on an object store, through a real S3 protocol on loopback."""
+"""Output in a bucket, by the S3 protocol on loopback: the ledger works as on a disk."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ from tests.integration.inputs import right_caption, write_tars
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A URI up to the path; with a password, as people have them."""
+    """Yield a URI with a place for the path; it holds a password, as those of users do."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
@@ -40,7 +40,7 @@ def bucket() -> Iterator[str]:
 
 
 def raw_keys(bucket: str, prefix: str) -> list[str]:
-    """Every object, those included that Arrow shows as folders."""
+    """Return every object, also those that Arrow shows as folders."""
     endpoint = parse_qs(bucket.partition("?")[2])["endpoint_override"][0]
     store = boto3.client(
         "s3",
@@ -52,7 +52,7 @@ def raw_keys(bucket: str, prefix: str) -> list[str]:
     return [item["Key"] for item in store.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])]
 
 
-def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
+def test_a_folder_in_a_bucket_works_as_on_a_disk(bucket):
     folder = Folder(bucket.format("folder"))
     assert list(folder.names()) == []
     assert folder.get("a/b") is None
@@ -74,8 +74,8 @@ def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
         pass
 
 
-def test_markers_of_emptied_folders_go_only_when_nothing_is_to_do(bucket):
-    """One for every shard stayed, and each listing of the output paid for it."""
+def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket):
+    """One marker of each shard stayed, and each listing of the output returned all of them."""
     folder = Folder(bucket.format("marked"))
     ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]
