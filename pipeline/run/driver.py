@@ -34,7 +34,7 @@ FLUSH_S = 20.0
 
 
 class Driver:
-    """Drives what is left of a job, in the main thread, on a connected Ray.
+    """The main loop of a run: it drives what is left of a job, in the main thread, on a connected Ray.
 
     The run ends early in one of four ways:
 

@@ -38,7 +38,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     fingerprint = settings.fingerprint(info)
     if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
         # The folder is named by the new fingerprint, so that the same command resumes the same fork.
-        settings = dataclasses.replace(settings, output=ledger.folder.beside(fingerprint.digest[:8]))
+        settings = dataclasses.replace(settings, output=ledger.folder.sibling_uri(fingerprint.digest[:8]))
         ledger = Ledger(Folder(settings.output))
         run = ledger.load(settings.input)
         shards = run.shards if run is not None else _list_shards(settings, ledger)

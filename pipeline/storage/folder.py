@@ -69,7 +69,7 @@ class Folder:
         """Return this folder with requests that are repeated for `retry_for_s` seconds; 0 tries once."""
         return replace(self, retry_for_s=retry_for_s)
 
-    def beside(self, suffix: str) -> str:
+    def sibling_uri(self, suffix: str) -> str:
         """Return the URI of a folder next to this one."""
         path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return f"{path.rstrip('/')}-{suffix}{question}{options}"
@@ -87,7 +87,7 @@ class Folder:
         return f"{self.root}/{name}"
 
     def put(self, name: str, content: bytes) -> None:
-        """Write or replace a file in one step, so that nobody reads half of it."""
+        """Write or replace a file in one step, so that no reader sees half of it."""
         self._retry(lambda: self._put_once(name, content))
 
     def get(self, name: str) -> bytes | None:

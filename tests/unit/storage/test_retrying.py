@@ -8,7 +8,7 @@ FULL = OSError(28, "No space left on device")
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """Time that passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 0.0
