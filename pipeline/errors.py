@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class InputError(ValueError):
+    """The input cannot be used as the user named it; the message says what to do about it."""
+
+
 class Stopped(RuntimeError):
     """The run was stopped; finished work is kept."""
 

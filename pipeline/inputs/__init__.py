@@ -1,1 +1,1 @@
-"""From what the user names as input to shards and the read tasks of Ray Data."""
+"""Turn what the user names as input into shards, and shards into the read tasks of Ray Data."""

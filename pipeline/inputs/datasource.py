@@ -1,4 +1,8 @@
-"""Shards as a Ray Datasource: one read task per shard, all that it reads fixed when the plan is made."""
+"""Shards as a Ray Data source: one read task per shard.
+
+All that a task reads is fixed when the datasource is made. Ray may run a task again to restore lost
+blocks and then needs the same blocks, so a task decides nothing by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,23 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from pipeline.formats import check_options, read_shard
+from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
-
-__all__ = ["ReadOptions", "ShardReport", "ShardSource", "ShardWork", "check_options", "read_shard"]
 
 OnEnd = Callable[[ShardReport], None]
 
 
-class ShardSource(Datasource):
-    """Reads each piece of work in a task of its own.
+class ShardDatasource(Datasource):
+    """Reads each piece of work in a read task of its own.
 
-    Read it with `ray.data.read_datasource(source, override_num_blocks=len(work), concurrency=…)`:
-    left to itself, Ray splits the tables of few shards into blocks of a few rows.
+    Read it with `ray.data.read_datasource(source, override_num_blocks=len(work), concurrency=…)`.
+    Without `override_num_blocks` Ray splits the tables of a few shards into blocks of a few rows.
 
     Args:
-        work: what is still to do; what is finished does not appear here. Ray may run a read again
-            to restore lost blocks, and needs the same blocks then, so nothing is decided later.
+        work: the shards, each with the rows that are still to read. Finished rows do not appear here.
         options: which columns or members are read.
-        on_end: called in the worker when the last table of a shard has been taken, whether the
-            shard was whole or not. Must be picklable, and do no harm when called twice.
+        on_end: called in the worker when the last table of a shard has been taken, whether the shard
+            was whole or not. It must be picklable, and a second call for a shard must do no harm.
     """
 
     def __init__(self, work: Sequence[ShardWork], options: ReadOptions, on_end: OnEnd) -> None:

@@ -1,4 +1,8 @@
-"""Which of an input's files are the input: tars, Parquet tables or images, without what lies beside them."""
+"""Choose which files of an input are read: tars, Parquet tables or images.
+
+Folders often hold more than the input: tables of metadata next to tars, statistics, logs. So of a folder
+or a glob one kind of file is read, and an input with two kinds is refused unless `--format` decides.
+"""
 
 from __future__ import annotations
 
@@ -8,111 +12,127 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import get_args
 
-from pipeline.inputs.find_files import Found, Sizes
+from pipeline.errors import InputError
+from pipeline.inputs.find_files import FileSizes, FoundFiles
 from pipeline.inputs.reader import IMAGE_EXTENSIONS
-from pipeline.inputs.shards import Format, InputError
+from pipeline.inputs.shards import Format
 
-ENDINGS: dict[Format, tuple[str, ...]] = {
+FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
     "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
     "parquet": (".parquet", ".pq"),
     "folder": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
 }
-"""What a file is, by the end of its name in any case."""
-NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
+"""The endings of file names that tell the format of a file. Upper and lower case are the same."""
+FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-FileKinds = dict[Format, list[str]]
+FilesByFormat = dict[Format, list[str]]
 
 log = logging.getLogger(__name__)
 
 
-def choose_files(found: Found, format: str) -> dict[Format, Sizes]:
-    """The files of an input that are to be read, by kind.
+def choose_files(found: FoundFiles, wanted: str) -> dict[Format, FileSizes]:
+    """Choose the files of an input that are read, by format.
 
-    Files that the user named one by one are all read. Of a folder or a glob only one kind is, the
-    one that `format` says or the only one there; img2dataset's tables beside its tars (and beside
-    its folders of images) do not count.
+    Files that the user named one by one are all read. Of a folder or a glob the files of one format are
+    read: the wanted one, or the only one there. img2dataset writes a table next to each tar (and next to
+    each folder of images); these tables do not count.
+
+    Args:
+        found: the files of the input.
+        wanted: a format, or "auto".
 
     Raises:
-        InputError: there is no file of the kind, or more than one kind.
+        InputError: there is no file of the wanted format, or there are files of several formats.
     """
-    file_kinds: FileKinds = {}
+    by_format: FilesByFormat = {}
     others = []
     for file in found.files:
-        kind = _kind(file) if found.one_by_one or not _is_note(file) else None
-        if kind is None:
+        file_format = _format_of(file) if found.one_by_one or not _belongs_to_a_tool(file) else None
+        if file_format is None:
             others.append(file)
         else:
-            file_kinds.setdefault(kind, []).append(file)
+            by_format.setdefault(file_format, []).append(file)
     if found.one_by_one:
-        chosen = _named(found, format, file_kinds, others)
-    elif format == "auto":
-        chosen = _only_kind(found, file_kinds)
+        chosen = _choose_named_files(found, wanted, by_format, others)
+    elif wanted == "auto":
+        chosen = _choose_only_format(found, by_format)
     else:
-        chosen = {kind: files for kind, files in file_kinds.items() if kind == format}
+        chosen = {name: files for name, files in by_format.items() if name == wanted}
     if not chosen:
-        wanted = " or ".join(NOUNS[kind] for kind in FORMATS if format in ("auto", kind))
-        raise InputError(f"{found.name} must hold {wanted}, got only {_count(found.files)}")
-    beside = set(found.files).difference(*chosen.values())
-    if beside:
-        log.info("%s: not read, beside the input: %s", found.name, _count(beside))
-    return {kind: {file: found.files[file] for file in files} for kind, files in chosen.items()}
+        nouns = " or ".join(FORMAT_NOUNS[name] for name in FORMATS if wanted in ("auto", name))
+        raise InputError(
+            f"{found.name} holds no {nouns}, only {_count_endings(found.files)}; "
+            "name another input or --format"
+        )
+    not_read = set(found.files).difference(*chosen.values())
+    if not_read:
+        log.info("%s: not read, next to the input: %s", found.name, _count_endings(not_read))
+    return {name: {file: found.files[file] for file in files} for name, files in chosen.items()}
 
 
-def _kind(file: str) -> Format | None:
+def _format_of(file: str) -> Format | None:
     name = file.lower()
-    return next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None)
+    return next((format for format, endings in FILE_ENDINGS.items() if name.endswith(endings)), None)
 
 
-def _is_note(file: str) -> bool:
-    """Whether it is another tool's own: `_delta_log/`, `_temporary/`; a camera's `_DSC0001.JPG` is not."""
-    return (file.startswith("_") or "/_" in file) and _kind(file) != "folder"
+def _belongs_to_a_tool(file: str) -> bool:
+    """Whether a file is another tool's own, as those in `_delta_log/` and `_temporary/` are.
+
+    An image is not, because cameras call their files `_DSC0001.JPG`.
+    """
+    return (file.startswith("_") or "/_" in file) and _format_of(file) != "folder"
 
 
-def _named(found: Found, format: str, file_kinds: FileKinds, others: list[str]) -> FileKinds:
-    """Files that were named are what `--format` says, whatever they are called."""
-    wanted = next((kind for kind in FORMATS if kind == format), None)
-    if wanted is not None:
-        return {wanted: list(found.files)}
+def _choose_named_files(
+    found: FoundFiles, wanted: str, by_format: FilesByFormat, others: list[str]
+) -> FilesByFormat:
+    """Choose among files that were named one by one: `--format` decides, whatever their names are."""
+    given = next((format for format in FORMATS if format == wanted), None)
+    if given is not None:
+        return {given: list(found.files)}
     if others:
         raise InputError(
-            f"{others[0]} must be a tar, a Parquet table or an image by the end of its name; "
-            "drop it, or say what it is with --format"
+            f"the name {others[0]} does not tell whether the file is a tar, a Parquet table or an image; "
+            "leave it out, or say what it is with --format"
         )
-    return file_kinds
+    return by_format
 
 
-def _only_kind(found: Found, file_kinds: FileKinds) -> FileKinds:
-    if len(file_kinds) > 1 and "parquet" in file_kinds:
-        tables = _without_metadata(file_kinds)
-        file_kinds = {kind: tables if kind == "parquet" else files for kind, files in file_kinds.items()}
-        file_kinds = {kind: files for kind, files in file_kinds.items() if files}
-    if len(file_kinds) > 1:
-        counts = " and ".join(f"{len(files)} {NOUNS[kind]}" for kind, files in sorted(file_kinds.items()))
-        flags = " or ".join(f"--format {kind}" for kind in sorted(file_kinds))
+def _choose_only_format(found: FoundFiles, by_format: FilesByFormat) -> FilesByFormat:
+    """Choose the only format of a folder or a glob, without tables that are metadata of other files."""
+    if len(by_format) > 1 and "parquet" in by_format:
+        by_format = by_format | {"parquet": _without_metadata(by_format)}
+        by_format = {format: files for format, files in by_format.items() if files}
+    if len(by_format) > 1:
+        counts = " and ".join(
+            f"{len(files)} {FORMAT_NOUNS[format]}" for format, files in sorted(by_format.items())
+        )
+        flags = " or ".join(f"--format {format}" for format in sorted(by_format))
         raise InputError(
-            f"{found.name} must hold one kind of input, got {counts}; say which with {flags}, "
+            f"{found.name} must hold one kind of file, got {counts}; choose one with {flags}, "
             "or name each kind as an input of its own"
         )
-    return file_kinds
+    return by_format
 
 
-def _without_metadata(file_kinds: FileKinds) -> list[str]:
-    """The tables that do not share their name with a tar, or with a folder of images."""
-    tars = {_stem(file) for file in file_kinds.get("webdataset", ())}
-    folders = {posixpath.dirname(file) for file in file_kinds.get("folder", ())}
-    return [file for file in file_kinds["parquet"] if _stem(file) not in tars | folders]
+def _without_metadata(by_format: FilesByFormat) -> list[str]:
+    """Return the tables that do not share their name with a tar or with a folder of images."""
+    tars = {_without_ending(file) for file in by_format.get("webdataset", ())}
+    folders = {posixpath.dirname(file) for file in by_format.get("folder", ())}
+    return [file for file in by_format["parquet"] if _without_ending(file) not in tars | folders]
 
 
-def _stem(file: str) -> str:
-    for endings in ENDINGS.values():
+def _without_ending(file: str) -> str:
+    for endings in FILE_ENDINGS.values():
         for ending in endings:
             if file.lower().endswith(ending):
                 return file[: -len(ending)]
     return file
 
 
-def _count(files: Iterable[str]) -> str:
+def _count_endings(files: Iterable[str]) -> str:
+    """Describe files by their five most frequent endings: `2 .json, 1 without ending`."""
     endings = Counter(posixpath.splitext(file)[1] or "without ending" for file in files)
-    most_first = sorted(endings.items(), key=lambda entry: (-entry[1], entry[0]))
-    return ", ".join(f"{count} {ending}" for ending, count in most_first[:5])
+    by_frequency = sorted(endings.items(), key=lambda entry: (-entry[1], entry[0]))
+    return ", ".join(f"{count} {ending}" for ending, count in by_frequency[:5])

@@ -1,4 +1,8 @@
-"""From one input as the user named it to the files that it means: a folder, a file, braces, a glob."""
+"""Find the files that one input means: a file, a folder, braces or a glob, on a disk or in a store.
+
+Nothing is opened and no single file is asked for: a disk is listed folder by folder, an object store
+page by page, so that an input of 10^8 files can be listed.
+"""
 
 from __future__ import annotations
 
@@ -10,60 +14,65 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.inputs.globs import expand_braces, is_glob, matches
-from pipeline.inputs.shards import InputError, without_secrets
+from pipeline.errors import InputError
+from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
 from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX")
 """Never part of an input, like everything whose name begins with a dot."""
 
-Sizes = dict[str, int | None]
-"""Paths below a root, with their bytes where the listing tells them; a disk does not."""
+FileSizes = dict[str, int | None]
+"""Paths below a root with their bytes. The listing of a store tells the bytes, that of a disk does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundFiles:
     """The files of one input."""
 
     name: str
     """The input as the user named it."""
     root: str
-    """URI of the folder below which the files are: the one named, or what stands before the pattern."""
-    files: Sizes = field(repr=False)
+    """URI of the folder that holds the files: the folder named, or what precedes the pattern."""
+    files: FileSizes = field(repr=False)
     one_by_one: bool
-    """Whether every file was named itself; otherwise some may only lie beside what was meant."""
+    """Whether the user named every file itself. Otherwise the files may include some that were not meant."""
 
     @property
     def address(self) -> tuple[str, ...]:
-        """Scheme, bucket and folders of the root, by which roots relate to each other."""
+        """Scheme, bucket and folders of the root, so that roots can be compared part by part."""
         scheme, separator, path = without_secrets(self.root).partition("://")
         if not separator:
             return tuple(self.root.strip("/").split("/"))
         return scheme, *path.strip("/").split("/")
 
 
-def find_files(name: str) -> Found:
-    """List what an input means.
+def find_files(name: str) -> FoundFiles:
+    """List the files that an input means.
 
     Raises:
-        InputError: it is not there or cannot be listed, or a brace or glob means nothing.
+        InputError: the input does not exist or cannot be listed, or braces or a glob match no file.
     """
-    root, rest, query = _split(name)
+    root, pattern, query = _split(name)
     filesystem, base = open_filesystem(root + query)
     try:
-        if not rest:
+        if not pattern:
             return _find_plain(name, root, query, filesystem, base)
-        files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(rest))
+        files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(pattern))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name} cannot be listed: {error}; check the path and the permissions") from error
     if absent:
         names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-        raise InputError(f"{name} must match files, got none for {names} below {root}; check the pattern")
-    return Found(name=name, root=root + query, files=files, one_by_one=one_by_one)
+        raise InputError(f"{name}: no file below {root} matches {names}; check the pattern")
+    return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Where to begin, the pattern below it (empty when the name is plain), and a URI's query."""
+    """Split a name into the folder to start from, the pattern below it, and the query of a URI.
+
+    The pattern is empty if the name has neither braces nor wildcards. A local path that exists is taken
+    literally, whatever characters it holds.
+    """
     if name.startswith("file://"):
         name = unquote(name.removeprefix("file://").removeprefix("localhost"))
     scheme, separator, path = name.partition("://")
@@ -77,34 +86,41 @@ def _split(name: str) -> tuple[str, str, str]:
         special = "*?[{"
         if os.path.lexists(path):
             return path, "", ""
-    found = [at for at in map(path.find, special) if at >= 0]
-    before = f"{scheme}{separator}" if separator else ""
-    if not found:
-        return before + path, "", query
-    cut = path.rfind("/", 0, min(found))
-    if cut < 0:
-        raise InputError(f"{name} must name its bucket without braces or stars; name each as an input")
-    return before + (path[:cut] or "/"), path[cut + 1 :], query
+    prefix = f"{scheme}{separator}" if separator else ""
+    positions = [position for position in map(path.find, special) if position >= 0]
+    if not positions:
+        return prefix + path, "", query
+    slash = path.rfind("/", 0, min(positions))
+    if slash < 0:
+        raise InputError(
+            f"{name} has braces or wildcards in the name of its bucket; name each bucket as an input"
+        )
+    return prefix + (path[:slash] or "/"), path[slash + 1 :], query
 
 
-def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, path: str) -> Found:
+def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, path: str) -> FoundFiles:
+    """Find one file, or all files below one folder."""
     (info,) = filesystem.get_file_info([path])
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"{name} must be a file or folder that is there, got nothing; check the path")
+        raise InputError(f"no such file or folder: {name}")
     if info.type == pafs.FileType.Directory:
         files = dict(_all_below(filesystem, path))
         if not files:
-            raise InputError(f"{name} must hold files, got an empty folder")
-        return Found(name=name, root=uri + query, files=files, one_by_one=False)
+            raise InputError(f"{name} is an empty folder; name a folder that holds files")
+        return FoundFiles(name=name, root=uri + query, files=files, one_by_one=False)
     folder, _, file = uri.rpartition("/")
-    return Found(name=name, root=(folder or "/") + query, files={file: info.size}, one_by_one=True)
+    return FoundFiles(name=name, root=(folder or "/") + query, files={file: info.size}, one_by_one=True)
 
 
 def _find_matching(
     filesystem: pafs.FileSystem, base: str, patterns: list[str]
-) -> tuple[Sizes, list[str], bool]:
-    """Files that the patterns mean, the patterns that mean none, and whether all were plain file names."""
-    files: Sizes = {}
+) -> tuple[FileSizes, list[str], bool]:
+    """Find the files that patterns match.
+
+    Returns:
+        The files, the patterns that match none, and whether every pattern is a plain file name.
+    """
+    files: FileSizes = {}
     absent = []
     globs = [pattern for pattern in patterns if is_glob(pattern)]
     one_by_one = not globs
@@ -127,7 +143,10 @@ def _find_matching(
 
 
 def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Iterator[tuple[str, int | None]]:
-    """Yield the files that match, and all files in the folders that match; look into no other folder."""
+    """Yield the files that match a glob, and all files below the folders that match it.
+
+    A folder is listed only if something below it can match.
+    """
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -140,12 +159,15 @@ def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Ite
                     yield from ((f"{path}/{file}", file_size) for file, file_size in below)
                 else:
                     yield path, size
-            if is_folder and matches(parts, pattern, beginning=True):
+            if is_folder and may_match_below(parts, pattern):
                 folders.append(f"{path}/")
 
 
 def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, int | None]]:
-    """Yield every file below a folder: from an object store page by page, without asking for each folder."""
+    """Yield every file below a folder with its bytes.
+
+    An object store lists everything below a prefix page by page, so its folders are not asked for one by one.
+    """
     if not isinstance(filesystem, pafs.LocalFileSystem):
         for info in filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
             path = info.path[len(base.rstrip("/")) + 1 :]
@@ -163,7 +185,7 @@ def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, in
 
 
 def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, bool, int | None]]:
-    """Yield name, whether it is a folder, and size of what stands in a folder."""
+    """Yield each entry of a folder: its name, whether it is a folder, and its bytes if they are known."""
     if not isinstance(filesystem, pafs.LocalFileSystem):
         for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=False)):
             if not _is_ignored(info.base_name):
@@ -174,10 +196,10 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
             if _is_ignored(entry.name):
                 continue
             if entry.is_dir():
-                if not (entry.is_symlink() and _leads_up(entry.path)):
+                if not (entry.is_symlink() and _links_to_ancestor(entry.path)):
                     yield entry.name, True, None
             elif entry.is_file() or entry.is_symlink():
-                # A link that leads nowhere is an input too: its row will say so.
+                # A broken link is an input too: its row says that the file cannot be read.
                 yield entry.name, False, None
 
 
@@ -185,7 +207,7 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def _leads_up(link: str) -> bool:
-    """Whether a linked folder holds the link itself, so that following it has no end."""
-    here = os.path.realpath(os.path.dirname(link))
-    return f"{here}/".startswith(f"{os.path.realpath(link).rstrip('/')}/")
+def _links_to_ancestor(link: str) -> bool:
+    """Whether a link to a folder leads to a folder that holds the link, so that following it never ends."""
+    folder = os.path.realpath(os.path.dirname(link))
+    return f"{folder}/".startswith(f"{os.path.realpath(link).rstrip('/')}/")

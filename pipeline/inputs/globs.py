@@ -1,4 +1,7 @@
-"""Braces and globs in input names: `{00000..01023}.tar`, `{train,val}/**/*.tar`. Text in, text out."""
+"""Braces and globs in input names: `{00000..01023}.tar`, `{train,val}/**/*.tar`.
+
+This module works on text alone and reads no folder. Braces and globs mean what they mean in a shell.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,23 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_braces(text: str) -> list[str]:
-    """Write out every `{a,b}` and `{007..123}`, in order; other braces stay as they are."""
+    """Write out every `{a,b}` and `{007..123}`, in order. Other braces stay as they are."""
     for braces in _BRACES.finditer(text):
         before, after = text[: braces.start()], text[braces.end() :]
         if alternatives := _alternatives(braces[1]):
-            written = (expand_braces(f"{before}{alternative}{after}") for alternative in alternatives)
-            return list(dict.fromkeys(itertools.chain.from_iterable(written)))
+            expanded = (expand_braces(f"{before}{alternative}{after}") for alternative in alternatives)
+            return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
     return [text]
 
 
 def _alternatives(inside: str) -> list[str]:
+    """Return what a pair of braces stands for; nothing if it is neither a range nor a list."""
     found = _RANGE.fullmatch(inside)
     if found is None:
         return inside.split(",") if "," in inside else []
     first, last = int(found[1]), int(found[2])
-    padded = any(text.startswith("0") and len(text) > 1 for text in found.groups())
-    width = max(map(len, found.groups())) if padded else 0
+    is_padded = any(text.startswith("0") and len(text) > 1 for text in found.groups())
+    width = max(map(len, found.groups())) if is_padded else 0
     step = 1 if first <= last else -1
     return [f"{number:0{width}}" for number in range(first, last + step, step)]
 
@@ -36,19 +40,21 @@ def is_glob(text: str) -> bool:
     return any(character in text for character in "*?[")
 
 
-def matches(path: Sequence[str], pattern: Sequence[str], *, beginning: bool = False) -> bool:
-    """Whether the parts of a path match those of a glob, in which `**` stands for any number of folders.
-
-    Args:
-        path: the path's parts.
-        pattern: the pattern's parts.
-        beginning: ask instead whether something below this path could match.
-    """
+def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match the parts of a glob; `**` stands for any number of folders."""
     if not pattern:
         return not path
     if pattern[0] == "**":
-        below = bool(path) and matches(path[1:], pattern, beginning=beginning)
-        return below or matches(path, pattern[1:], beginning=beginning)
-    if not path:
-        return beginning
-    return fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:], beginning=beginning)
+        return matches(path, pattern[1:]) or (bool(path) and matches(path[1:], pattern))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:])
+
+
+def may_match_below(folder: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether something below a folder, given as its parts, could match the parts of a glob."""
+    if not folder:
+        return bool(pattern)
+    if not pattern:
+        return False
+    if pattern[0] == "**":
+        return may_match_below(folder, pattern[1:]) or may_match_below(folder[1:], pattern)
+    return fnmatchcase(folder[0], pattern[0]) and may_match_below(folder[1:], pattern[1:])

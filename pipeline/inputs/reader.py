@@ -1,7 +1,10 @@
-"""What is asked of a reader and what it gives: options, work, report, and the columns of its tables.
+"""The contract of a reader: what it is asked for, what it returns, and the columns of its tables.
 
-A reader numbers the rows of the whole shard from 0, skips those that are not asked for, and gives
-small Arrow tables in order. The same work gives the same tables every time.
+A reader numbers the rows of the whole shard from 0, skips the rows that it is not asked for, and yields
+small Arrow tables in order. Its generator's return value is a report. The same work gives the same
+tables every time, so that Ray can run a lost read again.
+
+This module does not import pyarrow, because the command line is made of these options.
 """
 
 from __future__ import annotations
@@ -9,29 +12,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from pipeline.inputs.shards import Shard
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
-"""File names that end so, in any case, are images; their content is not looked at here."""
+"""Extensions of image files, in upper or lower case. Reading does not look at the content of a file."""
 
 READ_COLUMNS = {
-    "key": pa.string(),
-    "shard": pa.string(),
-    "row": pa.int64(),
-    "image": pa.binary(),  # encoded bytes as they came; null when there are none
-    "status": pa.string(),  # a blip2_actor.Status when reading already settled the row, else null
-    "error": pa.string(),  # one sentence when status is not null
+    "key": "string",
+    "shard": "string",
+    "row": "int64",
+    "image": "binary",  # encoded bytes as they were read; null if there are none
+    "status": "string",  # a blip2_actor.Status if the row has already failed, else null
+    "error": "string",  # one sentence if status is not null
 }
-"""First columns of every table; then those of `ReadOptions.texts` (string), then the kept ones."""
+"""The first columns of every table, with their Arrow types. The columns of `ReadOptions.texts`, which are
+strings, and the kept columns follow."""
 
 PROMPT = "prompt"
 TEXT = "_blip2_text_"
-"""Begins the names of columns with text that is scored."""
+"""Prefix of the names of columns with text that is scored."""
 
-Tables = Generator[pa.Table, None, "ShardReport"]
+Tables = Generator["pa.Table", None, "ShardReport"]
 """A reader: tables to iterate over, and the report as the generator's return value."""
 
 
@@ -40,21 +46,21 @@ class ReadOptions:
     """Which columns of a table, or members of a tar's samples, are read."""
 
     image_column: str | None = None
-    """Column with the image, or the extension of the image member (`jpg`, `left.png`); None finds it."""
+    """Column with the image, or extension of the image member (`jpg`, `left.png`); found if not given."""
     key_column: str | None = None
-    """Parquet column with each row's key; None takes `__key__` or `key`, else the row number in the file."""
+    """Parquet column with each row's key; default: `__key__` or `key`, else the row's number in the file."""
     prompt_column: str | None = None
     """Column, or extension of the member, with each row's own prompt."""
     text_columns: tuple[str, ...] = ()
     """Columns, or members by extension, whose text is scored."""
     keep: tuple[str, ...] = ()
-    """Columns, or members by extension, carried to the output; `new=old` renames one on the way."""
+    """Columns, or members by extension, to copy to the output; `new=old` renames one."""
     max_image_bytes: int = 128 << 20
-    """A larger image file is not read; its row gets the status `too_large`."""
+    """A larger image file is not read, and its row gets the status `too_large`."""
     table_rows: int = 512
-    """Most rows of one table."""
+    """Maximum number of rows in one table."""
     table_bytes: int = 16 << 20
-    """A table ends once it holds so many bytes of images."""
+    """A table ends as soon as its images have this many bytes."""
 
     def __post_init__(self) -> None:
         for name in ("text_columns", "keep"):
@@ -66,44 +72,45 @@ class ReadOptions:
         taken = sorted({*READ_COLUMNS, PROMPT}.intersection(names))
         if taken:
             raise ValueError(
-                f"keep must not use the name {taken[0]!r}, which every output has itself; "
-                f"rename it on the way: --keep my_{taken[0]}={taken[0]}"
+                f"keep must not use the name {taken[0]!r}, which is a column of every output; "
+                f"rename the column: --keep my_{taken[0]}={taken[0]}"
             )
         if len(names) < len(self.keep):
             raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
 
     @property
     def texts(self) -> dict[str, str]:
-        """Columns of text between the stages, to their names in the input: the prompt, what is scored."""
+        """The text columns that readers add, prompt and scored texts, mapped to their names in the input."""
         prompt = {} if self.prompt_column is None else {PROMPT: self.prompt_column}
         return prompt | {TEXT + name: name for name in self.text_columns}
 
     @property
     def kept(self) -> dict[str, str]:
-        """Name in the output to name in the input, in the order asked for."""
+        """The kept columns in the given order: name in the output mapped to name in the input."""
         pairs = (entry.partition("=") for entry in self.keep)
         return {new: old or new for new, _, old in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWork:
-    """One shard and the rows of it that are still to do."""
+    """One shard, and which of its rows are still to be read."""
 
     shard: Shard
     missing: tuple[tuple[int, int | None], ...] | None = None
-    """Sorted half-open row ranges; the last may stop at None, the unknown end. None is every row."""
+    """Sorted half-open ranges of rows; None as the last stop is the unknown end. None means every row."""
 
     def wants(self, row: int) -> bool:
+        """Whether a row is to be read."""
         if self.missing is None:
             return True
-        at = bisect_right(self.missing, row, key=lambda wanted: wanted[0]) - 1
-        if at < 0:
+        index = bisect_right(self.missing, row, key=lambda rows: rows[0]) - 1
+        if index < 0:
             return False
-        stop = self.missing[at][1]
+        stop = self.missing[index][1]
         return stop is None or row < stop
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of the rows from start (included) to stop (excluded) that are to do."""
+        """Yield the ranges of rows to be read that lie from start (included) to stop (excluded)."""
         for first, end in ((0, None),) if self.missing is None else self.missing:
             low, high = max(first, start), stop if end is None else min(end, stop)
             if low < high:
@@ -116,8 +123,8 @@ class ShardReport:
 
     shard: str
     num_rows: int
-    """Rows of the shard as far as it could be read, those that were not asked for included."""
+    """Rows of the shard as far as it could be read, including those that were not asked for."""
     complete: bool
-    """False when the shard holds, or may hold, something that could not be read."""
+    """False if the shard holds, or may hold, rows that could not be read."""
     reason: str | None = None
-    """One sentence when not complete."""
+    """One sentence if `complete` is False."""

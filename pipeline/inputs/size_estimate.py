@@ -1,21 +1,24 @@
-"""How large an input is: rows counted where the formats know them, extrapolated by bytes where not."""
+"""The size of an input: rows are counted if the formats know them, and extrapolated by bytes otherwise.
+
+Counting every row of a tar means reading it. So only the first rows of a few tars are scanned, and the
+rows per byte found there are applied to the bytes of all the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
-from pipeline.formats import count_rows, webdataset
+from pipeline.inputs.evenly_spaced import evenly_spaced
+from pipeline.inputs.formats import count_rows, webdataset
 from pipeline.inputs.shards import Shard
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
-T = TypeVar("T")
-MAX_WALKED_TARS = 16
-WALKED_ROWS = 64
-"""Of each such tar: a store is asked for little more than these rows."""
+MAX_SCANNED_TARS = 16
+SCANNED_ROWS_PER_TAR = 64
+"""Little more than these rows is requested from a store."""
 MAX_FOOTERS = 1000
-AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,61 +27,74 @@ class SizeEstimate:
 
     num_shards: int
     num_bytes: int | None
-    """Where the listing tells."""
+    """None if the listing does not tell the bytes of every shard."""
     num_rows: int
     min_rows: int
+    """Rows if all other tars were as sparse as the sparsest scanned one."""
     max_rows: int
-    """What the sparsest and the densest of the walked shards would make of the others."""
+    """Rows if all other tars were as dense as the densest scanned one."""
     is_counted: bool
+    """True if every row was counted, so that the three numbers of rows are equal and exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scan:
+    """What was found in one shard whose number of rows the listing does not know."""
+
+    num_rows: int
+    num_bytes: int
+    """Bytes that hold these rows."""
+    is_whole: bool
+    """Whether these are all rows of the shard."""
 
 
 def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEstimate:
-    """Count or extrapolate; reads file footers and the beginnings of some tars."""
+    """Count or extrapolate the rows of an input; read file footers and the first rows of some tars.
+
+    Args:
+        shards: the list that `list_shards` has made with the same `limit`.
+        limit: maximum number of rows of the whole input.
+    """
     uncounted = [shard for shard in shards if shard.num_rows is None]
-    footers = spread([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
-    tars = spread([shard for shard in uncounted if shard.format == "webdataset"], MAX_WALKED_TARS)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        walked = list(pool.map(_rows_and_bytes, [*footers, *tars]))
+    tables = evenly_spaced([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
+    tars = evenly_spaced([shard for shard in uncounted if shard.format == "webdataset"], MAX_SCANNED_TARS)
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        scans = list(pool.map(_scan, [*tables, *tars]))
     counted = sum(shard.num_rows or 0 for shard in shards)
-    is_counted = len(walked) == len(uncounted) and all(is_whole for *_, is_whole in walked)
+    is_counted = len(scans) == len(uncounted) and all(scan.is_whole for scan in scans)
     if limit is not None and any(shard.max_rows is not None for shard in shards):
-        # The listing has counted up to the limit, which falls into this shard.
+        # The limit cuts one of the shards, so the listing has counted the rows up to the limit.
         counted, guesses, is_counted = limit, (0, 0, 0), True
     elif is_counted:
-        guesses = (sum(rows for rows, *_ in walked),) * 3
+        guesses = (sum(scan.num_rows for scan in scans),) * 3
     else:
-        guesses = _extrapolate(walked, sum(shard.size_bytes or 0 for shard in uncounted))
-    typical, least, most = (min(counted + guess, limit or counted + guess) for guess in guesses)
+        guesses = _extrapolate(scans, sum(shard.size_bytes or 0 for shard in uncounted))
+    num_rows, min_rows, max_rows = (min(counted + guess, limit or counted + guess) for guess in guesses)
     sizes = [shard.size_bytes for shard in shards]
     return SizeEstimate(
         num_shards=len(shards),
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
-        num_rows=typical,
-        min_rows=least,
-        max_rows=most,
+        num_rows=num_rows,
+        min_rows=min_rows,
+        max_rows=max_rows,
         is_counted=is_counted,
     )
 
 
-def spread(items: Sequence[T], at_most: int) -> list[T]:
-    """So many items at most, at even distances."""
-    number = min(len(items), at_most)
-    return [items[at * len(items) // number] for at in range(number)]
-
-
-def _rows_and_bytes(shard: Shard) -> tuple[int, int, bool]:
-    """Rows, the bytes that hold them, and whether these are all."""
+def _scan(shard: Shard) -> _Scan:
     size_bytes = shard.size_bytes or 0
     if shard.format == "parquet":
-        return count_rows(shard, 1 << 62), size_bytes, True
-    rows, num_bytes = webdataset.first_rows(shard, WALKED_ROWS)
-    return rows, size_bytes if num_bytes is None else num_bytes, num_bytes is None
+        return _Scan(num_rows=count_rows(shard, 1 << 62), num_bytes=size_bytes, is_whole=True)
+    num_rows, num_bytes = webdataset.scan_first_rows(shard, SCANNED_ROWS_PER_TAR)
+    if num_bytes is None:
+        return _Scan(num_rows=num_rows, num_bytes=size_bytes, is_whole=True)
+    return _Scan(num_rows=num_rows, num_bytes=num_bytes, is_whole=False)
 
 
-def _extrapolate(walked: Sequence[tuple[int, int, bool]], num_bytes: int) -> tuple[int, int, int]:
-    """Rows that so many bytes hold: typical, least, most."""
-    densities = [rows / size for rows, size, _ in walked if rows and size]
+def _extrapolate(scans: Sequence[_Scan], num_bytes: int) -> tuple[int, int, int]:
+    """Return how many rows `num_bytes` hold: at the average, lowest and highest density of the scans."""
+    densities = [scan.num_rows / scan.num_bytes for scan in scans if scan.num_rows and scan.num_bytes]
     if not densities:
         return 0, 0, 0
-    typical = sum(rows for rows, *_ in walked) / sum(size for _, size, _ in walked)
-    return round(num_bytes * typical), round(num_bytes * min(densities)), round(num_bytes * max(densities))
+    average = sum(scan.num_rows for scan in scans) / sum(scan.num_bytes for scan in scans)
+    return round(num_bytes * average), round(num_bytes * min(densities)), round(num_bytes * max(densities))

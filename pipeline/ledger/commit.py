@@ -52,6 +52,7 @@ def commit_shard(
     report: ShardReport,
     metadata: Mapping[bytes, bytes],
     empty_schema: pa.Schema = ROW_CONTRACT,
+    file_name: str | None = None,
 ) -> Summary | None:
     """Merge the file and the fragments of a shard into its file.
 
@@ -59,6 +60,7 @@ def commit_shard(
         report: how reading the shard ended.
         metadata: for the footer: the run's fingerprint.
         empty_schema: the schema of a shard without rows.
+        file_name: name of the file; default: that of the shard.
 
     Returns:
         What the file contains now, or None when rows are missing: then nothing has changed.
@@ -80,7 +82,7 @@ def commit_shard(
         reason=report.reason,
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
-    folder.put(output_name(report.shard), content)
+    folder.put(file_name or output_name(report.shard), content)
     # Rows past the end of a shard that was read less far are kept for a better reading.
     delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
     folder.delete(shard_report_name(report.shard))

@@ -1,1 +1,1 @@
-"""`blip2 plan`: what a job would take, from a sample."""
+"""`blip2 plan`: what a run would take, predicted from a sample of its input."""

@@ -1,4 +1,8 @@
-"""From what each stage costs a row to hours, workers and the bottleneck: arithmetic, nothing is run."""
+"""Predict hours, workers and the bottleneck from what each stage costs a row.
+
+This is arithmetic; nothing is run. The model: the stages work at the same time, so the slowest one sets
+the pace, unless all of them together need more CPU time than the cores have.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.plan.sample import Cost
+from pipeline.plan.cost import Cost
 from pipeline.run.stream import MIN_OPEN_SHARDS
 from pipeline.settings.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage, where a captioning actor is to be busy all the time."""
+    """What one stage needs to keep one captioning actor busy all the time."""
 
     images_per_s: float
-    """Of one worker."""
+    """Images per second of one worker."""
     workers_per_actor: int
-    """Beside one captioning actor."""
+    """Workers per captioning actor."""
     cpus_per_actor: float
+    """Cores that these workers use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +33,13 @@ class Prediction:
 
     stages: Mapping[str, StagePlan]
     actor_s: float
-    """On one captioning actor that never waits."""
+    """Seconds with one captioning actor that never waits."""
     cpus_per_actor: float
-    """Cores that keep it so."""
+    """Cores that keep one captioning actor busy."""
     here_s: float
-    """On this machine, with one captioning actor."""
+    """Seconds on this machine, with one captioning actor."""
     bottleneck: str
-    """Of this machine."""
+    """The stage that limits the pace on this machine."""
 
     @property
     def decode_workers_per_actor(self) -> int:
@@ -42,38 +47,40 @@ class Prediction:
 
 
 def predict(costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: Placement) -> Prediction:
-    """Predict a run of so many rows.
+    """Predict what a run of `num_rows` rows will take.
 
     Args:
-        costs: by stage: read, decode, caption and write; of caption in one actor, of others in one worker.
-        num_cpus: of this machine.
+        costs: the cost of one row by stage: read, decode, caption and write. It is the cost in one actor
+            for caption, and in one worker for the others.
+        num_rows: rows of the input.
+        num_cpus: cores of this machine.
+        placement: the limits on the numbers of actors.
     """
-    row_s = costs["caption"].wall_s
+    caption_s = costs["caption"].wall_s
     workers = {
         "read": max(MIN_OPEN_SHARDS, num_cpus),
         "decode": min(num_cpus, placement.max_decode_actors or num_cpus),
         "caption": 1,
         "write": placement.calls_per_actor,
     }
-    # The slowest stage sets the pace, or all cores together do.
-    paces = {stage: cost.wall_s / workers[stage] for stage, cost in costs.items()}
-    bottleneck = max(paces, key=lambda stage: paces[stage])
-    here_row_s = paces[bottleneck]
+    row_s_by_stage = {stage: cost.wall_s / workers[stage] for stage, cost in costs.items()}
+    bottleneck = max(row_s_by_stage, key=lambda stage: row_s_by_stage[stage])
+    row_s = row_s_by_stage[bottleneck]
     cpu_s = sum(cost.cpu_s for cost in costs.values())
-    if cpu_s / num_cpus > here_row_s:
-        here_row_s = cpu_s / num_cpus
+    if cpu_s / num_cpus > row_s:
+        row_s = cpu_s / num_cpus
         bottleneck = max(costs, key=lambda stage: costs[stage].cpu_s)
     return Prediction(
         stages={
             stage: StagePlan(
                 images_per_s=1 / cost.wall_s,
-                workers_per_actor=1 if stage == "caption" else math.ceil(cost.wall_s / row_s),
-                cpus_per_actor=cost.cpu_s / row_s,
+                workers_per_actor=1 if stage == "caption" else math.ceil(cost.wall_s / caption_s),
+                cpus_per_actor=cost.cpu_s / caption_s,
             )
             for stage, cost in costs.items()
         },
-        actor_s=num_rows * row_s,
-        cpus_per_actor=cpu_s / row_s,
-        here_s=num_rows * here_row_s,
+        actor_s=num_rows * caption_s,
+        cpus_per_actor=cpu_s / caption_s,
+        here_s=num_rows * row_s,
         bottleneck=bottleneck,
     )

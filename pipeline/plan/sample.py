@@ -1,4 +1,4 @@
-"""Rows from all over an input, read as the job reads them, and what reading them took."""
+"""Sample rows from all over an input, read as the job reads them, and measure what reading costs a row."""
 
 from __future__ import annotations
 
@@ -6,105 +6,113 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from time import perf_counter, process_time
 
 import pyarrow as pa
 
-from pipeline.formats import read_shard
-from pipeline.formats.tar import BUFFER_BYTES
+from pipeline.errors import InputError
+from pipeline.inputs.evenly_spaced import evenly_spaced
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.formats.tar import BUFFER_BYTES
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
-from pipeline.inputs.shards import InputError, Shard
-from pipeline.inputs.size_estimate import spread
+from pipeline.inputs.shards import Shard
+from pipeline.plan.cost import Cost, measure
 
 MAX_SHARDS = 16
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds per row in one worker: by the clock, and of CPUs."""
-
-    wall_s: float
-    cpu_s: float
-
-
-@dataclass(frozen=True)
 class Sample:
-    """Rows as `formats.read_shard` gives them."""
+    """Rows from several shards, as `formats.read_shard` gives them."""
 
     rows: pa.Table
     cost: Cost
+    """Reading one row, when whole shards are read."""
     shards: tuple[str, ...]
+    """Names of the sampled shards."""
     partial: tuple[str, ...]
-    """Why sampled shards could not be read to their end, where that showed."""
+    """Why sampled shards cannot be read to their end, as far as the sample shows it."""
 
 
 def take_sample(shards: Sequence[Shard], options: ReadOptions, num_rows: int) -> Sample:
-    """Read rows of several shards: the first of a file, which come cheaply; of a folder, some of all over it.
+    """Read rows of several shards.
+
+    The first rows of a file are read, because the others would cost more. Of a folder, whose files can be
+    read in any order, rows are taken at equal distances.
+
+    Args:
+        shards: all shards of the input.
+        options: which columns or members are read.
+        num_rows: maximum number of rows in the sample.
 
     Raises:
-        InputError: there are none.
+        InputError: the sampled shards have no rows.
     """
-    chosen = spread(shards, min(MAX_SHARDS, math.ceil(num_rows / 2)))
-    each = math.ceil(num_rows / len(chosen))
+    chosen = evenly_spaced(shards, min(MAX_SHARDS, math.ceil(num_rows / 2)))
+    rows_per_shard = math.ceil(num_rows / len(chosen))
     tables: list[pa.Table] = []
     costs: list[Cost] = []
     partial: list[str] = []
     for shard in chosen:
-        of_shard, spent, report = _first_tables(shard, options, each)
-        tables += of_shard
-        if spent:
-            costs.append(_row_cost(shard, of_shard, spent))
+        shard_tables, table_costs, report = _read_first_tables(shard, options, rows_per_shard)
+        tables += shard_tables
+        if table_costs:
+            costs.append(_row_cost(shard, shard_tables, table_costs))
         if report is not None and report.reason is not None:
             partial.append(report.reason)
     rows = pa.concat_tables(tables, promote_options="permissive") if tables else None
     if not rows:
-        raise InputError(
-            f"input must have rows, got none in {len(chosen)} shards: {'; '.join(partial) or 'all empty'}"
-        )
+        reasons = "; ".join(partial) or "all are empty"
+        raise InputError(f"the input has no rows in {len(chosen)} sampled shards: {reasons}")
     rows = rows.slice(0, num_rows).combine_chunks()
     cost = Cost(fmean(cost.wall_s for cost in costs), fmean(cost.cpu_s for cost in costs))
     return Sample(rows, cost, tuple(shard.name for shard in chosen), tuple(partial))
 
 
-def _work(shard: Shard, num_rows: int) -> ShardWork:
+def _sample_work(shard: Shard, num_rows: int) -> ShardWork:
     if shard.format != "folder":
         return ShardWork(shard=shard, missing=((0, num_rows),))
-    rows = spread(range(shard.rows_of(len(shard.files))), num_rows)
+    rows = evenly_spaced(range(shard.limit_rows(len(shard.files))), num_rows)
     return ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
 
 
-def _first_tables(
+def _read_first_tables(
     shard: Shard, options: ReadOptions, num_rows: int
 ) -> tuple[list[pa.Table], list[Cost], ShardReport | None]:
-    """Tables until so many rows are there, and what each took; two of a file, or the cost of opening it
-    could not be told from that of its rows. The rest of the shard is not read, and then has no report."""
-    table_rows = num_rows if shard.format == "folder" else math.ceil(num_rows / 2)
-    reader = read_shard(_work(shard, num_rows), replace(options, table_rows=table_rows))
-    tables, spent = list[pa.Table](), list[Cost]()
-    while sum(len(table) for table in tables) < num_rows:
-        started, cpu_started = perf_counter(), process_time()
-        try:
-            tables.append(next(reader))
-        except StopIteration as end:
-            return tables, spent, end.value
-        spent.append(Cost(perf_counter() - started, process_time() - cpu_started))
-    reader.close()
-    return tables, spent, None
+    """Read tables of a shard until they have `num_rows` rows.
 
+    A file is read in two tables, because the cost of opening it is part of the first one only.
 
-def _row_cost(shard: Shard, tables: Sequence[pa.Table], spent: Sequence[Cost]) -> Cost:
-    """What a row takes when the whole shard is read.
-
-    The first table of a file takes opening it and one read-ahead, which brings more rows than the sample
-    asks for: they share it.
+    Returns:
+        The tables, the cost of each, and the shard's report, or None if the shard was not read to its end.
     """
-    opening, *others = spent
-    num_rows, brought = sum(map(len, tables)), len(tables[0])
+    table_rows = num_rows if shard.format == "folder" else math.ceil(num_rows / 2)
+    reader = read_shard(_sample_work(shard, num_rows), replace(options, table_rows=table_rows))
+    tables, costs = list[pa.Table](), list[Cost]()
+    while sum(len(table) for table in tables) < num_rows:
+        try:
+            table, cost = measure(next, reader)
+        except StopIteration as end:
+            return tables, costs, end.value
+        tables.append(table)
+        costs.append(cost)
+    reader.close()
+    return tables, costs, None
+
+
+def _row_cost(shard: Shard, tables: Sequence[pa.Table], costs: Sequence[Cost]) -> Cost:
+    """Return what a row costs when the whole shard is read.
+
+    The first table of a file includes opening it and one read-ahead, which brings more rows than the
+    sample asks for. All rows of the read-ahead share its cost.
+    """
+    first, *others = costs
+    num_rows, opened_rows = sum(map(len, tables)), len(tables[0])
     if shard.format != "folder":
         row_bytes = sum(table.nbytes for table in tables) / num_rows
-        brought = max(brought, int(min(BUFFER_BYTES, shard.size_bytes or BUFFER_BYTES) / row_bytes))
-    rest = max(1, num_rows - len(tables[0]))
+        read_ahead_bytes = min(BUFFER_BYTES, shard.size_bytes or BUFFER_BYTES)
+        opened_rows = max(opened_rows, int(read_ahead_bytes / row_bytes))
+    other_rows = max(1, num_rows - len(tables[0]))
     return Cost(
-        opening.wall_s / brought + sum(cost.wall_s for cost in others) / rest,
-        opening.cpu_s / brought + sum(cost.cpu_s for cost in others) / rest,
+        first.wall_s / opened_rows + sum(cost.wall_s for cost in others) / other_rows,
+        first.cpu_s / opened_rows + sum(cost.cpu_s for cost in others) / other_rows,
     )

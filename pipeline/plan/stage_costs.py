@@ -1,4 +1,9 @@
-"""The stages of the job on a sample, one after the other in this process, and what each costs a row."""
+"""Run the stages of the job on a sample, one after the other in this process, and measure what a row costs.
+
+The stages are the job's own: the decode stage, the captioning stage, and the ledger that writes fragments
+and commits shards. What they leave in the output is deleted. A plan that is killed cannot delete it, so
+nothing there may pass for a result: see `WRITTEN_SAMPLE`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,116 +23,143 @@ from blip2_actor import EngineBuilder, Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.layout import PLAN_FOLDERS, STATE, SUFFIX, output_name
-from pipeline.plan.sample import Cost, Sample
+from pipeline.ledger.layout import PLAN_FOLDERS, STATE
+from pipeline.plan.cost import Cost, measure
+from pipeline.plan.sample import Sample
 from pipeline.settings.settings import CaptionSettings
 from pipeline.stages.decode import DecodeStage
 from pipeline.stages.write import caption_stage, contract
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_S = 1.0
-"""A shorter pass says little; it is repeated with more rows."""
+"""A shorter pass says little about the cost of a row, so it is repeated with more rows."""
 LONG_S = 10.0
-"""After a first pass this long, whatever was slow only once hardly shows."""
+"""A first pass this long is not repeated: what is slow only once hardly shows in it."""
 MAX_ROWS = 4096
+WRITTEN_SAMPLE = "sample.parquet~"
+"""Name of the file that a plan writes. It does not end in .parquet, because a glob such as `**/*.parquet`
+must not take the file that a killed plan leaves behind for a result of the run."""
 
 
 @dataclass(frozen=True)
 class StageCosts:
-    """What came out, and what it cost."""
+    """The rows that the stages made of a sample, and what each stage cost."""
 
     rows: pa.Table
-    """The sample as it would stand in the output."""
+    """The sample as it would be in the output."""
     costs: dict[str, Cost]
-    """By stage; of decode and write in one worker, of caption in one actor."""
+    """The cost of one row by stage: in one actor for caption, and in one worker for the others."""
     start_s: float
-    """Until the engine was ready."""
+    """Seconds until the engine was ready."""
     row_bytes: float
-    """Of the output, per row,"""
+    """Bytes of the output per row."""
     file_bytes: int
-    """and per file on top of its rows."""
+    """Bytes of the output per file, in addition to its rows."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What writing a sample cost, and the bytes of the file."""
+
+    cost: Cost
+    row_bytes: float
+    file_bytes: int
 
 
 def measure_stage_costs(
     settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample
 ) -> StageCosts:
-    """Decode, caption and write the sample.
+    """Decode, caption and write a sample.
+
+    Args:
+        settings: the job.
+        engine: the engine that captions.
+        size_px: the image size of the model.
+        sample: rows of the input, and what reading them cost.
 
     Raises:
-        ValueError: no image of it can be captioned.
+        ValueError: no image of the sample can be decoded.
     """
-    decoding = DecodeStage(size_px, settings.limits, "image")
-    decode = lambda table: pa.concat_tables(decoding(table))  # noqa: E731
-    decode(sample.rows.slice(0, 1))  # Starts the child.
-    decoded, decode_cost = _timed(decode, sample.rows)
-    # The child computes or waits for its next image, which is always there.
-    decode_cost = Cost(decode_cost.wall_s, max(decode_cost.wall_s, decode_cost.cpu_s))
-    readable = decoded.filter(pc.equal(decoded["status"], Status.OK.value))
-    if not len(readable):
-        error = decoded["error"][0].as_py()
-        raise ValueError(
-            f"input must have images that can be decoded, got none in {len(decoded)} sampled rows ({error}); "
-            "look at the input, or take a larger --sample"
-        )
-    started = perf_counter()
-    # Rows come again here that would not in the job.
-    captioning = caption_stage(engine, dataclasses.replace(settings, reuse_identical=False))
-    start_s = perf_counter() - started
+    decoded, decode_cost = _decode(settings, size_px, sample)
+    # Timing repeats rows. The job would caption them once with this option, but here each one must count.
+    settings_of_stage = dataclasses.replace(settings, reuse_identical=False)
+    captioning, start = measure(caption_stage, engine, settings_of_stage)
     try:
-        captioning(readable.slice(0, 1))
-        captioned, caption_cost = _timed(captioning, decoded)
+        captioning(decoded.filter(_is_ok(decoded)).slice(0, 1))
+        captioned, caption_cost = _measure_per_row(captioning, decoded)
     finally:
         captioning.close()
     rows = contract(captioned, list(settings.reading.kept), captioning)
-    with _folder_for_plan(settings.output) as folder:
-        write_cost, row_bytes, file_bytes = _write(folder, rows)
-    costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": write_cost}
-    return StageCosts(rows, costs, start_s, row_bytes, file_bytes)
+    with _plan_folder(settings.output) as folder:
+        written = _write(folder, rows)
+    costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": written.cost}
+    return StageCosts(rows, costs, start.wall_s, written.row_bytes, written.file_bytes)
 
 
-def _timed(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> tuple[pa.Table, Cost]:
-    """The result on a table, and the cost on so many times its rows that start and end hardly show."""
-    result, wall_s, cpu_s = _once(stage, table)
-    while wall_s < LONG_S:
-        _, wall_s, cpu_s = _once(stage, table)
-        if wall_s >= MIN_S or 4 * len(table) > MAX_ROWS:
+def _decode(settings: CaptionSettings, size_px: int, sample: Sample) -> tuple[pa.Table, Cost]:
+    decoding = DecodeStage(size_px, settings.limits, "image")
+
+    def decode(table: pa.Table) -> pa.Table:
+        return pa.concat_tables(decoding(table))
+
+    decode(sample.rows.slice(0, 1))  # This starts the child process, which must not count.
+    decoded, cost = _measure_per_row(decode, sample.rows)
+    if not pc.any(_is_ok(decoded)).as_py():
+        error = decoded["error"][0].as_py()
+        raise ValueError(
+            f"none of the {len(decoded)} sampled images can be decoded ({error}); "
+            "check the input, or take a larger --sample"
+        )
+    # The child decodes all the time, because its next image is always there, so its CPU time is the time
+    # by the clock.
+    return decoded, Cost(cost.wall_s, max(cost.wall_s, cost.cpu_s))
+
+
+def _is_ok(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.equal(rows["status"], Status.OK.value)
+
+
+def _measure_per_row(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> tuple[pa.Table, Cost]:
+    """Run a stage on a table, and measure its cost per row.
+
+    The stage runs again on copies of the rows until a pass takes long enough that its start and its end
+    hardly count.
+    """
+    result, cost = measure(stage, table)
+    while cost.wall_s < LONG_S:
+        _, cost = measure(stage, table)
+        if cost.wall_s >= MIN_S or 4 * len(table) > MAX_ROWS:
             break
         table = pa.concat_tables([table] * 4).combine_chunks()
-    return result, Cost(wall_s / len(table), cpu_s / len(table))
+    return result, cost.per_row(len(table))
 
 
-def _once(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> tuple[pa.Table, float, float]:
-    started, cpu_started = perf_counter(), process_time()
-    result = stage(table)
-    return result, perf_counter() - started, process_time() - cpu_started
+def _write(folder: Folder, rows: pa.Table) -> _Written:
+    """Write rows as a fragment, commit them as a shard, and measure the file."""
+    columns = {"shard": ["sample"] * len(rows), "row": range(len(rows))}
+    for name, values in columns.items():
+        position = rows.column_names.index(name)
+        rows = rows.set_column(position, rows.schema.field(name), pa.array(values))
+    report = ShardReport(shard="sample", num_rows=len(rows), complete=True)
 
+    def write() -> None:
+        write_fragment(folder, rows)
+        commit_shard(folder, report, {}, file_name=WRITTEN_SAMPLE)
 
-def _write(folder: Folder, rows: pa.Table) -> tuple[Cost, float, int]:
-    """Write the rows as a fragment, commit them as a shard, and look at its file."""
-    shard: Any = "sample"
-    numbered = rows.set_column(
-        rows.column_names.index("row"), rows.schema.field("row"), pa.array(range(len(rows)))
-    )
-    numbered = numbered.set_column(
-        rows.column_names.index("shard"), rows.schema.field("shard"), pa.array([shard] * len(rows))
-    )
-
-    def write(table: pa.Table) -> pa.Table:
-        write_fragment(folder, table)
-        commit_shard(folder, ShardReport(shard=shard, num_rows=len(table), complete=True), {})
-        return table
-
-    _, wall_s, cpu_s = _once(write, numbered)
-    content = folder.get(output_name(shard)) or b""
+    _, cost = measure(write)
+    content = folder.get(WRITTEN_SAMPLE) or b""
     metadata = pq.read_metadata(pa.BufferReader(content))
-    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     row_bytes = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
-    return Cost(wall_s / len(rows), cpu_s / len(rows)), row_bytes / len(rows), len(content) - row_bytes
+    return _Written(cost.per_row(len(rows)), row_bytes / len(rows), len(content) - row_bytes)
 
 
 @contextmanager
-def _folder_for_plan(output: str) -> Iterator[Folder]:
-    """A place in the output that no run looks at, or a temporary folder; gone afterwards."""
+def _plan_folder(output: str) -> Iterator[Folder]:
+    """Provide an empty folder, and delete it afterwards with all parents that did not exist before.
+
+    It is a folder in the output that no run reads, or a temporary folder if no output is given.
+    """
     if not output:
         with tempfile.TemporaryDirectory() as path:
             yield Folder(path)
@@ -137,21 +167,13 @@ def _folder_for_plan(output: str) -> Iterator[Folder]:
     whole = Folder(output)
     new = [path for path in (Path(whole.root), *Path(whole.root).parents) if not path.exists()]
     whole.require_writable()
-    folder = _PlanFolder(whole.below(f"{PLAN_FOLDERS}{uuid.uuid4().hex}").uri)
+    folder = whole.below(f"{PLAN_FOLDERS}{uuid.uuid4().hex}")
     try:
         yield folder
     finally:
         folder.erase()
         whole.drop_if_empty(ASIDE)
         whole.drop_if_empty(STATE)
-        for made in new if whole.is_local else ():
+        for created in new if whole.is_local else ():
             with suppress(OSError):
-                made.rmdir()
-
-
-class _PlanFolder(Folder):
-    """No name in it ends in .parquet: what a killed plan leaves must not pass for results."""
-
-    def path(self, name: str) -> str:
-        path = super().path(name)
-        return f"{path}~" if name.endswith(SUFFIX) else path
+                created.rmdir()

@@ -1,1 +1,1 @@
-"""`blip2 report` and `blip2 status`: what a run has made, from its output alone."""
+"""`blip2 report` and `blip2 status`: what a run produced, read from its output folder alone."""

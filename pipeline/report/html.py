@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: no scripts, no fonts, pictures inside.
+"""The report as one self-contained HTML page: no scripts, no fonts, thumbnails inside the page.
 
-Captions and keys come from strangers' data: every text is escaped, and the page forbids itself to load
-or run anything.
+Captions, keys and errors come from untrusted data. Every text is escaped, and the page's
+Content-Security-Policy forbids it to load or run anything.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blip2_actor import Status
+from pipeline.report.model import Report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.settings import from_dict
-
-if TYPE_CHECKING:
-    from pipeline.report.report import Report
 
 MAX_REASONS = 20
 MAX_CAPTIONS = 20
@@ -53,8 +51,8 @@ ul.samples img { display: block; margin: 0 auto .5rem; max-width: 100%; height: 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+def render_page(report: Report) -> str:
+    """Render the whole page."""
     body = "\n".join(_sections(report))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,24 +66,24 @@ def page(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     statistics = report.statistics
     yield from _head(report)
-    yield _counts("Rows by status", "status", sorted(statistics.by_status.items(), key=lambda item: -item[1]))
+    yield _bar_chart("Rows by status", "status", statistics.by_status.most_common())
     yield from _failures(report)
     if statistics.flags:
         yield _table(
             "Flagged captions",
-            "What a guard noticed",
-            ("flag", "rows", "such as"),
-            [(flag, kind.count, ", ".join(kind.examples)) for flag, kind in sorted(statistics.flags.items())],
+            "Captions that the quality checks flagged",
+            ("flag", "rows", "examples"),
+            [(flag, rows.count, ", ".join(rows.examples)) for flag, rows in sorted(statistics.flags.items())],
         )
     if statistics.num_tokens:
-        yield _counts("Length of captions", "tokens", sorted(statistics.num_tokens.items()))
+        yield _bar_chart("Length of captions", "tokens", sorted(statistics.num_tokens.items()))
     repeated = statistics.captions.top(MAX_CAPTIONS)
     if repeated:
-        counting = "" if statistics.captions.is_exact else "; counts are at least these"
-        yield _counts(f"Most frequent captions{counting}", "caption", repeated)
+        bound = "" if statistics.captions.is_exact else "; the counts are lower bounds"
+        yield _bar_chart(f"Most frequent captions{bound}", "caption", repeated)
     if statistics.long_side_px:
         sizes = [(f"up to {side:,}", count) for side, count in sorted(statistics.long_side_px.items())]
-        yield _counts("Size of images", "longer side, pixels", sizes)
+        yield _bar_chart("Size of images", "longer side, pixels", sizes)
     yield from _samples(report)
 
 
@@ -103,13 +101,13 @@ def _head(report: Report) -> Iterator[str]:
         ("shards written", f"{len(done.summaries):,} of {done.num_shards:,}"),
     )
     yield "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts) + "</dl>"
-    named = [line for line in done.lines(is_over=False) if line.startswith(("partial:", "..."))]
-    if named:
-        yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in named) + "</ul>"
+    partial = [line for line in done.lines(is_over=False) if line.startswith(("partial:", "..."))]
+    if partial:
+        yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in partial) + "</ul>"
 
 
 def _models(settings: Mapping[str, Any]) -> str:
-    """The models that were loaded."""
+    """Name the models that the run loaded."""
     outputs, model = from_dict(Outputs, settings["outputs"]), str(settings["engine"]["model"])
     if outputs.score_model is None:
         return model
@@ -117,16 +115,16 @@ def _models(settings: Mapping[str, Any]) -> str:
 
 
 def _failures(report: Report) -> Iterator[str]:
-    reasons = sorted(report.statistics.reasons.items(), key=lambda item: -item[1].count)
+    reasons = report.statistics.most_frequent_reasons()
     if not reasons:
         return
-    rows = [
-        (status, reason, kind.count, ", ".join(kind.examples))
-        for (status, reason), kind in reasons[:MAX_REASONS]
+    shown = [
+        (status, reason, rows.count, ", ".join(rows.examples))
+        for (status, reason), rows in reasons[:MAX_REASONS]
     ]
     more = len(reasons) - MAX_REASONS
-    summary = "Numbers in errors are written N" + (f"; {more:,} more reasons" if more > 0 else "")
-    yield _table("Why rows failed", summary, ("status", "error", "rows", "such as"), rows)
+    summary = "N stands for any number in an error" + (f"; {more:,} more reasons" if more > 0 else "")
+    yield _table("Why rows failed", summary, ("status", "error", "rows", "examples"), shown)
 
 
 def _samples(report: Report) -> Iterator[str]:
@@ -136,9 +134,9 @@ def _samples(report: Report) -> Iterator[str]:
 
 def _sample(report: Report, row: dict[str, Any]) -> str:
     parts = []
-    picture = report.pictures.get((row["shard"], row["row"]))
-    if picture is not None:
-        content = base64.b64encode(picture).decode()
+    thumbnail = report.thumbnails.get((row["shard"], row["row"]))
+    if thumbnail is not None:
+        content = base64.b64encode(thumbnail).decode()
         parts.append(f'<img src="data:image/jpeg;base64,{content}" alt="The image of the row below">')
     if row["status"] == Status.OK.value:
         texts = row.get("captions") or [row.get("caption") or ""]
@@ -146,14 +144,14 @@ def _sample(report: Report, row: dict[str, Any]) -> str:
     else:
         parts.append(f'<p class="bad">{escape(row["status"])}: {escape(row["error"] or "")}</p>')
     parts += [f'<p class="bad">{escape(flag)}</p>' for flag in row["flags"]]
-    parts += [f"<p>{escape(name)}: {escape(_short(row[name]))}</p>" for name in row if _is_named(name)]
+    parts += [f"<p>{escape(name)}: {escape(_short(row[name]))}</p>" for name in row if _is_user_column(name)]
     size = "" if row["width"] is None else f", {row['width']:,} × {row['height']:,}"
     parts.append(f'<p class="key">{escape(row["key"])}<br>{escape(row["shard"])}{size}</p>')
     return f"<li>{''.join(parts)}</li>"
 
 
-def _is_named(name: str) -> bool:
-    """Whether a column is no part of the contract: an answer, a score, a kept column."""
+def _is_user_column(name: str) -> bool:
+    """Whether the user asked for the column: an answer, an embedding, a score or a kept column."""
     return name not in ROW_CONTRACT.names
 
 
@@ -164,24 +162,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}…"
 
 
-def _counts(title: str, of: str, counts: Sequence[tuple[object, int]]) -> str:
-    """A table with a bar for each count, as long as its share of the largest."""
-    most = max((count for _, count in counts), default=1)
+def _bar_chart(title: str, column: str, counts: Sequence[tuple[object, int]]) -> str:
+    """Render a table with a bar for each count; the largest count has the longest bar."""
+    largest = max((count for _, count in counts), default=1)
     rows = "".join(
         f'<tr><th scope="row">{escape(str(name))}</th><td class="number">{count:,}</td>'
-        f'<td class="share"><span class="bar" style="width:{100 * count / most:.1f}%"></span></td></tr>'
+        f'<td class="share"><span class="bar" style="width:{100 * count / largest:.1f}%"></span></td></tr>'
         for name, count in counts
     )
-    head = f'<th scope="col">{escape(of)}</th><th scope="col" class="number">rows</th><td></td>'
+    head = f'<th scope="col">{escape(column)}</th><th scope="col" class="number">rows</th><td></td>'
     return f"<h2>{escape(title)}</h2>\n<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _table(title: str, summary: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f'<th scope="col"{_class(name)}>{escape(name)}</th>' for name in columns)
+    head = "".join(f'<th scope="col"{_cell_class(name)}>{escape(name)}</th>' for name in columns)
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td{_class(name)}>{f'{cell:,}' if isinstance(cell, int) else escape(str(cell))}</td>"
+            f"<td{_cell_class(name)}>{f'{cell:,}' if isinstance(cell, int) else escape(str(cell))}</td>"
             for name, cell in zip(columns, row, strict=True)
         )
         + "</tr>"
@@ -193,5 +191,5 @@ def _table(title: str, summary: str, columns: Sequence[str], rows: Iterable[Sequ
     )
 
 
-def _class(column: str) -> str:
+def _cell_class(column: str) -> str:
     return ' class="number"' if column == "rows" else ""

@@ -1,4 +1,8 @@
-"""What the rows of an output say, counted table by table in memory that does not grow with their number."""
+"""Statistics of the rows of an output, counted table by table.
+
+Memory is bounded: however many rows there are, only the most frequent captions, a maximum number of
+failure reasons and a few example keys of each are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +18,46 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 
-COUNTED = ("key", "shard", "caption", "num_tokens", "flags", "status", "error", "width", "height")
-"""The columns that are read; those that an output does not have are not counted."""
+COUNTED_COLUMNS = ("key", "shard", "caption", "num_tokens", "flags", "status", "error", "width", "height")
+"""The columns that are read. A column that an output does not have is not counted."""
 MAX_TEXTS = 50_000
 MAX_REASONS = 1_000
 MAX_REASON_CHARS = 200
 MAX_EXAMPLES = 3
-OTHER = "other reasons"
+OTHER_REASONS = "other reasons"
+"""Collects the failed rows once there are `MAX_REASONS` reasons."""
 _NUMBER = re.compile(r"\d+")
 
 
-class Frequent:
-    """The most frequent of any number of texts."""
+class FrequentTexts:
+    """Counts texts and keeps the most frequent ones.
 
-    def __init__(self, most: int = MAX_TEXTS) -> None:
+    Once more than twice `max_texts` are known, all but the `max_texts` most frequent are forgotten.
+    """
+
+    def __init__(self, max_texts: int = MAX_TEXTS) -> None:
         self._counts: Counter[str] = Counter()
-        self._most = most
+        self._max_texts = max_texts
         self.is_exact = True
-        """False once rare texts were forgotten: counts are then lower bounds."""
+        """False once rare texts have been forgotten: the counts are then lower bounds."""
 
     def add(self, text: str, count: int) -> None:
         self._counts[text] += count
-        if len(self._counts) > 2 * self._most:
-            self._counts = Counter(dict(self._counts.most_common(self._most)))
+        if len(self._counts) > 2 * self._max_texts:
+            self._counts = Counter(dict(self._counts.most_common(self._max_texts)))
             self.is_exact = False
 
     def __len__(self) -> int:
         return len(self._counts)
 
-    def top(self, number: int) -> list[tuple[str, int]]:
-        """Texts that came more than once, the most frequent first."""
-        return [(text, count) for text, count in self._counts.most_common(number) if count > 1]
+    def top(self, max_texts: int) -> list[tuple[str, int]]:
+        """Return the texts that occur more than once with their counts, the most frequent first."""
+        return [(text, count) for text, count in self._counts.most_common(max_texts) if count > 1]
 
 
 @dataclass
-class Kind:
-    """Rows that have something in common, and some of their keys."""
+class CountWithExamples:
+    """The number of rows that have a property, and the keys of some of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -61,27 +69,27 @@ class Kind:
 
 
 class Statistics:
-    """Give it every table once, then read what it counted."""
+    """Counts of an output's rows. Call `add` once for every table, then read the attributes."""
 
     def __init__(self) -> None:
         self.num_rows = 0
         self.by_status: Counter[str] = Counter()
         self.num_tokens: Counter[int] = Counter()
-        """Rows by the length of their caption."""
+        """Number of rows by the length of their caption in tokens."""
         self.long_side_px: Counter[int] = Counter()
-        """Images by their longer side, rounded up to a power of two."""
-        self.captions = Frequent()
-        self.flags: dict[str, Kind] = {}
-        self.reasons: dict[tuple[str, str], Kind] = {}
-        """Failed rows by status and error, in which every number is written N."""
+        """Number of images by their longer side, rounded up to a power of two."""
+        self.captions = FrequentTexts()
+        self.flags: dict[str, CountWithExamples] = {}
+        self.reasons: dict[tuple[str, str], CountWithExamples] = {}
+        """Failed rows by status and error. Every number in an error is replaced by N."""
 
     def add(self, rows: pa.Table) -> None:
+        """Count a table that has the `COUNTED_COLUMNS` of its output."""
         self.num_rows += len(rows)
         self.by_status.update(dict(_counts(rows["status"])))
         self._add_failures(rows)
         self._add_flags(rows)
-        names = rows.column_names
-        if "caption" in names:
+        if "caption" in rows.column_names:
             self.num_tokens.update(dict(_counts(rows["num_tokens"])))
             for text, count in _counts(rows["caption"]):
                 self.captions.add(text, count)
@@ -90,32 +98,37 @@ class Statistics:
         for exponent, count in zip(exponents, counts, strict=True):
             self.long_side_px[2 ** int(exponent)] += int(count)
 
+    def most_frequent_reasons(self) -> list[tuple[tuple[str, str], CountWithExamples]]:
+        """Return `reasons` as a list, the one with the most rows first."""
+        return sorted(self.reasons.items(), key=lambda item: -item[1].count)
+
     def _add_failures(self, rows: pa.Table) -> None:
         failed = rows.filter(pc.not_equal(rows["status"], Status.OK.value))
         if not len(failed):
             return
         texts = pc.binary_join_element_wise(failed["status"], failed["error"].fill_null(""), "\0")
-        for text, count, first in _firsts(texts):
+        for text, count, first in _counts_with_positions(texts):
             status, _, error = text.partition("\0")
             reason = status, _NUMBER.sub("N", error)[:MAX_REASON_CHARS]
             if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
-                reason = status, OTHER
-            self.reasons.setdefault(reason, Kind()).add(count, failed["key"][first].as_py())
+                reason = status, OTHER_REASONS
+            self.reasons.setdefault(reason, CountWithExamples()).add(count, failed["key"][first].as_py())
 
     def _add_flags(self, rows: pa.Table) -> None:
         flagged = rows.filter(pc.greater(pc.list_value_length(rows["flags"]), 0))
         for position, flags in enumerate(flagged["flags"]):
             for flag in flags.as_py():
-                self.flags.setdefault(flag, Kind()).add(1, flagged["key"][position].as_py())
+                self.flags.setdefault(flag, CountWithExamples()).add(1, flagged["key"][position].as_py())
 
 
 def _counts(column: pa.ChunkedArray) -> Iterator[tuple[Any, int]]:
+    """Yield each value of a column that is not null, and how often it occurs."""
     for entry in pc.value_counts(column.drop_null()).to_pylist():
         yield entry["values"], entry["counts"]
 
 
-def _firsts(column: pa.ChunkedArray) -> Iterator[tuple[str, int, int]]:
-    """Each text, how often it comes, and where first."""
+def _counts_with_positions(column: pa.ChunkedArray) -> Iterator[tuple[str, int, int]]:
+    """Yield each text, how often it occurs, and the position where it occurs first."""
     encoded = column.combine_chunks().dictionary_encode()
     codes, firsts, counts = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
     for code, first, count in zip(codes, firsts, counts, strict=True):

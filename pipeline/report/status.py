@@ -1,4 +1,8 @@
-"""What `blip2 status` says: read from the output alone, while a driver works on it or long after."""
+"""The lines that `blip2 status` prints, read from the output folder alone.
+
+The command works while a driver writes to the output, and at any time afterwards. It takes no lease,
+and it needs no Ray and no model.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,10 @@ from pipeline.storage.folder import Folder
 
 
 def status_lines(uri: str) -> list[str]:
-    """The lines of the report.
+    """Return the status of the run in an output folder, line by line.
 
     Raises:
-        ValueError: there is no run in the folder.
+        ValueError: the folder holds no run.
     """
     ledger = Ledger(Folder(uri))
     run = ledger.require_run()
@@ -26,37 +30,43 @@ def status_lines(uri: str) -> list[str]:
     waiting = sum(len(rows) for rows in ledger.rows_in(open_shards).values())
     lines = done.lines(is_over=not done.missing)
     if waiting:
-        lines.append(f"under way: {waiting:,} rows finished in {len(open_shards):,} shards")
+        lines.append(f"in progress: {waiting:,} rows finished in {len(open_shards):,} shards")
     if done.missing:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
-        lines.append(f"left: {about}{len(done.missing):,} shards")
+        lines.append(f"remaining: {about}{len(done.missing):,} shards")
     lines.append(_driver_line(ledger.driver(), bool(done.missing)))
     return lines
 
 
 def _estimate_rows(run: Run, done: Reconciliation) -> int | None:
-    """Rows of the shards without a file; those of unknown length are taken to be as long as the others."""
+    """Estimate the number of rows in the shards without a file.
+
+    A shard of unknown length counts as long as the average of the others. Return None if the length of
+    no shard is known.
+    """
     known = {shard.name: shard.num_rows for shard in run.shards if shard.num_rows is not None}
     known |= {summary.shard: summary.num_rows for summary in done.summaries}
     if not known:
         return None
-    typical = sum(known.values()) / len(known)
-    return round(sum(known.get(name, typical) for name in done.missing))
+    average = sum(known.values()) / len(known)
+    return round(sum(known.get(name, average) for name in done.missing))
 
 
 def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
+    """Describe the driver that holds the output, or say that none is running."""
     if holder is None or holder.is_known_dead:
         died = "" if holder is None else f"; {holder} has died"
         if not is_unfinished:
             return f"finished{died}"
-        return f"no driver at work{died}; run the same command to resume"
+        return f"no driver is running{died}; run the same command to resume"
     if not holder.progress:
-        return f"at work: {holder}, starting"
-    return f"at work: {holder}: {ProgressSnapshot(**holder.progress).line()}{_end(holder.progress['left_s'])}"
+        return f"running: {holder}, starting"
+    end = _expected_end(holder.progress["left_s"])
+    return f"running: {holder}: {ProgressSnapshot(**holder.progress).line()}{end}"
 
 
-def _end(left_s: float | None) -> str:
+def _expected_end(left_s: float | None) -> str:
     if left_s is None:
         return ""
     return time.strftime(", ends about %Y-%m-%d %H:%M", time.localtime(time.time() + left_s))

@@ -1,4 +1,8 @@
-"""Small pictures of rows, read once more from the input, which may have gone since."""
+"""Thumbnails of output rows: small JPEG files, made from images that are read again from the input.
+
+The input may have changed since the run. A row gets a thumbnail only if its image can still be read and
+its bytes still have the SHA-256 digest that the row stores.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +17,52 @@ import pyarrow as pa
 from PIL import Image
 
 from blip2_actor import DecodePool, ImageLimits
-from pipeline.formats import read_shard
+from pipeline.errors import InputError
+from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardWork
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 
 SIZE_PX = 192
-"""The longer side."""
+"""The longer side of a thumbnail."""
 JPEG_QUALITY = 80
 
-Place = tuple[str, int]
-"""Shard and row."""
+RowAddress = tuple[str, int]
+"""Name of a shard, and number of a row in it."""
 
 
-def thumbnails(
+def make_thumbnails(
     rows: Iterable[Mapping[str, Any]],
     shards: Mapping[str, Shard],
     options: ReadOptions,
     limits: ImageLimits,
-) -> dict[Place, bytes]:
-    """JPEGs of the rows whose image is still there and is still the one that was captioned.
+) -> dict[RowAddress, bytes]:
+    """Make a JPEG file for each row whose image is still the one that the run has read.
 
     Args:
-        rows: of the output.
-        options: which column or member of the input is the image.
+        rows: rows of the output.
+        shards: the run's shards by name.
+        options: tells which column or member of the input is the image.
+        limits: limits for the decoding of each image.
     """
     wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["width"] is not None and row["shard"] in shards:
             wanted[row["shard"]][row["row"]] = row
-    found = {}
+    made = {}
     with DecodePool(SIZE_PX, limits) as pool:
-        for shard, of_shard in wanted.items():
-            for number, image in _images(shards[shard], sorted(of_shard), options):
-                row = of_shard[number]
+        for shard, rows_by_number in wanted.items():
+            for number, image in _read_images(shards[shard], sorted(rows_by_number), options):
+                row = rows_by_number[number]
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     continue
                 (decoded,) = pool.decode([image])
                 if decoded.pixels is not None:
-                    found[shard, number] = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
-    return found
+                    made[shard, number] = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
+    return made
 
 
-def _images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tuple[int, bytes | None]]:
-    """The encoded images of some rows; reading ends with the last of them, or where the input fails."""
+def _read_images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tuple[int, bytes | None]]:
+    """Yield number and encoded image of some rows, given in order; stop where the input cannot be read."""
     work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
     with closing(read_shard(work, options)) as reader:
         try:
@@ -69,7 +76,13 @@ def _images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tup
 
 
 def _jpeg(pixels: Any, width: int, height: int) -> bytes:
-    """The square of pixels in the picture's own proportions."""
+    """Encode a square of pixels as a JPEG file with the proportions of the original image.
+
+    Args:
+        pixels: uint8[SIZE_PX, SIZE_PX, 3].
+        width: width of the original image in pixels.
+        height: height of the original image in pixels.
+    """
     scale = SIZE_PX / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     file = io.BytesIO()

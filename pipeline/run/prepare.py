@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from blip2_actor import EngineBuilder
-from pipeline.inputs.datasource import check_options
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import output_name

@@ -15,7 +15,7 @@ import ray
 from ray.data import DataContext, Dataset
 
 from pipeline.dataset import caption_pool, decode
-from pipeline.inputs.datasource import ShardSource
+from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
 from pipeline.run.job import Job
@@ -50,7 +50,7 @@ def receipts_dataset(
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
-            ShardSource(work, settings.read_options, ledger.store_shard_report),
+            ShardDatasource(work, settings.read_options, ledger.store_shard_report),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
             concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),

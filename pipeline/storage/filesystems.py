@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
-from pipeline.inputs.shards import InputError
+from pipeline.errors import InputError
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+MAX_CONCURRENT_REQUESTS = 16
+"""Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -23,10 +23,10 @@ from typing import TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.inputs.shards import without_secrets
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
+from pipeline.storage.secrets import without_secrets
 
 T = TypeVar("T")
 OpenFile: TypeAlias = "pa.NativeFile | io.BufferedReader"

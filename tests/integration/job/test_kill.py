@@ -76,7 +76,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert second.returncode == 1
     assert f"process {first.pid}" in said
 
-    assert f"at work: process {first.pid}" in status_lines(str(output))[-1]
+    assert f"running: process {first.pid}" in status_lines(str(output))[-1]
 
     first.send_signal(number)
     said, _ = first.communicate()
@@ -93,7 +93,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert len(state.finished) < 3
 
     last = status_lines(str(output))[-1]
-    assert last.startswith("no driver at work") and last.endswith("run the same command to resume")
+    assert last.startswith("no driver is running") and last.endswith("run the same command to resume")
     assert ("has died" in last) == (number == signal.SIGKILL)
 
     gate.unlink()

@@ -1,4 +1,4 @@
-"""A callback for shard reports, in a module of its own because workers import it."""
+"""An `on_end` for tests. It has its own module because Ray workers import it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.inputs.reader import ShardReport
 
 @dataclass(frozen=True)
 class StoreReport:
-    """Write each report to a file of its own, so that a test sees every call of every worker."""
+    """Write each report to its own file, so that a test sees every call of every worker."""
 
     folder: Path
     dies_once: bool = False

@@ -1,4 +1,4 @@
-"""Shards read by a real Ray: each row once, however the shards are divided, and a report for each shard."""
+"""Shards that Ray Data reads: every row once, and a report for every shard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.inputs.datasource import ShardSource
+from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from tests.integration.inputs import as_table, png, write_tar
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def read(work, on_end, options=ReadOptions()) -> list[dict]:
-    source = ShardSource(work, options, on_end)
+    source = ShardDatasource(work, options, on_end)
     ds = ray.data.read_datasource(source, override_num_blocks=len(work), concurrency=2)
     return sorted(ds.take_all(), key=lambda row: (row["shard"], row["row"]))
 
@@ -74,7 +74,7 @@ def test_finished_rows_are_not_read_and_a_shard_without_work_still_reports(input
     }
 
 
-def test_a_reader_that_is_killed_at_its_end_is_run_again_and_gives_the_same(inputs, stored):
+def test_a_read_task_that_is_killed_at_its_end_runs_again_and_gives_the_same_rows(inputs, stored):
     shards, _ = inputs
     work = [ShardWork(shard=shard) for shard in shards]
     rows = read(work, StoreReport(stored, dies_once=True))
@@ -86,9 +86,10 @@ def test_a_reader_that_is_killed_at_its_end_is_run_again_and_gives_the_same(inpu
     assert rows == read(work, StoreReport(stored))
 
 
-def test_few_shards_are_not_split_into_small_blocks(inputs, stored):
+def test_one_block_per_shard_only_with_override_num_blocks(inputs, stored):
     shards, _ = inputs
     (tar,) = [shard for shard in shards if shard.name == "a/0.tar"]
-    source = ShardSource([ShardWork(shard=tar)], ReadOptions(), StoreReport(stored))
+    source = ShardDatasource([ShardWork(shard=tar)], ReadOptions(), StoreReport(stored))
     assert ray.data.read_datasource(source, override_num_blocks=1).materialize().num_blocks() == 1
-    assert ray.data.read_datasource(source).materialize().num_blocks() > 1, "Ray splits no more"
+    num_blocks = ray.data.read_datasource(source).materialize().num_blocks()
+    assert num_blocks > 1, "the advice in ShardDatasource's docstring is out of date"

@@ -1,4 +1,4 @@
-"""From what the user names to shards: the same list every time, and a sentence when in doubt."""
+"""Inputs are listed as the same shards every time, and an input in doubt is refused with a sentence."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import os
 import pyarrow.fs as pafs
 import pytest
 
+from pipeline.errors import InputError
 from pipeline.inputs.listing import list_shards
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import open_filesystem
-from tests.unit.formats.reading_cases import read_rows, tar_bytes
+from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 
 def touch(folder, *names: str) -> None:
@@ -26,7 +27,7 @@ def names(*inputs, **options) -> list[str]:
     return [shard.name for shard in list_shards([str(each) for each in inputs], **options)]
 
 
-def refused(*inputs, **options) -> str:
+def refusal_of(*inputs, **options) -> str:
     with pytest.raises(InputError) as refusal:
         names(*inputs, **options)
     return str(refusal.value)
@@ -54,34 +55,34 @@ def test_one_file_of_each_kind(tmp_path):
     ]
 
 
-def test_img2dataset_tables_beside_tars_are_no_inputs(tmp_path, caplog):
+def test_img2dataset_tables_next_to_tars_are_no_inputs(tmp_path, caplog):
     for at in ("00000", "00001"):
         touch(tmp_path, f"{at}.tar", f"{at}.parquet", f"{at}_stats.json")
     with caplog.at_level(logging.INFO):
         assert names(tmp_path) == ["00000.tar", "00001.tar"]
-    assert "2 .json, 2 .parquet" in caplog.text, "what is not read is told"
+    assert "2 .json, 2 .parquet" in caplog.text, "the log says which files are not read"
     assert names(tmp_path / "*") == ["00000.tar", "00001.tar"]
     assert names(tmp_path, format="parquet") == ["00000.parquet", "00001.parquet"]
 
 
-def test_img2dataset_tables_beside_folders_of_images_are_no_inputs(tmp_path):
+def test_img2dataset_tables_next_to_folders_of_images_are_no_inputs(tmp_path):
     touch(tmp_path, "00000/000000000.jpg", "00000/000000000.txt", "00000.parquet", "00000_stats.json")
     assert names(tmp_path) == [f"{tmp_path.name}~0-0"]
 
 
-def test_a_folder_that_could_be_two_things_is_refused_with_the_way_out(tmp_path):
+def test_a_folder_with_two_kinds_of_files_is_refused_with_the_flags_to_choose_one(tmp_path):
     touch(tmp_path, "0.tar", "other.parquet")
-    message = refused(tmp_path)
+    message = refusal_of(tmp_path)
     assert (
-        "got 1 Parquet tables and 1 tars; say which with --format parquet or --format webdataset" in message
+        "got 1 Parquet tables and 1 tars; choose one with --format parquet or --format webdataset" in message
     )
     assert names(tmp_path, format="webdataset") == ["0.tar"]
     assert names(tmp_path / "*.tar", tmp_path / "*.parquet") == ["0.tar", "other.parquet"]
     touch(tmp_path / "t", "0.tar", "preview.png")
-    assert "1 images and 1 tars" in refused(tmp_path / "t")
+    assert "1 images and 1 tars" in refusal_of(tmp_path / "t")
 
 
-def test_what_other_tools_keep_for_themselves_is_no_input(tmp_path):
+def test_files_of_other_tools_are_no_input(tmp_path):
     touch(tmp_path, "0.parquet", "_delta_log/1.parquet", "_tmp.parquet", ".hidden.parquet", ".git/x.parquet")
     touch(tmp_path, "_blip2/fragments/f.parquet", "__MACOSX/0.parquet")
     assert names(tmp_path) == ["0.parquet"]
@@ -105,14 +106,14 @@ def test_braces_and_globs(tmp_path):
     )
     (tmp_path / "we{i,r}d [1].tar").write_bytes(b"")
     assert names(tmp_path / "we{i,r}d [1].tar") == ["we{i,r}d [1].tar"], (
-        "a file that is there is meant literally"
+        "the name of a file that exists is taken literally"
     )
 
 
-def test_what_a_pattern_misses_is_named(tmp_path):
+def test_patterns_without_a_match_are_named(tmp_path):
     touch(tmp_path, *(f"{at:05d}.tar" for at in range(3)))
-    assert "got none for 00003.tar, 00004.tar" in refused(f"{tmp_path}/{{00000..00004}}.tar")
-    assert "got none for val*.tar" in refused(f"{tmp_path}/{{,val}}*.tar")
+    assert "matches 00003.tar, 00004.tar" in refusal_of(f"{tmp_path}/{{00000..00004}}.tar")
+    assert "matches val*.tar" in refusal_of(f"{tmp_path}/{{,val}}*.tar")
 
 
 def test_names_of_several_inputs_never_collide(tmp_path):
@@ -120,38 +121,38 @@ def test_names_of_several_inputs_never_collide(tmp_path):
     assert names(tmp_path / "a", tmp_path / "b") == ["a/0.tar", "b/0.tar"]
     assert names(tmp_path / "a/0.tar", tmp_path / "b/0.tar") == ["a/0.tar", "b/0.tar"]
     assert names(tmp_path / "c", tmp_path / "d") == ["c~0-0", "d~0-0"]
-    assert "a/0.tar twice" in refused(tmp_path / "a", tmp_path, format="webdataset")
-    assert "c/x.jpg twice" in refused(tmp_path / "c", tmp_path, format="folder")
-    assert names(tmp_path / "a", tmp_path / "a/0.tar") == ["0.tar"], "the same file by two names is read once"
+    assert "a/0.tar occurs twice" in refusal_of(tmp_path / "a", tmp_path, format="webdataset")
+    assert "c/x.jpg occurs twice" in refusal_of(tmp_path / "c", tmp_path, format="folder")
+    assert names(tmp_path / "a", tmp_path / "a/0.tar") == ["0.tar"], "a file that is named twice is read once"
 
 
 @pytest.mark.parametrize(
     ("make", "input", "options", "message"),
     [
-        ([], "gone", {}, "must be a file or folder that is there"),
-        ([], "", {}, "got an empty folder"),
+        ([], "gone", {}, "no such file or folder: "),
+        ([], "", {}, "is an empty folder"),
         (
             ["a.json", "b.json", "c"],
             "",
             {},
-            "must hold tars or Parquet tables or images, got only 2 .json, 1 without",
+            "holds no tars or Parquet tables or images, only 2 .json, 1 without ending",
         ),
-        (["a.tar"], "", {"format": "folder"}, "must hold images, got only 1 .tar"),
-        (["a.json"], "a.json", {}, "a.json must be a tar, a Parquet table or an image"),
+        (["a.tar"], "", {"format": "folder"}, "holds no images, only 1 .tar"),
+        (["a.json"], "a.json", {}, "the name a.json does not tell whether"),
         (["a.tar"], "", {"format": "tar"}, "format must be auto, webdataset, parquet, folder, got 'tar'"),
         (["a.tar"], "", {"limit": 0}, "limit must be at least 1, got 0"),
     ],
 )
 def test_every_refusal_says_what_to_do(tmp_path, make, input, options, message):
     touch(tmp_path, *make)
-    assert message in refused(tmp_path / input, **options)
+    assert message in refusal_of(tmp_path / input, **options)
 
 
 def test_no_input_at_all_is_refused():
-    assert "got none" in refused()
+    assert "no input given" in refusal_of()
 
 
-def test_a_named_file_may_have_any_name_when_the_format_is_told(tmp_path):
+def test_a_named_file_may_have_any_name_if_the_format_is_given(tmp_path):
     touch(tmp_path, "part-0")
     assert names(tmp_path / "part-0", format="webdataset") == ["part-0"]
 
@@ -166,7 +167,7 @@ def test_folders_are_sliced_by_their_sorted_listing(tmp_path):
 
 
 def test_a_folder_is_listed_without_asking_for_each_file(tmp_path, monkeypatch):
-    # A disk answers a question per file in milliseconds when it is a network's: hours for 10^8 files.
+    # A network disk needs milliseconds for each question about a file: hours for 10^8 files.
     touch(tmp_path, *(f"{at}.jpg" for at in range(50)))
     asked = []
     monkeypatch.setattr(os, "stat", lambda *path, **more: asked.append(path))
@@ -210,14 +211,14 @@ def test_uris_give_the_same_shards_as_paths(tmp_path, scheme):
     for shard in list_shards(base):
         assert read_rows(shard)[0][0]["image"] == shard.name.encode()
         assert shard.size_bytes and shard.size_bytes >= 1024
-    assert "must be a file or folder that is there" in refused(f"{base}/gone")
+    assert "no such file or folder: " in refusal_of(f"{base}/gone")
 
 
-def test_a_bucket_is_not_guessed():
-    assert "must name its bucket" in refused("memory://{a,b}")
+def test_wildcards_in_a_bucket_name_are_refused():
+    assert "in the name of its bucket" in refusal_of("memory://{a,b}")
 
 
-def test_files_of_a_remote_folder_know_their_bytes(tmp_path):
+def test_the_bytes_of_a_remote_folder_are_known(tmp_path):
     filesystem, root = open_filesystem(f"memory://sizes{tmp_path}")
     assert isinstance(filesystem, pafs.PyFileSystem)
     filesystem.create_dir(root, recursive=True)
@@ -229,6 +230,6 @@ def test_files_of_a_remote_folder_know_their_bytes(tmp_path):
     assert [row["image"] for row in read_rows(shard)[0]] == [b"12345"] * 3
 
 
-def test_a_name_that_no_output_could_have_is_refused(tmp_path):
+def test_a_name_that_no_output_file_could_have_is_refused(tmp_path):
     (tmp_path / "\udcff.tar").write_bytes(b"")
-    assert "must be UTF-8" in refused(tmp_path)
+    assert "is not valid UTF-8" in refusal_of(tmp_path)

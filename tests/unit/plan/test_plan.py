@@ -1,4 +1,4 @@
-"""`blip2 plan` against inputs whose size and engines whose cost are known."""
+"""`blip2 plan` on inputs of known size, with engines of known cost."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from PIL import Image
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
 from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.cli.main import main
-from pipeline.inputs import size_estimate as size_estimate
+from pipeline.inputs import size_estimate
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.ledger.scan import scan_output
-from pipeline.plan import sample
-from pipeline.plan import stage_costs as stage_costs
-from pipeline.plan.plan import lines, make_plan, num_bytes, plan
+from pipeline.plan import cost, sample, stage_costs
+from pipeline.plan.cost import Cost
+from pipeline.plan.model import format_bytes
+from pipeline.plan.plan import make_plan, plan
 from pipeline.plan.prediction import predict
-from pipeline.plan.sample import Cost, take_sample
+from pipeline.plan.sample import take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
@@ -36,7 +37,7 @@ from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 
 SLACK = 2.5
-"""The machine has other work too."""
+"""Factor by which a measured time may be too long, because the machine has other work too."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def settings(folder: Path, **changes) -> PlanSettings:
 
 
 def test_the_prediction_is_what_the_engine_costs(tmp_path):
-    """Start-up, the first batch or the failed rows counted in would make it several times too long."""
+    """Counting the start-up, the first batch or the failed rows would make it several times too long."""
     write_tars(tmp_path / "in", num_tars=4, rows_per_tar=50)
     found = make_plan(settings(tmp_path / "in"), FakeEngineConfig(seconds_per_image=0.005))
     prediction = found.prediction
@@ -60,7 +61,7 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
     assert len(found.sample.shards) == 4
 
 
-def test_a_fast_engine_is_held_up_by_decoding(tmp_path):
+def test_a_fast_engine_is_limited_by_decoding(tmp_path):
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)).save(noise, "PNG")
     write_tar(tmp_path / "in" / "0.tar", {f"{n}": noise.getvalue() for n in range(8)})
@@ -80,20 +81,20 @@ def test_workers_hours_and_bottleneck_by_arithmetic():
     assert found.decode_workers_per_actor == 5
     assert found.cpus_per_actor == pytest.approx(5.8)
     assert found.actor_s == pytest.approx(2000)
-    # Two cores share 11.6 ms of work a row.
+    # Two cores share 11.6 ms of work per row.
     assert found.here_s == pytest.approx(5800)
     assert found.bottleneck == "decode"
-    roomy = predict(costs, 1_000_000, num_cpus=16, placement=Placement())
-    assert (roomy.here_s, roomy.bottleneck) == (pytest.approx(2000), "caption")
+    many_cores = predict(costs, 1_000_000, num_cpus=16, placement=Placement())
+    assert (many_cores.here_s, many_cores.bottleneck) == (pytest.approx(2000), "caption")
     one_decoder = predict(costs, 1_000_000, num_cpus=16, placement=Placement(max_decode_actors=1))
     assert (one_decoder.here_s, one_decoder.bottleneck) == (pytest.approx(10_000), "decode")
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_rows_of_tars_are_extrapolated_by_bytes(tmp_path, monkeypatch, ending):
-    """Walking a thousand tars of a bucket to count them would be reading them."""
-    monkeypatch.setattr(size_estimate, "WALKED_ROWS", 50)
-    monkeypatch.setattr(size_estimate, "MAX_WALKED_TARS", 4)
+    """Counting the rows of a thousand tars in a bucket would mean reading the tars."""
+    monkeypatch.setattr(size_estimate, "SCANNED_ROWS_PER_TAR", 50)
+    monkeypatch.setattr(size_estimate, "MAX_SCANNED_TARS", 4)
     for at in range(9):
         tar = tmp_path / f"{at}.tar"
         write_tar(tar, {f"{row}": os.urandom(10_000 * (1 + at % 3)) for row in range(150 + 20 * at)})
@@ -117,7 +118,7 @@ def test_small_inputs_are_counted(tmp_path):
     assert (found.num_rows, found.is_counted) == (33, True)
 
 
-def test_a_folder_is_sampled_all_over(tmp_path):
+def test_a_folder_is_sampled_at_equal_distances(tmp_path):
     """The first files of a sorted folder often come from one source."""
     for at in range(100):
         (tmp_path / f"{at:02}.png").write_bytes(png(at))
@@ -125,8 +126,8 @@ def test_a_folder_is_sampled_all_over(tmp_path):
     assert taken.rows["key"].to_pylist() == [f"{at}0.png" for at in range(10)]
 
 
-def test_opening_a_file_is_not_counted_for_the_few_rows_of_the_sample(monkeypatch):
-    """A second for each tar of a bucket, on four rows of it, made reading the bottleneck of every plan."""
+def test_the_cost_of_opening_a_file_is_not_shared_by_the_sampled_rows_alone(monkeypatch):
+    """Opening a tar in a bucket takes a second. Shared by four rows, it would make reading the bottleneck."""
     clock = 0.0
 
     def read(work, options):
@@ -139,7 +140,7 @@ def test_opening_a_file_is_not_counted_for_the_few_rows_of_the_sample(monkeypatc
             )
 
     monkeypatch.setattr(sample, "read_shard", read)
-    monkeypatch.setattr(sample, "perf_counter", lambda: clock)
+    monkeypatch.setattr(cost, "perf_counter", lambda: clock)
     tars = [
         Shard(name=f"{at}", format="webdataset", root="/", files=(f"{at}",), size_bytes=1 << 30)
         for at in range(20)
@@ -156,20 +157,20 @@ def test_failures_of_the_sample_are_counted_and_shown(tmp_path):
     write_tar(cut, {"whole": png(0), "lost": png(1)})
     cut.write_bytes(cut.read_bytes()[:3000])
     found = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
-    said = "\n".join(lines(found))
+    said = "\n".join(found.lines())
     assert found.by_status == {"ok": 31, "undecodable": 10}
     assert "31 ok, 10 undecodable" in said and "image-000003: undecodable: " in said
     assert "partial: " in said and "cut.tar" in said
     assert "exit status 2" in said
 
 
-def test_an_input_of_which_nothing_can_be_decoded_is_refused_with_the_reason(tmp_path):
+def test_an_input_without_decodable_images_is_refused_with_the_reason(tmp_path):
     write_tar(tmp_path / "0.tar", {"a": BROKEN, "b": BROKEN})
-    with pytest.raises(ValueError, match=r"got none in 2 sampled rows .*; look at the input"):
+    with pytest.raises(ValueError, match=r"none of the 2 sampled images can be decoded .*; check the input"):
         make_plan(settings(tmp_path), FakeEngineConfig())
 
 
-def test_what_the_job_would_refuse_or_die_of_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_what_would_stop_the_job_is_one_sentence(tmp_path, monkeypatch, capsys):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     engine = FakeEngineConfig()
     assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 1
@@ -187,24 +188,24 @@ def test_what_the_job_would_refuse_or_die_of_is_one_sentence(tmp_path, monkeypat
     assert capsys.readouterr().err == "blip2: the engine has failed: RuntimeError: the device is gone\n"
 
 
-def test_writing_is_timed_in_the_output_and_nothing_stays(tmp_path):
-    """A fragment left there would count as finished rows of a run."""
+def test_writing_is_timed_in_the_output_and_leaves_nothing_there(tmp_path):
+    """A fragment that stays there would count as finished rows of a run."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
     output = tmp_path / "out"
     output.mkdir()
-    (output / "mine").touch()
+    (output / "other").touch()
     found = make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
-    assert os.listdir(output) == ["mine"]
+    assert os.listdir(output) == ["other"]
     assert 50 < found.stage_costs.row_bytes < 500 and found.stage_costs.file_bytes > 500
     assert found.output_bytes == 5 * found.stage_costs.row_bytes + found.stage_costs.file_bytes
 
 
-def test_what_a_killed_plan_leaves_is_no_result_and_is_swept(tmp_path, monkeypatch):
-    """`**/*.parquet` took its sample for rows of a run, and nothing ever deleted it."""
+def test_files_of_a_killed_plan_are_leftovers_and_no_results(tmp_path, monkeypatch):
+    """The glob `**/*.parquet` must not match the sample of a plan, and the next run must delete it."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
     output = tmp_path / "new" / "out"
     make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
-    assert os.listdir(tmp_path) == ["in"], "folders that were not there before are not there after"
+    assert os.listdir(tmp_path) == ["in"], "folders that the plan has made are deleted"
     monkeypatch.setattr(Folder, "erase", lambda self: None)
     make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
     (output / "_blip2" / "probe-1").touch()
@@ -227,8 +228,8 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     assert "sample must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_the_other_commands_are_planned_as_the_jobs_they_are(tmp_path, capsys):
-    """Planned as captions, they would seem to take a language model's time and another output's bytes."""
+def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
+    """Planned as captions, they would take the time of a language model and the bytes of another output."""
     table = pa.table({"image": [png(n) for n in range(6)], "alt": ["text"] * 6})
     pq.write_table(table, tmp_path / "a.parquet")
     input, engine = (str(tmp_path / "a.parquet"),), FakeEngineConfig(trace=str(tmp_path / "trace"))
@@ -246,6 +247,6 @@ def test_the_other_commands_are_planned_as_the_jobs_they_are(tmp_path, capsys):
         assert f"blip2 plan {command[:5]}: sample must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_bytes_for_people():
-    said = [num_bytes(n) for n in (7, 1234, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
+def test_numbers_of_bytes_have_three_digits_and_a_unit():
+    said = [format_bytes(n) for n in (7, 1234, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
     assert said == ["7 bytes", "1.23 kB", "56.8 MB", "1.2 GB", "3.4 TB", "5,600 TB"]

@@ -1,4 +1,4 @@
-"""`blip2 report` on outputs written without Ray, whose rows are known."""
+"""`blip2 report` on outputs that are written without Ray and whose rows are known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -19,9 +20,9 @@ from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.report.html import page
-from pipeline.report.report import lines, make_report
-from pipeline.report.statistics import Frequent, Statistics
+from pipeline.report.html import render_page
+from pipeline.report.report import make_report
+from pipeline.report.statistics import FrequentTexts, Statistics
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.outputs import Outputs
@@ -33,16 +34,20 @@ HOSTILE = "<script>alert('x')</script><img src=x onerror=\"alert('y')\">"
 
 
 def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: int | None = None) -> Folder:
-    """A finished run over real tars: every tenth row is broken, every seventh is flagged, captions repeat."""
+    """Write a finished run over real tars.
+
+    Every tenth image is broken, every seventh caption is flagged, and captions repeat.
+    """
     truth = write_tars(root / "in", num_tars, rows_per_tar, broken_every=10)
     settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE)
     folder = Folder(settings.output)
     Ledger(folder).begin(Run(Fingerprint({}), settings.to_dict(), tuple(list_shards(settings.input))))
     schema = output_schema([pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
     for shard, images in truth.items():
-        rows = []
+        rows: list[dict[str, Any]] = []
         for at, (key, image) in enumerate(images.items()):
-            row = {"key": f"{key}{HOSTILE}", "shard": shard, "row": at, "flags": [], "url": HOSTILE}
+            row: dict[str, Any] = {"key": f"{key}{HOSTILE}", "shard": shard, "row": at}
+            row |= {"flags": [], "url": HOSTILE}
             if image == BROKEN:
                 row |= {"status": "undecodable", "error": f"cut at byte {at} {HOSTILE}"}
             else:
@@ -61,7 +66,7 @@ def folder(tmp_path_factory) -> Folder:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its tags, and its text."""
+    """The tags and the text of a page, as a browser parses them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -83,7 +88,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_rows_are_counted_like_the_reconciliation_does(folder):
+def test_statistics_agree_with_the_reconciliation(folder):
     found = make_report(folder.uri)
     statistics, done = found.statistics, found.reconciliation
     assert (statistics.num_rows, statistics.by_status) == (done.num_rows, done.by_status)
@@ -92,46 +97,46 @@ def test_rows_are_counted_like_the_reconciliation_does(folder):
     assert sorted(statistics.captions.top(9)) == [(f"{HOSTILE} {n}", 18) for n in range(3)]
     assert statistics.long_side_px == {32: 54}
     assert statistics.flags["looping"].count == 10
-    # One reason: that the byte differs is no other.
+    # The errors differ only in the number of the byte, so they are one reason.
     ((status, reason),) = statistics.reasons
     assert (status, reason) == ("undecodable", f"cut at byte N {HOSTILE}")
     assert statistics.reasons[status, reason].count == 6
-    assert len(found.samples) == 24 and not found.pictures
+    assert len(found.samples) == 24 and not found.thumbnails
 
 
-def test_hostile_captions_are_text(folder):
-    """A caption is what a model made of a stranger's image, and a key a stranger's file name."""
-    found = Page(page(make_report(folder.uri, 8)))
+def test_hostile_texts_are_escaped(folder):
+    """Captions come from untrusted images, and keys from untrusted file names."""
+    found = Page(render_page(make_report(folder.uri, 8)))
     assert not found.open
     assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "iframe", "object"})
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    pictures = [attributes for tag, attributes in found.tags if tag == "img"]
-    assert pictures and all((p["src"] or "").startswith("data:image/jpeg;base64,") for p in pictures)
-    assert all(p["alt"] for p in pictures)
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert images and all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
+    assert all(image["alt"] for image in images)
     assert HOSTILE in found.text and "url: <script>" in found.text and "2 values" in found.text
     policy = next(a["content"] for tag, a in found.tags if tag == "meta" and "http-equiv" in a)
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_pictures_are_those_of_their_rows_and_go_with_the_input(tmp_path):
-    """An input may have changed since: a picture that is not the one captioned must not stand there."""
+def test_a_row_has_a_thumbnail_only_if_its_image_is_unchanged(tmp_path):
+    """The input may have changed since the run: the page must show only images that were captioned."""
     folder = write_run(tmp_path, num_tars=1, rows_per_tar=12)
     found = make_report(folder.uri, 24)
-    assert {row for _, row in found.pictures} == {row for row in range(12) if row != 9}
+    assert {row for _, row in found.thumbnails} == {row for row in range(12) if row != 9}
     with DecodePool(SIZE_PX) as pool:
-        (decoded,) = pool.decode([found.pictures["part0/00000.tar", 3]])
+        (decoded,) = pool.decode([found.thumbnails["part0/00000.tar", 3]])
     assert (decoded.width, decoded.height) == (192, 160)
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=11, broken_every=2)
-    assert {row for _, row in make_report(folder.uri, 24).pictures} == {0, 2, 4, 6, 8, 10}
+    assert {row for _, row in make_report(folder.uri, 24).thumbnails} == {0, 2, 4, 6, 8, 10}
     (tmp_path / "in" / "part0" / "00000.tar").unlink()
-    assert make_report(folder.uri, 24).pictures == {}
+    assert make_report(folder.uri, 24).thumbnails == {}
 
 
-def test_the_command_writes_one_page_and_says_the_same(folder, tmp_path, capsys):
+def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, capsys):
     html = tmp_path / "report.html"
     assert main(["report", "--output", folder.uri, "--html", str(html)]) == 0
     said = capsys.readouterr().out
-    assert all(line in said for line in lines(make_report(folder.uri)))
+    assert all(line in said for line in make_report(folder.uri).lines())
     assert "rows in 60 = ok 54 + failed 6" in said and "10 flagged looping" in said
     assert html.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", "--output", str(tmp_path)]) == 1
@@ -139,7 +144,7 @@ def test_the_command_writes_one_page_and_says_the_same(folder, tmp_path, capsys)
 
 
 def test_memory_does_not_grow_with_the_number_of_texts():
-    frequent = Frequent(most=100)
+    frequent = FrequentTexts(max_texts=100)
     for at in range(5_000):
         frequent.add(f"rare {at}", 1)
         frequent.add("common", 1)
@@ -148,33 +153,35 @@ def test_memory_does_not_grow_with_the_number_of_texts():
 
 
 def test_an_output_without_captions_or_rows_is_counted():
-    """`embed` makes no captions; a shard may be empty."""
+    """`embed` writes no captions, and a shard may be empty."""
     schema = output_schema(captioned=False)
     statistics = Statistics()
     statistics.add(schema.empty_table())
-    row = {"key": "a", "shard": "s", "row": 0, "flags": [], "status": "ok", "width": 1, "height": 1}
+    row: dict[str, Any] = {"key": "a", "shard": "s", "row": 0, "flags": [], "status": "ok"}
+    row |= {"width": 1, "height": 1}
     statistics.add(pa.Table.from_pylist([row], schema=schema))
     assert (statistics.num_rows, statistics.num_tokens, statistics.long_side_px) == (1, {}, {1: 1})
 
 
-def test_only_results_say_when_a_run_ended(tmp_path):
-    """What `plan` leaves under _blip2 when it is killed is no row of the run."""
+def test_only_result_files_tell_when_a_run_ended(tmp_path):
+    """A file that a killed `plan` leaves under _blip2 is no result of the run."""
     folder = write_run(tmp_path, num_tars=1)
-    stray = tmp_path / "out" / "_blip2" / "plan-1" / "sample.parquet"
-    stray.parent.mkdir()
-    stray.touch()
-    os.utime(stray, (4e9, 4e9))
+    leftover = tmp_path / "out" / "_blip2" / "plan-1" / "sample.parquet"
+    leftover.parent.mkdir()
+    leftover.touch()
+    os.utime(leftover, (4e9, 4e9))
     assert make_report(folder.uri).last_written.timestamp() < 4e9
 
 
 def test_the_page_names_the_models_that_were_loaded(folder):
-    """A run of scores alone loads no language model, and named the default one."""
+    """A run that computes only scores loads no language model: the page must not name the default one."""
     found = make_report(folder.uri)
-    alone = Outputs(caption=False, score=("fit=alt",), score_model="me/itm")
-    beside = Outputs(score=("fit=caption",), score_model="me/itm")
+    scores_only = Outputs(caption=False, score=("fit=alt",), score_model="me/itm")
+    with_captions = Outputs(score=("fit=caption",), score_model="me/itm")
     pages = []
-    for outputs in (alone, beside):
-        asked = CaptionSettings(input=("i",), output="o", outputs=outputs).to_dict()
-        pages.append(page(dataclasses.replace(found, run=dataclasses.replace(found.run, settings=asked))))
+    for outputs in (scores_only, with_captions):
+        settings = CaptionSettings(input=("i",), output="o", outputs=outputs).to_dict()
+        run = dataclasses.replace(found.run, settings=settings)
+        pages.append(render_page(dataclasses.replace(found, run=run)))
     assert "<p>me/itm</p>" in pages[0] and "opt-2.7b" not in pages[0]
     assert "<p>Salesforce/blip2-opt-2.7b, scores by me/itm</p>" in pages[1]

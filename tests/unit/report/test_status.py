@@ -1,9 +1,10 @@
-"""`blip2 status` on outputs as they are in the middle of a run: done, failed, left, rate and end."""
+"""`blip2 status` on outputs in the middle of a run and after it."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -24,7 +25,7 @@ from pipeline.storage.folder import Folder
 
 
 def write_rows(folder: Folder, shard: str, num_rows: int, failed: int = 0) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"key": f"{n}", "shard": shard, "row": n, "flags": [], "status": "ok" if n >= failed else "too_large"}
         for n in range(num_rows)
     ]
@@ -37,7 +38,7 @@ def finish(folder: Folder, shard: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Five shards: one finished with failures, one half done, one that is known to have 40 rows."""
+    """A run of five shards: one finished with failures, one half done, one known to have 40 rows."""
     folder = Folder(str(tmp_path))
     shards = [Shard(name=f"{n}.tar", format="webdataset", root="/in", files=(f"{n}.tar",)) for n in range(4)]
     shards.append(Shard(name="4~0-39", format="folder", root="/in", files=("x",), num_rows=40))
@@ -52,13 +53,13 @@ def test_a_run_without_a_driver(folder):
     assert status_lines(folder.uri) == [
         "rows in 100 = ok 97 + failed 3 (3 too_large)",
         "shards 5 = written 1 + left 4",
-        "under way: 50 rows finished in 1 shards",
-        "left: about 200 rows, 4 shards",  # 40, and three of 70, of which 50 are done
-        "no driver at work; run the same command to resume",
+        "in progress: 50 rows finished in 1 shards",
+        "remaining: about 200 rows, 4 shards",  # 40 + 3 * 70, less the 50 in progress
+        "no driver is running; run the same command to resume",
     ]
 
 
-def test_a_run_at_work_has_a_rate_and_an_end(folder, capsys):
+def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
     snapshot = ProgressSnapshot(
         num_rows=150,
         num_failed=3,
@@ -71,7 +72,7 @@ def test_a_run_at_work_has_a_rate_and_an_end(folder, capsys):
     with Lease(folder, progress=lambda: dataclasses.asdict(snapshot)):
         assert main(["status", "--output", folder.uri]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("at work: process ")
+    assert last.startswith("running: process ")
     assert "150 images · 12.5/s · 3 failed · shards 1/5 · ETA 1 min 30 s · busy decode 50%" in last
     assert ", ends about 20" in last
 
@@ -87,11 +88,11 @@ def test_a_finished_run(folder):
     ]
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_a_run_that_has_only_started(tmp_path):
     folder = Folder(str(tmp_path))
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
     Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
-    assert status_lines(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "left: 1 shards"]
+    assert status_lines(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "remaining: 1 shards"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.inputs.shards import InputError
+from pipeline.errors import InputError
 from pipeline.storage.filesystems import join, open_filesystem
 
 

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.inputs.shards import Shard
 from pipeline.storage import retrying_file
-from tests.unit.formats.reading_cases import read_rows, tar_bytes
+from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 
 class FlakyStore(MemoryFileSystem):

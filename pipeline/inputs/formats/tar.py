@@ -1,7 +1,8 @@
-"""Tars read once, from front to back, that know whether they were whole.
+"""Read tars once, from front to back, and detect whether they are whole.
 
-Python's tarfile ends an archive at the first header it cannot read, and takes a cut there for the
-end. Here only the end-of-archive mark is an end.
+Python's `tarfile` ends an archive at the first header that it cannot read, and takes a cut there for the
+end. Here only the end-of-archive mark is the end; anything else is an error that says at which byte the
+tar is cut or damaged.
 """
 
 from __future__ import annotations
@@ -18,44 +19,46 @@ from typing import IO, cast
 
 import pyarrow as pa
 
-from pipeline.inputs.shards import InputError, Shard
+from pipeline.errors import InputError
+from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 
 BUFFER_BYTES = 4 << 20
-"""Read-ahead: one request to an object store, which answers after tens of milliseconds, brings so much."""
+"""Read-ahead: bytes per request to an object store, which answers after tens of milliseconds."""
 MAX_PADDING_BYTES = 1 << 20
-"""Tars are padded with zeros to 10 KiB, or to a tape's block; more is a file that was never filled."""
+"""Tars are padded with zeros to 10 KiB, or to a tape's block. More zeros are a file that was never filled."""
 
 
-class EndsEarly(Exception):
-    """The archive stops where a header or the end-of-archive mark should stand."""
+class TarEndsEarly(Exception):
+    """The archive stops where a header or the end-of-archive mark is expected."""
 
 
-DAMAGE = (EndsEarly, InputError, OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
-"""What opening and reading a tar can raise when the file is to blame, or its storage."""
+TAR_ERRORS = (TarEndsEarly, InputError, OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
+"""Exceptions of opening and reading a tar that are caused by the file or by its storage."""
 
 
 @contextmanager
 def open_tar(shard: Shard) -> Iterator[tarfile.TarFile]:
     with open_file(shard) as file:
-        yield untar(file)
+        yield open_archive(file)
 
 
 @contextmanager
 def open_file(shard: Shard) -> Iterator[io.BufferedReader[io.RawIOBase]]:
-    """The tar as it is stored, maybe compressed."""
+    """Open the file of a tar as it is stored, compressed or not."""
     filesystem, root = open_filesystem(shard.root)
     with open_input(filesystem, join(root, shard.files[0])) as source:
         yield io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES)
 
 
-def untar(file: io.BufferedReader[io.RawIOBase]) -> tarfile.TarFile:
-    return tarfile.TarFile(fileobj=_decompressed(file), tarinfo=_Header, encoding="utf-8")
+def open_archive(file: io.BufferedReader[io.RawIOBase]) -> tarfile.TarFile:
+    """Open the archive in a file, compressed or not, for reading in order."""
+    return tarfile.TarFile(fileobj=_decompress(file), tarinfo=_Header, encoding="utf-8")
 
 
-def _decompressed(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
-    """See through the compression that the first bytes tell, whatever the file is called."""
+def _decompress(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
+    """Decompress a file. Its first bytes tell the compression, whatever the file is called."""
     magic = file.peek(6)[:6]
     if magic.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
@@ -64,69 +67,74 @@ def _decompressed(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
     if magic.startswith(b"\xfd7zXZ\x00"):
         return lzma.LZMAFile(file)
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return cast(IO[bytes], _Forward(pa.CompressedInputStream(file, "zstd")))
+        return cast(IO[bytes], _ForwardStream(pa.CompressedInputStream(file, "zstd")))
     return file
 
 
-class _Forward:
-    """A stream that can be read and skipped, which is all that reading a tar in order asks for."""
+class _ForwardStream:
+    """A stream that can be read and skipped forward, which is all that reading a tar in order needs."""
 
     def __init__(self, stream: pa.NativeFile) -> None:
         self._stream = io.BufferedReader(cast(io.RawIOBase, stream), BUFFER_BYTES)
-        self._at = 0
+        self._position = 0
 
     def read(self, size: int = -1) -> bytes:
         content = self._stream.read(size)
-        self._at += len(content)
+        self._position += len(content)
         return content
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
-    def seek(self, to: int) -> int:
-        while self._at < to and self.read(min(to - self._at, BUFFER_BYTES)):
+    def seek(self, position: int) -> int:
+        while self._position < position and self.read(min(position - self._position, BUFFER_BYTES)):
             pass
-        return self._at
+        return self._position
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of all members that are not folders."""
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # It would remember every member.
+        # The archive would keep every header in memory; the stubs of tarfile lack the attribute.
+        archive.members = []  # type: ignore[attr-defined]
         if not member.isdir():
             yield member
 
 
-def what_follows(archive: tarfile.TarFile) -> str | None:
-    """What is wrong behind the end-of-archive mark; reading it also checks a compressed file's sums."""
+def check_after_end(archive: tarfile.TarFile) -> str | None:
+    """Read what follows the end-of-archive mark and say what is wrong with it, if anything.
+
+    Reading to the end also verifies the checksums of a compressed file.
+    """
     file = cast(IO[bytes], archive.fileobj)
     num_zeros = 0
     while block := file.read(BUFFER_BYTES):
         if block.count(0) < len(block):
-            return "more follows the end-of-archive mark; join tars with `tar --concatenate`, or name each"
+            return "data follows the end-of-archive mark; join tars with `tar --concatenate` or name each"
         num_zeros += len(block)
     if num_zeros > MAX_PADDING_BYTES:
-        return f"the tar ends in {num_zeros} bytes of zeros; it was probably never copied to its end"
+        return f"the tar ends in {num_zeros} bytes of zeros; it was probably not copied to its end"
     return None
 
 
 class _Header(tarfile.TarInfo):
-    """Reads headers like tarfile, but does not pass off a cut or damage as the end of the archive."""
+    """Reads headers like `tarfile`, but does not take a cut or damage for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # The stubs of tarfile lack it.
             raise  # The end-of-archive mark.
         except tarfile.HeaderError as error:
-            raise EndsEarly(
+            raise TarEndsEarly(
                 f"the tar is cut short or damaged at byte {archive.offset}, where a header or the "
-                f"end-of-archive mark should stand ({error}); what follows was not read"
+                f"end-of-archive mark is expected ({error}); what follows was not read"
             ) from None
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        """Parse the ordinary header by itself: name, size and type, a third of tarfile's time."""
+        """Parse name, size and type of an ordinary header, in a third of the time of `tarfile`."""
         if (
             len(buf) == tarfile.BLOCKSIZE
             and buf[156] in b"0x"
@@ -141,5 +149,5 @@ class _Header(tarfile.TarInfo):
                     header.type = bytes(buf[156:157])
                     return header
             except ValueError:
-                pass  # Not so ordinary.
+                pass  # Not an ordinary header.
         return super().frombuf(buf, encoding, errors)

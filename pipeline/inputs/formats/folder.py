@@ -1,4 +1,8 @@
-"""Folders of image files: one file, one row; its key is its path."""
+"""Read folders of image files: one file is one row, and its key is its path.
+
+A file that cannot be read costs its own row only. The rows follow the list of files that the shard holds,
+and the folder is not listed again. So the same work gives the same tables, also when files were added.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,18 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from blip2_actor import Status
-from pipeline.formats.rows import TableBuilder
+from pipeline.errors import InputError
+from pipeline.inputs.formats.rows import TableBuilder
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.inputs.shards import InputError
-from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 
-FILES_AT_ONCE = 16
-"""Files asked for at the same time: an object store answers each after tens of milliseconds."""
-
 Content = tuple[bytes | None, Status | None, str | None]
-"""An image, or the status and the sentence that say why there is none."""
+"""An image, or the status and the sentence that tell why there is none."""
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
-    """Give the files asked for; one that cannot be read is a row that says so."""
+    """Yield the files asked for. A file that cannot be read becomes a row with a status and an error."""
     shard, table = work.shard, TableBuilder(work.shard.name, options)
     try:
         filesystem, root = open_filesystem(shard.root)
@@ -33,25 +34,25 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     def read_row(row: int) -> Content:
         return _read_file(filesystem, join(root, shard.files[row]), options.max_image_bytes)
 
-    num_rows = shard.rows_of(len(shard.files))
+    num_rows = shard.limit_rows(len(shard.files))
     rows = (row for span in work.overlaps(0, num_rows) for row in range(*span))
-    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-        while batch := list(islice(rows, FILES_AT_ONCE)):
-            for row, (image, status, why) in zip(batch, threads.map(read_row, batch), strict=True):
-                table.add(row, shard.files[row], image=image, status=status, error=why, members={})
-                if table.full:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
+        while batch := list(islice(rows, MAX_CONCURRENT_REQUESTS)):
+            for row, (image, status, reason) in zip(batch, threads.map(read_row, batch), strict=True):
+                table.add(row, shard.files[row], image=image, status=status, error=reason, members={})
+                if table.is_full:
                     yield table.take()
     if len(table):
         yield table.take()
     return ShardReport(shard=shard.name, num_rows=num_rows, complete=True)
 
 
-def _read_file(filesystem: pafs.FileSystem, path: str, most_bytes: int) -> Content:
+def _read_file(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> Content:
     try:
         with open_input(filesystem, path) as file:
             num_bytes = file.size()
-            if num_bytes > most_bytes:
-                return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {most_bytes}"
+            if num_bytes > max_bytes:
+                return None, Status.TOO_LARGE, f"the file has {num_bytes} bytes, more than {max_bytes}"
             content = file.read()
     except (OSError, UnicodeError, pa.ArrowException) as error:
         return None, Status.UNREADABLE, f"the file cannot be read: {error}"

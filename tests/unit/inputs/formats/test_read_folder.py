@@ -1,14 +1,15 @@
-"""Reading folders: one file is one row, and a file that cannot be read costs only its own."""
+"""Reading folders: one file is one row, and a file that cannot be read costs only its own row."""
 
 from __future__ import annotations
 
 import pytest
 
-from pipeline.formats import check_options
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import InputError, Shard
-from tests.unit.formats.reading_cases import read_rows, read_tables
+from pipeline.inputs.shards import Shard
+from tests.unit.inputs.formats.reading_cases import read_rows, read_tables
 
 
 def test_files_in_order_with_their_path_as_key(tmp_path):
@@ -57,12 +58,12 @@ def test_tables_are_small_and_a_limit_caps_rows(tmp_path):
     assert [len(table) for table in read_tables(shard, table_bytes=1000)[0]] == [10, 10, 10, 10, 5]
 
 
-def test_texts_are_refused_by_the_flags_that_name_them(tmp_path):
+def test_options_for_texts_are_refused_by_the_name_of_their_flag(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"a")
     shards = list_shards(str(tmp_path))
     for options, flag in (
         (ReadOptions(text_columns=("tx",)), "--text-column or --score"),
         (ReadOptions(prompt_column="p"), "--prompt-column"),
     ):
-        with pytest.raises(InputError, match=f"{flag} must name nothing in folders .* put both into tars"):
+        with pytest.raises(InputError, match=f"{flag} has no meaning for folders .* put both into tars"):
             check_options(shards, options)

@@ -1,6 +1,8 @@
-"""Which column of a Parquet table is what: the image, the key, texts, and those that are kept.
+"""Find the columns of a Parquet table: the image, the key, the texts, and the kept ones.
 
-An image is a column of bytes, or the `datasets` library's struct of bytes and path.
+An image column holds bytes, or the `datasets` library's struct of bytes and path. If the user names no
+image column, the one that the `datasets` library has declared is taken, else the only one with bytes, else
+the one with a usual name. In doubt the table is refused: a guess could caption the wrong images.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.inputs.reader import PROMPT, ReadOptions
-from pipeline.inputs.shards import InputError
 
 USUAL_IMAGE_COLUMNS = (
     "image",
@@ -25,30 +27,30 @@ USUAL_IMAGE_COLUMNS = (
     "content",
     "data",
 )
-"""Where several columns hold bytes, the first of these is the image."""
+"""If several columns hold bytes, the first of these names decides which one is the image."""
 USUAL_KEY_COLUMNS = ("__key__", "key")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What each column that is read is for."""
+    """The columns that are read, by their purpose."""
 
     image: pa.Field
     key: pa.Field | None
     texts: dict[str, pa.Field]
-    """The prompt and what is scored, by the name between the stages."""
+    """The prompt and the scored texts, by the name of the column in the reader's tables."""
     kept: dict[str, pa.Field]
-    """By the name in the output."""
+    """The kept columns, by their name in the output."""
 
     @classmethod
     def find(cls, schema: pa.Schema, options: ReadOptions) -> Columns:
-        """Find the columns that the options name, and those that they leave open.
+        """Find the columns that the options name, and choose image and key if they name none.
 
         Raises:
-            InputError: a column is not there, cannot be what it was named for, or is not the only one.
+            InputError: a column does not exist or has the wrong type, or the image column is in doubt.
         """
         image = (
-            _named(schema, "image_column", options.image_column)
+            _require_column(schema, "image_column", options.image_column)
             if options.image_column is not None
             else _find_image(schema)
         )
@@ -59,7 +61,7 @@ class Columns:
             )
         usual_key = next((name for name in USUAL_KEY_COLUMNS if name in schema.names), None)
         key_name = options.key_column or usual_key
-        key = _named(schema, "key_column", key_name) if key_name else None
+        key = _require_column(schema, "key_column", key_name) if key_name else None
         if key is not None and not (_is_text(key.type) or pa.types.is_integer(key.type)):
             if options.key_column is not None:
                 raise InputError(
@@ -68,24 +70,25 @@ class Columns:
             key = None
         texts = {}
         for name, source in options.texts.items():
-            texts[name] = text = _named(schema, option_of(name), source)
+            texts[name] = text = _require_column(schema, option_name(name), source)
             if not _is_text(text.type):
-                raise InputError(f"{option_of(name)} must hold text, got {text.name!r} of type {text.type}")
-        kept = {name: _named(schema, "keep", source) for name, source in options.kept.items()}
+                raise InputError(f"{option_name(name)} must hold text, got {text.name!r} of type {text.type}")
+        kept = {name: _require_column(schema, "keep", source) for name, source in options.kept.items()}
         return cls(image, key, texts, kept)
 
     @property
-    def to_read(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Names of the columns in the file, each once."""
         fields = [self.image, self.key, *self.texts.values(), *self.kept.values()]
         return list(dict.fromkeys(field.name for field in fields if field is not None))
 
 
-def option_of(text: str) -> str:
-    """What users call a text of `ReadOptions.texts`."""
+def option_name(text: str) -> str:
+    """Return the name of the option that a column of `ReadOptions.texts` comes from, for messages."""
     return "prompt_column" if text == PROMPT else "text to score"
 
 
-def _named(schema: pa.Schema, option: str, name: str) -> pa.Field:
+def _require_column(schema: pa.Schema, option: str, name: str) -> pa.Field:
     if schema.names.count(name) != 1:
         raise InputError(f"{option} must be one of the columns {', '.join(schema.names)}, got {name!r}")
     return schema.field(name)
@@ -110,10 +113,10 @@ def _find_image(schema: pa.Schema) -> pa.Field:
     if not found:
         raise InputError(
             f"the table has no column of image bytes, only {', '.join(schema.names)}; "
-            "if it is a list of metadata beside tars, say --format webdataset"
+            "if it holds metadata of tars next to it, use --format webdataset"
         )
     names = ", ".join(field.name for field in found)
-    raise InputError(f"the image could be in any of the columns {names}; name one with --image-column")
+    raise InputError(f"several columns could hold the image: {names}; choose one with --image-column")
 
 
 def _holds_images(type: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""Reading Parquet: which column is the image, ranges of row groups, and what damage may cost."""
+"""Reading Parquet tables: which column is the image, ranges of row groups, and what damage may cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.formats import check_options, parquet
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options, parquet
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import InputError
-from tests.unit.formats.reading_cases import read_rows, read_tables, shard_at
+from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
 
 
 def write(tmp_path, table: pa.Table | dict, **more):
@@ -33,8 +33,8 @@ def numbered(num_rows: int, size: int = 1) -> dict:
 def test_reads_what_the_datasets_library_writes(tmp_path):
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     features = datasets.Features({"photo": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"photo": [picture, None, picture], "label": [0, 1, 1]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "0.parquet")
+    columns = {"photo": [picture, None, picture], "label": [0, 1, 1]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "0.parquet")
     shard = shard_at(tmp_path / "0.parquet", "parquet")
     rows, report = read_rows(shard, keep=("label",))
     assert (report.num_rows, report.complete) == (3, True)
@@ -47,7 +47,7 @@ def test_reads_what_the_datasets_library_writes(tmp_path):
     assert rows[1]["error"] == "the cell is null"
 
 
-def test_a_struct_with_only_a_path_is_missing_and_says_how_to_help(tmp_path):
+def test_a_struct_with_only_a_path_is_a_missing_image_and_the_error_says_what_to_do(tmp_path):
     type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     cells = [
         {"bytes": b"x", "path": "0.jpg"},
@@ -61,7 +61,7 @@ def test_a_struct_with_only_a_path_is_missing_and_says_how_to_help(tmp_path):
     assert [row["error"] for row in rows[2:]] == ["the cell is null", "the cell is empty"]
 
 
-def test_a_cell_too_large_costs_only_its_row(tmp_path):
+def test_a_cell_that_is_too_large_costs_only_its_row(tmp_path):
     rows, _ = read_rows(write(tmp_path, {"image": [b"x" * 10, b"x" * 11]}), max_image_bytes=10)
     assert [(row["image"], row["status"]) for row in rows] == [(b"x" * 10, None), (None, "too_large")]
 
@@ -91,7 +91,7 @@ def test_key_prompt_and_kept_columns(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"a": [b"x"], "b": [b"y"]}, {}, "any of the columns a, b; name one with --image-column"),
+        ({"a": [b"x"], "b": [b"y"]}, {}, "could hold the image: a, b; choose one with --image-column"),
         ({"url": ["u"], "sha256": ["s"]}, {}, "no column of image bytes, only url, sha256"),
         (
             {"image": [b"x"]},
@@ -104,16 +104,16 @@ def test_key_prompt_and_kept_columns(tmp_path):
         ({"image": [b"x"]}, {"keep": ("label",)}, "keep must be one of the columns image, got 'label'"),
     ],
 )
-def test_columns_that_do_not_fit_are_refused_beforehand(tmp_path, columns, options, message):
+def test_columns_that_do_not_fit_are_refused_before_reading(tmp_path, columns, options, message):
     shard = write(tmp_path, columns)
     with pytest.raises(InputError, match=message.replace("'", ".")):
         check_options([shard], ReadOptions(**options))
     rows, report = read_rows(shard, **options)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
-    assert report.reason.startswith(shard.uri)
+    assert report.reason is not None and report.reason.startswith(shard.uri)
 
 
-def test_the_usual_name_decides_between_columns_of_bytes(tmp_path):
+def test_a_usual_name_decides_between_columns_of_bytes(tmp_path):
     rows, _ = read_rows(write(tmp_path, {"digest": [b"d"], "JPG": [b"x"]}))
     assert rows[0]["image"] == b"x"
 
@@ -132,8 +132,8 @@ def test_ranges_of_row_groups_cover_every_row_once(tmp_path):
     assert [shard.num_rows for shard in shards] == [20, 20, 20, 20, 15]
     rows = [row for shard in shards for row in read_rows(shard)[0]]
     assert [row["image"] for row in rows] == table["image"]
-    assert [row["key"] for row in rows] == [str(at) for at in range(95)], "keys count the file's rows"
-    assert [row["row"] for row in rows] == [at % 20 for at in range(95)], "rows count the shard's"
+    assert [row["key"] for row in rows] == [str(at) for at in range(95)], "keys number the rows of the file"
+    assert [row["row"] for row in rows] == [at % 20 for at in range(95)], "rows number those of the shard"
 
 
 def test_only_missing_rows_are_read_and_all_are_counted(tmp_path):
@@ -147,7 +147,7 @@ def test_only_missing_rows_are_read_and_all_are_counted(tmp_path):
         assert (report.num_rows, report.complete) == (50, True)
 
 
-def test_row_groups_of_which_nothing_is_missing_are_not_touched(tmp_path):
+def test_row_groups_without_missing_rows_are_not_read(tmp_path):
     shard = write(tmp_path, numbered(30), row_group_size=10, compression="snappy")
     damage(tmp_path / "0.parquet", group=0)
     rows, report = read_rows(shard, missing=((10, 30),))
@@ -163,7 +163,7 @@ def test_a_limit_caps_rows_and_is_not_partial(tmp_path):
 
 
 def damage(path, group: int) -> None:
-    """Overwrite the pages of a row group's images."""
+    """Overwrite the pages of the images of a row group."""
     metadata = pq.read_metadata(path)
     names = [metadata.schema.column(at).path for at in range(metadata.num_columns)]
     chunk = metadata.row_group(group).column(names.index("image"))
@@ -178,16 +178,17 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
     whole, _ = read_rows(shard, keep=("text",))
     damage(tmp_path / "0.parquet", group=1)
     tables, report = read_tables(shard, keep=("text",))
-    rows = pa.concat_tables(tables).to_pylist()  # One schema, or this fails.
+    rows = pa.concat_tables(tables).to_pylist()  # This fails if the schemas differ.
     assert rows[:10] == whole[:10] and rows[20:] == whole[20:]
     assert [row["row"] for row in rows] == list(range(30))
     assert {(row["image"], row["status"]) for row in rows[10:20]} == {(None, "unreadable")}
     assert all("row group 1" in row["error"] for row in rows[10:20])
-    assert report.num_rows == 30 and not report.complete and "row group 1" in report.reason
+    assert report.num_rows == 30 and not report.complete
+    assert report.reason is not None and "row group 1" in report.reason
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 3, 200, -5])
-def test_a_table_cut_short_is_a_partial_shard(tmp_path, keep_bytes):
+def test_a_table_that_is_cut_short_is_a_partial_shard(tmp_path, keep_bytes):
     shard = write(tmp_path, numbered(30))
     path = tmp_path / "0.parquet"
     path.write_bytes(path.read_bytes()[:keep_bytes])

@@ -1,4 +1,4 @@
-"""Rows to tables, for the formats whose rows are read one by one."""
+"""Build tables from rows, for the formats whose rows are read one by one: tars and folders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from blip2_actor import Status
 from pipeline.inputs.reader import READ_COLUMNS, ReadOptions
 
 TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
-"""Members that are kept as strings (UTF-8, with damage in it marked); the others stay bytes."""
+"""Extensions of members that are kept as strings (UTF-8, invalid bytes are replaced). Others stay bytes."""
 
 
 class TableBuilder:
-    """Collects rows until `full`; `take()` gives them as a table."""
+    """Collects rows until `is_full`; `take` returns them as a table and starts the next one."""
 
     def __init__(self, shard: str, options: ReadOptions) -> None:
         self._shard = shard
@@ -30,7 +30,7 @@ class TableBuilder:
         return len(self._rows)
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return len(self._rows) >= self._options.table_rows or self._num_bytes >= self._options.table_bytes
 
     def add(
@@ -43,15 +43,24 @@ class TableBuilder:
         error: str | None = None,
         members: Mapping[str, bytes],
     ) -> None:
-        """Add a row: its image or the status that says why there is none, and the other members it has."""
+        """Add a row.
+
+        Args:
+            row: number of the row in its shard.
+            key: key of the row.
+            image: encoded image, or None.
+            status: why there is no image, or None.
+            error: one sentence if `status` is not None.
+            members: content of the other members that the row has, by extension in lower case.
+        """
         values: list[object] = [_printable(key), self._shard, row, image, status, error]
         for source in self._options.texts.values():
             text = members.get(source.lower())
             values.append(None if text is None else text.decode(errors="replace").rstrip("\r\n"))
         for source in self._options.kept.values():
             content = members.get(source.lower())
-            as_text = content is not None and member_type(source) == pa.string()
-            values.append(content.decode(errors="replace") if content is not None and as_text else content)
+            is_text = content is not None and member_type(source) == pa.string()
+            values.append(content.decode(errors="replace") if content is not None and is_text else content)
         self._rows.append(tuple(values))
         self._num_bytes += len(image or b"") + sum(map(len, members.values()))
 
@@ -63,10 +72,10 @@ class TableBuilder:
 
 
 def member_type(extension: str) -> pa.DataType:
-    """The type of the column that a kept member becomes."""
+    """Return the type of the column that a kept member becomes."""
     return pa.string() if extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS else pa.binary()
 
 
 def _printable(name: str) -> str:
-    """File names may hold bytes that are no UTF-8, which no Arrow string can."""
+    """Escape bytes that are not UTF-8: a file name may hold them, an Arrow string may not."""
     return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")

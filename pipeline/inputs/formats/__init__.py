@@ -1,0 +1,113 @@
+"""Read shards: one module per format, and the functions that choose among them.
+
+A reader yields tables of the rows asked for, then returns a report. It decodes no image and loses no
+row: if the bytes of an image cannot be had, the row says why. The same work gives the same tables every
+time. Each module says which rule makes a row and what damage may cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.inputs.formats import folder, parquet, webdataset
+from pipeline.inputs.formats.columns import Columns, option_name
+from pipeline.inputs.formats.rows import member_type
+from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
+from pipeline.inputs.shards import Format, Shard
+
+OPTIONS_THAT_NEED_TEXTS = {
+    "image_column": "--image-column",
+    "prompt_column": "--prompt-column",
+    "text_columns": "--text-column or --score",
+    "keep": "--keep",
+}
+"""Options that name columns or members, which folders of images do not have, and the flags that set them."""
+MAX_CHECKED_SAMPLES = 16
+"""First samples of a tar that are read to learn which members the samples have."""
+MAX_CHECKED_TARS = 4
+
+READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
+    "webdataset": webdataset.read,
+    "parquet": parquet.read,
+    "folder": folder.read,
+}
+
+
+def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
+    """Yield tables of the rows asked for, in order. The generator's return value is a `ShardReport`."""
+    return READERS[work.shard.format](work, options)
+
+
+def count_rows(shard: Shard, max_rows: int) -> int:
+    """Count the rows of a shard up to a maximum: by a Parquet file's footer, or by scanning a tar."""
+    if shard.num_rows is not None:
+        return min(shard.num_rows, max_rows)
+    if shard.format == "parquet":
+        return min(parquet.count_rows(shard), max_rows)
+    return webdataset.count_rows(shard, max_rows)
+
+
+def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Field]:
+    """Refuse options that the shards cannot satisfy, before any row is read.
+
+    Returns:
+        The fields of the kept columns, in order.
+
+    Raises:
+        InputError: a column does not exist or has the wrong type, no image column is found, or an option
+            has no meaning for these shards.
+    """
+    formats = {shard.format for shard in shards}
+    if options.key_column is not None and "parquet" not in formats:
+        raise InputError(
+            f"--key-column needs Parquet tables, got {options.key_column!r} and no table; leave it out, "
+            "because the key of a file is its path"
+        )
+    if formats == {"folder"}:
+        _refuse_texts(options)
+    _check_members([shard for shard in shards if shard.format == "webdataset"], options)
+    for shard in shards:
+        if shard.format == "parquet":
+            columns = Columns.find(parquet.schema_of(shard), options)
+            return [field.with_name(name) for name, field in columns.kept.items()]
+    return [pa.field(name, member_type(source)) for name, source in options.kept.items()]
+
+
+def _refuse_texts(options: ReadOptions) -> None:
+    for name, flag in OPTIONS_THAT_NEED_TEXTS.items():
+        if value := getattr(options, name):
+            value = value if isinstance(value, str) else ", ".join(value)
+            raise InputError(
+                f"{flag} has no meaning for folders of files, which hold images and no texts, got {value}; "
+                "put both into tars or a table"
+            )
+
+
+def _check_members(tars: Sequence[Shard], options: ReadOptions) -> None:
+    """Refuse members that none of the first samples has.
+
+    Every row would lack the member, and most rows would still be ok. A tar is opened only if the ones
+    before it have not shown every member.
+    """
+    wanted = [(option_name(name), source) for name, source in options.texts.items()]
+    wanted += [("keep", source) for source in options.kept.values()]
+    if options.image_column is not None:
+        wanted.append(("image_column", options.image_column))
+    found: dict[str, None] = {}
+    num_samples = 0
+    for tar in tars[:MAX_CHECKED_TARS]:
+        if all(source.lower() in found for _, source in wanted):
+            return
+        samples = webdataset.first_extensions(tar, MAX_CHECKED_SAMPLES)
+        num_samples += len(samples)
+        found |= dict.fromkeys(extension for extensions in samples for extension in extensions)
+    for option, source in wanted:
+        if found and source.lower() not in found:
+            checked = tars[0].uri if len(tars) == 1 else f"the first tars, from {tars[0].uri} on,"
+            raise InputError(
+                f"{option} must be a member of the samples, got {source!r}; "
+                f"the first {num_samples} samples of {checked} have {', '.join(found)}"
+            )

@@ -1,0 +1,164 @@
+"""Read Parquet tables with a column of encoded images: one row of the table is one row.
+
+A damaged row group costs its own rows only. They are yielded as unreadable, so that every other row keeps
+its number. A file whose footer cannot be read is a shard without rows, and its report says why. Only the
+row groups with rows that are asked for are read, in small batches whose sizes depend on the file and the
+options alone, so the same work gives the same tables.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.inputs.formats.columns import Columns
+from pipeline.inputs.formats.parquet_rows import ParquetRows
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import Shard
+from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.retrying_file import open_input
+
+BUFFER_BYTES = 4 << 20
+"""A column is read in pieces of this size, never a whole row group: one may be larger than memory."""
+
+_DAMAGE_ERRORS = (OSError, pa.ArrowException)
+
+
+def read(work: ShardWork, options: ReadOptions) -> Tables:
+    """Yield the rows asked for. A row group without such rows is not read."""
+    shard, num_rows, reasons = work.shard, 0, []
+    try:
+        with _open(shard) as file:
+            sizes = _group_sizes(file.metadata)
+            first, stop = shard.row_groups or (0, len(sizes))
+            columns = Columns.find(file.schema_arrow, options)
+            rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options)
+            num_rows = shard.limit_rows(sum(sizes[first:stop]))
+            start = 0
+            for group in range(first, stop):
+                wanted = list(work.overlaps(start, min(start + sizes[group], num_rows)))
+                if wanted:
+                    reason = yield from _read_group(file, group, start, wanted, rows)
+                    reasons += [reason] if reason else []
+                start += sizes[group]
+    except (InputError, *_DAMAGE_ERRORS) as error:
+        reasons.append(str(error))
+    return ShardReport(
+        shard=shard.name,
+        num_rows=num_rows,
+        complete=not reasons,
+        reason=f"{shard.uri}: {'; '.join(reasons[:3])}" if reasons else None,
+    )
+
+
+def split(shard: Shard, max_bytes: int) -> list[Shard]:
+    """Cut a file into ranges of row groups of at most `max_bytes`, or of one row group that is larger.
+
+    A damaged file stays one shard; reading it will say what is wrong.
+    """
+    if shard.size_bytes is not None and shard.size_bytes <= max_bytes:
+        return [shard]
+    try:
+        with _open(shard) as file:
+            metadata = file.metadata
+    except _DAMAGE_ERRORS:
+        return [shard]
+    ranges: list[tuple[int, int, int]] = []  # first group, end of the range (excluded), bytes
+    for group in range(metadata.num_row_groups):
+        size_bytes = metadata.row_group(group).total_byte_size
+        if ranges and ranges[-1][2] + size_bytes <= max_bytes:
+            ranges[-1] = (ranges[-1][0], group + 1, ranges[-1][2] + size_bytes)
+        else:
+            ranges.append((group, group + 1, size_bytes))
+    if len(ranges) < 2:
+        return [replace(shard, num_rows=metadata.num_rows)]
+    sizes, width = _group_sizes(metadata), len(str(metadata.num_rows - 1))
+    parts = []
+    for first, stop, size_bytes in ranges:
+        start, num_rows = sum(sizes[:first]), sum(sizes[first:stop])
+        name = f"{shard.name}~{start:0{width}}-{start + num_rows - 1:0{width}}"
+        parts.append(
+            replace(shard, name=name, row_groups=(first, stop), num_rows=num_rows, size_bytes=size_bytes)
+        )
+    return parts
+
+
+def count_rows(shard: Shard) -> int:
+    """Read the number of rows from the footer of the file; 0 if it cannot be opened."""
+    try:
+        with _open(shard) as file:
+            return file.metadata.num_rows
+    except _DAMAGE_ERRORS:
+        return 0
+
+
+def schema_of(shard: Shard) -> pa.Schema:
+    with _open(shard) as file:
+        return file.schema_arrow
+
+
+def _read_group(
+    file: pq.ParquetFile, group: int, start: int, wanted: list[tuple[int, int]], rows: ParquetRows
+) -> Generator[pa.Table, None, str | None]:
+    """Yield the wanted rows of a row group.
+
+    Args:
+        start: number of the group's first row in the shard.
+        wanted: ranges of rows of the shard that lie in the group.
+
+    Returns:
+        What is wrong with the group, or None.
+    """
+    position, last = start, wanted[-1][1]
+    try:
+        for batch in file.iter_batches(
+            rows.batch_rows(file.metadata.row_group(group)),
+            [group],
+            rows.columns.names,
+            use_threads=False,
+        ):
+            for low, high in _overlaps(wanted, position, position + len(batch)):
+                yield rows.read(batch.slice(low - position, high - low), low)
+            position += len(batch)
+            if position >= last:
+                return None
+        reason = f"row group {group} ends early"
+    except _DAMAGE_ERRORS as error:
+        reason = f"row group {group} cannot be read: {error}"
+    for low, high in _overlaps(wanted, position, last):
+        for row in range(low, high, rows.options.table_rows):
+            yield rows.unreadable(row, min(rows.options.table_rows, high - row), reason)
+    return reason
+
+
+def _overlaps(spans: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of half-open spans that lie from start (included) to stop (excluded)."""
+    for low, high in spans:
+        if max(low, start) < min(high, stop):
+            yield max(low, start), min(high, stop)
+
+
+@contextmanager
+def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
+    filesystem, root = open_filesystem(shard.root)
+    with (
+        open_input(filesystem, join(root, shard.files[0])) as source,
+        pq.ParquetFile(
+            # Arrow takes a short result of one `read` of a Python file for the end of the file.
+            source if isinstance(source, pa.NativeFile) else io.BufferedReader(source),
+            buffer_size=BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        ) as file,
+    ):
+        yield file
+
+
+def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]

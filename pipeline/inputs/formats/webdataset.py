@@ -1,0 +1,98 @@
+"""Read WebDataset tars: one sample is one row, by the rule of `pipeline.inputs.formats.samples`.
+
+Damage costs the sample that it hits and all samples after it: the rows of a tar that ends early are exactly
+the first rows of the whole tar. Nothing after damage is read, because its rows would get other numbers
+once the tar is repaired. A tar is read in order and without a choice, so the same work gives the same
+tables.
+"""
+
+from __future__ import annotations
+
+import tarfile
+
+from blip2_actor import Status
+from pipeline.inputs.formats.rows import TableBuilder
+from pipeline.inputs.formats.samples import Sample, SampleReader
+from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import Shard
+
+
+def read(work: ShardWork, options: ReadOptions) -> Tables:
+    """Yield the samples asked for. A tar that ends early or is damaged is read up to that place."""
+    shard, table = work.shard, TableBuilder(work.shard.name, options)
+    reader = SampleReader(options, work.wants)
+    reason = None
+    try:
+        with open_tar(shard) as archive:
+            for sample in reader.read(archive):
+                if work.wants(sample.row):
+                    _add(table, sample)
+                    if table.is_full:
+                        yield table.take()
+                if reader.num_rows == shard.max_rows:
+                    break
+            else:
+                reason = reader.misplaced or check_after_end(archive)
+    except TAR_ERRORS as error:
+        reason = str(error) or type(error).__name__
+    if len(table):
+        yield table.take()
+    return ShardReport(
+        shard=shard.name,
+        num_rows=reader.num_rows,
+        complete=reason is None,
+        reason=reason and f"{shard.uri}: {reason}",
+    )
+
+
+def count_rows(shard: Shard, max_rows: int) -> int:
+    """Count the samples of a tar by its headers, up to a maximum."""
+    return scan_first_rows(shard, max_rows)[0]
+
+
+def scan_first_rows(shard: Shard, max_rows: int) -> tuple[int, int | None]:
+    """Scan the headers of the first samples of a tar.
+
+    Returns:
+        The number of samples, at most `max_rows`, and the bytes of the file that they take. The bytes
+        are None if the tar holds no further sample.
+    """
+    reader = SampleReader(ReadOptions(), lambda row: False)
+    try:
+        with open_file(shard) as file:
+            for _ in reader.read(open_archive(file)):
+                if reader.num_rows == max_rows:
+                    # The header of the next sample has been read already.
+                    return max_rows, max(1, file.tell() - tarfile.BLOCKSIZE)
+    except TAR_ERRORS:
+        pass  # Reading the shard will say what is wrong; the rows before it count.
+    return reader.num_rows, None
+
+
+def first_extensions(shard: Shard, max_samples: int) -> list[list[str]]:
+    """Return the extensions of the members of the first samples; fewer if the tar cannot be read."""
+    found: list[list[str]] = []
+    try:
+        with open_tar(shard) as archive:
+            for sample in SampleReader(ReadOptions(), lambda row: False).read(archive):
+                found.append(sample.extensions)
+                if len(found) == max_samples:
+                    break
+    except TAR_ERRORS:
+        pass  # Reading the shard will say what is wrong.
+    return found
+
+
+def _add(table: TableBuilder, sample: Sample) -> None:
+    """Add a sample to a table as a row. A sample without an image says so in its status."""
+    image, status, error = sample.image, sample.status, sample.error
+    if status is not None:
+        image = None
+    elif sample.image_extension is None:
+        status = Status.MISSING_IMAGE
+        error = f"the sample has no image among its members: {', '.join(sample.extensions)}"
+    elif not image:
+        image, status = None, Status.MISSING_IMAGE
+        error = f"{sample.key}.{sample.image_extension} is empty"
+    table.add(sample.row, sample.key, image=image, status=status, error=error, members=sample.members)

@@ -1,0 +1,139 @@
+"""The plan of a run as a value, its lines for the terminal, and its JSON object."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from blip2_actor import ModelInfo, Status
+from pipeline.inputs.size_estimate import SizeEstimate
+from pipeline.plan.prediction import Prediction, predict
+from pipeline.plan.sample import Sample
+from pipeline.plan.stage_costs import StageCosts
+from pipeline.progress import duration
+from pipeline.run.bottleneck import REMEDIES
+from pipeline.settings.settings import CaptionSettings
+
+MAX_ERRORS_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found about the job, and what follows from it."""
+
+    settings: CaptionSettings
+    """The job that is planned."""
+    info: ModelInfo
+    size_estimate: SizeEstimate
+    sample: Sample
+    stage_costs: StageCosts
+    num_cpus: int
+    """Cores of this machine that this process may use."""
+
+    @property
+    def prediction(self) -> Prediction:
+        return predict(
+            self.stage_costs.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement
+        )
+
+    @property
+    def by_status(self) -> Counter[str]:
+        """Number of sampled rows by status."""
+        return Counter(self.stage_costs.rows["status"].to_pylist())
+
+    @property
+    def failed_fraction(self) -> float:
+        return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
+
+    @property
+    def output_bytes(self) -> float:
+        return (
+            self.size_estimate.num_rows * self.stage_costs.row_bytes
+            + self.size_estimate.num_shards * self.stage_costs.file_bytes
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the plan for the terminal."""
+        yield from self._input_lines()
+        yield ""
+        head = ("stage", "images/s per worker", "workers per captioning actor", "their CPU cores")
+        yield f"{head[0]:9}{head[1]:>21}{head[2]:>32}{head[3]:>18}"
+        for name, stage in self.prediction.stages.items():
+            rate = f"{stage.images_per_s:,.1f}"
+            yield f"{name:9}{rate:>21}{stage.workers_per_actor:>32,}{stage.cpus_per_actor:>18.1f}"
+        yield ""
+        yield from self._prediction_lines()
+
+    def _input_lines(self) -> Iterator[str]:
+        size, costs = self.size_estimate, self.stage_costs
+        num_bytes = "" if size.num_bytes is None else f", {format_bytes(size.num_bytes)}"
+        yield f"input     {size.num_shards:,} shards{num_bytes}, {_format_rows(size)}"
+        counts = ", ".join(f"{count:,} {status}" for status, count in self.by_status.most_common())
+        yield f"sample    {len(costs.rows):,} rows of {len(self.sample.shards):,} shards: {counts}"
+        yield from (f"          {line}" for line in self._error_lines())
+        yield f"model     {self.info.model} ({self.info.dtype}), ready after {duration(costs.start_s)}"
+
+    def _error_lines(self) -> Iterator[str]:
+        rows = self.stage_costs.rows.select(["key", "shard", "status", "error"]).to_pylist()
+        failed = [row for row in rows if row["status"] != Status.OK.value]
+        for row in failed[:MAX_ERRORS_SHOWN]:
+            yield f"{row['shard']} {row['key']}: {row['status']}: {row['error']}"
+        if len(failed) > MAX_ERRORS_SHOWN:
+            yield f"... and {len(failed) - MAX_ERRORS_SHOWN:,} more"
+        yield from (f"partial: {reason}" for reason in self.sample.partial)
+
+    def _prediction_lines(self) -> Iterator[str]:
+        prediction = self.prediction
+        yield (
+            f"an actor  {duration(prediction.actor_s)} for the whole input if it never waits; "
+            f"{prediction.decode_workers_per_actor:,} decode workers and {prediction.cpus_per_actor:.1f} "
+            "cores keep it busy"
+        )
+        num_actors = self.settings.placement.max_actors
+        if num_actors and num_actors > 1:
+            num_cores = num_actors * prediction.cpus_per_actor
+            yield (
+                f"{num_actors:,} actors".ljust(10)
+                + f"{duration(prediction.actor_s / num_actors)}, with {num_cores:,.1f} cores"
+            )
+        yield (
+            f"here      {duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores; bottleneck: "
+            f"{prediction.bottleneck}; {REMEDIES[prediction.bottleneck]}"
+        )
+        num_files = self.size_estimate.num_shards
+        yield f"output    about {format_bytes(self.output_bytes)} in {num_files:,} Parquet files"
+        if self.failed_fraction > self.settings.max_failed_fraction:
+            yield (
+                f"failures  {self.failed_fraction:.1%} of the sample; this is above --max-failed-fraction "
+                f"{self.settings.max_failed_fraction:g}, so the run would end with exit status 2"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values for `--json`."""
+        return {
+            "model": dataclasses.asdict(self.info),
+            "input": dataclasses.asdict(self.size_estimate),
+            "sample": {"num_rows": len(self.stage_costs.rows), "by_status": dict(self.by_status)},
+            "prediction": dataclasses.asdict(self.prediction),
+            "decode_workers_per_actor": self.prediction.decode_workers_per_actor,
+            "output_bytes": round(self.output_bytes),
+            "start_s": self.stage_costs.start_s,
+            "num_cpus": self.num_cpus,
+        }
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Format a number of bytes with three digits, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"
+
+
+def _format_rows(size: SizeEstimate) -> str:
+    if size.is_counted:
+        return f"{size.num_rows:,} rows"
+    return f"about {size.num_rows:,} rows ({size.min_rows:,} to {size.max_rows:,}), estimated from bytes"

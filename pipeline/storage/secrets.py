@@ -1,0 +1,24 @@
+"""Secrets in URIs: credentials before the bucket, and options after `?`, either of which may hold a password.
+
+A URI that is stored or shown must hold none. `without_secrets` removes them, `with_secrets_of` restores
+them from the URI that the user has given.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@")
+
+
+def without_secrets(uri: str) -> str:
+    """Remove the credentials and the options of a URI; a local path stays as it is."""
+    return _CREDENTIALS.sub("", uri.partition("?")[0]) if "://" in uri else uri
+
+
+def with_secrets_of(given: str, uri: str) -> str:
+    """Add the credentials and the options of the URI `given` to a URI without any."""
+    credentials = _CREDENTIALS.search(given)
+    scheme, _, path = uri.partition("://")
+    _, mark, options = given.partition("?")
+    return f"{scheme}://{credentials.group() if credentials else ''}{path}{mark}{options}"

@@ -1,0 +1,133 @@
+"""Tars that are cut, damaged or compressed: no cut, whatever it hits, loses a row silently."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.inputs.formats.reading_cases import (
+    read_rows,
+    shard_at,
+    tar_bytes,
+    tar_shard_of,
+    write_tar_shard,
+)
+
+SAMPLES = [
+    member
+    for at, size in enumerate((100, 1024, 0, 3000, 512, 700))
+    for member in ((f"{at}.txt", b"t%d" % at), (f"{at}.jpg", bytes([at]) * size), (f"{at}.json", b"{}" * 300))
+]
+
+
+def compress(kind: str) -> bytes:
+    if kind == "zst":
+        return pa.compress(tar_bytes(SAMPLES), codec="zstd", asbytes=True)
+    return tar_bytes(SAMPLES, mode=f"w:{kind}")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_compression_is_recognized_by_the_content(tmp_path, kind):
+    expected, _ = read_rows(tar_shard_of(tmp_path, *SAMPLES), keep=("txt",))
+    rows, report = read_rows(write_tar_shard(tmp_path, compress(kind)), keep=("txt",))
+    assert rows == expected and len(rows) == 6
+    assert report.complete
+
+
+def test_a_tar_of_several_gzip_members_is_read_to_its_end(tmp_path):
+    plain = tar_bytes(SAMPLES)
+    rows, report = read_rows(
+        write_tar_shard(tmp_path, gzip.compress(plain[:3000]) + gzip.compress(plain[3000:]))
+    )
+    assert len(rows) == 6 and report.complete
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuts")
+
+
+@pytest.mark.parametrize("keep", [(), ("txt", "json")])
+def test_every_cut_gives_the_first_rows_and_is_reported_when_it_costs_any(cuts, keep):
+    whole_tar = tar_bytes(SAMPLES)
+    whole, _ = read_rows(tar_shard_of(cuts, *SAMPLES), keep=keep)
+    end_mark = len(whole_tar.rstrip(b"\0")) // 512 * 512 + 512
+    # Cut around every block boundary, where tarfile reports nothing, and in the middle of blocks.
+    points = sorted({p + d for p in range(0, end_mark + 2048, 512) for d in (-1, 0, 1, 200) if p + d >= 0})
+    num_rows_before = 0
+    for point in points:
+        shard = write_tar_shard(cuts, whole_tar[:point])
+        rows, report = read_rows(shard, keep=keep)
+        assert rows == whole[: len(rows)], point
+        assert report.num_rows == len(rows)
+        assert report.complete == (point >= end_mark + 512), point
+        assert report.complete or report.reason
+        assert len(rows) >= num_rows_before, "a longer tar must not give fewer rows"
+        num_rows_before = len(rows)
+        # A resumed run counts the same rows without reading them.
+        resumed, again = read_rows(shard, missing=((len(rows), None),), keep=keep)
+        assert (resumed, again.num_rows, again.complete) == ([], len(rows), report.complete), point
+    assert num_rows_before == len(whole)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(["gz", "bz2", "xz", "zst"]))
+def test_every_cut_of_a_compressed_tar_gives_the_first_rows_and_is_reported(cuts, data, kind):
+    content = compress(kind)
+    whole, _ = read_rows(tar_shard_of(cuts, *SAMPLES))
+    shard = write_tar_shard(cuts, content[: data.draw(st.integers(0, len(content) - 1))])
+    rows, report = read_rows(shard)
+    assert rows == whole[: len(rows)]
+    assert not report.complete and report.reason
+    assert read_rows(shard, missing=())[1] == report
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_ends_the_tar_and_is_reported(cuts, data):
+    content = bytearray(tar_bytes(SAMPLES))
+    headers = [at for at in range(0, len(content), 512) if content[at + 257 : at + 262] == b"ustar"]
+    header = data.draw(st.sampled_from(headers))
+    at = header + data.draw(st.sampled_from([0, 124, 130, 148, 150, 156, 257, 300]))
+    content[at] ^= 0x15
+    whole, _ = read_rows(tar_shard_of(cuts, *SAMPLES))
+    rows, report = read_rows(write_tar_shard(cuts, bytes(content)))
+    assert rows == whole[: len(rows)]
+    assert not report.complete and report.reason is not None and "byte" in report.reason
+
+
+def test_data_after_the_end_mark_is_reported(tmp_path):
+    first, second = tar_bytes([("1.jpg", b"a")]), tar_bytes([("2.jpg", b"b")])
+    rows, report = read_rows(write_tar_shard(tmp_path, first + second))
+    assert len(rows) == 1 and not report.complete
+    assert report.reason is not None and "end-of-archive" in report.reason
+
+
+def test_zeros_of_an_unfinished_copy_are_not_an_end(tmp_path):
+    content = tar_bytes([("1.jpg", b"a"), ("2.jpg", b"b")])
+    rows, report = read_rows(write_tar_shard(tmp_path, content[:1024] + bytes(4 << 20)))
+    assert len(rows) == 1 and not report.complete
+    assert report.reason is not None and "zeros" in report.reason
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tar at all" * 100, b"\x1f\x8b" + b"bad" * 100, lzma.compress(b"x" * 600)]
+)
+def test_a_file_that_is_no_tar_is_a_partial_shard_without_rows(tmp_path, content):
+    rows, report = read_rows(write_tar_shard(tmp_path, content))
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+    assert report.reason is not None and report.reason.startswith(str(tmp_path))
+
+
+def test_a_tar_that_no_longer_exists_is_partial(tmp_path):
+    rows, report = read_rows(shard_at(tmp_path / "gone.tar", "webdataset"))
+    assert (rows, report.num_rows, report.complete) == ([], 0, False)
+
+
+def test_an_empty_tar_is_complete(tmp_path):
+    assert read_rows(tar_shard_of(tmp_path))[1].complete

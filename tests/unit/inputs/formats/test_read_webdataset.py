@@ -1,0 +1,189 @@
+"""Reading tars: what a row is, and which rows and tables a reader gives."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+import webdataset
+
+from tests.unit.inputs.formats.reading_cases import (
+    read_rows,
+    read_tables,
+    shard_at,
+    tar_bytes,
+    tar_shard_of,
+    write_tar_shard,
+)
+
+
+def summary(rows):
+    return [(row["row"], row["key"], row["image"], row["status"]) for row in rows]
+
+
+def test_reads_what_the_webdataset_library_writes(tmp_path):
+    with webdataset.ShardWriter(str(tmp_path / "%06d.tar"), maxcount=100, verbose=0) as writer:
+        for at in range(5):
+            writer.write(
+                {"__key__": f"a.b/{at:04d}", "jpg": b"image %d" % at, "txt": f"text {at}", "json": {"n": at}}
+            )
+    rows, report = read_rows(shard_at(tmp_path / "000000.tar", "webdataset"), keep=("txt", "meta=json"))
+    assert (report.num_rows, report.complete, report.reason) == (5, True, None)
+    assert rows[3] == {
+        "key": "a.b/0003",
+        "shard": "000000.tar",
+        "row": 3,
+        "image": b"image 3",
+        "status": None,
+        "error": None,
+        "txt": "text 3",
+        "meta": '{"n": 3}',
+    }
+
+
+def test_every_extension_in_any_case_is_an_image(tmp_path):
+    names = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.bmp", "f.GIF", "g.tiff", "h.TIF", "i.left.Jpg"]
+    rows, _ = read_rows(tar_shard_of(tmp_path, *((name, b"x") for name in names)))
+    assert [row["key"] for row in rows] == list("abcdefghi")
+    assert all(row["image"] == b"x" for row in rows)
+
+
+def test_a_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
+    names = [
+        "v1.0/x/001.jpg",
+        "./002.jpg",
+        "v1.0/x/001.seg.png",
+        ".hidden.jpg",
+        "v1/._003.jpg",
+        "README",
+        "__notes__/a.txt",
+    ]
+    rows, report = read_rows(tar_shard_of(tmp_path, *((name, name.encode()) for name in names)))
+    assert summary(rows) == [
+        (0, "v1.0/x/001", b"v1.0/x/001.jpg", None),
+        (1, "./002", b"./002.jpg", None),
+        (2, "v1.0/x/001", b"v1.0/x/001.seg.png", None),
+    ]
+    assert report.complete
+
+
+def test_the_first_image_of_a_sample_is_taken_unless_one_is_named(tmp_path):
+    shard = tar_shard_of(
+        tmp_path, ("1.txt", b"t"), ("1.right.png", b"right"), ("1.left.png", b"left"), ("2.left.png", b"")
+    )
+    rows, _ = read_rows(shard)
+    assert summary(rows) == [(0, "1", b"right", None), (1, "2", None, "missing_image")]
+    rows, _ = read_rows(shard, image_column="left.PNG")
+    assert rows[0]["image"] == b"left"
+    assert rows[1]["error"] == "2.left.png is empty"
+
+
+def test_a_sample_without_an_image_is_a_row_with_a_status(tmp_path):
+    rows, report = read_rows(
+        tar_shard_of(tmp_path, ("1.jpg", b"x"), ("2.txt", b"t"), ("2.json", b"{}"), ("3.jpg", b"y"))
+    )
+    assert summary(rows) == [(0, "1", b"x", None), (1, "2", None, "missing_image"), (2, "3", b"y", None)]
+    assert rows[1]["error"] == "the sample has no image among its members: txt, json"
+    assert report.complete
+
+
+def test_repeated_keys_are_rows_of_their_own(tmp_path):
+    rows, report = read_rows(
+        tar_shard_of(tmp_path, ("1.jpg", b"a"), ("1.jpg", b"b"), ("2.jpg", b"c"), ("1.jpg", b"d"))
+    )
+    assert summary(rows) == [
+        (0, "1", b"a", None),
+        (1, "1", b"b", None),
+        (2, "2", b"c", None),
+        (3, "1", b"d", None),
+    ]
+    assert report.complete
+
+
+def test_members_apart_from_their_sample_are_no_rows_and_reported_only_when_kept(tmp_path):
+    # The tar is sorted by extension, not by name: every text could become a row without an image.
+    shard = tar_shard_of(tmp_path, ("1.jpg", b"a"), ("2.jpg", b"b"), ("1.txt", b"one"), ("2.txt", b"two"))
+    rows, report = read_rows(shard)
+    assert summary(rows) == [(0, "1", b"a", None), (1, "2", b"b", None)]
+    assert report.complete
+    rows, report = read_rows(shard, keep=("txt",))
+    assert [row["txt"] for row in rows] == [None, None]
+    assert report.reason is not None and "1.txt is not next to" in report.reason
+    assert not report.complete
+
+
+def test_a_prompt_is_a_member_without_its_newline(tmp_path):
+    rows, _ = read_rows(
+        tar_shard_of(tmp_path, ("1.jpg", b"a"), ("1.txt", "où?\n".encode()), ("2.jpg", b"b")),
+        prompt_column="txt",
+    )
+    assert [row["prompt"] for row in rows] == ["où?", None]
+
+
+def test_a_link_or_a_file_that_is_too_large_costs_only_its_row(tmp_path):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, size in (("2.jpg", 2000), ("3.jpg", 1000)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+    rows, report = read_rows(write_tar_shard(tmp_path, file.getvalue()), max_image_bytes=1000)
+    assert summary(rows) == [
+        (0, "1", None, "unreadable"),
+        (1, "2", None, "too_large"),
+        (2, "3", b"x" * 1000, None),
+    ]
+    assert all(row["error"] for row in rows[:2])
+    assert report.complete
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, format):
+    # The fast path for ordinary headers must not change a name, a size or a type.
+    names = ["a.jpg", "d" * 90 + "/" + "n" * 60 + ".jpg", "größe.jpg", "x" * 99 + "/y.jpg"]
+    names += [] if format == tarfile.USTAR_FORMAT else ["long/" * 60 + "k.jpg"]
+    content = tar_bytes([(name, name.encode() * 3) for name in names], format=format)
+    rows, report = read_rows(write_tar_shard(tmp_path, content))
+    assert [row["key"] + ".jpg" for row in rows] == names
+    assert [row["image"] for row in rows] == [name.encode() * 3 for name in names]
+    assert report.complete
+
+
+def test_keys_that_are_not_utf8_stay_distinct(tmp_path):
+    content = tar_bytes(
+        [("\udcff1.jpg", b"a"), ("\udcfe1.jpg", b"b")], format=tarfile.GNU_FORMAT, errors="surrogateescape"
+    )
+    rows, _ = read_rows(write_tar_shard(tmp_path, content))
+    assert [row["key"] for row in rows] == ["\\xff1", "\\xfe1"]
+
+
+def test_only_missing_rows_are_read_and_all_are_counted(tmp_path):
+    shard = tar_shard_of(tmp_path, *((f"{at}.jpg", b"%d" % at) for at in range(20)))
+    whole, _ = read_rows(shard)
+    for missing in ((), ((3, 5),), ((0, 1), (7, 9), (18, None)), ((25, None),)):
+        rows, report = read_rows(shard, missing=missing)
+        wanted = [at for at in range(20) if any(low <= at < (high or 99) for low, high in missing)]
+        assert rows == [whole[at] for at in wanted]
+        assert report.num_rows == 20 and report.complete
+
+
+def test_a_limit_ends_reading_and_is_not_partial(tmp_path):
+    content = tar_bytes((f"{at}.jpg", b"x") for at in range(20))
+    rows, report = read_rows(write_tar_shard(tmp_path, content[:10_000], max_rows=4))
+    assert (len(rows), report.num_rows, report.complete) == (4, 4, True)
+
+
+def test_tables_are_small_and_the_same_every_time(tmp_path):
+    shard = tar_shard_of(tmp_path, *((f"{at}.jpg", bytes(1000)) for at in range(50)))
+    tables, _ = read_tables(shard, table_rows=20, table_bytes=1 << 20)
+    assert [len(table) for table in tables] == [20, 20, 10]
+    tables, _ = read_tables(shard, table_rows=20, table_bytes=4000)
+    assert {len(table) for table in tables} == {4, 2}
+    assert tables == read_tables(shard, table_rows=20, table_bytes=4000)[0]
