@@ -5,6 +5,7 @@ A gate stops the engine in the middle, so that each death happens at a known poi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -99,8 +100,12 @@ def break_the_disk(scene: Scene) -> None:
 
 
 def worker_logs() -> str:
-    logs = Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
-    return "".join(log.read_text(errors="replace") for log in logs)
+    """Return what all workers have logged; Ray moves the logs of workers that have ended meanwhile."""
+    text = ""
+    for log in Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err"):
+        with contextlib.suppress(FileNotFoundError):
+            text += log.read_text(errors="replace")
+    return text
 
 
 DEATHS: list[Callable[[Scene], None]] = [
