@@ -81,6 +81,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     first.send_signal(number)
     said, _ = first.communicate()
     assert first.returncode == (-number if number == signal.SIGKILL else 1), said
+    assert ("stopped by a signal; finished work is kept" in said) == (number == signal.SIGTERM), said
     state = scan_output(folder)
     finished_before = {
         caption
@@ -94,7 +95,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
 
     last = status_lines(str(output))[-1]
     assert last.startswith("no driver is running") and last.endswith("run the same command to resume")
-    assert ("has died" in last) == (number == signal.SIGKILL)
+    assert ("has died" in last) == (number == signal.SIGKILL), said
 
     gate.unlink()
     again = start(settings, engine)
