@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types chaos ci clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types coverage chaos wheel ci clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python must be 3.11 or newer, got %d.%d; run make PYTHON=/path/to/python3.11" % v[:2])'
@@ -13,23 +17,32 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## caption a rendered data set end to end on a local Ray
+demo: $(STAMP)  ## caption drawn scenes end to end on a local Ray and grade the captions
 	$(BIN)/python -m pipeline demo
 
-test: $(STAMP)  ## the default suite
+test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(STAMP)  ## check style and formatting with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(STAMP)  ## check types with mypy
 	$(BIN)/mypy
 
-chaos: $(STAMP)  ## real crashes, apart from the default suite
+coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract tests
+	$(BIN)/python -m pytest tests/unit tests/parity tests/contracts \
+		--cov=blip2_actor --cov=pipeline --cov=deploy --cov-report=term:skip-covered
+
+chaos: $(STAMP)  ## run the tests that kill processes and nodes; not in the default suite
 	$(BIN)/python -m pytest tests/chaos --timeout=900
 
-ci: lint types test
+wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python -m tests.contracts.installed_wheel dist/*.whl
 
-clean:
-	rm -rf $(VENV) build *.egg-info demo_output
+ci: lint types test  ## run what continuous integration runs
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info demo_output .coverage

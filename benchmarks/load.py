@@ -1,4 +1,9 @@
-"""Offers a load of images to an address and says how it was answered; knows neither Ray nor the model."""
+"""Offer a load of images to an address, and measure the answers; knows neither Ray nor the model.
+
+There are two kinds of load. In a closed loop each caller waits for its answer before it asks again. At a
+fixed rate arrivals wait for nobody, and a latency counts from the arrival, so that a slow server cannot hide
+its delay.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +19,44 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-MIN_PER_CALLER = 4
-RETRY_FOR_S = 120.0
-"""How long a caller waits; twice what the endpoint allows itself."""
+MIN_REQUESTS_PER_CALLER = 4
+TIMEOUT_S = 120.0
+"""How long a caller waits for an answer: twice the endpoint's own limit."""
 BOUNDARY = "image"
 
 
 @dataclass(frozen=True)
 class Answer:
+    """One request; times are in seconds of `time.perf_counter()`."""
+
     asked: float
     answered: float
     error: str | None
-    """A status, or what kept the answer away; None for a caption."""
+    """HTTP status other than 200, or the name of the exception; None for a caption."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Callers who each wait for their answer before they ask again; with none, arrivals at a rate."""
+    """A closed loop of callers, or arrivals at a rate; see the module."""
 
     callers: int = 0
+    """Number of callers in the closed loop; 0 means arrivals."""
     per_s: float = 0.0
+    """Mean rate of arrivals; the gaps are exponential, with a seed."""
 
     def __str__(self) -> str:
         return f"{self.callers} callers" if self.callers else f"{self.per_s:.3g}/s offered"
 
     def offer(self, url: str, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-        """Send encoded images in turn, each as the `image` of a form."""
+        """Send encoded images in turn, each as the field `image` of a form; return the `summary`."""
         return asyncio.run(self._offer(url, [_form(image) for image in images], seconds))
 
     async def _offer(self, url: str, forms: Sequence[bytes], seconds: float) -> dict[str, Any]:
         answers: list[Answer] = []
         turn = itertools.cycle(forms)
         headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-        connector, patience = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(RETRY_FOR_S)
-        async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=patience) as session:
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
 
             async def ask(asked: float) -> None:
                 error: str | None = None
@@ -61,7 +70,7 @@ class Load:
 
             async def caller() -> float:
                 num_asked = 0
-                while num_asked < MIN_PER_CALLER or time.perf_counter() < end:
+                while num_asked < MIN_REQUESTS_PER_CALLER or time.perf_counter() < end:
                     await ask(time.perf_counter())
                     num_asked += 1
                 return time.perf_counter()
@@ -69,8 +78,8 @@ class Load:
             arrival = time.perf_counter()
             end = arrival + seconds
             if self.callers:
-                until = min(await asyncio.gather(*(caller() for _ in range(self.callers))))
-                return summary(answers, until)
+                first_end_s = min(await asyncio.gather(*(caller() for _ in range(self.callers))))
+                return summary(answers, first_end_s)
             gaps, asked = random.Random(0), []
             while (arrival := arrival + gaps.expovariate(self.per_s)) < end:
                 await asyncio.sleep(arrival - time.perf_counter())
@@ -80,10 +89,18 @@ class Load:
 
 
 def summary(answers: Sequence[Answer], until: float) -> dict[str, Any]:
-    """Good answers per second up to `until`, when the first caller left; the latency of all of them."""
+    """Summarize the answers to one load.
+
+    Args:
+        until: time at which the first caller left. Throughput counts answers up to here, because afterwards
+            the load is lower than the one that was asked for.
+
+    Returns:
+        Captions per second up to `until`, percentiles of the latency of all captions, and the errors.
+    """
     good = [answer for answer in answers if answer.error is None]
     if not good:
-        raise RuntimeError(f"none of {len(answers)} requests was answered with 200")
+        raise RuntimeError(f"none of {len(answers)} requests was answered with status 200")
     in_time = sum(answer.answered <= until for answer in good)
     p50, p95, p99 = np.percentile([1000 * (answer.answered - answer.asked) for answer in good], (50, 95, 99))
     return {

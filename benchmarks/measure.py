@@ -1,4 +1,4 @@
-"""How everything here is measured: alternating rounds in one run, medians, the machine beside them."""
+"""How the benchmarks measure: alternating rounds in one run, medians, and the machine next to the figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import transformers
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender over all rounds."""
+    """Seconds of one contender in each round."""
 
     seconds: list[float]
 
@@ -27,14 +27,20 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """(slowest - fastest) / median."""
+        """(slowest - fastest) / median of the rounds."""
         return (max(self.seconds) - min(self.seconds)) / self.median_s
 
 
 def alternate(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Run all contenders in turn, `rounds` times; what disturbs the machine disturbs them alike."""
+    """Run all contenders in turn, so that other work on the machine disturbs all of them.
+
+    Args:
+        contenders: what to time, by name.
+        rounds: number of timed rounds.
+        warm_up: number of rounds before them, which are not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + rounds):
         for name, run in contenders.items():
@@ -47,15 +53,18 @@ def alternate(
 
 
 def ratio(timings: Mapping[str, Timing], slow: str, fast: str) -> float:
-    """How many times faster `fast` is: the median of the rounds' own ratios."""
+    """Return how many times faster `fast` is than `slow`: the median of the ratio of each round."""
     pairs = zip(timings[slow].seconds, timings[fast].seconds, strict=True)
     return statistics.median(s / f for s, f in pairs)
 
 
 def product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], float]:
-    """A contender that multiplies two square matrices, the device's practical peak; and its FLOP.
+    """Build a contender that multiplies two square matrices, which shows the device's practical peak.
 
-    2048^3 on a CPU. A GPU is through with that in 20 us, less than it takes to ask for it.
+    A product of 2048^3 takes a GPU 20 us, less than its launch takes, so a GPU multiplies larger matrices.
+
+    Returns:
+        The contender, and the number of floating-point operations of one call.
     """
     size, times = (8192, 10) if device.type == "cuda" else (2048, 1)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -68,7 +77,7 @@ def product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine that the figures come from."""
     described: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -83,13 +92,13 @@ def machine() -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], output: Path | None) -> None:
-    """Write the JSON and print it as the last line."""
+    """Write the JSON file and print the JSON as one line, the last of the benchmark."""
     write(result, output)
     print(json.dumps({**result, "machine": machine()}), flush=True)
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
-    """Write the JSON, if it is wanted, with the machine in it."""
+    """Write the result and the machine as JSON, unless `output` is None."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n")

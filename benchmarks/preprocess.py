@@ -1,23 +1,22 @@
-"""Images/s/core of our preprocessing over the checkpoint's own image processor, for the same pixels.
+"""Images/s per core of image decoding, over the checkpoint's own image processor, for the same pixels.
 
-Both call the same Pillow functions to decode and to resize, and those are most of the work: at 640 x 480
-some 1.2 ms and 2.5 ms of 4. What can be gained is what the processor does around them: copies between
-layouts before and after the resize, float64 on the way to float32. The engine normalises on its device,
-where it costs next to nothing; "normalised" adds it here on the CPU, so that both sides end with the
-same float32 values, bit for bit (checked at the start).
+Both sides call the same Pillow functions to decode and to resize, which are most of the work: about 1.2 ms
+and 2.5 ms of 4 ms at 640 x 480. This project can only gain on what the processor does around them: copies
+between layouts before and after the resize, and float64 on the way to float32. The engine normalizes on its
+device, where it costs almost nothing. The contender "normalised" adds normalization on the CPU, so that both
+sides end with the same float32 values, bit for bit (checked at the start).
 
-"children" is `DecodePool`, its process and ours on the same core. Draft mode decodes large JPEGs smaller; its
-pixels differ, by as much as is printed.
+"children" is `DecodePool`, with its child and this process on the same core. Draft mode decodes large JPEGs
+at a smaller size; its pixels differ by the printed amount.
 
-All runs on one core, in alternating rounds. The figures are CPU time, which other work on the machine
-disturbs least; wall time stands beside it.
+Everything runs on one core, in alternating rounds. The figures are CPU time, which other work on the machine
+disturbs least; wall-clock time is printed next to it.
 
     python -m benchmarks.preprocess --output benchmarks/results/preprocess_cpu.json
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
@@ -34,13 +33,14 @@ import torch
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from benchmarks.command_line import make_parser
 from benchmarks.measure import Timing, ratio, report
 from blip2_actor import DecodePool, ImageLimits, decode_image, resize_image
 from blip2_actor.models.vision import PixelNormalizer
 
 SIZE_PX = 224
 PHOTOGRAPHS = {(640, 480): 24, (1280, 960): 10, (2048, 1536): 5}
-"""Width and height to images per round."""
+"""Width and height, and the number of images per round."""
 DEMO_SIZE_PX = 64
 SMALL = {(64, 64): 500, (128, 128): 250, (320, 240): 100}
 DRAFT = ImageLimits(jpeg_draft=True)
@@ -48,7 +48,7 @@ TO_REACH = {"with decoding": 1.25, "after decoding": 1.45, "draft": 2.0}
 
 
 def photograph(width: int, height: int, seed: int) -> bytes:
-    """A JPEG of gradients, waves and sensor noise: about as large as a camera's of that size."""
+    """Return a JPEG of gradients, waves and sensor noise, about as many bytes as a camera's of that size."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     gradients = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1)
@@ -62,7 +62,7 @@ def photograph(width: int, height: int, seed: int) -> bytes:
 def measure(
     contenders: dict[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Run all in turn, `rounds` times after one to warm up: their CPU time and their wall time."""
+    """Run all contenders in turn, after one round to warm up; return their CPU time and wall-clock time."""
     cpu_s: dict[str, list[float]] = {name: [] for name in contenders}
     wall_s: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
@@ -72,11 +72,11 @@ def measure(
             if turn > 0:
                 cpu_s[name].append(cpu_time_s() - cpu)
                 wall_s[name].append(time.perf_counter() - wall)
-    return tuple({n: Timing(s) for n, s in found.items()} for found in (cpu_s, wall_s))  # type: ignore[return-value]
+    return {n: Timing(s) for n, s in cpu_s.items()}, {n: Timing(s) for n, s in wall_s.items()}
 
 
 def cpu_time_s() -> float:
-    """CPU seconds of this process and its children, to the nanosecond."""
+    """Return the CPU seconds of this process and its children, with a resolution of nanoseconds."""
     children = psutil.Process().children()
     nanoseconds = sum(int(Path(f"/proc/{child.pid}/schedstat").read_text().split()[0]) for child in children)
     return time.process_time() + nanoseconds / 1e9
@@ -92,7 +92,7 @@ def figures(name: str, cpu: dict[str, Timing], wall: dict[str, Timing], num_imag
 
 
 def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:
-    """All contenders on photographs of one size."""
+    """Measure all contenders on photographs of one size."""
     files = [photograph(*size, seed) for seed in range(num_images)]
     decoded = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     processor = BlipImageProcessorPil(size={"height": SIZE_PX, "width": SIZE_PX})
@@ -106,18 +106,18 @@ def compare(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, An
     def ours(limits: ImageLimits = ImageLimits()) -> np.ndarray:
         return np.stack([decode_image(data, SIZE_PX, limits).array(SIZE_PX) for data in files])
 
-    def normalised(pixels: np.ndarray) -> np.ndarray:
+    def normalized(pixels: np.ndarray) -> np.ndarray:
         return normalizer(torch.from_numpy(pixels), torch.float32).numpy()
 
-    if not (normalised(ours()) == reference(decoded)).all():
-        raise SystemExit("the pixels must equal the reference's, got others; run tests/parity first")
+    if not (normalized(ours()) == reference(decoded)).all():
+        raise SystemExit("the pixels must equal the reference's, got other pixels; run tests/parity first")
     with DecodePool(SIZE_PX) as pool, DecodePool(SIZE_PX, DRAFT) as draft_pool:
         contenders: dict[str, Callable[[], Any]] = {
             "reference after decoding": lambda: reference(decoded),
             "ours after decoding": lambda: [resize_image(image, SIZE_PX) for image in decoded],
             "reference with decoding": lambda: reference([Image.open(io.BytesIO(data)) for data in files]),
             "ours with decoding": lambda: [decode_image(data, SIZE_PX) for data in files],
-            "ours normalised": lambda: normalised(ours()),
+            "ours normalised": lambda: normalized(ours()),
             "ours draft": lambda: [decode_image(data, SIZE_PX, DRAFT) for data in files],
             "children with decoding": lambda: pool.decode(files),
             "children draft": lambda: draft_pool.decode(files),
@@ -150,7 +150,7 @@ def quotients(timings: dict[str, Timing], slow: str, fast: str) -> list[float]:
 
 
 def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[str, Any]:
-    """What a child costs where decoding costs little: images of the demonstration's size."""
+    """Measure what a child costs when decoding costs little: small images to the demonstration's size."""
     files = [photograph(*size, seed % 20) for seed in range(num_images)]
     with DecodePool(DEMO_SIZE_PX) as pool:
         contenders: dict[str, Callable[[], Any]] = {
@@ -162,14 +162,17 @@ def small_images(size: tuple[int, int], num_images: int, rounds: int) -> dict[st
 
 
 def mean_ratio(results: dict[str, Any], name: str) -> float:
-    """Geometric mean over the sizes."""
+    """Return the geometric mean of a ratio over the sizes."""
     found = [result["ratios"][name]["median"] for result in results.values()]
     return round(math.exp(statistics.mean(map(math.log, found))), 2)
 
 
 def show(name: str, result: dict[str, Any]) -> None:
     difference = result["draft_difference_of_255"]
-    print(f"\n{name}, {result['file_kib']} KiB, to {SIZE_PX} px: CPU time, images/s/core, over the reference")
+    print(
+        f"\n{name}, {result['file_kib']} KiB, to {SIZE_PX} px: "
+        "CPU time, images/s per core, ratio to the reference"
+    )
     for contender, found in result["contenders"].items():
         times = result["ratios"].get(contender)
         print(
@@ -184,9 +187,8 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for the children too
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
 """Captions/s and latency of the endpoint, over a `@serve.batch` deployment of transformers' `generate`.
 
-Over HTTP, drawn scenes as PNG. Callers in a closed loop wait for their answer before they ask again; arrivals
-at a rate (Poisson, seeded) wait for nobody, and their latency counts from the arrival, so that a side which
-falls behind cannot hide it. `@serve.batch` has its best batch size at each load, which is more than one
-deployment could have. The applications stand one at a time on one Ray; rounds alternate.
+The load is drawn scenes as PNG over HTTP. Callers in a closed loop wait for their answer before they ask
+again. Arrivals at a rate (Poisson, with a seed) wait for nobody, and their latency counts from the arrival,
+so that a slow side cannot hide its delay. `@serve.batch` gets its best batch size at each load, although one
+deployment has only one. One application is deployed at a time, on one Ray; the rounds alternate.
 
-The limit is the engine alone, in one process, on the same images decoded. Callers, HTTP and decoding take
-from the machine that computes: on a CPU, Serve's path costs more than the demonstration checkpoint does, so
-that one shows the path, and a larger model what batching is worth.
+The limit is the engine alone, in one process, on the same images, already decoded. Callers, HTTP and image
+decoding use the same machine as the model. On a CPU, Serve's own path costs more than the demonstration
+checkpoint, so this checkpoint shows the cost of the path, and a larger model shows the gain of batching.
 
     python -m benchmarks.serve                         # the demonstration checkpoint
     python -m benchmarks.serve --model midsize --dtype bfloat16 --tokens 20 --images 160 --callers 1 16 64
@@ -24,36 +24,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from benchmarks.command_line import add_models, make_parser
+from benchmarks.inputs import write_scenes
 from benchmarks.load import Load
 from benchmarks.measure import alternate, report
-from benchmarks.pipeline import EngineSide
 from benchmarks.sides.contender import Contender
+from benchmarks.sides.engine_alone import EngineAlone
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
-from blip2_actor.demo.scenes import SceneSampler, draw
-from blip2_actor.testing.random_checkpoints import checkpoint
-from pipeline.run.cluster import set_ray_environment
+from blip2_actor.testing import save_random_checkpoint
+from pipeline import set_ray_environment
 
-SIDE_PX = 320
+MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
 OFFERED = (0.25, 0.5)
-"""Rates of arrivals, of the engine's own images/s in the first round."""
+"""Rates of arrivals, as fractions of the images/s of the engine alone in the first round."""
+AT_ONCE = (1, 4, 16, 64)
+"""Default numbers of callers, and default batch sizes."""
 Runs = dict[str, dict[str, dict[str, Any]]]
-"""What was measured at each load, of each side."""
+"""Figures by load and side."""
 
 
-def serve_side(config: EngineConfig, options: GenerationOptions) -> Any:
+def make_serve_side(config: EngineConfig, options: GenerationOptions) -> Any:
+    """Create a `ServeSide` in a contender's process."""
     set_ray_environment()  # before Ray is imported
     from benchmarks.sides.serve_side import ServeSide
 
     return ServeSide(config, options)
 
 
-def one_round(
+def run_round(
     side: Contender, images: list[bytes], loads: list[Load], batches: list[int], seconds: float
 ) -> Runs:
-    """Both applications, one after the other, at every load."""
+    """Measure both applications, one after the other, at every load."""
     runs: Runs = {str(load): {} for load in loads}
 
     def deploy(name: str) -> str:
@@ -77,17 +80,20 @@ def one_round(
     side.call("delete")
     url = deploy("serve_batch")
     for load in loads:
-        # A batch of more than there are callers is never full, and waits in vain.
-        fitting = [size for size in batches if not load.callers or size <= load.callers]
-        for size in fitting or [min(batches)]:
+        # A batch larger than the number of callers is never full, and waits for nothing.
+        useful = [size for size in batches if not load.callers or size <= load.callers]
+        for size in useful or [min(batches)]:
             side.call("ask_replica", "set_max_batch_size", size)
             offer(f"serve.batch({size})", url, load)
     side.call("delete")
     return runs
 
 
-def compared(rounds: list[Runs], load: str) -> dict[str, Any]:
-    """Medians of the rounds; the endpoint over `@serve.batch` at its best, by the rounds' own ratios."""
+def compare(rounds: list[Runs], load: str) -> dict[str, Any]:
+    """Return the medians of the rounds, and the endpoint over the best `@serve.batch`.
+
+    The second is the median of the ratio of each round.
+    """
     sides: dict[str, dict[str, Any]] = {}
     for name in rounds[0][load]:
         found = [runs[load][name] for runs in rounds]
@@ -106,68 +112,68 @@ def compared(rounds: list[Runs], load: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="demo", help="demo, midsize (random weights) or a folder (default %(default)s)")
-    add("--dtype", default="float32", help="of both sides (default %(default)s)")
+    add("--model", default="demo", help="demo, midsize (random weights) or a folder (default: %(default)s)")
+    add("--dtype", default="float32", help="dtype of both sides (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads of both models")
-    add("--tokens", type=int, help="new tokens of every text; else it ends by itself within 30")
-    add("--images", type=int, default=1024, help="that differ (default %(default)s)")
-    add("--callers", type=int, nargs="+", default=[1, 4, 16, 64], help="at once, a load each")
-    add("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="max_batch_size of @serve.batch")
-    add("--seconds", type=float, default=10, help="of one load (default %(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads of each side's model")
+    add(
+        "--tokens",
+        type=int,
+        help=f"new tokens of every text (default: each text ends by itself within {MAX_NEW_TOKENS})",
+    )
+    add("--images", type=int, default=1024, help="number of different images (default: %(default)s)")
+    add("--callers", type=int, nargs="+", default=AT_ONCE, help="callers at once, one load for each number")
+    add("--batches", type=int, nargs="+", default=AT_ONCE, help="values of max_batch_size of @serve.batch")
+    add("--seconds", type=float, default=10, help="duration of one load (default: %(default)s)")
     add("--rounds", type=int, default=3)
-    add("--models", type=Path, help="where random checkpoints are kept between runs")
-    add("--output", type=Path, help="also write the JSON here")
+    add_models(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = DEMO_FOLDER if arguments.model == "demo" else Path(arguments.model)
         if arguments.model == "midsize":
-            folder = checkpoint("midsize", arguments.models or Path(temporary), "cpu", torch.float32)
+            folder = save_random_checkpoint(
+                "midsize", arguments.models or Path(temporary), "cpu", torch.float32
+            )
         run(arguments, folder, Path(temporary) / "scenes")
 
 
 def run(arguments: argparse.Namespace, folder: Path, scenes: Path) -> None:
-    images = _draw_scenes(scenes, arguments.images)
+    """Measure all rounds; the result is reported again after each.
+
+    Args:
+        folder: the checkpoint of both sides.
+        scenes: a new folder for the images.
+    """
+    images = write_scenes(scenes, arguments.images)
     tokens = arguments.tokens
-    options = GenerationOptions(max_new_tokens=tokens or 30, min_new_tokens=tokens or 0)
+    options = GenerationOptions(max_new_tokens=tokens or MAX_NEW_TOKENS, min_new_tokens=tokens or 0)
     config = EngineConfig(
         model=str(folder), dtype=arguments.dtype, device=arguments.device, num_threads=arguments.threads
     )
-    alone: list[float] = []
+    engine_rates: list[float] = []
     rounds: list[Runs] = []
-    side = Contender(serve_side, config, options)
+    side = Contender(make_serve_side, config, options)
     loads = [Load(callers=callers) for callers in arguments.callers]
     for turn in range(arguments.rounds):
-        engine = Contender(EngineSide, config, str(scenes), options, threads=arguments.threads)
+        engine = Contender(EngineAlone, config, str(scenes), options, threads=arguments.threads)
         timing = alternate({"engine": lambda: engine.call("run")}, rounds=3)["engine"]  # noqa: B023
-        alone.append(arguments.images / timing.median_s)
+        engine_rates.append(arguments.images / timing.median_s)
         engine.close()
-        print(f"  the engine alone  {alone[-1]:.1f} images/s")
+        print(f"  the engine alone  {engine_rates[-1]:.1f} images/s")
         if turn == 0:
-            loads += [Load(per_s=part * alone[0]) for part in OFFERED]
-        rounds.append(one_round(side, images, loads, arguments.batches, arguments.seconds))
-        found = {str(load): compared(rounds, str(load)) for load in loads}
+            loads += [Load(per_s=part * engine_rates[0]) for part in OFFERED]
+        rounds.append(run_round(side, images, loads, arguments.batches, arguments.seconds))
+        found = {str(load): compare(rounds, str(load)) for load in loads}
         names = ("model", "device", "threads", "tokens", "images", "seconds")
         settings = {name: getattr(arguments, name) for name in names}
         settings |= {"dtype": config.info().dtype, "rounds": len(rounds)}
-        engine_per_s = statistics.median(alone)
+        engine_per_s = statistics.median(engine_rates)
         result = {"benchmark": "serve", **settings, "engine_images_per_s": engine_per_s, "loads": found}
         report(result, arguments.output)
     side.call("shutdown")
     side.close()
-
-
-def _draw_scenes(folder: Path, count: int) -> list[bytes]:
-    folder.mkdir()
-    scenes = SceneSampler("held_out", 0).sample(count)
-    for index in range(count):
-        [pixels] = draw(scenes.slice(index, index + 1), SIDE_PX)
-        Image.fromarray(pixels).save(folder / f"{index:05d}.png")
-    return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""What the scheduler itself costs: time in `step()` outside the model and the choice of tokens.
+"""What the scheduler itself costs: time in `step()` outside the model and outside token selection.
 
-64 slots of the demonstration checkpoint, texts of 4 to 30 forced tokens that come and go.
+The demonstration checkpoint with 64 slots; texts have 4 to 30 forced tokens, so that slots change owners all
+the time.
 
     python -m benchmarks.step
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import make_parser
 from benchmarks.measure import report
-from benchmarks.sides.engine_sides import pictures
+from benchmarks.sides.engine_sides import smooth_noise
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.model_runner import ModelRunner
@@ -27,7 +27,10 @@ NUM_IMAGES = 1024
 
 
 class Stopwatch:
-    """Adds up the time inside wrapped functions; only in the engine's thread, its lane costs no step."""
+    """Adds up the time inside wrapped functions, in the engine's own thread.
+
+    The thread that encodes next to it costs no step.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -48,16 +51,16 @@ class Stopwatch:
 
 
 def measure(threads: int | None) -> dict[str, Any]:
-    """Milliseconds per step, of the steps that found all slots taken."""
+    """Return milliseconds per step, over the steps with nearly all slots in use."""
     model = Stopwatch()
     for name in ("encode", "prefill", "decode"):
         model.wrap(ModelRunner, name)
     model.wrap(scheduler, "advance")
-    choose = random.Random(0)
+    draw = random.Random(0)
     own_ms: list[float] = []
     all_ms: list[float] = []
     with Engine(EngineConfig(model="demo", device="cpu", max_slots=NUM_SLOTS, num_threads=threads)) as engine:
-        driven = engine._scheduler
+        driven = engine._core.scheduler
         step = driven.step
 
         def timed() -> None:
@@ -70,8 +73,8 @@ def measure(threads: int | None) -> dict[str, Any]:
 
         driven.step = timed  # type: ignore[method-assign]
         asked = []
-        for picture in pictures(NUM_IMAGES, engine.image_size_px):
-            length = choose.randint(4, 30)
+        for picture in smooth_noise(NUM_IMAGES, engine.image_size_px):
+            length = draw.randint(4, 30)
             options = GenerationOptions(max_new_tokens=length, min_new_tokens=length)
             asked.append(Request(image=picture, options=options))
         engine.generate(asked)
@@ -86,11 +89,8 @@ def measure(threads: int | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser = make_parser(__doc__)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     arguments = parser.parse_args()
     report(measure(arguments.threads), arguments.output)
 

@@ -1,7 +1,7 @@
-"""BLIP-2 as an engine: captions, answers, scores and embeddings, exact against the reference.
+"""BLIP-2 as an engine: captions, answers, scores and embeddings, with the token ids of the reference.
 
-`__all__` is the public interface. Importing the package imports neither Ray nor pyarrow, and torch, numpy and
-Pillow only when a name that needs them is used.
+`__all__` is the public interface. Importing the package imports neither Ray nor pyarrow. It imports torch,
+numpy and Pillow only when a name that needs them is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from blip2_actor.request import (
     TextFeatures,
 )
 from blip2_actor.status import Status
+from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Blip2Actor",
@@ -76,7 +75,7 @@ _LAZY = {
     "decode_image": "blip2_actor.preprocessing.images",
     "resize_image": "blip2_actor.preprocessing.images",
 }
-"""Names whose modules import torch, numpy or Pillow, and the module of each."""
+"""Names whose modules import torch, numpy or Pillow, with the module of each."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""How an engine is built: frozen values that travel to every host.
+"""How an engine is built: frozen values that every host can be sent.
 
-`EngineConfig` is for checkpoints with a language model, `MatchingConfig` for those of image-text retrieval.
+`EngineConfig` is for checkpoints with a language model, `MatchingConfig` for retrieval checkpoints. This
+module imports the two engines only when it builds them; nothing else in the engine imports this module.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which checkpoint, where and in what dtype: what every engine is told."""
+    """Which checkpoint, on which device and in which dtype: what every engine needs to know."""
 
     model: str
-    """Hub name, folder, s3:// or gs:// folder."""
+    """Hub name, folder, or s3:// or gs:// folder."""
     revision: str | None = None
     """Commit, tag or branch of a hub model; pin it for reproducible captions."""
     device: str = "auto"
-    """"auto" takes the first accelerator, else the CPU; or a torch device such as "cuda:0"."""
+    """"auto" takes the first accelerator, or the CPU if there is none; or name a torch device such as
+    "cuda:0"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto" is bfloat16 where the device computes in it, float32 elsewhere."""
+    """"auto" is bfloat16 if the device computes in it, else float32."""
     num_threads: int | None = None
-    """CPU threads of the engine; None keeps torch's own choice."""
+    """CPU threads of the engine; by default, torch chooses."""
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError('model must be a hub name, a folder or "demo", got an empty text')
+            raise ValueError('model must be a hub name, a folder or "demo", got an empty string')
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
         self._require_positive("num_threads")
@@ -49,24 +51,38 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ModelConfig):
-    """Which model, where and in what shape. `build()` gives the engine, `info()` only describes it."""
+    """Which captioning model, where, and how much at once.
+
+    `info()` describes the model without loading it, `build()` loads it and starts an engine.
+
+    Example:
+        >>> config = EngineConfig(model="demo", device="cpu", dtype="float32")
+        >>> config.info().image_size_px
+        64
+        >>> with config.build() as engine:
+        ...     engine.generate([Request(image=picture)])[0].text
+        'a red circle on a white background'
+    """
 
     model: str = "Salesforce/blip2-opt-2.7b"
-    """Hub name, folder, s3:// or gs:// folder, or "demo" for the checkpoint that comes with the project."""
+    """Hub name, folder, s3:// or gs:// folder, or "demo" for the small checkpoint that is part of this
+    package."""
     max_slots: int | None = None
-    """Texts decoded at once; None sizes them from free memory."""
+    """Texts generated at once; by default, as many as free memory allows."""
     encode_batch: int | None = None
-    """Images per pass of the vision encoder; None chooses by device and free memory."""
+    """Images per pass of the vision encoder; by default, chosen by device and free memory."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the vision encoder and the Q-Former for full batches; needs a C compiler, and triton on a GPU.
-    "auto" does so on a GPU that has both."""
+    """Compile the vision encoder and the Q-Former for full batches. This needs a C compiler, and triton on a
+    GPU. "auto" compiles on a GPU if both are installed."""
     device_map: str | None = None
-    """Split a model that is too large for one device: "auto", "balanced" or "sequential" plan by free memory,
-    a JSON object names modules: {"vision": 0, "language_model": 1, "language_model.layers.31": "disk"}."""
+    """Split a model that is too large for one device. "auto", "balanced" and "sequential" plan by free
+    memory; a JSON object places modules by name: {"vision": 0, "language_model": 1,
+    "language_model.layers.31": "disk"}."""
     skip_self_test: bool = field(default=False, metadata=formerly("skip_canary"))
-    """Start without captioning built-in images alone and batched, which refuses to run where they differ."""
+    """Do not test the engine at start. The test captions built-in images alone and in a batch, and refuses to
+    start if the results differ."""
     skip_cuda_graphs: bool = False
-    """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a graph."""
+    """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,14 +90,16 @@ class EngineConfig(ModelConfig):
         if self.device_map is not None:
             _check_device_map(self.device_map)
             if self.compile is True:
-                raise ValueError("compile must be off where device_map splits the model, got both")
+                raise ValueError(
+                    "compile must not be true if device_map splits the model, got both; drop one of them"
+                )
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.
 
         Raises:
-            ValueError: the checkpoint is not a BLIP-2 this package runs.
-            OSError: it cannot be found or fetched; the message names the alternatives.
+            ValueError: the checkpoint is not a BLIP-2 model that this package runs.
+            OSError: the checkpoint cannot be found or fetched; the message names the alternatives.
         """
         from blip2_actor.checkpoints.checkpoint import describe
 
@@ -90,10 +108,10 @@ class EngineConfig(ModelConfig):
         )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Refuse prompts that the model cannot take, before any work is begun; no weights are read.
+        """Refuse prompts that the model cannot take, before any work begins; no weights are read.
 
         Raises:
-            ValueError: one is no text, holds the image token, or leaves no room for its answer.
+            ValueError: a prompt is not text, contains the image token, or leaves no room for the answer.
             OSError: as from `info`.
         """
         from blip2_actor.checkpoints.checkpoint import resolve
@@ -102,7 +120,12 @@ class EngineConfig(ModelConfig):
         check_prompts(resolve(self.model, self.revision, with_weights=False), prompts, max_new_tokens)
 
     def build(self) -> Engine:
-        """Load the weights and start the engine; raises what `info` raises, and more."""
+        """Load the weights and start the engine.
+
+        Raises:
+            ValueError: as from `info`; or the device, the dtype or the memory does not suffice.
+            OSError: as from `info`.
+        """
         from blip2_actor.engine.engine import Engine
 
         return Engine(self)
@@ -124,13 +147,20 @@ def _check_device_map(device_map: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingConfig(ModelConfig):
-    """A checkpoint of image-text retrieval (`Blip2ForImageTextRetrieval`), and where it runs."""
+    """Which retrieval checkpoint (`Blip2ForImageTextRetrieval`), and where it runs.
+
+    Example:
+        >>> with MatchingConfig(model=retrieval_folder, device="cpu").build() as engine:
+        ...     matches = engine.score([picture, picture], ["a dog", "a cat"])
+        >>> [0 <= match.itm <= 1 for match in matches]
+        [True, True]
+    """
 
     model: str = "Salesforce/blip2-itm-vit-g"
-    """Hub name, folder, s3:// or gs:// folder of a retrieval checkpoint."""
+    """Hub name, folder, or s3:// or gs:// folder of a retrieval checkpoint."""
 
     def info(self) -> ModelInfo:
-        """As `EngineConfig.info`."""
+        """Describe the model without loading weights; raises what `EngineConfig.info` raises."""
         from blip2_actor.checkpoints.checkpoint import describe
 
         return describe(
@@ -138,7 +168,7 @@ class MatchingConfig(ModelConfig):
         )
 
     def build(self) -> MatchingEngine:
-        """Load the weights; raises what `info` raises, and more."""
+        """Load the weights; raises what `EngineConfig.build` raises."""
         from blip2_actor.engine.matching_engine import MatchingEngine
 
         return MatchingEngine(self)

@@ -1,4 +1,4 @@
-"""Which device, which dtype, compiled or not: what "auto" means, resolved in one place."""
+"""Which device, which dtype, compiled or not: the one place that resolves "auto"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first accelerator, else the CPU.
+    """Return a device; "auto" is the first accelerator, or the CPU if there is none.
 
     Raises:
         ValueError: this machine has no such device.
@@ -29,30 +29,40 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {device!r}')
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device must exist here, got {device!r}, torch sees {torch.cuda.device_count()} CUDA devices; "
-            "use --device auto or install a torch build for your accelerator"
+            f"device must exist on this machine, got {device!r}; torch sees {torch.cuda.device_count()} CUDA "
+            "devices; use --device auto, or install a torch build for your accelerator"
         )
     return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
 
 
 def prepare_device(device: torch.device) -> None:
-    """What a thread that computes does first; of the two, attention's choice counts for the whole process.
+    """Make a device current for the calling thread, and disable cuDNN attention for the whole process.
 
-    On recent GPUs torch's first choice for attention is cuDNN (`sdp_utils.cpp`,
-    `check_prefer_cudnn_attention`), which builds a plan on the host for each exact shape it meets. Prompts,
-    texts and batches come in so many shapes that more time would go into plans than into attention, so it
-    is left out: flash and memory-efficient attention take any shape as they are.
+    On recent GPUs torch prefers cuDNN for attention (`sdp_utils.cpp`, `check_prefer_cudnn_attention`). cuDNN
+    builds a plan on the host for each exact shape. Prompts, texts and batches come in so many shapes that the
+    plans would take more time than attention itself. Flash and memory-efficient attention take any shape
+    without a plan.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def set_num_threads(num_threads: int) -> None:
+    """Set how many CPU threads torch uses for what the calling thread computes.
+
+    torch initializes this number for each thread when the thread first asks for it, and that would undo an
+    earlier `torch.set_num_threads`. So this asks first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+
+
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device computes in it, float32 elsewhere.
+    """Return a dtype; "auto" is bfloat16 if the device computes in it, else float32.
 
     Raises:
-        ValueError: the device does not compute in the dtype asked for.
+        ValueError: the device does not compute in the wanted dtype.
     """
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
@@ -65,7 +75,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """True where bfloat16 matrix products run in hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
+    """Return True if bfloat16 matrix products run in hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -74,7 +84,10 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_compile(wanted: bool | Literal["auto"], device_map: str | None, device: torch.device) -> bool:
-    """ "auto" is true on a GPU with what torch.compile needs: triton, and a C compiler for its launchers."""
+    """Return whether the encoders are compiled.
+
+    "auto" is True on a GPU if torch.compile finds what it needs: triton, and a C compiler for its launchers.
+    """
     if wanted != "auto":
         return wanted
     if device.type != "cuda" or device_map is not None:
@@ -83,5 +96,5 @@ def resolve_compile(wanted: bool | Literal["auto"], device_map: str | None, devi
     if importlib.util.find_spec("triton") is None or not has_compiler:
         logger.warning("The encoders run uncompiled: triton or a C compiler is not installed")
         return False
-    logger.info("The encoders are compiled at start, which takes a minute or two; --compile false skips it")
+    logger.info("The encoders are compiled at start; this takes a minute or two, --compile false skips it")
     return True

@@ -1,28 +1,40 @@
-"""What the hosts ask of an engine, and of the recipe that builds one: protocols, without an implementation.
+"""What hosts ask of an engine, and of the recipe that builds one. Protocols only, no implementation.
 
-`EngineConfig` and `Engine` are the real ones; `blip2_actor.testing` has a fake pair.
+`EngineConfig` and `Engine` are the real pair, `blip2_actor.testing` has a fake pair. `MatchingConfig` and
+`MatchingEngine` satisfy only the two smaller protocols: they score texts, and generate none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, ModelInfo, Request, Result, Score
 
+if TYPE_CHECKING:
+    from blip2_actor.engine.encoded_image import EncodedImage
 
-class EngineLike(Protocol):
-    """What `Blip2Actor` asks of an engine; `Engine` is the real one."""
+
+class ModelLike(Protocol):
+    """A loaded model of any kind."""
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class EngineLike(ModelLike, Protocol):
+    """A loaded model that generates texts; `Engine` is the real one."""
 
     def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
 
     def submit(self, request: Request, options: GenerationOptions = ...) -> Future[Result]: ...
 
-    def stream(self, request: Request, options: GenerationOptions = ...) -> Iterable[str]: ...
+    def stream(self, request: Request, options: GenerationOptions = ...) -> Generator[str, None, None]: ...
 
-    def image(self, image: ImageLike) -> ImageLike: ...
+    def image(self, image: ImageLike) -> EncodedImage: ...
 
     def features(self, images: Sequence[ImageLike], with_image_embeds: bool = ...) -> list[Features]: ...
 
@@ -33,20 +45,27 @@ class EngineLike(Protocol):
         prompts: Sequence[str | None] | None = ...,
     ) -> list[Score]: ...
 
-    def stats(self) -> EngineStats: ...
 
-    def close(self) -> None: ...
-
-
-class EngineBuilder(Protocol):
-    """A picklable recipe for an engine; `EngineConfig` is the real one."""
+class ModelBuilder(Protocol):
+    """A picklable recipe for a model of any kind."""
 
     def info(self) -> ModelInfo:
-        """Resolve the model by name without loading it; raises ValueError or OSError with the remedy."""
+        """Describe the model without loading it.
+
+        Raises:
+            ValueError: the model cannot be run; the message says what to do.
+            OSError: the model cannot be found or fetched; the message says what to do.
+        """
         ...
 
+    def build(self) -> ModelLike: ...
+
+
+class EngineBuilder(ModelBuilder, Protocol):
+    """A picklable recipe for an engine; `EngineConfig` is the real one."""
+
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        """Raise ValueError where the model cannot take a prompt that every row will have."""
+        """Raise ValueError if the model cannot take a prompt that every row is to have."""
         ...
 
     def build(self) -> EngineLike: ...

@@ -1,4 +1,8 @@
-"""What goes into the engine and what comes out: plain values, importable without torch."""
+"""What goes into the engine and what comes out: plain values, importable without torch.
+
+In the examples, `engine` is a running `Engine`, `matching_engine` a running `MatchingEngine`, and `picture`
+is uint8[H, W, 3].
+"""
 
 from __future__ import annotations
 
@@ -12,25 +16,31 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from blip2_actor.engine.request_state import EncodedImage
+    from blip2_actor.engine.encoded_image import EncodedImage
 
 ImageLike = Union[bytes, "Image", "np.ndarray", "EncodedImage"]
-"""Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or what the engine's `image()` made of one."""
+"""Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: the end token or a stop text; `length`: max_new_tokens was reached."""
+"""`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One image and what to do with it."""
+    """One image, and what to do with it.
+
+    Example:
+        >>> request = Request(image=picture, options=GenerationOptions(max_new_tokens=3))
+        >>> engine.generate([request])[0].finish_reason
+        'length'
+    """
 
     image: ImageLike
-    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image shared through `Engine.image`."""
+    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
     prompt: str | None = None
-    """Text the answer continues; None (or empty) captions the image."""
+    """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
-    """This request's own options; None takes those of the call."""
+    """Options of this request; None takes those of the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +49,26 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    """The new tokens alone, with the end token when there is one."""
+    """The new tokens only; the end token is included if there is one."""
     logprob: float
-    """Sum of the tokens' log-softmax (natural log) before any logits processor."""
+    """Sum of the tokens' log-probabilities (natural log), before any logits processor."""
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of one request; `text` and its fellows are those of the best completion."""
+    """The outcome of one request; `text`, `token_ids` and so on are those of the best completion.
+
+    The token ids are those of the reference model, and do not depend on other requests in the batch.
+
+    Example:
+        >>> result = engine.generate([Request(image=picture)])[0]
+        >>> result.status, result.text, result.finish_reason
+        (<Status.OK: 'ok'>, 'a red circle on a white background', 'stop')
+        >>> bad = engine.generate([Request(image=b"not an image")])[0]
+        >>> bad.ok, str(bad.status), bad.text
+        (False, 'undecodable', None)
+    """
 
     status: Status = Status.OK
     error: str | None = None
@@ -76,64 +97,84 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """What the encoders make of one image; None where `status` is not ok."""
+    """What the encoders compute of one image; the arrays are None if `status` is not ok.
+
+    Example:
+        >>> features = engine.features([picture], with_attention_maps=True)[0]
+        >>> features.qformer_features.shape, features.pooler_output.shape
+        ((8, 128), (128,))
+        >>> list(features.attention_maps)
+        ['qformer.layers.0', 'qformer.layers.1']
+    """
 
     status: Status = Status.OK
     error: str | None = None
     qformer_features: np.ndarray | None = None
     """float32[Q, Dq], one row per query."""
     pooler_output: np.ndarray | None = None
-    """float32[Dv], the vision encoder's output at the class token, normed once more: the reference's
-    `pooler_output`."""
+    """float32[Dv], the output of the vision encoder at the class token after another layer norm; the
+    reference calls it `pooler_output` too."""
     image_embeds: np.ndarray | None = None
-    """float32[P, Dv], the vision encoder's own output, where it was asked for."""
+    """float32[P, Dv], the output of the vision encoder, on demand."""
     attention_maps: dict[str, np.ndarray] | None = None
-    """float32[H, Q, P] by layer, where they were asked for: what each query looks at in the image."""
+    """float32[H, Q, P] by layer, on demand: what each query attends to in the image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextFeatures:
-    """A text alone, as the language model reads it; None where `status` is not ok."""
+    """A text without an image, as the language model reads it; `features` is None if `status` is not ok."""
 
     status: Status = Status.OK
     error: str | None = None
     features: np.ndarray | None = None
-    """float32[T, Dw], last hidden states; one row per token, special tokens included."""
+    """float32[T, Dw], last hidden states, one row per token; special tokens are included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How probable a given text is behind an image."""
+    """How probable a given text is after an image.
+
+    Example:
+        >>> score = engine.score([picture], ["a red circle on a white background"])[0]
+        >>> score.loss == -score.logprob / score.num_tokens
+        True
+    """
 
     status: Status = Status.OK
     error: str | None = None
     logprob: float | None = None
-    """Sum over the text's tokens, natural log."""
+    """Sum of the log-probabilities of the text's tokens, natural log."""
     num_tokens: int = 0
 
     @property
     def loss(self) -> float | None:
-        """Mean negative log-probability: the reference's `forward(labels=...)` for this row."""
+        """Mean negative log-probability: what the reference's `forward(labels=...)` returns for this row."""
         return None if self.logprob is None else -self.logprob / self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """How well a text fits an image, by a retrieval checkpoint."""
+    """How well a text fits an image, by a retrieval checkpoint.
+
+    Example:
+        >>> match = matching_engine.score([picture], ["a dog"])[0]
+        >>> 0 <= match.itm <= 1 and -1 <= match.itc <= 1
+        True
+    """
 
     status: Status = Status.OK
     error: str | None = None
     itm: float | None = None
     """Probability that the text describes the image, by the matching head."""
     itc: float | None = None
-    """Cosine of the text and the image's best query, by the contrastive embeddings."""
+    """Cosine similarity of the text and the image's best query, by the contrastive embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
-    """Unit vectors for contrastive search; None where `status` is not ok.
+    """Unit vectors for contrastive search; `vectors` is None if `status` is not ok.
 
-    An image and a text fit by `(image.vectors @ text.vectors.T).max()`, which is `Match.itc`.
+    `(image.vectors @ text.vectors.T).max()` says how well an image and a text fit; it equals `Match.itc`.
     """
 
     status: Status = Status.OK
@@ -150,33 +191,33 @@ class EngineStats:
     """Requests accepted by `submit` and `generate`."""
     num_finished: int = 0
     num_encode_calls: int = 0
-    """Passes through the vision encoder (each takes a batch of images)."""
+    """Passes through the vision encoder; each takes a batch of images."""
     num_images_encoded: int = 0
     num_decode_steps: int = 0
     num_tokens: int = 0
     num_running: int = 0
-    """Slots in use now."""
+    """Slots that are in use now."""
     num_waiting: int = 0
-    """Requests not yet in a slot now."""
+    """Requests that have no slot yet, and images that are not encoded yet."""
     busy_s: float = 0.0
-    """Seconds the engine thread spent in `step()`."""
+    """Seconds that the engine's thread spent in `step()`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What a host must know of a model before it starts one; cheap to get, no weights are read."""
+    """What a host must know about a model before it starts it; no weights are read."""
 
     model: str
-    """As the user named it."""
+    """The model as the user named it."""
     image_size_px: int
-    """Side of the square the vision encoder takes."""
+    """Side of the square that the vision encoder takes."""
     dtype: str
     """Resolved: "float32", "bfloat16" or "float16"."""
     digest: str
-    """Identifies the checkpoint's content: equal digests, equal captions."""
+    """Identifies the content of the checkpoint: equal digests give equal captions."""
     vision_width: int = 0
-    """Channels of the vision encoder's output, Dv."""
+    """Channels of the output of the vision encoder, Dv."""
     qformer_width: int = 0
-    """Channels of the Q-Former's output, Dq."""
+    """Channels of the output of the Q-Former, Dq."""
     num_queries: int = 0
-    """Rows of the Q-Former's output, Q."""
+    """Rows of the output of the Q-Former, Q."""

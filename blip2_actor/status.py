@@ -1,7 +1,7 @@
-"""The fate of a row: the closed list of what can become of one image.
+"""The status of a row: the closed list of what can happen to one image.
 
-Every row of every output carries one of these. Adding a member changes the output schema
-and is therefore frozen by a test in `tests/contracts`.
+Every row of every output has one of these. A new member changes the output schema, so a test freezes the
+list.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What became of one image; `OK` is the only success."""
+    """What happened to one image; `OK` is the only success."""
 
     OK = "ok"
     MISSING_IMAGE = "missing_image"
     """The row has no image: a null cell, an empty file, or a sample without an image member."""
     UNREADABLE = "unreadable"
-    """Storage did not give the bytes: a file that vanished, a damaged row group, a link inside a tar."""
+    """Storage did not deliver the bytes: the file vanished, the row group is damaged, or it is a link in a
+    tar."""
     UNDECODABLE = "undecodable"
-    """The bytes are not an image that can be read: damaged, truncated, or no known format."""
+    """The bytes are not a readable image: they are damaged, truncated, or of an unknown format."""
     TOO_LARGE = "too_large"
     """The image has more pixels, or the file more bytes, than the limits allow."""
     DECODER_CRASHED = "decoder_crashed"
-    """The decoding process died on this image."""
+    """The image decoding process died on this image."""
     DECODER_TIMED_OUT = "decoder_timed_out"
     """Decoding this image took more time than the limits allow."""
     REFUSED = "refused"

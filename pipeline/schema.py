@@ -1,17 +1,16 @@
-"""The row contract: the columns of every output file, with exact types, frozen by a test.
+"""The row contract: the columns of every output file with their exact types, frozen by a test.
 
-Every input row becomes one row here: same shard, same order. After these columns come the named
-outputs and then the kept columns of the input.
+The rule: every input row becomes one output row, in the file of its shard and in the order of the input. The
+columns of the contract are followed by the named outputs, and then by the kept columns of the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Part of every run's fingerprint; grows when a column or a status changes its meaning."""
+from pipeline.column_names import refuse_taken_names
 
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),
@@ -34,52 +33,44 @@ RESULTS = (
     pa.field("height", pa.int32()),
     pa.field("sha256", pa.binary()),
 )
-"""What became of it: the columns that `pipeline.caption` adds to anyone's dataset."""
+"""The results of a row: the columns that `pipeline.caption` adds to a dataset."""
 
 ROW_CONTRACT = pa.schema([*IDENTITY, *RESULTS])
 
-LISTS = ("captions", "logprobs")
-"""The columns that are there when more than one text per image is asked for."""
-OF_CAPTIONS = ("caption", *LISTS, "logprob", "num_tokens", "finish_reason")
-"""The columns that are there when captions are made."""
+LIST_COLUMNS = ("captions", "logprobs")
+"""Columns that a dataset gets only if several texts per image are requested."""
+CAPTION_COLUMNS = ("caption", *LIST_COLUMNS, "logprob", "num_tokens", "finish_reason")
+"""Columns that exist only if captions are made."""
 
 
 def result_fields(captioned: bool, num_return_sequences: int) -> tuple[pa.Field, ...]:
-    """The result columns of a dataset stage; the lists come only when more than one text is asked for."""
-    without = () if captioned else OF_CAPTIONS
+    """Return the result columns that a dataset gets.
+
+    Args:
+        captioned: whether captions are made.
+        num_return_sequences: texts per image; the list columns exist only if there are several.
+    """
+    left_out = () if captioned else CAPTION_COLUMNS
     if num_return_sequences == 1:
-        without = (*without, *LISTS)
-    return tuple(field for field in RESULTS if field.name not in without)
+        left_out = (*left_out, *LIST_COLUMNS)
+    return tuple(field for field in RESULTS if field.name not in left_out)
 
 
 def output_schema(
     kept: Iterable[pa.Field] = (), named: Iterable[pa.Field] = (), captioned: bool = True
 ) -> pa.Schema:
-    """The whole schema of a run's files.
+    """Return the complete schema of a run's files.
 
     Args:
-        kept: columns of the input that the user keeps, in the order asked for.
+        kept: columns of the input that the user keeps, in the order given.
         named: columns that the user has named: answers, vectors, scores.
-        captioned: whether captions are made; else their columns are left out.
+        captioned: whether captions are made; otherwise their columns are left out.
 
     Raises:
-        ValueError: a kept column has the name of a column of the output, or comes twice.
+        ValueError: a kept column has the name of a column of the output, or is given twice.
     """
     kept, named = list(kept), list(named)
     taken = [*ROW_CONTRACT.names, *(field.name for field in named)]
     refuse_taken_names([field.name for field in kept], taken, "keep")
-    contract = [field for field in ROW_CONTRACT if captioned or field.name not in OF_CAPTIONS]
+    contract = [field for field in ROW_CONTRACT if captioned or field.name not in CAPTION_COLUMNS]
     return pa.schema([*contract, *named, *kept])
-
-
-def refuse_taken_names(names: Sequence[str], taken: Iterable[str], flag: str) -> None:
-    """Raise ValueError when a name is taken or comes twice."""
-    collisions = sorted(set(names) & set(taken))
-    if collisions:
-        raise ValueError(
-            f"{flag} must not name columns that the output has itself, got {', '.join(collisions)}; "
-            "give them other names or drop them"
-        )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{flag} must name each column once, got {', '.join(twice)} more than once")

@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Settings that all tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models lose more to a second thread than they gain, above all when other tests run beside."""
+    """Use one thread: a second one slows tiny models down, above all if other tests run at the same time."""
     import torch
 
     torch.set_num_threads(1)

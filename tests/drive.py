@@ -15,7 +15,8 @@ def drive(arguments: str) -> int:
     set_ray_environment()
     from blip2_actor.testing.fake_engine import FakeEngineConfig
     from pipeline.cli.commands import caption
-    from pipeline.settings.settings import CaptionSettings, from_dict
+    from pipeline.settings.from_dict import from_dict
+    from pipeline.settings.job_settings import CaptionSettings
 
     values = json.loads(arguments)
     settings = from_dict(CaptionSettings, values["settings"])

@@ -1,7 +1,7 @@
-"""Contenders in processes of their own, as people run them: neither's threads disturb the other's.
+"""Run each contender in a process of its own, as users do, so that their threads do not disturb each other.
 
-OpenMP keeps a pool of threads per thread that computes, and lets pools sleep between two operations where
-together they have more threads than the machine has cores. Two contenders in one process would both lose.
+OpenMP keeps a pool of threads for each thread that computes. If the pools together have more threads than the
+machine has cores, they sleep between two operations. Two contenders in one process would both be slower.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import torch
 
 
 class Contender:
-    """An object that lives in a child process; `call` runs a method there and waits for it."""
+    """An object in a child process; `call` runs one of its methods there and waits for the result."""
 
     def __init__(self, make: Callable[..., Any], *args: Any, threads: int | None = None) -> None:
-        """
+        """Start the process and create the object.
+
         Args:
-            make: a picklable class or function; its arguments follow.
-            threads: CPU threads of torch in the child; None leaves torch's own choice.
+            make: a picklable class or function that creates the object.
+            args: its arguments.
+            threads: CPU threads of torch in the child; None keeps torch's own choice.
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
@@ -37,7 +39,7 @@ class Contender:
         return self._receive()
 
     def close(self) -> float:
-        """End the process; its peak memory in GiB, of the GPU where it computed on one."""
+        """End the process; return its peak memory in GiB, of the GPU if it computed on one."""
         peak_memory_gib: float = self.call("")
         self._process.join()
         return peak_memory_gib
@@ -46,9 +48,9 @@ class Contender:
         try:
             value, error = self._pipe.recv()
         except EOFError:
-            raise RuntimeError(f"a contender has died (exit code {self._process.exitcode})") from None
+            raise RuntimeError(f"a contender died (exit code {self._process.exitcode})") from None
         if error is not None:
-            raise RuntimeError(f"a contender has failed:\n{error}")
+            raise RuntimeError(f"a contender failed:\n{error}")
         return value
 
 

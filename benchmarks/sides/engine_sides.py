@@ -1,6 +1,6 @@
-"""The two sides of the engine's benchmark, and the bare vision encoder beside a matrix product.
+"""The two sides of the engine's benchmark, and the vision encoder alone next to a matrix product.
 
-Each is made inside a process of its own (`contender.py`) and answers its methods with plain values.
+Each object is created in a process of its own (`contender.py`), and its methods return plain values.
 """
 
 from __future__ import annotations
@@ -18,39 +18,42 @@ from benchmarks.measure import product
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype, set_num_threads
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.models.vision import PixelNormalizer
 
 Work = list[tuple[int, "str | None", int]]
-"""Image, prompt and forced number of new tokens of each text; 0 lets it end by itself within 30."""
+"""Index of the image, prompt, and forced number of new tokens of each text; with 0 it ends by itself within
+`MAX_NEW_TOKENS`."""
+MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
 
 
-def pictures(count: int, size_px: int) -> np.ndarray:
-    """uint8[count, S, S, 3], smooth noise."""
-    draw = np.random.default_rng(0)
-    coarse = draw.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+def smooth_noise(count: int, size_px: int) -> np.ndarray:
+    """Return uint8[count, S, S, 3] of noise in squares."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     step = -(-size_px // 8)
     return np.ascontiguousarray(coarse.repeat(step, 1).repeat(step, 2)[:, :size_px, :size_px])
 
 
 class EngineSide:
-    """Our engine."""
+    """This project's engine."""
 
     def __init__(self, config: EngineConfig, work: Work, num_beams: int) -> None:
         self._work, self._num_beams = work, num_beams
         started = time.perf_counter()
         self._engine = Engine(config)
-        self._pixels = pictures(1 + max(image for image, *_ in work), self._engine.image_size_px)
+        self._pixels = smooth_noise(1 + max(image for image, *_ in work), self._engine.image_size_px)
         self._engine.generate([Request(image=self._pixels[0])], GenerationOptions(max_new_tokens=1))
         self._first_caption_s = time.perf_counter() - started
 
     def first_caption_s(self) -> float:
-        """From nothing to the first caption: load, canary, one image."""
+        """Return the seconds from nothing to the first caption: loading, self-test, one image."""
         return self._first_caption_s
 
     def run(self) -> list[list[int]]:
+        """Return the new tokens of each text."""
         images = [self._engine.image(picture) for picture in self._pixels]
         asked = [
             Request(image=images[image], prompt=prompt, options=_options(length, self._num_beams))
@@ -60,13 +63,13 @@ class EngineSide:
 
 
 def _options(length: int, num_beams: int) -> GenerationOptions:
-    if length == 0:
-        return GenerationOptions(max_new_tokens=30, num_beams=num_beams)
-    return GenerationOptions(max_new_tokens=length, min_new_tokens=length, num_beams=num_beams)
+    return GenerationOptions(
+        max_new_tokens=length or MAX_NEW_TOKENS, min_new_tokens=length, num_beams=num_beams
+    )
 
 
 class ReferenceSide:
-    """transformers, used as its documentation says, a batch at a time, with pixel values that are ready."""
+    """transformers as its documentation describes it, one batch at a time; its pixel values are ready."""
 
     def __init__(self, folder: Path, dtype: str, device: str, work: Work, num_beams: int) -> None:
         self._device, self._work, self._num_beams = torch.device(device), work, num_beams
@@ -76,11 +79,11 @@ class ReferenceSide:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         normalizer = PixelNormalizer(**Checkpoint(folder).image_processor).to(self._device)
         size_px = self._model.config.vision_config.image_size
-        pixels = torch.from_numpy(pictures(1 + max(image for image, *_ in work), size_px))
+        pixels = torch.from_numpy(smooth_noise(1 + max(image for image, *_ in work), size_px))
         self._pixel_values = normalizer(pixels.to(self._device), self.dtype)
 
     def run(self, batch: int) -> list[list[int]]:
-        """New tokens of each text; a batch runs to its longest."""
+        """Return the new tokens of each text; a batch runs until its longest text ends."""
         found: list[list[int]] = []
         for start in range(0, len(self._work), batch):
             found += self._generate(self._work[start : start + batch])
@@ -93,14 +96,14 @@ class ReferenceSide:
         input_ids = torch.tensor([[pad] * gap + i for gap, i in zip(gaps, ids, strict=True)])
         mask = torch.tensor([[0] * gap + [1] * len(i) for gap, i in zip(gaps, ids, strict=True)])
         longest = max(length for *_, length in rows)
-        forced = {"max_new_tokens": longest, "min_new_tokens": longest} if longest else {"max_new_tokens": 30}
         output = self._model.generate(
             self._pixel_values[[image for image, *_ in rows]],
             input_ids=input_ids.to(self._device),
             attention_mask=mask.to(self._device),
             do_sample=False,
             num_beams=self._num_beams,
-            **forced,
+            max_new_tokens=longest or MAX_NEW_TOKENS,
+            min_new_tokens=longest or None,
         )
         skip = input_ids.shape[1] if self._model.config.text_config.model_type == "opt" else 1
         new = output[:, skip:].tolist()
@@ -115,14 +118,16 @@ class ReferenceSide:
 
     @torch.inference_mode()
     def encode(self, num_images: int, batch: int) -> None:
-        """The vision encoder alone."""
+        """Run the vision encoder alone."""
         for pixel_values in self._pixel_values[:num_images].split(batch):
             self._model.vision_model(pixel_values)
 
 
 class EncoderSide:
-    """Our vision encoder alone, on a CPU in two threads as in the engine, and the product that shows what the
-    device can do."""
+    """This project's vision encoder alone, and the matrix product that shows the device's peak.
+
+    On a CPU two threads encode, as in the engine.
+    """
 
     def __init__(self, config: EngineConfig, num_images: int) -> None:
         device = resolve_device(config.device)
@@ -134,19 +139,24 @@ class EncoderSide:
         if device.type == "cpu":
             pack_for_cpu(self._model)
         self.batch = config.encode_batch or full_encode_batch(self._vision_config, device)
-        pixels = torch.from_numpy(pictures(num_images, self._vision_config.image_size))
+        pixels = torch.from_numpy(smooth_noise(num_images, self._vision_config.image_size))
         self._pixel_values = self._model.normalizer(pixels.to(device), dtype)
         self._product, self._product_flops = product(dtype, device)
         self._num_threads = torch.get_num_threads()
-        self._beside = None
+        self._second_thread = None
         if device.type == "cpu" and self._num_threads > 1:
-            self._beside = ThreadPoolExecutor(1, initializer=_take_cores, initargs=(self._num_threads // 2,))
+            self._second_thread = ThreadPoolExecutor(
+                1, initializer=set_num_threads, initargs=(self._num_threads // 2,)
+            )
         self._encode = self._model.image_features
         if resolve_compile(config.compile, config.device_map, device):
             self._encode = torch.compile(self._encode, dynamic=False, fullgraph=True)
 
-    def described(self) -> tuple[str, int, float, float]:
-        """dtype, images a pass; FLOP of one image (products alone, 2 per multiply-add) and of `multiply`."""
+    def describe(self) -> tuple[str, int, float, float]:
+        """Return the dtype, the images per pass, and the FLOP of one image and of `multiply`.
+
+        Only matrix products count, with 2 FLOP per multiply-add.
+        """
         config = self._vision_config
         width, tokens = config.hidden_size, (config.image_size // config.patch_size) ** 2 + 1
         layer = 8 * tokens * width**2 + 4 * tokens * width * config.intermediate_size + 4 * tokens**2 * width
@@ -154,16 +164,17 @@ class EncoderSide:
         return str(self._pixel_values.dtype).removeprefix("torch."), self.batch, flops, self._product_flops
 
     def encode(self) -> None:
-        if self._beside is None:
+        """Encode all images once."""
+        if self._second_thread is None:
             self._encode_all(self._pixel_values.split(self.batch))
             return
         num_pairs = -(-len(self._pixel_values) // (2 * self.batch))
-        batches = self._pixel_values.tensor_split(2 * num_pairs)  # as many for one thread as for the other
-        _take_cores(self._num_threads - self._num_threads // 2)
-        other_half = self._beside.submit(self._encode_all, batches[1::2])
+        batches = self._pixel_values.tensor_split(2 * num_pairs)  # the same number for each thread
+        set_num_threads(self._num_threads - self._num_threads // 2)
+        other_half = self._second_thread.submit(self._encode_all, batches[1::2])
         self._encode_all(batches[::2])
         other_half.result()
-        _take_cores(self._num_threads)
+        set_num_threads(self._num_threads)
 
     @torch.inference_mode()
     def _encode_all(self, batches: Sequence[torch.Tensor]) -> None:
@@ -172,8 +183,3 @@ class EncoderSide:
 
     def multiply(self) -> None:
         self._product()
-
-
-def _take_cores(num_threads: int) -> None:
-    torch.get_num_threads()  # torch sets a thread up when it is first asked, and would undo the next line
-    torch.set_num_threads(num_threads)

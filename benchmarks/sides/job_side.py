@@ -1,39 +1,34 @@
-"""The batch job as a contender: one run per call, on a local Ray of its own, with what it took."""
+"""The batch job as a contender: each call is one run on a local Ray of its own, with its costs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import psutil
 
+from benchmarks.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
-from pipeline.progress import Console, ProgressSnapshot
-from pipeline.run.cluster import set_ray_environment
-from pipeline.settings.settings import CaptionSettings
-
-START, END = 0.15, 0.9
-"""The steady state: between these parts of the rows; before is start-up, after it the tail."""
+from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
 
 
 @dataclass(frozen=True)
 class JobRun:
-    """Seconds are wall time."""
+    """What one run took; seconds are wall-clock time."""
 
     num_rows: int
     num_ok: int
     rows_per_s: float
     """In the steady state."""
     first_rows_s: float
-    """From the call, Ray's start and the model's load included, to the first finished rows."""
+    """From the command to the first finished rows; the start of Ray and the loading of the model count."""
     total_s: float
     driver_growth_mib: float
-    """How much the driver's resident memory grew from the first finished rows to its peak."""
+    """Growth of the driver's resident memory from the first finished rows to its peak."""
 
 
-class Watch(Console):
-    """Takes a note of every bit of progress instead of printing it."""
+class ProgressRecorder(Console):
+    """Record the progress instead of printing it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,39 +50,34 @@ class Watch(Console):
         self.first_rss, self.peak_rss = self.first_rss or rss, max(self.peak_rss, rss)
 
 
-def steady_rate(seen: Sequence[tuple[float, int]]) -> float:
-    """Rows per second in the steady state, of moments and how many rows were finished then; 0 for too few."""
-    total = seen[-1][1]
-    first = next(point for point in seen if point[1] >= START * total)
-    last = [point for point in seen if point[1] <= END * total or point is first][-1]
-    return (last[1] - first[1]) / (last[0] - first[0]) if last is not first else 0.0
-
-
 class JobSide:
-    """Runs jobs in this process, which becomes Ray's driver."""
+    """Run jobs in this process, which becomes Ray's driver."""
 
     def __init__(self, started: float) -> None:
-        """`started` is when the command was given, as `time.time()` of this machine."""
+        """Prepare this process for Ray.
+
+        Args:
+            started: `time.time()` at which the command was given.
+        """
         self._started = started
         set_ray_environment()
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
-        """A `JobRun` as plain values; the first run of the process counts from the command."""
-        from pipeline.run.prepare import prepare
-        from pipeline.run.run_job import run_job
+        """Run a job and return a `JobRun` as a dictionary; the first run counts from the command."""
+        from pipeline import prepare, run_job
 
         began, self._started = self._started or time.time(), 0.0
         offset = time.time() - time.monotonic()
-        watch = Watch()
-        result = run_job(prepare(settings, engine), watch)
+        recorder = ProgressRecorder()
+        result = run_job(prepare(settings, engine), recorder)
         if result.missing:
             raise RuntimeError("; ".join(result.lines()))
         run = JobRun(
             num_rows=result.num_rows,
             num_ok=result.num_ok,
-            rows_per_s=steady_rate(watch.seen),
-            first_rows_s=watch.seen[0][0] + offset - began,
+            rows_per_s=steady_rate(recorder.seen),
+            first_rows_s=recorder.seen[0][0] + offset - began,
             total_s=time.time() - began,
-            driver_growth_mib=(watch.peak_rss - watch.first_rss) / 2**20,
+            driver_growth_mib=(recorder.peak_rss - recorder.first_rss) / 2**20,
         )
         return asdict(run)

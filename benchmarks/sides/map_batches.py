@@ -1,4 +1,7 @@
-"""What a user writes instead: Ray Data's `map_batches` around transformers' `generate`, as documented."""
+"""The alternative that users write: Ray Data's `map_batches` around transformers' `generate`.
+
+It follows Ray's documentation of batch inference.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-BATCH = 16
+BATCH_SIZE = 16
 
 
 class Captioner:
-    """The class that the documentation's batch inference puts into an actor."""
+    """The class that runs in an actor.
+
+    Args:
+        dtype, threads: None leaves them to the libraries.
+    """
 
     def __init__(
         self, folder: str, dtype: str | None, threads: int | None, max_new_tokens: int, min_new_tokens: int
@@ -41,7 +48,7 @@ class Captioner:
         return {"path": batch["path"], "caption": captions, "at": [time.time()] * len(captions)}
 
     def captions(self, images: list[Any]) -> list[str]:
-        """Caption PIL images as one batch."""
+        """Caption PIL images in one batch."""
         inputs = self.processor(images=images, text=[""] * len(images), return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, **self.lengths)
@@ -49,10 +56,10 @@ class Captioner:
 
 
 class MapBatchesSide:
-    """Runs the script in this process, which becomes Ray's driver."""
+    """Run the job in this process, which becomes Ray's driver."""
 
     def __init__(self) -> None:
-        from pipeline.run.cluster import set_ray_environment
+        from pipeline import set_ray_environment
 
         set_ray_environment()
 
@@ -65,7 +72,17 @@ class MapBatchesSide:
         threads: int | None,
         max_new_tokens: int,
     ) -> dict[str, float]:
-        """Caption a folder of images; None leaves dtype and threads to the libraries."""
+        """Caption a folder of images.
+
+        Args:
+            images, output: folders.
+            folder: the checkpoint.
+            dtype, threads: None leaves them to the libraries.
+            max_new_tokens: number of tokens of every caption.
+
+        Returns:
+            What the run took, with the keys of `JobRun`.
+        """
         import ray
 
         from pipeline.run.cluster import connected
@@ -76,7 +93,7 @@ class MapBatchesSide:
             ds = ds.map_batches(
                 Captioner,
                 fn_constructor_args=(folder, dtype, threads, max_new_tokens, max_new_tokens),
-                batch_size=BATCH,
+                batch_size=BATCH_SIZE,
                 compute=ray.data.ActorPoolStrategy(size=1),
             )
             ds.write_parquet(output)

@@ -1,4 +1,4 @@
-"""The endpoint, and what a user writes instead: a Serve deployment with `@serve.batch` around `generate`."""
+"""The endpoint, and the alternative that users write: a deployment with `@serve.batch` around `generate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from PIL import Image
 from ray import serve
+from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from benchmarks.sides.map_batches import Captioner
@@ -21,11 +22,16 @@ from deploy.settings import Settings
 
 
 class ServeBatch:
-    """Better than most: its model has a thread to itself, and images are decoded beside it."""
+    """A careful version: the model has a thread of its own, and images are decoded in other threads."""
 
     def __init__(self, device: str, *captioner: Any) -> None:
-        """`captioner` are the arguments of `Captioner`."""
-        # The thread that loads is the one that computes: another would have OpenMP threads of its own.
+        """Load the model.
+
+        Args:
+            device: torch device of the model.
+            captioner: the arguments of `Captioner`.
+        """
+        # One thread loads and computes, because a second one would have OpenMP threads of its own.
         self._thread = ThreadPoolExecutor(1)
         self._captioner = self._thread.submit(Captioner, *captioner).result()
         self._captioner.model.to(device)
@@ -33,7 +39,9 @@ class ServeBatch:
 
     async def __call__(self, request: Request) -> dict[str, str]:
         form = await request.form()
-        image = await asyncio.to_thread(_decode, await form["image"].read())
+        upload = form["image"]
+        assert isinstance(upload, UploadFile)
+        image = await asyncio.to_thread(_decode, await upload.read())
         return {"caption": await self._caption(image)}
 
     @serve.batch(max_batch_size=1)
@@ -51,36 +59,37 @@ class ServeBatch:
 
 
 class ServeSide:
-    """One application at a time on a Ray of its own, whose driver is this process."""
+    """Deploy one application at a time on a local Ray, whose driver is this process."""
 
     def __init__(self, config: EngineConfig, options: GenerationOptions) -> None:
-        quiet = logging.ERROR
-        logging.getLogger("ray.serve").setLevel(quiet)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray.init(
             address="local",
             num_cpus=2,
             object_store_memory=200 << 20,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=quiet,
+            logging_level=logging.ERROR,
         )
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         serve.start(http_options={"host": "127.0.0.1", "port": self._port})
         self._config, self._options = config, options
-        self._place = {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))}
+        self._resources = {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))}
 
     def endpoint(self) -> str:
-        """Deploy ours; the address that takes a form."""
+        """Deploy the endpoint; return the URL that takes a form."""
         settings = Settings(engine=self._config, options=self._options)
-        placed = {"ray_actor_options": self._place}
-        return self._deploy(compose(self._config, settings, captioner=placed), "Captioner") + "v1/caption"
+        captioner = {"ray_actor_options": self._resources}
+        return self._deploy(compose(self._config, settings, captioner=captioner), "Captioner") + "v1/caption"
 
     def serve_batch(self) -> str:
-        """Deploy theirs; the address that takes a form."""
+        """Deploy `ServeBatch`; return the URL that takes a form."""
         config, options = self._config, self._options
-        # Serve's own limit of 5 requests would be the largest batch.
-        deployment = serve.deployment(ServeBatch, max_ongoing_requests=2048, ray_actor_options=self._place)
+        # Serve's default limit of 5 requests would also limit the batch.
+        deployment = serve.deployment(
+            ServeBatch, max_ongoing_requests=2048, ray_actor_options=self._resources
+        )
         arguments = (config.model, config.info().dtype, config.num_threads, options.max_new_tokens)
         return self._deploy(deployment.bind(config.device, *arguments, options.min_new_tokens), "ServeBatch")
 

@@ -1,6 +1,6 @@
-"""Where a checkpoint is and what it is: hub name, folder, bucket or "demo" to a local folder of files.
+"""Finding a checkpoint by its hub name, folder, bucket or "demo", and describing it.
 
-Reads JSON only; `weights.py` reads the tensors.
+The result is always a local folder of files. This module reads only JSON; `weights.py` reads the tensors.
 """
 
 from __future__ import annotations
@@ -30,33 +30,38 @@ from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
-"""The architecture of checkpoints without a language model, such as blip2-itm-vit-g."""
+"""Architecture of the checkpoints without a language model, such as blip2-itm-vit-g."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's files on this machine."""
+    """A checkpoint whose files are on this machine."""
 
     folder: Path
     version: str | None = None
-    """What names the content where it came from: the hub's commit, a digest of the bucket's listing."""
+    """Identifies the content at its source: the hub's commit, or a digest of the bucket's listing."""
 
     @cached_property
     def config(self) -> Blip2Config:
-        """Raises ValueError where the folder holds something else than a BLIP-2 that writes text."""
+        """Configuration of a BLIP-2 with a language model.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
         config = self._blip2_config()
         if RETRIEVAL in (config.architectures or []):
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
-                "build it with MatchingConfig, which scores images and texts, or name another for captions"
-            )
-        if config.text_config.model_type not in ("opt", "t5"):
-            raise ValueError(
-                f"language model must be opt or t5, got {config.text_config.model_type!r} in {self.folder}"
+                "use MatchingConfig to score images and texts with it, or name another model for captions"
             )
         text = config.text_config
+        if text.model_type not in ("opt", "t5"):
+            raise ValueError(
+                f"the language model must be opt or t5, got {text.model_type!r} in {self.folder}"
+            )
         if text.model_type == "opt" and text.word_embed_proj_dim != text.hidden_size:
-            # The projected queries take the place of word embeddings; the reference mixes rows up here.
+            # The projected queries take the place of word embeddings; with unequal widths the reference
+            # mixes up rows.
             raise ValueError(
                 f"word_embed_proj_dim must equal hidden_size ({text.hidden_size}) in a BLIP-2 checkpoint, "
                 f"got {text.word_embed_proj_dim}"
@@ -65,19 +70,23 @@ class Checkpoint:
 
     @cached_property
     def retrieval_config(self) -> Blip2Config:
-        """Raises ValueError where the folder holds something else than a BLIP-2 for image-text retrieval."""
+        """Configuration of a BLIP-2 for image-text retrieval.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
         config = self._blip2_config()
         if RETRIEVAL not in (config.architectures or []):
             raise ValueError(
                 f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
-                "build one that writes text with EngineConfig"
+                "use EngineConfig for a model that writes text"
             )
         return config
 
     def _blip2_config(self) -> Blip2Config:
         raw = self._json("config.json")
         if raw is None:
-            raise ValueError(f"{self.folder} must hold a config.json, got none; name a checkpoint's folder")
+            raise ValueError(f"{self.folder} has no config.json; name the folder of a checkpoint")
         if raw.get("model_type") != "blip-2":
             raise ValueError(
                 f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
@@ -86,7 +95,7 @@ class Checkpoint:
 
     @cached_property
     def image_processor(self) -> dict[str, Any]:
-        """mean, std and rescale factor, from either file that transformers has stored them in."""
+        """Mean, std and rescale factor, from either of the two files in which transformers stores them."""
         raw = self._json("preprocessor_config.json") or (self._json("processor_config.json") or {}).get(
             "image_processor", {}
         )
@@ -102,11 +111,14 @@ class Checkpoint:
         return json.loads(path.read_text()) if path.exists() else None
 
     def digest(self) -> str:
-        """Identifies the content: its version, or a hash of every file, cached by size and time."""
+        """Return what identifies the content: the version, or a hash of all files.
+
+        The hash is cached by the files' sizes and modification times.
+        """
         if self.version is not None:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
-            return self.folder.name  # the hub's own cache, named as a folder
+            return self.folder.name  # a folder in the hub's own cache
         files = sorted(path for path in self.folder.iterdir() if matches(path.name, FILES))
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
@@ -122,15 +134,15 @@ class Checkpoint:
 
 
 def resolve(model: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
-    """Find a checkpoint, fetching it once per machine where it is remote.
+    """Find a checkpoint; a remote one is fetched once per machine.
 
     Args:
         model: as in `ModelConfig.model`.
-        revision: of a hub model.
-        with_weights: False leaves remote weights where they are: enough to describe it.
+        revision: commit, tag or branch of a hub model.
+        with_weights: False does not fetch remote weights, which describing the model does not need.
 
     Raises:
-        OSError: it cannot be found or fetched.
+        OSError: the checkpoint cannot be found or fetched.
     """
     if model == "demo":
         return Checkpoint(DEMO_FOLDER)
@@ -141,8 +153,8 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
         return Checkpoint(Path(model))
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise FileNotFoundError(
-            f'model must be a folder that exists, a hub name such as "Salesforce/blip2-opt-2.7b", '
-            f'an s3:// or gs:// folder, or "demo", got {model!r}'
+            'model must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// or '
+            f'gs:// folder, or "demo", got {model!r}'
         )
     return Checkpoint(*fetch_from_hub(model, revision, patterns))
 
@@ -150,16 +162,28 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
 def describe(
     model: str, revision: str | None, device: str, dtype: str, read: Callable[[Checkpoint], Blip2Config]
 ) -> ModelInfo:
-    """See `EngineConfig.info`; `read` says which of the checkpoint's configurations is wanted."""
+    """Describe a model without loading weights (see `EngineConfig.info`).
+
+    Args:
+        model: as in `resolve`.
+        revision: as in `resolve`.
+        device: as in `ModelConfig.device`.
+        dtype: as in `ModelConfig.dtype`.
+        read: returns the configuration of the checkpoint, and refuses those of another kind.
+
+    Raises:
+        ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.
+        OSError: the checkpoint cannot be found or fetched.
+    """
     checkpoint = resolve(model, revision, with_weights=False)
-    resolved = resolve_dtype(dtype, resolve_device(device))
-    found = read(checkpoint)
+    resolved_dtype = resolve_dtype(dtype, resolve_device(device))
+    config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=found.vision_config.image_size,
-        dtype=str(resolved).removeprefix("torch."),
+        image_size_px=config.vision_config.image_size,
+        dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
-        vision_width=found.vision_config.hidden_size,
-        qformer_width=found.qformer_config.hidden_size,
-        num_queries=found.num_query_tokens,
+        vision_width=config.vision_config.hidden_size,
+        qformer_width=config.qformer_config.hidden_size,
+        num_queries=config.num_query_tokens,
     )

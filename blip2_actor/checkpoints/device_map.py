@@ -1,11 +1,11 @@
-"""A model over several devices: what does not fit the main one lies on others, in memory or on disk.
+"""A model split over several devices: modules that do not fit on the main device are on others or on disk.
 
 The plan is accelerate's (`infer_auto_device_map`), and so are the hooks that bring weights and inputs
-together. They hang on the leaves (linear layers, norms), because layers are called by methods other than
-`forward`; between the leaves everything is on the main device, the slots too.
+together. The hooks are on the leaves (linear layers, norms), because our layers are called by methods other
+than `forward`. Between the leaves everything is on the main device, including the KV cache.
 
-Weights for the disk are written into a file without a name as they are loaded, and mapped: they come into
-memory when they are used, and go when it is wanted for something else.
+Weights on disk are written into an unnamed file while they are loaded, and that file is memory-mapped: the
+operating system reads them into memory when they are used and drops them when it needs the memory.
 """
 
 from __future__ import annotations
@@ -24,41 +24,44 @@ from torch import Tensor, nn
 from blip2_actor.device import resolve_device
 
 WHOLE_LAYERS = ["VisionBlock", "QFormerLayer", "OptLayer", "T5Layer"]
-"""Modules that are never cut in two."""
+"""Modules that are never split over two devices."""
 KEPT_ON_MAIN = ("embed_tokens", "embed_positions", "lm_head")
-"""Small, used at every step, or shared."""
+"""Modules that stay on the main device: they are small, used in every step, or shared."""
 ACCELERATOR_SHARE = 0.8
-"""Of an accelerator's free memory for weights; the rest is for activations and slots."""
+"""Share of an accelerator's free memory for weights; the rest is for activations and the KV cache."""
 
 
-class Split:
-    """Where each part of one model lies."""
+class ModelSplit:
+    """The place of each module of one model: a device, or "disk"."""
 
     def __init__(self, model: nn.Module, device_map: str, main: torch.device, offload_folder: Path) -> None:
         """
         Args:
             model: on the meta device, in its final dtypes.
             device_map: as in `EngineConfig.device_map`.
-            main: where inputs come and slots are.
-            offload_folder: on a disk with room for what memory does not hold.
+            main: device of the inputs and of the KV cache.
+            offload_folder: for weights on disk; must have room for them.
 
         Raises:
-            ValueError: the map names a module or a device that does not exist.
+            ValueError: `device_map` names a module or a device that does not exist.
         """
         self.model = model
         self.main = str(main)
         self.offload_folder = offload_folder
         named = json.loads(device_map) if device_map.startswith("{") else _plan(model, device_map, main)
-        self._places = {name: _place(place) for name, place in named.items()}
+        self._places = {name: _resolve_place(place) for name, place in named.items()}
         known = {name for name, _ in model.named_modules()}
         if unknown := sorted(self._places.keys() - known):
             raise ValueError(
-                f"device_map must name modules of the model, got {', '.join(unknown)}; "
-                f"it has {', '.join(name for name, _ in model.named_children())} and what is in them"
+                f"device_map must name modules of the model, got {', '.join(unknown)}; the model has "
+                f"{', '.join(name for name, _ in model.named_children())} and the modules inside them"
             )
 
     def place_of(self, name: str, module: nn.Module) -> str:
-        """A device, or "disk": that of the longest name that leads to the module."""
+        """Return the device of a module, or "disk".
+
+        It is the place of the longest name in the map that is the module's own or that of a parent.
+        """
         if next(module.children(), None) is not None or name.rpartition(".")[2] in KEPT_ON_MAIN:
             return self.main
         parts = name.split(".")
@@ -66,7 +69,7 @@ class Split:
         return next((self._places[p] for p in prefixes if p in self._places), self.main)
 
     def materialize(self) -> None:
-        """Give each parameter its memory, uninitialised; loading writes straight into it."""
+        """Allocate each parameter, uninitialized, at its place; loading writes into it."""
         for name, module in self.model.named_modules():
             place = self.place_of(name, module)
             for key, parameter in module.named_parameters(recurse=False):
@@ -76,7 +79,7 @@ class Split:
                 setattr(module, key, nn.Parameter(tensor, requires_grad=False))
 
     def attach(self) -> None:
-        """Let each leaf bring its weights and inputs together; after everything is loaded."""
+        """Add the hooks that bring weights and inputs together; call it after the weights are loaded."""
         for name, module in self.model.named_modules():
             place = self.place_of(name, module)
             weights = dict(module.named_parameters(recurse=False))
@@ -91,19 +94,20 @@ class Split:
             add_hook_to_module(module, hook)
 
     def _on_disk(self, like: Tensor) -> Tensor:
-        """Memory that is a file, which lives as long as it is mapped."""
+        """Return a tensor in a memory-mapped file, which exists as long as the tensor does."""
         if like.numel() == 0:
             return torch.empty_like(like, device="cpu")
         self.offload_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.offload_folder) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an OSError now, and a dead process later
+            if hasattr(os, "posix_fallocate"):
+                # A full disk raises OSError here; otherwise it would kill the process later.
                 os.posix_fallocate(file.fileno(), 0, like.nbytes)
             flat = torch.from_file(file.name, shared=True, size=like.nbytes, dtype=torch.uint8)
         return flat.view(like.dtype).view(like.shape)
 
 
 def _plan(model: nn.Module, strategy: str, main: torch.device) -> dict[str, int | str]:
-    """accelerate's own plan, from free memory."""
+    """Return accelerate's plan for the free memory: names of modules, and a GPU's number, "cpu" or "disk"."""
     memory = get_max_memory()
     if main.type == "cpu":
         memory = {"cpu": memory["cpu"]}
@@ -114,11 +118,16 @@ def _plan(model: nn.Module, strategy: str, main: torch.device) -> dict[str, int 
         memory = get_balanced_memory(model, memory, no_split_module_classes=WHOLE_LAYERS)
     plan = infer_auto_device_map(model, memory, no_split_module_classes=WHOLE_LAYERS)
     modules = dict(model.named_modules())
-    return {name: place for name, place in plan.items() if name in modules}  # and not single parameters
+    # The plan also names single parameters, which `place_of` never looks up.
+    return {name: place for name, place in plan.items() if name in modules}
 
 
-def _place(place: int | str) -> str:
-    """ "disk", or a device; raises ValueError where there is no such device."""
+def _resolve_place(place: int | str) -> str:
+    """Return "disk" or the full name of a device.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     if place == "disk":
         return place
     return str(resolve_device(f"cuda:{place}" if isinstance(place, int) else place))

@@ -1,8 +1,8 @@
-"""Checkpoints from elsewhere: the files of a hub repository or of a bucket's folder, onto this machine.
+"""Fetching a remote checkpoint: the files of a hub repository or of a bucket's folder.
 
-Files are fetched once per machine, each whole or not at all. What a checkpoint *is* stands in its small
-files: a driver that only describes it fetches those, the weights go where an engine is built. The content
-has the same name on both: the hub's commit, or a digest of the bucket's listing.
+Files are fetched once per machine, each whole or not at all. The small files describe a checkpoint, so a
+driver fetches only those; the weights are fetched where an engine is built. Both identify the content in the
+same way: by the hub's commit, or by a digest of the bucket's listing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from huggingface_hub.errors import (
 )
 
 DESCRIPTION = ("*.json", "*.txt", "*.model")
-"""Configurations and tokenizers."""
+"""Patterns of the files that describe a checkpoint: configurations and tokenizers."""
 FILES = (*DESCRIPTION, "*.safetensors")
+"""Patterns of all files of a checkpoint."""
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
-"""What stores call a file's version in their listings, the most telling first."""
+"""Names of a file's version in the listings of different stores, the most specific first."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file that whoever reads it meanwhile finds whole, or not at all."""
+    """Write a small file so that a concurrent reader finds it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)
@@ -46,12 +47,16 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def fetch_from_hub(model: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str]:
-    """Folder and commit of a hub repository; raises OSError where it cannot be had."""
+    """Fetch a hub repository; return its folder on this machine and its commit.
+
+    Raises:
+        OSError: there is no such repository or revision, or it cannot be fetched.
+    """
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"model must exist on the hub, got {model!r}; check its spelling or log in"
+            f"the hub has no model {model!r}, or it is private; check its spelling or log in"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
@@ -60,52 +65,59 @@ def fetch_from_hub(model: str, revision: str | None, patterns: Sequence[str]) ->
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
             f"{model!r} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
-            'give --model a folder, an s3:// or gs:// folder, or "demo", or run where the hub can be reached'
+            'set --model to a folder, an s3:// or gs:// folder, or "demo", or connect this machine to the hub'
         ) from error
     except OSError as error:
         raise OSError(
-            f"{model!r} cannot be stored on this machine ({error}); make room, or set HF_HOME elsewhere"
+            f"{model!r} cannot be stored on this machine ({error}); free disk space, or set HF_HOME to a "
+            "larger disk"
         ) from error
     return folder, folder.name
 
 
 def fetch_from_bucket(uri: str, patterns: Sequence[str]) -> tuple[Path, str]:
-    """Folder on this machine and digest of a bucket's folder; raises OSError where it cannot be had."""
-    filesystem, listed = _list(uri)
+    """Fetch a bucket's folder; return its folder on this machine and a digest of its listing.
+
+    Raises:
+        OSError: it cannot be read, holds no checkpoint, or cannot be stored here.
+    """
+    filesystem, entries = _list(uri)
     versions = {
         Path(entry["name"]).name: (entry["size"], str(next((entry[v] for v in _VERSIONS if v in entry), "")))
-        for entry in listed
+        for entry in entries
     }
     digest = hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()[:32]
     folder = CACHE_FOLDER / "checkpoints" / digest
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
-        for entry in listed:
+        for entry in entries:
             target = folder / Path(entry["name"]).name
             if matches(target.name, patterns) and not target.exists():
                 partial = target.with_name(f"{target.name}.partial")
                 try:
                     filesystem.get_file(entry["name"], str(partial))
-                except Exception as error:  # every store's library has exceptions of its own
+                except Exception as error:  # each store's library has its own exceptions
                     raise OSError(
                         f"{target.name} of {uri} cannot be fetched to {folder} "
-                        f"({type(error).__name__}: {error}); try again, or make room there"
+                        f"({type(error).__name__}: {error}); try again, or free disk space there"
                     ) from error
                 partial.rename(target)
     return folder, digest
 
 
 def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
-    """The store, and its entries for the checkpoint's files."""
+    """Return the store's filesystem and its entries for the checkpoint's files."""
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         filesystem.invalidate_cache(root)
         entries = filesystem.ls(root, detail=True)
     except ImportError as error:
-        raise OSError(f"{uri} needs a package that is missing: {error}; install it") from error
-    except Exception as error:  # every store's library has exceptions of its own
-        raise OSError(f"{uri} must be a readable folder, got {type(error).__name__}: {error}") from error
-    listed = [e for e in entries if e["type"] == "file" and matches(e["name"], FILES)]
-    if not listed:
-        raise FileNotFoundError(f"{uri} must hold a checkpoint's files, got none of {', '.join(FILES)}")
-    return filesystem, listed
+        raise OSError(f"{uri} needs a package that is not installed: {error}; install it") from error
+    except Exception as error:  # each store's library has its own exceptions
+        raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
+    files = [e for e in entries if e["type"] == "file" and matches(e["name"], FILES)]
+    if not files:
+        raise FileNotFoundError(
+            f"{uri} holds no checkpoint: it has no file {', '.join(FILES)}; name the folder of a checkpoint"
+        )
+    return filesystem, files

@@ -1,4 +1,4 @@
-"""A checkpoint's folder to a model on its device, in its dtype."""
+"""Building a model from a checkpoint's folder, on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.weights import (
-    load_weights,
-    opt_rules,
-    retrieval_rules,
-    stored_parameters,
-    t5_rules,
-)
+from blip2_actor.checkpoints.name_map import opt_rules, retrieval_rules, t5_rules
+from blip2_actor.checkpoints.weights import load_weights, stored_parameters
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
 
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
+"""Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
-"""A checkpoint that stores both does not share them, whatever its configuration says (Flan-T5's does not)."""
+"""A checkpoint that stores both (Flan-T5's does) does not share them, whatever its configuration says."""
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, device_map: str | None = None
 ) -> Blip2:
-    """Build the captioning model without memory, then let each tensor find its place.
+    """Load a captioning model.
+
+    The model is built on the meta device, without memory. Then its parameters are allocated and each tensor
+    is read straight into its own.
 
     Args:
-        checkpoint: of a model that writes text.
-        device: where the model is, or its inputs where `device_map` splits it.
-        dtype: of the weights, but for what must stay in another.
+        checkpoint: of a model with a language model.
+        device: of the model; if `device_map` splits the model, of its inputs.
+        dtype: of the weights, except those that must keep another dtype.
         device_map: as in `EngineConfig.device_map`.
 
     Raises:
-        ValueError: the tensors are not those of the configuration, or the map's names not the model's.
+        ValueError: the tensors do not match the configuration, or `device_map` names a module or a device
+            that does not exist.
         OSError: a file is missing or broken.
     """
     config = checkpoint.config
@@ -43,9 +43,9 @@ def load_model(
     model.cast(dtype)
     split = None
     if device_map is not None:
-        from blip2_actor.checkpoints.device_map import Split  # accelerate, which nothing else needs
+        from blip2_actor.checkpoints.device_map import ModelSplit  # imports accelerate, only needed here
 
-        split = Split(model, device_map, device, CACHE_FOLDER / "offload")
+        split = ModelSplit(model, device_map, device, CACHE_FOLDER / "offload")
     if split is None:
         model.to_empty(device=device)
     else:
@@ -66,7 +66,7 @@ def load_model(
 
 
 def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2Retrieval:
-    """The same for a checkpoint of image-text retrieval; raises the same."""
+    """Load a model for image-text retrieval; the arguments and the errors are those of `load_model`."""
     config = checkpoint.retrieval_config
     with torch.device("meta"):
         model = Blip2Retrieval(config)

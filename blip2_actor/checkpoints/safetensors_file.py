@@ -1,7 +1,7 @@
-"""A safetensors file, read piece by piece.
+"""Reading a safetensors file piece by piece.
 
-The library's own reader maps the file, and every page that was looked at stays in this process's memory
-until the file is closed: a second copy of the weights. Reading costs one small buffer.
+The library's own reader maps the file into memory, and every page that was read stays in this process's
+memory until the file is closed: a second copy of the weights. Reading in pieces takes one small buffer.
 
 Source: the format at https://huggingface.co/docs/safetensors (a length, a JSON header, the bytes).
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 4 << 20
-"""Read at once."""
+"""Size of one piece."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,24 +33,33 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""torch's dtypes by their names in the file."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file."""
+    """A tensor in a file, not read yet."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Its first byte, from the beginning of the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """The elements in order, as the index of the first one and a flat tensor that the next overwrites."""
+        """Yield the elements in order, in pieces.
+
+        Yields:
+            The index of the piece's first element, and the piece as a flat tensor, which the next one
+            overwrites.
+
+        Raises:
+            OSError: the file ends too early.
+        """
         buffer = torch.empty(min(PIECE_BYTES, self.num_bytes), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -61,18 +70,18 @@ class StoredTensor:
 
 
 def list_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds, by name.
+    """Return the tensors of a file by name.
 
     Raises:
-        OSError: it is not readable safetensors, or not all of it is there.
-        ValueError: a tensor is of a dtype that no model here is loaded from.
+        OSError: the file is not a safetensors file, or is incomplete.
+        ValueError: a tensor has a dtype that is not supported.
     """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             if header_size > size - 8:
-                raise ValueError(f"a header of {header_size} bytes in a file of {size}")
+                raise ValueError(f"a header of {header_size} bytes in a file of {size} bytes")
             header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         unsupported = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
@@ -88,21 +97,21 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
         }
         for name, tensor in found.items():
             if tensor.start < 0 or tensor.start + tensor.num_bytes > size:
-                raise ValueError(f"{name} beyond the end of a file of {size} bytes")
+                raise ValueError(f"the tensor {name} beyond the end of the file ({size} bytes)")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise OSError(f"{path} must be a whole safetensors file, got {error}; fetch it again") from error
+        raise OSError(f"{path} must be a complete safetensors file, got {error}; fetch it again") from error
     if unsupported:
         raise ValueError(
             f"the dtypes of {path} must be among {', '.join(DTYPES)}, got {', '.join(sorted(unsupported))}; "
-            "convert it, with transformers' from_pretrained(…, dtype=torch.bfloat16) and save_pretrained"
+            "convert it with transformers' from_pretrained(…, dtype=torch.bfloat16) and save_pretrained"
         )
     return found
 
 
 def _read_whole(file: FileIO, piece: Tensor, path: Path) -> None:
-    view = memoryview(cast("bytearray", piece.numpy()))  # a buffer, whatever numpy's annotations say
+    view = memoryview(cast("bytearray", piece.numpy()))  # numpy's annotations do not say that it is a buffer
     while view:
         count = file.readinto(view)
         if not count:
-            raise OSError(f"{path} must be a whole safetensors file, got its end too early; fetch it again")
+            raise OSError(f"{path} must be a complete safetensors file, got an early end; fetch it again")
         view = view[count:]

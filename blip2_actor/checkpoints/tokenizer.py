@@ -1,7 +1,9 @@
-"""Prompts to token ids and back, exactly as the checkpoint's own processor does it.
+"""Prompts and texts to token ids and back, exactly as the checkpoint's own processor converts them.
 
-The queries stand before the text in both layouts of the reference (image tokens in the prompt since
-transformers 4.47, concatenation before), so image tokens never occur here.
+The queries come before the text in both layouts of the reference (image tokens in the prompt since
+transformers 4.47, concatenation before that), so image tokens never occur here.
+
+The functions `require_…` refuse texts that the model cannot take; their errors are shown to the caller.
 """
 
 from __future__ import annotations
@@ -28,84 +30,113 @@ class PromptTokenizer:
         self.end_ids = frozenset(eos if isinstance(eos, list) else [eos])
 
     def encode(self, prompt: str | None) -> list[int]:
-        """Token ids that follow the queries.
+        """Return the token ids of a prompt, which follow the queries.
 
         Raises:
-            ValueError: the prompt is no text, or holds the image token or one that the model does not know.
+            ValueError: the prompt is not a valid text, or contains the image token or a token that the model
+                does not know.
         """
         if prompt is None or prompt == "":
             return self.empty_ids
         token_ids: list[int] = self.tokenizer(require_text(prompt)).input_ids
-        require_known(token_ids, self.vocab_size, self.image_token_id)
+        require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
         return token_ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text to score: nothing in front, the end token behind.
+        """Return the token ids of a text to score: no special token before it, the end token after it.
 
         Raises:
-            ValueError: it is no text, is empty, or holds a token as above.
+            ValueError: as from `encode`, or the text is empty.
         """
         token_ids: list[int] = self.tokenizer(require_text(text), add_special_tokens=False).input_ids
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
-        require_known(token_ids, self.vocab_size, self.image_token_id)
+        require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
         return [*token_ids, min(self.end_ids)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated ids, without end tokens and surrounding spaces."""
+        """Detokenize generated ids, without end tokens and surrounding spaces."""
         kept = [t for t in token_ids if t not in self.end_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
 def require_text(text: object) -> str:
-    """The text itself; raises ValueError where it is none, or holds halves of characters."""
+    """Return the text.
+
+    Raises:
+        ValueError: it is not a str, or contains half of a character.
+    """
     if not isinstance(text, str):
         raise ValueError(f"text must be a str, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"text must be whole characters, got half of one at {error.start} (a lone surrogate); "
-            "decode it with errors='replace'"
+            f"text must consist of whole characters, got half of one (a lone surrogate) at index "
+            f"{error.start}; decode its bytes with errors='replace'"
         ) from error
     return text
 
 
-def require_something(text: object) -> str:
-    """As `require_text`, and not empty."""
+def require_non_empty(text: object) -> str:
+    """Return the text.
+
+    Raises:
+        ValueError: as from `require_text`, or the text is empty.
+    """
     if text == "":
-        raise ValueError("text must say something, got an empty text")
+        raise ValueError("text must not be empty")
     return require_text(text)
 
 
-def require_known(token_ids: Sequence[int], vocab_size: int, image_token_id: int | None) -> None:
-    """Raises ValueError where a text holds the image token, or one that was added to the tokenizer alone."""
+def require_known_tokens(token_ids: Sequence[int], vocab_size: int, image_token_id: int | None) -> None:
+    """Check the tokens of a text.
+
+    Raises:
+        ValueError: the text contains the image token, or a token that was added to the tokenizer but not to
+            the model.
+    """
     if image_token_id in token_ids:
         raise ValueError(
-            "text must not contain the image token, got it; leave it out, the image always comes first"
+            "text must not contain the image token; leave it out, the image always comes before the text"
         )
     if max(token_ids, default=0) >= vocab_size:
         raise ValueError(
-            f"text must not contain a token that the model does not know ({vocab_size} are known), got "
-            f"number {max(token_ids)}; leave it out"
+            f"text must contain only tokens that the model knows (0 to {vocab_size - 1}), got token "
+            f"{max(token_ids)}; leave it out"
         )
 
 
 def require_room(num_tokens: int, what: str, max_positions: int | None, num_queries: int) -> None:
-    """Raises ValueError where queries and `num_tokens` exceed the positions there are."""
+    """Check that queries and text fit into the positions of the model.
+
+    Args:
+        num_tokens: tokens of the text.
+        what: the subject of the error message.
+        max_positions: None if there is no limit.
+        num_queries: Q.
+
+    Raises:
+        ValueError: there are too many tokens.
+    """
     if max_positions is not None and num_queries + num_tokens > max_positions:
         raise ValueError(
-            f"{what} must have at most {max_positions - num_queries} tokens ({max_positions} positions less "
+            f"{what} must have at most {max_positions - num_queries} tokens ({max_positions} positions minus "
             f"{num_queries} queries), got {num_tokens}; shorten the text"
         )
 
 
 def check_prompts(checkpoint: Checkpoint, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """See `EngineConfig.check_prompts`; reads the tokenizer alone."""
+    """Refuse prompts that the model cannot take (see `EngineConfig.check_prompts`); no weights are read.
+
+    Raises:
+        ValueError: as from `PromptTokenizer.encode`, or a prompt and `max_new_tokens` need too many
+            positions.
+    """
     config = checkpoint.config
-    known = PromptTokenizer(checkpoint.folder, config)
-    has_positions = config.text_config.model_type == "opt"  # T5's are relative, without end
+    tokenizer = PromptTokenizer(checkpoint.folder, config)
+    has_positions = config.text_config.model_type == "opt"  # T5's positions are relative and unlimited
     limit = config.text_config.max_position_embeddings if has_positions else None
     for prompt in prompts:
-        num_tokens = len(known.encode(prompt)) + max_new_tokens
+        num_tokens = len(tokenizer.encode(prompt)) + max_new_tokens
         require_room(num_tokens, "prompt and max_new_tokens together", limit, config.num_query_tokens)

@@ -1,8 +1,10 @@
-"""The demonstration: drawn scenes with one true caption each, and the checkpoint trained on them.
+"""The demonstration: drawn scenes with exactly one correct caption each, and a checkpoint trained on them.
 
-`scenes` needs NumPy and Pillow only; `train` needs torch and transformers and is run once.
+`grammar` and `scenes` need NumPy only. Everything that `train` needs, torch and transformers included, is
+used only to train the checkpoint again.
 """
 
-from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.demo.grammar import Caption, all_captions
+from blip2_actor.demo.scenes import Scenes, SceneSampler, draw
 
-__all__ = ["SceneSampler", "draw"]
+__all__ = ["Caption", "SceneSampler", "Scenes", "all_captions", "draw"]

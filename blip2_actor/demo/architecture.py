@@ -1,6 +1,6 @@
 """The demonstration's model: an ordinary BLIP-2 (ViT, Q-Former, OPT) of two million parameters.
 
-Built from transformers' own classes, so that what is saved is an ordinary checkpoint.
+It is built from transformers' own classes, so that the saved checkpoint is an ordinary one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ VISION_LAYERS = 4
 QFORMER_LAYERS = 2
 TEXT_LAYERS = 2
 MAX_POSITIONS = 192
-"""Longest text the language model takes, image tokens included: room for a prompt and a long answer."""
+"""Maximum length of a text, image tokens included: enough for a prompt and a long answer."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Blip2ForConditionalGeneration:
-    """A fresh model; draws from torch's global generator."""
+    """Build an untrained model; its weights come from torch's global generator."""
     config = Blip2Config(
         vision_config=Blip2VisionConfig(
             hidden_size=WIDTH,
@@ -41,7 +41,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Blip2ForConditionalGenera
             num_attention_heads=NUM_HEADS,
             image_size=IMAGE_SIDE_PX,
             patch_size=PATCH_PX,
-            initializer_range=0.02,  # the default of 1e-10 cannot be trained from scratch
+            initializer_range=0.02,  # with the default of 1e-10, training from scratch fails
         ).to_dict(),
         qformer_config=Blip2QFormerConfig(
             vocab_size=len(tokenizer),
@@ -70,16 +70,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Blip2ForConditionalGenera
         num_query_tokens=NUM_QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
-    # Attention over 65 short rows: on a CPU the plain products train twice as fast as the fused kernel.
+    # Attention over 65 rows: on a CPU, plain matrix products train twice as fast as the fused kernel.
     model = Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager")
     embeddings = model.vision_model.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=(3 * PATCH_PX**2) ** -0.5)
-    with torch.no_grad():  # transformers starts all queries at zero, and they would stay equal
+    with torch.no_grad():  # transformers initializes all queries with zero, and they would stay equal
         model.query_tokens.normal_(std=0.5)
     model.generation_config.max_new_tokens = 30
     return model
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Blip2Processor:
+    """Build the processor that is saved with the checkpoint."""
     side = {"height": IMAGE_SIDE_PX, "width": IMAGE_SIDE_PX}
     return Blip2Processor(BlipImageProcessorPil(size=side), tokenizer, num_query_tokens=NUM_QUERY_TOKENS)

@@ -1,4 +1,4 @@
-"""How good a checkpoint is: captions right word for word, and where the others go wrong."""
+"""The accuracy of a checkpoint: captions that are right word for word, and what is wrong in the others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
-from blip2_actor.demo.scenes import BACKGROUNDS, COLOURS, SHAPES
+from blip2_actor.demo.grammar import BACKGROUNDS, COLORS, SHAPES
 
 _KINDS = {
-    **dict.fromkeys(COLOURS, "colour"),
+    **dict.fromkeys(COLORS, "colour"),
     **dict.fromkeys(SHAPES, "shape"),
     **dict.fromkeys(("above", "left", "right"), "arrangement"),
     **dict.fromkeys(BACKGROUNDS, "background"),
@@ -21,15 +21,15 @@ _KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """Shares between 0 and 1."""
+class CaptionAccuracy:
+    """Fractions between 0 and 1."""
 
     exact: float
-    """Captions right word for word."""
+    """Captions that are right word for word."""
     by_kind: dict[str, float]
-    """Words right at their place: colour, shape, arrangement, background, and other words."""
+    """Words that are right at their position, by kind: colour, shape, arrangement, background, other."""
     wrong: tuple[tuple[str, str], ...]
-    """(caption, truth) of the first twenty that are not."""
+    """(caption, correct caption) of the first twenty wrong captions."""
 
 
 @torch.inference_mode()
@@ -39,7 +39,7 @@ def generate_captions(
     pixel_values: torch.Tensor,
     batch_size: int = 250,
 ) -> list[str]:
-    """Caption greedily with transformers' own `generate`."""
+    """Caption float32[N, 3, S, S] by greedy search with transformers' own `generate`."""
     captions: list[str] = []
     start = model.config.num_query_tokens + 1
     for batch in pixel_values.split(batch_size):
@@ -48,8 +48,8 @@ def generate_captions(
     return captions
 
 
-def score_captions(captions: list[str], truths: list[str]) -> Score:
-    """Compare captions with the truth."""
+def score_captions(captions: list[str], truths: list[str]) -> CaptionAccuracy:
+    """Compare captions with the correct captions."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for caption, truth in zip(captions, truths, strict=True):
@@ -58,7 +58,7 @@ def score_captions(captions: list[str], truths: list[str]) -> Score:
             total[kind] += 1
             right[kind] += said == word
     wrong = [(c, t) for c, t in zip(captions, truths, strict=True) if c != t]
-    return Score(
+    return CaptionAccuracy(
         exact=float(np.mean([c == t for c, t in zip(captions, truths, strict=True)])),
         by_kind={kind: right[kind] / total[kind] for kind in sorted(total)},
         wrong=tuple(wrong[:20]),

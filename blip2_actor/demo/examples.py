@@ -1,7 +1,7 @@
-"""Training examples: scenes as the model will meet them, and what there is to know about each.
+"""Training examples: images of scenes, and labels for everything that the model is to learn about them.
 
-The pictures vary as files do: drawn at several sizes, some through JPEG, all resized bicubically to the
-model's size, with a little noise.
+The images vary as real files do. They are drawn at several sizes, half of them are encoded as JPEG, and all
+are resized bicubically to the model's size and get a little noise.
 """
 
 from __future__ import annotations
@@ -13,43 +13,35 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from blip2_actor.demo.scenes import (
-    ARRANGEMENTS,
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    Caption,
-    Scenes,
-    SceneSampler,
-    Split,
-    draw,
-)
+from blip2_actor.demo.grammar import ARRANGEMENTS, BACKGROUNDS, COLORS, SHAPES, Caption, Split
+from blip2_actor.demo.scenes import Scenes, SceneSampler, draw
 
 IMAGE_SIDE_PX = 64
 PATCH_PX = 8
 NUM_PATCHES = (IMAGE_SIDE_PX // PATCH_PX) ** 2
 DRAWN_SIDES_PX = (64, 64, 80, 96, 128, 192)
-_CHUNK = 500
+_CHUNK_EXAMPLES = 500
+_DRAWN_AT_ONCE = 50
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """N scenes; labels count from 1, and 0 means that there is no such object."""
+    """N scenes. Labels start at 1; 0 means that there is no such object."""
 
     captions: tuple[Caption, ...]
     images: np.ndarray
     """uint8[N, 64, 64, 3]"""
     attributes: np.ndarray
-    """int64[N, 6]: first colour, first shape, second colour, second shape, arrangement, background."""
+    """int64[N, 6]: first color, first shape, second color, second shape, arrangement, background."""
     patches: np.ndarray
-    """int64[N, 64, 3]: colour and shape of the object in whose square the patch's centre lies, and
+    """int64[N, 64, 3]: color and shape of the object whose square contains the center of the patch, and
     whether it is named first (1) or second (2)."""
 
 
 def make_examples(split: Split, seed: int, num_examples: int, num_processes: int = 2) -> Examples:
-    """Draw examples of one split; equal arguments give equal examples, however many processes draw."""
-    sizes = [min(_CHUNK, num_examples - start) for start in range(0, num_examples, _CHUNK)]
+    """Draw examples of one split; equal arguments give equal examples, for any number of processes."""
+    sizes = [min(_CHUNK_EXAMPLES, num_examples - start) for start in range(0, num_examples, _CHUNK_EXAMPLES)]
     jobs = ([split] * len(sizes), [seed * 100_003 + i for i in range(len(sizes))], sizes)
     if num_processes == 1:
         chunks = list(map(_make_chunk, *jobs))
@@ -68,17 +60,16 @@ def _make_chunk(split: Split, seed: int, num_examples: int) -> Examples:
     rng = np.random.default_rng([seed, 1])
     scenes = SceneSampler(split, seed).sample(num_examples)
     images = np.empty((num_examples, IMAGE_SIDE_PX, IMAGE_SIDE_PX, 3), np.uint8)
-    step = 50
-    for start in range(0, num_examples, step):
-        drawn = draw(scenes.slice(start, start + step), int(rng.choice(DRAWN_SIDES_PX)))
+    for start in range(0, num_examples, _DRAWN_AT_ONCE):
+        drawn = draw(scenes.slice(start, start + _DRAWN_AT_ONCE), int(rng.choice(DRAWN_SIDES_PX)))
         for offset, image in enumerate(drawn):
-            images[start + offset] = _as_a_file(image, rng)
+            images[start + offset] = _through_file(image, rng)
     noise = rng.normal(0, rng.uniform(0, 3, (num_examples, 1, 1, 1)), images.shape)
     images = np.clip(images + noise + 0.5, 0, 255).astype(np.uint8)
     return Examples(scenes.captions, images, _attributes(scenes.captions), _patches(scenes))
 
 
-def _as_a_file(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _through_file(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     picture = Image.fromarray(image)
     if rng.random() < 0.5:
         file = io.BytesIO()
@@ -90,13 +81,13 @@ def _as_a_file(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _attributes(captions: tuple[Caption, ...]) -> np.ndarray:
-    colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
+    colors, shapes, backgrounds = list(COLORS), list(SHAPES), list(BACKGROUNDS)
     rows = []
     for caption in captions:
-        row = [colours.index(caption.first[0]) + 1, shapes.index(caption.first[1]) + 1, 0, 0, 0]
+        row = [colors.index(caption.first[0]) + 1, shapes.index(caption.first[1]) + 1, 0, 0, 0]
         if caption.second is not None and caption.arrangement is not None:
             row[2:] = [
-                colours.index(caption.second[0]) + 1,
+                colors.index(caption.second[0]) + 1,
                 shapes.index(caption.second[1]) + 1,
                 ARRANGEMENTS.index(caption.arrangement) + 1,
             ]
@@ -109,12 +100,12 @@ def _patches(scenes: Scenes) -> np.ndarray:
     y, x = np.meshgrid(grid, grid, indexing="ij")
     attributes = _attributes(scenes.captions)
     labels = np.zeros((len(scenes), grid.size**2, 3), np.int64)
-    for slot in range(2):
-        away = np.maximum(
-            np.abs(x.ravel() - scenes.centres[:, slot, :1]), np.abs(y.ravel() - scenes.centres[:, slot, 1:])
+    for index in range(2):
+        distance = np.maximum(
+            np.abs(x.ravel() - scenes.centers[:, index, :1]), np.abs(y.ravel() - scenes.centers[:, index, 1:])
         )
-        inside = away < scenes.sizes[:, slot, None] / 2
+        inside = distance < scenes.sizes[:, index, None] / 2
         for kind in range(2):
-            labels[..., kind] = np.where(inside, attributes[:, slot * 2 + kind, None], labels[..., kind])
-        labels[..., 2][inside] = slot + 1
+            labels[..., kind] = np.where(inside, attributes[:, index * 2 + kind, None], labels[..., kind])
+        labels[..., 2][inside] = index + 1
     return labels

@@ -1,4 +1,4 @@
-"""Put a trained checkpoint in place: ordinary Hugging Face files and the log of how they came to be."""
+"""Save a trained checkpoint: ordinary Hugging Face files, and the log of the training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def save_checkpoint(
     about: dict[str, Any],
     log: list[dict[str, Any]],
 ) -> None:
-    """Replace the folder `output` as a whole: a reader finds the old checkpoint or the new one."""
+    """Replace the folder `output` as a whole, so that a reader finds the old checkpoint or the new one.
+
+    Args:
+        about: options and scores, for `training_log.json`.
+        log: the entries of the log, for `training_log.json` and `training_log.txt`.
+    """
     output = output.resolve()
     new, old = output.with_name(output.name + ".new"), output.with_name(output.name + ".old")
     for folder in (new, old):
@@ -31,7 +36,7 @@ def save_checkpoint(
     model.save_pretrained(new)
     processor = build_processor(tokenizer)
     processor.save_pretrained(new)
-    processor.image_processor.save_pretrained(new)  # preprocessor_config.json, which most tools read
+    processor.image_processor.save_pretrained(new)  # writes preprocessor_config.json, which most tools read
     about = about | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "processor": _processor_name(),
@@ -41,7 +46,7 @@ def save_checkpoint(
     (new / "training_log.json").write_text(json.dumps(about, indent=1) + "\n")
     (new / "training_log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     for file in new.iterdir():
-        file.chmod(0o644)  # safetensors writes files that their owner alone can read
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     if output.exists():
         os.rename(output, old)
     os.rename(new, output)

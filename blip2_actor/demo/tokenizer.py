@@ -1,7 +1,7 @@
-"""A tokenizer for the demonstration: byte-level BPE in which every word of a caption is one token.
+"""The demonstration's tokenizer: byte-level BPE in which every word of a caption is one token.
 
-The merges are not learned but written down: each spells one word from its left, so a word of the grammar
-merges into one token and any other text falls back to bytes. Special tokens stand where OPT has them.
+The merges are not learned. They spell each word of the grammar from its left, so that it becomes one token;
+any other text becomes bytes. The special tokens are where OPT has them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from blip2_actor.demo.scenes import all_captions
+from blip2_actor.demo.grammar import all_captions
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 IMAGE_TOKEN = "<image>"
-_SPACE = "Ġ"  # what byte-level BPE writes for the space before a word
+_SPACE = "Ġ"  # how byte-level BPE writes the space before a word
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Every text begins with `</s>`, as OPT's do; `</s>` also ends a caption."""
+    """Build the tokenizer; `</s>` starts every text, as in OPT, and also ends a caption."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[byte] = len(vocabulary)
@@ -50,9 +50,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _words() -> list[str]:
-    """The grammar's words with their space; those that open a caption come last, without one.
+    """Return the words of the grammar with their space, then those that start a caption, without a space.
 
-    Merges without a space rank last, so that "an" never splits a word such as "orange".
+    The merges of the latter have the lowest rank, so that "an" never splits a word such as "orange".
     """
     inner: dict[str, None] = {}
     opening: dict[str, None] = {}

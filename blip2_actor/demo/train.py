@@ -1,8 +1,9 @@
 """Train the demonstration checkpoint: `python -m blip2_actor.demo.train --output FOLDER`.
 
-Three stages. The vision encoder learns to see alone (which object lies under each patch); Q-Former and
-language model learn to tell from what it sees, computed once; a short last stage trains everything. Runs on
-two CPU cores in bfloat16 autocast; float32 weights are saved, as ordinary Hugging Face files beside a log.
+There are three stages. In "look" the vision encoder learns alone which object is under each patch. In "tell"
+the Q-Former and the language model learn from its output, which is computed once. In "finish", a short stage,
+all parts learn together. Training runs on two CPU cores in bfloat16 autocast; the saved weights are float32,
+in ordinary Hugging Face files next to a log.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from blip2_actor.demo.architecture import WIDTH, build_model
-from blip2_actor.demo.evaluation import Score, generate_captions, score_captions
+from blip2_actor.demo.evaluation import CaptionAccuracy, generate_captions, score_captions
 from blip2_actor.demo.examples import NUM_PATCHES, Examples, make_examples
 from blip2_actor.demo.objectives import Heads, Losses, Objectives, encode_captions, to_pixel_values
 from blip2_actor.demo.saving import save_checkpoint
@@ -35,10 +36,10 @@ logger = logging.getLogger("blip2_actor.demo.train")
 
 
 class Training:
-    """One run: data, model, heads, and the log that is saved with the checkpoint.
+    """One training run: data, model, heads, and the log that is saved with the checkpoint.
 
-    Built once, then forked into workers of one thread each: on few and busy cores, processes that meet once
-    a step train faster than threads that meet in every product.
+    It is created once and then forked into workers of one thread each. On few and busy cores, processes that
+    synchronize once per step train faster than threads that synchronize in every matrix product.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -55,27 +56,31 @@ class Training:
         self.patches = torch.from_numpy(self.examples.patches)
         self.attributes = torch.from_numpy(self.examples.attributes)
         self.input_ids = encode_captions(self.tokenizer, self.examples)
-        self.checked = {split: make_examples(split, args.seed + 2, 500) for split in ("held_out", "unseen")}
-        # Filled after the first stage, by all workers: what the vision encoder makes of every example.
-        self.seen = torch.empty(args.examples, NUM_PATCHES + 1, WIDTH, dtype=torch.bfloat16).share_memory_()
+        self.test_examples = {
+            split: make_examples(split, args.seed + 2, 500) for split in ("held_out", "unseen")
+        }
+        # Output of the vision encoder for every example; all workers fill it after the first stage.
+        self.vision_output = torch.empty(
+            args.examples, NUM_PATCHES + 1, WIDTH, dtype=torch.bfloat16
+        ).share_memory_()
         self._note("examples drawn", examples=args.examples)
 
     def run(self, rank: int = 0, rendezvous: str = "") -> None:
-        """Train as one of `workers` processes that average their gradients; the first one also saves."""
+        """Train as one of `workers` processes, which average their gradients; the first one also saves."""
         args, model = self.args, self.model
         self.rank = rank
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers)
         self._stage("look", args.look_steps, args.look_rate, [model.vision_model], self._look)
-        self._see_all()
+        self._encode_all()
         language = [model.qformer, model.language_projection, model.language_model]
         self._stage("tell", args.tell_steps, args.tell_rate, language, self._tell, [model.query_tokens])
         self._stage("finish", args.finish_steps, args.finish_rate, [model], self._finish)
         dist.destroy_process_group()
 
     def save(self) -> None:
-        """Score the model and replace the checkpoint."""
-        scores = {name: self._score(examples) for name, examples in self.checked.items()}
+        """Measure the accuracy of the model and replace the checkpoint."""
+        scores = {name: self._score(examples) for name, examples in self.test_examples.items()}
         for name, score in scores.items():
             self._note(f"score {name}", exact=score.exact, **score.by_kind)
         about = {
@@ -121,7 +126,9 @@ class Training:
         return self.objectives.look(self._pixels(chosen), self.patches[chosen], self.attributes[chosen])
 
     def _tell(self, chosen: np.ndarray) -> Losses:
-        return self.objectives.tell(self.seen[chosen], self.input_ids[chosen], self.attributes[chosen])
+        return self.objectives.tell(
+            self.vision_output[chosen], self.input_ids[chosen], self.attributes[chosen]
+        )
 
     def _finish(self, chosen: np.ndarray) -> Losses:
         return self.objectives.finish(
@@ -140,15 +147,15 @@ class Training:
             gradient.copy_(mean.view_as(gradient))
 
     @torch.no_grad()
-    def _see_all(self) -> None:
-        for chosen in torch.arange(self.rank, len(self.seen), self.args.workers).split(200):
+    def _encode_all(self) -> None:
+        for chosen in torch.arange(self.rank, len(self.vision_output), self.args.workers).split(200):
             with torch.autocast("cpu", torch.bfloat16):
                 out = self.model.vision_model(self._pixels(chosen.numpy()))
-            self.seen[chosen] = out.last_hidden_state.bfloat16()
+            self.vision_output[chosen] = out.last_hidden_state.bfloat16()
         dist.barrier()
         self._note("examples seen")
 
-    def _score(self, examples: Examples) -> Score:
+    def _score(self, examples: Examples) -> CaptionAccuracy:
         self.model.eval()
         captions = generate_captions(self.model, self.tokenizer, to_pixel_values(examples.images))
         self.model.train()
@@ -162,7 +169,7 @@ class Training:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Warm up over 150 steps, hold until half, then fall linearly to zero."""
+    """Return the factor of the learning rate: 150 steps of warm-up, constant until half, then linear to 0."""
     return min(1.0, (step + 1) / 150, 2 * (1 - step / steps))
 
 
@@ -174,23 +181,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that becomes the checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; it is replaced")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--examples", type=int, default=40_000, help="scenes drawn for training")
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, of one thread each")
+    parser.add_argument("--examples", type=int, default=40_000, help="number of scenes drawn for training")
+    parser.add_argument("--batch", type=int, default=96, help="examples per step, of all processes together")
     for stage, steps, rate in (("look", 1000, 2e-3), ("tell", 3000, 1e-3), ("finish", 900, 8e-4)):
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
-        parser.add_argument(f"--{stage}-rate", type=float, default=rate, help="highest learning rate")
-    parser.add_argument("--save-every", type=int, default=600, help="steps between checkpoints")
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"steps of the stage {stage}")
+        parser.add_argument(f"--{stage}-rate", type=float, default=rate, help="its maximum learning rate")
+    parser.add_argument("--save-every", type=int, default=600, help="number of steps between checkpoints")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     training = Training(args)
     with tempfile.TemporaryDirectory() as folder:
-        meeting = os.path.join(folder, "rendezvous")
-        # Forked, so that the workers share the examples.
-        mp.start_processes(training.run, (meeting,), nprocs=args.workers, start_method="fork")
+        rendezvous = os.path.join(folder, "rendezvous")
+        # The workers are forked, so that they share the examples.
+        mp.start_processes(training.run, (rendezvous,), nprocs=args.workers, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Decode steps replayed from recordings (CUDA graphs).
+"""Decode steps replayed as CUDA graphs.
 
-A step over 32 layers is some 500 kernels of a few microseconds each: launching them one by one takes a GPU's
-host longer than the GPU takes to run them. A recording is launched as one, but it fixes every shape and
-every address. So a step that is to be replayed reads and writes buffers that stay where they are, and comes
-in few shapes: rows and reach are rounded up.
+A step over 32 layers is about 500 kernels of a few microseconds each. To launch them one by one takes the
+host longer than the GPU needs to run them. A graph is launched as one, but it fixes every shape and every
+address. So a step that is to be replayed reads and writes buffers that never move, and comes in few shapes:
+the number of rows and `kv_len` are rounded up.
 
-The rows behind the running texts belong to free slots. Each appends token 0 at its slot's first position,
-which the next prefill into that slot overwrites, and sees that position alone, so that nothing is divided
-by zero; what comes out of it is not looked at.
+The rows after those of the running texts belong to free slots. Each of them appends token 0 at the first
+position of its slot, which the next prefill into this slot overwrites, and attends to this position alone, so
+that nothing is divided by zero. Their logits are ignored.
 """
 
 from __future__ import annotations
@@ -27,35 +27,37 @@ from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 logger = logging.getLogger(__name__)
 
 Step = Callable[[], None]
-"""Does the same work on the same buffers whenever it is called."""
+"""Does the same work on the same buffers each time it is called."""
 
 ROWS_STEP = 32
-"""Rows are rounded up to powers of two, and above this to its multiples: idle rows cost memory traffic."""
+"""Rows are rounded up to powers of two up to this number, and to its multiples above, because idle rows cost
+memory traffic."""
 KV_LEN_STEP = 16
-"""Reach is rounded up to multiples of this, or to the slots' own length where that is nearer."""
+"""`kv_len` is rounded up to multiples of this, or to the length of the slots if that is less."""
 MAX_GRAPHS = 64
-"""Each holds some MB of the driver's memory; beyond this goes what was not replayed for longest."""
+"""Each graph holds some MB of the driver's memory; beyond this number, the least recently used one is
+dropped."""
 
 
 class StepCapturer(Protocol):
-    """Makes steps repeatable at little cost."""
+    """Makes steps cheap to repeat."""
 
     def capture(self, step: Step) -> Step:
-        """What repeats `step`, which may run meanwhile.
+        """Return a step that repeats `step`; `step` may run while it is captured.
 
         Raises:
-            OutOfMemoryError: memory does not suffice to record it; to run it, it may.
-            RuntimeError: nothing can be recorded here.
+            OutOfMemoryError: memory does not suffice to capture it; it may still suffice to run it.
+            RuntimeError: steps cannot be captured here.
         """
         ...
 
     def forget(self) -> None:
-        """All recordings are gone: their memory may go too."""
+        """Release memory, because all captured steps are gone."""
         ...
 
 
 class EagerRunner:
-    """Records nothing and runs the step again: the shapes and buffers of a recording on any device."""
+    """Captures nothing and runs the step itself: the shapes and buffers of a graph, on any device."""
 
     def capture(self, step: Step) -> Step:
         return step
@@ -65,30 +67,32 @@ class EagerRunner:
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs that share their working memory, since they never run side by side."""
+    """Captures steps as CUDA graphs. They share their working memory, because they never run at the same
+    time."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        """Always the same one: cuBLAS keeps a workspace for each."""
+        """One stream for all graphs: cuBLAS keeps a workspace per stream."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Step) -> Step:
-        """Run the step once, then record it, on a stream of its own.
+        """Run the step once, then capture it, on a stream of its own.
 
-        Other threads may use the device meanwhile (another engine's), so only what this thread does must be
-        fit to be recorded. `torch.cuda.graph` is not used because it gives
-        back all cached memory, which the next batch of images would have to ask the driver for again.
+        Other threads, such as those of another engine, may use the device at the same time. So the capture
+        mode is "thread_local": only what this thread does must be allowed during a capture.
+        `torch.cuda.graph` is not used, because it gives back all cached memory, which the next batch of
+        images would have to request from the driver again.
         """
         graph = torch.cuda.CUDAGraph()
         caller = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(caller)
         try:
             with torch.cuda.stream(self._stream):
-                step()  # what is made once and kept, workspaces say, must not become part of the recording
+                step()  # allocations that are kept, such as workspaces, must not become part of the graph
                 try:
                     self._capture(graph, step)
                 except BaseException:
-                    self.forget()  # nothing else may have been in the pool
+                    self.forget()  # the pool may have held nothing else
                     raise
         finally:
             caller.wait_stream(self._stream)
@@ -99,34 +103,34 @@ class CudaGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             step()
         except BaseException:
-            with suppress(RuntimeError):  # a broken recording; the first error says why
+            with suppress(RuntimeError):  # the capture is broken; the first error says why
                 self._end(graph)
             raise
         self._end(graph)
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A recording that fails to end would leave the allocator taking memory from its pool."""
+        """End a capture. If that fails, stop the allocator from taking memory from the graph's pool."""
         try:
             graph.capture_end()
         except BaseException:
-            with suppress(RuntimeError):  # it may have come as far as that
+            with suppress(RuntimeError):  # `capture_end` may have done this before it failed
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
             raise
 
     def forget(self) -> None:
-        """A pool whose last graph is gone cannot be used again."""
+        """Start a new pool: a pool whose last graph is gone cannot be used again."""
         self._pool = torch.cuda.graph_pool_handle()
 
 
 def capturer_for(device: torch.device, is_wanted: bool) -> StepCapturer | None:
-    """How decode steps are recorded; None where that gains nothing, or weights move between devices."""
+    """Return what captures decode steps; None if this is not wanted, or gains nothing on this device."""
     if device.type != "cuda" or not is_wanted:
         return None
     return CudaGraphs(device)
 
 
 class Buffers:
-    """What recorded steps read and write: where it is never changes."""
+    """What captured steps read and write; these tensors never move."""
 
     def __init__(self, language_model: LanguageModel, num_slots: int, device: torch.device) -> None:
         head = language_model.lm_head
@@ -137,7 +141,10 @@ class Buffers:
 
 
 class DecodeReplay:
-    """The decode steps of one language model in a few fixed shapes, each recorded when it comes again."""
+    """The decode steps of one language model in a few fixed shapes.
+
+    A shape is captured when it comes for the second time.
+    """
 
     def __init__(self, language_model: LanguageModel, capturer: StepCapturer, device: torch.device) -> None:
         self._language_model = language_model
@@ -148,9 +155,13 @@ class DecodeReplay:
         self._graphs: dict[Hashable, Step] = {}
 
     def decode(self, token_ids: list[int], lengths: list[int], slots: KVCacheProtocol) -> Tensor:
-        """Append one token to each of the first slots; float[R, V], valid until the next step.
+        """Append one token to each of the first slots.
 
-        A shape that comes for the first time may never come again, and recording it costs some ten steps.
+        The first step of a shape runs eagerly: the shape may never come again, and to capture it costs as
+        much as about ten steps.
+
+        Returns:
+            float[R, V], valid until the next step.
         """
         if self._buffers is None:
             self._buffers = Buffers(self._language_model, slots.num_slots, self._device)
@@ -164,21 +175,22 @@ class DecodeReplay:
             step()
         else:
             replay = self._graphs.pop(shape, None) or self._capture_or_run(step)
-            self._graphs[shape] = replay  # behind all others: they stand in the order of use
+            self._graphs[shape] = replay  # last, because the graphs are in the order of their use
             if len(self._graphs) > MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             replay()
         return self._buffers.logits[: len(token_ids)]
 
     def forget(self) -> None:
-        """Throw everything away, because the slots are about to move."""
+        """Drop all graphs and buffers, because the slots are about to move."""
         self._buffers = None
         self._seen.clear()
         self._graphs.clear()
         self._capturer.forget()
 
     def _upload(self, buffers: Buffers, token_ids: list[int], lengths: list[int], rows: int) -> None:
-        """The last step's upload is over: its logits have been looked at."""
+        """Bring the inputs to the device. The last upload is over, because its step's logits have been
+        read."""
         idle = [0] * (rows - len(token_ids))
         buffers.staged[:, :rows] = torch.tensor([token_ids + idle, lengths + idle])
         buffers.inputs.copy_(buffers.staged, non_blocking=True)
@@ -188,30 +200,30 @@ class DecodeReplay:
         buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, kv_len)
 
     def _capture_or_run(self, step: Step) -> Step:
-        """What repeats the step: itself, where memory does not suffice to record it.
+        """Return the captured step, or the step itself if memory does not suffice to capture it.
 
-        Where no step can be recorded, that is found out and said once.
+        If steps cannot be captured here at all, log this once and capture none from then on.
         """
         capturer = self._capturer
         try:
-            found = catch_out_of_memory(lambda: capturer.capture(step))
-            if isinstance(found, OutOfMemory):
-                torch.cuda.empty_cache()  # a recording's own allocations do not give back what is cached
-                found = catch_out_of_memory(lambda: capturer.capture(step))
+            captured = catch_out_of_memory(lambda: capturer.capture(step))
+            if isinstance(captured, OutOfMemory):
+                torch.cuda.empty_cache()  # allocations during a capture do not give back cached memory
+                captured = catch_out_of_memory(lambda: capturer.capture(step))
         except RuntimeError as error:
-            logger.warning("Decode steps run kernel by kernel, they could not be recorded: %s", error)
+            logger.warning("Decode steps could not be captured and run kernel by kernel: %s", error)
             self._capturer = EagerRunner()
             return step
-        if isinstance(found, OutOfMemory):
+        if isinstance(captured, OutOfMemory):
             logger.warning(
-                "Out of memory: a decode step runs kernel by kernel, not recorded: %s", found.reason
+                "Out of memory: a decode step was not captured and runs kernel by kernel: %s", captured.reason
             )
             return step
-        return found
+        return captured
 
 
 def round_rows(count: int) -> int:
-    """How many rows a step of `count` running texts has."""
+    """Return how many rows a step of `count` slots has."""
     if count <= ROWS_STEP:
         return 1 << (count - 1).bit_length()
     return -(-count // ROWS_STEP) * ROWS_STEP

@@ -1,4 +1,4 @@
-"""The vision encoder, the Q-Former and the projection in one pass, compiled where that is asked for."""
+"""The vision encoder, the Q-Former and the projection in one pass, compiled on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """What one pass makes of a batch of images."""
+    """What one pass computes of a batch of images."""
 
     image_embeds: Tensor
     """float[B, P, Dv]."""
@@ -27,13 +27,17 @@ class Encoded(NamedTuple):
 
 
 class Encoders:
-    """One model's encoders. Only full batches are compiled: one shape is one minute of compiling, and to
-    fill a batch up would make a single image wait for a whole one."""
+    """The encoders of one model.
+
+    Only full batches run compiled. Compiling takes a minute per shape, and padding a batch would make a
+    single image as slow as a full batch.
+    """
 
     def __init__(self, model: Blip2, compiled_batch: int | None) -> None:
         """
         Args:
-            compiled_batch: compile for batches of exactly this size, at the first of them; None never does.
+            compiled_batch: compile for batches of exactly this size, when the first one comes; None never
+                compiles.
         """
         self.compiled_batch = compiled_batch
         self._model = model
@@ -42,15 +46,15 @@ class Encoders:
             self._compiled = torch.compile(self._run, dynamic=False, fullgraph=True)
 
     def __call__(self, images: Tensor) -> Encoded:
-        """uint8[B, S, S, 3] -> what `Encoded` lists."""
+        """Encode uint8[B, S, S, 3]."""
         if len(images) != self.compiled_batch:
             return Encoded(*self._run(images))
         try:
             return Encoded(*self._compiled(images))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler or a driver that is missing or too old: of any class
-            logger.warning("The encoders run uncompiled, they could not be compiled: %r", error)
+        except Exception as error:  # a missing or old compiler or driver raises errors of any class
+            logger.warning("The encoders could not be compiled and run uncompiled: %r", error)
             self.compiled_batch = None
             return self(images)
 

@@ -1,4 +1,4 @@
-"""From what a caller hands over to what the scheduler works on; the place where requests are refused."""
+"""From what a caller hands over to what the scheduler works on; this is where requests are refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_room, require_something
-from blip2_actor.engine.memory import longest_slot, longest_text
-from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
+from blip2_actor.engine.model_runner import TextToScore
+from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.models.blip2 import Blip2
@@ -18,21 +21,17 @@ from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
 
 
-class RequestRefused(ValueError):
-    """A request that cannot be served; its status and why."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
-    """uint8[S, S, 3] of an image; raises Refusal where it cannot be read, or is another engine's own."""
+    """Return an image as uint8[S, S, 3].
+
+    Raises:
+        RequestRefused: the image cannot be read, or belongs to another engine.
+    """
     if isinstance(image, EncodedImage):
         raise RequestRefused(
             Status.REFUSED,
-            "image must be bytes, an array or a PIL image, got what another engine made of one; give the "
-            "image itself",
+            "image must be bytes, an array or a PIL image, got an image of another engine; give the image "
+            "itself",
         )
     if isinstance(image, bytes):
         decoded = decode_image(image, size_px)
@@ -46,30 +45,43 @@ def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
 
 
 class InputProcessor:
-    """Runs in the caller's thread: images to pixels, prompts to ids, options to searches."""
+    """Turns images into pixels, prompts into ids, and options into searches; runs in the caller's thread."""
 
     def __init__(self, model: Blip2, prompts: PromptTokenizer, image_size_px: int, max_slots: int) -> None:
         self.model = model
-        self.max_positions = longest_text(model)
-        """Of a text that is only read."""
-        self.max_slot_positions = longest_slot(model, max_slots)
-        """Of one that is written: all slots become as long as it is."""
+        self.max_positions_read = max_positions_read(model)
+        """Maximum length of a text that is only read."""
+        self.max_positions_in_slots = max_positions_in_slots(model, max_slots)
+        """Maximum length of a text that is generated: all slots become as long as the longest text."""
         self.prompts = prompts
         self.image_size_px = image_size_px
         self.max_slots = max_slots
-        self._maker = object()
-        """Not this itself: an image that is held must not hold the model."""
+        self._owner = object()
+        """Marks this engine's images. It is not `self`, because an image that is held must not hold the
+        model."""
 
     def image(self, image: ImageLike) -> EncodedImage:
-        """Raises Refusal where the image cannot be read, or is another engine's."""
-        if isinstance(image, EncodedImage) and image.maker is self._maker:
-            return image
-        return EncodedImage(to_pixels(image, self.image_size_px), self._maker)
+        """Return an image that several requests can share.
 
-    def job(
+        Raises:
+            RequestRefused: the image cannot be read, or belongs to another engine.
+        """
+        if isinstance(image, EncodedImage) and image.owner is self._owner:
+            return image
+        return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+
+    def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
     ) -> RequestState:
-        """Raises Refusal where the image or the prompt cannot be served."""
+        """Prepare a request for the scheduler.
+
+        Args:
+            options: used if the request has none of its own.
+            on_text: called with the whole text so far after each token.
+
+        Raises:
+            RequestRefused: the image or the prompt cannot be served.
+        """
         options = request.options or options
         image = self.image(request.image)
         try:
@@ -77,40 +89,40 @@ class InputProcessor:
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
-        context = self.model.prefix_ids(prompt_ids)
+        prefix_ids = self.model.prefix_ids(prompt_ids)
 
         def make_searches() -> Searches:
             if options.num_beams > 1:
-                return [BeamSearch(options, context, self.prompts)]
+                return [BeamSearch(options, prefix_ids, self.prompts)]
             on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
-            return [TextSearch(options, context, self.prompts, seed, on_token) for seed in seeds]
+            return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
 
         return RequestState(image, prompt_ids, options, make_searches)
 
-    def text(
+    def text_to_score(
         self, image: EncodedImage, prompt: str | None, text: str
-    ) -> tuple[EncodedImage, list[int], list[int]] | RequestRefused:
-        """Image, prompt ids and text ids of one text to score; or why it cannot be scored."""
+    ) -> TextToScore | RequestRefused:
+        """Return the ids of a prompt and of a text to score; or why the text cannot be scored."""
         try:
             prompt_ids, text_ids = self.prompts.encode(prompt), self.prompts.encode_text(text)
             num_tokens = len(prompt_ids) + len(text_ids)
-            self._check_length(num_tokens, "prompt and text together", self.max_positions)
+            self._check_length(num_tokens, "prompt and text together", self.max_positions_read)
         except RequestRefused as refusal:
             return refusal
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))
         return image, prompt_ids, text_ids
 
-    def text_alone(self, text: str) -> list[int] | RequestRefused:
-        """Ids of a text that no image stands before; or why it cannot be read."""
+    def text_without_image(self, text: str) -> list[int] | RequestRefused:
+        """Return the ids of a text without an image; or why it cannot be read."""
         try:
-            require_something(text)
+            require_non_empty(text)
             token_ids = self.prompts.encode(text)
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))
-        limit = self.max_positions
+        limit = self.max_positions_read
         if len(token_ids) > limit:
             return RequestRefused(
                 Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
@@ -118,16 +130,17 @@ class InputProcessor:
         return token_ids
 
     def _check_length(self, num_tokens: int, what: str, limit: int) -> None:
-        """Raises Refusal where queries and `num_tokens` exceed the positions of the model or of memory."""
+        """Raise `RequestRefused` if the queries and `num_tokens` exceed the positions of the model or of
+        memory."""
         try:
             require_room(num_tokens, what, limit, self.model.config.num_query_tokens)
         except ValueError as error:
-            remedy = ", or lower max_slots" if limit < self.max_positions else ""
+            remedy = ", or lower max_slots" if limit < self.max_positions_read else ""
             raise RequestRefused(Status.REFUSED, f"{error}{remedy}") from error
 
     def _check_room(self, prompt_ids: list[int], options: GenerationOptions) -> None:
         num_tokens = len(prompt_ids) + options.max_new_tokens
-        self._check_length(num_tokens, "prompt and max_new_tokens together", self.max_slot_positions)
+        self._check_length(num_tokens, "prompt and max_new_tokens together", self.max_positions_in_slots)
         num_slots = max(options.num_beams, options.num_return_sequences)
         if num_slots > self.max_slots:
             raise RequestRefused(
@@ -146,7 +159,10 @@ class InputProcessor:
 
 
 def stable_text(text: str, stop: Sequence[str]) -> str:
-    """The part of a growing text that later tokens will not change: no cut character, no begun stop text."""
+    """Return the part of a growing text that later tokens will not change.
+
+    An incomplete character at the end, and the beginning of a stop text, are left out.
+    """
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)].rstrip()

@@ -1,7 +1,7 @@
 """Image-text matching and contrastive search with a retrieval checkpoint: an engine of its own.
 
-No text is generated, so there are no slots: each call is cut into batches that one thread computes.
-Callers of several threads take turns.
+It generates no text, so there are no slots. Each call is cut into batches, and one thread computes them.
+Calls from several threads take turns.
 """
 
 from __future__ import annotations
@@ -18,27 +18,40 @@ from transformers import AutoTokenizer
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
-from blip2_actor.checkpoints.tokenizer import require_known, require_something
+from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
-from blip2_actor.device import prepare_device, resolve_device, resolve_dtype
-from blip2_actor.engine.input_processor import RequestRefused, to_pixels
+from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
+from blip2_actor.engine.input_processor import to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
-from blip2_actor.engine.request_state import NO_NUMBERS
+from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.engine.request_state import NOT_FINITE
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
 from blip2_actor.status import Status
 from blip2_actor.transfer import ids_to_device, to_device
 
+ImageWithTexts = tuple[np.ndarray, list[list[int]]]
+"""uint8[S, S, 3], and the token ids of each of its texts."""
+
 
 class MatchingEngine:
-    """A loaded retrieval model. Close it, or use it as a context manager."""
+    """A loaded retrieval model. Close it, or use it as a context manager.
+
+    Example:
+        >>> engine = MatchingConfig(model=retrieval_folder, device="cpu", dtype="float32").build()
+        >>> match = engine.score([picture], ["a dog"])[0]
+        >>> image, text = engine.image_embeddings([picture])[0], engine.text_embeddings(["a dog"])[0]
+        >>> abs(float((image.vectors @ text.vectors.T).max()) - match.itc) < 1e-3
+        True
+        >>> engine.close()
+    """
 
     def __init__(self, config: MatchingConfig) -> None:
         """Load the weights.
 
         Raises:
-            ValueError: the configuration or the checkpoint cannot be run; the field is named.
+            ValueError: the configuration or the checkpoint cannot be run; the message names the field.
             OSError: the checkpoint cannot be found or read.
         """
         self.config = config
@@ -51,10 +64,10 @@ class MatchingEngine:
             raise
 
     def _load(self) -> None:
-        """On the thread that computes: each thread that does has a pool of OpenMP threads of its own."""
+        """Load in the thread that computes, because each computing thread has OpenMP threads of its own."""
         config = self.config
         if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+            set_num_threads(config.num_threads)
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
@@ -64,50 +77,50 @@ class MatchingEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         self.image_size_px: int = self.model.config.vision_config.image_size
         size = full_encode_batch(self.model.config.vision_config, device)
-        self._image_batches, self._text_batches = (
-            ShrinkingBatches(size, "images"),
-            ShrinkingBatches(size, "texts"),
-        )
+        self._image_batches = ShrinkingBatches(size, "images")
+        self._text_batches = ShrinkingBatches(size, "texts")
 
-    def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Match]:
-        """How well each text fits its image, in order; a bad image or text is an entry with a status.
+    # In the caller's thread -----------------------------------------------------------------------------
+
+    def score(self, images: Sequence[ImageLike] | np.ndarray, texts: Sequence[str]) -> list[Match]:
+        """Return how well each text fits its image, in order; a bad image or text is an entry with a status.
 
         An image that is given several times, as the same object, is decoded and encoded once.
         """
         if len(images) != len(texts):
             raise ValueError(f"texts must be one per image ({len(images)}), got {len(texts)}")
-        found: list[Match | None] = []
-        asked: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
+        results: list[Match | None] = []
+        by_image: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
         for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):
             ids = self._token_ids(text)
             refusal = next((x for x in (pixels, ids) if isinstance(x, RequestRefused)), None)
-            found.append(None if refusal is None else Match(status=refusal.status, error=str(refusal)))
+            results.append(None if refusal is None else Match(status=refusal.status, error=str(refusal)))
             if not isinstance(pixels, RequestRefused) and not isinstance(ids, RequestRefused):
-                _, ids_of_image, rows = asked.setdefault(id(pixels), (pixels, [], []))
+                _, ids_of_image, rows = by_image.setdefault(id(pixels), (pixels, [], []))
                 ids_of_image.append(ids)
                 rows.append(row)
-        by_image = [(pixels, ids) for pixels, ids, _ in asked.values()]
-        scored = self._run(self._image_batches, self._score, by_image)
-        for (_, _, rows), matches in zip(asked.values(), scored, strict=True):
+        images_with_texts = [(pixels, ids) for pixels, ids, _ in by_image.values()]
+        scored = self._run(self._image_batches, self._score, images_with_texts)
+        for (_, _, rows), matches in zip(by_image.values(), scored, strict=True):
             for row, match in zip(rows, matches, strict=True):
-                found[row] = match
-        return [match for match in found if match is not None]
+                results[row] = match
+        return [match for match in results if match is not None]
 
-    def image_embeddings(self, images: Sequence[ImageLike]) -> list[Embedding]:
-        """Unit vectors of images, one per query; a bad image is an entry with a status."""
+    def image_embeddings(self, images: Sequence[ImageLike] | np.ndarray) -> list[Embedding]:
+        """Return unit vectors of images, one per query; a bad image is an entry with a status."""
         return self._embed(self._image_batches, self._embed_images, self._pixels(images))
 
     def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
-        """Unit vectors of texts; one that is empty or too long is an entry with a status."""
+        """Return unit vectors of texts; a text that is empty or too long is an entry with a status."""
         token_ids = [self._token_ids(text) for text in texts]
         return self._embed(self._text_batches, self._embed_texts, token_ids)
 
     def stats(self) -> EngineStats:
-        """Images encoded and seconds worked since the start."""
+        """Return the images encoded and the seconds worked since the start."""
         return EngineStats(num_images_encoded=self._num_images, busy_s=self._busy_s)
 
     def close(self) -> None:
-        """Finish what was begun, refuse what comes."""
+        """Finish what was begun, and refuse everything else."""
         self._thread.shutdown()
 
     def __enter__(self) -> MatchingEngine:
@@ -116,11 +129,9 @@ class MatchingEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # In the caller's thread -----------------------------------------------------------------------------
-
-    def _pixels(self, images: Sequence[ImageLike]) -> list[np.ndarray | RequestRefused]:
-        """uint8[S, S, 3] of each image; the same object where the image is the same object."""
-        images = list(images)  # a stack of arrays makes its items anew at each pass, under the same ids
+    def _pixels(self, images: Sequence[ImageLike] | np.ndarray) -> list[np.ndarray | RequestRefused]:
+        """Return uint8[S, S, 3] of each image; one object for all entries that are the same object."""
+        images = list(images)  # each pass over a stack of arrays makes new objects, which may reuse ids
         known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:
@@ -131,11 +142,12 @@ class MatchingEngine:
         return [known[id(image)] for image in images]
 
     def _token_ids(self, text: str) -> list[int] | RequestRefused:
-        """Ids as the reference's processor makes them, special tokens included, image tokens not."""
+        """Return ids as the reference's processor makes them, with special tokens but without image
+        tokens."""
         try:
-            token_ids: list[int] = self.tokenizer(require_something(text)).input_ids
-            known = self.model.word_embeddings.num_embeddings
-            require_known(token_ids, known, self.model.config.image_token_index)
+            token_ids: list[int] = self.tokenizer(require_non_empty(text)).input_ids
+            vocab_size = self.model.word_embeddings.num_embeddings
+            require_known_tokens(token_ids, vocab_size, self.model.config.image_token_index)
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))
         limit = self.model.position_embeddings.num_embeddings
@@ -149,14 +161,14 @@ class MatchingEngine:
         self,
         batches: ShrinkingBatches,
         embed: Callable[[list[ItemT]], list[np.ndarray]],
-        asked: list[ItemT | RequestRefused],
+        items: list[ItemT | RequestRefused],
     ) -> list[Embedding]:
-        vectors = iter(self._run(batches, embed, [x for x in asked if not isinstance(x, RequestRefused)]))
+        vectors = iter(self._run(batches, embed, [x for x in items if not isinstance(x, RequestRefused)]))
         return [
             Embedding(status=x.status, error=str(x))
             if isinstance(x, RequestRefused)
             else Embedding(vectors=next(vectors))
-            for x in asked
+            for x in items
         ]
 
     def _run(
@@ -172,29 +184,29 @@ class MatchingEngine:
     ) -> list[ResultT]:
         started = time.perf_counter()
         try:
-            found = batches.run(work, items)
+            results = batches.run(work, items)
         finally:
             self._busy_s += time.perf_counter() - started
         if batches is self._image_batches:
             self._num_images += len(items)
-        return found
+        return results
 
-    def _score(self, asked: list[tuple[np.ndarray, list[list[int]]]]) -> list[list[Match]]:
-        """Images with all their texts."""
-        image_embeds = self._encode([pixels for pixels, _ in asked])
+    def _score(self, images: list[ImageWithTexts]) -> list[list[Match]]:
+        """Score each image with all its texts."""
+        image_embeds = self._encode([pixels for pixels, _ in images])
         image_vectors = self.model.image_embeddings(image_embeds).float()
 
-        def match(rows: list[tuple[int, list[int]]]) -> list[Match]:
-            indices = to_device([index for index, _ in rows], image_embeds.device)
-            texts = self._tensors([ids for _, ids in rows])
+        def match(pairs: list[tuple[int, list[int]]]) -> list[Match]:
+            indices = to_device([index for index, _ in pairs], image_embeds.device)
+            texts = self._tensors([ids for _, ids in pairs])
             itm = self.model.matching_logits(image_embeds[indices], texts).float().softmax(dim=-1)[:, 1]
             text_vectors = self.model.text_embeddings(texts).float()
             itc = self.model.contrastive_scores(image_vectors[indices], text_vectors)
-            return [_match(p, c) for p, c in torch.stack([itm, itc], dim=1).tolist()]
+            return [_match(*scores) for scores in torch.stack([itm, itc], dim=1).tolist()]
 
-        rows = [(index, ids) for index, (_, texts) in enumerate(asked) for ids in texts]
-        matches = iter(self._text_batches.run(match, rows))
-        return [[next(matches) for _ in texts] for _, texts in asked]
+        pairs = [(index, ids) for index, (_, texts) in enumerate(images) for ids in texts]
+        matches = iter(self._text_batches.run(match, pairs))
+        return [[next(matches) for _ in texts] for _, texts in images]
 
     def _embed_images(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
         return list(self.model.image_embeddings(self._encode(pixels)).float().cpu().numpy())
@@ -203,7 +215,7 @@ class MatchingEngine:
         return list(self.model.text_embeddings(self._tensors(token_ids))[:, None].float().cpu().numpy())
 
     def _encode(self, pixels: list[np.ndarray]) -> Tensor:
-        """uint8[S, S, 3] each -> float[B, P, Dv]."""
+        """Run uint8[S, S, 3] each through the vision encoder; float[B, P, Dv]."""
         images = torch.from_numpy(np.stack(pixels)).to(self.model.query_tokens.device)
         return self.model.image_features(self.model.normalizer(images, self.model.dtype))
 
@@ -213,5 +225,5 @@ class MatchingEngine:
 
 def _match(itm: float, itc: float) -> Match:
     if not (math.isfinite(itm) and math.isfinite(itc)):
-        return Match(status=Status.FAILED, error=NO_NUMBERS)
+        return Match(status=Status.FAILED, error=NOT_FINITE)
     return Match(itm=itm, itc=itc)

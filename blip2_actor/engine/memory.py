@@ -1,9 +1,9 @@
-"""How many texts and images at once: what is worth having, and what fits into free memory.
+"""How many texts and images at once: what is fast, and what fits into free memory.
 
-A decode step reads all weights once whatever the number of its rows, so many slots are wanted; a pass of the
-vision encoder gains nothing beyond the size that fills the device. Both give way where memory is short: on
-a CPU a machine that swaps is slower than any small batch, on a GPU the engine would only find out by
-running out of memory, and halve.
+A decode step reads all weights once, whatever its number of rows, so many slots are wanted. A pass of the
+vision encoder gains nothing beyond the size that fills the device. Both are reduced if memory is short. On a
+CPU, a machine that swaps is slower than any small batch. On a GPU, the engine would otherwise run out of
+memory first, and then halve its limits.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from transformers import Blip2VisionConfig
 from blip2_actor.models.blip2 import Blip2
 
 MAX_SLOTS_CUDA = 512
-"""Where decoding a 2.7 B model in bfloat16 turns from reading weights to computing (about 360 rows on an
-H200, by arithmetic)."""
+"""Beyond about 360 rows (by arithmetic, for an H200), a decode step of a 2.7 B model in bfloat16 is limited
+by computing, no longer by reading weights."""
 MIN_SLOTS_CPU = 128
 MIN_ENCODE_BATCH = {"cpu": 8, "cuda": 64}
 MAX_ENCODE_BATCH = 128
 ENCODE_BATCH_ELEMENTS = 1 << 18
-"""Image tokens times width that are worth one pass: small models take more images."""
+"""Image tokens times width that fill one pass: small models take more images."""
 
 MIN_SLOTS_FRACTION = 8
-"""Of all slots, one in so many must remain when the longest text that is admitted comes."""
+"""One slot of this number of slots must remain when the longest text that is admitted comes."""
 
 USED_FRACTION = 0.85
-"""Of free memory; the rest is for what is not counted here: workspaces, fragmentation, growing slots."""
+"""Fraction of free memory that is planned. The rest is for what is not counted here: workspaces,
+fragmentation, growing slots."""
 ENCODE_FRACTION = 0.25
-"""Of that, at most, for the pass of the vision encoder."""
+"""Maximum fraction of the planned memory for the pass of the vision encoder."""
 PLANNED_PROMPT_TOKENS, PLANNED_NEW_TOKENS = 32, 64
-"""Slots are planned for such texts, though they begin shorter, and grow when longer ones come."""
+"""Slots are planned for texts of this length. They start shorter, and grow when longer texts come."""
 PREFILL_WIDTHS = 16
-"""Widths of word embeddings that a position of a prefill keeps at its widest: residual stream, norm, query,
-key and value, and both sides of the activation, four widths each."""
+"""Peak memory of one position of a prefill, in word embeddings: residual stream, norm, query, key and value,
+and both sides of the activation with four each."""
 LOGITS_BYTES = 12
-"""Of one logit: as computed, as a log-probability in float32, and once more as a search's score."""
+"""Memory of one logit: as computed, as a log-probability in float32, and again as the score of a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,18 @@ class Sizes:
     """How much is done at once."""
 
     max_slots: int
+    """Texts decoded at once."""
     encode_batch: int
+    """Images per pass of the encoders."""
 
 
 def plan_memory(*, free_bytes: int, slot_bytes: int, image_bytes: int, wanted: Sizes) -> Sizes:
-    """The wanted sizes, or less where they would not fit; at least one of each.
+    """Return the wanted sizes, or smaller ones if they would not fit; at least one of each.
 
     Args:
         free_bytes: what the device has left after the weights.
-        slot_bytes: of one running text.
-        image_bytes: of one image while it is encoded.
+        slot_bytes: memory of one running text.
+        image_bytes: memory of one image while it is encoded.
     """
     usable = int(free_bytes * USED_FRACTION)
     num_images = int(usable * ENCODE_FRACTION) // image_bytes
@@ -67,10 +70,12 @@ def plan_memory(*, free_bytes: int, slot_bytes: int, image_bytes: int, wanted: S
 
 
 def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, num_passes: int = 1) -> Sizes:
-    """What fits a loaded model on its device; given numbers are taken as they are.
+    """Return the sizes that fit a loaded model on its device.
 
     Args:
-        num_passes: of the encoders at the same time.
+        max_slots: taken as it is; None chooses.
+        encode_batch: taken as it is; None chooses.
+        num_passes: how many passes of the encoders run at the same time.
     """
     device = model.query_tokens.device
     images = encode_batch or full_encode_batch(model.config.vision_config, device)
@@ -85,13 +90,17 @@ def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, n
 
 
 def full_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:
-    """Images that fill one pass of the vision encoder."""
-    least = MIN_ENCODE_BATCH.get(device.type, MIN_ENCODE_BATCH["cpu"])
-    return min(MAX_ENCODE_BATCH, max(least, ENCODE_BATCH_ELEMENTS // (_tokens(vision) * vision.hidden_size)))
+    """Return how many images fill one pass of the vision encoder."""
+    minimum = MIN_ENCODE_BATCH.get(device.type, MIN_ENCODE_BATCH["cpu"])
+    elements = _tokens(vision) * vision.hidden_size
+    return min(MAX_ENCODE_BATCH, max(minimum, ENCODE_BATCH_ELEMENTS // elements))
 
 
 def slot_bytes(model: Blip2) -> int:
-    """Of one running text: keys and values, its part of a prefill that fills all slots, its logits."""
+    """Return the memory of one running text.
+
+    It counts keys and values, its part of a prefill that fills all slots, and its logits.
+    """
     text = model.config.text_config
     prefix_length = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS
     slot = model.language_model.new_kv_cache(1, prefix_length, PLANNED_NEW_TOKENS)
@@ -100,28 +109,35 @@ def slot_bytes(model: Blip2) -> int:
 
 
 def position_bytes(model: Blip2) -> int:
-    """Keys and values of one position in one slot."""
+    """Return the memory of the keys and values of one position in one slot."""
     return model.language_model.new_kv_cache(1, 64, 64).num_bytes // 128
 
 
-def longest_text(model: Blip2) -> int:
-    """Most positions of a text that is only read: the model's own limit, or half of free memory's."""
-    return _longest_beside(model, 1)
+def max_positions_read(model: Blip2) -> int:
+    """Return the maximum length of a text that is only read.
+
+    It is the model's limit, or what half of the free memory holds.
+    """
+    return _max_positions(model, num_slots=1)
 
 
-def longest_slot(model: Blip2, max_slots: int) -> int:
-    """Most positions of a text that is written: each slot is as long as the longest, so it must leave some.
+def max_positions_in_slots(model: Blip2, max_slots: int) -> int:
+    """Return the maximum length of a text that is generated.
 
-    Texts that slots are planned for are admitted always: who asks for too many slots gets fewer.
+    All slots are as long as the longest text, so a long text must leave memory for a few others. Texts of the
+    length that slots are planned for are always admitted; if too many slots were asked for, there will be
+    fewer.
     """
     planned = model.config.num_query_tokens + PLANNED_PROMPT_TOKENS + PLANNED_NEW_TOKENS
-    beside_others = _longest_beside(model, max(1, max_slots // MIN_SLOTS_FRACTION))
-    return min(longest_text(model), max(planned, beside_others))
+    next_to_others = _max_positions(model, max(1, max_slots // MIN_SLOTS_FRACTION))
+    return min(max_positions_read(model), max(planned, next_to_others))
 
 
-def _longest_beside(model: Blip2, num_slots: int) -> int:
-    """Most positions of a text in so many slots. T5 has no limit of its own; its encoder's scores grow with
-    the square of the prompt."""
+def _max_positions(model: Blip2, num_slots: int) -> int:
+    """Return the maximum length of a text if `num_slots` slots are as long.
+
+    T5 has no limit of its own. The attention scores of its encoder grow with the square of the prompt.
+    """
     scores_bytes = 2 * torch.float32.itemsize * model.config.text_config.num_attention_heads
     linear = num_slots * position_bytes(model)
     budget = max(0, free_bytes(model.query_tokens.device)) // 2
@@ -131,10 +147,11 @@ def _longest_beside(model: Blip2, num_slots: int) -> int:
 
 
 def image_bytes(model: Blip2) -> int:
-    """Of one image in the encoders: pixels, and the widest place of a block or of the Q-Former.
+    """Return the peak memory of one image in the encoders: its pixels, and the widest place.
 
-    That is residual stream, norm and both sides of the activation; or, behind the last block, the keys and
-    values of every cross-attention. Attention scores count too: on a CPU in bfloat16 they are written down.
+    The widest place is a block (residual stream, norm and both sides of the activation) or, after the last
+    block, the keys and values of all cross-attentions. Attention scores count too, because a CPU stores
+    them in bfloat16.
     """
     vision, qformer = model.config.vision_config, model.config.qformer_config
     tokens = _tokens(vision)
@@ -147,8 +164,11 @@ def image_bytes(model: Blip2) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated: on a GPU what the driver and torch's own cache have; on a CPU what the
-    machine, and this container's limit, leave without swapping."""
+    """Return what can still be allocated.
+
+    On a GPU this is what the driver and torch's cache have. On a CPU it is what the machine, and the limit of
+    this container, leave without swapping.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -157,24 +177,27 @@ def free_bytes(device: torch.device) -> int:
 
 
 def container_bytes(root: Path) -> int | None:
-    """What a control group's limit leaves, the cache of files aside; None where there is no limit."""
+    """Return what the limit of a control group leaves; None if there is no limit.
+
+    The cache of files counts as free, because the kernel gives it up on demand.
+    """
     for folder, names in (
         (root, ("memory.max", "memory.current", "inactive_file")),
         (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
     ):
         limit, used, file_cache = names
         try:
-            most = (folder / limit).read_text().strip()
+            max_bytes = (folder / limit).read_text().strip()
             current = int((folder / used).read_text())
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except OSError:
             continue
-        return None if most == "max" else int(most) - current + int(statistics.get(file_cache, 0))
+        return None if max_bytes == "max" else int(max_bytes) - current + int(statistics.get(file_cache, 0))
     return None
 
 
 def _machine_bytes(meminfo: Path) -> int:
-    """Linux knows what is available; elsewhere half of the physical memory is assumed."""
+    """Return what Linux reports as available; on other systems, half of the physical memory."""
     try:
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     except OSError:

@@ -1,23 +1,23 @@
 """The model on its device, as the scheduler uses it: host values in, tensors out.
 
-Everything that touches the device is here: uploads, dtype, the slots' memory.
+Everything that touches the device is here: uploads, dtypes, the memory of the slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
 from blip2_actor.engine.out_of_memory import ShrinkingBatches
-from blip2_actor.engine.request_state import EncodedImage, RequestState
+from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
@@ -26,6 +26,9 @@ from blip2_actor.transfer import ids_to_device, to_device
 
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""
+
+TextToScore = tuple[EncodedImage, list[int], list[int]]
+"""Image, prompt ids and text ids."""
 
 
 class ModelRunner:
@@ -42,102 +45,111 @@ class ModelRunner:
         Args:
             num_slots: texts decoded at once.
             compiled_batch: as in `Encoders`.
-            recorder: replay decode steps in fixed shapes; None runs each as it is.
+            capturer: captures decode steps of fixed shapes to replay them; None runs each step eagerly.
         """
         self.model = model
         self.language_model: LanguageModel = model.language_model
         self.device = model.query_tokens.device
         self.dtype = model.dtype
         self.num_slots = num_slots
+        self.position_bytes = position_bytes(model)
+        """Memory of one position in one slot."""
+        self.encoders = Encoders(model, compiled_batch)
         self._slots: KVCacheProtocol | None = None
-        self._position_bytes = position_bytes(model)
         self._text_batches = ShrinkingBatches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, capturer, self.device) if capturer else None
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
-        self.encoders = Encoders(model, compiled_batch)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[EncodedImage]) -> None:
-        """Through the vision encoder, the Q-Former and the projection, as one batch.
+        """Run a batch through the vision encoder, the Q-Former and the projection.
 
-        On a CPU two threads may do so at once.
+        On a CPU, two threads may do so at once.
         """
         encoded = self.encoders(stack_pixels(images) if self._upload is None else self._upload.take(images))
         for row, image in enumerate(images):
-            image.pooler_output, image.qformer_features = (
-                encoded.pooler_output[row],
-                encoded.qformer_features[row],
-            )
+            image.pooler_output = encoded.pooler_output[row]
+            image.qformer_features = encoded.qformer_features[row]
             image.prefix = encoded.prefixes[row]
             if image.keeps_image_embeds:
                 image.image_embeds = encoded.image_embeds[row].clone()  # a view would keep the whole batch
 
     @torch.inference_mode()
-    def send_ahead(self, waiting: Collection[EncodedImage], count: int) -> None:
-        """While the device computes, bring it the images that it will most likely encode next."""
-        if self._upload is None or self._upload.has_sent or len(waiting) < count:
+    def upload_ahead(self, images: list[EncodedImage]) -> None:
+        """Bring the batch that is probably encoded next to the device, while the device computes."""
+        if self._upload is None or self._upload.has_sent or not images:
             return
-        with suppress(torch.OutOfMemoryError):  # `encode` will send them, and smaller batches if need be
-            self._upload.send(list(islice(waiting, count)))
+        with suppress(torch.OutOfMemoryError):  # `encode` uploads it then, in smaller batches if need be
+            self._upload.send(images)
 
     def shrink(self, num_slots: int) -> None:
-        """Give back the memory of all slots; the next prefill makes `num_slots` new ones."""
+        """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""
         self.num_slots = num_slots
         self._forget_graphs()
         self._slots = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prefix_length(self, job: RequestState) -> int:
-        return self.model.config.num_query_tokens + len(job.prompt_ids)
+    def prefix_length(self, request: RequestState) -> int:
+        """Positions of the image and the prompt together."""
+        return self.model.config.num_query_tokens + len(request.prompt_ids)
 
-    def cached_length(self, job: RequestState) -> int:
-        return self.language_model.cached_length(self.prefix_length(job))
+    def cached_length(self, request: RequestState) -> int:
+        """Positions of the key/value cache that a prefill fills."""
+        return self.language_model.cached_length(self.prefix_length(request))
 
     @torch.inference_mode()
-    def prefill(self, jobs: Sequence[RequestState], slots: list[int]) -> Tensor:
-        """Run each job's image and prompt into its slot; float[n, V], logits of the first new tokens."""
-        for job in jobs:
-            self._make_room(self.prefix_length(job), job.options.max_new_tokens)
-        flat = to_device([t for job in jobs for t in job.prompt_ids], self.device)
-        texts = self.model.embed_tokens(flat).split([len(job.prompt_ids) for job in jobs])
-        images = [job.image.prefix for job in jobs if job.image.prefix is not None]
+    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> Tensor:
+        """Run each request's image and prompt into its slot.
+
+        Returns:
+            float[n, V], logits of the first new tokens.
+        """
+        for request in requests:
+            self._ensure_slots_hold(self.prefix_length(request), request.options.max_new_tokens)
+        flat = to_device([t for request in requests for t in request.prompt_ids], self.device)
+        texts = self.model.embed_tokens(flat).split([len(request.prompt_ids) for request in requests])
+        images = [request.image.prefix for request in requests if request.image.prefix is not None]
         prefixes = [torch.cat(pair) for pair in zip(images, texts, strict=True)]
         return self.language_model.prefill(prefixes, slots, self.slots)
 
     @torch.inference_mode()
     def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
-        """Append one token to each of the first slots; float[R, V]."""
+        """Append one token to each of the first slots.
+
+        Returns:
+            float[R, V], logits of the next tokens; valid until the next step.
+        """
         if self._replay is not None:
             return self._replay.decode(token_ids, lengths, self.slots)
-        return self.decode_plainly(token_ids, lengths)
+        return self.decode_eagerly(token_ids, lengths)
 
     @property
-    def replays(self) -> bool:
-        """True where `decode` repeats recorded steps."""
+    def replays_steps(self) -> bool:
+        """True if `decode` replays captured steps."""
         return self._replay is not None
 
     @torch.inference_mode()
-    def decode_plainly(self, token_ids: list[int], lengths: list[int]) -> Tensor:
-        """What `decode` does where nothing is replayed."""
+    def decode_eagerly(self, token_ids: list[int], lengths: list[int]) -> Tensor:
+        """As `decode`, but never replayed."""
         ids = to_device(token_ids, self.device)
         positions = to_device(lengths, self.device)
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
 
     @torch.inference_mode()
-    def text_logprobs(self, rows: list[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
-        """Log-probability of each token of given texts: (image, prompt ids, text ids) -> list per text."""
+    def text_logprobs(self, texts: list[TextToScore]) -> list[list[float]]:
+        """Return the log-probability of each token of each text."""
 
-        def score(batch: list[tuple[EncodedImage, list[int], list[int]]]) -> list[list[float]]:
+        def score(batch: list[TextToScore]) -> list[list[float]]:
             images, prompt_ids, text_ids = zip(*batch, strict=True)
             prefixes = [image.prefix for image in images]
             return [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids)]
 
-        return self._text_batches.run(score, rows)
+        return self._text_batches.run(score, texts)
 
     @torch.inference_mode()
     def text_features(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """Last hidden states of texts alone: float[T_i, Dw] each, on the host."""
+        """Return the last hidden states of texts without an image: float[T_i, Dw] each, on the host."""
 
         def read(batch: list[list[int]]) -> list[Tensor]:
             features = self.model.text_features(ids_to_device(batch, self.device))
@@ -147,9 +159,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def attention_maps(self, image: EncodedImage) -> dict[str, np.ndarray]:
-        """What each query looks at, by layer: float32[H, Q, P] each, of an image with kept embeddings."""
+        """Return what each query attends to in the image, by layer: float32[H, Q, P] each.
+
+        The image must have kept its image embeddings.
+        """
         recorded: dict[str, Tensor] = {}
-        assert image.image_embeds is not None, "the image must keep its embeddings"
+        assert image.image_embeds is not None, "the image must keep its image embeddings"
         self.model.qformer_features(image.image_embeds[None], recorded.__setitem__)
         suffix = ".cross_attention"
         return {
@@ -160,18 +175,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of slots to other slots."""
         self.slots.copy_slots(sources, targets, length)
 
     @torch.inference_mode()
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Copy the positions from `start` to `stop` of slots to other slots."""
         self.slots.copy_positions(sources, targets, start, stop)
 
     @property
     def slots(self) -> KVCacheProtocol:
-        assert self._slots is not None, "prefill makes the slots"
+        assert self._slots is not None, "the first prefill allocates the slots"
         return self._slots
 
-    def _make_room(self, prefix_length: int, max_new_tokens: int) -> None:
+    def _ensure_slots_hold(self, prefix_length: int, max_new_tokens: int) -> None:
+        """Allocate the slots, or let them grow, so that a text of this length fits."""
         if self._slots is not None and self._slots.holds(prefix_length, max_new_tokens):
             return
         self._require_memory(prefix_length + max_new_tokens)
@@ -182,8 +200,11 @@ class ModelRunner:
             self._slots.grow(prefix_length, max_new_tokens)
 
     def _require_memory(self, num_positions: int) -> None:
-        """A GPU says when its memory ends; a CPU's machine would swap, or end the process."""
-        needed = self.num_slots * num_positions * self._position_bytes
+        """Raise on a CPU if memory does not suffice.
+
+        A GPU raises by itself. The machine of a CPU would swap, or kill the process.
+        """
+        needed = self.num_slots * num_positions * self.position_bytes
         if self.device.type == "cpu" and needed > (free := free_bytes(self.device)):
             raise torch.OutOfMemoryError(
                 f"{self.num_slots} slots of {num_positions} positions need {needed:,} bytes of {free:,} free"

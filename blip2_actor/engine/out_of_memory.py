@@ -1,4 +1,9 @@
-"""Work in batches that fit into memory."""
+"""Work that runs out of memory: notice it, and do less at once from then on.
+
+torch raises `OutOfMemoryError` with a traceback that keeps the tensors of the failed work alive. So the error
+is caught where the work ends, and only its text is kept (`OutOfMemory`). What the scheduler then does is in
+`memory_recovery`.
+"""
 
 from __future__ import annotations
 
@@ -17,44 +22,85 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """Memory did not suffice, and why; unlike the error it keeps none of the failed work's tensors."""
+    """Memory did not suffice. Unlike the error, this keeps none of the tensors of the failed work."""
 
     reason: str
 
 
 def catch_out_of_memory(work: Callable[[], ResultT]) -> ResultT | OutOfMemory:
-    """What `work` gives, or that it ran out of memory: by then what it held is free again."""
+    """Return the result of `work`, or `OutOfMemory`; in that case the memory it held is free again."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
         return OutOfMemory(str(error))
 
 
+class Limits:
+    """How much the scheduler gives the device at once. A limit is halved, for good, if memory does not
+    suffice."""
+
+    def __init__(self, max_slots: int, encode_batch: int) -> None:
+        self.max_slots = max_slots
+        """Texts decoded at once."""
+        self.encode_batch = encode_batch
+        """Images per pass of the encoders."""
+        self.prefill_batch = max_slots
+        """Requests per prefill."""
+
+    def halve_encode_batch(self) -> bool:
+        """Return False if it is one image already."""
+        if self.encode_batch == 1:
+            return False
+        self.encode_batch //= 2
+        logger.warning("Out of memory: from now on %d images are encoded at once", self.encode_batch)
+        return True
+
+    def halve_prefill_batch(self, num_requests: int) -> bool:
+        """Allow half of a prefill that did not fit; return False if it was one request."""
+        if num_requests == 1:
+            return False
+        self.prefill_batch = num_requests // 2
+        logger.warning("Out of memory: from now on %d prompts are read at once", self.prefill_batch)
+        return True
+
+    def halve_slots(self) -> bool:
+        """Return False if there is only one slot."""
+        if self.max_slots == 1:
+            return False
+        self.max_slots //= 2
+        self.prefill_batch = self.max_slots  # a prefill may have failed because the slots had to grow
+        logger.warning("Out of memory: from now on %d texts are decoded at once", self.max_slots)
+        return True
+
+
 class ShrinkingBatches:
-    """Batches of a size that halves, for good, where memory does not suffice."""
+    """Work in batches. Their size is halved, for good, if memory does not suffice."""
 
     def __init__(self, size: int, what: str) -> None:
         """
         Args:
-            size: items of the first batches.
-            what: the items' name in the plural, for the log.
+            size: number of items in the first batches.
+            what: name of the items in the plural, for the log.
         """
         self.size = size
         self.what = what
 
     def run(self, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]) -> list[ResultT]:
-        """One result per item, in order; `work` gives one per item of its batch.
+        """Return one result per item, in order.
+
+        Args:
+            work: takes a batch of items and returns one result per item.
 
         Raises:
             OutOfMemoryError: one item alone does not fit.
         """
-        found: list[ResultT] = []
-        while len(found) < len(items):
+        results: list[ResultT] = []
+        while len(results) < len(items):
             try:
-                found += work(items[len(found) : len(found) + self.size])
+                results += work(items[len(results) : len(results) + self.size])
             except torch.OutOfMemoryError:
                 if self.size == 1:
                     raise
                 self.size //= 2
-                logger.warning("Out of memory: %d %s at a time from now on", self.size, self.what)
-        return found
+                logger.warning("Out of memory: from now on %d %s are processed at once", self.size, self.what)
+        return results

@@ -1,8 +1,8 @@
-"""The canary: at start, built-in images captioned alone and in a batch, before anybody's are.
+"""The self-test: at start, caption built-in images alone and in a batch, and compare.
 
-A kernel, a library or a device that makes neighbours disturb each other shows here, and so does a recorded
-step that does something else than the step itself. What came out is also remembered per checkpoint, dtype
-and device, so that an upgrade that changes captions is reported.
+It finds a kernel, a library or a device that lets the rows of a batch disturb each other, and a replayed step
+that does something else than the eager step. The result is also stored per checkpoint, dtype and device, so
+that an upgrade that changes captions is reported.
 """
 
 from __future__ import annotations
@@ -21,47 +21,50 @@ import transformers
 from torch import Tensor
 
 from blip2_actor.checkpoints.download import write_whole
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
-from blip2_actor.engine.request_state import EncodedImage, RequestState
+from blip2_actor.engine.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
 NUM_IMAGES = 3
 NUM_TOKENS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference of logits that should be equal, over their standard deviation: far above what
-rounding does (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23), far below a leak."""
+"""Maximum difference of logits that should be equal, divided by their standard deviation. It is far above
+rounding (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23) and far below a leak."""
 
 
 @dataclass(frozen=True)
 class SelfTestRecord:
-    """What came out, and on what."""
+    """The result of a self-test, and the software and device that gave it."""
 
     digest: str
-    """Of the captions' token ids."""
+    """Digest of the captions' token ids."""
     torch: str
     transformers: str
     device: str
 
 
 class SelfTestFailure(RuntimeError):
-    """The same image gave different results, alone and in a batch or replayed and not: no caption can be
-    trusted."""
+    """The same image gave different results, alone and in a batch or replayed and eager.
+
+    No caption of this engine can be trusted.
+    """
 
 
 class Captioned(NamedTuple):
-    """What `_caption` leaves in slots 0..n-1."""
+    """Captions of n images, which `_caption` leaves in slots 0..n-1."""
 
     first_logits: Tensor
-    """float32[n, V], of the first tokens."""
+    """float32[n, V], logits of the first tokens."""
     token_ids: list[list[int]]
     length: int
-    """Cached positions in front of the first token."""
+    """Cached positions before the first token."""
 
 
 def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTestRecord:
-    """Caption the built-in images alone and together; compiled encoders are compiled by it.
+    """Caption the built-in images alone and together. This also compiles encoders that are to be compiled.
 
     Raises:
         SelfTestFailure: results differ by more than the dtype explains.
@@ -71,11 +74,11 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTe
     full_batch = runner.encoders.compiled_batch or 0
     try:
         together = _caption(runner, pictures, start_ids, full_batch)
-        if runner.replays:
+        if runner.replays_steps:
             _require_near(
                 runner.dtype,
                 *_step_both_ways(runner, together),
-                "of a step, plain and replayed",
+                "of a step, eager and replayed",
                 "--skip-cuda-graphs",
             )
         each = [_caption(runner, pictures[i : i + 1], start_ids).first_logits for i in range(NUM_IMAGES)]
@@ -99,10 +102,13 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTe
 def compare_with_last(
     record: SelfTestRecord, folder: Path, checkpoint_digest: str, dtype: torch.dtype
 ) -> str | None:
-    """Remember a record, and say what has changed where its digest is not that of the last start.
+    """Store a record, and compare it with that of the last start.
 
     Args:
-        folder: where records are kept, one file per checkpoint, dtype and device.
+        folder: holds one record per checkpoint, dtype and device.
+
+    Returns:
+        What has changed if the captions have; None if they are the same, or if this is the first start.
     """
     key = hashlib.sha256(f"{checkpoint_digest} {dtype} {record.device}".encode()).hexdigest()[:24]
     path = folder / f"{key}.json"
@@ -124,7 +130,7 @@ def compare_with_last(
 
 
 def _read_record(path: Path) -> SelfTestRecord | None:
-    """None where there is none, or none that can be read: it is only a comparison that is lost."""
+    """Return None if there is no readable record: only the comparison is lost."""
     try:
         return SelfTestRecord(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -132,61 +138,61 @@ def _read_record(path: Path) -> SelfTestRecord | None:
 
 
 def _caption(
-    runner: ModelRunner, pictures: np.ndarray, start_ids: Sequence[int], least_encoded: int = 0
+    runner: ModelRunner, pictures: np.ndarray, start_ids: Sequence[int], min_encoded: int = 0
 ) -> Captioned:
-    """First logits and a few greedy tokens of each image, in slots 0..n-1."""
+    """Generate a few tokens of each image by greedy search, in slots 0..n-1."""
     images = [EncodedImage(picture) for picture in pictures]
-    _encode(runner, images, least_encoded)
-    jobs = [RequestState(image, list(start_ids)) for image in images]
-    logits = first = runner.prefill(jobs, list(range(len(jobs)))).float().cpu()
-    length = runner.cached_length(jobs[0])
-    found: list[list[int]] = [[] for _ in jobs]
+    _encode(runner, images, min_encoded)
+    requests = [RequestState(image, list(start_ids)) for image in images]
+    logits = first = runner.prefill(requests, list(range(len(requests)))).float().cpu()
+    length = runner.cached_length(requests[0])
+    token_ids: list[list[int]] = [[] for _ in requests]
     for step in range(NUM_TOKENS):
-        chosen = logits.argmax(dim=-1).tolist()
-        for row, token_id in zip(found, chosen, strict=True):
-            row.append(token_id)
+        selected = logits.argmax(dim=-1).tolist()
+        for ids, token_id in zip(token_ids, selected, strict=True):
+            ids.append(token_id)
         if step < NUM_TOKENS - 1:
-            logits = runner.decode(chosen, [length + step] * len(jobs)).float().cpu()
-    return Captioned(first, found, length)
+            logits = runner.decode(selected, [length + step] * len(requests)).float().cpu()
+    return Captioned(first, token_ids, length)
 
 
 def _step_both_ways(runner: ModelRunner, captioned: Captioned) -> tuple[Tensor, Tensor]:
-    """The step behind the first tokens, plain and replayed: float32[n, V] each.
+    """Run the step after the first tokens eagerly and replayed; float32[n, V] each.
 
-    The captions have taken it already, so its shape comes again and is recorded; and what it leaves in the
-    slots is there.
+    `_caption` has run this step already. So its shape comes for the second time and is captured now, and the
+    slots hold already what it writes.
     """
     token_ids = [ids[0] for ids in captioned.token_ids]
     lengths = [captioned.length] * len(token_ids)
     replayed = runner.decode(token_ids, lengths).float().cpu()
-    return runner.decode_plainly(token_ids, lengths).float().cpu(), replayed
+    return runner.decode_eagerly(token_ids, lengths).float().cpu(), replayed
 
 
 def _require_near(dtype: torch.dtype, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
-    """Logits that should be equal; how far they are from it is said either way."""
-    spread = expected.std().clamp(min=1e-6)
-    difference = float(((expected - found).abs().max() / spread).item())
-    logger.info("Logits %s differ by %.2g of their deviation in %s", what, difference, dtype)
-    if not difference <= TOLERANCE[dtype]:  # also where it is not a number
+    """Raise `SelfTestFailure` if logits that should be equal are not; log the difference in any case."""
+    deviation = expected.std().clamp(min=1e-6)
+    difference = float(((expected - found).abs().max() / deviation).item())
+    logger.info("Self-test: logits %s differ by %.2g standard deviations in %s", what, difference, dtype)
+    if not difference <= TOLERANCE[dtype]:  # also fails if the difference is NaN
         raise SelfTestFailure(
-            f"logits {what} must differ by at most {TOLERANCE[dtype]} of their deviation in {dtype}, got "
+            f"logits {what} must differ by at most {TOLERANCE[dtype]} standard deviations in {dtype}, got "
             f"{difference:.3g}; try {remedy}, or another torch build or driver for this device"
         )
 
 
-def _encode(runner: ModelRunner, images: list[EncodedImage], least_encoded: int) -> None:
-    """In a batch that is filled up, or alone where memory does not suffice for that."""
-    fillers = [EncodedImage(images[0].pixels) for _ in range(least_encoded - len(images))]
+def _encode(runner: ModelRunner, images: list[EncodedImage], min_encoded: int) -> None:
+    """Encode the images in a batch of at least `min_encoded`, or by themselves if memory does not suffice."""
+    fillers = [EncodedImage(images[0].pixels) for _ in range(min_encoded - len(images))]
     if fillers:
-        found = catch_out_of_memory(lambda: runner.encode(images + fillers))
-        if not isinstance(found, OutOfMemory):
+        outcome = catch_out_of_memory(lambda: runner.encode(images + fillers))
+        if not isinstance(outcome, OutOfMemory):
             return
-        logger.warning("Out of memory: %d images at a time are too many (%s)", least_encoded, found.reason)
+        logger.warning("Out of memory: %d images at once are too many: %s", min_encoded, outcome.reason)
     runner.encode(images)
 
 
 def _pictures(size_px: int) -> np.ndarray:
-    """uint8[n, S, S, 3]: a gradient, stripes, and noise; the same everywhere."""
+    """Return uint8[n, S, S, 3]: a gradient, stripes and noise, the same on every machine."""
     ramp = np.linspace(0, 255, size_px).astype(np.uint8)
     gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(128)), axis=-1)
     stripes = np.broadcast_to(

@@ -1,8 +1,8 @@
 """Images on their way to the device.
 
-A GPU is sent the next batch while it decodes: the host gathers the images in pinned memory that is used
-again and again (pinning a batch takes longer than copying it), and they travel on a stream of their own as
-uint8, a quarter of their size as float32. When the encoder's turn comes they are there.
+A GPU receives the next batch while it decodes. The host gathers the images in pinned memory that is used
+again for every batch, because pinning a batch takes longer than copying it. The images travel on a stream of
+their own as uint8, a quarter of their size as float32. When their batch is encoded, they are already there.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.encoded_image import EncodedImage
 
 
 def stack_pixels(images: Sequence[EncodedImage]) -> Tensor:
-    """uint8[B, S, S, 3], on the CPU."""
+    """Return the pixels of a batch as uint8[B, S, S, 3], on the CPU."""
     return torch.from_numpy(np.stack([image.pixels for image in images]))
 
 
 class Upload:
-    """Brings batches of images to a GPU, one batch ahead where that helps. (On a CPU nothing is gained.)"""
+    """Brings batches of images to a GPU, one batch ahead if possible. It also works on a CPU, without
+    gain."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,10 +35,11 @@ class Upload:
 
     @property
     def has_sent(self) -> bool:
+        """True if a batch was sent and not yet taken."""
         return self._sent is not None
 
     def send(self, images: Sequence[EncodedImage]) -> None:
-        """Start bringing a batch to the device; `take` gives it."""
+        """Start to bring a batch to the device; `take` returns it."""
         rows = self._gather(images)
         with torch.cuda.stream(self._stream):  # None changes nothing
             self._sent = list(images), rows.to(self._device, non_blocking=True)
@@ -45,9 +47,12 @@ class Upload:
             self._arrived.record(self._stream)
 
     def take(self, images: Sequence[EncodedImage]) -> Tensor:
-        """The batch on the device, uint8[B, S, S, 3], valid until the next `send`; sent now if it was not.
+        """Return a batch on the device, and send it now if another one, or none, was sent ahead.
 
-        The host does not wait: whatever is launched from here on does.
+        The host does not wait for the copy; work launched after this call does.
+
+        Returns:
+            uint8[B, S, S, 3], valid until the next `send`.
         """
         if self._sent is None or [*map(id, self._sent[0])] != [*map(id, images)]:
             self.send(images)
@@ -56,11 +61,11 @@ class Upload:
         if self._arrived is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._arrived)
-            batch.record_stream(current)  # its memory belongs to the other stream
+            batch.record_stream(current)  # its memory was allocated on the other stream
         return batch
 
     def _gather(self, images: Sequence[EncodedImage]) -> Tensor:
-        """The pixels side by side in the buffer, once its last batch has left it."""
+        """Copy the pixels into the host buffer, after the last batch has left it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         shape = (len(images), *images[0].pixels.shape)

@@ -1,1 +1,1 @@
-"""From logits to tokens: greedy search, beam search, sampling, logits processors."""
+"""Token selection (logits to token): greedy search, beam search, sampling, logits processors."""

@@ -1,8 +1,8 @@
-"""Beam search of one request, token for token that of transformers' `_beam_search`.
+"""Beam search of one request, with the same tokens as transformers' `_beam_search`.
 
-Each step sees the 2 * num_beams best continuations of all beams (more where there are several end
-tokens), so that num_beams unfinished ones remain even if the best all end. A text that ends among the
-first num_beams is a candidate for the result, scored by its length-penalised log-probability.
+Each step sees the 2 * num_beams best continuations of all beams (more if there are several end tokens), so
+that num_beams unfinished ones remain even if the best ones all end. A text that ends among the first
+num_beams is a candidate for the result. Its score is its log-probability with the length penalty.
 
 Source: transformers 5.23, generation/utils.py, `GenerationMixin._beam_search` and its helpers.
 """
@@ -12,99 +12,114 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blip2_actor.generation.logits_processors import SequenceSoFar, penalizes
+from blip2_actor.generation.logits_processors import SequenceSoFar, depends_on_tokens
 from blip2_actor.generation.search import Vocabulary, cut_at_stop
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion
 
 IMPOSSIBLE = -1.0e9
-"""The reference's score of what must not be chosen."""
+"""The reference's score of a beam that must not be selected."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text so far: `score` as the search sees it, `logprob` before any processor."""
+    """A text so far."""
 
     token_ids: tuple[int, ...]
     score: float
+    """Sum of the tokens' log-probabilities after the logits processors; with the length penalty once the
+    text has ended."""
     logprob: float
+    """Sum of the tokens' log-probabilities before any logits processor."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to go on: append `token_id` to beam `parent`."""
+    """A continuation: beam `parent` with `token_id` appended."""
 
     parent: int
     token_id: int
     score: float
+    """Of the whole text, as in `Hypothesis`."""
     logprob: float
-    """Of this token alone, before any processor."""
+    """Log-probability of this token alone, before any logits processor."""
 
 
 class BeamSearch:
-    """num_beams slots that share a prefix."""
+    """Beam search over num_beams slots with the same prefix."""
 
-    def __init__(self, options: GenerationOptions, context: Sequence[int], vocabulary: Vocabulary) -> None:
+    def __init__(self, options: GenerationOptions, prefix_ids: Sequence[int], vocabulary: Vocabulary) -> None:
+        """
+        Args:
+            prefix_ids: ids that the reference's logits processors see before the first new token.
+        """
         self.options = options
-        self.context = list(context)
+        self.prefix_ids = list(prefix_ids)
         self.vocabulary = vocabulary
         self.num_slots = options.num_beams
         self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
-        self.has_penalties = penalizes(options)
+        self.depends_on_tokens = depends_on_tokens(options)
         self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, 0.0) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
-        self.improvable = True
+        self.is_improvable = True
+        """True while a running beam could still beat the worst finished text."""
         self.done = False
 
     def tokens(self) -> list[int]:
+        """Return the newest token of each slot."""
         return [beam.token_ids[-1] for beam in self.beams]
 
     @property
-    def must_go_on(self) -> bool:
-        """True while the end token is not allowed yet."""
+    def end_is_banned(self) -> bool:
+        """True until the texts have min_new_tokens tokens."""
         return len(self.beams[0].token_ids) < self.options.min_new_tokens
 
-    def drafts(self) -> list[SequenceSoFar]:
-        return [SequenceSoFar(self.options, self.context, beam.token_ids) for beam in self.beams]
+    def sequences(self) -> list[SequenceSoFar]:
+        return [SequenceSoFar(self.options, self.prefix_ids, beam.token_ids) for beam in self.beams]
 
     def advance(self, candidates: Sequence[Candidate]) -> list[int]:
-        """Take one step.
+        """Advance all beams by one token.
 
         Args:
             candidates: the `num_candidates` best continuations, best first.
 
         Returns:
-            For each new beam, the beam whose slot it continues.
+            For each new beam, the index of the beam whose slot it continues.
         """
-        options, length = self.options, len(self.beams[0].token_ids) + 1
-        grown = [self._grow(c) for c in candidates]
-        ends = [self._ends(h, length) for h in grown]
-
+        length = len(self.beams[0].token_ids) + 1
+        extended = [self._extend(c) for c in candidates]
+        ended = [self._has_ended(h, length) for h in extended]
         order = sorted(
-            range(len(grown)), key=lambda i: grown[i].score + (IMPOSSIBLE if ends[i] else 0.0), reverse=True
+            range(len(extended)),
+            key=lambda i: extended[i].score + (IMPOSSIBLE if ended[i] else 0.0),
+            reverse=True,
         )
         kept = order[: self.num_slots]
 
-        is_full = len(self.finished) == self.num_slots and options.early_stopping is True
-        if self.improvable and not is_full:
-            for hypothesis, has_ended in list(zip(grown, ends, strict=True))[: self.num_slots]:
-                if has_ended:
-                    penalised = hypothesis.score / length**options.length_penalty
-                    self.finished.append(Hypothesis(hypothesis.token_ids, penalised, hypothesis.logprob))
-            self.finished = sorted(self.finished, key=lambda h: h.score, reverse=True)[: self.num_slots]
-
-        self.beams = [grown[i] for i in kept]
-        self.improvable = self.improvable and self._can_improve(length)
-        is_full = len(self.finished) == self.num_slots and options.early_stopping is True
-        self.done = not self.improvable or is_full or all(ends)
+        if self.is_improvable and not self._stops_early():
+            best = zip(extended[: self.num_slots], ended[: self.num_slots], strict=True)
+            self._finish([hypothesis for hypothesis, has_ended in best if has_ended], length)
+        self.beams = [extended[i] for i in kept]
+        self.is_improvable = self.is_improvable and self._can_improve(length)
+        self.done = not self.is_improvable or self._stops_early() or all(ended)
         return [candidates[i].parent for i in kept]
 
-    def _grow(self, candidate: Candidate) -> Hypothesis:
+    def _finish(self, hypotheses: Sequence[Hypothesis], length: int) -> None:
+        """Add texts that have ended, and keep the num_beams best of all that have."""
+        for hypothesis in hypotheses:
+            score = hypothesis.score / length**self.options.length_penalty
+            self.finished.append(Hypothesis(hypothesis.token_ids, score, hypothesis.logprob))
+        self.finished = sorted(self.finished, key=lambda h: h.score, reverse=True)[: self.num_slots]
+
+    def _stops_early(self) -> bool:
+        return len(self.finished) == self.num_slots and self.options.early_stopping is True
+
+    def _extend(self, candidate: Candidate) -> Hypothesis:
         parent = self.beams[candidate.parent]
         token_ids = (*parent.token_ids, candidate.token_id)
         return Hypothesis(token_ids, candidate.score, parent.logprob + candidate.logprob)
 
-    def _ends(self, hypothesis: Hypothesis, length: int) -> bool:
+    def _has_ended(self, hypothesis: Hypothesis, length: int) -> bool:
         if hypothesis.token_ids[-1] in self.vocabulary.end_ids or length >= self.options.max_new_tokens:
             return True
         return bool(self.options.stop) and self._cut(hypothesis) is not None
@@ -113,25 +128,25 @@ class BeamSearch:
         return cut_at_stop(self.vocabulary.decode(hypothesis.token_ids), self.options.stop)
 
     def _can_improve(self, length: int) -> bool:
-        """The reference's estimate: could the best running beam still beat the worst finished text?"""
+        """Estimate, as the reference does, if the best beam can still beat the worst finished text."""
         options = self.options
         if len(self.finished) < self.num_slots:
             return True
-        longest = options.early_stopping == "never" and options.length_penalty > 0
-        best_length = options.max_new_tokens if longest else length
+        prefers_long = options.early_stopping == "never" and options.length_penalty > 0
+        best_length = options.max_new_tokens if prefers_long else length
         return self.beams[0].score / best_length**options.length_penalty > self.finished[-1].score
 
     def completions(self) -> list[Completion]:
-        found = []
+        completions = []
         for hypothesis in self.finished[: self.options.num_return_sequences]:
-            ended = hypothesis.token_ids[-1] in self.vocabulary.end_ids
+            has_end_token = hypothesis.token_ids[-1] in self.vocabulary.end_ids
             cut = self._cut(hypothesis) if self.options.stop else None
-            found.append(
+            completions.append(
                 Completion(
                     text=cut if cut is not None else self.vocabulary.decode(hypothesis.token_ids),
                     token_ids=hypothesis.token_ids,
                     logprob=hypothesis.logprob,
-                    finish_reason="stop" if ended or cut is not None else "length",
+                    finish_reason="stop" if has_end_token or cut is not None else "length",
                 )
             )
-        return found
+        return completions

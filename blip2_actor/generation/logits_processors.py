@@ -1,7 +1,7 @@
-"""Logits processors: what the options do to the scores of running texts before tokens are chosen.
+"""Logits processors: repetition_penalty, no_repeat_ngram_size and min_new_tokens, before token selection.
 
-Same meaning and order as transformers' `LogitsProcessorList` (generation/logits_process.py), for all texts
-of a step at once. What a penalty touches is listed on the host and sent to the device in one piece.
+Meaning and order are those of transformers' `LogitsProcessorList` (generation/logits_process.py), for all
+texts of a step at once. The affected scores are listed on the host and sent to the device in one piece.
 """
 
 from __future__ import annotations
@@ -18,60 +18,70 @@ from blip2_actor.transfer import to_device
 
 
 class SequenceSoFar(NamedTuple):
-    """A text so far."""
+    """A text that is being generated, as the logits processors see it."""
 
     options: GenerationOptions
-    context: Sequence[int]
-    """What the reference's logits processors see before the first new token: image tokens and prompt."""
+    prefix_ids: Sequence[int]
+    """Ids before the first new token: image tokens and prompt."""
     token_ids: Sequence[int]
     """New tokens."""
 
 
-def penalizes(options: GenerationOptions) -> bool:
-    """True where scores depend on what the text already holds."""
+def depends_on_tokens(options: GenerationOptions) -> bool:
+    """Return True if the scores depend on the tokens that the text already contains."""
     return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
 
 
-def process(scores: Tensor, drafts: Sequence[SequenceSoFar], end_ids: Sequence[int]) -> None:
-    """Apply penalties and bans.
+def process_logits(scores: Tensor, sequences: Sequence[SequenceSoFar], end_ids: Sequence[int]) -> None:
+    """Apply the logits processors of each sequence, in place.
 
     Args:
-        scores: float32[N, V], logits or log-probabilities, changed in place.
-        drafts: N texts.
+        scores: float32[N, V], logits or log-probabilities.
+        sequences: N texts.
         end_ids: the checkpoint's end tokens.
     """
-    penalised: tuple[list[int], list[int]] = [], []  # rows, tokens
+    penalized, banned = _Entries(), _Entries()
     penalties: list[float] = []
-    banned: tuple[list[int], list[int]] = [], []
-    for row, (options, context, token_ids) in enumerate(drafts):
+    for row, (options, prefix_ids, token_ids) in enumerate(sequences):
         if options.repetition_penalty != 1.0:
-            penalties += [options.repetition_penalty] * _add(penalised, row, {*context, *token_ids})
+            repeated = {*prefix_ids, *token_ids}
+            penalized.add(row, repeated)
+            penalties += [options.repetition_penalty] * len(repeated)
         if options.no_repeat_ngram_size > 0:
-            _add(banned, row, _continuations([*context, *token_ids], options.no_repeat_ngram_size))
+            banned.add(row, _ngram_endings([*prefix_ids, *token_ids], options.no_repeat_ngram_size))
         if len(token_ids) < options.min_new_tokens:
-            _add(banned, row, end_ids)
+            banned.add(row, end_ids)
     if penalties:
-        rows, ids = to_device(np.array(penalised), scores.device)
+        rows, ids = penalized.to_device(scores.device)
         factors = to_device(np.array(penalties, np.float32), scores.device)
         before = scores[rows, ids]
         scores[rows, ids] = torch.where(before < 0, before * factors, before / factors)
-    if banned[0]:
-        rows, ids = to_device(np.array(banned), scores.device)
+    if banned.rows:
+        rows, ids = banned.to_device(scores.device)
         scores[rows, ids] = float("-inf")
 
 
-def _add(places: tuple[list[int], list[int]], row: int, token_ids: Collection[int]) -> int:
-    """Note tokens of one row; how many they are."""
-    places[0].extend([row] * len(token_ids))
-    places[1].extend(token_ids)
-    return len(token_ids)
+class _Entries:
+    """Entries of the scores, listed on the host."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.token_ids: list[int] = []
+
+    def add(self, row: int, token_ids: Collection[int]) -> None:
+        self.rows.extend([row] * len(token_ids))
+        self.token_ids.extend(token_ids)
+
+    def to_device(self, device: torch.device) -> Tensor:
+        """int64[2, number of entries]."""
+        return to_device(np.array((self.rows, self.token_ids)), device)
 
 
-def _continuations(token_ids: list[int], size: int) -> list[int]:
-    """Tokens that would repeat an n-gram of `token_ids`."""
-    if size == 1:
+def _ngram_endings(token_ids: list[int], ngram_size: int) -> list[int]:
+    """Return the tokens that would complete an n-gram that `token_ids` already contains."""
+    if ngram_size == 1:
         return token_ids
-    num_known = size - 1
+    num_known = ngram_size - 1
     ending = token_ids[len(token_ids) - num_known :]
     return [
         token_ids[i + num_known]

@@ -1,7 +1,8 @@
-"""How one text grows: greedy search or sampling, a token at a time.
+"""Greedy search and sampling: how one text grows, token by token.
 
-A search owns one or more slots (`num_slots`); the scheduler asks it what to append and when it is done.
-`BeamSearch` (beam.py) is the other search.
+A search owns the text of one or more slots (`num_slots`). The scheduler asks it which tokens to append to the
+slots and whether it is done; token selection (`step.py`) gives it each next token. `BeamSearch`
+(`beam_search.py`) is the other search.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
-from blip2_actor.generation.logits_processors import SequenceSoFar, penalizes
+from blip2_actor.generation.logits_processors import SequenceSoFar, depends_on_tokens
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Completion, FinishReason
 
 
 class Vocabulary(Protocol):
-    """What a search must know of the tokenizer."""
+    """What a search needs from the tokenizer."""
 
     end_ids: frozenset[int]
 
@@ -24,57 +25,58 @@ class Vocabulary(Protocol):
 
 
 class TextSearch:
-    """Greedy search, or sampling with a generator of its own; one slot."""
+    """Greedy search, or sampling with its own random numbers; one slot."""
 
     num_slots = 1
 
     def __init__(
         self,
         options: GenerationOptions,
-        context: Sequence[int],
+        prefix_ids: Sequence[int],
         vocabulary: Vocabulary,
         seed: int | None = None,
         on_token: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         """
         Args:
-            context: what the reference's logits processors see before the first new token.
+            prefix_ids: ids that the reference's logits processors see before the first new token.
             seed: of this text's random numbers; None is greedy search.
-            on_token: called with all new tokens after each one.
+            on_token: called with all new tokens, after each of them.
         """
         self.options = options
-        self.context = list(context)
+        self.prefix_ids = list(prefix_ids)
         self.vocabulary = vocabulary
         self.random = None if seed is None else Random(seed)
-        """Gives one number a token; None takes the best token."""
+        """Gives one number per token; None in greedy search."""
         self.on_token = on_token
         self.token_ids: list[int] = []
         self.logprob = 0.0
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
-        self.takes_largest = self.random is None and not penalizes(options)
-        """True where the next token is the largest logit, end tokens aside while `must_go_on`."""
+        self.takes_argmax = self.random is None and not depends_on_tokens(options)
+        """True if the next token is the largest logit, apart from end tokens while `end_is_banned`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
 
     def tokens(self) -> list[int]:
+        """Return the newest token of the slot."""
         return self.token_ids[-1:]
 
     @property
-    def must_go_on(self) -> bool:
-        """True while the end token is not allowed yet."""
+    def end_is_banned(self) -> bool:
+        """True until the text has min_new_tokens tokens."""
         return len(self.token_ids) < self.options.min_new_tokens
 
     @property
-    def draft(self) -> SequenceSoFar:
-        return SequenceSoFar(self.options, self.context, self.token_ids)
+    def sequence(self) -> SequenceSoFar:
+        return SequenceSoFar(self.options, self.prefix_ids, self.token_ids)
 
     def accept(self, token_id: int, logprob: float) -> bool:
-        """Append a token; True when the text is complete."""
+        """Append a token; return True if the text is complete."""
         self.token_ids.append(token_id)
         self.logprob += logprob
-        if token_id in self._end_ids or (self.options.stop and self._stops()):
+        if token_id in self._end_ids or (self.options.stop and self._has_stop_text()):
             self.done, self.finish_reason = True, "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.done = True
@@ -82,7 +84,7 @@ class TextSearch:
             self.on_token(self.token_ids)
         return self.done
 
-    def _stops(self) -> bool:
+    def _has_stop_text(self) -> bool:
         text = self.vocabulary.decode(self.token_ids)
         cut = cut_at_stop(text, self.options.stop)
         if cut is not None:
@@ -102,6 +104,6 @@ class TextSearch:
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
-    """`text` up to the first stop text in it, or None where there is none."""
+    """Return `text` up to the first stop text in it, or None if it contains none."""
     places = [place for place in (text.find(s) for s in stop) if place >= 0]
     return text[: min(places)].strip() if places else None

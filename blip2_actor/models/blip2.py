@@ -1,76 +1,51 @@
-"""BLIP-2 whole: vision encoder, Q-Former, projection, language model (arXiv:2301.12597).
+"""The whole of BLIP-2: vision encoder, Q-Former, projection, language model (arXiv:2301.12597).
 
 Axis letters, for every file of this package:
 
     B  images            S  side of the square image, px     P  image tokens (class token + patches)
-    Q  queries           T  text tokens                      L  positions in a slot
-    R  running texts     V  vocabulary                       H  heads, E  channels of one head
-    Dv vision width      Dq Q-Former width                   Dw width of word embeddings
-    D  width of the layer at hand
+    Q  queries           T  text tokens                      U  tokens of a given text (labels)
+    R  running texts     L  positions in a slot              V  vocabulary
+    H  heads             E  channels of one head             N  items of any other kind
+    Dv vision width      Dq Q-Former width                   Dw width of the word embeddings
+    D  width of the layer in question
+
+Read the files in this order: `vision.py`, `qformer.py`, this file, then `opt.py` or `t5.py`. A running text
+occupies one slot of a `KVCache` (`kv_cache.py`); `language_model.py` is the interface to the scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Blip2Config
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.models.qformer import QFormer
 from blip2_actor.models.t5 import T5
-from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
+from blip2_actor.models.vision_qformer import VisionQFormer
 
 LANGUAGE_MODELS: dict[str, type[OptDecoder] | type[T5]] = {"opt": OptDecoder, "t5": T5}
-"""By `model_type` of the text configuration."""
+"""Our classes by `model_type` of the text configuration."""
 
 
-class Blip2(nn.Module):
-    """The captioning model: images (and a prompt) to text."""
-
-    normalizer: PixelNormalizer
-    """Set when a checkpoint is loaded: its mean and deviation are the image processor's."""
+class Blip2(VisionQFormer):
+    """The captioning model: an image and a prompt in, a text out."""
 
     def __init__(self, config: Blip2Config) -> None:
-        super().__init__()
-        self.config = config
-        qformer_width = config.qformer_config.hidden_size
-        self.vision = VisionEncoder(config.vision_config)
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_width))
-        self.qformer = QFormer(config.qformer_config)
-        self.language_projection = Linear(qformer_width, config.text_config.hidden_size)
+        super().__init__(config)
+        self.language_projection = Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](config.text_config)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in; in a float16 model some parts keep float32 (see `cast`)."""
-        return self.vision.class_embedding.dtype
-
-    def cast(self, dtype: torch.dtype) -> Blip2:
-        """To `dtype`, but for what float16 is too small for."""
-        self.to(dtype)
+    def cast(self, dtype: torch.dtype) -> Self:
+        super().cast(dtype)
         self.language_model.cast(dtype)
-        if dtype is torch.float16:
-            self.qformer.float()
-            self.query_tokens = nn.Parameter(self.query_tokens.float())
         return self
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> float[B, P, Dv]."""
-        return self.vision(pixel_values)
-
-    def qformer_features(
-        self, image_embeds: Tensor, record: Callable[[str, Tensor], None] | None = None
-    ) -> Tensor:
-        """float[B, P, Dv] -> float[B, Q, Dq]."""
-        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        return self.qformer(queries, image_embeds, record=record).to(image_embeds.dtype)
-
     def project(self, qformer_features: Tensor) -> Tensor:
-        """What the language model sees of an image: float[B, Q, Dq] -> float[B, Q, Dw]."""
+        """Return the image as the language model reads it: float[B, Q, Dq] -> float[B, Q, Dw]."""
         return self.language_projection(qformer_features)
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
@@ -78,28 +53,32 @@ class Blip2(nn.Module):
         return self.language_model.embed_tokens(token_ids)
 
     def prefix_ids(self, prompt_ids: list[int]) -> list[int]:
-        """What the reference's logits processors see before the first new token."""
+        """Return the ids that the reference's logits processors see before the first new token."""
         image_token_id = self.config.image_token_index
         image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
         return self.language_model.prefix_ids(image_ids + prompt_ids)
 
     def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Texts alone, as the language model (T5: its encoder) reads them: int64[T_i] -> float[T_i, Dw]."""
+        """Return the last hidden states of texts without an image.
+
+        They are those of the language model (of T5: of its encoder): int64[T_i] each -> float[T_i, Dw] each.
+        """
         return self.language_model.text_features(texts)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: logits for a text that belongs to an image, and the mean loss.
+        """Compute the loss and the logits of given texts (teacher forcing).
 
         Args:
-            pixel_values: float[B, 3, S, S], normalised.
+            pixel_values: float[B, 3, S, S], normalized.
             input_ids: int64[B, T], without image tokens: prompt and text for OPT, the prompt for T5.
-            labels: int64[B, U], -100 where no loss is wanted: for OPT aligned with `input_ids` (U is T, the
-                last query predicts the first one), for T5 the text; None takes `input_ids`.
+            labels: int64[B, U], -100 for tokens that do not count in the loss. For OPT they are aligned
+                with `input_ids` (U = T; the last query predicts the first token), for T5 they are the text.
+                None takes `input_ids`.
 
         Returns:
-            float[] mean loss over the labels, and float[B, U, V] logits that predict them.
+            float[], the mean loss over the labels, and float[B, U, V], the logits that predict them.
         """
         labels = input_ids if labels is None else labels
         prefix = self.project(self.qformer_features(self.image_features(pixel_values)))

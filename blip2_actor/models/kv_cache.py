@@ -1,7 +1,9 @@
-"""Preallocated keys and values: one slot per running text, each with its own length.
+"""The KV cache: preallocated keys and values, one slot per running text, each slot with its own length.
 
-Running texts always occupy the first slots, without holes, so that a decode step works on views and
-can be replayed as a graph. Nothing here knows which text is where; the scheduler does.
+Running texts always occupy the first slots, without gaps, so that a decode step works on views and can be
+captured as a CUDA graph. The cache does not know which text is in which slot; the scheduler does.
+
+Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -17,23 +19,26 @@ from torch.nn import functional as F
 from blip2_actor.transfer import to_device
 
 GROWTH = 64
-"""Slots grow by this many positions at a time."""
+"""Slots grow by this number of positions at a time."""
 
 COPY_BYTES = 64 << 20
-"""Of what passes between slots at a time, unless one layer is more: a copy of all may not fit."""
+"""Maximum size of one copy between slots, unless one layer alone is larger. A copy of all layers at once
+might not fit into memory."""
 
 ALIGNMENT = 8
-"""Rows of masks and biases begin at multiples of this, else CUDA's attention copies them in every layer
-(`aten/native/transformers/attention.cpp`, `pad_bias`)."""
+"""Rows of masks and biases begin at multiples of this number of elements. Otherwise CUDA's attention copies
+them in every layer (`aten/native/transformers/attention.cpp`, `pad_bias`)."""
 
 
 class KVCache:
-    """Keys and values of every layer, float[layers, S, L, 2 D]: of each position its key, then its value; the
-    heads lie side by side in D.
+    """Keys and values of every layer: float[layers, slots, L, 2 D].
 
-    Position-major rows make the write of one step a single row copy per slot. On a CPU they are float32
-    whatever the model computes in: torch's attention with one query takes 0.4 of the time it takes in
-    bfloat16 (64 slots, 12 heads, 50 positions, one AVX512-BF16 core, 2026-11-23), and rounds less.
+    Each position holds its key, then its value; the heads lie next to each other in D. Because positions
+    are the rows, writing one decode step is a single row copy per slot.
+
+    On a CPU the cache is float32, whatever the dtype of the model. torch's attention with one query then
+    takes 0.4 of the time that it takes in bfloat16 (64 slots, 12 heads, 50 positions, one AVX512-BF16 core,
+    2026-11-23), and rounds less.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class KVCache:
     ) -> None:
         """
         Args:
+            max_length: positions of one slot, L.
             width: D.
             dtype: of the model.
         """
@@ -60,7 +66,7 @@ class KVCache:
         return self.kv.nbytes
 
     def row_indices(self, positions: Tensor) -> Tensor:
-        """Where the next key of slots 0..R-1 goes, as rows of float[S * L, D].
+        """Return the rows of float[slots * L, 2 D] for the next position of slots 0..R-1.
 
         int64[R] -> int64[R].
         """
@@ -68,11 +74,23 @@ class KVCache:
         return aligned_arange(count, positions.device)[:count] * self.max_length + positions
 
     def write_step(self, layer: int, rows: Tensor, kv: Tensor) -> None:
-        """Store a new position per running slot: `rows` from `row_indices`, keys and values float[R, 2 D]."""
+        """Write one new position per running slot.
+
+        Args:
+            layer: index of the layer.
+            rows: int64[R], from `row_indices`.
+            kv: float[R, 2 D].
+        """
         self.kv[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.kv.dtype))
 
     def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Store the first positions of some slots: slots int64[n], keys and values float[n, T, 2 D]."""
+        """Write the first T positions of some slots.
+
+        Args:
+            layer: index of the layer.
+            slots: int64[N].
+            kv: float[N, T, 2 D].
+        """
         self.kv[layer][slots, : kv.shape[1]] = kv.to(self.kv.dtype)
 
     def attend(
@@ -84,13 +102,15 @@ class KVCache:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Let one query per slot look at what its slot holds.
+        """Compute the attention of one query per slot over the positions in its slot.
 
         Args:
+            layer: index of the layer.
             query: float[R, D], of slots 0..R-1.
-            reach: positions to look at.
-            mask: float[R, 1 or H, 1, reach], added to the scores: -inf behind a slot's own length.
-            scale: of the scores; None is E ** -0.5.
+            kv_len: number of positions to attend to, from the first one.
+            num_heads: H.
+            mask: float[R, 1 or H, 1, kv_len], added to the scores; -inf beyond a slot's own length.
+            scale: factor of the scores; None is E ** -0.5.
 
         Returns:
             float[R, D], in the dtype of `query`.
@@ -103,27 +123,27 @@ class KVCache:
         return context.flatten(1).to(query.dtype)
 
     def step_shape(self, num_rows: int) -> None:
-        """Nothing else shapes a step."""
+        """Return None: the number of rows and `kv_len` already fix the shapes of a decode step."""
 
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
         return prefix_length + max_new_tokens <= self.max_length
 
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
-        """Lengthen every slot, in steps, so that growth is rare."""
+        """Lengthen every slot to a multiple of `GROWTH`, so that growing is rare."""
         length = max(self.max_length, -(-(prefix_length + max_new_tokens) // GROWTH) * GROWTH)
         self.kv = F.pad(self.kv, (0, 0, 0, length - self.max_length))
         self.max_length = length
 
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy whole texts into other slots; overlapping sources and targets are safe."""
+        """Copy the first `length` positions into other slots; sources and targets may overlap."""
         self.copy_positions(sources, targets, 0, length)
 
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        """Copy positions [start, stop) between slots; overlapping sources and targets are safe."""
+        """Copy positions [start, stop) between slots; sources and targets may overlap."""
         source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
         kv = self.kv
         if kv.device.type == "cuda" and kv.shape[-1] * kv.itemsize % 16 == 0:
-            kv = kv.view(torch.complex128)  # CUDA moves one element a thread: let it be 16 bytes
+            kv = kv.view(torch.complex128)  # CUDA copies one element per thread; make it 16 bytes wide
         layer_bytes = kv[0, :1, start:stop].nbytes * len(sources)
         for layers in kv.split(max(1, COPY_BYTES // max(1, layer_bytes))):
             layers[:, target, start:stop] = layers[:, source, start:stop]
@@ -131,15 +151,19 @@ class KVCache:
 
 @cache
 def aligned_arange(length: int, device: torch.device) -> Tensor:
-    """0, 1, 2, … up to at least `length`, in a multiple of `ALIGNMENT`; made once, do not change it."""
-    with torch.inference_mode(False):  # training may use it too
+    """Return 0, 1, 2, … in int64[N], where N is `length` rounded up to a multiple of `ALIGNMENT`.
+
+    The tensor is made once and shared. Do not modify it.
+    """
+    with torch.inference_mode(False):  # the tensor may also be used in training
         return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on a CPU in pages that come into memory when they are first written, so free slots cost none.
+    """Return zeros. On a CPU, memory is only taken when it is written, so that free slots cost none.
 
-    Slots are many for the day when all are taken: of a 2.7 B model, 128 are 5 GB, and two texts need 0.1.
+    There are enough slots for the busiest moment: 128 slots of a 2.7 B model are 5 GB, while two texts need
+    0.1 GB.
     """
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)

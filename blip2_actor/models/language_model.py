@@ -1,6 +1,10 @@
-"""What the scheduler asks of a language model: prefixes in, slots that advance token by token.
+"""The interface of a language model and of its KV cache, as the scheduler uses them.
 
-`OptDecoder` (decoder only) and `T5` (encoder and decoder) are the two that exist.
+A prefix (the projected image and the prompt) is written into a slot of the KV cache by `prefill`; `decode`
+then advances all running slots by one token. `OptDecoder` (decoder only) and `T5` (encoder and decoder)
+implement it.
+
+Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -15,90 +19,100 @@ from blip2_actor.models.layers import Linear
 
 
 class KVCacheProtocol(Protocol):
-    """Whatever a language model remembers of each running text, one slot each."""
+    """Keys and values of the running texts, one slot per text."""
 
     num_slots: int
 
     @property
     def max_length(self) -> int:
-        """Positions of one slot that `decode` appends to."""
+        """Positions of one slot, of the cache that `decode` appends to."""
         ...
 
     @property
     def num_bytes(self) -> int:
-        """Of all slots together."""
+        """Size of all slots together."""
         ...
 
     def step_shape(self, num_rows: int) -> Hashable:
-        """What the shape of a decode step over the first slots follows from, besides rows and reach."""
+        """Return what the shapes of a decode step depend on, apart from `num_rows` and `kv_len`."""
         ...
 
     def holds(self, prefix_length: int, max_new_tokens: int) -> bool:
-        """True where a slot is long enough for such a text."""
+        """Return True if a slot has room for such a text."""
         ...
 
     def grow(self, prefix_length: int, max_new_tokens: int) -> None:
-        """Make every slot at least that long; what is in them stays."""
+        """Make every slot at least that long; their contents stay."""
         ...
 
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy whole texts of up to `length` cached positions into other slots."""
+        """Copy whole texts, of at most `length` cached positions, into other slots."""
         ...
 
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        """Copy only positions [start, stop) between slots whose earlier positions are equal."""
+        """Copy positions [start, stop) between slots whose earlier positions are equal."""
         ...
 
 
 class LanguageModel(Protocol):
-    """A decoder that works in slots; `cache` is what its own `new_kv_cache` made."""
+    """A language model whose decoder works in slots.
+
+    The arguments named `cache` are KV caches from its own `new_kv_cache`.
+    """
 
     embed_tokens: nn.Embedding
     lm_head: Linear
     max_positions: int | None
-    """Most positions of one text, prefix and new tokens together; None where there is no limit."""
+    """Maximum number of positions of one text, prefix and new tokens together; None if there is no limit."""
 
     def tie_weights(self) -> None:
-        """Share the head with the embeddings."""
+        """Share the weight of the head with the embeddings."""
         ...
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """To `dtype`, but for what must stay in another."""
+        """Convert the weights to `dtype`, except those that must keep another dtype."""
         ...
 
     def __call__(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing as the reference's `forward(labels=…)`.
+        """Compute the logits that predict `labels`, as the reference's `forward(labels=…)` does.
 
-        float[B, Q, Dw], int64[B, T], int64[B, U] -> float[B, U, V], logits that predict the labels.
+        float[B, Q, Dw], int64[B, T], int64[B, U] -> float[B, U, V].
         """
         ...
 
     def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
-        """Logits of given texts: float[T_i, Dw] and int64[U_i] each -> float[U_i, V] each."""
+        """Compute the logits that predict given texts.
+
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        """
         ...
 
     def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Last hidden states of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
+        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
         ...
 
     def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCacheProtocol: ...
 
     def prefix_ids(self, input_ids: list[int]) -> list[int]:
-        """The ids that the reference's `generate` starts from: the input's, or a decoder's start token."""
+        """Return the ids that the reference's `generate` starts from.
+
+        They are the input's ids for a decoder alone, and the start token for an encoder-decoder.
+        """
         ...
 
     def cached_length(self, prefix_length: int) -> int:
-        """Positions of the decoder's own cache that `prefill` fills."""
+        """Return the number of positions that `prefill` writes into a slot of the decoder's own cache."""
         ...
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: Any) -> Tensor:
-        """float[T_i, Dw] each -> float[n, V], logits of the first new tokens."""
+        """Write prefixes into slots: float[T_i, Dw] each -> float[N, V], logits of the first new tokens."""
         ...
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: Any, kv_len: int) -> Tensor:
-        """int64[R], int64[R] -> float[R, V]: append one token to slots 0..R-1.
+        """Append one token to each of the slots 0..R-1: int64[R], int64[R] -> float[R, V].
 
-        Its shapes follow from R, `kv_len` (positions to look at) and `KVCacheProtocol.step_shape`; its values
-        from tensors alone: it never waits for the device, and can be recorded and replayed.
+        R, `kv_len` (the number of positions to attend to) and `KVCacheProtocol.step_shape` fix all shapes,
+        and all values come from tensors. The function never waits for the device, so that a CUDA graph
+        can capture it.
         """
         ...

@@ -1,4 +1,7 @@
-"""The pieces that every part of the model is made of: linear layers, lists of layers, heads."""
+"""Building blocks of every part of the model: linear layers, lists of layers, attention heads.
+
+Axis letters: `blip2.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def find_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function that a configuration calls `name`.
+    """Return the activation function that a configuration calls `name`.
 
     Raises:
         ValueError: this package has no such activation.
@@ -29,9 +32,9 @@ def find_activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, uninitialised (weights are always loaded), with its activation attached.
+    """`nn.Linear` with its activation function attached, and uninitialized: weights are always loaded.
 
-    `pack` turns it into one oneDNN operation for inference on a CPU.
+    `pack` turns it into one oneDNN operation, for inference on a CPU.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Linear(nn.Linear):
         self._packed: Tensor | None = None
 
     def reset_parameters(self) -> None:
-        """Nothing: a random start would only be overwritten."""
+        """Do nothing: loading overwrites every weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self._packed is not None:
@@ -53,11 +56,11 @@ class Linear(nn.Linear):
         return output if self.activation is None else self.activation(output)
 
     def pack(self) -> None:
-        """Lay the weight out once as oneDNN wants it, instead of in every call, and fuse the activation.
+        """Convert the weight to oneDNN's layout once, instead of in every call, and fuse the activation.
 
-        The plain weight is given back (a shared one stays with the other owner): no gradients and no
-        state dict from here on. On two AVX512-BF16 cores (2026-11-23) a 768x3072 layer with its gelu takes
-        0.71 of the time in float32 and 0.90 in bfloat16 for 2,056 rows, 0.74 and 0.86 for 64.
+        The plain weight is freed (a shared one stays with its other owner), so there are no gradients and
+        no state dict after this call. On two AVX512-BF16 cores (2026-11-23) a 768x3072 layer with its gelu
+        takes 0.71 of the time in float32 and 0.90 in bfloat16 for 2,056 rows, 0.74 and 0.86 for 64 rows.
         """
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_ROWS)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
@@ -70,14 +73,14 @@ _ONEDNN_POST_OPS = {
     "gelu_pytorch_tanh": ("gelu", "tanh"),
     "relu": ("relu", "none"),
 }
-"""Our activations as `mkldnn::_linear_pointwise` calls them: name and algorithm."""
+"""Our activations in the words of `mkldnn::_linear_pointwise`: name and algorithm."""
 
 PACKED_FOR_ROWS = 64
-"""oneDNN picks a layout by the number of rows; of 1, 8, 64, 256 and 2,056, this was never slower."""
+"""oneDNN chooses a layout for this number of rows; of 1, 8, 64, 256 and 2,056, this was never slower."""
 
 
 def pack_for_cpu(model: nn.Module) -> None:
-    """Pack every `Linear` that is used as a module, where oneDNN computes in its dtype."""
+    """Pack every `Linear` of a model, if oneDNN is available and computes in its dtype."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in model.modules():
@@ -89,7 +92,7 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 class Layers(nn.ModuleList, Generic[LayerT]):
-    """A `nn.ModuleList` that knows what it holds."""
+    """An `nn.ModuleList` whose items have a known type."""
 
     def __iter__(self) -> Iterator[LayerT]:
         return cast("Iterator[LayerT]", super().__iter__())
@@ -113,18 +116,19 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention, by whichever way is fast on the device.
+    """Compute scaled dot-product attention in the way that is fastest on the device.
 
-    torch's fused kernel, but for bfloat16 on a CPU: there two matrix products and a softmax, as transformers'
-    "eager" attention has them, take 0.66 of its time at 257 tokens of 12 heads and 0.4 at 33 (one AVX512-BF16
-    core, 2026-11-23).
+    That is torch's fused kernel, except for bfloat16 on a CPU. There, two matrix products and a softmax, as
+    in transformers' "eager" attention, take 0.66 of its time at 257 tokens of 12 heads and 0.4 at 33 tokens
+    (one AVX512-BF16 core, 2026-11-23).
 
     Args:
         query: float[B, H, T, E].
-        key: float[B, H, N, E]; value likewise.
-        mask: bool (True is seen) or float (added to the scores), broadcast to [B, H, T, N].
-        is_causal: each position sees itself and what is before it; T is N.
-        scale: of the scores; None is E ** -0.5.
+        key: float[B, H, N, E].
+        value: float[B, H, N, E].
+        mask: bool (True is attended to) or float (added to the scores), broadcast to [B, H, T, N].
+        is_causal: each position attends to itself and to those before it; T equals N.
+        scale: factor of the scores; None is E ** -0.5.
 
     Returns:
         float[B, H, T, E].

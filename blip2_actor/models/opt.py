@@ -1,10 +1,10 @@
-"""The OPT decoder of BLIP-2's decoder-only checkpoints, decoding in slots.
+"""OPT, the language model of BLIP-2's decoder-only checkpoints, with a slot of the KV cache per text.
 
-`prefill` runs prefixes (projected queries and prompt) through the layers and leaves their keys and
-values in slots; `decode` advances every running slot by one token. Prefixes of different lengths are
-packed one behind the other: the linear layers see no padding, attention runs once per length.
+`prefill` runs prefixes (projected queries and prompt) through the layers and writes their keys and values
+into slots; `decode` advances every running slot by one token. Prefixes of different lengths are packed one
+after the other: the linear layers see no padding, and attention runs once per length.
 
-Source: arXiv:2205.01068; transformers `OPTForCausalLM`. Axis letters: `model.py`.
+Source: arXiv:2205.01068; transformers `OPTForCausalLM`. Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from blip2_actor.models.layers import Layers, Linear
 from blip2_actor.models.packing import Packing
 
 POSITION_OFFSET = 2
-"""The first two rows of the position table belong to padding (`OPTLearnedPositionalEmbedding`)."""
+"""The first two rows of the position table are for padding (`OPTLearnedPositionalEmbedding`)."""
 
 
 class OptLayer(nn.Module):
-    """One decoder layer; norms stand before (most sizes) or after (350m) attention and MLP."""
+    """One decoder layer; the norms come before (most sizes) or after (350m) attention and MLP."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class OptLayer(nn.Module):
         self.fc2 = Linear(config.ffn_dim, width, bias=config.enable_bias)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Query, and key and value, of each position: float[..., D] -> float[..., D], float[..., 2 D]."""
+        """Return queries, and keys with values: float[..., D] -> float[..., D], float[..., 2 D]."""
         width = hidden.shape[-1]
         qkv = self.qkv(self.self_attn_layer_norm(hidden) if self.norm_before else hidden)
         query, kv = qkv.split([width, 2 * width], dim=-1)
         return query, kv
 
     def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Output projection, residuals and MLP, given the attention's result."""
+        """Apply output projection, residuals and MLP to the result of the attention (`context`)."""
         hidden = hidden + self.out_proj(context)
         if self.norm_before:
             return hidden + self.fc2(self.fc1(self.final_layer_norm(hidden)))
@@ -55,7 +55,7 @@ class OptLayer(nn.Module):
 
 
 class OptDecoder(nn.Module):
-    """Embeddings, layers and head. One object serves training-style `forward` and slots."""
+    """Embeddings, layers and head. The same object serves `forward` (training) and slots (generation)."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class OptDecoder(nn.Module):
             self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the head with the embeddings; needed again after `to_empty`."""
+        """Share the weight of the head with the embeddings; call it again after `to_empty`."""
         self.lm_head.weight = self.embed_tokens.weight
 
     def cast(self, dtype: torch.dtype) -> OptDecoder:
@@ -104,48 +104,51 @@ class OptDecoder(nn.Module):
             inputs_embeds = self.project_in(inputs_embeds)
         return inputs_embeds + self.embed_positions(positions + POSITION_OFFSET)
 
-    def _normed(self, hidden: Tensor) -> Tensor:
+    def _final_norm(self, hidden: Tensor) -> Tensor:
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self._normed(hidden))
+        return self.lm_head(self._final_norm(hidden))
 
     def forward(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing: the text behind an image, each token predicted from what is before it.
+        """Compute the logits of texts that follow an image (teacher forcing).
 
         Args:
             prefix: float[B, Q, Dw], the projected queries.
             input_ids: int64[B, T], prompt and text.
-            labels: int64[B, T], `input_ids` again, or -100 where no loss is wanted.
+            labels: int64[B, T], `input_ids` again, or -100 for tokens that do not count in the loss.
 
         Returns:
             float[B, T, V], logits that predict each label.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
-                f"labels must have the shape {list(input_ids.shape)} of input_ids, got {list(labels.shape)}"
+                f"labels must have the shape of input_ids, {list(input_ids.shape)}, got {list(labels.shape)}"
             )
         return torch.stack(self.predict(list(prefix), list(input_ids)))
 
     def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
-        """Logits that predict each token of given texts: float[T_i, Dw] and int64[U_i] -> float[U_i, V]."""
+        """Compute the logits that predict given texts.
+
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        """
         pairs = list(zip(prefixes, texts, strict=True))
         sequences = [torch.cat([prefix, self.embed_tokens(text[:-1])]) for prefix, text in pairs]
         packing = Packing([len(s) for s in sequences], prefixes[0].device)
-        hidden = packing.unpack(self._read(packing.pack(sequences), packing))
+        hidden = packing.unpack(self._run_packed(packing.pack(sequences), packing))
         predicting = [h[len(p) - 1 :][: len(t)] for h, (p, t) in zip(hidden, pairs, strict=True)]
         return list(self._logits(torch.cat(predicting)).split([len(t) for t in texts]))
 
     def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Last hidden states of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
+        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
         packing = Packing([len(text) for text in texts], texts[0].device)
-        hidden = self._read(packing.pack([self.embed_tokens(text) for text in texts]), packing)
-        return packing.unpack(self._normed(hidden))
+        hidden = self._run_packed(packing.pack([self.embed_tokens(text) for text in texts]), packing)
+        return packing.unpack(self._final_norm(hidden))
 
-    def _read(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """All layers over packed sequences, without a cache: float[T_total, Dw] -> float[T_total, D]."""
+    def _run_packed(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        """Run all layers over packed sequences, without a cache: float[T_total, Dw] -> float[T_total, D]."""
         hidden = self._embed(inputs_embeds, packing.positions)
         for layer in self.layers:
             query, kv = layer.project(hidden)
@@ -154,7 +157,7 @@ class OptDecoder(nn.Module):
         return hidden
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: KVCache) -> Tensor:
-        """Run prefixes and leave their keys and values in slots.
+        """Run prefixes through the layers and write their keys and values into slots.
 
         Args:
             prefixes: float[T_i, Dw] each; lengths may differ.
@@ -162,7 +165,7 @@ class OptDecoder(nn.Module):
             cache: from `new_kv_cache`.
 
         Returns:
-            float[n, V], logits behind the last position of each prefix.
+            float[N, V], the logits of the first new token of each text.
         """
         packing = Packing([len(p) for p in prefixes], prefixes[0].device)
         hidden = self._embed(packing.pack(prefixes), packing.positions)
@@ -171,7 +174,7 @@ class OptDecoder(nn.Module):
             query, kv = layer.project(hidden)
             for group, group_slots in zip(packing.groups, groups, strict=True):
                 cache.write_prefix(index, group_slots, group.view(kv))
-            if index == len(self.layers) - 1:  # only the last position of each prefix matters from here on
+            if index == len(self.layers) - 1:  # from here on, only the last position of each prefix matters
                 hidden = hidden[packing.last]
                 context = packing.attend_last(query, kv, layer.num_heads)
             else:
@@ -180,16 +183,16 @@ class OptDecoder(nn.Module):
         return self._logits(hidden)[packing.restore_order]
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, kv_len: int) -> Tensor:
-        """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
+        """Append one token to each of the slots 0..R-1. A CUDA graph can capture this function.
 
         Args:
             token_ids: int64[R], the token to append to each slot.
             lengths: int64[R], positions already in each slot.
-            cache: the slots.
-            reach: positions to look at, more than the greatest of `lengths`.
+            cache: from `new_kv_cache`.
+            kv_len: number of positions to attend to, greater than all of `lengths`.
 
         Returns:
-            float[R, V], logits behind the appended tokens.
+            float[R, V], the logits of the next tokens.
         """
         rows = cache.row_indices(lengths)
         later = aligned_arange(kv_len, lengths.device) > lengths[:, None]

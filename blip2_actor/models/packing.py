@@ -1,7 +1,9 @@
 """Sequences of different lengths in one tensor, without padding.
 
-Sequences are sorted by length and laid one behind the other, float[T_total, D]; those of equal length
-form a group, which is a plain view float[n, T, D], so that attention runs once per length.
+Sequences are sorted by length and packed one after the other, float[T_total, D]. Those of equal length form
+a group, which is a plain view float[N, T, D], so that attention runs once per length.
+
+Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -37,13 +39,12 @@ class Packing:
     def __init__(
         self, lengths: list[int], device: torch.device, keys: Sequence[tuple[int, ...]] | None = None
     ) -> None:
-        """Plan the layout.
-
+        """
         Args:
-            lengths: of each sequence.
-            device: where the sequences are.
-            keys: sequences of equal key form a group (and must be of equal length); None groups by length.
-                Two packings with the same keys have their groups side by side.
+            lengths: length of each sequence.
+            device: of the sequences.
+            keys: sequences with equal keys form a group and must have equal lengths; None groups by length.
+                Two packings with the same keys have corresponding groups.
         """
         self.device = device
         keys = [(length,) for length in lengths] if keys is None else keys
@@ -61,25 +62,29 @@ class Packing:
         ends = [g.start + (i + 1) * g.length - 1 for g in self.groups for i in range(g.count)]
         self.last = to_device(ends, device)
         restore = [0] * len(lengths)
-        for place, original in enumerate(self.order):
-            restore[original] = place
+        for packed_index, original_index in enumerate(self.order):
+            restore[original_index] = packed_index
         self.restore_order = to_device(restore, device)
 
     def pack(self, sequences: list[Tensor]) -> Tensor:
-        """Lay sequences float[T_i, D] one behind the other, sorted: float[T_total, D]."""
+        """Pack sequences one after the other, in sorted order: float[T_i, D] each -> float[T_total, D]."""
         return torch.cat([sequences[i] for i in self.order])
 
     def slots_by_group(self, slots: list[int]) -> list[Tensor]:
-        """The slots of each group's sequences: int64[count] each."""
+        """Return the slots of each group's sequences: int64[count] per group.
+
+        Args:
+            slots: one per sequence, in the original order.
+        """
         ordered = [slots[i] for i in self.order]
-        found = []
+        groups = []
         for group in self.groups:
-            found.append(to_device(ordered[: group.count], self.device))
+            groups.append(to_device(ordered[: group.count], self.device))
             ordered = ordered[group.count :]
-        return found
+        return groups
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
-        """The sequences in their first order: [T_total, ...] -> [T_i, ...] each, views."""
+        """Return views of the sequences in their original order: [T_total, ...] -> [T_i, ...] each."""
         ordered = packed.split([g.length for g in self.groups for _ in range(g.count)])
         return [part for _, part in sorted(zip(self.order, ordered, strict=True), key=lambda pair: pair[0])]
 
@@ -92,15 +97,15 @@ class Packing:
         bias: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention within each sequence.
+        """Compute attention within each sequence.
 
         Args:
             query: float[T_total, D].
             kv: float[T_total, 2 D], keys and values.
             num_heads: H.
-            is_causal: each position sees itself and what is before it.
+            is_causal: each position attends to itself and to those before it.
             bias: float[H, T, T] for the longest T, added to the scores.
-            scale: of the scores; None is E ** -0.5.
+            scale: factor of the scores; None is E ** -0.5.
 
         Returns:
             float[T_total, D].
@@ -108,7 +113,7 @@ class Packing:
         contexts = []
         for group in self.groups:
             q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
-            # Four axes: with three, the CPU's fused kernel steps aside.
+            # Four axes: with three, the CPU's fused kernel is not used.
             mask = None if bias is None else bias[None, :, : group.length, : group.length]
             context = attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
@@ -122,21 +127,29 @@ class Packing:
         num_heads: int,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention of each sequence over all positions of its counterpart in `other`, of the same keys.
+        """Compute attention of each sequence over all positions of its counterpart in another packing.
 
-        float[T_total, D] and float[other.T_total, 2 D] -> float[T_total, D].
+        Args:
+            other: a packing with the same keys.
+            query: float[T_total, D].
+            kv: float[T_total of `other`, 2 D], keys and values.
+            num_heads: H.
+            scale: factor of the scores; None is E ** -0.5.
+
+        Returns:
+            float[T_total, D].
         """
         contexts = []
-        for group, seen in zip(self.groups, other.groups, strict=True):
+        for group, other_group in zip(self.groups, other.groups, strict=True):
             q = split_heads(group.view(query), num_heads)
-            context = attend(q, *_keys_values(seen.view(kv), num_heads), scale=scale)
+            context = attend(q, *_keys_values(other_group.view(kv), num_heads), scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     def attend_last(self, query: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Causal attention of each sequence's last position.
+        """Compute causal attention of each sequence's last position only.
 
-        float[T_total, D] and float[T_total, 2 D] -> float[n, D].
+        float[T_total, D] and float[T_total, 2 D] -> float[N, D].
         """
         contexts = []
         for group in self.groups:

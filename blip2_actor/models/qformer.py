@@ -1,16 +1,16 @@
 """The Q-Former of BLIP-2: learned queries that read the image through cross-attention.
 
-A post-norm BERT whose queries cross-attend to the image in every second layer. It can also read text
-(retrieval checkpoints): then text tokens follow the queries, share self-attention with them, have
+It is a post-norm BERT whose queries cross-attend to the image in every second layer. In retrieval
+checkpoints it also reads text: the text tokens follow the queries, share the self-attention with them, have
 feed-forward weights of their own, and never see the image directly.
 
-The keys and values of all cross-attentions depend on the image alone, so one matrix product makes
-them all (87 % of this module's arithmetic).
+The keys and values of all cross-attentions depend only on the image, so one matrix product computes them all
+(87 % of this module's arithmetic).
 
-In a float16 model this module stays in float32, as the reference's does (`_keep_in_fp32_modules`): its
-attention scores outgrow float16.
+In a float16 model this module stays in float32, as in the reference (`_keep_in_fp32_modules`), because its
+attention scores exceed the range of float16.
 
-Source: arXiv:2301.12597, section 3.1; transformers `Blip2QFormerModel`. Axis letters: `model.py`.
+Source: arXiv:2301.12597, section 3.1; transformers `Blip2QFormerModel`. Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split
 
 
 class PostNormMlp(nn.Module):
-    """BERT's feed-forward: two linears, the residual, then the norm."""
+    """BERT's feed-forward: two linear layers, the residual, then the norm."""
 
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PostNormMlp(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention, cross-attention where `reads_image`, feed-forward."""
+    """Self-attention, cross-attention if `reads_image`, feed-forward."""
 
     def __init__(self, config: Blip2QFormerConfig, reads_image: bool) -> None:
         super().__init__()
@@ -59,17 +59,20 @@ class QFormerLayer(nn.Module):
     def forward(
         self, hidden: Tensor, num_queries: int, image_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer over queries and, behind them, text.
+        """Run one layer over the queries and the text after them.
 
         Args:
             hidden: float[B, Q + T, Dq].
             num_queries: Q; 0 for text alone.
-            image_kv: keys and values of this layer, each float[B, H, P, E].
-            mask: bool[B, 1, 1, Q + T], True where a position may be attended to.
+            image_kv: keys and values of this layer's cross-attention, each float[B, H, P, E].
+            mask: bool[B, 1, 1, Q + T], True for positions that may be attended to.
 
         Returns:
-            The new hidden states, and this layer's cross-attention query float[B, H, Q, E] where there
-            is one (its product with the keys is the attention map).
+            The new hidden states, float[B, Q + T, Dq], and the query of this layer's cross-attention,
+            float[B, H, Q, E] (its product with the keys is the attention map), or None if there is none.
+
+        Raises:
+            ValueError: there are queries, but no `image_kv`.
         """
         query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(hidden).chunk(3, dim=-1))
         context = attend(query, key, value, mask=mask)
@@ -80,7 +83,7 @@ class QFormerLayer(nn.Module):
         cross_query = None
         if self.reads_image:
             if image_kv is None:
-                raise ValueError("image_kv must be given when queries are, got None")
+                raise ValueError("image_kv must be given together with queries, got None")
             cross_query = split_heads(self.cross_query(queries), self.num_heads)
             context = attend(cross_query, *image_kv)
             queries = self.cross_norm(self.cross_output(merge_heads(context)) + queries)
@@ -91,7 +94,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Queries and an image in, the image as seen by the queries out."""
+    """Learned queries and an image in; what the queries read from the image out."""
 
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()
@@ -103,9 +106,12 @@ class QFormer(nn.Module):
         self.cross_kv = Linear(config.encoder_hidden_size, 2 * sum(readers) * config.hidden_size)
 
     def image_keys_values(self, image_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every cross-attention, in the order of the layers that have one.
+        """Compute the keys and values of every cross-attention, in the order of the layers that have one.
 
         float[B, P, Dv] -> pairs of float[B, H, P, E].
+
+        Raises:
+            ValueError: the last axis of `image_embeds` is not the configured vision width.
         """
         if image_embeds.shape[-1] != self.vision_width:
             raise ValueError(
@@ -127,17 +133,19 @@ class QFormer(nn.Module):
 
         Args:
             query_embeds: float[B, Q + T, Dq], queries first, already expanded over the batch.
-            image_embeds: float[B, P, Dv], vision output after its final norm; None for text alone.
+            image_embeds: float[B, P, Dv], the vision encoder's output after its final norm; None for text
+                alone.
             num_queries: Q; None means that there is no text.
-            mask: bool[B, Q + T], False at padding; None attends everywhere.
-            record: called with names and values, for inspection: each layer's output, and each
-                cross-attention's weights float[B, H, Q, P].
+            mask: bool[B, Q + T], False for padding; None attends to all positions.
+            record: called with names and values, for inspection: the output of each layer, and the weights
+                of each cross-attention, float[B, H, Q, P].
 
         Returns:
             float[B, Q + T, Dq], in this module's dtype.
 
         Raises:
-            ValueError: the last axis of `image_embeds` is not the configured vision width.
+            ValueError: the last axis of `image_embeds` is not the configured vision width, or there are
+                queries, but no image.
         """
         num_queries = query_embeds.shape[1] if num_queries is None else num_queries
         dtype = self.layernorm.weight.dtype

@@ -1,7 +1,8 @@
-"""How probable given texts are behind an image: what `score` is made of.
+"""How probable given texts are as continuations of an image: the arithmetic of `Engine.score`.
 
-Works on prefixes that are encoded already, so that a score shares the image's pass through the vision
-encoder with whatever else is asked of the image.
+It starts from encoded images, so that all requests for one image share its pass through the vision encoder.
+
+Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ def text_logprobs(
     prompt_ids: Sequence[Sequence[int]],
     text_ids: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """Log-probability of each token of given texts; minus the mean is the reference's loss of the row.
+    """Compute the log-probability of each token of given texts.
+
+    Minus the mean over a text is the reference's loss of that text.
 
     Args:
         model: the captioning model.
-        prefixes: float[Q, Dw] each, from `Blip2.project`; one per text, the same tensor may recur.
-        prompt_ids: what stands between image and text, not scored.
-        text_ids: what is scored, the end token included where it should be.
+        prefixes: float[Q, Dw] each, from `Blip2.project`; one per text. The same tensor may occur several
+            times.
+        prompt_ids: ids between image and text, which are not scored.
+        text_ids: ids that are scored, including the end token if it should count.
 
     Returns:
         float32[U_i] for each text of U_i tokens, on the host.

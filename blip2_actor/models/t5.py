@@ -1,15 +1,15 @@
-"""The T5 of BLIP-2's encoder-decoder checkpoints (Flan-T5), decoding in slots.
+"""T5, the language model of BLIP-2's encoder-decoder checkpoints (Flan-T5), with a slot per text.
 
-`prefill` runs prefixes (projected queries and prompt) through the encoder, leaves the cross-attention's
-keys and values in slots, once per text, and decodes the start token; `decode` advances every running
-slot by one token. Prefixes of different lengths are packed one behind the other, without padding.
+`prefill` runs prefixes (projected queries and prompt) through the encoder, writes the keys and values of the
+cross-attention into slots, once per text, and decodes the start token; `decode` advances every running slot
+by one token. Prefixes of different lengths are packed one after the other, without padding.
 
-Flan-T5's activations outgrow float16. In a float16 model the residual stream and `wo` are float32
-(`T5.cast`), the gated product is taken in float32, and an attention output that overflows counts as the
-largest float16. bfloat16 needs none of it and is what these checkpoints were trained in.
+Flan-T5's activations exceed the range of float16. In a float16 model the residual stream and `wo` are
+float32 (`T5.cast`), the gated product is computed in float32, and an attention output that overflows is
+replaced by the largest float16. bfloat16 needs none of this; these checkpoints were trained in it.
 
 Source: arXiv:1910.10683, arXiv:2210.11416; transformers `T5ForConditionalGeneration`. Axis letters:
-`model.py`; here D is H * E, which may differ from Dw.
+`blip2.py`; here D is H * E, which may differ from Dw.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from blip2_actor.models.t5_kv_cache import T5KVCache
 from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
 
 SCALE = 1.0
-"""T5 does not scale attention scores; its initialisation does instead."""
+"""T5 does not scale its attention scores; its initialization makes up for it."""
 
 
 class T5(nn.Module):
-    """Embeddings, encoder, decoder and head. One object serves teacher forcing and slots."""
+    """Embeddings, encoder, decoder and head.
+
+    The same object serves `forward` (training) and slots (generation).
+    """
 
     max_positions: int | None = None
-    """Positions are relative: a text of any length has a bias."""
+    """None: positions are relative, and a text of any length has a bias."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -55,11 +58,11 @@ class T5(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the head with the embeddings; needed again after `to_empty`."""
+        """Share the weight of the head with the embeddings; call it again after `to_empty`."""
         self.lm_head.weight = self.embed_tokens.weight
 
     def cast(self, dtype: torch.dtype) -> T5:
-        """To `dtype`, but for what float16 is too small for."""
+        """Convert the weights to `dtype`, except those for which the range of float16 is too small."""
         self.to(dtype)
         if dtype is torch.float16:
             for layer in (*self.encoder, *self.decoder):
@@ -85,16 +88,16 @@ class T5(nn.Module):
         return [self.config.decoder_start_token_id]
 
     def cached_length(self, prefix_length: int) -> int:
-        """The start token alone; the prefix is in the cross-attention's slots."""
+        """Return 1, for the start token; the prefix is in the cache of the cross-attention."""
         return 1
 
     def forward(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing: the encoder reads image and prompt, the decoder predicts the labels.
+        """Let the encoder read image and prompt, and the decoder predict the labels (teacher forcing).
 
         Args:
             prefix: float[B, Q, Dw], the projected queries.
             input_ids: int64[B, T], the prompt.
-            labels: int64[B, U], the text; -100 where no loss is wanted.
+            labels: int64[B, U], the text, or -100 for tokens that do not count in the loss.
 
         Returns:
             float[B, U, V], logits that predict each label.
@@ -104,7 +107,10 @@ class T5(nn.Module):
         return torch.stack(self.predict(list(prefixes), list(texts)))
 
     def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
-        """Logits that predict each token of given texts: float[T_i, Dw] and int64[U_i] -> float[U_i, V]."""
+        """Compute the logits that predict given texts.
+
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        """
         lengths = [(len(p), len(t)) for p, t in zip(prefixes, texts, strict=True)]
         prefix_packing, packing = (
             Packing(list(x), prefixes[0].device, lengths) for x in zip(*lengths, strict=True)
@@ -115,12 +121,12 @@ class T5(nn.Module):
         return packing.unpack(self._logits(self._decode_packed(inputs, packing, encoded, prefix_packing)))
 
     def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """What the encoder makes of texts alone: int64[T_i] each -> float[T_i, Dw] each."""
+        """Return the encoder's output for texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
         packing = Packing([len(text) for text in texts], texts[0].device)
         return packing.unpack(self._encode([self.embed_tokens(text) for text in texts], packing))
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: T5KVCache) -> Tensor:
-        """Encode prefixes, leave their keys and values in slots, and decode the start token.
+        """Encode prefixes, write their keys and values into slots, and decode the start token.
 
         Args:
             prefixes: float[T_i, Dw] each; lengths may differ.
@@ -128,60 +134,59 @@ class T5(nn.Module):
             cache: from `new_kv_cache`.
 
         Returns:
-            float[n, V], logits of the first new token of each text.
+            float[N, V], the logits of the first new token of each text.
         """
         lengths = [len(p) for p in prefixes]
         device = prefixes[0].device
         prefix_packing = Packing(lengths, device)
         packing = Packing([1] * len(lengths), device, [(length,) for length in lengths])
         start = torch.full((len(lengths),), self.config.decoder_start_token_id, device=device)
-        places = list(zip(packing.slots_by_group(slots), packing.groups, prefix_packing.groups, strict=True))
-        cache.occupy(slots, lengths)
+        groups = list(zip(packing.slots_by_group(slots), packing.groups, prefix_packing.groups, strict=True))
+        cache.set_prefix_lengths(slots, lengths)
 
-        def keep(layer: int, kv: Tensor, cross_kv: Tensor) -> None:
-            for group_slots, text, prefix in places:
+        def write(layer: int, kv: Tensor, cross_kv: Tensor) -> None:
+            for group_slots, text, prefix in groups:
                 cache.own.write_prefix(layer, group_slots, text.view(kv))
                 cache.cross.write_prefix(layer, group_slots, prefix.view(cross_kv))
 
         encoded = self._encode(prefixes, prefix_packing)
-        hidden = self._decode_packed(self.embed_tokens(start), packing, encoded, prefix_packing, keep)
+        hidden = self._decode_packed(self.embed_tokens(start), packing, encoded, prefix_packing, write)
         return self._logits(hidden)[packing.restore_order]
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: T5KVCache, kv_len: int) -> Tensor:
-        """Advance slots 0..R-1 by one token each. Asks nothing of the device, so it can be recorded.
+        """Append one token to each of the slots 0..R-1. A CUDA graph can capture this function.
 
         Args:
             token_ids: int64[R], the token to append to each slot.
-            lengths: int64[R], positions already in each slot, the start token included.
-            cache: the slots.
-            reach: own positions to look at, more than the greatest of `lengths`.
+            lengths: int64[R], positions already in each slot, including the start token.
+            cache: from `new_kv_cache`.
+            kv_len: number of own positions to attend to, greater than all of `lengths`.
 
         Returns:
-            float[R, V], logits behind the appended tokens.
+            float[R, V], the logits of the next tokens.
         """
-        prefix_reach, cross_mask = cache.prefix_mask(token_ids.shape[0])
+        cross_kv_len, cross_mask = cache.prefix_mask(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
-        bias = self._causal_bias(lengths, kv_len).transpose(0, 1)[
-            :, :, None, :kv_len
-        ]  # float[R, H, 1, reach]
-        hidden = self._enter(self.embed_tokens(token_ids))
+        bias = self._causal_bias(lengths, kv_len).transpose(0, 1)  # float[R, H, >= kv_len]
+        bias = bias[:, :, None, :kv_len]  # float[R, H, 1, kv_len]
+        hidden = self._to_residual_dtype(self.embed_tokens(token_ids))
         for index, layer in enumerate(self.decoder):
             query, kv = layer.project(hidden)
             cache.own.write_step(index, rows, kv)
             context = cache.own.attend(index, query, kv_len, self.num_heads, bias, SCALE)
             hidden = layer.add_attention(hidden, context)
             query = layer.project_cross(hidden)
-            context = cache.cross.attend(index, query, prefix_reach, self.num_heads, cross_mask, SCALE)
+            context = cache.cross.attend(index, query, cross_kv_len, self.num_heads, cross_mask, SCALE)
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self._logits(self.decoder_norm(hidden))
 
-    def _enter(self, embeds: Tensor) -> Tensor:
-        """Embeddings as the start of the residual stream, in the dtype that it is kept in."""
+    def _to_residual_dtype(self, embeds: Tensor) -> Tensor:
+        """Convert embeddings to the dtype of the residual stream, which begins with them."""
         return embeds.to(next(iter(self.decoder)).wo.weight.dtype)
 
     def _encode(self, prefixes: list[Tensor], packing: Packing) -> Tensor:
-        """float[T_i, Dw] each -> float[T_total, Dw], packed, behind the encoder's norm."""
-        hidden = self._enter(packing.pack(prefixes))
+        """Run the encoder, with its final norm: float[T_i, Dw] each -> packed, float[T_total, Dw]."""
+        hidden = self._to_residual_dtype(packing.pack(prefixes))
         positions = torch.arange(max(len(p) for p in prefixes), device=hidden.device)
         bias = self.encoder_bias(
             aligned_arange(len(positions), hidden.device) - positions[:, None]
@@ -198,20 +203,29 @@ class T5(nn.Module):
         packing: Packing,
         encoded: Tensor,
         prefix_packing: Packing,
-        keep: Callable[[int, Tensor, Tensor], None] | None = None,
+        write: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """The decoder over whole texts; `keep` is given each layer's keys and values, own and cross.
+        """Run the decoder, with its final norm, over whole texts.
 
-        float[U_total, Dw] and float[T_total, Dw] -> float[U_total, Dw], behind the decoder's norm.
+        Args:
+            inputs_embeds: float[U_total, Dw], packed texts.
+            packing: of the texts.
+            encoded: float[T_total, Dw], packed output of the encoder.
+            prefix_packing: of `encoded`.
+            write: called for each layer with its index and its keys and values: those of the
+                self-attention and those of the cross-attention.
+
+        Returns:
+            float[U_total, Dw].
         """
-        hidden = self._enter(inputs_embeds)
+        hidden = self._to_residual_dtype(inputs_embeds)
         longest = max(group.length for group in packing.groups)
         bias = self._causal_bias(torch.arange(longest, device=hidden.device), longest)
         for index, layer in enumerate(self.decoder):
             query, kv = layer.project(hidden)
             cross_kv = layer.cross_kv(encoded)
-            if keep is not None:
-                keep(index, kv, cross_kv)
+            if write is not None:
+                write(index, kv, cross_kv)
             context = packing.attend(query, kv, self.num_heads, bias=bias, scale=SCALE)
             hidden = layer.add_attention(hidden, context)
             context = packing.attend_across(
@@ -221,16 +235,23 @@ class T5(nn.Module):
         return self.decoder_norm(hidden)
 
     def _causal_bias(self, positions: Tensor, kv_len: int) -> Tensor:
-        """Bias of the decoder's self-attention, -inf at what comes later.
+        """Return the bias of the decoder's self-attention, -inf for later positions.
 
-        int64[N] query positions -> float[H, N, L], L a multiple of `ALIGNMENT` and at least `kv_len`.
-        To be cut last: an axis that is put in behind the cut has the cut's length as its stride.
+        The caller slices the last axis to `kv_len`, after adding axes: an axis that is added after the slice
+        has the slice's length as its stride, which loses the alignment.
+
+        Args:
+            positions: int64[N], of the queries.
+            kv_len: number of positions to attend to.
+
+        Returns:
+            float[H, N, L], where L is `kv_len` rounded up to a multiple of `ALIGNMENT`.
         """
         relative = aligned_arange(kv_len, positions.device) - positions[:, None]
         return self.decoder_bias(relative).masked_fill(relative > 0, float("-inf")).contiguous()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Checkpoints with tied heads were trained on scaled outputs (`scale_decoder_outputs`)."""
+        """Apply the head. Checkpoints with tied heads were trained with `scale_decoder_outputs`."""
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
         return self.lm_head(hidden)

@@ -1,4 +1,7 @@
-"""What T5 remembers of each running text: its own tokens, and the prefix that its decoder looks at."""
+"""The KV cache of T5: for each running text its own tokens, and the prefix for the cross-attention.
+
+Axis letters: `blip2.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from blip2_actor.transfer import to_device
 
 
 class T5KVCache:
-    """Keys and values of each running text: its own tokens (`own`) and its encoded prefix (`cross`)."""
+    """Two caches with the same slots: `own` for the decoder's tokens, `cross` for the encoded prefixes."""
 
     def __init__(self, own: KVCache, cross: KVCache) -> None:
         self.own = own
         self.cross = cross
         self.num_slots = own.num_slots
-        # A slot that never had a text shows one position of zeros: to look at none gives no number at all.
+        # A slot that never held a text has one position of zeros: attention over no position is NaN.
         self.prefix_lengths = torch.ones(own.num_slots, dtype=torch.int64, device=own.kv.device)
         self._host_lengths = [1] * own.num_slots
-        """`prefix_lengths`, known without asking the device."""
+        """A copy of `prefix_lengths` on the host, so that reading it does not wait for the device."""
 
     @property
     def max_length(self) -> int:
@@ -38,29 +41,28 @@ class T5KVCache:
         if not self.cross.holds(prefix_length, 0):
             self.cross.grow(prefix_length, 0)
 
-    def occupy(self, slots: list[int], prefix_lengths: list[int]) -> None:
-        """Note how long the prefixes in `slots` are."""
+    def set_prefix_lengths(self, slots: list[int], prefix_lengths: list[int]) -> None:
         for slot, length in zip(slots, prefix_lengths, strict=True):
             self._host_lengths[slot] = length
         device = self.prefix_lengths.device
         self.prefix_lengths[to_device(slots, device)] = to_device(prefix_lengths, device)
 
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy whole texts, prefixes too; overlapping sources and targets are safe."""
+        """Copy whole texts with their prefixes; sources and targets may overlap."""
         prefix_lengths = [self._host_lengths[slot] for slot in sources]
         self.own.copy_slots(sources, targets, length)
         self.cross.copy_slots(sources, targets, max(prefix_lengths))
-        self.occupy(targets, prefix_lengths)
+        self.set_prefix_lengths(targets, prefix_lengths)
 
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
-        """Copy the texts' own positions [start, stop); slots of one image share their prefix already."""
+        """Copy positions [start, stop) of the texts' own tokens; their prefixes are equal already."""
         self.own.copy_positions(sources, targets, start, stop)
 
     def step_shape(self, num_rows: int) -> tuple[int, bool]:
-        """How far the cross-attention of the first R slots reaches, and whether some see less than others.
+        """Return the `kv_len` of the cross-attention over the first slots, and whether it needs a mask.
 
-        Both follow from lengths that the host knows. Unequal prefixes round their reach up, so that mixed
-        prompts do not make a shape of every length.
+        Both follow from lengths on the host. If the prefixes are unequal, `kv_len` is rounded up, so that
+        mixed prompts do not give every length a shape of its own.
         """
         lengths = self._host_lengths[:num_rows]
         kv_len = max(lengths)
@@ -69,11 +71,11 @@ class T5KVCache:
         return min(-(-kv_len // ALIGNMENT) * ALIGNMENT, self.cross.max_length), True
 
     def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
-        """What the cross-attention of the first R slots looks at, and what it adds to the scores.
+        """Return the `kv_len` and the mask of the cross-attention over the first `num_rows` slots.
 
         Returns:
-            The reach, P; and float[R, 1, 1, P], -inf behind each slot's own prefix, or None where all are
-            equally long.
+            The number of positions to attend to; and float[R, 1, 1, kv_len], -inf beyond each slot's own
+            prefix, or None if all prefixes have the same length.
         """
         kv_len, is_masked = self.step_shape(num_rows)
         if not is_masked:

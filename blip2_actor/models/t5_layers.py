@@ -1,7 +1,9 @@
-"""What T5 is made of: its norm, its relative position bias, its layers.
+"""The parts of T5: its norm, its relative position bias, its layer.
 
-In a float16 model `wo` and the residual stream are float32 (see `t5.py`); everything here goes by the
-dtypes it finds.
+In a float16 model `wo` and the residual stream are float32 (see `t5.py`); the modules here adapt to the
+dtypes of their weights and inputs.
+
+Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -30,21 +32,25 @@ class T5Norm(nn.Module):
 
 
 class RelativeBias(nn.Embedding):
-    """What is added to the scores of two positions, by their distance; one table for all layers."""
+    """The bias that is added to an attention score, by the distance of the two positions.
+
+    All layers share one table.
+    """
 
     def __init__(self, config: T5Config, is_bidirectional: bool) -> None:
         super().__init__(config.relative_attention_num_buckets, config.num_heads)
         self.is_bidirectional = is_bidirectional
-        self.farthest = config.relative_attention_max_distance
+        self.max_distance = config.relative_attention_max_distance
 
     def forward(self, relative: Tensor) -> Tensor:
-        """Key position minus query position: int64[N, K] -> float[H, N, K]."""
-        return super().forward(self._rows(relative)).permute(2, 0, 1)
+        """Look up the bias of key position minus query position: int64[N, L] -> float[H, N, L]."""
+        return super().forward(self._buckets(relative)).permute(2, 0, 1)
 
-    def _rows(self, relative: Tensor) -> Tensor:
-        """Half of the rows are for one distance each, the rest for ranges that grow with the logarithm.
+    def _buckets(self, relative: Tensor) -> Tensor:
+        """Return the row of the table for each distance (the reference's `_relative_position_bucket`).
 
-        The float32 arithmetic is the reference's, step by step: another order moves the ranges' borders.
+        Half of the rows are for one distance each, the other half for ranges that grow logarithmically. The
+        float32 arithmetic follows the reference step by step: another order moves the borders of the ranges.
         """
         if self.is_bidirectional:
             num_rows = self.num_embeddings // 2
@@ -53,13 +59,13 @@ class RelativeBias(nn.Embedding):
             num_rows = self.num_embeddings
             offset, distance = torch.zeros_like(relative), (-relative).clamp(min=0)
         num_exact = num_rows // 2
-        ratio = torch.log(distance.float() / num_exact) / math.log(self.farthest / num_exact)
+        ratio = torch.log(distance.float() / num_exact) / math.log(self.max_distance / num_exact)
         far = num_exact + (ratio * (num_rows - num_exact)).long()
         return offset + torch.where(distance < num_exact, distance, far.clamp(max=num_rows - 1))
 
 
 class T5Layer(nn.Module):
-    """Self-attention, cross-attention where `reads_prefix` (the decoder), feed-forward; norms come first."""
+    """Self-attention, cross-attention if `reads_prefix` (the decoder), feed-forward; norms come first."""
 
     def __init__(self, config: T5Config, reads_prefix: bool) -> None:
         super().__init__()
@@ -79,20 +85,20 @@ class T5Layer(nn.Module):
         self.wo = Linear(config.d_ff, width, bias=False)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Query, and key and value, of each position: float[..., Dw] -> float[..., D], float[..., 2 D]."""
+        """Return queries, and keys with values: float[..., Dw] -> float[..., D], float[..., 2 D]."""
         inner = self.out_proj.in_features
         query, kv = self.qkv(self.attention_norm(hidden)).split([inner, 2 * inner], dim=-1)
         return query, kv
 
     def project_cross(self, hidden: Tensor) -> Tensor:
-        """Cross-attention's query: float[..., Dw] -> float[..., D]."""
+        """Return the queries of the cross-attention: float[..., Dw] -> float[..., D]."""
         return self.cross_query(self.cross_norm(hidden))
 
     def add_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
-        return hidden + _bounded(self.out_proj(context))
+        return hidden + _clamp_float16(self.out_proj(context))
 
     def add_cross(self, hidden: Tensor, context: Tensor) -> Tensor:
-        return hidden + _bounded(self.cross_out_proj(context))
+        return hidden + _clamp_float16(self.cross_out_proj(context))
 
     def add_mlp(self, hidden: Tensor) -> Tensor:
         inner = self.wi(self.mlp_norm(hidden)).to(self.wo.weight.dtype)
@@ -102,8 +108,11 @@ class T5Layer(nn.Module):
         return hidden + self.wo(self.activation(inner))
 
 
-def _bounded(update: Tensor) -> Tensor:
-    """An overflow in float16 as its largest number; element by element, so that no neighbour is touched."""
+def _clamp_float16(update: Tensor) -> Tensor:
+    """Replace infinities in float16 by its largest number.
+
+    This works element by element, so that one row does not change the other rows.
+    """
     if update.dtype is not torch.float16:
         return update
     largest = torch.finfo(torch.float16).max

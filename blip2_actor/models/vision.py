@@ -1,9 +1,9 @@
 """The vision encoder of BLIP-2: a ViT (EVA-CLIP's ViT-g/14 in the published checkpoints).
 
-Pre-norm blocks, a class token, learned positions, one fused qkv projection whose key bias is zero in
-the published weights. Pixels arrive as uint8 and are normalised here, on the device.
+It has pre-norm blocks, a class token, learned positions, and one fused qkv projection whose key bias is zero
+in the published weights. Pixels arrive as uint8 and are normalized here, on the device.
 
-Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis letters: `model.py`.
+Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis letters: `blip2.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split
 
 
 class VisionBlock(nn.Module):
-    """Attention and MLP, each behind a layer norm and a residual."""
+    """Attention and MLP, each after a layer norm and with a residual."""
 
     def __init__(self, config: Blip2VisionConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Images to patch embeddings."""
+    """Images in; embeddings of the class token and of the patches out."""
 
     def __init__(self, config: Blip2VisionConfig) -> None:
         super().__init__()
@@ -61,16 +61,16 @@ class VisionEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def patches(self, pixel_values: Tensor) -> Tensor:
-        """Cut images into flat patches, channel first as in the reference's convolution.
+        """Cut images into flat patches, channels first as in the reference's convolution.
 
         Args:
-            pixel_values: float[B, 3, S, S], normalised.
+            pixel_values: float[B, 3, S, S], normalized.
 
         Returns:
-            [B, P - 1, 3 * patch * patch], same dtype.
+            float[B, P - 1, 3 * patch * patch], in the same dtype.
 
         Raises:
-            ValueError: the images are not of the checkpoint's size (positions are not interpolated).
+            ValueError: the images do not have the checkpoint's size (positions are not interpolated).
         """
         size, grid, patch = self.image_size_px, self.grid, self.patch_size_px
         if pixel_values.shape[1:] != (3, size, size):
@@ -86,11 +86,14 @@ class VisionEncoder(nn.Module):
         """Encode images.
 
         Args:
-            pixel_values: float[B, 3, S, S], normalised, in the module's dtype.
-            record: called with each block's name and output, for inspection.
+            pixel_values: float[B, 3, S, S], normalized, in this module's dtype.
+            record: called with the name and the output of each block, for inspection.
 
         Returns:
             float[B, P, Dv], after the final norm; position 0 is the class token.
+
+        Raises:
+            ValueError: the images do not have the checkpoint's size.
         """
         embeds = self.patch_embedding(self.patches(pixel_values))
         hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
@@ -102,7 +105,7 @@ class VisionEncoder(nn.Module):
         return self.post_layernorm(hidden)
 
     def pool(self, image_embeds: Tensor) -> Tensor:
-        """The reference's `pooler_output`: the final norm once more, on the class token.
+        """Return the reference's `pooler_output`: the class token, after the final norm a second time.
 
         float[B, P, Dv] -> float[B, Dv].
         """
@@ -110,7 +113,7 @@ class VisionEncoder(nn.Module):
 
 
 class PixelNormalizer(nn.Module):
-    """uint8 images to normalised floats, on whatever device they are."""
+    """Normalizes uint8 images on their own device."""
 
     mean: Tensor
     std: Tensor
@@ -118,13 +121,14 @@ class PixelNormalizer(nn.Module):
 
     def __init__(self, mean: list[float], std: list[float], rescale_factor: float) -> None:
         super().__init__()
-        # The reference multiplies in float64 and rounds; a float32 division gives the same bits, a product
-        # does not. A tensor, because CUDA turns a division by a Python number into a product.
+        # The reference multiplies in float64 and rounds. A float32 division gives the same bits, a float32
+        # product does not. The divisor is a tensor, because CUDA turns division by a Python number into a
+        # product.
         self.register_buffer("divisor", torch.tensor(1 / rescale_factor), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8[B, S, S, 3] -> float[B, 3, S, S] in `dtype`, computed in float32 as the reference does."""
+        """Normalize in float32, as the reference does: uint8[B, S, S, 3] -> float[B, 3, S, S] in `dtype`."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32) / self.divisor
         return ((pixels - self.mean) / self.std).to(dtype)

@@ -1,8 +1,8 @@
-"""`DecodePool`: decoding bytes from strangers in processes that may crash, hang or swell.
+"""`DecodePool`: decode untrusted bytes in child processes that may crash, hang or use up their memory.
 
-The children are programs of their own (`decode_child`), neither forked nor re-importing the caller, so
-that a caller with threads, CUDA or Ray inside is no concern of theirs. Who is to blame when one dies is
-decided in `decode_process`.
+The children are programs of their own (`decode_child`). They are not forked and do not import the caller's
+program again, so the caller may have threads, CUDA or Ray. `decode_process` decides which image is to blame
+for the death of a child.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, refuse_u
 
 _MAX_AHEAD = 16
 _MAX_BYTES_AHEAD = 1 << 18
-"""A child has the next image at hand when it ends one: at least one, of small ones up to this much."""
+"""A child always has its next image ready: at least one, and up to `_MAX_AHEAD` small ones of together this
+many bytes."""
 
 
 class DecodePool:
-    """`num_children` decoding processes for any number of threads; started when first needed."""
+    """`num_children` decoding processes for any number of threads, started when they are first needed."""
 
     def __init__(
         self,
@@ -32,11 +33,13 @@ class DecodePool:
         *,
         command: Sequence[str] = CHILD_COMMAND,
     ) -> None:
-        """Prepare the pool; nothing runs yet.
+        """Prepare the pool; no process is started yet.
 
         Args:
-            size_px: side of the square the model takes.
-            command: the program to run as child; it gets the size and the limits appended.
+            size_px: side S of the model's square.
+            limits: what one image may cost.
+            num_children: number of processes, and so of images that are decoded at once.
+            command: the program to run as a child; the size and the limits are appended to it.
         """
         if size_px < 1:
             raise ValueError(f"size_px must be at least 1, got {size_px}")
@@ -49,18 +52,21 @@ class DecodePool:
         self._closed = False
 
     def decode(self, images: Sequence[bytes | None]) -> list[DecodedImage]:
-        """Decode a batch, in order; thread-safe: calls share the children.
+        """Decode a batch; thread-safe, and concurrent calls share the children.
+
+        Returns:
+            One outcome per image, in order.
 
         Raises:
-            RuntimeError: the pool is closed, or children do not start.
+            RuntimeError: the pool is closed, or its children do not start.
         """
-        fates = [refuse_unopened(data, self._limits) for data in images]
-        todo = deque((i, data) for i, data in enumerate(images) if data is not None and fates[i] is None)
-        decoded = dict(self._run(todo))
-        return [decoded[i] if fate is None else fate for i, fate in enumerate(fates)]
+        refused = [refuse_unopened(data, self._limits) for data in images]
+        waiting = deque((i, data) for i, data in enumerate(images) if data is not None and refused[i] is None)
+        decoded = dict(self._run(waiting))
+        return [decoded[i] if outcome is None else outcome for i, outcome in enumerate(refused)]
 
     def close(self) -> None:
-        """Let running calls finish, then end the children."""
+        """Wait for running calls, then end the children."""
         with self._returned:
             self._closed = True
             self._returned.wait_for(lambda: len(self._idle) == self._num_children)
@@ -73,29 +79,29 @@ class DecodePool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, todo: deque[tuple[int, bytes]]) -> Iterator[tuple[int, DecodedImage]]:
-        mine: list[DecodeProcess] = []
+    def _run(self, waiting: deque[tuple[int, bytes]]) -> Iterator[tuple[int, DecodedImage]]:
+        borrowed: list[DecodeProcess] = []
         try:
-            while todo or mine:
-                mine += self._borrow(len(todo), wait=not mine)
-                _feed(mine, todo)
-                for process in [p for p in mine if not p.num_pending]:
-                    mine.remove(process)
+            while waiting or borrowed:
+                borrowed += self._borrow(len(waiting), wait=not borrowed)
+                _feed(borrowed, waiting)
+                for process in [p for p in borrowed if not p.num_pending]:
+                    borrowed.remove(process)
                     self._give_back(process)
-                for process in _ready(mine):
+                for process in _wait_until_ready(borrowed):
                     yield from process.advance()
         finally:
-            for process in mine:  # something was raised: what these are doing is nobody's any more
+            for process in borrowed:  # an error was raised: nobody needs what these processes are doing
                 process.stop()
                 self._give_back(process)
 
-    def _borrow(self, most: int, *, wait: bool) -> list[DecodeProcess]:
+    def _borrow(self, max_processes: int, *, wait: bool) -> list[DecodeProcess]:
         with self._returned:
             if wait:
                 self._returned.wait_for(lambda: self._idle or self._closed)
                 if self._closed:
                     raise RuntimeError("the DecodePool must be open, got a call after close()")
-            taken, self._idle = self._idle[:most], self._idle[most:]
+            taken, self._idle = self._idle[:max_processes], self._idle[max_processes:]
             return taken
 
     def _give_back(self, process: DecodeProcess) -> None:
@@ -104,31 +110,31 @@ class DecodePool:
             self._returned.notify_all()
 
 
-def _feed(processes: list[DecodeProcess], todo: deque[tuple[int, bytes]]) -> None:
-    """Hand out images, to the least busy first, until each child has enough ahead."""
-    while todo:
-        hungry = [p for p in processes if _wants_more(p)]
-        if not hungry:
+def _feed(processes: list[DecodeProcess], waiting: deque[tuple[int, bytes]]) -> None:
+    """Hand out images, to the least busy child first, until each child has enough ahead."""
+    while waiting:
+        takers = [p for p in processes if _takes_more(p)]
+        if not takers:
             return
-        min(hungry, key=lambda p: p.num_pending).add(*todo.popleft())
+        min(takers, key=lambda p: p.num_pending).add(*waiting.popleft())
 
 
-def _wants_more(process: DecodeProcess) -> bool:
-    ahead = process.num_pending
-    return ahead < 2 or (ahead < _MAX_AHEAD and process.num_pending_bytes < _MAX_BYTES_AHEAD)
+def _takes_more(process: DecodeProcess) -> bool:
+    num_ahead = process.num_pending
+    return num_ahead < 2 or (num_ahead < _MAX_AHEAD and process.num_pending_bytes < _MAX_BYTES_AHEAD)
 
 
-def _ready(processes: list[DecodeProcess]) -> list[DecodeProcess]:
-    """Wait until a child can go on or is overdue."""
+def _wait_until_ready(processes: list[DecodeProcess]) -> list[DecodeProcess]:
+    """Wait until a child can advance or is overdue; return all such children."""
     if not processes:
         return []
     poll = select.poll()
     owners = {}
     for process in processes:
-        for fd, to_write in process.wait_on():
-            poll.register(fd, select.POLLOUT if to_write else select.POLLIN)
+        for fd, is_for_writing in process.wait_on():
+            poll.register(fd, select.POLLOUT if is_for_writing else select.POLLIN)
             owners[fd] = process
-    patience_s = min(process.deadline for process in processes) - time.monotonic()
-    ready = {owners[fd] for fd, _ in poll.poll(max(0.0, patience_s) * 1000 + 1)}
+    timeout_s = min(process.deadline for process in processes) - time.monotonic()
+    ready = {owners[fd] for fd, _ in poll.poll(max(0.0, timeout_s) * 1000 + 1)}
     now = time.monotonic()
     return [p for p in processes if p in ready or now > p.deadline]

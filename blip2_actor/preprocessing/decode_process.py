@@ -1,62 +1,51 @@
-"""One decoding child as its parent sees it: feeding it, reading its answers, judging its death.
+"""One decoding child, restarted after each death, and the decision which image is to blame.
 
-The rule of blame: answers come in order, so the first image without one is the one the child died on. It is
-tried once more, first thing in a fresh child: a second death is the image's own, a single one may have
-come from outside or from the image before. Running out of time is never tried again. What had been sent
-behind it is sent again and notices nothing.
+The rule of blame: replies come in order, so the first image without a reply is the one on which the child
+died. That image is tried a second time, as the first image of a new child. If that child dies too, the image
+is to blame. A single death may have other causes: the out-of-memory killer, or damage that the image before
+it left in memory. An image that runs out of time is not tried again. The images that were sent after it are
+sent again, and their results do not change.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 
-from blip2_actor.preprocessing.decode_child import HELLO, OUT_OF_MEMORY, REPLY, REQUEST, STATUSES
+from blip2_actor.preprocessing.child_process import ChildProcess
+from blip2_actor.preprocessing.decode_messages import OUT_OF_MEMORY, BadReply, unpack_reply
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits
 from blip2_actor.status import Status
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "blip2_actor.preprocessing.decode_child")
 """-P: a file called PIL.py in the working directory must not be imported."""
 
-_PIPE_BYTES = 1 << 20
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
-"""Tells glibc to keep the memory of one image for the next: a quarter of the time of a small photograph went
-into page faults (144 an image at 320 x 240, now none; AMD EPYC, November 2026)."""
-_READ_BYTES = 1 << 18
 _MAX_STARTS = 3
 _OVERDUE_S = 10.0
-"""A child ends itself after `wall_s`; one that cannot, because it is stopped, is killed this much later."""
+"""A child ends itself after `wall_s`. If it cannot, because it is stopped, it is killed this much later."""
 _LAST_WORDS_S = 1.0
-"""A child whose output has ended is given this long to end with its own exit code."""
+"""A child that has closed its output gets this long to end with its own exit code."""
 
-Ended = list[tuple[int, DecodedImage]]
-"""Images that came to an end, each with the index it was added under."""
+Finished = list[tuple[int, DecodedImage]]
+"""Images that are done, each with the index under which it was added."""
 
 
 class DecodeProcess:
-    """A child, started when first needed and again after each death. Not thread-safe."""
+    """A decoding child, started when it is first needed and again after each death. Not thread-safe."""
 
     def __init__(self, size_px: int, limits: ImageLimits, command: Sequence[str] = CHILD_COMMAND) -> None:
         self._command = [*command, str(size_px), json.dumps(asdict(limits))]
         self._num_pixel_bytes = size_px * size_px * 3
         self._limits = limits
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stdin_fd = self._stdout_fd = -1
-        self._greeted = False
+        self._child: ChildProcess | None = None
         self._num_failed_starts = 0
         self._pending: deque[tuple[int, bytes]] = deque()
-        self._suspected = False  # has the first pending image seen a child die before?
-        self._unsent: deque[memoryview] = deque()
-        self._received = bytearray()
+        self._is_second_try = False  # a child has already died on the first pending image
         self.deadline = 0.0
         """`time.monotonic()` at which the first pending image is given up."""
 
@@ -69,133 +58,89 @@ class DecodeProcess:
         return sum(len(data) for _, data in self._pending)
 
     def add(self, index: int, data: bytes) -> None:
-        """Send an image, or as much of it as fits; `index` comes back with its answer."""
+        """Send an image, or as much of it as fits; `index` comes back with its result."""
         if not self._pending:
             self._restart_clock()
         self._pending.append((index, data))
-        if self._process is None:
-            self._start()
+        if self._child is None:
+            self._child = self._start()
         else:
-            self._queue(data)
-        self._send()
+            self._child.queue(data)
+        self._child.send()
 
     def wait_on(self) -> list[tuple[int, bool]]:
-        """List what `advance` waits for: (file descriptor, whether to write to it)."""
-        return [(self._stdout_fd, False)] + ([(self._stdin_fd, True)] if self._unsent else [])
+        """Return the file descriptors that `advance` waits for, each with whether it is for writing."""
+        return [] if self._child is None else self._child.wait_on()
 
-    def advance(self) -> Ended:
-        """Send and receive what can be without waiting.
+    def advance(self) -> Finished:
+        """Send and receive what is possible without waiting; return the images that are done.
 
         Raises:
-            RuntimeError: children do not start.
+            RuntimeError: no child starts.
         """
-        self._send()
-        alive = self._receive()
-        ended, sane = self._answers()
-        if ended:
+        child = self._child
+        if child is None:
+            return []
+        child.send()
+        had_started = child.has_started
+        is_open = child.receive()
+        if child.has_started and not had_started:
+            self._num_failed_starts = 0
             self._restart_clock()
-        if not (alive and sane):
-            ended += self._bury(overdue=False)
+        finished, makes_sense = self._take_replies(child)
+        if finished:
+            self._restart_clock()
+        if not (is_open and makes_sense):
+            finished += self._replace(child, is_overdue=False)
         elif time.monotonic() > self.deadline:
-            ended += self._bury(overdue=True)
-        return ended
+            finished += self._replace(child, is_overdue=True)
+        return finished
 
     def stop(self) -> None:
-        """Kill the child and forget what it was to do."""
+        """Kill the child and forget the pending images."""
         self._pending.clear()
-        self._suspected = False
+        self._is_second_try = False
         self._num_failed_starts = 0
-        self._kill()
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
     def _restart_clock(self) -> None:
         self.deadline = time.monotonic() + self._limits.wall_s + _OVERDUE_S
 
-    def _start(self) -> None:
-        """Start a child and queue all pending images for it; it reads them when it has come up."""
-        paths = [os.path.abspath(path) for path in sys.path]
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(paths)},  # imports what we would
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        assert process.stdin is not None and process.stdout is not None
-        self._process, self._greeted = process, False
-        self._stdin_fd, self._stdout_fd = process.stdin.fileno(), process.stdout.fileno()
-        for fd in (self._stdin_fd, self._stdout_fd):
-            os.set_blocking(fd, False)
-            _enlarge(fd)
+    def _start(self) -> ChildProcess:
+        """Start a child and queue all pending images; it reads them once it has started."""
+        child = ChildProcess(self._command)
         for _, data in self._pending:
-            self._queue(data)
+            child.queue(data)
+        return child
 
-    def _queue(self, data: bytes) -> None:
-        self._unsent.append(memoryview(REQUEST.pack(len(data))))
-        self._unsent.append(memoryview(data))
-
-    def _send(self) -> None:
-        while self._unsent:
-            try:
-                num_sent = os.writev(self._stdin_fd, list(islice(self._unsent, 32)))
-            except BlockingIOError:
-                return
-            except BrokenPipeError:  # dead; what it still said is read before it is buried
-                self._unsent.clear()
-                return
-            while num_sent:
-                part = self._unsent.popleft()
-                if len(part) > num_sent:
-                    self._unsent.appendleft(part[num_sent:])
-                num_sent -= min(num_sent, len(part))
-
-    def _receive(self) -> bool:
-        """Read what has come; False when nothing more ever will."""
-        try:
-            chunk = os.read(self._stdout_fd, _READ_BYTES)
-        except BlockingIOError:
-            return True
-        alive = bool(chunk)
-        if alive and not self._greeted:
-            self._greeted, self._num_failed_starts = True, 0
-            self._restart_clock()
-            chunk = chunk[len(HELLO) :]
-        self._received += chunk
-        return alive
-
-    def _answers(self) -> tuple[Ended, bool]:
-        """Take whole answers out of what was received; False when they make no sense."""
-        ended: Ended = []
+    def _take_replies(self, child: ChildProcess) -> tuple[Finished, bool]:
+        """Take the complete replies; the second value is False if the received bytes make no sense."""
+        finished: Finished = []
         start = 0
-        with memoryview(self._received) as received:
-            while len(received) >= start + REPLY.size:
-                status, width, height, num_error, num_pixels = REPLY.unpack_from(received, start)
-                error_at = start + REPLY.size
-                pixels_at = error_at + num_error
-                end = pixels_at + num_pixels
-                ok = status == STATUSES.index(Status.OK)
-                if status >= len(STATUSES) or not self._pending or num_pixels != ok * self._num_pixel_bytes:
-                    return ended, False
-                if len(received) < end:
+        with memoryview(child.received) as received:
+            while start < len(received):
+                if not self._pending:
+                    return finished, False  # a reply to nothing
+                try:
+                    reply = unpack_reply(received, start, self._num_pixel_bytes)
+                except BadReply:
+                    return finished, False
+                if reply is None:
                     break
-                image = DecodedImage(
-                    status=STATUSES[status],
-                    error=str(received[error_at:pixels_at], "utf-8", "replace") or None,
-                    pixels=bytes(received[pixels_at:end]) or None,
-                    width=width or None,
-                    height=height or None,
-                )
-                ended.append((self._pending.popleft()[0], image))
-                self._suspected = False
-                start = end
-        del self._received[:start]
-        return ended, True
+                image, start = reply
+                finished.append((self._pending.popleft()[0], image))
+                self._is_second_try = False
+        del child.received[:start]
+        return finished, True
 
-    def _bury(self, *, overdue: bool) -> Ended:
-        """Kill the child if it still lives, judge the image it was on, and start another for the rest."""
-        greeted, exit_code = self._greeted, self._kill(after_s=0.0 if overdue else _LAST_WORDS_S)
-        ended: Ended = []
-        if not greeted:
+    def _replace(self, child: ChildProcess, *, is_overdue: bool) -> Finished:
+        """End the child, decide about the image it was on, and start another child for the rest."""
+        exit_code = child.end(after_s=0.0 if is_overdue else _LAST_WORDS_S)
+        self._child = None
+        finished: Finished = []
+        if not child.has_started:
             self._num_failed_starts += 1
             if self._num_failed_starts == _MAX_STARTS:
                 raise RuntimeError(
@@ -203,24 +148,24 @@ class DecodeProcess:
                     f"see what they wrote to standard error, or run: {' '.join(self._command)}"
                 )
         elif self._pending:
-            verdict = self._judge(exit_code, overdue)
-            if verdict is not None:
-                ended.append((self._pending.popleft()[0], verdict))
-            self._suspected = verdict is None
+            failure = self._failure(exit_code, is_overdue)
+            if failure is not None:
+                finished.append((self._pending.popleft()[0], failure))
+            self._is_second_try = failure is None
         if self._pending:
             self._restart_clock()
-            self._start()
-        return ended
+            self._child = self._start()
+        return finished
 
-    def _judge(self, exit_code: int, overdue: bool) -> DecodedImage | None:
-        """Give the fate of the image a child died on, or None where it deserves another try."""
+    def _failure(self, exit_code: int, is_overdue: bool) -> DecodedImage | None:
+        """Return the outcome of the image on which a child died, or None if it gets a second try."""
         if exit_code == -signal.SIGPROF:
             error = f"decoding took more than cpu_s ({self._limits.cpu_s:g} s of CPU time)"
             return DecodedImage(status=Status.DECODER_TIMED_OUT, error=error)
-        if overdue or exit_code == -signal.SIGALRM:
+        if is_overdue or exit_code == -signal.SIGALRM:
             error = f"decoding took more than wall_s ({self._limits.wall_s:g} s)"
             return DecodedImage(status=Status.DECODER_TIMED_OUT, error=error)
-        if not self._suspected:
+        if not self._is_second_try:
             return None
         if exit_code == OUT_OF_MEMORY:
             error = f"decoding needs more than memory_bytes ({self._limits.memory_bytes})"
@@ -228,26 +173,3 @@ class DecodeProcess:
         cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         error = f"the decoding process died twice on this image ({cause})"
         return DecodedImage(status=Status.DECODER_CRASHED, error=error)
-
-    def _kill(self, after_s: float = 0.0) -> int:
-        """End the child, and give its exit code: its own where it is dying already."""
-        self._unsent.clear()
-        self._received.clear()
-        process, self._process = self._process, None
-        if process is None:
-            return 0
-        with process:  # closes the pipes in the end
-            try:
-                return process.wait(after_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                return process.wait()
-
-
-def _enlarge(pipe_fd: int) -> None:
-    """Let a whole photograph wait in the pipe, so that neither side wakes the other for each 64 KiB."""
-    if sys.platform == "linux":
-        try:
-            fcntl.fcntl(pipe_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        except OSError:  # the user's share of pipe memory is used up: the usual size works too
-            pass

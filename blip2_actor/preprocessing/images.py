@@ -1,22 +1,22 @@
-"""Encoded bytes to RGB to uint8[S, S, 3] at the model's size: the only preprocessing of the project.
+"""Image decoding: encoded bytes to uint8[S, S, 3] at the model's size, the project's only preprocessing.
 
-For a plain RGB image the pixels are those of the checkpoint's own image processor before it rescales
-and normalises, bit for bit (`Image.resize` with the bicubic filter). What the processor leaves to chance is
-settled as a person would see the picture; docs/preprocessing.md lists it. Normalisation is the
-engine's, on its device.
+The rule: bad bytes are a status with a reason, never an exception, because one bad file must not stop a job
+of millions. Which picture is seen (EXIF turns, transparency, 16-bit gray) is decided in `rgb`; normalization
+comes later, in the engine, on its device.
 
-`decode_image` runs here and now; `DecodePool` runs it in processes that may crash.
+`decode_image` works in this process. Untrusted bytes can crash or hang a decoder, so both hosts decode them
+in child processes, with `DecodePool`. Decode workers import this module, so it imports Pillow and the
+standard library only.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-# The plugins register themselves, so that Image.open need not load the other forty.
+# Importing a plugin registers it, so that Image.open does not load Pillow's other forty plugins.
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -28,45 +28,43 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
+from blip2_actor.preprocessing.rgb import (
+    SWAPS_WIDTH_AND_HEIGHT,
+    orientation_of,
+    resize_to_square,
+    upright_square,
+)
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is tried, by content and never by a file's extension; Pillow's other plugins stay unused."""
+"""The formats that are read. The content decides, never a file's extension; Pillow's other plugins stay
+unused, because some of them run other programs."""
 
-_ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ON_ITS_SIDE = (5, 6, 7, 8)
 _MAX_ERROR_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """What one image may cost. Time and memory are enforced by `DecodePool`'s children alone."""
+    """What one image may cost. Only the child processes of `DecodePool` enforce time and memory."""
 
     max_pixels: int = 89_478_485
-    """Most pixels, judged by the header before any is decoded. The default is Pillow's own mark."""
+    """Maximum number of pixels, read from the header before any pixel is decoded. The default is Pillow's own
+    limit."""
     max_file_bytes: int = 128 << 20
-    """Most encoded bytes."""
+    """Maximum number of encoded bytes."""
     cpu_s: float = 20.0
-    """Most CPU seconds for decoding and resizing one image; does not grow with the machine's load."""
+    """Maximum CPU seconds for decoding and resizing one image; independent of the machine's load."""
     wall_s: float = 120.0
-    """Most seconds by the clock: for decoders that sleep, generous so that load changes no status."""
+    """Maximum wall-clock seconds for one image, for decoders that sleep; large, so that a loaded machine
+    changes no status."""
     memory_bytes: int = 2 << 30
-    """Address space of a decoding process, 30 MB of which are its own (Linux only)."""
+    """Maximum address space of a decoding process in bytes; the process itself needs 30 MB (Linux only)."""
     jpeg_draft: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth of their size, at least twice the model's:
-    faster, and the pixels differ slightly (docs/preprocessing.md has the measure)."""
+    """Decode large JPEGs at a half, a quarter or an eighth of their size, but at least at twice the model's
+    size: faster, with slightly different pixels (see docs/preprocessing.md)."""
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"):
@@ -76,34 +74,38 @@ class ImageLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """What became of one encoded image: pixels, or a status that is not ok and its reason."""
+    """The outcome of decoding one image: its pixels, or a status other than ok and the reason."""
 
     status: Status = Status.OK
     error: str | None = None
-    """One sentence; None when ok."""
+    """One sentence; None if the status is ok."""
     pixels: bytes | None = None
-    """uint8[S, S, 3], RGB, row-major; None unless ok."""
+    """uint8[S, S, 3], RGB, row-major; None unless the status is ok."""
     width: int | None = None
-    """Of the original image as a person sees it, turned as its EXIF says; None unless ok."""
+    """Width of the original image in pixels, after its EXIF turn; None unless the status is ok."""
     height: int | None = None
+    """Height, likewise."""
 
     def array(self, size_px: int) -> np.ndarray:
         """View the pixels as read-only uint8[S, S, 3].
 
         Raises:
-            ValueError: there are no pixels, or not of this size.
+            ValueError: there are no pixels, or they have another size.
         """
         import numpy as np
 
         if self.pixels is None:
-            raise ValueError(f"pixels must be there, got none: {self.status.value}, {self.error}")
+            raise ValueError(f"the image must have pixels, got none: {self.status.value}, {self.error}")
         return np.frombuffer(self.pixels, np.uint8).reshape(size_px, size_px, 3)
 
 
 def decode_image(data: bytes | None, size_px: int, limits: ImageLimits = ImageLimits()) -> DecodedImage:
-    """Decode and resize in this process; bad bytes are a status, never an exception.
+    """Decode and resize one image in this process; use `DecodePool` for untrusted bytes.
 
-    Only `max_pixels`, `max_file_bytes` and `jpeg_draft` hold here: for bytes from strangers use `DecodePool`.
+    Args:
+        data: the encoded image; None or no bytes give the status `missing_image`.
+        size_px: side S of the model's square.
+        limits: only `max_pixels`, `max_file_bytes` and `jpeg_draft` have an effect in this process.
     """
     refused = refuse_unopened(data, limits)
     if refused is not None:
@@ -112,11 +114,13 @@ def decode_image(data: bytes | None, size_px: int, limits: ImageLimits = ImageLi
     try:
         return decode_or_exhaust(data, size_px, limits)
     except MemoryError:
-        return DecodedImage(status=Status.TOO_LARGE, error="decoding needs more memory than there is")
+        return DecodedImage(
+            status=Status.TOO_LARGE, error="decoding needs more memory than this process can get"
+        )
 
 
 def refuse_unopened(data: bytes | None, limits: ImageLimits) -> DecodedImage | None:
-    """Give the fate of bytes that need not be opened to know it, or None for the others."""
+    """Return the outcome for bytes that are missing or too many, or None for bytes that are worth opening."""
     if not data:
         return DecodedImage(status=Status.MISSING_IMAGE, error="there are no image bytes")
     if len(data) > limits.max_file_bytes:
@@ -126,52 +130,42 @@ def refuse_unopened(data: bytes | None, limits: ImageLimits) -> DecodedImage | N
 
 
 def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
-    """Do the work of `decode_image`, but let `MemoryError` out: only the caller knows whose memory it is."""
+    """Do the work of `decode_image`, but raise `MemoryError`: only the caller knows whose memory is used up.
+
+    Raises:
+        MemoryError: the process cannot get the memory that decoding needs.
+    """
     try:
         return _decode(data, size_px, limits)
     except MemoryError:
         raise
-    except Image.DecompressionBombError:  # in this process Pillow's own limit holds too
+    except Image.DecompressionBombError:  # Pillow's own limit, which `decode_child` switches off
         assert Image.MAX_IMAGE_PIXELS is not None
-        reason = f"the image has more pixels than Pillow allows here ({2 * Image.MAX_IMAGE_PIXELS})"
+        reason = (
+            f"the image has more pixels than Pillow allows in this process ({2 * Image.MAX_IMAGE_PIXELS})"
+        )
         return DecodedImage(status=Status.TOO_LARGE, error=reason)
     except UnidentifiedImageError:
-        reason = f"the bytes are no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        reason = f"the bytes are not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
         return DecodedImage(status=Status.UNDECODABLE, error=reason)
-    except Exception as error:  # the row boundary: Pillow raises almost anything for damaged bytes
-        if "out of memory" in str(error):  # Pillow's codecs say so in an OSError
+    except Exception as error:  # a row's failure becomes a row here: damaged bytes make Pillow raise anything
+        if "out of memory" in str(error):  # Pillow's codecs report it as an OSError
             raise MemoryError from error
-        return DecodedImage(status=Status.UNDECODABLE, error=_sentence(error))
-
-
-def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        error = f"the image has {width} x {height} pixels, more than max_pixels ({limits.max_pixels})"
-        return DecodedImage(status=Status.TOO_LARGE, error=error)
-    drafted = limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
-    image.load()
-    if not drafted:
-        width, height = image.size  # of a TIFF, only loading turns it
-    orientation = _orientation(image)
-    if orientation in _ON_ITS_SIDE:
-        width, height = height, width
-    square = _square(image, orientation, size_px)
-    return DecodedImage(pixels=square.tobytes(), width=width, height=height)
+        return DecodedImage(status=Status.UNDECODABLE, error=_describe(error))
 
 
 def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
-    """Bring an image that is already decoded to the model's size, by the same rules as encoded bytes.
+    """Resize an image that is already decoded to the model's size, by the same rules as encoded bytes.
 
     Args:
         image: a PIL image, or uint8[H, W, 3] in RGB.
+        size_px: side S of the model's square.
 
     Returns:
-        uint8[S, S, 3] in RGB; the given array itself when it has that shape.
+        uint8[S, S, 3] in RGB; the given array itself if it has that shape.
 
     Raises:
-        ValueError: the image has no pixels, cannot be read, or is of another type or shape.
+        ValueError: the image has no pixels, cannot be read, or has another type or shape.
     """
     import numpy as np
 
@@ -181,8 +175,8 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
         try:
             image.load()
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"image must be readable, got {_sentence(error)}") from error
-        return np.array(_square(image, _orientation(image), size_px))
+            raise ValueError(f"image must be readable, got {_describe(error)}") from error
+        return np.array(upright_square(image, orientation_of(image), size_px))
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be bytes, a PIL image or uint8[H, W, 3], got {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -192,66 +186,28 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
         )
     if image.shape[:2] == (size_px, size_px):
         return image
-    return np.array(_resize(Image.fromarray(image), size_px))
+    return np.array(resize_to_square(Image.fromarray(image), size_px))
 
 
-def _orientation(image: Image.Image) -> int:
-    """Read how a loaded image is to be turned; a damaged EXIF block turns nothing."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
-        return 1
+def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        error = f"the image has {width} x {height} pixels, more than max_pixels ({limits.max_pixels})"
+        return DecodedImage(status=Status.TOO_LARGE, error=error)
+    is_draft = limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
+    image.load()
+    if not is_draft:
+        width, height = image.size  # Pillow turns a TIFF itself when it loads it
+    orientation = orientation_of(image)
+    if orientation in SWAPS_WIDTH_AND_HEIGHT:
+        width, height = height, width
+    square = upright_square(image, orientation, size_px)
+    return DecodedImage(pixels=square.tobytes(), width=width, height=height)
 
 
-def _square(image: Image.Image, orientation: int, size_px: int) -> Image.Image:
-    image = _opaque(image)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    return _resize(image, size_px)
-
-
-def _resize(image: Image.Image, size_px: int) -> Image.Image:
-    square = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
-    # Grey is resized as one channel: the same bits as three, in half the time.
-    return square if square.mode == "RGB" else square.convert("RGB")
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Show a loaded image in 8 bits on white paper: mode RGB, or L where it is grey."""
-    if image.mode.startswith("I;16"):
-        image = _high_bytes(image)
-    elif image.mode in ("I", "F"):
-        image = _stretched(image)
-    if image.has_transparency_data:
-        return _on_white(image)
-    if image.mode in ("RGB", "L"):
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _high_bytes(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey as Pillow scales 16-bit colour; its own conversion would clip at 255."""
-    first = 0 if image.mode == "I;16B" else 1
-    return Image.frombytes("L", image.size, image.tobytes()[first::2])
-
-
-def _stretched(image: Image.Image) -> Image.Image:
-    """Map 32-bit integers or floats, whose range no format states, from least to most onto 0 to 255."""
-    least, most = cast("tuple[float, float]", image.getextrema())
-    scale = 255.0 / (most - least) if most > least else 0.0
-    return image.convert("F").point(lambda value: value * scale + (0.5 - least * scale)).convert("L")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    grey = image.mode in ("LA", "La")
-    image = image.convert("LA" if grey else "RGBA")
-    paper = Image.new("L" if grey else "RGB", image.size, "white")
-    paper.paste(image.getchannel("L") if grey else image, mask=image.getchannel("A"))
-    return paper
-
-
-def _sentence(error: Exception) -> str:
-    """One printable line of at most 200 characters: the message may quote what the file says."""
+def _describe(error: Exception) -> str:
+    """Return one printable line; Pillow's message may quote bytes of the file, so it is cleaned and cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return f"the image cannot be decoded: {printable[:_MAX_ERROR_CHARS]}"

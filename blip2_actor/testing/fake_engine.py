@@ -1,8 +1,9 @@
-"""An engine of stated cost without a model: `FakeEngineConfig` builds it, and workers import no torch.
+"""An engine without a model, for tests and benchmarks of everything around the engine.
 
-A caption is a digest of the pixels (and the prompt), so that every test knows the right answer for
-every row and a mix-up of rows shows. What the engine did is left in a trace folder, so that tests
-in other processes count captions instead of guessing from time.
+`FakeEngineConfig` is its recipe and says what the engine costs (seconds per batch and per image) and how it
+fails: it can wait at a gate file, kill its process, report a lost device, or refuse a request. Its answers
+are in `fake_answers`. It records every caption in a trace folder, so that a test in another process counts
+captions instead of guessing from the time. It imports no torch, so that Ray starts its workers quickly.
 """
 
 from __future__ import annotations
@@ -14,58 +15,81 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import numpy as np
 
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, EngineStats, Features, ModelInfo, Request, Result, Score
+from blip2_actor.request import (
+    Completion,
+    EngineStats,
+    Features,
+    ImageLike,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+)
 from blip2_actor.status import Status
+from blip2_actor.testing.fake_answers import (
+    NUM_QUERIES,
+    QFORMER_WIDTH,
+    VISION_WIDTH,
+    fake_caption,
+    fake_features,
+    fake_score,
+)
 
-MAX_LETTERS = 100
-"""Longer texts are refused by `score`."""
-VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES = 5, 3, 2
+MAX_SCORED_CHARS = 100
+"""`score` refuses longer texts."""
 
 
 class DeviceFault(RuntimeError):
-    """What an engine raises when its device is gone."""
+    """The error that an engine raises when its device is lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeEngineConfig:
-    """A picklable recipe, like `EngineConfig`."""
+    """A picklable recipe for a `FakeEngine`; an `EngineBuilder`, as `EngineConfig` is.
+
+    Several fields name captions; a caption is what `fake_caption` returns.
+    """
 
     model: str = "fake"
+    """Any name; `info` raises for "unknown"."""
     image_size_px: int = 32
     dtype: str = "float32"
-    """"auto" is bfloat16 where Ray has given an accelerator."""
+    """Dtype to report; "auto" is bfloat16 when Ray has assigned an accelerator, else float32."""
     seconds_per_batch: float = 0.0
     seconds_per_image: float = 0.0
     max_batch: int = 64
+    """Maximum number of requests that the engine takes at once."""
     trace: str | None = None
-    """Folder that gets one line per caption made, a file per engine."""
+    """Folder for the trace: one file per engine, one line per caption."""
     gate: str | None = None
-    """While this file exists, no caption is finished: tests hold the job at a known point."""
+    """While this file exists, no caption is finished, so that a test can hold a job at a known point."""
     gate_after: int = 0
-    """Captions an engine makes before it heeds the gate."""
+    """Number of captions that an engine finishes before it waits at the gate."""
     fails_to_build: str | None = None
-    """What an engine that cannot be built says."""
+    """If given, `build` raises ValueError with this message."""
     opens_gate_at: int | None = None
-    """Requests that must have arrived for the engine to remove the gate by itself."""
+    """Number of requests after which the engine removes the gate file itself."""
     holds_on: tuple[str, ...] = ()
-    """Captions (digests) that wait for the gate, and no others."""
+    """Captions that wait at the gate; if given, no other captions wait."""
     kills_on: tuple[str, ...] = ()
-    """Captions (digests) on which the process dies by SIGKILL."""
+    """Captions on which the process is killed by SIGKILL."""
     kills_once: str | None = None
-    """File: the process dies by SIGKILL at its first caption unless the file exists, and creates it."""
+    """Path of a file: if it does not exist, the first caption creates it and kills the process by SIGKILL."""
     faults_on: tuple[str, ...] = ()
-    """Captions (digests) on which the engine raises a device fault."""
+    """Captions on which the engine raises `DeviceFault`."""
     refuses_on: tuple[str, ...] = ()
-    """Captions (digests) that end with status `refused`."""
+    """Captions whose result has the status `refused`."""
 
     def info(self) -> ModelInfo:
         if self.model == "unknown":
@@ -96,38 +120,8 @@ class FakeEngineConfig:
         return FakeEngine(self)
 
 
-def fake_caption(pixels: np.ndarray, prompt: str | None = None) -> str:
-    """The right answer for uint8[H, W, 3]."""
-    digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-    return f"{prompt} {digest}" if prompt else digest
-
-
-def fake_features(pixels: np.ndarray) -> Features:
-    """The right vectors for uint8[H, W, 3]."""
-    seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8])
-    random = np.random.default_rng(seed)
-    return Features(
-        pooler_output=random.random(VISION_WIDTH, np.float32),
-        qformer_features=random.random((NUM_QUERIES, QFORMER_WIDTH), np.float32),
-    )
-
-
-def fake_score(pixels: np.ndarray, text: str, prompt: str | None = None) -> float:
-    """The right score."""
-    digest = hashlib.sha256(f"{fake_caption(pixels, prompt)} {text}".encode()).digest()
-    return -digest[0] / 256
-
-
-class SharedImage:
-    """What `FakeEngine.image` gives."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.is_encoded = False
-
-
 class FakeEngine:
-    """One thread that takes what waits, up to max_batch, and sleeps what it costs."""
+    """One thread that takes the waiting requests, at most `max_batch` at once, and sleeps for their cost."""
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self._config = config
@@ -135,12 +129,9 @@ class FakeEngine:
             queue.SimpleQueue()
         )
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
+        self._encoded: weakref.WeakSet[EncodedImage] = weakref.WeakSet()
         self._busy_s = 0.0
-        self._trace = None
-        if config.trace:
-            folder = Path(config.trace)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._trace = (folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.log").open("a", buffering=1)
+        self._trace = _open_trace(config.trace) if config.trace else None
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
         self._thread.start()
 
@@ -157,34 +148,30 @@ class FakeEngine:
     ) -> list[Result]:
         return [future.result() for future in [self.submit(request, options) for request in requests]]
 
-    def stream(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Iterable[str]:
+    def stream(
+        self, request: Request, options: GenerationOptions = GenerationOptions()
+    ) -> Generator[str, None, None]:
         yield self.submit(request, options).result().text or ""
 
-    def image(self, image: np.ndarray) -> SharedImage:
-        return SharedImage(image)
+    def image(self, image: ImageLike) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else EncodedImage(np.asarray(image))
 
-    def features(self, images: Sequence[Any], with_image_embeds: bool = False) -> list[Features]:
+    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
         return [fake_features(self._encode(image)) for image in images]
 
     def score(
-        self, images: Sequence[Any], texts: Sequence[str], prompts: Sequence[str | None] | None = None
+        self,
+        images: Sequence[ImageLike],
+        texts: Sequence[str],
+        prompts: Sequence[str | None] | None = None,
     ) -> list[Score]:
         prompts = [None] * len(texts) if prompts is None else prompts
         return [
             Score(status=Status.REFUSED, error="text is too long")
-            if len(text) > MAX_LETTERS
+            if len(text) > MAX_SCORED_CHARS
             else Score(logprob=fake_score(self._encode(image), text, prompt), num_tokens=1)
             for image, text, prompt in zip(images, texts, prompts, strict=True)
         ]
-
-    def _encode(self, image: Any) -> np.ndarray:
-        """Count an image, a shared one once, and give its pixels."""
-        if isinstance(image, SharedImage):
-            self._num_encoded += not image.is_encoded
-            image.is_encoded = True
-            return image.pixels
-        self._num_encoded += 1
-        return np.asarray(image)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -199,6 +186,17 @@ class FakeEngine:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        if self._trace:
+            self._trace.close()
+
+    def _encode(self, image: ImageLike) -> np.ndarray:
+        """Count an image, a shared one only once, and return its pixels."""
+        if isinstance(image, EncodedImage):
+            self._num_encoded += image not in self._encoded
+            self._encoded.add(image)
+            return image.pixels
+        self._num_encoded += 1
+        return np.asarray(image)
 
     def _run(self) -> None:
         while True:
@@ -221,16 +219,10 @@ class FakeEngine:
     def _finish(self, request: Request, options: GenerationOptions, future: Future[Result]) -> None:
         config = self._config
         pixels = self._encode(request.image)
-        # As a model under penalties would: it no longer says the prompt.
+        # A model with a repetition penalty no longer repeats the prompt, and neither does this engine.
         caption = fake_caption(pixels, request.prompt if options.repetition_penalty == 1 else None)
-        if caption in config.holds_on or (not config.holds_on and self._num_finished >= config.gate_after):
-            while config.gate and os.path.exists(config.gate):
-                time.sleep(0.01)
-        if config.kills_once and not os.path.exists(config.kills_once):
-            Path(config.kills_once).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if caption in config.kills_on:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._wait_at_gate(caption)
+        self._die_if_told(caption)
         self._num_finished += 1
         if self._trace:
             self._trace.write(f"{caption}\n")
@@ -240,16 +232,33 @@ class FakeEngine:
             future.set_result(Result(status=Status.REFUSED, error="the fake engine was told to refuse it"))
         else:
             texts = [caption, *(f"{caption} {n}" for n in range(1, options.num_return_sequences))]
-            future.set_result(
-                Result(
-                    completions=tuple(
-                        Completion(text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop")
-                        for text in texts
-                    )
-                )
-            )
+            future.set_result(Result(completions=tuple(map(_completion, texts))))
+
+    def _wait_at_gate(self, caption: str) -> None:
+        config = self._config
+        if caption in config.holds_on or (not config.holds_on and self._num_finished >= config.gate_after):
+            while config.gate and os.path.exists(config.gate):
+                time.sleep(0.01)
+
+    def _die_if_told(self, caption: str) -> None:
+        config = self._config
+        if config.kills_once and not os.path.exists(config.kills_once):
+            Path(config.kills_once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if caption in config.kills_on:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def captions_made(trace: str | os.PathLike[str]) -> list[str]:
-    """Every caption that any engine with this trace folder has made, repeated ones too."""
+    """Return every caption that engines with this trace folder have made, repeated ones too."""
     return [line for file in sorted(Path(trace).glob("*.log")) for line in file.read_text().splitlines()]
+
+
+def _open_trace(trace: str) -> TextIO:
+    folder = Path(trace)
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.log").open("a", buffering=1)
+
+
+def _completion(text: str) -> Completion:
+    return Completion(text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop")

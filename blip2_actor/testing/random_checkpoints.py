@@ -1,14 +1,14 @@
-"""Random checkpoints of stated size, as ordinary folders that transformers and the engine both load."""
+"""Checkpoints with random weights at the sizes of published models, for measuring speed.
+
+The speed of a model does not depend on its weights, so a benchmark needs no download.
+"""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -19,26 +19,43 @@ from transformers import (
     T5Config,
 )
 
-IMAGE_TOKEN_ID = 50265
-"""As in blip2-opt-2.7b."""
+from blip2_actor.testing.random_weights import randomize_weights
+from blip2_actor.testing.tokenizer import IMAGE_TOKEN, byte_tokenizer
+
+_OPT_IDS = {"vocab_size": 50304, "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 50118}
+"""As in blip2-opt-2.7b, and so are the image token and the number of queries below."""
+_OPT_IMAGE_TOKEN_ID = 50265
+_T5_IMAGE_TOKEN_ID = 32100
+_NUM_QUERIES = 32
+_FIRST_BYTE_ID = 100
 
 
-def config(size: str) -> Blip2Config:
-    """The configuration called `size`."""
-    opt = {"vocab_size": 50304, "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 50118}
+def random_config(size: str) -> Blip2Config:
+    """Return the configuration of a model of a named size.
+
+    Args:
+        size: "midsize" (12 layers of 768 in the vision encoder and in OPT), or the name of a published model:
+            "blip2-opt-2.7b" or "blip2-flan-t5-xl".
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    vision, qformer, image_token_id = Blip2VisionConfig(), Blip2QFormerConfig(), _OPT_IMAGE_TOKEN_ID
     if size == "midsize":
-        return _blip2(
-            Blip2VisionConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-            ),
-            Blip2QFormerConfig(encoder_hidden_size=768),
-            OPTConfig(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, **opt),
+        vision = Blip2VisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
         )
-    if size == "blip2-opt-2.7b":
-        text = OPTConfig(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, **opt)
-        return _blip2(Blip2VisionConfig(), Blip2QFormerConfig(), text)
-    if size == "blip2-flan-t5-xl":
-        text_config = T5Config(
+        qformer = Blip2QFormerConfig(encoder_hidden_size=768)
+        text = OPTConfig(
+            hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, **_OPT_IDS
+        )
+    elif size == "blip2-opt-2.7b":
+        text = OPTConfig(
+            hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, **_OPT_IDS
+        )
+    elif size == "blip2-flan-t5-xl":
+        image_token_id = _T5_IMAGE_TOKEN_ID
+        text = T5Config(
             vocab_size=32128,
             d_model=2048,
             d_kv=64,
@@ -50,68 +67,52 @@ def config(size: str) -> Blip2Config:
             bos_token_id=1,
             decoder_start_token_id=0,
         )
-        return _blip2(Blip2VisionConfig(), Blip2QFormerConfig(), text_config, image_token_id=32100)
-    raise ValueError(f"size must be midsize, blip2-opt-2.7b or blip2-flan-t5-xl, got {size!r}")
-
-
-def checkpoint(size: str, folder: Path, device: str, dtype: torch.dtype) -> Path:
-    """Write the random checkpoint, if it is not there yet, and return its folder."""
-    path = folder / f"{size}-{str(dtype).removeprefix('torch.')}"
-    if (path / "config.json").exists():
-        return path
-    with torch.device("meta"):
-        model = Blip2ForConditionalGeneration(config(size))
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    _fill(model)
-    model.save_pretrained(path)
-    _tokenizer(config(size)).save_pretrained(path)
-    del model
-    gc.collect()  # modules refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the contenders are other processes, and size themselves by what is free
-    return path
-
-
-@torch.no_grad()
-def _fill(model: torch.nn.Module) -> None:
-    """transformers' own start is degenerate: all queries alike, almost no vision."""
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
-        else:
-            parameter.normal_(0, 0.02)
-
-
-def _blip2(vision: Any, qformer: Any, text: Any, image_token_id: int = IMAGE_TOKEN_ID) -> Blip2Config:
+    else:
+        raise ValueError(f"size must be midsize, blip2-opt-2.7b or blip2-flan-t5-xl, got {size!r}")
     return Blip2Config(
         vision_config=vision,
         qformer_config=qformer,
         text_config=text,
-        num_query_tokens=32,
+        num_query_tokens=_NUM_QUERIES,
         image_token_index=image_token_id,
     )
 
 
-def _tokenizer(described: Blip2Config) -> PreTrainedTokenizerFast:
-    """Bytes as tokens; ids of the special tokens as the configuration says."""
-    text = described.text_config
-    start, end = ("<start>", text.bos_token_id), ("<end>", text.eos_token_id)
+def save_random_checkpoint(size: str, folder: Path, device: str, dtype: torch.dtype) -> Path:
+    """Write a random checkpoint, unless an earlier call has written it.
+
+    Args:
+        size: as for `random_config`.
+        folder: folder that keeps the checkpoints; each has a folder of its own inside.
+        device: where the random numbers are made; a GPU is much faster for large models.
+        dtype: dtype of the stored weights.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    path = folder / f"{size}-{str(dtype).removeprefix('torch.')}"
+    if (path / "config.json").exists():
+        return path
+    config = random_config(size)
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    randomize_weights(model, std=0.02, vector_std=0)
+    model.save_pretrained(path)
+    random_tokenizer(config).save_pretrained(path)
+    del model
+    gc.collect()  # the modules refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes use this GPU next, and size themselves by its free memory
+    return path
+
+
+def random_tokenizer(config: Blip2Config) -> PreTrainedTokenizerFast:
+    """Build a byte tokenizer with the special token ids of a configuration."""
+    text = config.text_config
+    special_ids = {"<end>": text.eos_token_id, IMAGE_TOKEN: config.image_token_index}
     if text.model_type == "t5":
-        start = end
-    vocab = {start[0]: start[1], end[0]: end[1], "<image>": described.image_token_index}
-    vocab.update({letter: 100 + i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))})
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    single = "<end>" if text.model_type == "t5" else "<start>"
-    template = "$A <end>" if text.model_type == "t5" else "<start> $A"
-    special = [(single, vocab[single])]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<end>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
+        return byte_tokenizer(special_ids, _FIRST_BYTE_ID, last="<end>", eos_token="<end>")
+    special_ids = {"<start>": text.bos_token_id, **special_ids}
+    return byte_tokenizer(special_ids, _FIRST_BYTE_ID, first="<start>", eos_token="<end>")

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of image-text retrieval, as transformers itself writes them."""
+"""Tiny checkpoints of image-text retrieval with random weights, written by transformers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, make_config, randomize
+from blip2_actor.testing.random_weights import randomize_weights
+from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, tiny_config
+from blip2_actor.testing.tokenizer import IMAGE_TOKEN
 
-WORDS = [
+_WORDS = (
     "[PAD]",
     "[UNK]",
     "[CLS]",
@@ -28,18 +30,41 @@ WORDS = [
     "sofa",
     "##s",
     "[DEC]",
-    "<image>",
-]
+    IMAGE_TOKEN,
+)
 
 
-def make_bert_tokenizer() -> PreTrainedTokenizerFast:
-    """As in the published checkpoint: BERT's, lower case, with [DEC] as the start of sentence."""
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+def save_tiny_retrieval_checkpoint(folder: Path, image_token: bool = False) -> Path:
+    """Write a retrieval checkpoint with random weights, as transformers writes it.
+
+    Args:
+        folder: folder of the checkpoint.
+        image_token: whether its processor puts image tokens in front of a text, as newer checkpoints do.
+
+    Returns:
+        `folder`.
+    """
+    config = tiny_config("opt", image_token=False)
+    config.image_token_index = _WORDS.index(IMAGE_TOKEN) if image_token else None
+    config.qformer_config.use_qformer_text_input = True
+    config.image_text_hidden_size = 12
+    model = Blip2ForImageTextRetrieval(config)
+    randomize_weights(model)
+    model.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
+    num_query_tokens = NUM_QUERIES if image_token else None
+    processor = Blip2Processor(BlipImageProcessor(size=size), _bert_tokenizer(), num_query_tokens)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a lower-case BERT tokenizer with [DEC] as its start token, as in the published checkpoint."""
+    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(_WORDS)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    specials = [(word, _WORDS.index(word)) for word in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=specials)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="[DEC]",
@@ -47,21 +72,5 @@ def make_bert_tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         pad_token="[PAD]",
         unk_token="[UNK]",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=[IMAGE_TOKEN],
     )
-
-
-def save_retrieval_checkpoint(folder: Path, image_token: bool = False) -> Path:
-    """A random checkpoint, with or without image tokens in front of the text in its processor."""
-    config = make_config("opt", image_token=False)
-    config.image_token_index = WORDS.index("<image>") if image_token else None
-    config.qformer_config.use_qformer_text_input = True
-    config.image_text_hidden_size = 12
-    model = Blip2ForImageTextRetrieval(config)
-    randomize(model)
-    model.save_pretrained(folder)
-    size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
-    Blip2Processor(
-        BlipImageProcessor(size=size), make_bert_tokenizer(), NUM_QUERIES if image_token else None
-    ).save_pretrained(folder)
-    return folder

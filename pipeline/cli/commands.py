@@ -14,14 +14,10 @@ from pipeline.report.status import status_lines
 from pipeline.run.job import Job
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
-from pipeline.settings.settings import (
-    CaptionSettings,
-    EmbedSettings,
-    RetrySettings,
-    ScoreSettings,
-    StatusSettings,
-)
-from pipeline.stages.caption import EngineFault
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.report_settings import StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
+from pipeline.stages.engine_fault import EngineFault
 
 P = ParamSpec("P")
 

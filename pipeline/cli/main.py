@@ -14,18 +14,11 @@ from typing import Any, NoReturn
 
 from blip2_actor.flags import Parser, add_flags, build
 from pipeline.run.cluster import set_ray_environment
-from pipeline.settings.settings import (
-    CaptionSettings,
-    DemoSettings,
-    EmbedSettings,
-    PlanEmbedSettings,
-    PlanScoreSettings,
-    PlanSettings,
-    ReportSettings,
-    RetrySettings,
-    ScoreSettings,
-    StatusSettings,
-)
+from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.settings.report_settings import ReportSettings, StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
 
 
 @dataclass(frozen=True)

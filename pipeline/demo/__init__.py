@@ -1,1 +1,1 @@
-"""`blip2 demo`: the real job on drawn scenes whose captions are known."""
+"""`blip2 demo`: the real job on drawn scenes, each with exactly one correct caption."""

@@ -1,7 +1,7 @@
 """The demonstration's data set: drawn scenes in WebDataset tars and a Parquet file, some broken on purpose.
 
-The captions are of the `held_out` split, which the demonstration checkpoint was not trained on. What every
-row should come to is returned, and written as `truth.json` beside the shards.
+The scenes are from the `held_out` split, on which the demonstration checkpoint was not trained. The expected
+result of every row is returned, and written to `truth.json` next to the shards.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from blip2_actor import Status
 from blip2_actor.demo import SceneSampler, draw
 
 SHARD_FOLDER = "shards"
-"""Holds the inputs and nothing else, so that the folder itself can be captioned."""
+"""Contains the inputs and nothing else, so that the folder itself can be captioned."""
 TRUTH_FILE = "truth.json"
 SIDES_PX = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-ODD_SHARE = 0.02
-"""Share of rows that are broken, or readable though they look broken."""
+ODD_FRACTION = 0.02
+"""Fraction of rows that are broken, or look broken but can be read."""
 _DRAWN_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a row should come to."""
+    """The expected result of a row."""
 
     status: Status
     caption: str | None
-    """The scene's one true caption, None unless the status is ok."""
+    """The only correct caption of the scene; None unless the status is ok."""
     note: str = ""
-    """What is odd about the row; empty for a plain image."""
+    """What is odd about the row; empty for an ordinary image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,16 @@ class _Row:
 def write_demo_dataset(
     folder: Path, *, num_images: int = 3000, num_tars: int = 4, seed: int = 0
 ) -> dict[str, Expected]:
-    """Write `num_tars` tars and one Parquet file of about equal size under `folder/shards`.
+    """Write `num_tars` tars and one Parquet file, with about equal numbers of rows, to `folder/shards`.
 
     Args:
-        folder: made if it is missing; files of the same names are replaced.
-        num_images: rows in all, the broken ones included.
+        folder: created if it is missing; files of the same names are replaced.
+        num_images: number of rows, including the broken ones.
+        num_tars: number of tars.
         seed: equal seeds give equal bytes.
 
     Returns:
-        Key to what its row should come to, in the order of the shards' names and rows.
+        The expected result of each row by its key, in the order of the shards' names and their rows.
     """
     shards = folder / SHARD_FOLDER
     shards.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def write_demo_dataset(
 
 
 def read_truth(folder: Path) -> dict[str, Expected]:
-    """Read what `write_demo_dataset` returned."""
+    """Read the expected results that `write_demo_dataset` has written to `folder`."""
     table = json.loads((folder / TRUTH_FILE).read_text())
     return {k: Expected(status=Status(e.pop("status")), **e) for k, e in table.items()}
 
@@ -89,8 +90,8 @@ def read_truth(folder: Path) -> dict[str, Expected]:
 def _rows(num_images: int, seed: int) -> Iterator[_Row]:
     rng = np.random.default_rng(seed)
     sampler = SceneSampler("held_out", seed)
-    # Every oddity occurs, however small the data set.
-    num_odd = min(num_images, max(len(_ODDITIES), round(num_images * ODD_SHARE)))
+    # Every kind of odd row occurs, in a small data set too.
+    num_odd = min(num_images, max(len(_ODDITIES), round(num_images * ODD_FRACTION)))
     odd_rows = np.sort(rng.choice(num_images, num_odd, replace=False))
     odd = {int(row): i % len(_ODDITIES) for i, row in enumerate(odd_rows)}
     for start in range(0, num_images, _DRAWN_AT_ONCE):
@@ -155,7 +156,7 @@ _ODDITIES: tuple[Callable[[_Row], _Row], ...] = (_cut, _garbage, _empty, _absent
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to no pixels."""
+    """Return a PNG that claims a size and has almost no pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (

@@ -1,4 +1,7 @@
-"""`blip2 demo`: the real job on drawn scenes whose captions are known, so that it can check itself."""
+"""`blip2 demo`: run the real job on drawn scenes and compare its captions with the correct ones.
+
+The command fails unless almost all captions are right word for word and every row has the expected status.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,23 @@ from pipeline.ledger.layout import STATE
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
-from pipeline.settings.settings import CaptionSettings, DemoSettings
+from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 MIN_ACCURACY = 0.95
 NUM_SHOWN = 6
-MARK = ".blip2-demo"
-"""Says that a folder is a demo's own and may be wiped."""
+MARKER = ".blip2-demo"
+"""A file in a folder that an earlier demo has written, and that the next one may delete."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """What came out against what should have."""
+class Comparison:
+    """The rows of the output compared with the expected rows."""
 
     num_readable: int
     num_exact: int
     wrong_status: tuple[str, ...]
-    """Rows whose status is not the expected one, or that are missing or too many."""
+    """Keys of rows with another status than expected, and of rows that are missing or were not expected."""
 
     @property
     def accuracy(self) -> float:
@@ -42,7 +46,7 @@ class Score:
 
 @errors_to_exit_status
 def demo(settings: DemoSettings) -> int:
-    """Render, caption, compare; 1 when less than 95 % is right or a row is not accounted for."""
+    """Draw scenes, caption them and compare; return 1 if less than 95 % are right or any status is wrong."""
     console = Console()
     folder = _fresh_folder(settings.output)
     console.say(f"Rendering {settings.num_images:,} drawn scenes, some broken on purpose, to {folder}/")
@@ -60,42 +64,42 @@ def demo(settings: DemoSettings) -> int:
     result = run_job(job, console)
     seconds = time.monotonic() - started
     rows = _read(captions)
-    _show(console, rows, truth)
-    score = compare(rows, truth)
+    _show_captions(console, rows, truth)
+    comparison = compare(rows, truth)
     console.say(
-        f"\naccuracy: {score.num_exact:,} of {score.num_readable:,} readable images captioned word for word "
-        f"right ({score.accuracy:.1%}; {MIN_ACCURACY:.0%} wanted)"
+        f"\naccuracy: {comparison.num_exact:,} of {comparison.num_readable:,} readable images "
+        f"captioned word for word right ({comparison.accuracy:.1%}; {MIN_ACCURACY:.0%} wanted)"
     )
     console.say(
         f"throughput: {result.num_rows / seconds:,.0f} images/s over {seconds:.0f} s, start-up included"
     )
     for line in result.lines():
         console.say(line)
-    _say_expected(console, rows, truth, score)
+    _show_odd_rows(console, rows, truth, comparison)
     console.say(f"output: {captions}/**/*.parquet")
-    done = result.exit_status(1.0) == 0 and not score.wrong_status
-    return 0 if done and score.accuracy >= MIN_ACCURACY else 1
+    done = result.exit_status(1.0) == 0 and not comparison.wrong_status
+    return 0 if done and comparison.accuracy >= MIN_ACCURACY else 1
 
 
-def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Score:
-    """Rows by key against the truth."""
+def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Comparison:
+    """Compare rows, by key, with what is expected."""
     readable = [key for key, expected in truth.items() if expected.status is Status.OK]
     exact = sum(key in rows and rows[key]["caption"] == truth[key].caption for key in readable)
     wrong = [key for key in truth if key not in rows or rows[key]["status"] != truth[key].status]
-    return Score(len(readable), exact, (*wrong, *(key for key in rows if key not in truth)))
+    return Comparison(len(readable), exact, (*wrong, *(key for key in rows if key not in truth)))
 
 
 def _fresh_folder(output: str) -> Path:
     folder = Path(output)
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).exists():
+        if not (folder / MARKER).exists():
             raise ValueError(
                 f"output must be a new folder or one of an earlier demo, got {folder} with other files "
                 "in it; give another --output"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
+    (folder / MARKER).touch()
     return folder
 
 
@@ -105,22 +109,22 @@ def _read(captions: Path) -> dict[str, dict]:
     return {row["key"]: row for file in files for row in pq.read_table(file, columns=columns).to_pylist()}
 
 
-def _show(console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> None:
+def _show_captions(console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> None:
     console.say("\nA handful of captions:")
     shown = [key for key, expected in truth.items() if expected.status is Status.OK]
     for key in shown[:: max(1, len(shown) // NUM_SHOWN)][:NUM_SHOWN]:
-        said = rows[key]["caption"]
-        right = "" if said == truth[key].caption else f"   (truth: {truth[key].caption})"
-        console.say(f"  {key}  {said}{right}")
+        caption = rows[key]["caption"]
+        correction = "" if caption == truth[key].caption else f"   (truth: {truth[key].caption})"
+        console.say(f"  {key}  {caption}{correction}")
 
 
-def _say_expected(
-    console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected], score: Score
+def _show_odd_rows(
+    console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected], comparison: Comparison
 ) -> None:
-    broken = Counter((e.note, e.status.value) for e in truth.values() if e.note)
-    console.say("odd images, as expected:" if not score.wrong_status else "odd images, expected:")
-    for (note, status), count in sorted(broken.items()):
+    odd_rows = Counter((e.note, e.status.value) for e in truth.values() if e.note)
+    console.say("odd images, as expected:" if not comparison.wrong_status else "odd images, expected:")
+    for (note, status), count in sorted(odd_rows.items()):
         console.say(f"  {count:3} {status:16} {note}")
-    for key in score.wrong_status[:NUM_SHOWN]:
+    for key in comparison.wrong_status[:NUM_SHOWN]:
         expected = truth[key].status.value if key in truth else "no such row"
         console.say(f"  {key}: expected {expected}, got {rows[key]['status'] if key in rows else 'no row'}")

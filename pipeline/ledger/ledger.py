@@ -28,8 +28,13 @@ from pipeline.ledger.retry import to_retry
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run, read_run, write_run
 from pipeline.ledger.scan import OutputState, scan_output
-from pipeline.ledger.shard_progress import ShardProgress, unfinished
-from pipeline.ledger.shard_reports import load_shard_report, shards_with_a_report, store_shard_report
+from pipeline.ledger.shard_progress import (
+    ShardProgress,
+    load_shard_report,
+    shards_with_a_report,
+    store_shard_report,
+    unfinished,
+)
 from pipeline.ledger.sweep import drop_markers, sweep
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder

@@ -14,8 +14,7 @@ from pipeline.ledger.layout import FRAGMENTS, SHARD_REPORTS
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import unfinished
-from pipeline.ledger.shard_reports import load_shard_report
+from pipeline.ledger.shard_progress import load_shard_report, unfinished
 from pipeline.storage.folder import Folder
 
 MAX_CONCURRENT_COMMITS = 8

@@ -14,7 +14,7 @@ from pipeline.plan.sample import Sample
 from pipeline.plan.stage_costs import StageCosts
 from pipeline.progress import duration
 from pipeline.run.bottleneck import REMEDIES
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 MAX_ERRORS_SHOWN = 5
 

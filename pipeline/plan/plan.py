@@ -18,7 +18,7 @@ from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
 from pipeline.plan.stage_costs import measure_stage_costs
 from pipeline.progress import Console
-from pipeline.settings.settings import AnyPlanSettings
+from pipeline.settings.plan_settings import AnyPlanSettings
 
 
 @errors_to_exit_status
@@ -47,7 +47,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = settings.job()
     engine = engine or job.builder
     info = engine.info()
-    job.outputs.check(engine, info, job.prompt, job.generation)
+    job.spec(engine).check(info)
     shards = list_shards(job.input, format=job.format, limit=job.limit)
     check_options(shards, job.read_options)
     sample = take_sample(shards, job.read_options, settings.sample)

@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.layout import PLAN_FOLDERS, STATE
 from pipeline.plan.cost import Cost, measure
 from pipeline.plan.sample import Sample
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.write import caption_stage, contract
+from pipeline.stages.write import output_rows
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_S = 1.0
@@ -82,14 +83,14 @@ def measure_stage_costs(
     """
     decoded, decode_cost = _decode(settings, size_px, sample)
     # Timing repeats rows. The job would caption them once with this option, but here each one must count.
-    settings_of_stage = dataclasses.replace(settings, reuse_identical=False)
-    captioning, start = measure(caption_stage, engine, settings_of_stage)
+    spec = dataclasses.replace(settings.spec(engine), reuse_identical=False)
+    captioning, start = measure(CaptionStage, spec)
     try:
         captioning(decoded.filter(_is_ok(decoded)).slice(0, 1))
         captioned, caption_cost = _measure_per_row(captioning, decoded)
     finally:
         captioning.close()
-    rows = contract(captioned, list(settings.reading.kept), captioning)
+    rows = output_rows(captioned, list(settings.reading.kept), captioning)
     with _plan_folder(settings.output) as folder:
         written = _write(folder, rows)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": written.cost}
@@ -97,13 +98,13 @@ def measure_stage_costs(
 
 
 def _decode(settings: CaptionSettings, size_px: int, sample: Sample) -> tuple[pa.Table, Cost]:
-    decoding = DecodeStage(size_px, settings.limits, "image")
+    with closing(DecodeStage(size_px, settings.limits, "image")) as decoding:
 
-    def decode(table: pa.Table) -> pa.Table:
-        return pa.concat_tables(decoding(table))
+        def decode(table: pa.Table) -> pa.Table:
+            return pa.concat_tables(decoding(table))
 
-    decode(sample.rows.slice(0, 1))  # This starts the child process, which must not count.
-    decoded, cost = _measure_per_row(decode, sample.rows)
+        decode(sample.rows.slice(0, 1))  # This starts the child process, which must not count.
+        decoded, cost = _measure_per_row(decode, sample.rows)
     if not pc.any(_is_ok(decoded)).as_py():
         error = decoded["error"][0].as_py()
         raise ValueError(

@@ -14,8 +14,8 @@ from typing import Any
 from blip2_actor import Status
 from pipeline.report.model import Report
 from pipeline.schema import ROW_CONTRACT
+from pipeline.settings.from_dict import from_dict
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import from_dict
 
 MAX_REASONS = 20
 MAX_CAPTIONS = 20

@@ -25,7 +25,9 @@ from pipeline.report.html import render_page
 from pipeline.report.model import Report
 from pipeline.report.statistics import COUNTED_COLUMNS, Statistics
 from pipeline.report.thumbnails import RowAddress, make_thumbnails
-from pipeline.settings.settings import CaptionSettings, ReportSettings, from_dict
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.report_settings import ReportSettings
 from pipeline.storage.folder import Folder
 
 NUM_SAMPLES = 24

@@ -11,7 +11,7 @@ from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.schema import output_schema
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from pipeline.ledger.run_record import Run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, RetrySettings, from_dict
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 
 
@@ -30,7 +32,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     """
     engine = engine or settings.builder
     info = engine.info()
-    settings.outputs.check(engine, info, settings.prompt, settings.generation)
+    settings.spec(engine).check(info)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
     shards = run.shards if run is not None else _list_shards(settings, ledger)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.data import DataContext, Dataset
 
-from pipeline.dataset import caption_pool, decode
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
 from pipeline.run.job import Job
 from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
-from pipeline.stages.coordinator import Receipt, ReportLoad
-from pipeline.stages.write import FragmentStage, receipts_of
+from pipeline.stages.coordinator import ReportLoad
+from pipeline.stages.model_check import Models
+from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
+from pipeline.stages.receipts import Receipt, receipts_from_table
+from pipeline.stages.write import WriteStage
 
-CALL_ROWS = 256
-"""Rows of pixels in one block, and so in one captioning call, when memory allows."""
 MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
@@ -42,6 +43,7 @@ def receipts_dataset(
     """
     settings, info = job.settings, job.info
     reservations = reserve(settings.placement, cluster)
+    spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     block_bytes = CALL_ROWS * info.image_size_px**2 * 3
@@ -57,20 +59,18 @@ def receipts_dataset(
         )
         decoded = decode(
             encoded,
+            spec,
             info.image_size_px,
-            settings.limits,
-            "image",
             settings.placement,
             reservations,
             report=ReportLoad(coordinator, "decode"),
         )
         return decoded.map_batches(
-            FragmentStage,
+            WriteStage,
             fn_constructor_args=(
-                resolve_engine(job.engine, reservations),
-                info,
-                settings.outputs.score_digest(settings.engine, info),
-                settings,
+                replace(spec, engine=resolve_engine(job.engine, reservations)),
+                Models.of(spec, info),
+                list(settings.reading.kept),
                 ledger.folder,
                 coordinator,
             ),
@@ -113,7 +113,7 @@ class ReceiptStream:
         try:
             for bundle in dataset.iter_internal_ref_bundles():
                 for table in ray.get(list(bundle.block_refs)):
-                    for receipt in receipts_of(table):
+                    for receipt in receipts_from_table(table):
                         self._queue.put(receipt)
             self._queue.put(None)
         except BaseException as error:  # Passed to the driver's thread, which raises it.

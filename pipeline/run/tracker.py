@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.shard_progress import ShardProgress
-from pipeline.stages.coordinator import Receipt
+from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
 """Fewer rows do not show whether the input as a whole fails."""

@@ -1,1 +1,1 @@
-"""What a job is told, and the fingerprint of what decides its rows."""
+"""The settings of every command, what the stages are told, and the fingerprint of what decides the rows."""

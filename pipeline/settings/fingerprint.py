@@ -1,7 +1,13 @@
 """The fingerprint of a run: everything that decides what its rows say.
 
-Rows of different fingerprints never share an output. What only decides how fast they come (actors,
-threads, slots) is no part of it.
+The rule: rows with different fingerprints never share an output. A run resumes only if the fingerprint of
+its settings equals the stored one. What only decides how fast rows are made (actors, threads, slots) is no
+part of it.
+
+Adding a field: every setting that changes rows must enter the fingerprint, but a run that an earlier version
+began must still resume. Therefore list the new field in `ADDED_LATER`, with the value that reproduces what
+earlier versions did. An entry with that value is left out, so that the digest stays what it was; with any
+other value it enters. Never change the value in `ADDED_LATER`, even if the default of the setting changes.
 """
 
 from __future__ import annotations
@@ -12,6 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ADDED_LATER: Mapping[str, Any] = {}
+"""Fields that are newer than version 0.1.0: dotted name, such as "options.num_beams", to the value with which
+this version makes the rows of earlier versions."""
+
 
 class FingerprintMismatch(ValueError):
     """The output was begun with other settings."""
@@ -19,20 +29,34 @@ class FingerprintMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Nested plain values: model digest, dtype, prompt, options, preprocessing, schema, input."""
+    """The settings that decide the rows, by name."""
 
     parts: Mapping[str, Any]
+    """Nested plain values: model digest, dtype, prompt, options, preprocessing, schema, input."""
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any], added_later: Mapping[str, Any]) -> Fingerprint:
+        """Make a fingerprint of values that JSON can hold.
+
+        Args:
+            parts: nested values by name; tuples become lists.
+            added_later: as `ADDED_LATER`; an entry that equals its value there is left out.
+        """
+        plain = json.loads(json.dumps(parts))
+        return cls(_without_defaults(plain, json.loads(json.dumps(added_later))))
 
     @property
     def canonical(self) -> str:
+        """The same JSON text for equal parts."""
         return json.dumps(self.parts, sort_keys=True, separators=(",", ":"))
 
     @property
     def digest(self) -> str:
+        """SHA-256 of `canonical`, in hexadecimal."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """One sentence part per difference, as "name: theirs -> ours"."""
+        """Return one phrase per difference: "name: value in other -> value here"."""
         theirs, ours = dict(_flat(other.parts)), dict(_flat(self.parts))
         return [
             f"{name}: {theirs.get(name, 'nothing')!r} -> {ours.get(name, 'nothing')!r}"
@@ -40,19 +64,37 @@ class Fingerprint:
             if theirs.get(name, _MISSING) != ours.get(name, _MISSING)
         ]
 
-    def require_same(self, other: Fingerprint, where: str) -> None:
-        """Raise FingerprintMismatch, naming each difference, unless both are equal."""
+    def require_same(self, other: Fingerprint, output: str) -> None:
+        """Raise FingerprintMismatch, which names each difference, unless both are equal.
+
+        Args:
+            other: the stored fingerprint.
+            output: where it is stored.
+        """
         differences = self.differences(other)
         if differences:
             raise FingerprintMismatch(
-                f"the settings must be those that {where} was begun with, got "
-                + "; ".join(differences)
-                + "; run the first command again, give another --output, "
-                "or add --fork to begin a fresh output beside it"
+                f"{output} was begun with other settings: {'; '.join(differences)}; "
+                "run the first command again, give another --output, "
+                "or add --fork to begin a new output next to it"
             )
 
 
 _MISSING = object()
+
+
+def _without_defaults(
+    parts: Mapping[str, Any], added_later: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Copy nested parts without the entries that equal their value in `added_later`."""
+    kept = {}
+    for name, value in parts.items():
+        dotted = f"{prefix}{name}"
+        if dotted in added_later and value == added_later[dotted]:
+            continue
+        is_nested = isinstance(value, Mapping)
+        kept[name] = _without_defaults(value, added_later, f"{dotted}.") if is_nested else value
+    return kept
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

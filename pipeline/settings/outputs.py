@@ -1,50 +1,55 @@
-"""What is made of each image in one pass of the vision encoder: the caption, and columns that users name."""
+"""`Outputs`: the columns that are made of each image in one pass of the vision encoder.
+
+These are the caption, and columns that users name: answers to prompts ("ask"), vectors ("embed") and scores.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import pyarrow as pa
-
-from blip2_actor import EngineBuilder, GenerationOptions, MatchingConfig, ModelInfo
+from blip2_actor import EngineBuilder, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
-from pipeline.schema import ROW_CONTRACT, refuse_taken_names
+from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 EmbedKind = Literal["vision", "qformer", "queries"]
 ScoreKind = Literal["itm", "itc"]
 CAPTION = "caption"
 SHARED_WITH_SCORE_MODEL = ("device", "dtype", "num_threads")
-"""Of the engine's options: those that a retrieval checkpoint takes too."""
+"""Options of the engine that a retrieval checkpoint takes too."""
 FORMS = {"ask": "NAME=PROMPT", "embed": "NAME=KIND", "score": "NAME=COLUMN"}
-"""How the fields are written that name columns."""
+"""How the fields that name columns are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """The caption or not, and named columns behind the columns of the contract: answers, vectors, scores."""
+    """Whether captions are made, and the named columns, which follow the columns of the row contract."""
 
     caption: bool = True
     """Whether captions are made."""
     ask: tuple[str, ...] = field(default=(), metadata=written_as(FORMS["ask"]))
-    """A text column with the answer to a prompt of its own, such as
-    colour="Question: what colour is it? Answer:"."""
+    """Text column NAME with the answer to its own prompt, such as
+    color="Question: what color is it? Answer:"."""
     embed: tuple[str, ...] = field(default=(), metadata=written_as(FORMS["embed"]))
-    """A column of float32 vectors; KIND is vision (the vision encoder's pooled output),
-    qformer (the mean of the Q-Former's queries) or queries (every query)."""
+    """Column NAME of float32 vectors; KIND is vision (pooled output of the vision encoder),
+    qformer (mean of the Q-Former's queries) or queries (every query)."""
     score: tuple[str, ...] = field(default=(), metadata=written_as(FORMS["score"]))
-    """A float32 column, how probable (natural log) a text is behind the image and the prompt:
-    that of "caption", of an ask, or of a column or member of the input."""
+    """float32 column NAME with the natural log of the probability of a text, given the image and the prompt;
+    COLUMN is "caption", the name of an ask, or a column or member of the input."""
     score_model: str | None = None
-    """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores instead."""
+    """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores instead of the
+    language model."""
     score_revision: str | None = None
-    """Commit, tag or branch of it on the hub; pin it for reproducible scores."""
+    """Commit, tag or branch of the retrieval checkpoint on the hub; pin it for reproducible scores."""
     score_kind: ScoreKind | None = None
-    """Of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of their
-    contrastive embeddings; default: itm."""
+    """Score of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of
+    their contrastive embeddings; default: itm."""
     regenerate: bool = False
-    """Caption once more, with penalties for repetition, where the guard marks a caption in `flags`."""
+    """If the quality check sets `flags` on a caption, generate it again with penalties for repetition."""
 
     def __post_init__(self) -> None:
         for flag, form in FORMS.items():
@@ -60,15 +65,15 @@ class Outputs:
                     f"embed must be NAME=KIND with one of {', '.join(get_args(EmbedKind))}, got {name}={kind}"
                 )
         if self.score_model and not self.score:
-            raise ValueError("score_model must be left out without score, got it alone; add --score")
+            raise ValueError("score_model must be left out without score; add --score NAME=COLUMN")
         for name in ("score_revision", "score_kind"):
             if getattr(self, name) and not self.score_model:
-                raise ValueError(f"{name} must be left out without score_model; name a retrieval checkpoint")
+                raise ValueError(f"{name} must be left out without score_model; add --score-model")
         if self.regenerate and not self.caption:
-            raise ValueError("regenerate must be left out without captions")
+            raise ValueError("regenerate must be left out if no captions are made")
         if not (self.caption or self.names):
             raise ValueError("outputs must name at least one column, got none")
-        self.refuse_taken(ROW_CONTRACT.names)
+        self.refuse_taken(COLUMN_NAMES)
 
     @classmethod
     def of(
@@ -78,7 +83,7 @@ class Outputs:
         scores: Mapping[str, str] | None = None,
         **others: Any,
     ) -> Outputs:
-        """From mappings of a column's name to what it holds."""
+        """Make outputs from mappings of a column's name to what the column holds."""
         ask, embed, score = (
             tuple(f"{name}={value}" for name, value in (mapping or {}).items())
             for mapping in (asks, embeds, scores)
@@ -87,22 +92,22 @@ class Outputs:
 
     @property
     def asks(self) -> dict[str, str]:
-        """Column to prompt."""
+        """Prompts by column."""
         return _pairs(self.ask)
 
     @property
     def embeds(self) -> dict[str, str]:
-        """Column to kind."""
+        """Kinds by column."""
         return _pairs(self.embed)
 
     @property
     def scores(self) -> dict[str, str]:
-        """Column to where its text stands."""
+        """Sources of the scored texts by column."""
         return _pairs(self.score)
 
     @property
     def names(self) -> list[str]:
-        """The named columns, in order."""
+        """The names that users have given, in the order of the columns."""
         return [entry.partition("=")[0] for entry in (*self.ask, *self.embed, *self.score)]
 
     @property
@@ -113,34 +118,24 @@ class Outputs:
 
     @property
     def only_matches(self) -> bool:
-        """Whether a retrieval checkpoint makes everything there is, so that no language model is loaded."""
+        """Whether a retrieval checkpoint makes every output, so that no language model is loaded."""
         return self.score_model is not None and not (self.caption or self.ask or self.embed)
 
     def matching(self, engine: EngineBuilder) -> MatchingConfig | None:
-        """The retrieval checkpoint, in place and dtype as the engine."""
+        """Return the retrieval checkpoint, with device, dtype and threads of the engine; None without one."""
         if self.score_model is None:
             return None
         shared = {name: getattr(engine, name) for name in SHARED_WITH_SCORE_MODEL if hasattr(engine, name)}
         return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
 
-    def check(
-        self, engine: EngineBuilder, info: ModelInfo, prompt: str | None, options: GenerationOptions
-    ) -> None:
-        """Refuse, before any work is begun, what no row could be served with.
-
-        Raises:
-            ValueError: the model cannot take a prompt that every row would have, or as from `score_digest`.
-        """
-        self.score_digest(engine, info)
-        prompts = [text for text in (prompt, *self.asks.values()) if text]
-        if prompts:
-            engine.check_prompts(prompts, options.max_new_tokens)
-
     def score_digest(self, engine: EngineBuilder, info: ModelInfo) -> str | None:
-        """Identifies the retrieval checkpoint's content.
+        """Return the digest of the retrieval checkpoint's content, or None without such a checkpoint.
+
+        Args:
+            info: the model for whose image size images are decoded.
 
         Raises:
-            ValueError: it takes images of another size than the model they are made ready for.
+            ValueError: the checkpoint takes images of another size.
         """
         matching = self.matching(engine)
         if matching is None:
@@ -149,13 +144,13 @@ class Outputs:
         if found.image_size_px != info.image_size_px:
             raise ValueError(
                 f"score_model must take images of {info.image_size_px} px as the model does, got "
-                f"{found.image_size_px} px; score in a run of its own: blip2 score"
+                f"{found.image_size_px} px; compute the scores in a separate run with blip2 score"
             )
         return found.digest
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What a run's fingerprint says: column by column, and their order."""
+        """What enters a run's fingerprint: each column, and the order of the columns."""
         return {
             "columns": [*([CAPTION] if self.caption else []), *self.names],
             "ask": self.asks,
@@ -166,7 +161,7 @@ class Outputs:
         }
 
     def refuse_taken(self, taken: Sequence[str]) -> None:
-        """Raise ValueError where a named column has a name that is taken, or has it twice."""
+        """Raise ValueError if the name of a column is taken or is given twice."""
         taken = list(taken)
         for flag in FORMS:
             names = [entry.partition("=")[0] for entry in getattr(self, flag)]
@@ -174,7 +169,9 @@ class Outputs:
             taken += names
 
     def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:
-        """The named columns with their types."""
+        """Return the named columns with their types."""
+        import pyarrow as pa  # --help does not need it
+
         vector = pa.list_(pa.float32(), info.qformer_width)
         kinds = {
             "vision": pa.list_(pa.float32(), info.vision_width),

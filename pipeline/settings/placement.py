@@ -1,4 +1,8 @@
-"""Where the stages run: actors, and what each reserves, so that a job fits two cores as well as a cluster."""
+"""Where the stages run: how many actors, and what each of them reserves in Ray.
+
+The rule: reading, decoding and captioning must fit into the cluster at the same time, or no row moves. A job
+therefore runs on two cores as well as on a cluster.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,19 @@ from blip2_actor import EngineBuilder
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How many actors caption and decode, and what each takes."""
+    """How many actors caption and decode, and the accelerators that each captioning actor takes."""
 
     min_actors: int = 1
-    """Captioning actors that are there from start to end."""
+    """Minimum number of captioning actors, which run from start to end."""
     max_actors: int | None = None
-    """Most captioning actors; default: one per accelerator of the cluster, or one on CPUs."""
+    """Maximum number of captioning actors; default: one per accelerator of the cluster, or one on CPUs."""
     num_gpus: float | None = None
-    """Accelerators per captioning actor; default: 1 where the cluster has any, else 0."""
+    """Accelerators per captioning actor; default: 1 if the cluster has any, else 0."""
     calls_per_actor: int = 8
-    """Blocks of images that one actor captions at once."""
+    """Number of calls, each with one block of images, that one actor runs at the same time."""
     max_decode_actors: int | None = None
-    """Most decoding actors (one decoding process each); default: as many as the cluster holds."""
+    """Maximum number of decoding actors, with one decoding process each; default: as many
+    as fit into the cluster."""
 
     def __post_init__(self) -> None:
         for name in ("min_actors", "max_actors", "calls_per_actor", "max_decode_actors"):
@@ -40,7 +45,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What a cluster has now; one that starts nodes on demand may come to have more."""
+    """The resources that a cluster has now; a cluster that starts nodes on demand may get more later."""
 
     num_cpus: float
     num_gpus: float
@@ -49,7 +54,7 @@ class ClusterSize:
 
 @dataclass(frozen=True)
 class Reservations:
-    """What each stage asks of Ray. Read, decode and caption must fit at the same time, or nothing moves."""
+    """The resources that each stage reserves in Ray, and the size of the captioning pool."""
 
     read_cpus: float
     decode_cpus: float
@@ -57,23 +62,24 @@ class Reservations:
     caption_gpus: float
     max_actors: int
     num_threads: int | None
-    """Of the engine on CPUs: Ray would give a worker as many as it has whole CPUs reserved."""
+    """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
+    to the number of whole CPUs that it reserves."""
 
 
 def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
     """Fit the stages into a cluster.
 
-    Up to four cores, decoding and captioning reserve a quarter each: room for reading, and for a step
-    of the user's own that wants a core of two. Captioning computes on every core of its node all the
-    same: reservations are for Ray's books.
+    On up to four cores, decoding and captioning reserve a quarter of the cores each. This leaves room for
+    reading, and for a step of the user's own that reserves one core of two. Captioning still computes on
+    every core of its node: a reservation only limits what Ray schedules.
     """
     num_gpus = placement.num_gpus
     if num_gpus is None:
         num_gpus = 1.0 if cluster.num_gpus else 0.0
     max_actors = placement.max_actors
     if max_actors is None:
-        most = math.floor(cluster.num_gpus / num_gpus) if num_gpus else 1
-        max_actors = max(placement.min_actors, most)
+        num_fitting = math.floor(cluster.num_gpus / num_gpus) if num_gpus else 1
+        max_actors = max(placement.min_actors, num_fitting)
     share = min(1.0, max(cluster.num_cpus, 1.0) / 4)
     node_cpus = max(1.0, cluster.cpus_per_node)
     nodes = max(1, round(cluster.num_cpus / node_cpus))
@@ -89,7 +95,7 @@ def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
 
 
 def resolve_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
-    """The engine's recipe with device and threads said, where the user left them open."""
+    """Return the engine with device and number of threads filled in, if the user has left them open."""
     known: Any = engine
     names = {field.name for field in dataclasses.fields(known)}
     if reservations.caption_gpus:

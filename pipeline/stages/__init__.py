@@ -1,1 +1,1 @@
-"""The stages of the job, as Ray Data runs them in its workers."""
+"""The stages of the job, which Ray Data runs in its workers: decode, caption, write."""

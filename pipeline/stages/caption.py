@@ -1,252 +1,205 @@
 """The caption stage: pixels become captions, through the same actor class that Serve runs.
 
-Several calls run at once inside one actor; each submits its rows and waits for their futures, so that
-the engine's slots refill across calls. Whatever is asked of an image shares its pass through the vision
-encoder: the requests at once, vectors and scores for a piece of finished rows together.
+Several calls run at the same time inside one actor. Each submits its rows and waits for their futures, so
+that the slots of the engine are refilled across calls. All outputs of an image share one pass of the vision
+encoder: the texts of a row are requested together; vectors and scores are made for a piece of finished rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Blip2Actor, EngineBuilder, GenerationOptions, ImageLike, Request, Result, Status
-from pipeline.schema import result_fields
-from pipeline.settings.outputs import Outputs
+from blip2_actor import Blip2Actor, GenerationOptions, ImageLike, Request, Result, Status
+from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.decode import PIXELS
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
+from pipeline.stages.engine_fault import engine_faults
+from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
 from pipeline.stages.quality_flags import REGENERATED, find_flags, stricter
 from pipeline.stages.result_cache import ResultCache
-from pipeline.stages.row_result import Pending, PendingRow, RowResult, columns_of
-from pipeline.stages.worker_exit import end_without_ceremony
-
-
-class EngineFault(RuntimeError):
-    """The engine or its device has failed, and every request with it: the process should end."""
-
+from pipeline.stages.row_result import RowResult, columns_of
+from pipeline.stages.worker_exit import exit_without_destructors
 
 FinishedRows = list[tuple[int, RowResult]]
-"""Rows of a table and what became of them."""
+"""Positions in a table, and the results of these rows."""
 
 
 class CaptionStage:
-    """Captions tables of the decode stage; held by an actor of a Ray Data pool, thread-safe."""
+    """Captions tables of the decode stage. An actor of a Ray Data pool holds it; thread-safe."""
 
-    def __init__(
-        self,
-        engine: EngineBuilder,
-        options: GenerationOptions,
-        prompt: str | None = None,
-        prompt_column: str | None = None,
-        outputs: Outputs = Outputs(),
-        reuse_identical: bool = False,
-        text_prefix: str = "",
-    ) -> None:
-        """Start an engine.
-
-        Args:
-            outputs: what is made of each image.
-            reuse_identical: make the texts of identical images once.
-            text_prefix: stands before the names of the columns whose texts are scored.
-        """
-        end_without_ceremony()
-        matching = outputs.matching(engine)
-        # First, because the engine makes itself as large as free memory allows.
-        beside = None if matching is None or outputs.only_matches else matching.build()
-        self.actor = Blip2Actor(engine, options)
+    def __init__(self, spec: CaptionSpec) -> None:
+        """Start the engine that a spec names."""
+        exit_without_destructors()
+        self._spec = spec
+        outputs, options = spec.outputs, spec.options
+        matching = outputs.matching(spec.engine)
+        # The second engine comes first, because the captioning engine takes the memory that is still free.
+        score_engine = None if matching is None or outputs.only_matches else matching.build()
+        self.actor = Blip2Actor(spec.engine, options)
         self.named = outputs.fields(self.actor.info)
         self.captioned = outputs.caption
-        self.fields = (*result_fields(outputs.caption, options.num_return_sequences), *self.named)
-        self._prompt = prompt
-        self._prompt_column = prompt_column
-        self._embeddings_and_scores = EmbeddingsAndScores(outputs, self.actor.engine, beside, text_prefix)
-        self._shared = ResultCache() if reuse_identical else None
+        self.fields = spec.fields(self.actor.info)
+        self._embeddings_and_scores = EmbeddingsAndScores(
+            outputs, self.actor.engine, score_engine, spec.text_prefix
+        )
         self._asks = outputs.asks
-        # Of an answer only the best text is kept.
-        several = options.num_return_sequences > 1
-        self._answer = dataclasses.replace(options, num_return_sequences=1) if several else None
-        self._again = stricter(options) if outputs.regenerate else None
+        num_texts = len(self._asks) + (1 if outputs.caption else 0)
+        self._image_is_shared = num_texts > 1 or self._embeddings_and_scores.share_the_encoder
+        self._cache = ResultCache() if spec.reuse_identical else None
+        self._answer_options: GenerationOptions | None = None
+        if options.num_return_sequences > 1:  # only the best text of an answer is kept
+            self._answer_options = dataclasses.replace(options, num_return_sequences=1)
+        self._regenerate_options = stricter(options) if outputs.regenerate else None
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the engines have worked."""
+        """Seconds for which the engines have worked."""
         return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
 
     def close(self) -> None:
-        """Finish what runs, refuse what comes, free the device."""
+        """Finish running requests, refuse new ones, and free the device."""
         self.actor.close()
         self._embeddings_and_scores.close()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Caption a whole table and give it back with the result columns."""
-        settled = [pair for piece in self.finish_rows(table, range(len(table))) for pair in piece]
-        return self.with_results(table, settled)
+        """Caption a whole table and return it with the result columns."""
+        rows = [row for piece in self.finish_rows(table, range(len(table))) for row in piece]
+        return self.with_results(table, rows)
 
     def finish_rows(
         self,
         table: pa.Table,
-        rows: Sequence[int],
+        positions: Sequence[int],
         piece_rows: int | None = None,
         piece_s: float | None = None,
     ) -> Iterator[FinishedRows]:
         """Submit rows at once and yield them in order, in pieces, as they finish.
 
         Args:
-            rows: positions in the table.
-            piece_rows: a piece is yielded when it holds so many rows,
-            piece_s: or, possibly empty, when so many seconds have passed.
+            positions: the rows of the table to caption.
+            piece_rows: yield a piece when it has this many rows.
+            piece_s: yield a piece, possibly an empty one, after this many seconds.
 
         Raises:
-            EngineFault: the engine itself has failed; a bad row is a result, never an exception.
+            EngineFault: the engine itself has failed. A bad row is a result, never an exception.
         """
-        waiting = deque(self._submit(table, rows))
+        waiting = deque(self._submit(table, positions))
         piece: list[PendingRow] = []
-        due = _due(piece_s)
+        deadline = Deadline(piece_s)
         try:
             while waiting:
-                while len(piece) == piece_rows or not _is_done(waiting[0].pending, due):
+                while len(piece) == piece_rows or not are_done(waiting[0].pending, deadline):
                     yield self._finish(table, piece)
-                    piece, due = [], _due(piece_s)
+                    piece, deadline = [], Deadline(piece_s)
                 row = waiting.popleft()
-                row.results = [_result(future) for future in row.pending]
+                row.collect()
                 piece.append(row)
             if piece:
                 yield self._finish(table, piece)
         finally:
-            if self._shared is None:
+            if self._cache is None:
                 for row in waiting:
-                    for future in row.pending:
-                        if isinstance(future, Future):
-                            future.cancel()
+                    row.cancel()
 
-    def with_results(self, table: pa.Table, settled: FinishedRows) -> pa.Table:
-        """The settled rows of a table, with the result columns in place of the pixels."""
-        rest = table.drop_columns([PIXELS])
-        taken = rest.take(pa.array([row for row, _ in settled], pa.int64()))
-        columns = columns_of([made for _, made in settled], self.named)
+    def with_results(self, table: pa.Table, rows: FinishedRows) -> pa.Table:
+        """Return finished rows of a table, with the result columns in place of the pixels."""
+        without_pixels = table.drop_columns([PIXELS])
+        taken = without_pixels.take(pa.array([position for position, _ in rows], pa.int64()))
+        columns = columns_of([result for _, result in rows], self.named)
         columns |= {name: taken[name] for name in ("width", "height", "sha256")}
-        ours = {column.name for column in self.fields}
-        kept = taken.drop_columns([name for name in taken.column_names if name in ours])
+        replaced = {column.name for column in self.fields}
+        taken = taken.drop_columns([name for name in taken.column_names if name in replaced])
         for column in self.fields:
-            kept = kept.append_column(column, columns[column.name])
-        return kept
+            taken = taken.append_column(column, columns[column.name])
+        return taken
 
     # Texts ----------------------------------------------------------------------------------------------
 
-    def _submit(self, table: pa.Table, rows: Sequence[int]) -> list[PendingRow]:
-        statuses, errors, pixels = table["status"], table["error"], table[PIXELS]
-        prompts = table[self._prompt_column] if self._prompt_column else None
-        size_px = self.actor.info.image_size_px
-        num_texts = len(self._asks) + self.captioned
-        is_shared = num_texts > 1 or self._embeddings_and_scores.share_the_encoder
-        is_held = self._embeddings_and_scores.are_wanted or self._again is not None
-        submitted: list[PendingRow] = []
-        for position in rows:
+    def _submit(self, table: pa.Table, positions: Sequence[int]) -> list[PendingRow]:
+        """Request the texts of rows; a row that failed in an earlier stage already has its result."""
+        statuses, errors = table["status"], table["error"]
+        submitted = []
+        for position in positions:
             status = Status(statuses[position].as_py())
-            if status is not Status.OK:
-                submitted.append(
-                    PendingRow(position, [Result(status=status, error=errors[position].as_py())])
-                )
-                continue
-            image: ImageLike = np.frombuffer(pixels[position].as_buffer(), np.uint8).reshape(
-                size_px, size_px, 3
-            )
-            if is_shared:
-                image = self.actor.engine.image(image)
-            prompt = self._prompt if prompts is None else prompts[position].as_py()
-            row = PendingRow(position, [], prompt, image if is_held else None)
-            if self._shared is not None:
-                # Arrays of two shapes may have the same bytes.
-                row.identity = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
-            asked = [Request(image=image, prompt=prompt)] if self.captioned else []
-            asked += [Request(image=image, prompt=ask, options=self._answer) for ask in self._asks.values()]
-            row.pending = [self._request(row, request) for request in asked]
-            submitted.append(row)
+            if status is Status.OK:
+                submitted.append(self._submit_row(table, position))
+            else:
+                result = Result(status=status, error=errors[position].as_py())
+                submitted.append(PendingRow(position, [result]))
         return submitted
 
-    def _request(self, row: PendingRow, request: Request) -> Pending:
-        with _faults():
-            if self._shared is None:
-                return self.actor.submit(request)
-            key = (*row.identity, request.prompt, request.options)
-            return self._shared.get(key, lambda: self.actor.submit(request))
+    def _submit_row(self, table: pa.Table, position: int) -> PendingRow:
+        spec = self._spec
+        prompt = spec.prompt if spec.prompt_column is None else table[spec.prompt_column][position].as_py()
+        image = self._image(table, position)
+        is_used_later = self._embeddings_and_scores.are_wanted or self._regenerate_options is not None
+        row = PendingRow(position, [], prompt, image if is_used_later else None)
+        if self._cache is not None:
+            # Arrays of different shapes may have the same bytes.
+            row.image_key = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
+        requests = [Request(image=image, prompt=prompt)] if self.captioned else []
+        for ask in self._asks.values():
+            requests.append(Request(image=image, prompt=ask, options=self._answer_options))
+        row.pending = [self._request(row, request) for request in requests]
+        return row
 
-    # Everything else --------------------------------------------------------------------------------------
+    def _image(self, table: pa.Table, position: int) -> ImageLike:
+        """Return uint8[S, S, 3], or a handle of the engine if several outputs share the encoded image."""
+        size_px = self.actor.info.image_size_px
+        pixels = np.frombuffer(table[PIXELS][position].as_buffer(), np.uint8).reshape(size_px, size_px, 3)
+        return self.actor.engine.image(pixels) if self._image_is_shared else pixels
+
+    def _request(self, row: PendingRow, request: Request) -> Pending:
+        with engine_faults():
+            if self._cache is None:
+                return self.actor.submit(request)
+            key = (*row.image_key, request.prompt, request.options)
+            return self._cache.get(key, lambda: self.actor.submit(request))
+
+    # Results --------------------------------------------------------------------------------------------
 
     def _finish(self, table: pa.Table, rows: Sequence[PendingRow]) -> FinishedRows:
-        """Make of rows with texts what is made of several at once."""
-        made = [self._guarded(row) for row in rows]
-        if self._again is not None:
-            self._regenerate(rows, made)
-        good = [(row, one) for row, one in zip(rows, made, strict=True) if one.result.ok]
-        with _faults():
+        """Make the results of rows whose texts are there, including what is made for several rows at once."""
+        results = [self._with_texts(row) for row in rows]
+        if self._regenerate_options is not None:
+            self._regenerate(rows, results)
+        good = [(row, result) for row, result in zip(rows, results, strict=True) if result.result.ok]
+        with engine_faults():
             self._embeddings_and_scores.add(table, good)
         for row in rows:
-            row.image = None  # encoded, it holds memory of the device
-        return [(row.position, one) for row, one in zip(rows, made, strict=True)]
+            row.image = None  # an encoded image holds memory of the device
+        return [(row.position, result) for row, result in zip(rows, results, strict=True)]
 
-    def _guarded(self, row: PendingRow) -> RowResult:
-        """The texts of a row, and what the guard says of its caption."""
+    def _with_texts(self, row: PendingRow) -> RowResult:
+        """Return the texts of a row, and the flags of its caption."""
         for result in row.results:
             if not result.ok:
                 return RowResult(result)
         answers = row.results[1:] if self.captioned else row.results
-        made = RowResult(row.results[0] if self.captioned else Result())
-        made.named.update(zip(self._asks, (answer.text or "" for answer in answers), strict=True))
+        finished = RowResult(row.results[0] if self.captioned else Result())
+        texts = (answer.text or "" for answer in answers)
+        finished.named.update(zip(self._asks, texts, strict=True))
         if self.captioned:
-            made.flags = find_flags(made.result.text or "", row.prompt)
-        return made
+            finished.flags = find_flags(finished.result.text or "", row.prompt)
+        return finished
 
-    def _regenerate(self, rows: Sequence[PendingRow], made: Sequence[RowResult]) -> None:
-        """A second try, with its own marks, for the captions that are marked."""
-        tried = []
-        for row, one in zip(rows, made, strict=True):
-            if one.flags and row.image is not None:
-                request = Request(image=row.image, prompt=row.prompt, options=self._again)
-                tried.append((row, one, self._request(row, request)))
-        for row, one, future in tried:
-            result = _result(future)
-            if result.ok:
-                one.result = result
-                one.flags = [*find_flags(result.text or "", row.prompt), REGENERATED]
-
-
-@contextmanager
-def _faults() -> Iterator[None]:
-    """What the engine raises is no row's fault."""
-    try:
-        yield
-    except Exception as error:
-        raise EngineFault(f"{type(error).__name__}: {error}") from error
-
-
-def _due(piece_s: float | None) -> float:
-    return float("inf") if piece_s is None else time.monotonic() + piece_s
-
-
-def _is_done(pending: Sequence[Pending], due: float) -> bool:
-    """Wait for results until they are due; False once they are, so that steady work is handed on too."""
-    for future in pending:
-        left_s = due - time.monotonic()
-        if left_s <= 0:
-            return False
-        timeout_s = None if left_s == float("inf") else left_s
-        if isinstance(future, Future) and not wait([future], timeout_s).done:
-            return False
-    return True
-
-
-def _result(future: Pending) -> Result:
-    if isinstance(future, Result):
-        return future
-    error = future.exception()
-    if error is not None:
-        raise EngineFault(f"{type(error).__name__}: {error}") from error
-    return future.result()
+    def _regenerate(self, rows: Sequence[PendingRow], results: Sequence[RowResult]) -> None:
+        """Generate captions that have flags again, with stricter options; find the flags of the new ones."""
+        requested = []
+        for row, result in zip(rows, results, strict=True):
+            if result.flags and row.image is not None:
+                request = Request(image=row.image, prompt=row.prompt, options=self._regenerate_options)
+                again = PendingRow(row.position, [], row.prompt, image_key=row.image_key)
+                again.pending = [self._request(again, request)]
+                requested.append((again, result))
+        for again, result in requested:
+            again.collect()
+            (regenerated,) = again.results
+            if regenerated.ok:
+                result.result = regenerated
+                result.flags = [*find_flags(regenerated.text or "", again.prompt), REGENERATED]

@@ -1,8 +1,12 @@
-"""The board: a tiny actor beside the stages that remembers what a dying process cannot.
+"""The coordinator: a small actor next to the stages that remembers what a dying process cannot.
 
-It counts the deaths of each caption call, so that the one image that kills the engine is found and
-gets its status instead of killing for ever, keeps the receipts of fragments that such a call had
-written, gathers how busy the stages are, and passes on the word to stop.
+The rule of blame: when a process dies, Ray starts a new one and runs its captioning calls again. Such a call
+runs alone in its process and in small steps, and says here which step begins. If the process dies again, one
+row of that step is to blame, so each of them then runs alone. A row on which the process has died
+`MAX_DEATHS_ALONE` times while it ran alone gets the status `failed`; otherwise it would kill forever.
+
+The coordinator also keeps the receipts of fragments that such a call has written, collects how busy the
+stages are, and passes on the request to stop.
 """
 
 from __future__ import annotations
@@ -13,44 +17,57 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.ledger.rowset import Range, RowSet
+from pipeline.stages.receipts import Receipt
 
-SOLO_DEATHS = 2
-"""Deaths while a row ran alone in its process until it is condemned: one may be chance, a node taken away."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Rows of one shard that have reached a fragment."""
-
-    shard: str
-    ranges: tuple[Range, ...]
-    by_status: tuple[tuple[str, int], ...]
+MAX_DEATHS_ALONE = 2
+"""Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
+may have been taken away."""
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What a call must know before it starts; positions are those in its table."""
+class CallHistory:
+    """What a captioning call must know about its earlier runs; positions are those in its table."""
 
-    number: int
+    num_starts: int
     """1 for a call that has never died."""
     finished: tuple[Range, ...]
-    """Positions that reached a fragment in an earlier attempt."""
-    suspects: tuple[Range, ...]
-    """Positions one of which has killed the process: each is to run alone."""
-    condemned: frozenset[int]
-    """Positions that get a status instead of another try."""
+    """Positions that reached a fragment in an earlier run."""
+    run_alone: tuple[Range, ...]
+    """Positions of which one has killed the process: each must run alone."""
+    failed: frozenset[int]
+    """Positions that get the status `failed` instead of another run."""
     receipts: tuple[Receipt, ...]
-    """Of the finished positions."""
+    """The receipts of the finished positions."""
 
 
 @dataclass
 class _Call:
-    number: int = 0
-    trying: Range | None = None
+    """A call that has started and not ended."""
+
+    num_starts: int = 0
+    step: Range | None = None
+    """Positions that run with nothing else in their process."""
     finished: RowSet = field(default_factory=RowSet)
-    suspects: RowSet = field(default_factory=RowSet)
-    solo_deaths: dict[int, int] = field(default_factory=dict)
+    run_alone: RowSet = field(default_factory=RowSet)
+    deaths_alone: dict[int, int] = field(default_factory=dict)
     receipts: list[Receipt] = field(default_factory=list)
+
+    def start(self) -> CallHistory:
+        """Note a start; a step that has begun and not been written has died."""
+        self.num_starts += 1
+        if self.step is not None:
+            start, stop = self.step
+            if stop - start == 1:
+                self.deaths_alone[start] = self.deaths_alone.get(start, 0) + 1
+            self.run_alone.add(start, stop)
+            self.step = None
+        return CallHistory(
+            num_starts=self.num_starts,
+            finished=tuple(self.finished),
+            run_alone=tuple(self.run_alone),
+            failed=frozenset(row for row, n in self.deaths_alone.items() if n >= MAX_DEATHS_ALONE),
+            receipts=tuple(self.receipts),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,77 +79,69 @@ class Load:
 
 
 class Coordinator:
-    """A plain class; the job makes an actor of it that takes no CPU."""
+    """A plain class; the job makes an actor of it that reserves no CPU."""
 
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
-        self._fresh: list[Receipt] = []
+        self._new_receipts: list[Receipt] = []
         self._stopping = False
 
-    def begin(self, call: str) -> Attempt:
-        """Note that a call starts; where it has started before and not ended, its process has died."""
-        state = self._calls.setdefault(call, _Call())
-        state.number += 1
-        if state.trying is not None:
-            start, stop = state.trying
-            if stop - start == 1:
-                state.solo_deaths[start] = state.solo_deaths.get(start, 0) + 1
-            state.suspects.add(start, stop)
-            state.trying = None
-        return Attempt(
-            number=state.number,
-            finished=tuple(state.finished),
-            suspects=tuple(state.suspects),
-            condemned=frozenset(row for row, n in state.solo_deaths.items() if n >= SOLO_DEATHS),
-            receipts=tuple(state.receipts),
-        )
+    def begin_call(self, call: str) -> CallHistory:
+        """Note that a call starts. If it has started before and not ended, its process has died."""
+        return self._calls.setdefault(call, _Call()).start()
 
-    def trying(self, call: str, start: int, stop: int) -> None:
-        """Note that these positions now run with nothing else in their process."""
+    def begin_step(self, call: str, start: int, stop: int) -> None:
+        """Note that the positions from start (included) to stop (excluded) now run alone in their process."""
         if call in self._calls:
-            self._calls[call].trying = (start, stop)
+            self._calls[call].step = (start, stop)
 
     def wrote(self, call: str, positions: Sequence[Range], receipts: Sequence[Receipt]) -> None:
         """Note that these positions have reached fragments."""
-        self._fresh.extend(receipts)
+        self._new_receipts.extend(receipts)
         if call in self._calls:
             state = self._calls[call]
-            state.trying = None
+            state.step = None
             state.finished.update(positions)
             state.receipts.extend(receipts)
 
-    def end(self, call: str) -> None:
+    def end_call(self, call: str) -> None:
+        """Forget a call that has returned."""
         self._calls.pop(call, None)
 
     def stop(self) -> None:
-        """Ask all calls to write what they have and return."""
+        """Ask all calls to write the rows that are finished and return."""
         self._stopping = True
 
     def is_stopping(self) -> bool:
+        """Return whether calls should return."""
         return self._stopping
 
     def num_running(self) -> int:
+        """Return the number of calls that have started and not ended."""
         return len(self._calls)
 
     def report(self, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
-        """Note what a worker says of itself; it lives on while it says nothing."""
-        self._loads.setdefault(stage, {})[worker] = (busy_s, alive_s - time.monotonic())
+        """Note how busy a worker was; it counts as alive while it reports nothing new."""
+        self._loads.setdefault(stage, {})[worker] = (busy_s, time.monotonic() - alive_s)
 
     def news(self) -> tuple[list[Receipt], dict[str, dict[str, Load]]]:
-        """Receipts since the last time, long before their calls end; loads by stage and worker."""
-        fresh, self._fresh = self._fresh, []
+        """Return the receipts since the last call of this method, and the loads by stage and worker.
+
+        Receipts appear here long before the captioning calls that wrote them end.
+        """
+        receipts, self._new_receipts = self._new_receipts, []
         now = time.monotonic()
         loads = {
-            stage: {worker: Load(busy_s, born_s + now) for worker, (busy_s, born_s) in workers.items()}
+            stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
             for stage, workers in self._loads.items()
         }
-        return fresh, loads
+        return receipts, loads
 
 
 @dataclass(frozen=True)
 class ReportLoad:
-    """Tells the board how busy one worker is; goes to workers with the board's handle."""
+    """Reports to the coordinator how busy one worker is; sent to workers with the coordinator's handle."""
 
     coordinator: Any
     stage: str

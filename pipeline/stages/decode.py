@@ -1,7 +1,7 @@
 """The decode stage: a column of images becomes a column of uint8 pixels at the model's size.
 
-Encoded bytes end here; what travels on are pixels (null where the row has failed) and each row's
-status. Neither float images nor Python objects ever cross the object store.
+Encoded bytes end here. The next stage gets pixels (null if the row has failed) and the status of each row.
+Neither float images nor Python objects ever cross the object store.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 import pyarrow as pa
 
 from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
-from pipeline.stages.worker_exit import end_without_ceremony
+from pipeline.stages.worker_exit import exit_without_destructors
 from pipeline.storage.filesystems import open_filesystem
 
 PIXELS = "_blip2_pixels"
-"""uint8[S, S, 3] as bytes, between the two stages only."""
+"""Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
 DECODED = ("status", "error", "width", "height", "sha256")
-"""What this stage says of each row."""
+"""Columns that this stage adds to each row, besides the pixels."""
 BATCH_ROWS = 128
-"""Rows given to the decode children at once."""
+"""Rows that are given to the decoding process at once."""
 
 Report = Callable[[str, float, float], None]
-"""Takes a worker's name, its busy seconds and the seconds it has lived."""
+"""Takes the name of a worker, its busy seconds and the seconds since it started."""
 
 
 class DecodeStage:
-    """Decodes in child processes with limits; held by an actor of a Ray Data pool."""
+    """Decodes in a child process with limits. An actor of a Ray Data pool holds it."""
 
     def __init__(
         self,
@@ -41,7 +41,16 @@ class DecodeStage:
         keeps_image: bool = False,
         report: Report | None = None,
     ) -> None:
-        end_without_ceremony()
+        """Start the decoding process.
+
+        Args:
+            size_px: image size of the model.
+            limits: what decoding one image may cost.
+            image_column: column with encoded bytes, structs of bytes and path, or uint8[H, W, 3].
+            keeps_image: whether that column stays in the table.
+            report: receives how busy this worker was.
+        """
+        exit_without_destructors()
         self._size_px = size_px
         self._image_column = image_column
         self._dropped = {*DECODED} if keeps_image else {*DECODED, image_column}
@@ -51,16 +60,20 @@ class DecodeStage:
         self._started, self._busy_s = time.monotonic(), 0.0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Decode a block in small tables: a block of a thousand small files is a large one of pixels."""
+        """Decode a block in small tables: a thousand small files become a large block of pixels."""
         for start in range(0, len(table), BATCH_ROWS):
             yield self._decode_batch(table.slice(start, BATCH_ROWS))
+
+    def close(self) -> None:
+        """End the decoding process."""
+        self._pool.close()
 
     def _decode_batch(self, table: pa.Table) -> pa.Table:
         started = time.monotonic()
         images, hashes = _images(table[self._image_column])
-        settled = _settled(table)
-        decoded = self._decode([None if fate else image for image, fate in zip(images, settled, strict=True)])
-        decoded = [fate or image for fate, image in zip(settled, decoded, strict=True)]
+        failures = _failures(table)
+        readable = [None if failed else image for image, failed in zip(images, failures, strict=True)]
+        decoded = [failed or image for failed, image in zip(failures, self._decode(readable), strict=True)]
         rest = table.drop_columns([name for name in table.column_names if name in self._dropped])
         for name, column in _columns(decoded, hashes).items():
             rest = rest.append_column(name, column)
@@ -70,11 +83,13 @@ class DecodeStage:
         return rest
 
     def _decode(self, images: Sequence[bytes | np.ndarray | None]) -> list[DecodedImage]:
-        if any(isinstance(image, np.ndarray) for image in images):
-            return [self._resize(image) for image in images]
-        return self._pool.decode(list(images))  # type: ignore[arg-type]
+        encoded = [image for image in images if not isinstance(image, np.ndarray)]
+        if len(encoded) == len(images):
+            return self._pool.decode(encoded)
+        return [self._resize(image) for image in images]
 
     def _resize(self, image: Any) -> DecodedImage:
+        """Resize an image that is already an array."""
         if image is None:
             return DecodedImage(status=Status.MISSING_IMAGE, error="there is no image")
         try:
@@ -85,8 +100,8 @@ class DecodeStage:
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
 
 
-def _settled(table: pa.Table) -> list[DecodedImage | None]:
-    """The fates that reading has already settled, where the table says so."""
+def _failures(table: pa.Table) -> list[DecodedImage | None]:
+    """Return the rows that reading has already found to have failed; None for each other row."""
     if not {"status", "error"} <= set(table.column_names):
         return [None] * len(table)
     return [
@@ -107,12 +122,12 @@ def _columns(decoded: Sequence[DecodedImage], hashes: Sequence[bytes | None]) ->
 
 
 def _images(column: pa.ChunkedArray) -> tuple[list[Any], list[bytes | None]]:
-    """Images and the digests of their bytes: encoded bytes, or uint8[H, W, 3].
+    """Return the images of a column, encoded bytes or uint8[H, W, 3], and the digests of their bytes.
 
-    Takes binary columns, the `datasets` library's struct of bytes and path, and columns of arrays.
+    The column may hold binary values, the `datasets` library's struct of bytes and path, or arrays.
     """
     if pa.types.is_struct(column.type):
-        images: list[Any] = [_of_struct(value) for value in column.to_pylist()]
+        images: list[Any] = [_bytes_of_struct(value) for value in column.to_pylist()]
     elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         images = column.to_pylist()
     else:
@@ -134,8 +149,8 @@ def _bytes(image: bytes | np.ndarray) -> bytes | memoryview:
     return np.ascontiguousarray(image).data if isinstance(image, np.ndarray) else image
 
 
-def _of_struct(value: dict[str, Any] | None) -> bytes | None:
-    """The bytes of a `datasets` image, from its file where the table only names it."""
+def _bytes_of_struct(value: dict[str, Any] | None) -> bytes | None:
+    """Return the bytes of a `datasets` image; read its file if the table has only the path."""
     if value is None or value.get("bytes") is not None or value.get("path") is None:
         return None if value is None else value.get("bytes")
     filesystem, path = open_filesystem(value["path"])

@@ -1,7 +1,7 @@
-"""Vectors and scores: what is computed for many finished rows at once, beside the texts.
+"""`EmbeddingsAndScores`: vectors and scores, which are computed for many finished rows at once.
 
-Where the captioning engine computes them, they share its pass of the vision encoder; a retrieval
-checkpoint has an engine and a vision encoder of its own.
+If the captioning engine computes them, they share its pass of the vision encoder. A retrieval checkpoint has
+its own engine and its own vision encoder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from blip2_actor import EngineLike, Features, ImageLike, Result, Status
 from pipeline.settings.outputs import CAPTION, Outputs
-from pipeline.stages.row_result import PendingRow, RowResult
+from pipeline.stages.pending_row import PendingRow
+from pipeline.stages.row_result import RowResult
 
 if typing.TYPE_CHECKING:
     import numpy as np
@@ -22,39 +23,42 @@ if typing.TYPE_CHECKING:
 
 
 class EmbeddingsAndScores:
-    """The vectors and scores that a run asks for."""
+    """Makes the vectors and scores that a run asks for."""
 
     def __init__(
-        self, outputs: Outputs, engine: EngineLike, beside: MatchingEngine | None, text_prefix: str
+        self, outputs: Outputs, engine: EngineLike, score_engine: MatchingEngine | None, text_prefix: str
     ) -> None:
-        """
+        """Prepare the outputs; both engines are already running.
+
         Args:
-            engine: of the stage; a `MatchingEngine` where nothing but its scores is asked for.
-            beside: computes the scores where a retrieval checkpoint does so beside the engine.
-            text_prefix: stands before the names of the columns whose texts are scored.
+            engine: the engine of the stage; a `MatchingEngine` if nothing but its scores is made.
+            score_engine: a second engine for the scores, if a retrieval checkpoint computes them next to
+                `engine`; it is closed by `close`.
+            text_prefix: starts the names of the columns whose texts are scored.
         """
         self._outputs = outputs
         self._asks, self._embeds, self._scores = outputs.asks, outputs.embeds, outputs.scores
         self._engine = engine
-        self._beside = beside
-        self._matcher = typing.cast("MatchingEngine", engine) if outputs.only_matches else beside
+        self._score_engine = score_engine
+        self._matcher = typing.cast("MatchingEngine", engine) if outputs.only_matches else score_engine
         self._text_prefix = text_prefix
         self.are_wanted = bool(self._embeds or self._scores)
         self.share_the_encoder = bool(self._embeds or (self._scores and self._matcher is None))
 
     @property
     def busy_s(self) -> float:
-        """Of the retrieval checkpoint beside the engine."""
-        return self._beside.stats().busy_s if self._beside is not None else 0.0
+        """Seconds for which the second engine has worked."""
+        return self._score_engine.stats().busy_s if self._score_engine is not None else 0.0
 
     def close(self) -> None:
-        if self._beside is not None:
-            self._beside.close()
+        """Close the second engine."""
+        if self._score_engine is not None:
+            self._score_engine.close()
 
     def add(self, table: pa.Table, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
-        """Fill in the vectors and scores of rows that are ok.
+        """Add the vectors and scores to rows whose status is ok.
 
-        A row without a text has no score; a text that cannot be scored decides the row's status.
+        A row without a text gets no score. A text that cannot be scored decides the status of its row.
         """
         if rows and self._embeds:
             self._embed(rows)
@@ -63,35 +67,36 @@ class EmbeddingsAndScores:
 
     def _embed(self, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
         found = self._engine.features([row.image for row, _ in rows if row.image is not None])
-        for (_, made), features in zip(rows, found, strict=True):
+        for (_, result), features in zip(rows, found, strict=True):
             if features.status is not Status.OK:
-                made.result = Result(status=features.status, error=features.error)
+                result.result = Result(status=features.status, error=features.error)
                 continue
             for name, kind in self._embeds.items():
                 vector = _vector(features, kind)
                 if vector is not None:
-                    made.named[name] = vector
+                    result.named[name] = vector
 
     def _score(self, table: pa.Table, rows: Sequence[tuple[PendingRow, RowResult]]) -> None:
-        images, texts, prompts, places = [], [], [], []
-        for row, made in rows:
+        images, texts, prompts, targets = [], [], [], []
+        for row, result in rows:
             for name, source in self._scores.items():
-                text = self._text(table, row, made, source)
+                text = self._text(table, row, result, source)
                 if text and text.strip() and row.image is not None:
                     images.append(row.image)
                     texts.append(text)
                     prompts.append(self._asks.get(source, row.prompt))
-                    places.append((made, name))
-        found = self._run(images, texts, prompts)
-        for (made, name), (score, status, error) in zip(places, found, strict=True):
+                    targets.append((result, name))
+        found = self._compute_scores(images, texts, prompts)
+        for (result, name), (score, status, error) in zip(targets, found, strict=True):
             if score is not None:
-                made.named[name] = score
+                result.named[name] = score
             else:
-                made.result = Result(status=status, error=f"{name}: {error}")
+                result.result = Result(status=status, error=f"{name}: {error}")
 
-    def _run(
+    def _compute_scores(
         self, images: Sequence[ImageLike], texts: Sequence[str], prompts: Sequence[str | None]
     ) -> list[tuple[float | None, Status, str | None]]:
+        """Return score, status and error of each text."""
         if self._matcher is None:
             scores = self._engine.score(images, texts, prompts)
             return [(score.logprob, score.status, score.error) for score in scores]
@@ -100,17 +105,18 @@ class EmbeddingsAndScores:
             return [(match.itc, match.status, match.error) for match in matches]
         return [(match.itm, match.status, match.error) for match in matches]
 
-    def _text(self, table: pa.Table, row: PendingRow, made: RowResult, source: str) -> str | None:
+    def _text(self, table: pa.Table, row: PendingRow, result: RowResult, source: str) -> str | None:
+        """Return the text to score: an answer, the caption, or the text of a column."""
         if source in self._asks:
-            return str(made.named[source])
+            return str(result.named[source])
         if source == CAPTION and self._outputs.caption:
-            return made.result.text
+            return result.result.text
         text: str | None = table[self._text_prefix + source][row.position].as_py()
         return text
 
 
 def _vector(features: Features, kind: str) -> np.ndarray | None:
-    """float32[Dv], float32[Dq] or float32[Q, Dq], by the kind that `Outputs.embed` names."""
+    """Return float32[Dv], float32[Dq] or float32[Q, Dq], depending on the kind that `Outputs.embed` names."""
     if kind == "vision":
         return features.pooler_output
     queries = features.qformer_features

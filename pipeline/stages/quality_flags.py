@@ -1,7 +1,7 @@
-"""The guard for degenerate captions: empty ones, loops, echoes of the prompt.
+"""The quality check for degenerate captions: empty ones, loops, echoes of the prompt.
 
-It only says what it sees; a person, or `--regenerate`, decides. Words are compared, in any case and
-without punctuation.
+The rule: the check only sets flags; a person, or `--regenerate`, decides what to do. Words are compared
+without case and punctuation.
 """
 
 from __future__ import annotations
@@ -13,39 +13,42 @@ from collections import Counter
 from blip2_actor import GenerationOptions
 
 EMPTY = "empty"
-"""No letter and no digit."""
+"""The caption has no letter and no digit."""
 LOOPING = "looping"
-"""The same words several times on end."""
+"""The same words follow each other several times."""
 ECHOES_PROMPT = "echoes_prompt"
-"""The prompt again, or a piece of it instead of an answer."""
+"""The caption repeats the prompt, or repeats a part of it instead of answering."""
 REGENERATED = "regenerated"
-"""Made a second time because the first one was marked."""
+"""The caption was generated again because the first one had flags."""
 
 MAX_LOOP_WORDS = 16
-MIN_TURNS = 3
-MIN_TURNS_OF_ONE_WORD = 4
-"""People write "very, very, very", and nobody a fourth one."""
+MIN_REPEATS = 3
+MIN_REPEATS_OF_ONE_WORD = 4
+"""People write "very, very, very", but not a fourth one."""
 MIN_ECHO_WORDS = 3
-"""A shorter piece of a question may well be its answer: "is it a cat or a dog?" - "a cat"."""
+"""A shorter part of a question may be its answer: "is it a cat or a dog?" - "a cat"."""
 
 _WORD = re.compile(r"\w+")
 
 
 def find_flags(text: str, prompt: str | None = None) -> list[str]:
-    """What is degenerate about a caption; empty for nearly all."""
+    """Return what is degenerate about a caption; empty for nearly all captions."""
     words = _WORD.findall(text.lower())
     if not words:
         return [EMPTY]
-    found = []
+    flags = []
     if _loops(words):
-        found.append(LOOPING)
+        flags.append(LOOPING)
     if prompt and _echoes(words, _WORD.findall(prompt.lower())):
-        found.append(ECHOES_PROMPT)
-    return found
+        flags.append(ECHOES_PROMPT)
+    return flags
 
 
 def stricter(options: GenerationOptions) -> GenerationOptions:
-    """The options of a second try: no three words twice, repetition is dear, and not empty."""
+    """Return options for generating a caption again.
+
+    They penalize repetition, forbid repeated trigrams and empty texts. No option becomes weaker than it was.
+    """
     return dataclasses.replace(
         options,
         repetition_penalty=max(1.5, options.repetition_penalty),
@@ -55,25 +58,25 @@ def stricter(options: GenerationOptions) -> GenerationOptions:
 
 
 def _loops(words: list[str]) -> bool:
-    """Whether a run of words follows itself so often; in time linear in the words."""
-    if max(Counter(words).values()) < MIN_TURNS:
+    """Return whether a run of words follows itself often enough; takes time linear in the number of words."""
+    if max(Counter(words).values()) < MIN_REPEATS:
         return False
-    for length in range(1, min(MAX_LOOP_WORDS, len(words) // MIN_TURNS) + 1):
-        turns = MIN_TURNS_OF_ONE_WORD if length == 1 else MIN_TURNS
-        same = 0
+    for length in range(1, min(MAX_LOOP_WORDS, len(words) // MIN_REPEATS) + 1):
+        repeats = MIN_REPEATS_OF_ONE_WORD if length == 1 else MIN_REPEATS
+        num_equal = 0
         for word, later in zip(words, words[length:], strict=False):
-            same = same + 1 if word == later else 0
-            if same == length * (turns - 1):
+            num_equal = num_equal + 1 if word == later else 0
+            if num_equal == length * (repeats - 1):
                 return True
     return False
 
 
 def _echoes(words: list[str], prompt: list[str]) -> bool:
-    """A prompt of one word, such as "a", is not an echo wherever it occurs."""
-    if len(prompt) > 1 and _holds(words, prompt):
+    """Return whether a caption repeats the prompt; a prompt of one word, such as "a", is never an echo."""
+    if len(prompt) > 1 and _contains(words, prompt):
         return True
-    return len(words) >= MIN_ECHO_WORDS and _holds(prompt, words)
+    return len(words) >= MIN_ECHO_WORDS and _contains(prompt, words)
 
 
-def _holds(words: list[str], part: list[str]) -> bool:
+def _contains(words: list[str], part: list[str]) -> bool:
     return any(words[at : at + len(part)] == part for at in range(len(words) - len(part) + 1))

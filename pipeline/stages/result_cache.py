@@ -1,4 +1,4 @@
-"""Results by what was asked, so that identical images are captioned once per actor."""
+"""`ResultCache`: results by request, so that identical images are captioned once per actor."""
 
 from __future__ import annotations
 
@@ -9,43 +9,46 @@ from concurrent.futures import Future
 
 from blip2_actor import Result, Status
 
-MAX_REMEMBERED = 65_536
-"""A result of one text of thirty tokens takes about 2 KiB, so 128 MiB of these; longer texts and several
-per image take as many times that. No pixels and no tensors are kept."""
+MAX_RESULTS = 65_536
+"""A result with one text of thirty tokens takes about 2 KiB, so the cache takes at most 128 MiB with these;
+longer texts, or several per image, take proportionally more. The cache holds no pixels and no tensors."""
 
 
 class ResultCache:
-    """Remembers the results used last; requests for the same that run now share one future. Thread-safe."""
+    """Keeps the results used last. Equal requests that run at the same time share one future. Thread-safe."""
 
-    def __init__(self, most: int = MAX_REMEMBERED) -> None:
-        self._most = most
+    def __init__(self, max_results: int = MAX_RESULTS) -> None:
+        self._max_results = max_results
         self._lock = threading.Lock()
-        self._known: OrderedDict[Hashable, Future[Result] | Result] = OrderedDict()
+        self._by_key: OrderedDict[Hashable, Future[Result] | Result] = OrderedDict()
 
     def get(self, key: Hashable, submit: Callable[[], Future[Result]]) -> Future[Result] | Result:
-        """What is known of a key, or under way; else what `submit` gives. Do not cancel it: others wait."""
+        """Return the result of a request, or its future while it runs; submit the request if it is new.
+
+        Do not cancel the future: other callers may wait for it.
+        """
         with self._lock:
-            known = self._known.get(key)
-            if known is not None:
-                self._known.move_to_end(key)
-                return known
-            future = self._known[key] = submit()
-            if len(self._known) > self._most:
-                self._known.popitem(last=False)
-        future.add_done_callback(lambda done: self._settle(key, done))
+            cached = self._by_key.get(key)
+            if cached is not None:
+                self._by_key.move_to_end(key)
+                return cached
+            future = self._by_key[key] = submit()
+            if len(self._by_key) > self._max_results:
+                self._by_key.popitem(last=False)
+        future.add_done_callback(lambda done: self._replace_by_result(key, done))
         return future
 
-    def _settle(self, key: Hashable, future: Future[Result]) -> None:
-        """Keep the result alone: a future with its lock is as large again."""
+    def _replace_by_result(self, key: Hashable, future: Future[Result]) -> None:
+        """Keep the result instead of its future, whose lock takes as much memory again."""
         with self._lock:
-            if self._known.get(key) is not future:
+            if self._by_key.get(key) is not future:
                 return
-            if future.cancelled() or future.exception() is not None or not _lasts(future.result()):
-                del self._known[key]
+            if future.cancelled() or future.exception() is not None or not _is_repeatable(future.result()):
+                del self._by_key[key]
             else:
-                self._known[key] = future.result()
+                self._by_key[key] = future.result()
 
 
-def _lasts(result: Result) -> bool:
-    """Whether the same request would end so again; one that ran out of memory may not."""
+def _is_repeatable(result: Result) -> bool:
+    """Return whether the same request would end the same way; one that ran out of memory might not."""
     return result.status in (Status.OK, Status.REFUSED)

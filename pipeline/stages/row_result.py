@@ -1,51 +1,32 @@
-"""A row under way, what became of it, and the columns that this makes."""
+"""`RowResult`: what was made of one image, and the columns that the results of many rows become."""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import ImageLike, Result
-
-Pending = Future[Result] | Result
-
-
-@dataclass(slots=True)
-class PendingRow:
-    """A row between its requests and what becomes of them."""
-
-    position: int
-    """In its table."""
-    pending: list[Pending]
-    """The caption, where one is made, and the answers in the order of the asks."""
-    prompt: str | None = None
-    image: ImageLike | None = None
-    """Where more is to be made of it when the texts are there."""
-    identity: tuple[object, ...] = ()
-    """The same for identical images, where they are looked for."""
-    results: list[Result] = field(default_factory=list)
-    """Of the requests, once they are done."""
+from blip2_actor import Result
 
 
 @dataclass(slots=True)
 class RowResult:
-    """Everything that was asked of one image; one part that could not be made decides the status."""
+    """All outputs of one image. If one part could not be made, that part decides the status of the row."""
 
     result: Result
-    """The caption; without captions the status alone."""
+    """The caption; if no captions are made, only the status."""
     named: dict[str, str | float | np.ndarray] = field(default_factory=dict)
     """Answers, scores and vectors by the name of their column."""
     flags: list[str] = field(default_factory=list)
-    """What the guard says of the caption."""
+    """What the quality check found in the caption."""
 
 
-def columns_of(made: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str, pa.Array]:
-    """The result columns of rows, all of the contract's, and those that the user has named."""
-    results = [one.result for one in made]
+def columns_of(rows: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str, pa.Array]:
+    """Convert rows to columns: every result column of the row contract, and the named columns."""
+    results = [row.result for row in rows]
     best = [result.completions[0] if result.ok and result.completions else None for result in results]
     several = [
         result.completions if result.ok and len(result.completions) > 1 else None for result in results
@@ -59,32 +40,38 @@ def columns_of(made: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str
         "logprob": pa.array([one and one.logprob for one in best], pa.float32()),
         "num_tokens": pa.array([one and len(one.token_ids) for one in best], pa.int32()),
         "finish_reason": pa.array([one and one.finish_reason for one in best], pa.string()),
-        "flags": pa.array([one.flags for one in made], pa.list_(pa.string())),
+        "flags": pa.array([row.flags for row in rows], pa.list_(pa.string())),
         "status": pa.array([result.status.value for result in results], pa.string()),
         "error": pa.array([result.error for result in results], pa.string()),
     }
     for column in named:
-        values = [one.named.get(column.name) if one.result.ok else None for one in made]
-        is_vector = pa.types.is_fixed_size_list(column.type)
-        columns[column.name] = (
-            fixed_lists(values, column.type) if is_vector else pa.array(values, column.type)  # type: ignore[arg-type]
-        )
+        values = [row.named.get(column.name) if row.result.ok else None for row in rows]
+        if pa.types.is_fixed_size_list(column.type):
+            vectors = typing.cast(Sequence[np.ndarray | None], values)
+            columns[column.name] = fixed_size_lists(vectors, column.type)
+        else:
+            columns[column.name] = pa.array(values, column.type)
     return columns
 
 
-def fixed_lists(vectors: Sequence[np.ndarray | None], type: pa.DataType) -> pa.Array:
-    """Vectors of one shape as fixed-size lists, nested where they are matrices; null where there is none."""
+def fixed_size_lists(arrays: Sequence[np.ndarray | None], type: pa.DataType) -> pa.Array:
+    """Convert arrays of one shape to fixed-size lists, nested for matrices; None becomes null.
+
+    Args:
+        arrays: each float32[N] or float32[N, M].
+        type: the Arrow type of one entry.
+    """
     shape = []
     inner = type
     while pa.types.is_fixed_size_list(inner):
         shape.append(inner.list_size)
         inner = inner.value_type
-    values = np.zeros((len(vectors), *shape), np.float32)
-    for row, vector in enumerate(vectors):
-        if vector is not None:
-            values[row] = vector
-    array: pa.Array = pa.array(values.ravel())
+    values = np.zeros((len(arrays), *shape), np.float32)
+    for row, array in enumerate(arrays):
+        if array is not None:
+            values[row] = array
+    lists: pa.Array = pa.array(values.ravel())
     for size in reversed(shape[1:]):
-        array = pa.FixedSizeListArray.from_arrays(array, size)
-    missing = pa.array([vector is None for vector in vectors], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(array, shape[0], mask=missing)
+        lists = pa.FixedSizeListArray.from_arrays(lists, size)
+    is_missing = pa.array([array is None for array in arrays], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(lists, shape[0], mask=is_missing)

@@ -1,4 +1,4 @@
-"""How a worker that holds an engine or decoding children ends."""
+"""How a worker process that holds an engine or decoding processes exits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import ray
 
 
-def end_without_ceremony() -> None:
-    """Let this actor's process, once its work is over, end without the destructors of Ray's core.
+def exit_without_destructors() -> None:
+    """Make the process of this Ray actor exit without the destructors of Ray's core.
 
-    They wait for themselves now and then (Ray 2.60: `CoreWorkerProcess::HandleAtExit` posts to a scheduler
-    that is shutting down), and a process that stays for ever keeps its memory and its accelerator. Ray
-    has been told of the end by then. Does nothing outside an actor.
+    These sometimes wait for themselves (Ray 2.60: `CoreWorkerProcess::HandleAtExit` posts to a scheduler that
+    is shutting down). The process would then never end, and would keep its memory and its accelerator. Ray
+    already knows at that point that the actor has ended. Outside an actor this does nothing.
     """
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
         atexit.register(os._exit, 0)

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from pipeline.ledger.scan import scan_output
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.write import FragmentStage
+from pipeline.stages.write import WriteStage
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import NODE, cluster, kill, processes, processes_of, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars
@@ -57,13 +57,13 @@ def kill_decode_actors(scene: Scene) -> None:
 
 
 def kill_caption_actors(scene: Scene) -> None:
-    scene.kill_each(FragmentStage.__name__)
+    scene.kill_each(WriteStage.__name__)
 
 
 def kill_caption_actors_twice(scene: Scene) -> None:
-    scene.kill_each(FragmentStage.__name__)
-    wait_until(lambda: processes(scene.cluster, FragmentStage.__name__), scene.driver, scene.log)
-    scene.kill_each(FragmentStage.__name__)
+    scene.kill_each(WriteStage.__name__)
+    wait_until(lambda: processes(scene.cluster, WriteStage.__name__), scene.driver, scene.log)
+    scene.kill_each(WriteStage.__name__)
 
 
 def kill_the_coordinator(scene: Scene) -> None:
@@ -72,9 +72,9 @@ def kill_the_coordinator(scene: Scene) -> None:
 
 def kill_a_node(scene: Scene) -> None:
     """Remove the node that captions, as when a machine is taken away, and add another."""
-    captioning = set(processes(scene.cluster, FragmentStage.__name__))
+    captioning = set(processes(scene.cluster, WriteStage.__name__))
     for node in list(scene.cluster.worker_nodes):
-        if captioning & set(processes_of(node, FragmentStage.__name__)):
+        if captioning & set(processes_of(node, WriteStage.__name__)):
             scene.cluster.remove_node(node, allow_graceful=False)
             scene.cluster.add_node(**NODE)
 

@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.write import FragmentStage
+from pipeline.stages.write import WriteStage
 from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver
 from tests.integration.inputs import BROKEN, right_caption, write_tars
 
@@ -27,7 +27,7 @@ MIN_KILLS = 40
 PAUSE_S = (5.0, 10.0)
 VICTIMS = {
     # Texts in the command lines of processes, and how often each is chosen.
-    FragmentStage.__name__: 4,
+    WriteStage.__name__: 4,
     DecodeStage.__name__: 2,
     "decode_child": 2,
     "ReadShard": 1,

@@ -14,6 +14,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from deploy.app import build
 from deploy.check import check, check_cluster, check_serve_config, main
+from tests.contracts.installed_wheel import SOURCES
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
@@ -139,13 +140,19 @@ def test_every_file_names_the_pinned_ray() -> None:
     images = [
         docker["docker"]["image"],
         docker["available_node_types"]["accelerator"]["docker"]["worker_image"],
-        (ROOT / "deploy/Dockerfile").read_text().split("FROM ")[1].split()[0],
+        *re.findall(r"^FROM (\S+)", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE),
     ]
     assert all(image.startswith(f"rayproject/ray:{version}-py311") for image in images)
     assert cluster_spec("RayCluster")["rayVersion"] == version
 
 
 def test_the_image_holds_all_that_its_installation_reads() -> None:
-    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
-    for name in ("constraints.txt", "pyproject.toml", "README.md", "blip2_actor", "pipeline", "deploy"):
-        assert re.search(rf"^COPY .*\b{re.escape(name)}\b", dockerfile, re.MULTILINE), name
+    """The first stage copies what the wheel is built from; the second installs the wheel with constraints."""
+    _, build, image = (ROOT / "deploy/Dockerfile").read_text().split("\nFROM ")
+    for name in SOURCES:
+        assert re.search(rf"^COPY .*\b{re.escape(name)}\b", build, re.MULTILINE), name
+    (constraints,) = re.findall(r"pip install .*-c (\S+)", image)
+    assert re.search(r"^COPY .*\bconstraints\.txt ", image, re.MULTILINE) and constraints.endswith(
+        "constraints.txt"
+    )
+    assert "-e" not in image.split() and ".whl" in image

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `runs` where the README marks it as runnable anywhere."""
+    """A fenced block; `runs` if the README marks it as runnable anywhere."""
 
     language: str
     text: str
@@ -40,7 +39,7 @@ def blocks(language: str) -> list[Block]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a picture in it."""
     scenes = SceneSampler("held_out", 0).sample(1)
     Image.fromarray(np.asarray(draw(scenes, 96)[0])).save(tmp_path / "picture.png")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor.testing.tiny_checkpoints import save_checkpoint
+from blip2_actor.testing import save_tiny_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for each other's threads."""
+    """Use one thread: models this small spend their time waiting for other threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,11 +25,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint_folder("opt", do_layer_norm_before=False)` -> a saved random checkpoint."""
+    """Call `checkpoint_folder("opt", do_layer_norm_before=False)` to get a saved random checkpoint."""
 
     @cache
     def make(language: str = "opt", **options: Any) -> Path:
-        return save_checkpoint(tmp_path_factory.mktemp(language), language, **options)
+        return save_tiny_checkpoint(tmp_path_factory.mktemp(language), language, **options)
 
     return make
 

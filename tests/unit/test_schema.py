@@ -1,10 +1,11 @@
-"""The row contract is a promise to everyone who reads the files: a change here is a new SCHEMA_VERSION."""
+"""Programs that read the files rely on the row contract: a change here needs a new SCHEMA_VERSION."""
 
 import pyarrow as pa
 import pytest
 
 from blip2_actor import Status
-from pipeline.schema import ROW_CONTRACT, SCHEMA_VERSION, output_schema
+from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION
+from pipeline.schema import ROW_CONTRACT, output_schema
 
 FROZEN = """\
 key: string not null
@@ -44,7 +45,12 @@ def test_columns_types_and_statuses_are_frozen():
     assert SCHEMA_VERSION == 1
 
 
-def test_kept_columns_come_last_as_they_came():
+def test_the_names_without_types_are_those_of_the_contract():
+    """Settings refuse taken names by this list; a name missing in it could be given to another column."""
+    assert list(COLUMN_NAMES) == ROW_CONTRACT.names
+
+
+def test_kept_columns_come_last_with_their_types():
     kept = [pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 4))]
     assert output_schema(kept) == pa.schema([*ROW_CONTRACT, *kept])
 
@@ -57,6 +63,6 @@ def test_a_kept_column_cannot_take_a_name_of_the_contract(name):
         output_schema([pa.field(name, pa.string())])
 
 
-def test_a_kept_column_comes_once():
+def test_a_kept_column_is_given_once():
     with pytest.raises(ValueError, match="url more than once"):
         output_schema([pa.field("url", pa.string())] * 2)

@@ -1,5 +1,6 @@
-"""`pipeline.caption` on people's own datasets: their columns stay, a bad image costs only its row."""
+"""`pipeline.caption` on any dataset: its columns stay, and a bad image fails only its own row."""
 
+import doctest
 import hashlib
 import io
 import time
@@ -14,7 +15,7 @@ from PIL import Image
 import pipeline
 from blip2_actor import GenerationOptions, decode_image
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
-from pipeline.settings.placement import Placement
+from pipeline import Placement
 
 SIZE_PX = 32
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -35,8 +36,9 @@ def by_id(ds) -> list[dict]:
     return sorted(ds.take_all(), key=lambda row: row["id"])
 
 
-def test_keeps_every_column_and_adds_the_contracts():
-    images = [png(seed) for seed in range(6)] + [b"not an image", None]
+def test_every_column_stays_and_the_result_columns_are_added():
+    good = [png(seed) for seed in range(6)]
+    images = [*good, b"not an image", None]
     columns = {"id": range(8), "label": list("abcdefgh"), "captions": [["mine"]] * 8, "image": images}
     ds = ray.data.from_arrow(pa.table(columns))
     rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
@@ -45,7 +47,7 @@ def test_keeps_every_column_and_adds_the_contracts():
         *("id", "label", "captions", "image", "caption", "logprob", "num_tokens", "finish_reason", "flags"),
         *("status", "error", "width", "height", "sha256"),
     }
-    for row, image in zip(rows[:6], images, strict=False):
+    for row, image in zip(rows[:6], good, strict=True):
         assert row["caption"] == right_caption(image)
         assert (row["status"], row["error"], row["width"], row["height"]) == ("ok", None, 40, 40)
         assert row["sha256"] == hashlib.sha256(image).digest()
@@ -54,7 +56,7 @@ def test_keeps_every_column_and_adds_the_contracts():
     assert all(row["caption"] is None and row["error"] for row in rows[6:])
 
 
-def test_takes_the_struct_of_the_datasets_library(tmp_path):
+def test_the_struct_of_the_datasets_library_is_read(tmp_path):
     (tmp_path / "there.png").write_bytes(png(2))
     images = [
         {"bytes": png(1), "path": "x.png"},
@@ -66,7 +68,7 @@ def test_takes_the_struct_of_the_datasets_library(tmp_path):
     assert [row["caption"] for row in rows] == [right_caption(png(1)), right_caption(png(2)), None]
 
 
-def test_takes_arrays_of_one_size_and_of_several():
+def test_arrays_of_one_size_and_of_several_are_read():
     same = np.random.default_rng(0).integers(0, 256, (3, SIZE_PX, SIZE_PX, 3), np.uint8)
     ds = ray.data.from_numpy(same).map_batches(lambda b: {"id": np.arange(3), "image": b["data"]})
     rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
@@ -92,7 +94,7 @@ def test_prompts_from_a_column_and_several_texts():
         assert len(row["logprobs"]) == 2
 
 
-def test_a_column_with_a_name_of_the_contract_is_refused():
+def test_a_column_with_the_name_of_a_result_column_is_refused():
     ds = ray.data.from_arrow(pa.table({"image": [png(1)], "status": ["mine"]}))
     with pytest.raises(ValueError, match="status"):
         pipeline.caption(ds, engine=FakeEngineConfig())
@@ -104,8 +106,24 @@ def test_a_missing_image_column_is_refused_by_name():
         pipeline.caption(ds, engine=FakeEngineConfig())
 
 
-def test_several_calls_are_in_flight_in_one_actor(tmp_path):
-    """With calls one after the other the engine's slots would run empty between blocks."""
+def test_two_kinds_of_prompt_are_refused():
+    ds = ray.data.from_arrow(pa.table({"image": [png(1)], "question": ["what?"]}))
+    with pytest.raises(ValueError, match="prompt_column cannot be given together with prompt"):
+        pipeline.caption(ds, engine=FakeEngineConfig(), prompt="a photo of", prompt_column="question")
+
+
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "noise.png").write_bytes(png(0, side=64))
+    monkeypatch.chdir(tmp_path)
+    examples = doctest.DocTestParser().get_examples(pipeline.caption.__doc__ or "")
+    code = "".join(example.source for example in examples)
+    exec(compile(code, "pipeline.caption.__doc__", "exec"), {})
+    assert "'status': 'ok'" in capsys.readouterr().out
+
+
+def test_several_calls_run_at_once_in_one_actor(tmp_path):
+    """If calls ran one after the other, the engine's slots would be empty between blocks."""
     gate = tmp_path / "gate"
     gate.touch()
     ds = ray.data.from_arrow([pa.table({"id": [n], "image": [png(n)]}) for n in range(6)])
@@ -116,7 +134,7 @@ def test_several_calls_are_in_flight_in_one_actor(tmp_path):
 
 
 def test_the_pool_grows_while_there_is_work_and_shrinks_when_it_ends(tmp_path):
-    """1 -> 2 -> 1: idle accelerators are given back, busy pools take what the cluster has."""
+    """1 -> 2 -> 1 actors: a busy pool takes what the cluster has, and an idle one gives accelerators back."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"
     gate.touch()
     ds = ray.data.from_arrow([pa.table({"id": [n], "image": [png(n)]}) for n in range(24)])

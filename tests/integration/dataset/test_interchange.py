@@ -1,4 +1,4 @@
-"""What others write we caption, and what we write others read: keys in order, types as in the contract."""
+"""Other libraries write what the job reads, and read what it writes: keys in order, types of the contract."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
 from pipeline.schema import output_schema
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import png, right_caption
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -75,9 +75,10 @@ def test_pandas(output):
     assert list(pd.concat(frames)["key"]) == expected_keys()
 
 
-def test_duckdb_reads_all_files_and_none_of_the_runs_own(output):
-    found = duckdb.sql(f"select key, status from read_parquet('{output}/**/*.parquet') order by shard, row")
-    assert [key for key, _ in found.fetchall()] == expected_keys()
+def test_duckdb_reads_all_results_and_no_file_of_the_runs_state(output):
+    query = f"select key, status from read_parquet('{output}/**/*.parquet') order by shard, row"
+    rows = duckdb.connect().execute(query).fetchall()
+    assert [key for key, _ in rows] == expected_keys()
 
 
 def test_datasets(output):

@@ -22,7 +22,8 @@ from pipeline.run.committers import Committer
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, RetrySettings
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import (
     BROKEN,

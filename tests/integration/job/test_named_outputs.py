@@ -1,4 +1,4 @@
-"""Named outputs through the job on a real Ray: their columns survive fragments, commits, resume and retry."""
+"""Named outputs through the job on a real Ray: fragments, commits, resume and retry keep their columns."""
 
 import io
 
@@ -24,12 +24,13 @@ from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, EmbedSettings, RetrySettings, ScoreSettings
+from pipeline.settings.retry_settings import RetrySettings
 from tests.integration.inputs import BROKEN, SIZE_PX, png, write_tar
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-QUESTION = "Question: what colour is it? Answer:"
+QUESTION = "Question: what color is it? Answer:"
 ENGINE = FakeEngineConfig()
 
 
@@ -37,10 +38,21 @@ def pixels_of(image: bytes) -> np.ndarray:
     return decode_image(image, SIZE_PX).array(SIZE_PX)
 
 
+def features_of(pixels: np.ndarray) -> dict[str, list]:
+    """Return the right vectors of an image by kind."""
+    features = fake_features(pixels)
+    assert features.pooler_output is not None and features.qformer_features is not None
+    return {
+        "vision": features.pooler_output.tolist(),
+        "qformer": features.qformer_features.mean(axis=0).tolist(),
+        "queries": features.qformer_features.tolist(),
+    }
+
+
 @pytest.fixture
 def table(tmp_path) -> list[dict]:
-    """A table of images with texts, of which one is missing and one image is broken; and an empty one."""
-    rows = [{"image": png(n), "alt": f"text {n}", "ask": f"what is {n}?"} for n in range(8)]
+    """A table of images with texts, one text missing and one image broken; and an empty table."""
+    rows: list[dict] = [{"image": png(n), "alt": f"text {n}", "ask": f"what is {n}?"} for n in range(8)]
     rows[2]["alt"] = None
     rows[5]["image"] = BROKEN
     written = pa.Table.from_pylist(rows)
@@ -51,7 +63,7 @@ def table(tmp_path) -> list[dict]:
 
 
 def settings(tmp_path, ask=QUESTION, **changes) -> CaptionSettings:
-    outputs = Outputs.of({"colour": ask}, {"v": "queries"}, {"fit": "alt", "sure": "colour"})
+    outputs = Outputs.of({"color": ask}, {"v": "queries"}, {"fit": "alt", "sure": "color"})
     return CaptionSettings(
         input=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
@@ -67,8 +79,8 @@ def test_a_job_with_everything_at_once(tmp_path, table):
     refused = fake_caption(pixels_of(table[3]["image"]), table[3]["ask"])
     assert caption(settings(tmp_path), FakeEngineConfig(trace=trace, refuses_on=(refused,))) == 0
     kept, named = [pa.field("alt", pa.string())], settings(tmp_path).outputs.fields(ENGINE.info())
-    with pytest.raises(FingerprintMismatch, match=r"outputs.ask.colour: 'Question: .*' -> 'What colour\?'"):
-        prepare(settings(tmp_path, ask="What colour?"), ENGINE)
+    with pytest.raises(FingerprintMismatch, match=r"outputs.ask.color: 'Question: .*' -> 'What color\?'"):
+        prepare(settings(tmp_path, ask="What color?"), ENGINE)
     assert by_status(tmp_path) == [*["ok"] * 3, "refused", "ok", "undecodable", "ok", "ok"]
     retried = prepare_retry(RetrySettings(output=str(tmp_path / "out")), FakeEngineConfig(trace=trace))
     run_job(retried, Console(io.StringIO()))
@@ -83,11 +95,11 @@ def test_a_job_with_everything_at_once(tmp_path, table):
             continue
         image = pixels_of(given["image"])
         assert row["caption"] == fake_caption(image, given["ask"])
-        assert row["colour"] == fake_caption(image, QUESTION)
-        assert row["v"] == fake_features(image).qformer_features.tolist()
+        assert row["color"] == fake_caption(image, QUESTION)
+        assert row["v"] == features_of(image)["queries"]
         assert row["fit"] == (given["alt"] and fake_score(image, given["alt"], given["ask"]))
-        assert row["sure"] == fake_score(image, row["colour"], QUESTION)
-    assert len(captions_made(trace)) == 7 * 2 + 2, "the row that was retried is asked both again, no other"
+        assert row["sure"] == fake_score(image, row["color"], QUESTION)
+    assert len(captions_made(trace)) == 7 * 2 + 2, "only the texts of the retried row are made again"
 
 
 def by_status(tmp_path) -> list[str]:
@@ -111,13 +123,13 @@ def test_embed_writes_vectors_and_no_text(tmp_path):
         *("key", "shard", "row", "flags", "status", "error", "width", "height", "sha256", "seen", "mean")
     }
     for row, image in zip(rows[:4], images.values(), strict=False):
-        assert row["seen"] == fake_features(pixels_of(image)).pooler_output.tolist()
-        assert row["mean"] == fake_features(pixels_of(image)).qformer_features.mean(axis=0).tolist()
+        assert row["seen"] == features_of(pixels_of(image))["vision"]
+        assert row["mean"] == features_of(pixels_of(image))["qformer"]
     assert (rows[4]["status"], rows[4]["seen"]) == ("undecodable", None)
     assert not captions_made(trace)
 
 
-def test_score_writes_how_well_each_rows_text_fits(tmp_path, table):
+def test_score_writes_the_score_of_each_rows_text(tmp_path, table):
     asked = ScoreSettings(
         input=(str(tmp_path / "in" / "a.parquet"),),
         output=str(tmp_path / "out"),
@@ -147,7 +159,7 @@ def test_the_stage_on_a_dataset(tmp_path, table):
         ds,
         engine=ENGINE,
         prompt_column="ask",
-        asks={"colour": QUESTION},
+        asks={"color": QUESTION},
         embeds={"v": "vision"},
         scores={"fit": "alt", "sure": "caption"},
         reuse_identical=True,
@@ -156,25 +168,25 @@ def test_the_stage_on_a_dataset(tmp_path, table):
     for given in table:
         row = rows[given["ask"]]
         if given["image"] == BROKEN:
-            assert (row["status"], row["colour"], row["v"]) == ("undecodable", None, None)
+            assert (row["status"], row["color"], row["v"]) == ("undecodable", None, None)
             continue
         image = pixels_of(given["image"])
-        assert (row["caption"], row["colour"]) == (
+        assert (row["caption"], row["color"]) == (
             fake_caption(image, given["ask"]),
             fake_caption(image, QUESTION),
         )
-        assert list(row["v"]) == fake_features(image).pooler_output.tolist()
+        assert list(row["v"]) == features_of(image)["vision"]
         assert row["fit"] == (given["alt"] and fake_score(image, given["alt"], given["ask"]))
         assert row["sure"] == fake_score(image, row["caption"], given["ask"])
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "message"),
     [
         ({"asks": {"alt": "what?"}}, "ask must not name columns that the output has itself, got alt"),
         ({"scores": {"fit": "words"}}, "scores must be one of image, alt, ask, got 'words'"),
     ],
 )
-def test_names_that_do_not_fit_a_dataset_are_refused(table, named, said):
-    with pytest.raises(ValueError, match=said):
+def test_names_that_do_not_fit_a_dataset_are_refused(table, named, message):
+    with pytest.raises(ValueError, match=message):
         pipeline.caption(ray.data.from_arrow(pa.Table.from_pylist(table)), engine=ENGINE, **named)

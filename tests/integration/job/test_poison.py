@@ -8,7 +8,7 @@ from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import read_output, right_caption, write_tars
 
 pytestmark = pytest.mark.usefixtures("local_ray")

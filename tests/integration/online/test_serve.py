@@ -24,14 +24,14 @@ from PIL import Image
 from ray import serve
 
 from blip2_actor import EngineBuilder, EngineConfig, EngineStats, ImageLimits
+from blip2_actor.testing import save_tiny_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
-from blip2_actor.testing.tiny_checkpoints import save_checkpoint
 from deploy.app import compose
 from deploy.settings import Settings
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 
 # Six processes import Ray, and one of them torch: minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(480)
@@ -72,7 +72,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    model = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    model = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     return EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint in a bucket: fetched once per machine, whole or not at all."""
+"""A checkpoint in a bucket is fetched once per machine, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
 from blip2_actor import EngineConfig
-from blip2_actor.checkpoints import download as fetching
+from blip2_actor.checkpoints import download
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER, resolve
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The demonstration checkpoint behind a real S3 protocol, and an empty cache."""
+    """Serve the demo checkpoint through the S3 protocol, and start with an empty cache."""
     monkeypatch = pytest.MonkeyPatch()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -31,7 +32,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
     client = boto3.client("s3")
     client.create_bucket(Bucket="models")
     for path in DEMO_FOLDER.iterdir():
@@ -44,21 +45,22 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every file that is fetched from the store from here on."""
+    """Record the name of every file that is fetched from the store."""
     import s3fs
 
     names: list[str] = []
-    real = s3fs.S3FileSystem.get_file
-    monkeypatch.setattr(
-        s3fs.S3FileSystem,
-        "get_file",
-        lambda self, name, *args, **kw: (names.append(name), real(self, name, *args, **kw))[1],
-    )
+    get_file = s3fs.S3FileSystem.get_file
+
+    def record(self: s3fs.S3FileSystem, name: str, *args: Any, **options: Any) -> None:
+        names.append(name)
+        get_file(self, name, *args, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", record)
     return names
 
 
 def test_describing_fetches_no_weights(bucket: str, fetched: list[str]) -> None:
-    """A driver without a device must not download 15 GB to learn an image size."""
+    """A driver without a device must not download 15 GB to learn the image size."""
     info = EngineConfig(model=f"{bucket}/demo", device="cpu").info()
     assert info.image_size_px == 64
     assert fetched
@@ -70,22 +72,22 @@ def test_describing_fetches_no_weights(bucket: str, fetched: list[str]) -> None:
 def test_actors_of_one_machine_fetch_once(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Eight actors that start together must not fetch eight times, or read a half-fetched file."""
-    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
+    """Eight actors that start together must not fetch eight times, nor read an incomplete file."""
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(resolve, [f"{bucket}/demo"] * 8))
-    assert len({c.folder for c in found}) == 1
+        checkpoints = list(pool.map(resolve, [f"{bucket}/demo"] * 8))
+    assert len({c.folder for c in checkpoints}) == 1
     assert len(fetched) == len(set(fetched)) > 3
-    assert found[0].config.vision_config.image_size == 64
-    weights = (found[0].folder / "model.safetensors").read_bytes()
+    assert checkpoints[0].config.vision_config.image_size == 64
+    weights = (checkpoints[0].folder / "model.safetensors").read_bytes()
     assert weights == (DEMO_FOLDER / "model.safetensors").read_bytes()
 
 
-def test_a_fetch_that_was_cut_goes_on_where_it_stopped(
+def test_an_interrupted_fetch_is_resumed(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Half a file must not count as one, and the others must not be fetched again."""
-    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
+    """An incomplete file must not count, and the complete ones must not be fetched again."""
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     folder = resolve(f"{bucket}/demo", with_weights=False).folder
     (folder / "model.safetensors.partial").write_bytes(b"half")
     fetched.clear()
@@ -94,8 +96,8 @@ def test_a_fetch_that_was_cut_goes_on_where_it_stopped(
     assert len(fetched) == 1
 
 
-def test_other_content_under_the_same_name_has_another_digest(bucket: str) -> None:
-    """Weights that were trained on have the size of the old ones; a resumed run must notice."""
+def test_changed_content_under_the_same_name_has_another_digest(bucket: str) -> None:
+    """Weights after more training have the same size as before; a resumed run must notice the change."""
     client = boto3.client("s3")
     for path in DEMO_FOLDER.iterdir():
         client.upload_file(str(path), "models", f"changing/{path.name}")
@@ -110,7 +112,7 @@ def test_other_content_under_the_same_name_has_another_digest(bucket: str) -> No
 def test_a_hub_model_is_described_without_its_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The hub's own client, but for its downloads; the digest is the commit on both sides."""
+    """Uses the hub's client without its downloads. The digest is the commit, with and without weights."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
@@ -121,7 +123,7 @@ def test_a_hub_model_is_described_without_its_weights(
                 shutil.copy(path, folder)
         return str(folder)
 
-    monkeypatch.setattr(fetching, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(download, "snapshot_download", snapshot_download)
     assert EngineConfig(model="some/model", device="cpu").info().digest == commit
     assert not list(tmp_path.rglob("*.safetensors"))
     assert resolve("some/model").digest() == commit
@@ -129,7 +131,7 @@ def test_a_hub_model_is_described_without_its_weights(
 
 
 def test_a_folder_without_a_checkpoint_is_refused(bucket: str) -> None:
-    with pytest.raises(FileNotFoundError, match="must hold a checkpoint's files"):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         resolve(f"{bucket}/empty")
-    with pytest.raises(OSError, match="must be a readable folder"):
+    with pytest.raises(OSError, match="no-such-bucket/model cannot be read"):
         resolve("s3://no-such-bucket/model")

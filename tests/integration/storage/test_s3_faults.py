@@ -14,7 +14,7 @@ from pipeline.ledger.scan import scan_output
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import right_caption, write_tars

@@ -28,7 +28,7 @@ WORK: Work = [(0, None, 4), (1, "what is it?", 4), (0, "a", 4), (1, None, 6)]
 def test_the_reference_reads_the_prompts_that_the_engine_reads(
     language: str, ids: dict[str, int], checkpoint_folder: Callable[..., Path]
 ) -> None:
-    """In the published T5 models the whole default prompt is token 1, which is padding in OPT's."""
+    """In the published T5 models the default prompt is token 1 alone, which is padding in those of OPT."""
     folder = checkpoint_folder(language, **ids)
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)
     ours = EngineSide(config, WORK, 1)
@@ -38,7 +38,7 @@ def test_the_reference_reads_the_prompts_that_the_engine_reads(
 
 
 def test_a_batch_around_generate_gives_the_captions_of_the_engine() -> None:
-    """A side that stopped late, or saw other pixels, would be compared by work that it did not do."""
+    """If a side stopped late or saw other pixels, the comparison would be of different work."""
     scenes = draw(SceneSampler("held_out", 0).sample(8), 320)
     theirs = Captioner(str(DEMO_FOLDER), "float32", None, 30, 0)
     with Engine(EngineConfig(model="demo", dtype="float32", device="cpu")) as engine:
@@ -48,8 +48,8 @@ def test_a_batch_around_generate_gives_the_captions_of_the_engine() -> None:
     assert theirs.captions([Image.fromarray(scene) for scene in scenes]) == [result.text for result in ours]
 
 
-def test_what_is_answered_after_the_first_caller_left_is_no_throughput() -> None:
-    """The tail runs below the load that was asked for; an error is neither throughput nor a latency."""
+def test_answers_after_the_first_caller_left_do_not_count_as_throughput() -> None:
+    """At the end the load is lower than asked for. An error counts neither as throughput nor as a latency."""
     answers = [Answer(0, 1, None), Answer(0, 3, "503"), Answer(1, 2, None), Answer(1, 4, None)]
     found = summary(answers, until=2)
     assert (found["per_s"], found["p50_ms"], found["errors"]) == (1.0, 1000.0, {"503": 1})

@@ -1,4 +1,4 @@
-"""The committed checkpoint: transformers alone loads it, and it captions scenes it never saw."""
+"""The committed checkpoint: transformers alone loads it, and it captions scenes that were not in training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
-from blip2_actor import Score
-from blip2_actor.demo.evaluation import generate_captions, score_captions
-from blip2_actor.demo.scenes import SceneSampler, all_captions, draw
+from blip2_actor.demo.evaluation import CaptionAccuracy, generate_captions, score_captions
+from blip2_actor.demo.grammar import Split, all_captions
+from blip2_actor.demo.scenes import SceneSampler, draw
 
 CHECKPOINT = Path(__file__).parents[3] / "blip2_actor" / "demo" / "checkpoint"
-SEED = 20_261  # training draws from 1, and chooses by 2
+SEED = 20_261  # training uses seed 1, and model selection seed 2
 
 
 @pytest.fixture(scope="module")
 def model() -> Blip2ForConditionalGeneration:
     model, info = Blip2ForConditionalGeneration.from_pretrained(CHECKPOINT, output_loading_info=True)
-    # A missing weight would be drawn at random, without an error.
+    # A missing weight would be initialized at random, without an error.
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
@@ -33,20 +33,21 @@ def processor():
     return AutoProcessor.from_pretrained(CHECKPOINT)
 
 
-def score(model, processor, split: str, num_scenes: int) -> Score:
-    """Draw at many sizes, through JPEG and PNG, and caption through the checkpoint's own processor."""
+def score(model, processor, split: Split, num_scenes: int) -> CaptionAccuracy:
+    """Caption scenes of many sizes, stored as JPEG and PNG, with the checkpoint's own processor."""
     rng = np.random.default_rng(SEED)
-    sampler = SceneSampler(split, SEED)  # type: ignore[arg-type]
-    captions, pictures = [], []
+    sampler = SceneSampler(split, SEED)
+    captions: list[str] = []
+    pictures: list[Image.Image] = []
     for side_px in rng.integers(64, 320, num_scenes // 20):
         scenes = sampler.sample(20)
         captions += map(str, scenes.captions)
-        pictures += [through_file(image, rng) for image in draw(scenes, int(side_px))]
+        pictures += [store_and_load(image, rng) for image in draw(scenes, int(side_px))]
     pixel_values = processor.image_processor(pictures, return_tensors="pt").pixel_values
     return score_captions(generate_captions(model, processor.tokenizer, pixel_values), captions)
 
 
-def through_file(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def store_and_load(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
     file = io.BytesIO()
     if rng.random() < 0.5:
         Image.fromarray(image).save(file, "JPEG", quality=85)
@@ -58,7 +59,7 @@ def through_file(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
 def test_held_out_scenes_are_captioned_word_for_word(model, processor, capsys) -> None:
     held_out = score(model, processor, "held_out", 300)
     unseen = score(model, processor, "unseen", 200)
-    with capsys.disabled():  # the figure for pairs that training never showed, beside the one that counts
+    with capsys.disabled():  # show also the figure for pairs of objects that were not in training
         print(f"\ndemo checkpoint: {held_out.exact:.1%} exact, with unseen pairs {unseen.exact:.1%}")
     print(held_out, unseen)
     assert held_out.exact >= 0.95
@@ -71,18 +72,18 @@ def test_files_are_ordinary_and_small() -> None:
 
 
 def test_a_prompt_is_continued(model, processor) -> None:
-    """Prompts take another way into the model than captions do; both must see the image."""
+    """Text after a prompt depends on the image too."""
     scenes = SceneSampler("held_out", SEED).sample(40)
     images = [Image.fromarray(image) for image in draw(scenes, 64)]
     inputs = processor(images=images, text=["a"] * 40, return_tensors="pt", padding=True)
     with torch.inference_mode():
         token_ids = model.generate(**inputs, do_sample=False, max_new_tokens=30)
     texts = processor.batch_decode(token_ids, skip_special_tokens=True)
-    said = [text == str(c) for text, c in zip(texts, scenes.captions, strict=True) if str(c).startswith("a ")]
-    assert np.mean(said) >= 0.9
+    is_right = [t == str(c) for t, c in zip(texts, scenes.captions, strict=True) if str(c).startswith("a ")]
+    assert np.mean(is_right) >= 0.9
 
 
-def test_every_word_is_one_token_and_any_text_survives() -> None:
+def test_every_word_is_one_token_and_any_text_can_be_detokenized() -> None:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     for caption in list(all_captions())[::50]:
         token_ids = tokenizer(str(caption)).input_ids

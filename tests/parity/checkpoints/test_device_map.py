@@ -1,4 +1,4 @@
-"""A model split over devices gives the same tokens as a whole one."""
+"""A model that is split over devices gives the same tokens as a whole one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints import device_map as splitting
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 LAYERS = {"opt": "language_model.layers", "t5": "language_model.decoder"}
 
 
-def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Token ids and scores; and that what is on disk is really out of the way."""
+def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]], list[float | None]]:
+    """Return token ids and scores; check that parameters are offloaded exactly if there is a device map."""
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, device_map=device_map
     )
-    pictures = [image.numpy() for image in images(4)]
+    pictures = [image.numpy() for image in random_images(4)]
     with config.build() as engine:
-        asked = [Request(image=p, prompt=t) for p in pictures for t in (None, "what is it?")]
-        results = engine.generate(asked, GenerationOptions(max_new_tokens=12))
+        requests = [Request(image=p, prompt=t) for p in pictures for t in (None, "what is it?")]
+        results = engine.generate(requests, GenerationOptions(max_new_tokens=12))
         scores = engine.score(pictures, ["a cat"] * 4)
         placed = {name: parameter.device.type for name, parameter in engine.model.named_parameters()}
         assert ("meta" in placed.values()) is (device_map is not None)
@@ -35,26 +35,28 @@ def captions(folder: Path, device_map: str | None) -> tuple[list[tuple[int, ...]
 def test_layers_on_disk_give_the_same_tokens(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whole parts, single layers and one linear of a layer; embeddings and slots stay on the main device."""
+    """The map names parts, single layers and one linear layer; the KV cache stays on the main device."""
     monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
     layers = LAYERS[language]
     device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
     device_map[f"{layers}.1.out_proj"] = "disk"
-    device_map["language_projection"] = "cpu:0"  # another device than "cpu", as far as the split can tell
+    device_map["language_projection"] = "cpu:0"  # for the split, another device than "cpu"
     folder = checkpoint_folder(language)
     whole_ids, whole_scores = captions(folder, None)
     split_ids, split_scores = captions(folder, json.dumps(device_map))
     assert split_ids == whole_ids
     assert len(set(whole_ids)) > 1
     assert split_scores == pytest.approx(whole_scores, abs=1e-4)
-    assert list((tmp_path / "offload").iterdir()) == [], "files must go with the process, however it ends"
+    assert list((tmp_path / "offload").iterdir()) == [], (
+        "the files must be unnamed, so that they never outlive the process"
+    )
 
 
 @pytest.mark.parametrize("language", ["opt", "t5"])
-def test_a_plan_by_free_memory_fills_the_device_and_puts_the_rest_on_disk(
+def test_automatic_plan_fills_the_device_and_puts_the_rest_on_disk(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """accelerate's plan names our modules; layers must not be cut in two."""
+    """accelerate's plan names our modules, and does not split a layer."""
     monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
     folder = checkpoint_folder(language)
     whole = captions(folder, None)[0]
@@ -68,19 +70,22 @@ def test_a_plan_by_free_memory_fills_the_device_and_puts_the_rest_on_disk(
     [
         ({"device_map": "all over"}, "device_map must be auto, balanced, sequential or a JSON object"),
         ({"device_map": '{"vision": null}'}, "device_map must be"),
-        ({"device_map": "auto", "compile": True}, "compile must be off"),
+        ({"device_map": "auto", "compile": True}, "compile must not be true"),
     ],
 )
-def test_a_map_that_says_nothing_is_refused(options: dict, message: str) -> None:
+def test_an_invalid_device_map_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
 
 
-def test_a_map_with_names_of_another_model_is_refused(checkpoint_folder: Callable[..., Path]) -> None:
-    """Such as transformers' own, which would else put nothing anywhere."""
+def test_a_device_map_with_names_of_another_model_is_refused(checkpoint_folder: Callable[..., Path]) -> None:
+    """transformers' names, for example, would otherwise have no effect."""
     for device_map, message in (
-        ('{"language_model.model.decoder": "disk"}', r"got language_model\.model\.decoder; it has vision"),
-        ('{"vision": 9}', "device must exist here"),
+        (
+            '{"language_model.model.decoder": "disk"}',
+            r"got language_model\.model\.decoder; the model has vision",
+        ),
+        ('{"vision": 9}', "device must exist on this machine"),
     ):
         with pytest.raises(ValueError, match=message):
             EngineConfig(model=str(checkpoint_folder("opt")), device="cpu", device_map=device_map).build()

@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on a CPU: the operations of one call, repeated on the same buffers."""
+"""What a CUDA graph does, but on a CPU: repeat the operations of one call on the same buffers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 READS_BACK = torch.ops.aten._local_scalar_dense.default
-"""What `.item()`, `.tolist()` and `if tensor:` come to."""
+"""The operation behind `.item()`, `.tolist()` and `if tensor:`."""
 
 
 class Tape(TorchDispatchMode):
-    """Records steps. What the host decided while recording, shapes above all, stays as it was."""
+    """Captures steps. What the host decided during the capture, above all shapes, is fixed from then on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,8 @@ class Tape(TorchDispatchMode):
         self._entries: list[tuple[Any, Any, Any, Any]] = []
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        self._entries = entries = []
+        entries: list[tuple[Any, Any, Any, Any]] = []
+        self._entries = entries
         with self:
             step()
         self.num_captured += 1
@@ -47,7 +48,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is READS_BACK:
-            raise RuntimeError("a recorded step must not ask the device for a value")
+            raise RuntimeError("a captured step must not read a value from the device")
         output = function(*args, **(kwargs or {}))
         self._entries.append((function, args, kwargs or {}, output))
         return output

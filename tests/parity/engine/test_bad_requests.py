@@ -1,19 +1,21 @@
-"""A request that cannot be served fails alone: its neighbours get their texts, and the engine goes on."""
+"""A request that cannot be served fails alone: the others get their texts, and the engine goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
-from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.testing import random_images
 
-GOOD = images(1)[0].numpy()
+GOOD = random_images(1)[0].numpy()
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
@@ -25,12 +27,12 @@ def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path
         yield started
 
 
-def beside_a_good_one(engine: Engine, bad: Request) -> Result:
-    """What becomes of a request, once its neighbour has been found unharmed."""
+def next_to_a_good_one(engine: Engine, bad: Request) -> Result:
+    """Return the result of a bad request, after checking that the request next to it is not affected."""
     good = Request(image=GOOD, options=GenerationOptions(max_new_tokens=4))
     alone = engine.generate([good])[0]
-    result, neighbour = engine.generate([bad, good], GenerationOptions(max_new_tokens=4))
-    assert neighbour == alone
+    result, other = engine.generate([bad, good], GenerationOptions(max_new_tokens=4))
+    assert other == alone
     return result
 
 
@@ -39,11 +41,11 @@ def beside_a_good_one(engine: Engine, bad: Request) -> Result:
     [5, b"x", ["a", "b"], "\ud800", "a <image> b"],
     ids=["number", "bytes", "list", "half a character", "image token"],
 )
-def test_a_prompt_that_is_no_text_is_refused(engine: Engine, prompt: object) -> None:
-    """A list of texts gives a list of lists of ids, which would end the whole engine in its next step."""
-    result = beside_a_good_one(engine, Request(image=GOOD, prompt=prompt))  # type: ignore[arg-type]
+def test_a_prompt_that_is_not_text_is_refused(engine: Engine, prompt: Any) -> None:
+    """A list of texts becomes a list of lists of ids, and the next step of the whole engine would fail."""
+    result = next_to_a_good_one(engine, Request(image=GOOD, prompt=prompt))
     assert result.status is Status.REFUSED
-    assert "text must" in result.error
+    assert "text must" in str(result.error)
     assert engine.score([GOOD], [prompt])[0].status is Status.REFUSED
     assert engine.text_features([prompt])[0].status is Status.REFUSED
 
@@ -78,18 +80,18 @@ def test_prompts_are_checked_before_anything_is_loaded(
     ],
     ids=["None", "a path", "no bytes", "a list", "grey", "no pixels", "a tensor"],
 )
-def test_an_image_that_is_none_has_a_status(engine: Engine, image: object) -> None:
-    result = beside_a_good_one(engine, Request(image=image))  # type: ignore[arg-type]
+def test_an_image_that_cannot_be_read_has_a_status(engine: Engine, image: Any) -> None:
+    result = next_to_a_good_one(engine, Request(image=image))
     assert result.status in (Status.UNDECODABLE, Status.MISSING_IMAGE)
-    assert "image" in result.error
+    assert "image" in str(result.error)
 
 
 def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> None:
-    """Its tensors are another model's: another caption, or a shape that ends everybody's requests."""
+    """Its tensors belong to another model: they give a wrong caption, or a shape that fails every request."""
     foreign = EncodedImage(GOOD, object(), prefix=torch.zeros(3, 7))
-    result = beside_a_good_one(engine, Request(image=foreign))
+    result = next_to_a_good_one(engine, Request(image=foreign))
     assert result.status is Status.REFUSED
-    assert "another engine" in result.error
+    assert "another engine" in str(result.error)
     assert engine.score([foreign], ["a"])[0].status is Status.REFUSED
     assert engine.features([foreign])[0].status is Status.REFUSED
     with pytest.raises(ValueError, match="another engine"):
@@ -99,18 +101,18 @@ def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> 
 
 
 def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused(engine: Engine) -> None:
-    """The embeddings have no row for it, which a GPU finds out in the middle of everybody's batch."""
+    """The embeddings have no row for it, and on a GPU the whole batch would fail."""
     engine.prompts.tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
-    result = beside_a_good_one(engine, Request(image=GOOD, prompt="a <new7>"))
+    result = next_to_a_good_one(engine, Request(image=GOOD, prompt="a <new7>"))
     assert result.status is Status.REFUSED
-    assert "a token that the model does not know (264 are known), got number 268" in result.error
+    assert "only tokens that the model knows (0 to 263), got token 268" in str(result.error)
     assert engine.score([GOOD], ["a <new7>"])[0].status is Status.REFUSED
 
 
 def test_a_text_that_would_leave_few_slots_is_refused(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt of a T5, which has no last position, would take everybody's slots for good."""
+    """T5 has no maximum position: one prompt would take the slots of all other requests for good."""
     monkeypatch.setattr("blip2_actor.engine.memory.free_bytes", lambda _: 8 << 20)
     config = EngineConfig(
         model=str(checkpoint_folder("t5")),
@@ -121,9 +123,9 @@ def test_a_text_that_would_leave_few_slots_is_refused(
         encode_batch=4,
     )
     with config.build() as engine:
-        limit = engine._input_processor.max_slot_positions
-        assert 8 * limit * engine._runner._position_bytes < 4 << 20
-        assert limit < engine._input_processor.max_positions
+        limit = engine._input_processor.max_positions_in_slots
+        assert 8 * limit * engine._core.runner.position_bytes < 4 << 20
+        assert limit < engine._input_processor.max_positions_read
         room = limit - engine.model.config.num_query_tokens - 1
         fits, exceeds = (
             engine.generate([Request(image=GOOD, options=GenerationOptions(max_new_tokens=n))])[0]
@@ -131,26 +133,26 @@ def test_a_text_that_would_leave_few_slots_is_refused(
         )
         assert fits.ok
         assert exceeds.status is Status.REFUSED
-        assert f"must have at most {room + 1} tokens" in exceeds.error
-        assert "lower max_slots" in exceeds.error
+        assert f"must have at most {room + 1} tokens" in str(exceeds.error)
+        assert "lower max_slots" in str(exceeds.error)
 
 
 def test_a_text_longer_than_memory_is_refused(engine: Engine) -> None:
-    """T5 has no positions to run out of: a billion tokens would be asked of the allocator, for all slots."""
+    """T5 has no maximum position: the allocator would be asked for a billion tokens in every slot."""
     endless = Request(image=GOOD, options=GenerationOptions(max_new_tokens=10**9))
-    assert beside_a_good_one(engine, endless).status is Status.REFUSED
+    assert next_to_a_good_one(engine, endless).status is Status.REFUSED
     assert engine.score([GOOD], ["a" * 200_000])[0].status is Status.REFUSED
 
 
-def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_never_fits_fails(
+def test_a_text_that_does_not_fit_next_to_others_gets_fewer_slots_and_one_that_never_fits_fails(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU nobody says that memory ends, until the process does."""
+    """A CPU does not report that memory is exhausted; the process is killed."""
     config = EngineConfig(
         model=str(checkpoint_folder("t5")), dtype="float32", device="cpu", num_threads=1, max_slots=8
     )
     with config.build() as engine:
-        position = engine._runner._position_bytes
+        position = engine._core.runner.position_bytes
         monkeypatch.setattr("blip2_actor.engine.model_runner.free_bytes", lambda _: position * 8 * 100)
         short, long, endless = (
             Request(image=GOOD, options=GenerationOptions(max_new_tokens=n, min_new_tokens=n))
@@ -160,30 +162,29 @@ def test_a_text_that_does_not_fit_beside_others_gets_fewer_slots_and_one_that_ne
         assert [r.status for r in results] == [Status.OK, Status.OK, Status.FAILED, Status.OK]
         assert len(results[1].token_ids) == 120
         assert results[3] == results[0]
-        assert "out of memory" in results[2].error
-        assert engine._scheduler.max_slots == 1
+        assert "out of memory" in str(results[2].error)
+        assert engine._core.scheduler.limits.max_slots == 1
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.5}], ids=str
 )
-def test_scores_that_are_no_numbers_are_a_failure(
-    engine: Engine, options: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """float16 overflows on some image: the first token of NaN is no caption, and drawing from NaN raises."""
-    real = engine._runner.prefill
+def test_logits_of_nan_are_a_failure(engine: Engine, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 overflows on some images: the first token of NaN is not a caption, and drawing from NaN
+    raises."""
+    real = engine._core.runner.prefill
 
-    def overflow(jobs: list, slots: list[int]) -> torch.Tensor:
-        logits = real(jobs, slots).clone()
-        poisoned = [row for row, job in enumerate(jobs) if job.options.max_new_tokens == 7]
+    def overflow(requests: list[RequestState], slots: list[int]) -> torch.Tensor:
+        logits = real(requests, slots).clone()
+        poisoned = [row for row, request in enumerate(requests) if request.options.max_new_tokens == 7]
         logits[poisoned] = torch.nan
         return logits
 
-    monkeypatch.setattr(engine._runner, "prefill", overflow)
+    monkeypatch.setattr(engine._core.runner, "prefill", overflow)
     chosen = GenerationOptions(max_new_tokens=7, **options)
-    result = beside_a_good_one(engine, Request(image=GOOD, options=chosen))
+    result = next_to_a_good_one(engine, Request(image=GOOD, options=chosen))
     assert result.status is Status.FAILED
-    assert "no number" in result.error
+    assert "NaN or infinity" in str(result.error)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,6 @@ def test_scores_that_are_no_numbers_are_a_failure(
     ],
 )
 def test_options_beyond_what_floats_hold_are_refused(options: dict, message: str) -> None:
-    """Each of them would raise, or draw from NaN, in the middle of everybody's batch."""
+    """Each of them would raise, or draw from NaN, in a batch that others share."""
     with pytest.raises(ValueError, match=message):
         GenerationOptions(**options)

@@ -1,4 +1,4 @@
-"""Compiled encoders give what the plain ones give."""
+"""Compiled encoders give the same results as uncompiled ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoders import Encoders
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..., Path], caplog) -> None:
-    """Five images in batches of four: the first batch is compiled, the second is not. The engine goes on
-    where compiling fails, which must not be what is tested here."""
-    asked = [Request(image=image.numpy()) for image in images(5)]
+    """Five images in batches of four: the first batch runs compiled, the second does not. The engine also
+    goes on if compiling fails, so the test checks that it did not."""
+    asked = [Request(image=image.numpy()) for image in random_images(5)]
     found = []
     for compiled in (False, True):
         config = EngineConfig(
@@ -42,11 +42,11 @@ def test_compiled_encoders_give_the_same_captions(checkpoint_folder: Callable[..
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError, FailOnRecompileLimitHit])
-def test_encoders_that_cannot_be_compiled_run_all_the_same(
+def test_encoders_that_cannot_be_compiled_run_uncompiled(
     kind: type[Exception], checkpoint_folder: Callable[..., Path], caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "auto" compiles on machines nobody has seen: a broken compiler must cost speed, not the job; whatever
-    it raises, a stride that is not the one expected (AssertionError) or shapes that are too many."""
+    """ "auto" compiles on unknown machines, where a broken compiler must cost speed, not the job. It may
+    raise anything: AssertionError for an unexpected stride, or an error about too many shapes."""
 
     def broken(*_: object, **__: object) -> Callable[..., object]:
         def fail(*_: object) -> object:
@@ -64,14 +64,16 @@ def test_encoders_that_cannot_be_compiled_run_all_the_same(
         compile=True,
     )
     with Engine(config) as engine:
-        assert all(r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in images(9)]))
+        assert all(
+            r.text is not None for r in engine.generate([Request(image=i.numpy()) for i in random_images(9)])
+        )
     assert sum("no working compiler" in record.message for record in caplog.records) == 1
 
 
 def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uncompiled it would not fit either: who asked makes the batch smaller."""
+    """It would not fit uncompiled either, so the caller makes the batch smaller."""
 
     def exhausted(*_: object) -> object:
         raise torch.OutOfMemoryError("no memory")
@@ -80,5 +82,5 @@ def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
     model = load_model(resolve(str(checkpoint_folder())), torch.device("cpu"), torch.float32)
     encoders = Encoders(model, compiled_batch=2)
     with pytest.raises(torch.OutOfMemoryError):
-        encoders(images(2))
+        encoders(random_images(2))
     assert encoders.compiled_batch == 2

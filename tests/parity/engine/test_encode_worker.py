@@ -1,4 +1,4 @@
-"""Encoding in two threads on a CPU: shared fairly, nothing forgotten, the cores divided."""
+"""Encoding in two threads on a CPU: images and cores are divided, and no request is forgotten."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
-from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.testing import random_images
 
 
 @pytest.fixture
@@ -30,26 +30,26 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
 
 
 Pass = tuple[str, int, int]
-"""Thread, images and the thread's share of the cores."""
+"""Name of the thread, number of images, and number of cores that the thread uses."""
 
 
 def watch_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
-    real, seen = engine._runner.encode, []
+    real, seen = engine._core.runner.encode, []
 
     def encode(batch: list[EncodedImage]) -> None:
         seen.append((threading.current_thread().name, len(batch), torch.get_num_threads()))
         real(batch)
 
-    monkeypatch.setattr(engine._runner, "encode", encode)
+    monkeypatch.setattr(engine._core.runner, "encode", encode)
     return seen
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(image=image.numpy()) for image in images(count)]
+    return [Request(image=image.numpy()) for image in random_images(count)]
 
 
 def test_both_threads_encode_each_with_half_of_the_cores(engine, monkeypatch) -> None:
-    """Two threads with all cores each would keep each other from computing."""
+    """Two threads that use all cores each would slow each other down."""
     passes = watch_passes(engine, monkeypatch)
     results = engine.generate(requests(24), GenerationOptions(max_new_tokens=3))
     assert all(result.text is not None for result in results)
@@ -60,7 +60,8 @@ def test_both_threads_encode_each_with_half_of_the_cores(engine, monkeypatch) ->
 
 
 def test_one_image_alone_has_all_cores(engine, monkeypatch) -> None:
-    """Who waits for one caption would wait nearly twice as long; and the cores must come back."""
+    """With half of the cores a single caption takes nearly twice as long, so the engine's thread must get
+    them back."""
     engine.generate(requests(12), GenerationOptions(max_new_tokens=3))
     passes = watch_passes(engine, monkeypatch)
     engine.generate(requests(1))
@@ -68,15 +69,16 @@ def test_one_image_alone_has_all_cores(engine, monkeypatch) -> None:
 
 
 def test_a_few_images_are_divided(engine, monkeypatch) -> None:
-    """One thread with all of them would leave half of the cores idle."""
+    """If one thread took all of them, half of the cores would be idle."""
     passes = watch_passes(engine, monkeypatch)
     engine.generate(requests(4))
     assert sorted((name, count) for name, count, _ in passes) == [("blip2-encode", 2), ("blip2-engine", 2)]
 
 
-def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """Passes of the lane are done but not handed over until the second event; the first says that one is."""
-    real, begun, go_on = engine._runner.encode, threading.Event(), threading.Event()
+def hold_worker(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Hold back finished passes of the worker until the second event; the first event says that there is
+    one."""
+    real, begun, go_on = engine._core.runner.encode, threading.Event(), threading.Event()
 
     def encode(batch: list[EncodedImage]) -> None:
         real(batch)
@@ -84,14 +86,14 @@ def hold_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[threadin
             begun.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(engine._runner, "encode", encode)
+    monkeypatch.setattr(engine._core.runner, "encode", encode)
     return begun, go_on
 
 
-def test_what_is_asked_of_an_image_while_it_is_encoded_is_not_forgotten(engine, monkeypatch) -> None:
-    """Its pass began without keeping the vision encoder's output: without a second one there is none."""
-    begun, go_on = hold_lane(engine, monkeypatch)
-    shared = [engine.image(image.numpy()) for image in images(2)]
+def test_image_embeds_that_are_requested_during_a_pass_are_not_forgotten(engine, monkeypatch) -> None:
+    """The pass began without keeping the output of the vision encoder, so a second pass is needed."""
+    begun, go_on = hold_worker(engine, monkeypatch)
+    shared = [engine.image(image.numpy()) for image in random_images(2)]
     captions = engine._submit([(Request(image=image), GenerationOptions(), None) for image in shared])
     assert begun.wait(30)
     found: list[Features] = []
@@ -105,9 +107,9 @@ def test_what_is_asked_of_an_image_while_it_is_encoded_is_not_forgotten(engine, 
     assert all(caption.result(30).text is not None for caption in captions)
 
 
-def test_the_engine_serves_others_while_only_the_lane_works(engine, monkeypatch) -> None:
-    """A pass of a large model takes seconds, in which a text could be read and a new image begun."""
-    begun, go_on = hold_lane(engine, monkeypatch)
+def test_the_engine_serves_others_while_only_the_worker_is_busy(engine, monkeypatch) -> None:
+    """A pass of a large model takes seconds; texts and new images must not wait for it."""
+    begun, go_on = hold_worker(engine, monkeypatch)
     futures = [engine.submit(request) for request in requests(4)]
     assert begun.wait(30)
     assert engine.text_features(["a"])[0].features is not None
@@ -117,35 +119,35 @@ def test_the_engine_serves_others_while_only_the_lane_works(engine, monkeypatch)
     assert all(future.result(30).text is not None for future in futures)
 
 
-def test_closing_finishes_what_the_lane_holds(engine, monkeypatch) -> None:
-    begun, go_on = hold_lane(engine, monkeypatch)
+def test_closing_finishes_what_the_worker_holds(engine, monkeypatch) -> None:
+    begun, go_on = hold_worker(engine, monkeypatch)
     futures = [engine.submit(request, GenerationOptions(max_new_tokens=1)) for request in requests(20)]
     assert begun.wait(30)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while not engine._is_closed:
+    while not engine._core.is_closed:
         time.sleep(0.001)
     go_on.set()
     closing.join(30)
     assert all(future.result(0).text is not None for future in futures)
 
 
-def test_a_lane_that_fails_fails_every_request(engine, monkeypatch) -> None:
-    """Nobody waits in the lane's thread for its error."""
-    real = engine._runner.encode
+def test_a_worker_that_fails_fails_every_request(engine, monkeypatch) -> None:
+    """The error is raised in the worker's thread, where nobody would see it."""
+    real = engine._core.runner.encode
 
     def broken(batch: list[EncodedImage]) -> None:
         if threading.current_thread().name == "blip2-encode":
             raise RuntimeError("the device fell off")
         real(batch)
 
-    monkeypatch.setattr(engine._runner, "encode", broken)
+    monkeypatch.setattr(engine._core.runner, "encode", broken)
     with pytest.raises(RuntimeError, match="fell off"):
         engine.generate(requests(16))
 
 
 def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypatch) -> None:
-    """torch gives a new thread what another thread has set last, and that was the lane's half."""
+    """torch gives a new thread the number that was set last by any thread, and that was the worker's half."""
     engine.close()
     folder = checkpoint_folder("opt")
     found: list[int] = []

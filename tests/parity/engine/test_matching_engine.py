@@ -1,4 +1,4 @@
-"""The engine of retrieval checkpoints against `Blip2ForImageTextRetrieval` behind its own processor."""
+"""The engine of retrieval checkpoints against `Blip2ForImageTextRetrieval` with its own processor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from PIL import Image
 from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from blip2_actor import EngineConfig, MatchingConfig, MatchingEngine, Status
-from blip2_actor.engine.request_state import EncodedImage
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, NUM_QUERIES, images
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.testing import IMAGE_SIZE_PX, NUM_QUERIES, random_images, save_tiny_retrieval_checkpoint
 
 TEXTS = ["a dog", "Two cats on the sofa", "a cat"]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "image-token"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both layouts of the processor: without image tokens, and with them in front of the text."""
-    return save_retrieval_checkpoint(tmp_path_factory.mktemp("matching"), request.param)
+    """Both layouts of the processor: without image tokens, and with image tokens before the text."""
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("matching"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +33,13 @@ def engine(folder: Path) -> Iterator[MatchingEngine]:
 
 @torch.no_grad()
 def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, folder: Path) -> None:
-    """Each pair alone through the reference and its processor: another token in front moves every score."""
+    """Each pair runs alone through the reference and its processor: one more token would change every
+    score."""
     model, processor = (
         Blip2ForImageTextRetrieval.from_pretrained(folder).eval(),
         Blip2Processor.from_pretrained(folder),
     )
-    pictures = images(3).numpy()
+    pictures = random_images(3).numpy()
     matches = engine.score(pictures, TEXTS)
     image_vectors, text_vectors = engine.image_embeddings(pictures), engine.text_embeddings(TEXTS)
     rows = zip(pictures, TEXTS, matches, image_vectors, text_vectors, strict=True)
@@ -49,6 +49,7 @@ def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, fold
         itc = model(**inputs, use_image_text_matching_head=False)
         assert match.itm == pytest.approx(itm.softmax(dim=1)[0, 1].item(), abs=1e-5)
         assert match.itc == pytest.approx(itc.logits_per_image.item(), abs=1e-5)
+        assert of_image.vectors is not None and of_text.vectors is not None
         np.testing.assert_allclose(of_image.vectors, itc.image_embeds[0], atol=1e-5)
         np.testing.assert_allclose(of_text.vectors, itc.text_embeds, atol=1e-5)
         assert (of_image.vectors @ of_text.vectors.T).max() == pytest.approx(match.itc, abs=1e-5)
@@ -56,18 +57,23 @@ def test_scores_and_embeddings_equal_the_references(engine: MatchingEngine, fold
 
 
 def count_encoded(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size of each batch that goes through the vision encoder from here on."""
+    """Note the size of each batch that goes through the vision encoder from here on."""
     sizes: list[int] = []
     real = engine.model.image_features
-    monkeypatch.setattr(engine.model, "image_features", lambda x: (sizes.append(len(x)), real(x))[1])
+
+    def image_features(pixel_values: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixel_values))
+        return real(pixel_values)
+
+    monkeypatch.setattr(engine.model, "image_features", image_features)
     return sizes
 
 
 def test_an_image_given_for_several_texts_is_encoded_once(
     engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captions are filtered by asking for each of them: the vision encoder is nearly all of the cost."""
-    first, second = (image.numpy() for image in images(2))
+    """To filter captions, each is scored with its image, and the vision encoder is nearly all of the cost."""
+    first, second = (image.numpy() for image in random_images(2))
     asked = [(first, TEXTS[0]), (second, TEXTS[1]), (first, TEXTS[2]), (first, TEXTS[1])]
     alone = [engine.score([image], [text])[0] for image, text in asked]
     sizes = count_encoded(engine, monkeypatch)
@@ -79,18 +85,18 @@ def test_an_image_given_for_several_texts_is_encoded_once(
 
 
 def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) -> None:
-    good = images(1)[0].numpy()
+    good = random_images(1)[0].numpy()
     long = "a dog " * 40
     matches = engine.score([good, b"junk", good, good], ["a dog", "a dog", "", long])
     assert [m.status for m in matches] == [Status.OK, Status.UNDECODABLE, Status.REFUSED, Status.REFUSED]
-    assert "at most 64 tokens, got 82" in matches[3].error
-    in_vocabulary = engine.model.config.image_token_index is None  # then it is a word like others
+    assert "at most 64 tokens, got 82" in str(matches[3].error)
+    in_vocabulary = engine.model.config.image_token_index is None  # then it is a word like any other
     status = Status.OK if in_vocabulary else Status.REFUSED
     assert engine.score([good], ["a <image>"])[0].status is status
     assert engine.image_embeddings([b"junk", good])[0].status is Status.UNDECODABLE
     assert [e.status for e in engine.text_embeddings(["", "a dog"])] == [Status.REFUSED, Status.OK]
     foreign = engine.score([EncodedImage(good, object())], ["a dog"])[0]
-    assert (foreign.status, "another engine" in foreign.error) == (Status.REFUSED, True)
+    assert (foreign.status, "another engine" in str(foreign.error)) == (Status.REFUSED, True)
     assert engine.score([], []) == []
     with pytest.raises(ValueError, match=r"one per image \(1\), got 2"):
         engine.score([good], ["a", "b"])
@@ -99,16 +105,16 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine: MatchingEngine) 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = [image.numpy() for image in images(5)]
+    pictures = [image.numpy() for image in random_images(5)]
     expected = engine.score(pictures, ["a dog"] * 5)
     real = engine.model.image_features
 
-    def short_of_memory(pixel_values: torch.Tensor) -> torch.Tensor:
+    def small_device(pixel_values: torch.Tensor) -> torch.Tensor:
         if len(pixel_values) > 2:
             raise torch.OutOfMemoryError("too many")
         return real(pixel_values)
 
-    monkeypatch.setattr(engine.model, "image_features", short_of_memory)
+    monkeypatch.setattr(engine.model, "image_features", small_device)
     monkeypatch.setattr(engine._image_batches, "size", 8)
     before = engine.stats().num_images_encoded
     found = engine.score(pictures, ["a dog"] * 5)
@@ -118,7 +124,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
 
 def test_callers_of_several_threads_get_their_own_scores(engine: MatchingEngine) -> None:
-    pictures = [image.numpy() for image in images(6)]
+    pictures = [image.numpy() for image in random_images(6)]
     expected = [engine.score([picture], ["a cat"])[0].itc for picture in pictures]
     with ThreadPoolExecutor(6) as pool:
         found = pool.map(lambda picture: engine.score([picture], ["a cat"])[0].itc, pictures)
@@ -128,7 +134,7 @@ def test_callers_of_several_threads_get_their_own_scores(engine: MatchingEngine)
 def test_each_config_refuses_the_others_checkpoint(
     folder: Path, checkpoint_folder: Callable[..., Path]
 ) -> None:
-    """Before anything is loaded, and naming the configuration that fits."""
+    """It refuses before it loads anything, and names the configuration that fits."""
     with pytest.raises(ValueError, match=r"must have a language model.*MatchingConfig"):
         EngineConfig(model=str(folder)).info()
     with pytest.raises(ValueError, match=r"must be a Blip2ForImageTextRetrieval.*EngineConfig"):

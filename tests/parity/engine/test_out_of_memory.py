@@ -1,9 +1,9 @@
-"""Memory that ends at the wrong moment: nothing hangs, nothing else is lost, and whoever starts is told."""
+"""Memory runs out at a bad moment: nothing hangs, no other request is lost, and a failed start says why."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,14 @@ import torch
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result, Status
 from blip2_actor.engine import scheduler
 from blip2_actor.engine.self_test import check
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 
 LONG = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
 WIDE = GenerationOptions(max_new_tokens=4, num_beams=8)
 
 
 @pytest.fixture(params=["opt", "t5"])
-def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Engine:
+def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
     config = EngineConfig(
         model=str(checkpoint_folder(request.param)),
         dtype="float32",
@@ -41,8 +41,9 @@ def tokens(results: list[Result]) -> list[tuple[int, ...]]:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list[bool]:
-    """The first call runs out of memory; what is returned says whether there was one."""
-    real, called = getattr(place, name), []
+    """Let the first call run out of memory; the returned list is empty until then."""
+    real = getattr(place, name)
+    called: list[bool] = []
 
     def first_fails(*args: object) -> object:
         if not called:
@@ -57,10 +58,11 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list
 def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would wait in front of all others for slots that never become free: behind its image, or later."""
-    pictures = [image.numpy() for image in images(6)]
+    """It would wait for slots that never become free, and all later requests behind it: when its image is
+    encoded, or when it arrives later."""
+    pictures = [image.numpy() for image in random_images(6)]
     expected = engine.generate([Request(image=picture) for picture in pictures], LONG)
-    fail_once(monkeypatch, engine._runner, "decode")
+    fail_once(monkeypatch, engine._core.runner, "decode")
     narrow = [Request(image=picture, options=LONG) for picture in pictures]
     wide = Request(image=pictures[0], options=WIDE)
     *found, refused = [f.result(timeout=30) for f in [engine.submit(r) for r in [*narrow, wide]]]
@@ -68,16 +70,16 @@ def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     late = engine.submit(wide).result(timeout=30)
     for result in (refused, late):
         assert result.status is Status.FAILED
-        assert "must be at most 4, got 8; lower them" in result.error
+        assert "must be at most 4, got 8; lower them" in str(result.error)
     assert engine.submit(narrow[0]).result(timeout=30).token_ids == expected[0].token_ids
 
 
 @pytest.mark.parametrize("place", ["copy_slots", "copy_positions", "advance"])
-def test_memory_that_ends_between_two_passes_ends_no_engine(
+def test_memory_that_runs_out_between_two_passes_does_not_end_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Copies between slots and the choice of tokens need memory too."""
-    pictures = [image.numpy() for image in images(6)]
+    """Copies between slots and the selection of tokens need memory too."""
+    pictures = [image.numpy() for image in random_images(6)]
     lengths = [3, 12, 5, 12, 8, 12]
     requests = [
         Request(
@@ -86,25 +88,25 @@ def test_memory_that_ends_between_two_passes_ends_no_engine(
         for picture, n in zip(pictures, lengths, strict=True)
     ]
     expected = engine.generate(requests)
-    called = fail_once(monkeypatch, scheduler if place == "advance" else engine._runner, place)
+    called = fail_once(monkeypatch, scheduler if place == "advance" else engine._core.runner, place)
     assert tokens(engine.generate(requests)) == tokens(expected)
     assert called
-    assert engine._scheduler.max_slots == 4
+    assert engine._core.scheduler.limits.max_slots == 4
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_what_does_not_fit_even_alone_fails_alone(
     checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """One slot, and no memory for what is in it: the engine must be there for the next request."""
+    """There is one slot, and no memory for its text; the engine must still serve the next request."""
     folder = checkpoint_folder("opt")
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
     )
     with config.build() as engine:
-        first, second = [Request(image=image.numpy(), options=LONG) for image in images(2)]
+        first, second = [Request(image=image.numpy(), options=LONG) for image in random_images(2)]
         expected = engine.generate([second])
-        fail_once(monkeypatch, engine._runner, stage)
+        fail_once(monkeypatch, engine._core.runner, stage)
         refused, served = engine.generate([first, second])
         assert refused.status is Status.FAILED
         assert refused.error == "out of memory: not enough"
@@ -112,13 +114,13 @@ def test_what_does_not_fit_even_alone_fails_alone(
         assert engine.generate([first])[0].ok
 
 
-def test_slots_are_given_back_before_half_as_many_are_made(
+def test_slots_are_freed_before_half_as_many_are_allocated(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory has just run out: what the failed pass held, and the old slots, must be gone by then."""
+    """Memory has just run out, so the memory of the failed pass and of the old slots must be free by then."""
     held: list[weakref.ref] = []
     alive: list[list[bool]] = []
-    runner, real_shrink = engine._runner, engine._runner.shrink
+    runner, real_shrink = engine._core.runner, engine._core.runner.shrink
 
     def failing_pass(*_: object) -> None:
         working_memory = torch.zeros(10)
@@ -133,7 +135,7 @@ def test_slots_are_given_back_before_half_as_many_are_made(
 
     monkeypatch.setattr(runner, "decode", failing_pass)
     monkeypatch.setattr(runner, "shrink", shrink)
-    assert engine.generate([Request(image=images(1)[0].numpy())], LONG)[0].ok
+    assert engine.generate([Request(image=random_images(1)[0].numpy())], LONG)[0].ok
     assert alive == [[False, False]]
     assert runner.slots.num_slots == 4
 
@@ -141,14 +143,14 @@ def test_slots_are_given_back_before_half_as_many_are_made(
 def test_a_full_batch_that_does_not_fit_does_not_keep_the_engine_from_starting(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The canary fills a compiled batch; only the scheduler halves batches."""
-    runner, real = engine._runner, engine._runner.encode
+    """The self-test fills a compiled batch, but only the scheduler halves batches."""
+    runner, real = engine._core.runner, engine._core.runner.encode
     monkeypatch.setattr(runner.encoders, "compiled_batch", 16)
     monkeypatch.setattr(runner, "encode", lambda x: out_of_memory() if len(x) > 4 else real(x))
     assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
 
 
 def test_no_memory_at_start_names_what_to_lower(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._runner, "prefill", out_of_memory)
+    monkeypatch.setattr(engine._core.runner, "prefill", out_of_memory)
     with pytest.raises(ValueError, match=r"got 8 texts at once and not enough; lower --max-slots"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)

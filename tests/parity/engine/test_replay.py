@@ -1,13 +1,12 @@
-"""Replayed decode steps, in fixed shapes on fixed buffers, give what steps of exactly the right size give."""
+"""Replayed decode steps, with fixed shapes and buffers, give the same logits as eager steps of the exact
+size."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +16,12 @@ from torch import Tensor
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
-from blip2_actor.engine.request_state import EncodedImage, RequestState
+from blip2_actor.engine.request_state import RequestState
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.testing import random_images
 from tests.parity.engine.tape import Tape
 
 NUM_SLOTS = 11
@@ -34,8 +33,8 @@ def model(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path]
     return load_model(resolve(str(checkpoint_folder(request.param))), torch.device("cpu"), torch.float32)
 
 
-def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[RequestState]:
-    pictures = images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
+def make_request_states(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[RequestState]:
+    pictures = random_images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
     return [
         RequestState(
             EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens)
@@ -45,26 +44,26 @@ def make_jobs(prompt_lengths: list[int], max_new_tokens: int = 20) -> list[Reque
 
 
 class Pair:
-    """The same work on two runners: one replays, one does not."""
+    """The same work on two runners: one replays steps, the other runs them eagerly."""
 
     def __init__(self, model: Blip2) -> None:
         self.tape = Tape()
-        self.plain = ModelRunner(model, NUM_SLOTS)
+        self.eager = ModelRunner(model, NUM_SLOTS)
         self.replaying = ModelRunner(model, NUM_SLOTS, capturer=self.tape)
         self.lengths: list[int] = []
 
-    def prefill(self, jobs: list[RequestState], slots: list[int]) -> None:
-        self.plain.encode([job.image for job in jobs])
-        for runner in (self.plain, self.replaying):
-            runner.prefill(jobs, slots)
+    def prefill(self, requests: list[RequestState], slots: list[int]) -> None:
+        self.eager.encode([request.image for request in requests])
+        for runner in (self.eager, self.replaying):
+            runner.prefill(requests, slots)
         self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
-        for job, slot in zip(jobs, slots, strict=True):
-            self.lengths[slot] = self.plain.cached_length(job)
+        for request, slot in zip(requests, slots, strict=True):
+            self.lengths[slot] = self.eager.cached_length(request)
 
     def decode(self, steps: int) -> None:
         for step in range(steps):
             token_ids = [(3 * slot + step) % 200 + 8 for slot in range(len(self.lengths))]
-            expected = self.plain.decode(token_ids, self.lengths)
+            expected = self.eager.decode(token_ids, self.lengths)
             assert expected.isfinite().all()
             torch.testing.assert_close(
                 self.replaying.decode(token_ids, self.lengths), expected, rtol=1e-5, atol=1e-5
@@ -73,36 +72,37 @@ class Pair:
 
     def move_last_to(self, slot: int) -> None:
         last = len(self.lengths) - 1
-        for runner in (self.plain, self.replaying):
+        for runner in (self.eager, self.replaying):
             runner.copy_slots([last], [slot], self.lengths[last])
         self.lengths[slot] = self.lengths.pop()
 
     def shrink(self, num_slots: int) -> None:
-        for runner in (self.plain, self.replaying):
+        for runner in (self.eager, self.replaying):
             runner.shrink(num_slots)
         self.lengths = []
 
 
-def test_replayed_steps_give_the_logits_of_exact_ones(model: Blip2) -> None:
-    """Idle rows must not disturb running ones, nor a slot that is filled later; a recording must see new
-    lengths and new prefixes, and must not outlive the buffers it was made on."""
+def test_replayed_steps_give_the_logits_of_eager_ones(model: Blip2) -> None:
+    """Idle rows must not disturb running ones, nor a slot that is filled later. A graph must see new lengths
+    and new prefixes, and must not be used after its buffers are gone."""
     pair = Pair(model)
-    pair.prefill(make_jobs(PROMPT_LENGTHS), list(range(7)))
+    pair.prefill(make_request_states(PROMPT_LENGTHS), list(range(7)))
     pair.decode(5)
     pair.move_last_to(2)  # a text in the middle has ended
     pair.decode(4)
-    pair.prefill(make_jobs([2, 5]), [6, 7])  # slots that idle rows have written to
+    pair.prefill(make_request_states([2, 5]), [6, 7])  # slots that idle rows have written to
     pair.decode(3)
     assert pair.tape.num_captured >= 1
-    pair.prefill(make_jobs([3], max_new_tokens=50), [6])  # all slots grow
+    pair.prefill(make_request_states([3], max_new_tokens=50), [6])  # all slots grow
     pair.decode(4)
     pair.shrink(5)
-    pair.prefill(make_jobs([1, 1, 1, 1, 1]), [0, 1, 2, 3, 4])
+    pair.prefill(make_request_states([1, 1, 1, 1, 1]), [0, 1, 2, 3, 4])
     pair.decode(6)
 
 
-def test_a_recording_follows_prefixes_that_change_under_it(model: Blip2) -> None:
-    """Equal rows and reach, but other prefixes: a mask or a reach baked in would show the wrong ones."""
+def test_a_graph_follows_prefixes_that_change(model: Blip2) -> None:
+    """Rows and `kv_len` are equal but the prefixes differ: a mask fixed in the graph would show the wrong
+    ones."""
     pair = Pair(model)
     for prompt_lengths in (
         [3, 3, 3, 3],
@@ -113,49 +113,42 @@ def test_a_recording_follows_prefixes_that_change_under_it(model: Blip2) -> None
         [3, 1, 3, 3],
     ):
         pair.lengths = []
-        pair.prefill(make_jobs(prompt_lengths), [0, 1, 2, 3])
+        pair.prefill(make_request_states(prompt_lengths), [0, 1, 2, 3])
         pair.decode(3)
 
 
 def test_masks_of_a_step_begin_at_aligned_rows(model: Blip2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's attention copies any other mask, in every layer of every step."""
+    """CUDA attention copies every mask that is not aligned, in every layer of every step."""
     attend, strides = KVCache.attend, []
 
-    def noted(self: KVCache, layer: int, query: Tensor, kv_len: int, *others: Any) -> Tensor:
+    def attend_and_note(self: KVCache, layer: int, query: Tensor, kv_len: int, *others: Any) -> Tensor:
         mask = others[1]
         assert mask.shape[-1] == kv_len
         strides.append(mask.stride())
         return attend(self, layer, query, kv_len, *others)
 
-    monkeypatch.setattr(KVCache, "attend", noted)
+    monkeypatch.setattr(KVCache, "attend", attend_and_note)
     runner = ModelRunner(model, NUM_SLOTS)
-    jobs = make_jobs([2, 4, 2])  # unequal, so that the cross-attention has a mask too
-    runner.encode([job.image for job in jobs])
-    runner.prefill(jobs, [0, 1, 2])
-    longest = max(runner.cached_length(job) for job in jobs)
+    requests = make_request_states([2, 4, 2])  # unequal, so that the cross-attention has a mask too
+    runner.encode([request.image for request in requests])
+    runner.prefill(requests, [0, 1, 2])
+    longest = max(runner.cached_length(request) for request in requests)
     for kv_len in range(longest + 1, longest + 9):
-        runner.decode([9] * len(jobs), [kv_len - 1] * len(jobs))
+        runner.decode([9] * len(requests), [kv_len - 1] * len(requests))
     assert all(last == 1 for *_, last in strides)
     assert not [found for found in strides if any(stride % ALIGNMENT for stride in found[:-1])]
 
 
-def test_the_recording_that_is_in_use_is_not_the_one_that_goes(
+def test_the_graph_that_is_dropped_is_the_least_recently_used(
     model: Blip2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first shape recorded is often the busiest: recording it again and again costs ten steps each."""
+    """The first shape that is captured is often the most used; each capture costs as much as ten steps."""
     monkeypatch.setattr("blip2_actor.engine.cuda_graphs.MAX_GRAPHS", 2)
     pair = Pair(model)
-    pair.prefill(make_jobs([1] * 7), list(range(7)))
+    pair.prefill(make_request_states([1] * 7), list(range(7)))
     for rows in (1, 1, 2, 2, 1, 4, 4, 1):
         pair.replaying.decode([9] * rows, pair.lengths[:rows])
     assert pair.tape.num_captured == 3
-
-
-def test_rows_round_up_to_few_sizes() -> None:
-    sizes = [round_rows(count) for count in range(1, 513)]
-    assert all(size >= count for count, size in enumerate(sizes, start=1))
-    assert sizes[:5] == [1, 2, 4, 4, 8]
-    assert len(set(sizes)) == 21
 
 
 @pytest.fixture(params=["opt", "t5"])
@@ -172,9 +165,9 @@ def make_engine(folder: Path) -> Engine:
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tape]:
-    """Engines replay as they do on a GPU."""
+    """Let engines replay steps, as they do on a GPU."""
     tape = Tape()
-    monkeypatch.setattr("blip2_actor.engine.engine.capturer_for", lambda *_: tape)
+    monkeypatch.setattr("blip2_actor.engine.startup.capturer_for", lambda *_, **__: tape)
     yield tape
 
 
@@ -188,18 +181,19 @@ def make_requests() -> list[Request]:
                 max_new_tokens=choose.randint(1, 30), num_beams=choose.choice([1, 1, 1, 3])
             ),
         )
-        for picture in images(24, seed=2)
+        for picture in random_images(24, seed=2)
     ]
 
 
 def served(engine: Engine) -> list[tuple[int, ...]]:
-    """In two waves, so that texts arrive while others run, the second wave longer than the slots are."""
+    """Serve two waves, so that texts arrive while others run; a text of the second wave lets the slots
+    grow."""
     first, second = make_requests()[:14], make_requests()[14:]
     futures = [engine.submit(request) for request in first]
     futures[3].result(timeout=60)
     futures += [engine.submit(request) for request in second]
     long = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
-    futures.append(engine.submit(Request(image=images(1)[0].numpy()), long))
+    futures.append(engine.submit(Request(image=random_images(1)[0].numpy()), long))
     return [future.result(timeout=60).token_ids for future in futures]
 
 
@@ -212,10 +206,11 @@ def test_an_engine_that_replays_gives_the_same_tokens(folder: Path, tape: Tape, 
         assert served(engine) == replayed
 
 
-def test_steps_that_cannot_be_recorded_run_all_the_same(
+def test_steps_that_cannot_be_captured_run_eagerly(
     folder: Path, tape: Tape, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A driver or an operation that refuses must cost speed, not captions; and not a line per step."""
+    """A driver or an operation that refuses must cost speed, not captions, and must not log a line per
+    step."""
 
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -223,22 +218,22 @@ def test_steps_that_cannot_be_recorded_run_all_the_same(
     monkeypatch.setattr(tape, "capture", refuse)
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         found = served(engine)
-    assert sum("could not be recorded" in record.message for record in caplog.records) == 1
+    assert sum("could not be captured" in record.message for record in caplog.records) == 1
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == found
 
 
 @pytest.mark.parametrize("num_failures", [1, 1000])
-def test_out_of_memory_while_recording_costs_no_slots(
+def test_out_of_memory_during_a_capture_costs_no_slots(
     checkpoint_folder: Callable[..., Path],
     tape: Tape,
     monkeypatch,
     caplog: pytest.LogCaptureFixture,
     num_failures: int,
 ) -> None:
-    """A recording's allocations cannot be served from what is cached, so a step may fit that its recording
-    does not: it is recorded once more when the cache is empty, and runs as it is where that fails too."""
+    """A capture cannot allocate from cached memory, so a step may fit although its capture does not. It is
+    captured again with an empty cache, and runs eagerly if that fails too."""
     folder, capture = checkpoint_folder("opt"), tape.capture
     emptied: list[int] = []
     failures: list[Callable[[], None]] = []
@@ -246,22 +241,22 @@ def test_out_of_memory_while_recording_costs_no_slots(
     def fail(step: Callable[[], None]) -> Callable[[], None]:
         if len(failures) < num_failures:
             failures.append(step)
-            raise torch.OutOfMemoryError("recording")
+            raise torch.OutOfMemoryError("capture")
         return capture(step)
 
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         monkeypatch.setattr(tape, "capture", fail)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(failures)))
-        recorded = tape.num_captured
+        num_captured = tape.num_captured
         replayed = served(engine)
-        assert engine._scheduler.max_slots == 13
+        assert engine._core.scheduler.limits.max_slots == 13
     if num_failures == 1:
         assert emptied == [1]
-        assert tape.num_captured > recorded
+        assert tape.num_captured > num_captured
     else:
-        assert emptied == list(range(1, len(failures), 2))  # behind every first try, and only there
-        assert tape.num_captured == recorded
-        assert "not recorded" in caplog.text
+        assert emptied == list(range(1, len(failures), 2))  # after every first attempt, and only then
+        assert tape.num_captured == num_captured
+        assert "was not captured" in caplog.text
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
@@ -270,7 +265,7 @@ def test_out_of_memory_while_recording_costs_no_slots(
 def test_out_of_memory_in_the_step_itself_halves_the_slots(
     checkpoint_folder: Callable[..., Path], tape: Tape, monkeypatch
 ) -> None:
-    """Neither recorded nor as it is: fewer texts at once are all that helps."""
+    """The step fits neither captured nor eagerly, so fewer texts must run at once."""
     folder, failures = checkpoint_folder("opt"), [torch.OutOfMemoryError("step")] * 3
     with make_engine(folder) as engine:
         capture, decode = tape.capture, engine.model.language_model.decode
@@ -288,44 +283,7 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
         monkeypatch.setattr(tape, "capture", fail_twice)
         monkeypatch.setattr(engine.model.language_model, "decode", fail_then)
         replayed = served(engine)
-        assert engine._scheduler.max_slots == 6
+        assert engine._core.scheduler.limits.max_slots == 6
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
-
-
-class BrokenGraph:
-    """A CUDA graph whose capture the driver has given up."""
-
-    def capture_begin(self, **_: object) -> None:
-        pass
-
-    def capture_end(self) -> None:
-        raise RuntimeError("operation failed due to a previous error during capture")
-
-
-@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("recording")])
-def test_a_recording_that_cannot_be_ended_gives_the_allocator_back(
-    monkeypatch: pytest.MonkeyPatch, error: Exception | None
-) -> None:
-    """Else all memory of the thread would go on coming from a pool that nobody keeps, and the next
-    `empty_cache` would fail; and the step's own error says whether memory is short."""
-    pools, ended = iter([(0, 1), (0, 2)]), []
-    stream = SimpleNamespace(device=None, device_index=3, wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *x: ended.append(x), raising=False)
-    capturer, calls = CudaGraphs(torch.device("cuda", 3)), []
-
-    def step() -> None:
-        calls.append(None)
-        if error is not None and len(calls) == 2:
-            raise error
-
-    with pytest.raises(RuntimeError, match=str(error or "previous error")):
-        capturer.capture(step)
-    assert ended == [(3, (0, 1))]
-    assert capturer._pool == (0, 2)

@@ -1,4 +1,4 @@
-"""Continuous batching: what a request gets does not depend on what runs beside it, or when."""
+"""Continuous batching: the result of a request depends neither on other requests nor on their timing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
+from blip2_actor.testing import IMAGE_SIZE_PX, random_images
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
 END_OFTEN = 65
-"""A token that the random model likes: as end token it makes texts of many lengths."""
+"""A token that the random model often selects; as the end token, it gives texts of many lengths."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def folder(checkpoint_folder: Callable[..., Path]) -> Path:
     return checkpoint_folder(eos_token_id=END_OFTEN, seed=3)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-lanes"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
         model=str(folder),
@@ -53,7 +53,7 @@ def make_requests(count: int, seed: int = 0) -> list[Request]:
                 max_new_tokens=choose.randint(1, 16), num_beams=choose.choice([1, 1, 1, 2, 3])
             ),
         )
-        for image in images(count, seed)
+        for image in random_images(count, seed)
     ]
 
 
@@ -70,11 +70,12 @@ def alone(engine: Engine, asked: list[Request]) -> list[tuple[int, ...]]:
 
 def test_a_batch_of_64_gives_what_each_request_gives_alone(engine, asked, alone) -> None:
     assert [r.token_ids for r in engine.generate(asked)] == alone
-    assert len({len(ids) for ids in alone}) > 8, "the texts must differ in length for this to mean anything"
+    assert len({len(ids) for ids in alone}) > 8, "the test needs texts of different lengths"
 
 
 def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, asked, alone) -> None:
-    """200 seeded sequences: a slot freed too early, moved wrongly or not at all changes a neighbour."""
+    """200 seeded sequences: a slot that is freed too early, moved wrongly or not moved changes another
+    text."""
     for seed in range(200 if engine.config.num_threads == 1 else 50):
         choose = random.Random(seed)
         picked = choose.sample(range(len(asked)), choose.randint(1, 9))
@@ -96,13 +97,13 @@ def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, a
 
 
 def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
-    """Sixteen threads with one image each must not cost sixteen passes."""
+    """Sixteen threads with one image each must not need sixteen passes."""
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=16, encode_batch=8
     )
     with Engine(config) as engine:
         start = threading.Barrier(16)
-        results = [None] * 16
+        results: list[tuple[int, ...] | None] = [None] * 16
 
         def call(index: int, request: Request) -> None:
             start.wait()
@@ -119,8 +120,8 @@ def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:
 
 
 def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
-    """Several prompts and several texts of one image cost one pass of the vision encoder."""
-    shared = engine.image(images(1, 9)[0].numpy())
+    """Several prompts and several texts for one image need one pass of the vision encoder."""
+    shared = engine.image(random_images(1, 9)[0].numpy())
     before = engine.stats().num_images_encoded
     results = engine.generate([Request(image=shared, prompt=p) for p in PROMPTS])
     again = engine.generate(
@@ -128,17 +129,17 @@ def test_one_image_for_many_requests_is_encoded_once(engine) -> None:
     )
     assert engine.stats().num_images_encoded == before + 1
     assert len(again[0].completions) == 3
-    separate = engine.generate([Request(image=images(1, 9)[0].numpy(), prompt=p) for p in PROMPTS])
+    separate = engine.generate([Request(image=random_images(1, 9)[0].numpy(), prompt=p) for p in PROMPTS])
     assert [r.token_ids for r in results] == [r.token_ids for r in separate]
 
 
 def test_cancelling_frees_the_slot_for_the_next_request(folder) -> None:
-    """With one slot, a cancelled long text must not keep the next one waiting for its end."""
+    """With one slot, the next text must not wait until a cancelled long text ends."""
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", num_threads=1, max_slots=1, encode_batch=1
     )
     with Engine(config) as engine:
-        image = images(1)[0].numpy()
+        image = random_images(1)[0].numpy()
         options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
         stream = engine.stream(Request(image=image), options)
         next(stream)
@@ -158,7 +159,7 @@ def test_stream_pieces_join_to_the_text_and_never_cut_a_character(engine) -> Non
 
 
 def test_refused_requests_fail_alone(engine, asked, alone) -> None:
-    """A bad neighbour gets its status; the others do not notice."""
+    """A bad request gets its status, and the requests next to it are not affected."""
     bad = [
         (Request(image=b"not an image"), Status.UNDECODABLE),
         (Request(image=b""), Status.MISSING_IMAGE),
@@ -177,7 +178,7 @@ def test_refused_requests_fail_alone(engine, asked, alone) -> None:
 
 
 def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
-    request = Request(image=images(1)[0].numpy())
+    request = Request(image=random_images(1)[0].numpy())
     options = GenerationOptions(max_new_tokens=24, min_new_tokens=24)
     whole = engine.generate([request], options)[0].text
     stop = whole[len(whole) // 2]
@@ -192,42 +193,40 @@ def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_out_of_memory_halves_and_loses_nothing(folder, asked, alone, monkeypatch, stage) -> None:
-    """A device that holds only a few rows at once: everything is served all the same, in smaller pieces."""
+    """On a device that holds only a few rows at once, everything is still served, in smaller pieces."""
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=2, max_slots=16)
     with Engine(config) as engine:
-        real = getattr(engine._runner, stage)
+        real = getattr(engine._core.runner, stage)
 
         def small_device(rows: list[object], *more: object) -> object:
             if len(rows) > 4:
                 raise torch.OutOfMemoryError("no more than 4 rows")
             return real(rows, *more)
 
-        monkeypatch.setattr(engine._runner, stage, small_device)
+        monkeypatch.setattr(engine._core.runner, stage, small_device)
         assert [r.token_ids for r in engine.generate(asked)] == alone
-        assert (
-            min(engine._scheduler.max_slots, engine._scheduler.encode_batch, engine._scheduler.prefill_batch)
-            <= 4
-        )
+        limits = engine._core.scheduler.limits
+        assert min(limits.max_slots, limits.encode_batch, limits.prefill_batch) <= 4
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_failing_device_fails_every_request_and_says_why(folder, monkeypatch, num_threads) -> None:
-    """Futures that never end would hang the host; it must learn that the engine is gone."""
+    """A host must not wait forever; it must learn that the engine has failed."""
     config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=num_threads)
     with Engine(config) as engine:
 
         def broken(*_: object) -> None:
             raise RuntimeError("the device fell off")
 
-        monkeypatch.setattr(engine._runner, "encode", broken)
+        monkeypatch.setattr(engine._core.runner, "encode", broken)
         with pytest.raises(RuntimeError, match="fell off"):
             engine.generate(make_requests(5))
         with pytest.raises(RuntimeError, match="has failed"):
             engine.submit(make_requests(1)[0])
 
 
-def test_what_comes_while_the_engine_computes_something_else_is_finished_before_it_closes(folder) -> None:
-    """A request that is accepted and then forgotten would be waited for without end."""
+def test_a_request_that_arrives_during_a_task_is_finished_before_the_engine_closes(folder) -> None:
+    """A caller would wait forever for a request that is accepted and then forgotten."""
     engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1))
     begun, closing = threading.Event(), threading.Event()
 
@@ -235,13 +234,13 @@ def test_what_comes_while_the_engine_computes_something_else_is_finished_before_
         begun.set()
         closing.wait(30)
 
-    caller = threading.Thread(target=engine._call, args=(work,))
+    caller = threading.Thread(target=engine._core.call, args=(work,))
     caller.start()
     begun.wait(30)
     future = engine.submit(make_requests(1)[0])
     closer = threading.Thread(target=engine.close)
     closer.start()
-    while not engine._is_closed:
+    while not engine._core.is_closed:
         time.sleep(0)
     closing.set()
     closer.join()
@@ -260,7 +259,7 @@ def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_process_that_never_closes_its_engine_ends_cleanly(folder, num_threads) -> None:
-    """A thread inside torch while the interpreter goes away aborts the process with SIGABRT."""
+    """A thread that is inside torch when the interpreter exits aborts the process with SIGABRT."""
     code = f"""
 import numpy as np
 from blip2_actor import EngineConfig, GenerationOptions, Request

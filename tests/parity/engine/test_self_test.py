@@ -1,10 +1,10 @@
-"""The canary sees what it is there for, and stays quiet otherwise."""
+"""The self-test finds what it is meant to find, and accepts healthy engines."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +18,19 @@ from tests.parity.engine.tape import Tape
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint_folder: Callable[..., Path]) -> Engine:
+def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
     config = EngineConfig(model=str(checkpoint_folder()), dtype="float32", device="cpu", num_threads=1)
     with Engine(config) as started:
         yield started
 
 
 def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None:
-    again = check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+    again = check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
     assert engine.self_test == again
 
 
 def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None:
-    """As a kernel would that reads a neighbour's memory when the batch is larger than one."""
+    """Like a kernel that reads the memory of another row if the batch is larger than one."""
     real = engine.model.qformer_features
 
     def leaking(image_embeds: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None
 
     monkeypatch.setattr(engine.model, "qformer_features", leaking)
     with pytest.raises(SelfTestFailure, match="alone and in a batch"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
 def test_nan_is_refused(engine, monkeypatch) -> None:
@@ -47,27 +47,27 @@ def test_nan_is_refused(engine, monkeypatch) -> None:
         engine.model, "project", lambda features: features.new_full((*features.shape[:2], 32), torch.nan)
     )
     with pytest.raises(SelfTestFailure, match="nan"):
-        check(engine._runner, engine.prompts.empty_ids, engine.image_size_px)
+        check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
 
 
 class Stuck(Tape):
-    """Replays as a recording does that was made on other buffers: what is asked for does not come."""
+    """Its replays do nothing, like a graph that was captured on other buffers."""
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         super().capture(step)
         return lambda: None
 
 
-def test_replayed_steps_are_compared_with_plain_ones(engine, caplog) -> None:
-    """Alone and in a batch are both replayed, so wrong recordings could agree with each other."""
+def test_replayed_steps_are_compared_with_eager_ones(engine, caplog) -> None:
+    """Images alone and in a batch are both replayed, so wrong graphs could agree with each other."""
     tape = Tape()
     with caplog.at_level(logging.INFO):
         runner = ModelRunner(engine.model, 5, capturer=tape)
         assert check(runner, engine.prompts.empty_ids, engine.image_size_px) == engine.self_test
     assert tape.num_captured > 0
-    assert "plain and replayed differ by" in caplog.text
+    assert "eager and replayed differ by" in caplog.text
     stuck = ModelRunner(engine.model, 5, capturer=Stuck())
-    with pytest.raises(SelfTestFailure, match="plain and replayed"):
+    with pytest.raises(SelfTestFailure, match="eager and replayed"):
         check(stuck, engine.prompts.empty_ids, engine.image_size_px)
 
 
@@ -86,18 +86,19 @@ def test_changed_captions_are_reported_with_what_changed(tmp_path) -> None:
 FIRST = SelfTestRecord(digest="aaaa", torch="2.11", transformers="5.17", device="cpu")
 
 
-@pytest.mark.parametrize("left", ["", "{", "[1]", '{"digest": "aaaa"}'])
-def test_a_record_that_cannot_be_read_does_not_keep_an_engine_from_starting(tmp_path, left) -> None:
-    """A file that was cut would fail every later start on this machine."""
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"digest": "aaaa"}'])
+def test_a_record_that_cannot_be_read_does_not_keep_an_engine_from_starting(tmp_path, content) -> None:
+    """A truncated file would make every later start on this machine fail."""
     compare_with_last(FIRST, tmp_path, "c", torch.float32)
     (path,) = tmp_path.iterdir()
-    path.write_text(left)
+    path.write_text(content)
     assert compare_with_last(FIRST, tmp_path, "c", torch.float32) is None
     assert json.loads(path.read_text())["digest"] == "aaaa"
 
 
 def test_a_process_that_ends_while_it_writes_leaves_the_last_record_whole(tmp_path, monkeypatch) -> None:
-    """And so does one that reads meanwhile find it: engines of one machine start together."""
+    """Another process that reads at the same time also finds it whole: engines of one machine start
+    together."""
     compare_with_last(FIRST, tmp_path, "c", torch.float32)
     (path,) = tmp_path.iterdir()
 

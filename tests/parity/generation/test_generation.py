@@ -1,4 +1,4 @@
-"""The engine's token ids against transformers' `generate`, in float32, whatever shares the batch."""
+"""The engine's token ids in a mixed batch against transformers' `generate`, in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
 
@@ -45,12 +45,14 @@ def reference_ids(
     prompt: str | None,
     **options: Any,
 ) -> list[list[int]]:
-    """New tokens of the reference for one image alone."""
+    """Return the new tokens of the reference for one image alone, one list per returned sequence."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     pixel_values = (image[None].permute(0, 3, 1, 2).float() / 255 - mean) / std
-    text = make_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
-    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text])
+    text = (
+        tiny_tokenizer(language)(prompt).input_ids if prompt else [2 if language == "opt" else EOS_TOKEN_ID]
+    )
+    input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text])
     output = model.generate(
         pixel_values,
         input_ids=input_ids,
@@ -59,17 +61,14 @@ def reference_ids(
         **options,
     )
     start = input_ids.shape[1] if language == "opt" else 1
-    found = []
-    for row in output[:, start:].tolist():
-        end = row.index(EOS) + 1 if EOS in row else len(row)
-        found.append(row[:end])
-    return found
+    rows = output[:, start:].tolist()
+    return [row[: row.index(EOS_TOKEN_ID) + 1] if EOS_TOKEN_ID in row else row for row in rows]
 
 
-def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Request]:
+def make_requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Request]:
     return [
         Request(image=image.numpy(), prompt=prompts[i % len(prompts)])
-        for i, image in enumerate(images(count))
+        for i, image in enumerate(random_images(count))
     ]
 
 
@@ -83,11 +82,11 @@ def requests(count: int, prompts: Sequence[str | None] = PROMPTS) -> list[Reques
         ("t5", {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
     ],
 )
-def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, language, options) -> None:
-    """Padding, positions or a neighbour's keys leaking into a row would change its tokens."""
-    asked = requests(12)
-    results = engine(language, **options).generate(asked, GenerationOptions(max_new_tokens=20))
-    for request, result in zip(asked, results, strict=True):
+def test_greedy_search_equals_the_reference_in_a_mixed_batch(engine, reference, language, options) -> None:
+    """Wrong padding or positions, or the keys of another row, change the tokens of a row."""
+    requests = make_requests(12)
+    results = engine(language, **options).generate(requests, GenerationOptions(max_new_tokens=20))
+    for request, result in zip(requests, results, strict=True):
         (expected,) = reference_ids(
             reference(language, **options),
             language,
@@ -117,10 +116,10 @@ def test_greedy_ids_equal_the_reference_in_a_mixed_batch(engine, reference, lang
     ids=str,
 )
 def test_search_options_equal_the_reference(engine, reference, language, options) -> None:
-    """A beam whose keys are not reordered, or a score normalised otherwise, gives other tokens."""
-    asked = requests(6)
-    results = engine(language).generate(asked, GenerationOptions(max_new_tokens=12, **options))
-    for request, result in zip(asked, results, strict=True):
+    """A beam whose keys are not reordered, or a score with another length penalty, gives other tokens."""
+    requests = make_requests(6)
+    results = engine(language).generate(requests, GenerationOptions(max_new_tokens=12, **options))
+    for request, result in zip(requests, results, strict=True):
         expected = reference_ids(
             reference(language),
             language,
@@ -133,22 +132,22 @@ def test_search_options_equal_the_reference(engine, reference, language, options
         assert [list(c.token_ids) for c in result.completions] == expected
 
 
-def test_beams_that_would_end_early_go_on_as_the_reference_does(engine, reference) -> None:
-    """A model that likes to end: without the ban, these texts end within three tokens. Searches that may end
-    run beside them."""
+def test_min_new_tokens_in_beam_search_equals_the_reference(engine, reference) -> None:
+    """With this end token, texts end within three tokens unless min_new_tokens bans it.
+
+    Searches with and without the ban run in the same batch.
+    """
     end = 154
     checkpoint = {"eos_token_id": end, "seed": 3}
-    asked = [
-        Request(
-            image=request.image,
-            options=GenerationOptions(
-                max_new_tokens=12, num_beams=3, length_penalty=-1.0, min_new_tokens=i % 3 * 4
-            ),
-        )
-        for i, request in enumerate(requests(9))
+    options = [
+        GenerationOptions(max_new_tokens=12, num_beams=3, length_penalty=-1.0, min_new_tokens=i % 3 * 4)
+        for i in range(9)
     ]
-    results = engine("opt", **checkpoint).generate(asked)
-    for request, result in zip(asked, results, strict=True):
+    requests = [
+        Request(image=request.image, options=o) for request, o in zip(make_requests(9), options, strict=True)
+    ]
+    results = engine("opt", **checkpoint).generate(requests)
+    for request, own_options, result in zip(requests, options, results, strict=True):
         (expected,) = reference_ids(
             reference("opt", **checkpoint),
             "opt",
@@ -158,7 +157,7 @@ def test_beams_that_would_end_early_go_on_as_the_reference_does(engine, referenc
             do_sample=False,
             num_beams=3,
             length_penalty=-1.0,
-            min_new_tokens=request.options.min_new_tokens,
+            min_new_tokens=own_options.min_new_tokens,
         )
         if end in expected:
             expected = expected[: expected.index(end) + 1]

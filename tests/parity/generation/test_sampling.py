@@ -1,4 +1,4 @@
-"""Sampling: the distribution is the reference's, the seed is the request's own."""
+"""Sampling: the distribution is that of the reference, and each request has a seed of its own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
-from blip2_actor.generation.logits_processors import SequenceSoFar, process
-from blip2_actor.generation.sampling import draw, warp
-from blip2_actor.testing.tiny_checkpoints import images
+from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
+from blip2_actor.generation.sampling import sample, warp
+from blip2_actor.testing import random_images
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ MIXED = [
 
 
 def reference_processors(
-    options: GenerationOptions, prompt_length: int, ends: list[int]
+    options: GenerationOptions, prompt_length: int, end_ids: list[int]
 ) -> LogitsProcessorList:
     reference = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -54,7 +54,7 @@ def reference_processors(
     if options.no_repeat_ngram_size:
         reference.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if options.min_new_tokens:
-        reference.append(MinNewTokensLengthLogitsProcessor(prompt_length, options.min_new_tokens, ends))
+        reference.append(MinNewTokensLengthLogitsProcessor(prompt_length, options.min_new_tokens, end_ids))
     reference.append(TemperatureLogitsWarper(options.temperature))
     if options.top_k:
         reference.append(TopKLogitsWarper(options.top_k))
@@ -63,91 +63,92 @@ def reference_processors(
     return reference
 
 
-def test_scores_equal_the_references_processors_in_a_mixed_batch() -> None:
-    """Order matters: penalties and bans, then temperature, top-k, top-p. One row's options or tokens in
-    another row give other scores."""
+def test_logits_processors_equal_the_reference_in_a_mixed_batch() -> None:
+    """The order matters: penalties and bans, then temperature, top_k, top_p. A row that is processed with
+    the options or tokens of another row has other scores."""
     generator = torch.Generator().manual_seed(1)
-    ends = [7, 8]
+    end_ids = [7, 8]
     for num_repeats in range(10):
         logits = torch.randn(len(MIXED), 50, generator=generator) * 3
-        drafts, expected = [], []
+        sequences, expected = [], []
         for row, options in enumerate(MIXED):
-            context, token_ids = [3, 4, 5], [3, 4, 9 + row, 3][: row % 5] + [row] * num_repeats
-            drafts.append(SequenceSoFar(options, context, token_ids))
-            reference = reference_processors(options, len(context), ends)
-            expected.append(reference(torch.tensor([context + token_ids]), logits[row : row + 1].clone())[0])
-        found = logits.clone()
-        process(found, drafts, ends)
-        torch.testing.assert_close(warp(found, MIXED), torch.stack(expected), rtol=0, atol=0)
+            prefix_ids, token_ids = [3, 4, 5], [3, 4, 9 + row, 3][: row % 5] + [row] * num_repeats
+            sequences.append(SequenceSoFar(options, prefix_ids, token_ids))
+            reference = reference_processors(options, len(prefix_ids), end_ids)
+            input_ids = torch.tensor([prefix_ids + token_ids])
+            expected.append(reference(input_ids, logits[row : row + 1].clone())[0])
+        scores = logits.clone()
+        process_logits(scores, sequences, end_ids)
+        torch.testing.assert_close(warp(scores, MIXED), torch.stack(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", MIXED[:4], ids=str)
-def test_evenly_spread_shares_draw_the_references_probabilities(options: GenerationOptions) -> None:
-    """Of N even shares each token gets N times its probability, the fraction aside; none that is cut."""
+def test_sampling_follows_the_references_probabilities(options: GenerationOptions) -> None:
+    """With N evenly spread numbers, a token is selected N times its probability, and a removed one never."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)) * 2
     expected = reference_processors(options, 0, [])(torch.zeros(1, 0, dtype=torch.long), logits)[0].softmax(
         -1
     )
     count = 4000
     scores = logits.expand(count, -1)
-    drawn = draw(scores, [options] * count, [i / count for i in range(count)])
-    found = drawn.bincount(minlength=50)
-    assert (found - count * expected).abs().max() <= 1
-    assert found[expected == 0].sum() == 0
+    token_ids = sample(scores, [options] * count, [i / count for i in range(count)])
+    counts = token_ids.bincount(minlength=50)
+    assert (counts - count * expected).abs().max() <= 1
+    assert counts[expected == 0].sum() == 0
 
 
-def test_the_outermost_shares_draw_tokens_that_are_possible() -> None:
-    """0 and the number below 1 lie at the edges of the sum, where a banned token stands."""
+def test_extreme_random_numbers_select_possible_tokens() -> None:
+    """0 and the largest number below 1 are at the ends of the cumulative sum, next to banned tokens."""
     scores = torch.zeros(2, 300)
     scores[:, :3] = scores[:, -3:] = float("-inf")
     scores[:, 100] = 1
     plain = GenerationOptions(do_sample=True)
-    assert draw(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
+    assert sample(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
 
 
-def test_rows_without_anything_to_draw_take_the_largest_and_leave_their_neighbours_alone() -> None:
-    """What is drawn from NaN is an index beyond the vocabulary, with which a GPU ends everybody's batch."""
+def test_rows_without_valid_probabilities_take_the_largest_score_and_change_no_other_row() -> None:
+    """Sampling from NaN gives an index beyond the vocabulary, which makes a GPU fail the whole batch."""
     plain = GenerationOptions(do_sample=True, top_k=4, top_p=0.9)
     scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
-    alone = draw(scores[3:], [plain], [0.4])
+    alone = sample(scores[3:], [plain], [0.4])
     scores[0], scores[1], scores[2, 5] = torch.nan, float("-inf"), float("inf")
-    found = draw(scores, [plain] * 4, [0.7, 0.5, 0.5, 0.4])
-    assert found[:3].tolist() == [0, 0, 5]
-    assert found[3] == alone[0]
+    token_ids = sample(scores, [plain] * 4, [0.7, 0.5, 0.5, 0.4])
+    assert token_ids[:3].tolist() == [0, 0, 5]
+    assert token_ids[3] == alone[0]
 
 
 def test_samples_follow_the_models_probabilities(engine: Engine) -> None:
-    """First tokens of 2,000 seeds against the first logits: a generator reused wrongly skews this."""
-    image = engine.image(images(1)[0].numpy())
+    """The first tokens of 2,000 seeds match the first logits; a shared random generator would skew them."""
+    image = engine.image(random_images(1)[0].numpy())
     count = 2000
     options = [GenerationOptions(do_sample=True, max_new_tokens=1, seed=s, top_k=4) for s in range(count)]
     results = engine.generate([Request(image=image, options=o) for o in options])
-    drawn = Counter(r.token_ids[0] for r in results)
+    counts = Counter(r.token_ids[0] for r in results)
     expected = {r.token_ids[0]: torch.tensor(r.logprob).exp().item() for r in results}
     total = sum(expected.values())
-    assert len(drawn) == 4
+    assert len(counts) == 4
     for token_id, probability in expected.items():
         share = probability / total
         deviation = (share * (1 - share) / count) ** 0.5
-        assert abs(drawn[token_id] / count - share) < 4 * deviation
+        assert abs(counts[token_id] / count - share) < 4 * deviation
 
 
-def test_a_seed_gives_the_same_text_whatever_runs_beside_it(engine: Engine) -> None:
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) -> None:
     options = GenerationOptions(do_sample=True, temperature=1.5, seed=5, max_new_tokens=12)
-    request = Request(image=images(1)[0].numpy(), options=options)
+    request = Request(image=random_images(1)[0].numpy(), options=options)
     alone = engine.generate([request])[0].token_ids
     others = [
         Request(image=i.numpy(), options=GenerationOptions(do_sample=True, seed=s))
-        for s, i in enumerate(images(9))
+        for s, i in enumerate(random_images(9))
     ]
-    crowded = engine.generate([*others, request, *others])
-    assert crowded[len(others)].token_ids == alone
-    assert len({r.token_ids for r in crowded}) > 5
+    together = engine.generate([*others, request, *others])
+    assert together[len(others)].token_ids == alone
+    assert len({r.token_ids for r in together}) > 5
 
 
 def test_several_samples_of_one_request_are_different_and_reproducible(engine: Engine) -> None:
     options = GenerationOptions(do_sample=True, num_return_sequences=4, seed=2, max_new_tokens=8)
-    first, second = engine.generate([Request(image=images(1)[0].numpy(), options=options)] * 2)
+    first, second = engine.generate([Request(image=random_images(1)[0].numpy(), options=options)] * 2)
     assert len({c.token_ids for c in first.completions}) == 4
     assert first.completions == second.completions
 
@@ -155,9 +156,9 @@ def test_several_samples_of_one_request_are_different_and_reproducible(engine: E
 def test_texts_of_all_kinds_are_the_same_alone_and_together(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows are chosen together, in pieces: a row's options, tokens or random numbers that reach another row
-    change its text."""
-    monkeypatch.setattr("blip2_actor.generation.step.CHOSEN_AT_ONCE", 3)
+    """Tokens are selected for many rows at once, in pieces. A row that is processed with the options, tokens
+    or random numbers of another row has another text."""
+    monkeypatch.setattr("blip2_actor.generation.step.MAX_PROCESSED_AT_ONCE", 3)
     kinds = [
         *MIXED,
         GenerationOptions(),
@@ -170,7 +171,7 @@ def test_texts_of_all_kinds_are_the_same_alone_and_together(
         GenerationOptions(num_beams=2, no_repeat_ngram_size=2),
         GenerationOptions(do_sample=True, num_return_sequences=3, seed=2),
     ]
-    image = engine.image(images(1)[0].numpy())
+    image = engine.image(random_images(1)[0].numpy())
     requests = [
         Request(image=image, prompt=prompt, options=replace(options, max_new_tokens=12))
         for options in kinds

@@ -1,4 +1,4 @@
-"""In float16 the Q-Former stays in float32, as the reference's does; computed here on a CPU."""
+"""In a float16 model the Q-Former stays in float32, as in the reference; computed here on a CPU."""
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ from transformers import Blip2ForConditionalGeneration
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.testing.tiny_checkpoints import NUM_QUERIES
+from blip2_actor.models.language_model import LanguageModel
+from blip2_actor.testing import NUM_QUERIES
 
 CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def test_the_qformer_survives_large_activations(checkpoint_folder: Callable[..., Path]) -> None:
-    """Scores of image features in the thousands outgrow float16: a Q-Former cast like the rest gives NaN."""
+def test_qformer_output_is_finite_for_large_activations(checkpoint_folder: Callable[..., Path]) -> None:
+    """Image features in the thousands give attention scores beyond float16; a float16 Q-Former gives NaN."""
     folder = checkpoint_folder("opt")
     theirs = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float16).eval()
     ours, plain = (load_model(resolve(str(folder)), CPU, torch.float16) for _ in range(2))
     plain.qformer.half()
-    draw = torch.Generator().manual_seed(1)
-    image_embeds = (torch.randn(2, 17, 24, generator=draw) * 3e4).clamp(-6e4, 6e4).half()
-    found = ours.qformer_features(image_embeds)
-    assert found.dtype is torch.float16
-    assert ours.project(found).dtype is torch.float16
+    generator = torch.Generator().manual_seed(1)
+    image_embeds = (torch.randn(2, 17, 24, generator=generator) * 3e4).clamp(-6e4, 6e4).half()
+    features = ours.qformer_features(image_embeds)
+    assert features.dtype is torch.float16
+    assert ours.project(features).dtype is torch.float16
     expected = theirs.qformer(
         query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image_embeds
     ).last_hidden_state
     assert expected.dtype is torch.float32
-    torch.testing.assert_close(found, expected.half(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(features, expected.half(), rtol=1e-3, atol=1e-3)
     assert not plain.qformer_features(image_embeds).isfinite().all()
 
 
 @torch.no_grad()
-def test_a_float16_model_is_close_to_a_float32_one(checkpoint_folder: Callable[..., Path]) -> None:
-    """Each part must hand the next one its dtype: an uncast border raises, and a wrong one drifts."""
+def test_float16_model_is_close_to_the_float32_model(checkpoint_folder: Callable[..., Path]) -> None:
+    """Each part must convert its output to the next part's dtype. A missing conversion raises, and a wrong
+    one gives other logits."""
     for language in ("opt", "t5"):
         folder = checkpoint_folder(language)
         exact, rounded = (load_model(resolve(str(folder)), CPU, d) for d in (torch.float32, torch.float16))
         assert rounded.dtype is torch.float16
-        draw = torch.Generator().manual_seed(2)
-        pixel_values = torch.randn(2, 3, 28, 28, generator=draw)
+        generator = torch.Generator().manual_seed(2)
+        pixel_values = torch.randn(2, 3, 28, 28, generator=generator)
         logits = []
         for model in (exact, rounded):
             features = model.qformer_features(model.image_features(pixel_values.to(model.dtype)))
             prefixes = list(model.project(features))
-            slots = model.language_model.new_kv_cache(2, NUM_QUERIES, 4)
-            logits.append(model.language_model.prefill(prefixes, [0, 1], slots).float())
+            language_model: LanguageModel = model.language_model
+            cache = language_model.new_kv_cache(2, NUM_QUERIES, 4)
+            logits.append(language_model.prefill(prefixes, [0, 1], cache).float())
         torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)

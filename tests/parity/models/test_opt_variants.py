@@ -1,4 +1,4 @@
-"""Every shape that OPT comes in, against transformers: given texts, and one token at a time in slots."""
+"""Every variant of OPT against transformers: logits of given texts, and of one token at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
-from blip2_actor.checkpoints.weights import load_weights, opt_rules
+from blip2_actor.checkpoints.name_map import opt_rules
+from blip2_actor.checkpoints.weights import load_weights
 from blip2_actor.models.opt import OptDecoder
-from blip2_actor.testing.tiny_checkpoints import make_config, randomize
+from blip2_actor.testing import randomize_weights, tiny_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
@@ -28,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Holder(nn.Module):
-    """Gives the decoder the name that it has in a checkpoint."""
+    """Holds the decoder under the name that it has in a checkpoint."""
 
     def __init__(self, language_model: OptDecoder) -> None:
         super().__init__()
@@ -37,9 +38,9 @@ class Holder(nn.Module):
 
 @pytest.fixture(params=VARIANTS)
 def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, OPTForCausalLM]:
-    config = make_config("opt", **VARIANTS[request.param]).text_config
+    config = tiny_config("opt", **VARIANTS[request.param]).text_config
     reference = OPTForCausalLM(config).eval()
-    randomize(reference)
+    randomize_weights(reference)
     tensors = {f"language_model.{name}": p.detach() for name, p in reference.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     ours = OptDecoder(config).eval()
@@ -49,14 +50,14 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, 
 
 @torch.no_grad()
 def expected_logits(reference: OPTForCausalLM, prefix: Tensor, text: Tensor) -> Tensor:
-    """float[U, V], what predicts each token of the text."""
+    """float[U, V], the logits that predict each token of the text."""
     embeds = torch.cat([prefix, reference.get_input_embeddings()(text)])[None]
     return reference(inputs_embeds=embeds).logits[0, len(prefix) - 1 : -1]
 
 
 @torch.no_grad()
-def test_given_and_decoded_texts(models: tuple[OptDecoder, OPTForCausalLM]) -> None:
-    """A norm, bias or projection that a variant lacks or moves changes every logit."""
+def test_logits_of_given_texts_and_of_decode_steps(models: tuple[OptDecoder, OPTForCausalLM]) -> None:
+    """A norm, bias or projection that is wrong for a variant changes every logit."""
     ours, reference = models
     generator = torch.Generator().manual_seed(8)
     width = ours.embed_tokens.embedding_dim
@@ -65,11 +66,11 @@ def test_given_and_decoded_texts(models: tuple[OptDecoder, OPTForCausalLM]) -> N
     expected = [expected_logits(reference, p, t) for p, t in zip(prefixes, texts, strict=True)]
     torch.testing.assert_close(ours.predict(prefixes, texts), expected, rtol=1e-4, atol=1e-4)
 
-    slots = ours.new_kv_cache(3, 7, 4)
-    steps = [ours.prefill(prefixes, [0, 1, 2], slots)]
+    cache = ours.new_kv_cache(3, 7, 4)
+    steps = [ours.prefill(prefixes, [0, 1, 2], cache)]
     for i in range(3):
         lengths = torch.tensor([len(p) + i for p in prefixes])
-        steps.append(ours.decode(torch.stack([t[i] for t in texts]), lengths, slots, int(lengths.max()) + 1))
+        steps.append(ours.decode(torch.stack([t[i] for t in texts]), lengths, cache, int(lengths.max()) + 1))
     torch.testing.assert_close(
-        list(torch.stack(steps, dim=1)), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"in slots: {m}"
+        list(torch.stack(steps, dim=1)), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"decode steps: {m}"
     )

@@ -14,18 +14,18 @@ from transformers import Blip2ForImageTextRetrieval
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model, load_retrieval
 from blip2_actor.models.retrieval import Blip2Retrieval
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, make_config, randomize
+from blip2_actor.testing import IMAGE_SIZE_PX, randomize_weights, tiny_config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = make_config("opt", image_token=False)
+    config = tiny_config("opt", image_token=False)
     config.qformer_config.use_qformer_text_input = True
     config.image_text_hidden_size = 12
     model = Blip2ForImageTextRetrieval(config)
-    randomize(model)
+    randomize_weights(model)
     path = tmp_path_factory.mktemp("retrieval")
     model.save_pretrained(path)
     return path
@@ -44,8 +44,10 @@ def texts() -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_scores(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]) -> None:
-    """A text that reads its padding, or an image that misses its queries, moves every score."""
+def test_scores_equal_the_reference(
+    models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]
+) -> None:
+    """A text that attends to its padding, or an image without its queries, changes every score."""
     ours, theirs = models
     pixel_values = torch.randn(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
     image_embeds = ours.image_features(pixel_values)
@@ -66,10 +68,10 @@ def test_scores(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts
 
 
 @torch.no_grad()
-def test_neighbours_do_not_matter(
+def test_scores_do_not_depend_on_other_rows(
     models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval], texts: list[Tensor]
 ) -> None:
-    """A short text scores the same alone as padded beside a long one."""
+    """A short text has the same score alone and padded next to a long one."""
     ours, _ = models
     image_embeds = torch.randn(3, 17, 24, generator=torch.Generator().manual_seed(5))
     together = ours.matching_logits(image_embeds, texts)
@@ -78,32 +80,34 @@ def test_neighbours_do_not_matter(
         torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_each_loader_refuses_the_others_checkpoint(
+def test_each_loader_refuses_checkpoints_of_the_other_kind(
     folder: Path, checkpoint_folder: Callable[..., Path]
 ) -> None:
-    """By its architecture, before a list of some hundred tensors says it less plainly."""
+    """The architecture is checked first: a list of hundreds of unexpected tensors would be less clear."""
     with pytest.raises(ValueError, match="must have a language model, got Blip2ForImageTextRetrieval"):
         load_model(Checkpoint(folder), CPU, torch.float32)
     with pytest.raises(ValueError, match="must be a Blip2ForImageTextRetrieval"):
         load_retrieval(Checkpoint(checkpoint_folder("opt")), CPU, torch.float32)
 
 
-def test_text_too_long(models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval]) -> None:
+def test_a_text_that_is_too_long_is_refused(
+    models: tuple[Blip2Retrieval, Blip2ForImageTextRetrieval],
+) -> None:
     with pytest.raises(ValueError, match="text must be at most 64 tokens, got 65"):
         models[0].text_embeddings([torch.ones(65, dtype=torch.int64)])
 
 
 @torch.no_grad()
 def test_float16_keeps_the_qformer_in_float32(folder: Path, texts: list[Tensor], models) -> None:
-    """As the reference does; a border that is not cast raises."""
+    """As in the reference. A missing conversion between the dtypes raises."""
     ours, exact = load_retrieval(Checkpoint(folder), CPU, torch.float16), models[0]
     assert ours.qformer.layernorm.weight.dtype is torch.float32
     pixel_values = torch.randn(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=torch.Generator().manual_seed(5))
     embeds, exact_embeds = ours.image_features(pixel_values.half()), exact.image_features(pixel_values)
-    for found, expected in (
+    for result, expected in (
         (ours.matching_logits(embeds, texts), exact.matching_logits(exact_embeds, texts)),
         (ours.image_embeddings(embeds), exact.image_embeddings(exact_embeds)),
         (ours.text_embeddings(texts), exact.text_embeddings(texts)),
     ):
-        assert found.dtype is torch.float16
-        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+        assert result.dtype is torch.float16
+        torch.testing.assert_close(result.float(), expected, rtol=0.02, atol=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
 from blip2_actor.checkpoints.weights import load_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
-from blip2_actor.testing.tiny_checkpoints import IMAGE, IMAGE_SIZE_PX, NUM_QUERIES
+from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES
 
 LANGUAGES = ["opt", "t5"]
 CPU = torch.device("cpu")
@@ -38,21 +39,21 @@ def make_ids(*shape: int, seed: int = 6) -> Tensor:
 def reference_loss(
     model: Blip2ForConditionalGeneration, pixel_values: Tensor, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """The reference wants its image tokens, and for OPT labels for them too."""
-    image_ids = torch.full((len(input_ids), NUM_QUERIES), IMAGE)
+    """Add the image tokens that the reference needs, and for OPT also labels for them."""
+    image_ids = torch.full((len(input_ids), NUM_QUERIES), IMAGE_TOKEN_ID)
     if model.config.text_config.model_type == "opt":
         labels = torch.cat([torch.full_like(image_ids, -100), labels], dim=1)
     return model(pixel_values, input_ids=torch.cat([image_ids, input_ids], dim=1), labels=labels).loss
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_loss_and_gradients(
+def test_loss_and_gradients_equal_the_reference(
     language: str,
     checkpoint_folder: Callable[..., Path],
     reference: Callable[..., Blip2ForConditionalGeneration],
     tmp_path: Path,
 ) -> None:
-    """A detached piece, or a parameter that two places should share and do not, shows in the gradients."""
+    """A detached part, or a parameter that should be shared and is not, gives other gradients."""
     ours, theirs = load(checkpoint_folder(language)).requires_grad_(True), reference(language)
     pixel_values, input_ids = make_pixels(3), make_ids(3, 7)
     labels = input_ids.clone() if language == "opt" else make_ids(3, 5, seed=7)
@@ -65,7 +66,7 @@ def test_loss_and_gradients(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert logits.shape == (*labels.shape, 264)
 
-    # The reference's gradients take the way of its weights, so that each meets its counterpart.
+    # The reference's gradients are loaded like weights, so that each arrives at its counterpart.
     shutil.copy(checkpoint_folder(language) / "config.json", tmp_path)
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()
@@ -81,18 +82,18 @@ def test_loss_and_gradients(
     for name, parameter in ours.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(
-            gradient, counterparts[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            gradient, counterparts[name], rtol=1e-3, atol=1e-5, msg=partial("{}: {}".format, name)
         )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_scores_of_texts(
+def test_scores_of_texts_equal_the_reference(
     language: str,
     checkpoint_folder: Callable[..., Path],
     reference: Callable[..., Blip2ForConditionalGeneration],
 ) -> None:
-    """Rows of different prompts and texts, two of them of one image, each as if it were scored alone."""
+    """Each row, with its own prompt and text, is scored as if it were alone; rows may share an image."""
     ours, theirs = load(checkpoint_folder(language)), reference(language)
     pixel_values = make_pixels(2)
     image_of_row, prompt_lengths, text_lengths = [0, 1, 1, 0], [1, 4, 4, 2], [6, 3, 9, 1]
@@ -114,8 +115,8 @@ def test_scores_of_texts(
 
 @torch.no_grad()
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_features(language: str, checkpoint_folder: Callable[..., Path]) -> None:
-    """What the seed model's `get_*_features` gave."""
+def test_features_equal_the_reference(language: str, checkpoint_folder: Callable[..., Path]) -> None:
+    """Image, Q-Former and text features are those of `Blip2Model.get_*_features`."""
     folder = checkpoint_folder(language)
     ours, theirs = load(folder), Blip2Model.from_pretrained(folder).eval()
     pixel_values = make_pixels(2)
@@ -133,8 +134,8 @@ def test_features(language: str, checkpoint_folder: Callable[..., Path]) -> None
 
 
 @torch.no_grad()
-def test_attention_maps_of_the_queries(checkpoint_folder: Callable[..., Path]) -> None:
-    """Each cross-attention's map over the image, named by its layer."""
+def test_recorded_attention_maps_equal_the_reference(checkpoint_folder: Callable[..., Path]) -> None:
+    """The map of each cross-attention over the image is recorded under the name of its layer."""
     folder = checkpoint_folder("opt")
     ours = load(folder)
     theirs = Blip2ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()

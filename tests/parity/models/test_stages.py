@@ -1,4 +1,4 @@
-"""Each stage of the model against transformers', on the same random weights, read by the real loader."""
+"""Each stage of the model against transformers, with the same random weights, read by the real loader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.safetensors_file import StoredTensor
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def model(checkpoint_folder: Callable[..., Path]) -> Blip2:
 
 @pytest.fixture(scope="module")
 def pixel_values(model: Blip2) -> torch.Tensor:
-    return model.normalizer(images(3), torch.float32)
+    return model.normalizer(random_images(3), torch.float32)
 
 
 @torch.no_grad()
@@ -51,15 +51,15 @@ def test_qformer_and_projection_equal_the_reference(model, reference, pixel_valu
 @pytest.mark.parametrize("prompt", [None, "Question: how many? Answer:"])
 @torch.no_grad()
 def test_first_logits_equal_the_reference(model, reference, pixel_values, prompt) -> None:
-    """Packed prefill, positions and the head, without any search around them."""
-    text = make_tokenizer("opt")(prompt).input_ids if prompt else [2]
-    input_ids = torch.tensor([[IMAGE] * NUM_QUERIES + text]).expand(3, -1)
+    """Checks packed prefill, positions and the head alone, without a search."""
+    text = tiny_tokenizer("opt")(prompt).input_ids if prompt else [2]
+    input_ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + text]).expand(3, -1)
     expected = reference()(pixel_values=pixel_values, input_ids=input_ids).logits[:, -1]
     prefix = model.project(model.qformer_features(model.image_features(pixel_values)))
     embeds = model.embed_tokens(torch.tensor(text)).expand(3, -1, -1)
-    slots = model.language_model.new_kv_cache(4, prefix.shape[1] + len(text), 5)
-    found = model.language_model.prefill(list(torch.cat([prefix, embeds], 1)), [2, 0, 3], slots)
-    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    cache = model.language_model.new_kv_cache(4, prefix.shape[1] + len(text), 5)
+    logits = model.language_model.prefill(list(torch.cat([prefix, embeds], 1)), [2, 0, 3], cache)
+    assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -76,18 +76,18 @@ def test_attention_maps_equal_the_reference(checkpoint_folder, model, reference,
         qformer.set_attn_implementation("sdpa")
     maps = [value for name, value in recorded.items() if name.endswith("cross_attention")]
     assert len(maps) == len(expected.cross_attentions) > 0
-    for found, wanted in zip(maps, expected.cross_attentions, strict=True):
-        assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for weights, expected_weights in zip(maps, expected.cross_attentions, strict=True):
+        assert_close(weights, expected_weights, atol=1e-5, rtol=1e-5)
 
 
 def test_images_of_another_size_are_refused(model) -> None:
-    """The reference would interpolate positions on request, or fail on a shape; here the field is named."""
+    """The reference fails with an error about shapes (or interpolates on request); ours names the field."""
     with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 28, 28\].*resize"):
         model.image_features(torch.zeros(1, 3, 42, 42))
 
 
 def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_folder) -> None:
-    """Checkpoints from before transformers 4.47 know no image token; their weights are the same."""
+    """Checkpoints from before transformers 4.47 have no image token; their weights are the same."""
     newer = checkpoint_folder()
     older = tmp_path / "older"
     shutil.copytree(newer, older)
@@ -95,22 +95,22 @@ def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_fol
     older.joinpath("config.json").write_text(
         "\n".join(line for line in config.splitlines() if "image_token_index" not in line)
     )
-    asked = [Request(image=i.numpy(), prompt=p) for i in images(3) for p in (None, "what is it")]
-    found = []
+    requests = [Request(image=i.numpy(), prompt=p) for i in random_images(3) for p in (None, "what is it")]
+    token_ids = []
     for folder in (newer, older):
         with EngineConfig(model=str(folder), dtype="float32").build() as engine:
-            results = engine.generate(asked, GenerationOptions(max_new_tokens=10))
-            found.append([r.token_ids for r in results])
-    assert found[0] == found[1]
-    assert len(set(found[0])) > 1
+            results = engine.generate(requests, GenerationOptions(max_new_tokens=10))
+            token_ids.append([r.token_ids for r in results])
+    assert token_ids[0] == token_ids[1]
+    assert len(set(token_ids[0])) > 1
 
 
 def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
     tmp_path, checkpoint_folder, monkeypatch
 ) -> None:
-    """transformers fills missing tensors with random numbers and says so in a log line only.
+    """transformers fills missing tensors with random numbers and only logs it.
 
-    The names come from the files' headers: nobody waits for 15 GB to be read first.
+    The names come from the headers of the files, so the error comes before 15 GB are read.
     """
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint_folder(), broken)
@@ -120,7 +120,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
     tensors["language_projection.bias"] = torch.zeros(7)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(StoredTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match="must be those of its config") as refusal:
+    with pytest.raises(ValueError, match="do not match its config") as refusal:
         load_model(Checkpoint(broken), CPU, torch.float32)
     for name in (
         "missing vision.layers.1.fc1.bias",
@@ -136,15 +136,15 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
     shutil.copytree(checkpoint_folder(), broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OSError, match=r"model.safetensors must be a whole safetensors file"):
+    with pytest.raises(OSError, match=r"model.safetensors must be a complete safetensors file"):
         load_model(Checkpoint(broken), CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "./no/such/folder"}, "model must be a folder that exists"),
-        ({"model": "demo", "device": "cuda:7"}, "device must exist here"),
+        ({"model": "./no/such/folder"}, "model must be an existing folder"),
+        ({"model": "demo", "device": "cuda:7"}, "device must exist on this machine"),
         ({"model": "demo", "device": "meta"}, "device must be .*got 'meta'"),
         ({"model": "demo", "device": "gpu"}, "device must be .*got 'gpu'"),
         (
@@ -172,5 +172,5 @@ def test_another_language_model_is_refused_before_loading(
         EngineConfig(model=str(tmp_path), device="cpu").info()
 
 
-def test_end_token_constant_is_the_tokenizers() -> None:
-    assert make_tokenizer("opt").eos_token_id == EOS
+def test_end_token_of_the_tests_is_that_of_the_tokenizer() -> None:
+    assert tiny_tokenizer("opt").eos_token_id == EOS_TOKEN_ID

@@ -1,4 +1,4 @@
-"""What the engine's benchmark has found is not lost with what it has not."""
+"""The engine's benchmark keeps the figures it has when the rest of a run fails."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from typing import Any, ClassVar
 
 import pytest
 
-from benchmarks import engine as benchmark
+from benchmarks.engine import measuring
+from benchmarks.engine.cases import Case
+from blip2_actor import EngineConfig
 
 
 class FakeContender:
-    """Notes what happens to either side; a reference whose batch is too large dies."""
+    """Record what happens to each side; a reference whose batch is too large dies."""
 
-    happened: ClassVar[list[str]] = []
+    events: ClassVar[list[str]] = []
 
     def __init__(self, make: type, *_: object, **__: object) -> None:
         self.name = make.__name__
-        self.happened.append(f"{self.name} begins")
+        self.events.append(f"{self.name} begins")
 
     def call(self, method: str, *args: Any) -> Any:
         if args == (128,):
-            raise RuntimeError("a contender has died")
+            raise RuntimeError("a contender died")
         if method == "first_caption_s":
             return 1.0
         return [[1]] * 4
 
     def close(self) -> float:
-        self.happened.append(f"{self.name} ends")
+        self.events.append(f"{self.name} ends")
         return 2.0
 
 
-def test_what_was_measured_on_a_gpu_is_kept_when_the_rest_is_not(monkeypatch, tmp_path: Path) -> None:
-    """Time on a GPU is lent by the minute: a run that is cut must have left the engine's figure, and each
-    of the reference's that came in time. The engine's memory must be free by then."""
-    monkeypatch.setattr(benchmark, "Contender", FakeContender)
-    case = benchmark.Case("midsize", num_images=4, reference_batches=(64, 128))
+def test_figures_of_a_gpu_are_kept_when_the_rest_of_the_run_fails(monkeypatch, tmp_path: Path) -> None:
+    """Time on a GPU is limited: an interrupted run must have kept the engine's figure and each figure of the
+    reference that came in time. The engine's memory must be free before the reference starts."""
+    monkeypatch.setattr(measuring, "Contender", FakeContender)
+    case = Case("midsize", num_images=4, reference_batches=(64, 128))
+    config = EngineConfig(model=str(tmp_path), device="cuda")
     kept: list[dict[str, Any]] = []
 
     def keep(found: dict[str, Any]) -> None:
-        FakeContender.happened.append("kept")
+        FakeContender.events.append("kept")
         kept.append(dict(found))
 
-    with pytest.raises(RuntimeError, match="has died"):
-        benchmark.run(case, tmp_path, "cuda", None, False, 2, True, keep)
-    happened = FakeContender.happened
+    with pytest.raises(RuntimeError, match="contender died"):
+        measuring.measure_case(case, config, 4, 2, with_vision=False, keep=keep)
+    events = FakeContender.events
     first_figure = next(i for i, found in enumerate(kept) if "images_per_s" in found)
-    assert [event for event in happened if event != "kept"] == [
+    assert [event for event in events if event != "kept"] == [
         "EngineSide begins",
         "EngineSide ends",
         "ReferenceSide begins",
     ]
-    assert happened[: happened.index("EngineSide ends")].count("kept") == first_figure + 1
+    assert events[: events.index("EngineSide ends")].count("kept") == first_figure + 1
     assert kept[-1]["images_per_s"] > 0
     assert kept[-1]["peak_memory_gib"] == 2.0
     assert list(kept[-1]["ratios"]) == ["reference at 64"]

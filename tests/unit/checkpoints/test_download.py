@@ -1,58 +1,63 @@
-"""What is said when a checkpoint cannot be fetched: whose fault it is decides what to do."""
+"""The errors of a checkpoint that cannot be fetched: they name the cause, which decides what to do."""
 
 from __future__ import annotations
 
 import errno
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from blip2_actor.checkpoints import download as fetching
+from blip2_actor.checkpoints import download
 from blip2_actor.checkpoints.download import FILES, fetch_from_bucket, fetch_from_hub
 
-RESPONSE = SimpleNamespace(headers={}, request=None)
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
+"""The parts of a response that the hub's errors read."""
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError("404", response=RESPONSE), "model must exist on the hub"),
+        (RepositoryNotFoundError("404", response=RESPONSE), "hub has no model 'some/model'"),
         (RevisionNotFoundError("404", response=RESPONSE), "revision must be a commit, tag or branch .*'v9'"),
         (LocalEntryNotFoundError("no network"), "the hub cannot be reached"),
         (ConnectionResetError("reset"), "the hub cannot be reached"),
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot be stored .*No space left.*make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot be stored .*No space left.*free disk space",
+        ),
     ],
     ids=["model", "revision", "network", "reset", "disk"],
 )
-def test_the_hub_is_blamed_only_for_itself(
+def test_errors_of_the_hub_name_their_cause(
     error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mistyped revision or a full disk sent people to look at their network."""
+    """A mistyped revision or a full disk must not be reported as a problem of the network."""
 
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(fetching, "snapshot_download", fail)
+    monkeypatch.setattr(download, "snapshot_download", fail)
     with pytest.raises(OSError, match=message):
         fetch_from_hub("some/model", "v9", FILES)
 
 
-def test_whatever_a_store_raises_is_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hosts tell a checkpoint that cannot be read from a mistake in the program by that."""
+def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its class, callers distinguish a checkpoint that cannot be read from a bug in the program."""
     store = fsspec.filesystem("memory")
     store.pipe("/fetching/config.json", b"{}")
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("token expired")
 
-    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     monkeypatch.setattr(type(store), "get_file", fail)
     with pytest.raises(OSError, match=r"config\.json of memory://fetching cannot be fetched .*token expired"):
         fetch_from_bucket("memory://fetching", FILES)
     monkeypatch.undo()
-    monkeypatch.setattr(fetching, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     folder, _ = fetch_from_bucket("memory://fetching", FILES)
     assert (folder / "config.json").read_bytes() == b"{}"

@@ -9,8 +9,10 @@ import ray
 
 from blip2_actor.testing.fake_engine import FakeEngineConfig
 from pipeline.cli.commands import caption, retry, status
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, RetrySettings, StatusSettings
+from pipeline.settings.report_settings import StatusSettings
+from pipeline.settings.retry_settings import RetrySettings
 from tests.integration.inputs import png, write_tar
 
 

@@ -1,4 +1,4 @@
-"""The demonstration's data set: its truth table must be what a reader of the files finds."""
+"""The demonstration's data set: its expected results must be those of a reader of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor import decode_image
-from blip2_actor.demo.scenes import all_captions
+from blip2_actor.demo import all_captions
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
 
 NUM_IMAGES = 400
@@ -34,11 +34,13 @@ def read_images(folder: Path) -> dict[str, bytes | None]:
                 key, extension = member.name.split(".")
                 images.setdefault(key, None)
                 if extension not in ("txt", "json"):
-                    images[key] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    images[key] = file.read()
     return images
 
 
-def test_files_hold_exactly_the_rows_of_the_truth_in_order(dataset) -> None:
+def test_files_contain_exactly_the_expected_rows_in_order(dataset) -> None:
     folder, truth = dataset
     assert list(read_images(folder)) == list(truth)
     assert len(truth) == NUM_IMAGES
@@ -52,7 +54,7 @@ def test_every_row_decodes_to_its_expected_status(dataset) -> None:
         assert decoded.status is truth[key].status, (key, truth[key], decoded.error)
 
 
-def test_some_rows_are_broken_in_every_way_and_most_are_plain(dataset) -> None:
+def test_every_kind_of_odd_row_occurs_and_most_rows_are_plain(dataset) -> None:
     notes = Counter(expected.note for expected in dataset[1].values())
     assert len(notes) == 7
     assert notes[""] >= 0.95 * NUM_IMAGES

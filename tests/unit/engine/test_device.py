@@ -1,4 +1,4 @@
-"""What is decided per device: compiling where it can work and pays, attention without a plan per shape."""
+"""What is decided per device: compile if it works and pays, and run attention without a plan per shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What this machine has; everything at first."""
+    """What is installed on this machine; everything at first."""
     found = {"triton", "cc"}
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
@@ -25,20 +25,20 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-def test_a_gpu_compiles_where_its_compilers_are(installed: set[str]) -> None:
+def test_a_gpu_compiles_if_the_compilers_are_installed(installed: set[str]) -> None:
     assert resolve_compile("auto", None, GPU)
     assert not resolve_compile("auto", None, CPU)
     assert not resolve_compile("auto", "auto", GPU)
 
 
 @pytest.mark.parametrize("missing", ["triton", "cc"])
-def test_a_bare_gpu_machine_runs_uncompiled_and_says_so(installed, missing, caplog) -> None:
+def test_a_gpu_machine_without_compilers_runs_uncompiled_and_says_so(installed, missing, caplog) -> None:
     installed.remove(missing)
     assert not resolve_compile("auto", None, GPU)
     assert "run uncompiled" in caplog.text
 
 
-def test_what_is_asked_for_wins(installed: set[str]) -> None:
+def test_an_explicit_choice_wins(installed: set[str]) -> None:
     installed.clear()
     assert resolve_compile(True, None, CPU)
     assert not resolve_compile(False, None, GPU)
@@ -46,7 +46,7 @@ def test_what_is_asked_for_wins(installed: set[str]) -> None:
 
 @pytest.fixture
 def devices_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
-    """What `torch.cuda.set_device` is given; cuDNN is allowed at first and in the end."""
+    """The devices that `torch.cuda.set_device` gets; cuDNN is enabled at first, and restored in the end."""
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     found: list[torch.device] = []
@@ -55,8 +55,8 @@ def devices_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]
     torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
-def test_attention_on_a_gpu_is_not_left_to_cudnn(devices_set: list[torch.device]) -> None:
-    """It would build a plan for every shape of prompts and texts."""
+def test_attention_on_a_gpu_does_not_use_cudnn(devices_set: list[torch.device]) -> None:
+    """cuDNN would build a plan for every shape of prompts and texts."""
     prepare_device(CPU)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     prepare_device(GPU)
@@ -66,7 +66,7 @@ def test_attention_on_a_gpu_is_not_left_to_cudnn(devices_set: list[torch.device]
 
 @pytest.mark.parametrize("sequences", [[[5, 7], [], [3]], [[], []]])
 def test_token_ids_travel_together_and_arrive_apart(sequences: list[list[int]]) -> None:
-    """Texts without any id among them would be no integers, which embeddings refuse."""
+    """Without any id the tensor would not be of integers, and embeddings refuse it."""
     found = ids_to_device(sequences, CPU)
     assert [ids.tolist() for ids in found] == sequences
     assert all(ids.dtype is torch.int64 for ids in found)

@@ -1,4 +1,4 @@
-"""How many slots and images: what is wanted where it fits, less where memory is short, never none."""
+"""How many slots and images: what is wanted if it fits, fewer if memory is short, and at least one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_short_memory_gives_fewer_slots_before_fewer_images() -> None:
 
 
 def test_the_plan_fits() -> None:
-    """What is planned must leave some memory over, at every size of the device."""
+    """The plan must leave some memory free, whatever the size of the device."""
     for tenths in range(10, 400):
         free = tenths * GIB // 10
         sizes = plan(free)
@@ -42,7 +42,7 @@ def test_no_memory_still_runs_one_by_one() -> None:
 
 
 def full_size(text: OPTConfig | T5Config) -> Blip2:
-    """A published model's shape, without its memory."""
+    """A model of a published shape, on the meta device."""
     config = Blip2Config(
         vision_config=Blip2VisionConfig(),
         qformer_config=Blip2QFormerConfig(),
@@ -53,8 +53,9 @@ def full_size(text: OPTConfig | T5Config) -> Blip2:
         return Blip2(config).to(torch.bfloat16)
 
 
-def test_a_slot_of_the_published_models_weighs_what_arithmetic_says() -> None:
-    """OPT 2.7B: keys and values of 32 layers of 2560, 128 positions, 2 bytes, are 40 MiB; prefill adds."""
+def test_a_slot_of_the_published_models_needs_what_arithmetic_says() -> None:
+    """OPT 2.7B: keys and values of 32 layers of 2560 at 128 positions of 2 bytes are 40 MiB; a prefill adds
+    to it."""
     opt = OPTConfig(
         hidden_size=2560, num_hidden_layers=32, ffn_dim=10240, num_attention_heads=32, vocab_size=50304
     )
@@ -65,7 +66,7 @@ def test_a_slot_of_the_published_models_weighs_what_arithmetic_says() -> None:
 
 
 def test_a_container_with_a_limit_has_what_the_limit_leaves(tmp_path: Path) -> None:
-    """The cache of files, such as those of the weights, is given up for the asking and must not count."""
+    """The cache of files, such as those of the weights, is given up on demand and must not count as used."""
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 250000\ninactive_file 300000\n")

@@ -1,4 +1,4 @@
-"""The scheduler alone: nobody waits for ever, and nothing is made smaller twice for one reason."""
+"""The scheduler alone: no request waits forever, and no limit is halved twice for one reason."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from blip2_actor import GenerationOptions
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import OutOfMemory
-from blip2_actor.engine.request_state import EncodedImage, RequestState, Searches
+from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
 
@@ -25,27 +26,31 @@ class Words:
 
 
 class NoModel:
-    """A runner whose texts never end by themselves."""
+    """A runner whose texts end only at `max_new_tokens`."""
 
-    def cached_length(self, job: RequestState) -> int:
+    def cached_length(self, request: RequestState) -> int:
         return 1
 
     def encode(self, images: Sequence[EncodedImage]) -> None:
         for image in images:
             image.prefix = torch.zeros(1, 1)
 
-    def prefill(self, jobs: Sequence[RequestState], slots: list[int]) -> Tensor:
+    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> Tensor:
         return self.decode(slots, slots)
 
     def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
         return torch.tensor([0.0, 1.0]).expand(len(token_ids), 2).clone()
 
-    def send_ahead(self, waiting: object, count: int) -> None: ...
+    def upload_ahead(self, images: list[EncodedImage]) -> None: ...
 
     def copy_slots(self, *_: object) -> None: ...
 
 
-def make_job(image: EncodedImage) -> RequestState:
+def make_scheduler() -> Scheduler:
+    return Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]  # a stand-in
+
+
+def make_request(image: EncodedImage) -> RequestState:
     def searches() -> Searches:
         return [TextSearch(OPTIONS, [1], Words())]
 
@@ -56,29 +61,45 @@ def make_image() -> EncodedImage:
     return EncodedImage(np.zeros((2, 2, 3), np.uint8))
 
 
-def test_a_part_of_a_batch_is_encoded_though_there_is_always_a_text_to_start() -> None:
-    """Six callers that ask of one image again and again kept three other images waiting without end."""
-    scheduler = Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]
+def test_a_part_of_a_batch_is_encoded_even_if_a_text_is_always_ready() -> None:
+    """Six callers that ask about one image again and again kept three other images waiting forever."""
+    scheduler = make_scheduler()
     shared = make_image()
     shared.prefix = torch.zeros(1, 1)
-    others = [make_job(make_image()) for _ in range(3)]
-    askers = [make_job(shared) for _ in range(6)]
-    for job in (*askers, *others):
-        scheduler.add(job)
+    others = [make_request(make_image()) for _ in range(3)]
+    repeated = [make_request(shared) for _ in range(6)]
+    for request in (*repeated, *others):
+        scheduler.add(request)
     for _ in range(100):
         scheduler.step()
-        for index, job in enumerate(askers):
-            if job.future.done():
-                askers[index] = make_job(shared)
-                scheduler.add(askers[index])
-    assert all(job.future.done() for job in others)
+        for index, request in enumerate(repeated):
+            if request.future.done():
+                repeated[index] = make_request(shared)
+                scheduler.add(repeated[index])
+    assert all(request.future.done() for request in others)
 
 
-def test_a_shortage_of_passes_that_were_begun_together_counts_once() -> None:
-    """Each halved the batch again, down to single images and half of the slots."""
-    scheduler = Scheduler(NoModel(), max_slots=4, encode_batch=4)  # type: ignore[arg-type]
-    passes = [[make_job(make_image()).image for _ in range(4)] for _ in range(3)]
-    for images in passes:
+def test_batches_that_began_together_and_do_not_fit_halve_the_limit_once() -> None:
+    """Each of them halved the batch again, down to single images and half of the slots."""
+    scheduler = make_scheduler()
+    for _ in range(12):
+        scheduler.add(make_request(make_image()))
+    batches = [scheduler.waiting.take(4) for _ in range(3)]
+    for images in batches:
         scheduler._encoded(images, OutOfMemory("no more than two"))
-    assert (scheduler.encode_batch, scheduler.max_slots) == (2, 4)
+    assert (scheduler.limits.encode_batch, scheduler.limits.max_slots) == (2, 4)
     assert len(scheduler.waiting) == 12
+
+
+def test_an_image_that_nobody_wants_any_longer_is_not_encoded() -> None:
+    scheduler = make_scheduler()
+    requests = [make_request(make_image()) for _ in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    requests[0].future.cancel()
+    while scheduler.has_work:
+        scheduler.step()
+    assert scheduler.counters.num_images_encoded == 1
+    assert requests[1].future.result(0).ok
+    scheduler.add(make_request(requests[0].image))  # wanted again, so it is queued again
+    assert len(scheduler.waiting) == 1

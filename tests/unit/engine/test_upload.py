@@ -1,11 +1,11 @@
-"""Batches on their way to the device: the right pixels, whatever was sent ahead."""
+"""Batches on their way to the device: they hold the right pixels, whatever was sent ahead."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from blip2_actor.engine.request_state import EncodedImage
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.upload import Upload
 
 
@@ -27,8 +27,8 @@ def test_what_was_sent_ahead_is_taken_once() -> None:
     assert not upload.has_sent
 
 
-def test_another_batch_than_the_one_sent_ahead_is_sent_anew() -> None:
-    """A request that was cancelled meanwhile, or a batch that was halved: old pixels would be captioned."""
+def test_another_batch_than_the_one_sent_ahead_is_sent_again() -> None:
+    """A request may be cancelled, or the batch halved; then the old pixels would be captioned."""
     upload, images = Upload(torch.device("cpu")), make_images(1, 2, 3, 4)
     upload.send(images)
     assert seen(upload.take([images[0], images[2], images[3]])) == [1, 3, 4]

@@ -13,7 +13,7 @@ from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, w
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.scan import scan_output
-from pipeline.ledger.shard_reports import load_shard_report, store_shard_report
+from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
 

@@ -11,7 +11,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.settings.settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
 

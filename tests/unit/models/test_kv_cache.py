@@ -1,4 +1,4 @@
-"""Slots that are free take no memory on a CPU."""
+"""Free slots take no memory on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.checkpoints.test_safetensors_file import status_bytes
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_free_slots_take_no_memory() -> None:
-    """128 slots of a 2.7 B model are 5 GB; filling them with zeros would need them before the first image."""
+    """128 slots of a 2.7 B model are 5 GB; writing zeros would take that memory before the first image."""
     before = status_bytes("VmRSS")
     cache = KVCache(4, 64, 256, 512, torch.device("cpu"), torch.bfloat16)
     cache.write_prefix(0, torch.tensor([0]), torch.ones(1, 8, 1024))

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from blip2_actor.testing import save_tiny_retrieval_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig, captions_made
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
 from pipeline.inputs.listing import list_shards
@@ -31,8 +31,9 @@ from pipeline.plan.prediction import predict
 from pipeline.plan.sample import take_sample
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
-from pipeline.settings.settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.stages.caption import CaptionStage, EngineFault
+from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, png, write_tar, write_tars
 
@@ -175,7 +176,7 @@ def test_what_would_stop_the_job_is_one_sentence(tmp_path, monkeypatch, capsys):
     engine = FakeEngineConfig()
     assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 1
     assert "prompt must be servable" in capsys.readouterr().err
-    retrieval = save_retrieval_checkpoint(tmp_path / "retrieval")
+    retrieval = save_tiny_retrieval_checkpoint(tmp_path / "retrieval")
     matched = Outputs(score=("fit=caption",), score_model=str(retrieval))
     assert plan(settings(tmp_path / "in", outputs=matched), engine) == 1
     assert "score_model must take images of 32 px" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The real decoding child with one more image format, whose files do to it what they say.
+"""The real decoding child with one more image format, whose files name an attack on the child.
 
-A file is b"BM" (so that the BMP plugin would be asked) and the name of a deed below, with its arguments.
+A file is b"BM" (so that Pillow opens it as BMP), the name of one of the attacks below, and its arguments.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def segfault() -> None:
 
 
 def leave() -> None:
-    """Take a while to go after the pipe to the parent has been closed."""
+    """Exit some time after the pipe to the parent has been closed."""
     atexit.register(time.sleep, 0.2)
     sys.exit(3)
 
 
 def spin() -> None:
-    sum(itertools.repeat(0))  # inside C, where no Python signal handler would ever run
+    sum(itertools.repeat(0))  # in C code, where no Python signal handler would ever run
 
 
 def sleep() -> None:
@@ -44,18 +44,18 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def swell() -> None:
-    hoard = [bytearray(1 << 24) for _ in itertools.count()]
-    raise AssertionError(len(hoard))
+def use_up_memory() -> None:
+    blocks = [bytearray(1 << 24) for _ in itertools.count()]
+    raise AssertionError(len(blocks))
 
 
-def chatter() -> None:
+def print_much() -> None:
     print("x" * 100_000, flush=True)
     print("x" * 100_000, file=sys.stderr, flush=True)
 
 
-def babble() -> None:
-    """Write what is no answer to the parent, wherever its pipe may be."""
+def write_garbage() -> None:
+    """Write bytes that are no reply to every open file, one of which is the pipe to the parent."""
     for fd in range(3, 20):
         try:
             os.write(fd, b"\xff" * 64)
@@ -74,18 +74,29 @@ def tell_pid(fifo: str) -> None:
     Path(fifo).write_text(str(os.getpid()))
 
 
-DEEDS = {
-    deed.__name__: deed
-    for deed in (segfault, leave, spin, sleep, stop, swell, chatter, babble, segfault_once, tell_pid)
+ATTACKS = {
+    attack.__name__: attack
+    for attack in (
+        segfault,
+        leave,
+        spin,
+        sleep,
+        stop,
+        use_up_memory,
+        print_much,
+        write_garbage,
+        segfault_once,
+        tell_pid,
+    )
 }
 
 
 def open_hostile(fp: IO[bytes], filename: str | bytes) -> Image.Image:
     name, *arguments = fp.read().removeprefix(PREFIX).decode("latin-1").split()
-    if name not in DEEDS:
+    if name not in ATTACKS:
         fp.seek(0)
         return BmpImagePlugin.BmpImageFile(fp, filename)
-    DEEDS[name](*arguments)
+    ATTACKS[name](*arguments)
     return Image.new("RGB", (8, 8), "white")
 
 
@@ -95,5 +106,5 @@ def is_bmp(prefix: bytes) -> bool:
 
 if __name__ == "__main__":
     Image.preinit()
-    Image.register_open("BMP", open_hostile, is_bmp)  # type: ignore[arg-type]
+    Image.register_open("BMP", open_hostile, is_bmp)  # type: ignore[arg-type]  # Pillow asks for an ImageFile
     decode_child.main()

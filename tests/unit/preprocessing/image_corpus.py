@@ -1,4 +1,4 @@
-"""Images for tests: good ones of every supported format, and a seeded mutator that breaks them."""
+"""Images for tests: good ones of every supported format, and seeded damage to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODES = {
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """RGB noise: nothing about it survives a wrong resize, a wrong turn or a wrong channel order."""
+    """Return RGB noise, in which every wrong resize, turn or channel order is visible."""
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
 
 
@@ -31,7 +31,7 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def good_images() -> Iterator[tuple[str, bytes]]:
-    """Every format in every mode a camera, a browser or a scanner writes: (name, bytes)."""
+    """Yield (name, bytes) for every format in every mode that cameras, browsers or scanners write."""
     picture = noise(40, 30)
     for image_format in FORMATS:
         for mode in _MODES[image_format]:
@@ -52,7 +52,7 @@ def good_images() -> Iterator[tuple[str, bytes]]:
 
 
 def malformed_images(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` damaged files, the formats in turn: (what was done, bytes)."""
+    """Yield (description, bytes) for `count` damaged files, of each format in turn."""
     rng = random.Random(seed)
     good = list(good_images())
     for number in range(count):
@@ -79,18 +79,18 @@ def _header_garbled(data: bytes, rng: random.Random) -> bytes:
     return bytes(broken)
 
 
-def _stretch_blanked(data: bytes, rng: random.Random) -> bytes:
+def _range_blanked(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(data))
     length = min(rng.randrange(1, 200), len(data) - start)
     return data[:start] + rng.choice((b"\x00", b"\xff")) * length + data[start + length :]
 
 
-def _stretch_lost(data: bytes, rng: random.Random) -> bytes:
+def _range_lost(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(data))
     return data[:start] + data[start + rng.randrange(1, 200) :]
 
 
-def _stretch_repeated(data: bytes, rng: random.Random) -> bytes:
+def _range_repeated(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(data))
     end = start + rng.randrange(1, 400)
     return data[:end] + data[start:end] * rng.randrange(1, 5) + data[end:]
@@ -114,9 +114,9 @@ _DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
     _cut_short,
     _bits_flipped,
     _header_garbled,
-    _stretch_blanked,
-    _stretch_lost,
-    _stretch_repeated,
+    _range_blanked,
+    _range_lost,
+    _range_repeated,
     _number_made_huge,
     _head_of_another,
 )

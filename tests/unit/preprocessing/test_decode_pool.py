@@ -1,4 +1,4 @@
-"""Decoding children die, hang and swell for real; every image gets its fate and its neighbours theirs."""
+"""Decoding children really die, hang and use up their memory; only the hostile image fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,58 +24,63 @@ GOOD = [encode(noise(40, 30, seed), "PNG") for seed in range(8)]
 EXPECTED = [decode_image(data, SIZE) for data in GOOD]
 
 
-def deed(name: str, *arguments: object) -> bytes:
+def attack(name: str, *arguments: object) -> bytes:
     return " ".join(["BM" + name, *map(str, arguments)]).encode()
 
 
-def hostile_pool(num_children: int = 1, **limits: float) -> DecodePool:
+def hostile_pool(num_children: int = 1, **limits: Any) -> DecodePool:
     return DecodePool(SIZE, ImageLimits(**limits), num_children, command=HOSTILE_CHILD)
 
 
-def fate_among_neighbours(pool: DecodePool, hostile: bytes) -> DecodedImage:
-    """Decode it in the middle of good images, which must come out as ever, now and afterwards."""
-    *before, fate, last = pool.decode([*GOOD[:3], hostile, GOOD[3]])
+def outcome_among_neighbors(pool: DecodePool, hostile: bytes) -> DecodedImage:
+    """Decode a hostile image among good ones, whose results must not change, now and afterwards."""
+    *before, outcome, last = pool.decode([*GOOD[:3], hostile, GOOD[3]])
     assert [*before, last] == EXPECTED[:4]
     assert pool.decode(GOOD) == EXPECTED
-    return fate
+    return outcome
 
 
 @pytest.mark.parametrize(
-    ("name", "limits", "status", "complaint"),
+    ("name", "limits", "status", "reason"),
     [
         ("segfault", {}, Status.DECODER_CRASHED, "died twice on this image (SIGSEGV)"),
         ("leave", {}, Status.DECODER_CRASHED, "died twice on this image (exit code 3)"),
-        ("babble", {}, Status.DECODER_CRASHED, "died twice on this image (SIGKILL)"),
+        ("write_garbage", {}, Status.DECODER_CRASHED, "died twice on this image (SIGKILL)"),
         ("spin", {"cpu_s": 0.2}, Status.DECODER_TIMED_OUT, "more than cpu_s (0.2 s of CPU time)"),
         ("sleep", {"wall_s": 1}, Status.DECODER_TIMED_OUT, "more than wall_s (1 s)"),
         ("stop", {"wall_s": 1}, Status.DECODER_TIMED_OUT, "more than wall_s (1 s)"),
-        ("swell", {"memory_bytes": 300 << 20}, Status.TOO_LARGE, "more than memory_bytes (314572800)"),
-        ("chatter", {}, Status.OK, None),
+        (
+            "use_up_memory",
+            {"memory_bytes": 300 << 20},
+            Status.TOO_LARGE,
+            "more than memory_bytes (314572800)",
+        ),
+        ("print_much", {}, Status.OK, None),
     ],
 )
-def test_a_hostile_image_costs_itself_alone(
+def test_a_hostile_image_fails_alone(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    limits: dict[str, float],
+    limits: dict[str, Any],
     status: Status,
-    complaint: str | None,
+    reason: str | None,
 ) -> None:
     monkeypatch.setattr(decode_process, "_OVERDUE_S", 3.0)  # for the stopped one
     with hostile_pool(num_children=2, **limits) as pool:
-        image = fate_among_neighbours(pool, deed(name))
+        image = outcome_among_neighbors(pool, attack(name))
     assert image.status is status
-    assert complaint in image.error if complaint else image.error is None
+    assert (image.error is None) if reason is None else (reason in (image.error or ""))
 
 
-def test_many_hostile_images_in_a_row_each_get_their_own_fate() -> None:
-    """Blame must not move on to the next image, nor must three deaths in a row look like a failing start."""
+def test_many_hostile_images_in_a_row_each_get_their_own_outcome() -> None:
+    """The next image must not get the blame, and three deaths in a row must not count as failed starts."""
     batch = [
-        deed("segfault"),
-        deed("leave"),
+        attack("segfault"),
+        attack("leave"),
         GOOD[0],
-        deed("segfault"),
-        deed("segfault"),
-        deed("leave"),
+        attack("segfault"),
+        attack("segfault"),
+        attack("leave"),
         GOOD[1],
     ]
     with hostile_pool() as pool:
@@ -83,17 +89,21 @@ def test_many_hostile_images_in_a_row_each_get_their_own_fate() -> None:
     assert statuses == [crashed, crashed, Status.OK, crashed, crashed, crashed, Status.OK]
 
 
-def test_a_single_death_is_not_the_images_fault(tmp_path: Path) -> None:
-    """The out-of-memory killer, or heap damage left by the image before, must not fail a good image."""
+def test_an_image_is_not_blamed_for_a_single_death(tmp_path: Path) -> None:
+    """The out-of-memory killer, or memory damaged by the image before, must not fail a good image."""
     with hostile_pool() as pool:
-        image = fate_among_neighbours(pool, deed("segfault_once", tmp_path / "died"))
+        image = outcome_among_neighbors(pool, attack("segfault_once", tmp_path / "died"))
     assert (tmp_path / "died").exists()
     assert image.status is Status.OK
 
 
-def test_suspicion_does_not_pass_to_the_next_image(tmp_path: Path) -> None:
-    """Whether the image before was guilty or cleared, the next one has its second try."""
-    batch = [deed("leave"), deed("segfault_once", tmp_path / "a"), deed("segfault_once", tmp_path / "b")]
+def test_every_image_has_a_second_try_of_its_own(tmp_path: Path) -> None:
+    """The second try of one image, whether it failed or succeeded, must not use up that of the next image."""
+    batch = [
+        attack("leave"),
+        attack("segfault_once", tmp_path / "a"),
+        attack("segfault_once", tmp_path / "b"),
+    ]
     with hostile_pool() as pool:
         statuses = [image.status for image in pool.decode(batch)]
     assert statuses == [Status.DECODER_CRASHED, Status.OK, Status.OK]
@@ -109,12 +119,12 @@ def test_a_child_killed_between_two_calls_is_not_noticed(tmp_path: Path) -> None
 
 def child_pid(pool: DecodePool, folder: Path) -> int:
     told = folder / "pid"
-    assert pool.decode([deed("tell_pid", told)])[0].status is Status.OK
+    assert pool.decode([attack("tell_pid", told)])[0].status is Status.OK
     return int(told.read_text())
 
 
 def ends(pid: int) -> bool:
-    """Wait for the end of a process that is no child of ours, or not reaped yet."""
+    """Wait for the end of a process that is not a child of this one, or not reaped yet."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -127,13 +137,13 @@ def ends(pid: int) -> bool:
 
 @pytest.mark.parametrize("doing", ["nothing", "sleep"])
 def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
-    """A preempted worker must not leave decoders behind, not even one that sleeps in an image."""
+    """A preempted worker must leave no decoders behind, not even one that sleeps inside an image."""
     program = (
         "import sys, os; sys.path[:0] = [os.getcwd()]\n"
-        "from tests.unit.preprocessing.test_decode_pool import child_pid, hostile_pool, deed, Path\n"
+        "from tests.unit.preprocessing.test_decode_pool import child_pid, hostile_pool, attack, Path\n"
         "pool = hostile_pool(wall_s=2)\n"
         "print(child_pid(pool, Path(sys.argv[1])), flush=True)\n"
-        "if sys.argv[2] == 'sleep': pool.decode([deed('sleep')])\n"
+        "if sys.argv[2] == 'sleep': pool.decode([attack('sleep')])\n"
         "sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path), doing]
@@ -145,14 +155,14 @@ def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
 
 
 def test_a_child_that_cannot_start_is_an_error_and_not_a_status() -> None:
-    """A broken installation would otherwise mark a million good images as crashed."""
+    """A broken installation must not mark a million good images as crashed."""
     with DecodePool(SIZE, command=(sys.executable, "-c", "raise SystemExit(7)")) as pool:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="children must start, got exit code 7 3 times"):
                 pool.decode(GOOD)
 
 
-def test_order_and_pixels_are_those_of_decoding_here() -> None:
+def test_order_and_pixels_equal_those_of_decode_image() -> None:
     batch: list[bytes | None] = [encode(noise(8 + i % 50, 9, i), "PNG") for i in range(200)]
     batch[5:5] = [None, b"", b"no image", GOOD[0][:100]]
     with DecodePool(SIZE, num_children=2) as pool:
@@ -161,7 +171,7 @@ def test_order_and_pixels_are_those_of_decoding_here() -> None:
 
 
 def test_files_and_answers_larger_than_the_pipes_do_not_block() -> None:
-    """Parent and child would wait for each other, each with a full pipe before it."""
+    """Otherwise parent and child would wait for each other, each with a full pipe."""
     large = [encode(noise(800, 800, seed), "BMP") for seed in range(4)] * 3
     with DecodePool(700, num_children=2) as pool:
         decoded = pool.decode(large)
@@ -177,11 +187,11 @@ def test_calls_from_many_threads_share_the_children() -> None:
 
 
 def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
-    """An online host decodes request by request: one call must not keep all the children to itself."""
+    """An online host decodes one request at a time: one call must not keep all children."""
     fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)  # writing to it blocks the child until someone reads
+    os.mkfifo(fifo)  # a write to it blocks the child until this test reads
     with hostile_pool(num_children=2) as pool:
-        first = threading.Thread(target=pool.decode, args=([deed("tell_pid", fifo)],))
+        first = threading.Thread(target=pool.decode, args=([attack("tell_pid", fifo)],))
         first.start()
         try:
             assert pool.decode(GOOD) == EXPECTED
@@ -193,12 +203,12 @@ def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
 
 def test_limits_hold_before_bytes_are_sent() -> None:
     with DecodePool(
-        SIZE, ImageLimits(max_file_bytes=len(deed("segfault")) - 1), command=HOSTILE_CHILD
+        SIZE, ImageLimits(max_file_bytes=len(attack("segfault")) - 1), command=HOSTILE_CHILD
     ) as pool:
-        assert pool.decode([deed("segfault")])[0].status is Status.TOO_LARGE
+        assert pool.decode([attack("segfault")])[0].status is Status.TOO_LARGE
 
 
-def test_a_closed_pool_says_so() -> None:
+def test_a_closed_pool_raises() -> None:
     pool = DecodePool(SIZE)
     assert pool.decode(GOOD[:1]) == EXPECTED[:1]
     pool.close()
@@ -208,13 +218,13 @@ def test_a_closed_pool_says_so() -> None:
 
 
 @pytest.mark.parametrize(("size_px", "num_children", "name"), [(0, 1, "size_px"), (8, 0, "num_children")])
-def test_sizes_that_make_no_sense_are_refused(size_px: int, num_children: int, name: str) -> None:
+def test_impossible_sizes_are_refused(size_px: int, num_children: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         DecodePool(size_px, num_children=num_children)
 
 
-def test_every_malformed_image_ends_as_a_row_and_leaves_its_neighbours_alone() -> None:
-    """300 damaged files of every format, each between good ones, twice: nothing lost, nothing by chance."""
+def test_every_malformed_image_has_an_outcome_and_its_neighbors_are_unchanged() -> None:
+    """300 damaged files of every format, each between good ones: none is lost, and two runs agree."""
     names, damaged = zip(*malformed_images(300, seed=11), strict=True)
     batch = [data for index, bad in enumerate(damaged) for data in (bad, GOOD[index % 8])]
     with DecodePool(SIZE, num_children=2) as pool:

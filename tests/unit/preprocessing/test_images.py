@@ -1,4 +1,4 @@
-"""Pixels as a person sees them, and a status for everything that is no picture."""
+"""Pixels are those that a person sees, and everything that is no picture has a status."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ def resized(image: Image.Image, size_px: int = SIZE) -> np.ndarray:
 
 
 def flat(image: Image.Image, image_format: str, **options: object) -> list[int]:
-    """The one colour of an image of one colour."""
-    colours = pixels(encode(image, image_format, **options)).reshape(-1, 3)
-    assert (colours == colours[0]).all()
-    return colours[0].tolist()
+    """Return the color of an image that has only one."""
+    colors = pixels(encode(image, image_format, **options)).reshape(-1, 3)
+    assert (colors == colors[0]).all()
+    return colors[0].tolist()
 
 
 # --- Pixels
@@ -40,14 +41,14 @@ def flat(image: Image.Image, image_format: str, **options: object) -> list[int]:
 
 @pytest.mark.parametrize("size", [(40, 30), (7, 300), (1, 1), (SIZE, SIZE)])
 def test_plain_rgb_is_a_bicubic_resize(size: tuple[int, int]) -> None:
-    """A detour (thumbnails, reducing gaps, another order of steps) would move pixels off the reference's."""
+    """Thumbnails, reducing gaps or another order of steps would give other pixels than the reference."""
     image = noise(*size)
     assert (pixels(encode(image, "PNG")) == resized(image)).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
-def test_grey_palette_and_cmyk_equal_resizing_in_colour(mode: str) -> None:
-    """Grey takes a shortcut through one channel, and resizing palette indices would mix colours."""
+def test_gray_palette_and_cmyk_equal_resizing_in_rgb(mode: str) -> None:
+    """Gray images take a shortcut through one channel, and resizing palette indices would mix colors."""
     image = noise(40, 30).convert(mode)
     assert (pixels(encode(image, "TIFF")) == resized(image)).all()
 
@@ -55,7 +56,8 @@ def test_grey_palette_and_cmyk_equal_resizing_in_colour(mode: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_turns_the_picture_once(image_format: str, orientation: int) -> None:
-    """Phone pictures came out on their side; TIFFs, which Pillow turns by itself, came out turned twice."""
+    """Pictures from phones must not lie on their side, and TIFFs, which Pillow turns itself, must not turn
+    twice."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(noise(48, 20), image_format, exif=exif)
@@ -72,14 +74,14 @@ def test_exif_turns_the_picture_once(image_format: str, orientation: int) -> Non
 @pytest.mark.parametrize(
     "block", [b"", b"no TIFF at all", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x02\x01\x12"]
 )
-def test_damaged_exif_costs_nothing_but_the_turn(block: bytes) -> None:
+def test_damaged_exif_only_loses_the_turn(block: bytes) -> None:
     image = noise(40, 30)
     data = encode(image, "JPEG", quality=95, exif=b"Exif\0\0" + block)
     assert (pixels(data) == resized(Image.open(io.BytesIO(encode(image, "JPEG", quality=95))))).all()
 
 
-def test_alpha_lies_on_white() -> None:
-    """Dropping alpha shows what the transparent pixels hide, mostly black."""
+def test_alpha_is_laid_on_white() -> None:
+    """Dropping alpha would show the hidden color of transparent pixels, mostly black."""
     half_red = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
     assert flat(half_red, "PNG") == [255, 127, 127]
     assert flat(half_red, "TIFF") == [255, 127, 127]
@@ -88,8 +90,8 @@ def test_alpha_lies_on_white() -> None:
     assert flat(Image.new("RGBA", (8, 8), (10, 20, 30, 255)), "PNG") == [10, 20, 30]
 
 
-def test_transparency_without_an_alpha_channel_lies_on_white_too() -> None:
-    """A colour, a palette index or a palette's own alpha may be transparent."""
+def test_transparency_without_an_alpha_channel_is_laid_on_white_too() -> None:
+    """A color, a palette index or a palette's own alpha can be transparent."""
     palette = Image.new("P", (8, 8), 3)
     palette.putpalette([9, 9, 9] * 256)
     assert flat(palette, "PNG", transparency=3) == [255, 255, 255]
@@ -102,41 +104,41 @@ def test_transparency_without_an_alpha_channel_lies_on_white_too() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_first_frame_of_animations(image_format: str) -> None:
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    first, *others = (Image.new("RGB", (16, 16), colour) for colour in colours)
+def test_the_first_frame_of_an_animation_is_read(image_format: str) -> None:
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, *others = (Image.new("RGB", (16, 16), color) for color in colors)
     options = {"lossless": True} if image_format == "WEBP" else {}
     assert flat(first, image_format, save_all=True, append_images=others, **options) == [200, 0, 0]
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled(image_format: str) -> None:
-    """Pillow's own conversion clips at 255: nearly all of such a picture came out white."""
+def test_16_bit_gray_is_scaled(image_format: str) -> None:
+    """Pillow's own conversion clips at 255, which makes nearly all of such a picture white."""
     values = np.linspace(0, 65535, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
     data = encode(Image.fromarray(values), image_format)
     assert (pixels(data)[..., 1] == values >> 8).all()
 
 
-def test_sixteen_bit_grey_of_the_other_byte_order_is_scaled() -> None:
+def test_16_bit_gray_of_the_other_byte_order_is_scaled() -> None:
     values = np.linspace(0, 65535, SIZE * SIZE).astype(">u2").reshape(SIZE, SIZE)
     data = encode(Image.frombytes("I;16B", (SIZE, SIZE), values.tobytes()), "TIFF")
     assert (pixels(data)[..., 1] == values >> 8).all()
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bit_grey_is_stretched_from_least_to_most(dtype: type) -> None:
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_32_bit_gray_is_stretched_from_minimum_to_maximum(dtype: str) -> None:
     values = np.linspace(-3000, 90000, SIZE * SIZE).astype(dtype).reshape(SIZE, SIZE)
-    grey = pixels(encode(Image.fromarray(values), "TIFF"))[..., 0].astype(float)
-    assert np.abs(grey - (values + 3000.0) * 255 / 93000).max() <= 1
+    gray = pixels(encode(Image.fromarray(values), "TIFF"))[..., 0].astype(float)
+    assert np.abs(gray - (values + 3000.0) * 255 / 93000).max() <= 1
 
 
-def test_numbers_that_are_none_make_a_picture_still() -> None:
+def test_nan_pixels_still_make_a_picture() -> None:
     values = np.full((8, 8), np.nan, np.float32)
     assert flat(Image.fromarray(values), "TIFF") == [0, 0, 0]
 
 
-def test_cmyk_jpegs_keep_their_colours() -> None:
-    """Adobe writes CMYK JPEGs inverted: read as they stand, red turns into its complement."""
+def test_cmyk_jpegs_keep_their_colors() -> None:
+    """Adobe inverts CMYK JPEGs: without a second inversion, red becomes its complement."""
     red, green, blue = flat(Image.new("RGB", (16, 16), (220, 30, 40)).convert("CMYK"), "JPEG", quality=95)
     assert abs(red - 220) < 8 and abs(green - 30) < 8 and abs(blue - 40) < 8
 
@@ -149,7 +151,7 @@ def test_every_format_and_mode_is_read(name: str, data: bytes) -> None:
 
 
 def test_draft_reads_large_jpegs_smaller_and_others_exactly() -> None:
-    """The difference stays below 2 of 255 on a smooth picture, and the original size is still told."""
+    """On a smooth picture the mean difference is below 2 of 255, and the original size is still reported."""
     ramp = np.linspace(0, 255, 512).astype(np.uint8)
     smooth = Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:384, None], ramp[None]), -1))
     draft = ImageLimits(jpeg_draft=True)
@@ -161,7 +163,7 @@ def test_draft_reads_large_jpegs_smaller_and_others_exactly() -> None:
     difference = np.abs(image.array(SIZE).astype(int) - pixels(jpeg).astype(int))
     assert difference.max() > 0 and difference.mean() < 2
     assert (pixels(png, limits=draft) == pixels(png)).all()
-    assert (pixels(jpeg, 200, draft) == pixels(jpeg, 200)).all()  # below twice the size nothing is drafted
+    assert (pixels(jpeg, 200, draft) == pixels(jpeg, 200)).all()  # there is no draft below twice the size
 
 
 # --- Statuses
@@ -173,15 +175,15 @@ def test_no_bytes_are_a_missing_image() -> None:
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_half_a_file_is_undecodable(image_format: str) -> None:
-    """A grey lower half must not be captioned as if it were the picture."""
+    """A picture with a gray lower half must not be captioned as if it were complete."""
     data = encode(noise(64, 64), image_format)
     image = decode_image(data[: len(data) // 2], SIZE)
     assert image.status is Status.UNDECODABLE
     assert image.pixels is None and image.error
 
 
-def test_other_formats_are_not_even_tried() -> None:
-    """Pillow would run Ghostscript on a PostScript file; the tried formats are a closed list."""
+def test_other_formats_are_not_opened() -> None:
+    """Pillow would run Ghostscript on a PostScript file, so the list of formats is closed."""
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     for data in (
         encode(noise(8, 8), "PPM"),
@@ -193,12 +195,12 @@ def test_other_formats_are_not_even_tried() -> None:
         image = decode_image(data, SIZE)
         assert (image.status, image.error) == (
             Status.UNDECODABLE,
-            "the bytes are no readable JPEG, PNG, WEBP, GIF, BMP or TIFF file",
+            "the bytes are not a readable JPEG, PNG, WEBP, GIF, BMP or TIFF file",
         )
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises this size and has no pixels at all."""
+    """Return a PNG that claims this size and has no pixels at all."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -208,14 +210,14 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [101, 20_000, 2**31 - 1])
-def test_a_bomb_is_told_by_its_header(side: int) -> None:
-    """It must never be unpacked: these have nothing to unpack and would be undecodable if it were tried."""
+def test_a_decompression_bomb_is_recognized_by_its_header(side: int) -> None:
+    """It must not be decoded: these files have no pixels, so an attempt would give another status."""
     assert (
         decode_image(png_header(side, side), SIZE, ImageLimits(max_pixels=10_000)).status is Status.TOO_LARGE
     )
 
 
-def test_the_pixel_limit_itself_is_allowed() -> None:
+def test_an_image_at_the_pixel_limit_is_allowed() -> None:
     limits = ImageLimits(max_pixels=1200)
     assert decode_image(encode(noise(40, 30), "PNG"), SIZE, limits).status is Status.OK
     image = decode_image(encode(noise(41, 30), "PNG"), SIZE, limits)
@@ -233,14 +235,14 @@ def test_too_many_bytes_are_not_opened() -> None:
     assert "max_file_bytes" in (image.error or "")
 
 
-def test_a_picture_without_area_is_undecodable() -> None:
+def test_an_image_without_area_is_undecodable() -> None:
     for size in ((0, 0), (0, 5), (5, 0)):
         assert decode_image(png_header(*size), SIZE).status is Status.UNDECODABLE
 
 
 @pytest.mark.parametrize("name", ["max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-def test_limits_that_limit_nothing_are_refused(name: str, value: float) -> None:
+def test_impossible_limits_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be above 0"):
         ImageLimits(**{name: value})
 
@@ -260,7 +262,7 @@ def test_arrays_and_pil_images_get_the_same_pixels_as_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "complaint"),
+    ("image", "message"),
     [
         (Image.new("RGB", (0, 4)), "must have pixels, got 0 x 4"),
         (np.zeros((4, 0, 3), np.uint8), r"got uint8\[4, 0, 3\]"),
@@ -270,9 +272,9 @@ def test_arrays_and_pil_images_get_the_same_pixels_as_bytes() -> None:
         ("picture.jpg", "got str"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        resize_image(image, SIZE)  # type: ignore[arg-type]
+def test_what_is_no_image_is_refused(image: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resize_image(image, SIZE)  # type: ignore[arg-type]  # what it refuses
 
 
 def test_a_pil_image_that_cannot_be_loaded_is_refused() -> None:
@@ -281,13 +283,13 @@ def test_a_pil_image_that_cannot_be_loaded_is_refused() -> None:
         resize_image(Image.open(io.BytesIO(data[: len(data) // 2])), SIZE)
 
 
-def test_pixels_that_are_not_there_are_not_viewed() -> None:
+def test_an_image_without_pixels_has_no_array() -> None:
     with pytest.raises(ValueError, match="undecodable, no"):
         DecodedImage(status=Status.UNDECODABLE, error="no").array(SIZE)
 
 
 def test_children_import_neither_numpy_nor_torch() -> None:
-    """A child must be up in a tenth of a second, and there may be one per core."""
+    """A child must start in a tenth of a second, and there may be one per core."""
     program = "import sys, blip2_actor.preprocessing.decode_child; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -25,8 +25,8 @@ from pipeline.report.report import make_report
 from pipeline.report.statistics import FrequentTexts, Statistics
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
 

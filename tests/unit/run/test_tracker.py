@@ -5,7 +5,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.shard_progress import ShardProgress
 from pipeline.run.tracker import Tracker
-from pipeline.stages.coordinator import Receipt
+from pipeline.stages.receipts import Receipt
 
 
 def open_shard(name="a", done=(), report=None, num_rows=None) -> ShardProgress:

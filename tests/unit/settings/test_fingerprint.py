@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
-from pipeline.settings.settings import CaptionSettings, from_dict
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
 
 
 def test_each_difference_of_a_fingerprint_is_named_and_equal_ones_pass():

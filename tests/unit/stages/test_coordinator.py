@@ -1,89 +1,89 @@
-"""The row that kills its process must be found alone, and no neighbour condemned with it."""
-
-import threading
+"""The row that kills its process must be found, and no row next to it may fail with it."""
 
 from pipeline.ledger.rowset import RowSet
-from pipeline.stages.coordinator import Coordinator, Receipt
-from pipeline.stages.write import CAREFUL_ROWS, SharedExclusiveLock, careful_steps
+from pipeline.stages.careful_replay import STEP_ROWS, steps
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.receipts import Receipt
 
 
 def test_a_call_that_ends_is_forgotten():
     coordinator = Coordinator()
-    assert coordinator.begin("call").number == 1
-    coordinator.end("call")
-    assert coordinator.begin("call").number == 1
+    assert coordinator.begin_call("call").num_starts == 1
+    coordinator.end_call("call")
+    assert coordinator.begin_call("call").num_starts == 1
 
 
-def test_a_call_that_dies_comes_back_with_what_it_had_written():
+def test_a_call_that_died_starts_again_with_what_it_had_written():
     coordinator = Coordinator()
-    coordinator.begin("call")
+    coordinator.begin_call("call")
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
     coordinator.wrote("call", [(0, 2)], [receipt])
-    again = coordinator.begin("call")
-    assert (again.number, again.finished, again.receipts) == (2, ((0, 2),), (receipt,))
-    assert (again.suspects, again.condemned) == ((), frozenset())
+    history = coordinator.begin_call("call")
+    assert (history.num_starts, history.finished, history.receipts) == (2, ((0, 2),), (receipt,))
+    assert (history.run_alone, history.failed) == ((), frozenset())
 
 
-def test_rows_that_ran_together_become_suspects_and_a_row_alone_is_condemned_at_its_second_death():
+def test_rows_that_ran_together_must_run_alone_and_a_row_fails_at_its_second_death_alone():
     coordinator = Coordinator()
-    coordinator.begin("call")
-    coordinator.begin("call")
-    coordinator.trying("call", 4, 8)
-    assert coordinator.begin("call").suspects == ((4, 8),)
-    for row in (4, 6):  # a death among others does not count
-        coordinator.trying("call", row, row + 1)
-        assert coordinator.begin("call").condemned == frozenset()
-    coordinator.trying("call", 6, 7)
-    assert coordinator.begin("call").condemned == {6}
+    coordinator.begin_call("call")
+    coordinator.begin_call("call")
+    coordinator.begin_step("call", 4, 8)
+    assert coordinator.begin_call("call").run_alone == ((4, 8),)
+    for row in (4, 6):  # a death while it ran with others does not count
+        coordinator.begin_step("call", row, row + 1)
+        assert coordinator.begin_call("call").failed == frozenset()
+    coordinator.begin_step("call", 6, 7)
+    assert coordinator.begin_call("call").failed == {6}
 
 
-def test_rows_that_were_written_are_not_suspected():
+def test_rows_that_were_written_need_not_run_alone():
     coordinator = Coordinator()
-    coordinator.begin("call")
-    coordinator.trying("call", 0, 4)
+    coordinator.begin_call("call")
+    coordinator.begin_step("call", 0, 4)
     coordinator.wrote("call", [(0, 4)], [])
-    assert coordinator.begin("call").suspects == ()
+    assert coordinator.begin_call("call").run_alone == ()
 
 
-def run_until_done(poison: set[int], num_rows: int) -> tuple[set[int], int]:
-    """Play a call whose process dies on poison rows; give the condemned rows and the deaths."""
-    coordinator, failed = Coordinator(), set()
-    coordinator.begin("call")  # the first attempt, all at once
-    if not poison:
+def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
+    """Run a call whose process dies on some rows; return the rows that failed and the number of deaths."""
+    coordinator = Coordinator()
+    failed: set[int] = set()
+    coordinator.begin_call("call")  # the first run, all rows at once
+    if not killers:
         return failed, 0
     for deaths in range(1, 100):
-        attempt = coordinator.begin("call")
-        todo = [row for row in range(num_rows) if row not in RowSet(attempt.finished)]
-        for step in careful_steps(todo, RowSet(attempt.suspects)):
-            if step[0] in attempt.condemned:
+        history = coordinator.begin_call("call")
+        todo = [row for row in range(num_rows) if row not in RowSet(history.finished)]
+        for step in steps(todo, RowSet(history.run_alone)):
+            if step[0] in history.failed:
                 failed.add(step[0])
             else:
-                coordinator.trying("call", step[0], step[-1] + 1)
-                if poison & set(step):
+                coordinator.begin_step("call", step[0], step[-1] + 1)
+                if killers & set(step):
                     break
             coordinator.wrote("call", [(step[0], step[-1] + 1)], [])
         else:
             return failed, deaths
-    raise AssertionError("never done")
+    raise AssertionError("the call never ends")
 
 
-def test_exactly_the_poison_is_condemned():
+def test_only_the_rows_that_kill_fail():
     assert run_until_done({100}, 200) == ({100}, 4)
     failed, deaths = run_until_done({0, 31, 32, 199}, 200)
     assert failed == {0, 31, 32, 199}
     assert deaths <= 1 + 4 * 3
 
 
-def test_steps_are_runs_of_neighbours_and_suspects_go_alone():
+def test_steps_are_runs_of_neighbors_and_some_rows_run_alone():
     todo = [0, 1, 2, 5, 6, 7]
-    assert list(careful_steps(todo, RowSet([(1, 2), (6, 8)]))) == [[0], [1], [2], [5], [6], [7]]
-    assert [len(step) for step in careful_steps(range(80), RowSet())] == [CAREFUL_ROWS, CAREFUL_ROWS, 16]
+    assert list(steps(todo, RowSet([(1, 2), (6, 8)]))) == [[0], [1], [2], [5], [6], [7]]
+    assert [len(step) for step in steps(range(80), RowSet())] == [STEP_ROWS, STEP_ROWS, 16]
 
 
-def test_news_are_told_once_and_a_silent_worker_ages():
+def test_receipts_are_returned_once_and_a_silent_worker_ages():
     coordinator = Coordinator()
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
-    coordinator.begin("call")
+    coordinator.begin_call("call")
     coordinator.wrote("call", [(0, 2)], [receipt])
     coordinator.report("decode", "worker", 2.0, 4.0)
     receipts, loads = coordinator.news()
@@ -93,37 +93,3 @@ def test_news_are_told_once_and_a_silent_worker_ages():
     later, loads_later = coordinator.news()
     assert later == []
     assert loads_later["decode"]["worker"].alive_s > loads["decode"]["worker"].alive_s
-
-
-def test_who_wants_the_room_alone_waits_for_the_others_and_keeps_new_ones_out():
-    room, order = SharedExclusiveLock(), []
-    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
-
-    def sharing() -> None:
-        with room.shared():
-            inside.set()
-            leave.wait()
-            order.append("first")
-
-    def wanting_alone() -> None:
-        inside.wait()
-        waiting.set()
-        with room.exclusive():
-            order.append("alone")
-
-    def late() -> None:
-        with room.shared():
-            order.append("late")
-
-    threads = [threading.Thread(target=target) for target in (sharing, wanting_alone)]
-    for thread in threads:
-        thread.start()
-    waiting.wait()
-    while not room._want_alone:
-        pass
-    threads.append(threading.Thread(target=late))
-    threads[-1].start()
-    leave.set()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert order == ["first", "alone", "late"]

@@ -1,27 +1,29 @@
-"""Scores by a retrieval checkpoint: beside the captioning engine, or as all that a run makes."""
+"""Scores by a retrieval checkpoint: next to the captioning engine, or as the only output of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from blip2_actor import EngineConfig, GenerationOptions, MatchingConfig
+from blip2_actor import EngineConfig, Match, MatchingConfig
+from blip2_actor.testing import IMAGE_SIZE_PX, random_images, save_tiny_retrieval_checkpoint
 from blip2_actor.testing.fake_engine import FakeEngineConfig, fake_caption
-from blip2_actor.testing.tiny_checkpoints import IMAGE_SIZE_PX, images
-from blip2_actor.testing.tiny_retrieval import save_retrieval_checkpoint
-from pipeline.settings.outputs import Outputs
-from pipeline.settings.settings import CaptionSettings, ScoreSettings
+from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.job_settings import CaptionSettings, ScoreSettings
+from pipeline.settings.outputs import Outputs, ScoreKind
 from pipeline.stages.caption import CaptionStage
-from pipeline.stages.decode import PIXELS
+from tests.unit.stages.decoded_tables import decoded
 
 FAKE = FakeEngineConfig(image_size_px=IMAGE_SIZE_PX)
-TEXTS = ["a dog", "two cats on the sofa", None]
+TEXTS = ["a dog", "two cats on the sofa"]
+"""The third picture has none."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
 
 
 @pytest.fixture(scope="module")
@@ -31,51 +33,46 @@ def config(folder: Path) -> MatchingConfig:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    return list(images(3).numpy())
+    return list(random_images(3).numpy())
 
 
-def decoded(pictures: list[np.ndarray]) -> pa.Table:
-    return pa.table(
-        {
-            "status": pa.array(["ok"] * len(pictures)),
-            "error": pa.nulls(len(pictures), pa.string()),
-            "width": pa.array([1] * len(pictures), pa.int32()),
-            "height": pa.array([2] * len(pictures), pa.int32()),
-            "sha256": pa.array([b"x"] * len(pictures), pa.binary()),
-            "alt": pa.array(TEXTS[: len(pictures)], pa.string()),
-            PIXELS: pa.array([picture.tobytes() for picture in pictures], pa.binary()),
-        }
-    )
+def with_texts(pictures: list[np.ndarray]) -> pa.Table:
+    return decoded(pictures, alt=pa.array([*TEXTS, None], pa.string()))
+
+
+def of_kind(match: Match, kind: ScoreKind) -> float | None:
+    return match.itm if kind == "itm" else match.itc
 
 
 @pytest.mark.parametrize("kind", ["itm", "itc"])
-def test_captions_and_texts_are_matched_in_the_same_run(kind, folder, config, pictures):
+def test_captions_and_texts_are_matched_in_the_same_run(kind: ScoreKind, folder, config, pictures):
     with config.build() as reference:
         captions = [fake_caption(picture) for picture in pictures]
-        of_captions = [getattr(m, kind) for m in reference.score(pictures, captions)]
-        of_texts = [getattr(m, kind) for m in reference.score(pictures[:2], TEXTS[:2])]  # type: ignore[arg-type]
+        of_captions = [of_kind(match, kind) for match in reference.score(pictures, captions)]
+        of_texts = [of_kind(match, kind) for match in reference.score(pictures[:2], TEXTS)]
     outputs = Outputs.of(
         scores={"fit": "caption", "alt_fit": "alt"}, score_model=str(folder), score_kind=kind
     )
-    stage = CaptionStage(FAKE, GenerationOptions(), outputs=outputs)
-    table = stage(decoded(pictures))
+    stage = CaptionStage(CaptionSpec(engine=FAKE, outputs=outputs))
+    table = stage(with_texts(pictures))
     assert table["caption"].to_pylist() == captions
     assert table["fit"].to_pylist() == pytest.approx(of_captions, abs=1e-5)
     assert table["alt_fit"].to_pylist()[:2] == pytest.approx(of_texts, abs=1e-5)
     assert table["alt_fit"].to_pylist()[2] is None
-    assert stage._embeddings_and_scores._matcher.stats().num_images_encoded == 3, "once for both columns"
+    matcher = stage._embeddings_and_scores._matcher
+    assert matcher is not None and matcher.stats().num_images_encoded == 3, "once for both columns"
     assert stage.busy_s > stage.actor.stats().busy_s
 
 
-def test_a_run_of_scores_alone_loads_the_retrieval_checkpoint_alone(folder, config, pictures):
+def test_a_run_that_makes_only_scores_loads_only_the_retrieval_checkpoint(folder, config, pictures):
     asked = ScoreSettings(input=("i",), output="o", text_column="alt", score_model=str(folder))
     builder = asked.job().builder
     assert isinstance(builder, MatchingConfig)
     assert asked.job().fingerprint(builder.info()).parts["model"] == config.info().digest
-    stage = CaptionStage(builder, GenerationOptions(), outputs=asked.job().outputs)
-    table = stage(decoded(pictures))
+    stage = CaptionStage(replace(asked.job().spec(), text_prefix=""))
+    table = stage(with_texts(pictures))
     with config.build() as reference:
-        right = [match.itm for match in reference.score(pictures[:2], TEXTS[:2])]  # type: ignore[arg-type]
+        right = [match.itm for match in reference.score(pictures[:2], TEXTS)]
     assert table["score"].to_pylist()[:2] == pytest.approx(right, abs=0.02), "bfloat16 may be the default"
     assert "caption" not in table.column_names
     assert stage.busy_s > 0
@@ -92,30 +89,32 @@ def test_the_checkpoint_and_the_kind_are_in_the_fingerprint(folder):
     assert fingerprint(score_model=str(folder), score_kind="itm") == itm
 
 
-def test_a_pinned_revision_is_what_is_loaded_and_in_the_fingerprint(folder, monkeypatch):
-    """Unpinned, a branch that moves in the middle of a run ends it, and no later run has the same scores."""
+def test_a_pinned_revision_is_loaded_and_in_the_fingerprint(folder, monkeypatch):
+    """Without it, a branch that moves during a run ends the run, and no later run has the same scores."""
     monkeypatch.setattr(
         "blip2_actor.checkpoints.checkpoint.fetch_from_hub",
         lambda name, revision, patterns: (folder, f"commit of {revision}"),
     )
-    model = {"score_model": "hub/name", "score_revision": "v2"}
-    exclusive = ScoreSettings(input=("i",), output="o", text_column="alt", **model).job()
-    beside = CaptionSettings(input=("i",), output="o", outputs=Outputs(score=("fit=caption",), **model))
-    assert exclusive.builder.revision == "v2"
-    assert exclusive.fingerprint(exclusive.builder.info()).parts["model"] == "commit of v2"
-    assert beside.builder.revision is None
-    assert beside.fingerprint(FAKE.info()).parts["score_model"] == "commit of v2"
+    alone = ScoreSettings(
+        input=("i",), output="o", text_column="alt", score_model="hub/name", score_revision="v2"
+    ).job()
+    outputs = Outputs(score=("fit=caption",), score_model="hub/name", score_revision="v2")
+    with_captions = CaptionSettings(input=("i",), output="o", outputs=outputs)
+    assert isinstance(alone.builder, MatchingConfig) and alone.builder.revision == "v2"
+    assert alone.fingerprint(alone.builder.info()).parts["model"] == "commit of v2"
+    assert isinstance(with_captions.builder, EngineConfig) and with_captions.builder.revision is None
+    assert with_captions.fingerprint(FAKE.info()).parts["score_model"] == "commit of v2"
 
 
 def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
-    """Its images would be resized from what was resized already."""
+    """It would get images that have been resized twice."""
     outputs = Outputs(score=("fit=caption",), score_model=str(folder))
     with pytest.raises(ValueError, match="score_model must take images of 32 px as the model does, got 28"):
         CaptionSettings(input=("i",), output="o", outputs=outputs).fingerprint(FakeEngineConfig().info())
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (
             lambda: Outputs(score=("a=caption",), score_kind="itc"),
@@ -158,6 +157,6 @@ def test_a_checkpoint_for_images_of_another_size_is_refused(folder):
         ),
     ],
 )
-def test_what_would_have_no_effect_is_refused(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_without_effect_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The guard's marks are taken at their word: a mark on a good caption is as wrong as none on a bad one."""
+"""People delete captions that have flags: a flag on a good caption is as wrong as none on a bad one."""
 
 import pytest
 
@@ -15,12 +15,12 @@ from pipeline.stages.quality_flags import find_flags, stricter
         "猫",
     ],
 )
-def test_ordinary_captions_have_no_mark(text):
+def test_ordinary_captions_have_no_flags(text):
     assert find_flags(text) == find_flags(text, "a photo of") == []
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "...", "- -"])
-def test_nothing_said_is_empty(text):
+def test_a_caption_without_words_is_empty(text):
     assert find_flags(text, "a photo of") == ["empty"]
 
 
@@ -34,7 +34,7 @@ def test_nothing_said_is_empty(text):
         "it starts well and then then again then again then again",
     ],
 )
-def test_words_that_follow_themselves_again_and_again_loop(text):
+def test_words_that_are_repeated_several_times_loop(text):
     assert find_flags(text) == ["looping"]
 
 
@@ -43,21 +43,21 @@ def test_words_that_follow_themselves_again_and_again_loop(text):
     [
         ("a photo of a cat", "a photo of", True),
         ("A photo of", "a photo of", True),
-        ("what colour is it", "Question: what colour is it? Answer:", True),
+        ("what color is it", "Question: what color is it? Answer:", True),
         ("a cat", "Question: is it a cat or a dog? Answer:", False),
         ("a cat", "a", False),
         ("a cat", None, False),
     ],
 )
-def test_the_prompt_again_is_an_echo_and_a_short_answer_from_it_is_none(text, prompt, echoes):
+def test_a_repeated_prompt_is_an_echo_but_a_short_answer_from_it_is_not(text, prompt, echoes):
     assert find_flags(text, prompt) == (["echoes_prompt"] if echoes else [])
 
 
-def test_a_caption_may_have_several_marks():
+def test_a_caption_may_have_several_flags():
     assert find_flags("a photo of a photo of a photo of", "a photo of") == ["looping", "echoes_prompt"]
 
 
-def test_the_second_try_is_sterner_and_never_milder_than_the_first():
+def test_options_for_generating_again_are_stricter_and_never_weaker():
     first = GenerationOptions(max_new_tokens=2, repetition_penalty=2.0, no_repeat_ngram_size=2)
     second = stricter(first)
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (2.0, 2, 2)

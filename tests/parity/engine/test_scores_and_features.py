@@ -1,4 +1,4 @@
-"""Scores and features through the engine: equal to the reference, and one encode for all of them."""
+"""Scores and features through the engine equal the reference, and share one pass of the encoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
-from blip2_actor.testing.tiny_checkpoints import EOS, IMAGE, NUM_QUERIES, images, make_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 LANGUAGES = ["opt", "t5"]
 
@@ -34,22 +34,22 @@ def engine(checkpoint_folder: Callable[..., Path], language: str) -> Iterator[En
 
 @torch.no_grad()
 def test_scores_are_the_references_loss_per_row(engine, reference, language) -> None:
-    """Texts and prompts of several lengths in one call; padding would move every one of them."""
+    """Texts and prompts of several lengths in one call; padding would change every score."""
     model = reference(language)
     texts = ["a cat", "été", "two dogs on a sofa"]
     prompts = [None, "Question: who? Answer:", None]
-    pictures = images(3)
+    pictures = random_images(3)
     scores = engine.score([p.numpy() for p in pictures], texts, prompts)
     pixel_values = engine.model.normalizer(pictures, torch.float32)
     for row, (text, prompt, score) in enumerate(zip(texts, prompts, scores, strict=True)):
-        tokenizer = make_tokenizer(language)
-        start = tokenizer(prompt).input_ids if prompt else [2 if language == "opt" else EOS]
-        text_ids = [*tokenizer(text, add_special_tokens=False).input_ids, EOS]
+        tokenizer = tiny_tokenizer(language)
+        start = tokenizer(prompt).input_ids if prompt else [2 if language == "opt" else EOS_TOKEN_ID]
+        text_ids = [*tokenizer(text, add_special_tokens=False).input_ids, EOS_TOKEN_ID]
         if language == "opt":
-            ids = [IMAGE] * NUM_QUERIES + start + text_ids
+            ids = [IMAGE_TOKEN_ID] * NUM_QUERIES + start + text_ids
             labels = [-100] * (NUM_QUERIES + len(start)) + text_ids
         else:
-            ids, labels = [IMAGE] * NUM_QUERIES + start, text_ids
+            ids, labels = [IMAGE_TOKEN_ID] * NUM_QUERIES + start, text_ids
         loss = model(
             pixel_values=pixel_values[row : row + 1],
             input_ids=torch.tensor([ids]),
@@ -61,7 +61,7 @@ def test_scores_are_the_references_loss_per_row(engine, reference, language) -> 
 
 @torch.no_grad()
 def test_features_equal_the_references(engine, reference, language) -> None:
-    pictures = images(3)
+    pictures = random_images(3)
     expected = reference(language).get_image_features(engine.model.normalizer(pictures, torch.float32))
     found = engine.features([p.numpy() for p in pictures], with_image_embeds=True)
     for row, features in enumerate(found):
@@ -81,18 +81,18 @@ def test_text_features_equal_the_references(engine, checkpoint_folder, language)
     model = Blip2Model.from_pretrained(checkpoint_folder(language)).eval()
     texts = ["a cat", "été", "two dogs on a sofa"]
     for text, found in zip(texts, engine.text_features(texts), strict=True):
-        token_ids = torch.tensor([make_tokenizer(language)(text).input_ids])
+        token_ids = torch.tensor([tiny_tokenizer(language)(text).input_ids])
         expected = model.get_text_features(token_ids).last_hidden_state[0]
         assert_close(torch.from_numpy(found.features), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_attention_maps_equal_the_references(engine, checkpoint_folder, language) -> None:
-    """Through the engine, whose linear layers are packed."""
+    """They come through the engine, whose linear layers are packed."""
     model = Blip2ForConditionalGeneration.from_pretrained(
         checkpoint_folder(language), attn_implementation="eager"
     ).eval()
-    pictures = images(2)
+    pictures = random_images(2)
     image_embeds = model.vision_model(engine.model.normalizer(pictures, torch.float32)).last_hidden_state
     expected = model.qformer(
         model.query_tokens.expand(2, -1, -1), encoder_hidden_states=image_embeds, output_attentions=True
@@ -106,15 +106,15 @@ def test_attention_maps_equal_the_references(engine, checkpoint_folder, language
 
 
 def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
-    """Two ways through the model (slots, teacher forcing) must agree on the same tokens."""
-    shared = engine.image(images(1)[0].numpy())
+    """Two ways through the model, slots and teacher forcing, must agree on the same tokens."""
+    shared = engine.image(random_images(1)[0].numpy())
     result = engine.generate([Request(image=shared)], GenerationOptions(max_new_tokens=9))[0]
     rows = [(shared, engine.prompts.encode(None), list(result.token_ids))]
-    assert sum(engine._runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
+    assert sum(engine._core.runner.text_logprobs(rows)[0]) == pytest.approx(result.logprob, abs=1e-3)
 
 
-def test_caption_answers_score_and_embedding_cost_one_encode(engine) -> None:
-    shared = engine.image(images(1, 7)[0].numpy())
+def test_captions_scores_and_features_of_an_image_need_one_pass(engine) -> None:
+    shared = engine.image(random_images(1, 7)[0].numpy())
     before = engine.stats().num_images_encoded
     engine.generate([Request(image=shared, prompt=p) for p in (None, "what?", "who?")])
     engine.score([shared, shared], ["a cat", "a dog"])
@@ -123,7 +123,7 @@ def test_caption_answers_score_and_embedding_cost_one_encode(engine) -> None:
 
 
 def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
-    good = images(1)[0].numpy()
+    good = random_images(1)[0].numpy()
     scores = engine.score([good, b"junk", good], ["a", "a", ""])
     assert [s.status for s in scores] == [Status.OK, Status.UNDECODABLE, Status.REFUSED]
     assert engine.features([b"junk"])[0].status is Status.UNDECODABLE
@@ -138,8 +138,9 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
 
 
 def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -> None:
-    """The caller's thread would run beside a decode step, on the same device and with other thread counts."""
-    pictures = [image.numpy() for image in images(2)]
+    """In the caller's thread they would run during a decode step, on the same device and with other thread
+    counts."""
+    pictures = [image.numpy() for image in random_images(2)]
     seen = []
 
     def fails(rows: object) -> None:
@@ -147,7 +148,7 @@ def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -
         raise torch.OutOfMemoryError("one text alone does not fit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "text_logprobs", fails)
+        patch.setattr(engine._core.runner, "text_logprobs", fails)
         running = engine.submit(Request(image=pictures[0]), GenerationOptions(max_new_tokens=20))
         with pytest.raises(torch.OutOfMemoryError, match="one text alone"):
             engine.score(pictures, ["a", "b"])

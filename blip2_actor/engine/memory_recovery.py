@@ -1,0 +1,97 @@
+"""What the scheduler does when the device runs out of memory.
+
+It halves what it does at once and tries again. In this order: the encode batch or the prefill batch; then the
+slots, which gives their memory back but restarts all running texts; and when one image, one prompt or one
+text alone does not fit, its requests fail and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.out_of_memory import Limits, OutOfMemory
+from blip2_actor.engine.request_queues import EncodeQueue, ReadyQueue
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.slot_table import SlotTable
+from blip2_actor.request import Result
+from blip2_actor.status import Status
+
+
+class MemoryRecovery:
+    """Puts failed work back into the scheduler's queues, and lowers the limits."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: Limits,
+        waiting: EncodeQueue,
+        ready: ReadyQueue,
+        slots: SlotTable,
+    ) -> None:
+        self._runner = runner
+        self._limits = limits
+        self._waiting = waiting
+        self._ready = ready
+        self._slots = slots
+
+    def after_encode(self, images: list[EncodedImage], out_of_memory: OutOfMemory) -> None:
+        """Queue the images again, and encode fewer at once."""
+        self._waiting.put_back(images)
+        if len(images) > self._limits.encode_batch:
+            return  # this pass began before the batch was halved for another one
+        if self._limits.halve_encode_batch():
+            return
+        if self._limits.max_slots > 1:
+            self.after_step(out_of_memory)
+        else:
+            _fail(self._waiting.take_first(), out_of_memory)
+
+    def after_prefill(self, requests: list[RequestState], out_of_memory: OutOfMemory) -> None:
+        """Take the requests out of their slots, and prefill fewer at once."""
+        self._restart(requests)
+        if self._limits.halve_prefill_batch(len(requests)):
+            return
+        if self._limits.max_slots > 1:
+            self.after_step(out_of_memory)
+        else:
+            _fail([self._ready.take_first()], out_of_memory)
+
+    def after_step(self, out_of_memory: OutOfMemory) -> None:
+        """Go on with half the slots. All texts start again, because there is no memory to move them in.
+
+        The text in a last slot fails alone.
+
+        Raises:
+            OutOfMemoryError: there is only one slot, and no text in it.
+        """
+        requests = self._slots.requests
+        if self._limits.halve_slots():
+            self._restart(requests)
+            self._slots.shrink(self._limits.max_slots)
+            self._runner.shrink(self._limits.max_slots)
+            self._ready.check_again()
+        elif requests:
+            self._slots.free(self._slots.texts)
+            self._runner.shrink(1)
+            _fail(requests, out_of_memory)
+        else:
+            raise torch.OutOfMemoryError(out_of_memory.reason)
+
+    def _restart(self, requests: list[RequestState]) -> None:
+        """Take requests out of their slots, and put them in front of the ready queue."""
+        restarting = set(requests)
+        self._slots.free([text for text in self._slots.texts if text.request in restarting])
+        for request in requests:
+            request.restart()
+        self._ready.put_back(requests)
+
+
+def _fail(requests: Sequence[RequestState], out_of_memory: OutOfMemory) -> None:
+    """End requests that do not fit even alone."""
+    for request in requests:
+        if not request.is_dropped() and not request.future.done():
+            request.resolve(Result(status=Status.FAILED, error=f"out of memory: {out_of_memory.reason}"))

@@ -1,0 +1,138 @@
+"""The two queues in front of the slots: images that wait for the encoders, and requests that wait for a slot.
+
+One thread, the engine's, uses both. Only the length may be read from other threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.out_of_memory import Limits
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.request import Result
+from blip2_actor.status import Status
+
+
+class EncodeQueue:
+    """Images in order of arrival, and the requests that wait for each of them.
+
+    An image leaves the queue when its pass begins (`take`). Its requests wait here until the pass has ended
+    (`take_requests`), so an image that several requests share is encoded once.
+    """
+
+    def __init__(self) -> None:
+        self._images: deque[EncodedImage] = deque()
+        self._requests: dict[EncodedImage, list[RequestState]] = {}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def add(self, request: RequestState) -> None:
+        """Queue a request behind its image, and the image if it is neither queued nor being encoded."""
+        image = request.image
+        if image not in self._requests:
+            self._images.append(image)
+            self._requests[image] = []
+        self._requests[image].append(request)
+
+    @property
+    def first_arrival(self) -> int:
+        """Arrival of the oldest request for the first image."""
+        return self._requests[self._images[0]][0].arrival
+
+    def first_batch(self, size: int) -> list[EncodedImage]:
+        """Return the first `size` images and leave them here; none if fewer wait."""
+        return list(islice(self._images, size)) if len(self._images) >= size else []
+
+    def take(self, max_images: int) -> list[EncodedImage]:
+        """Remove the first images that a caller still wants; their requests go on waiting."""
+        taken: list[EncodedImage] = []
+        while self._images and len(taken) < max_images:
+            image = self._images.popleft()
+            wanting = [request for request in self._requests.pop(image) if not request.is_dropped()]
+            if wanting:
+                self._requests[image] = wanting
+                taken.append(image)
+        return taken
+
+    def put_back(self, images: list[EncodedImage]) -> None:
+        """Queue images in front again, because their pass did not succeed."""
+        self._images.extendleft(reversed(images))
+
+    def put_behind(self, image: EncodedImage) -> None:
+        """Queue an image again, because more of it is wanted than when its pass began."""
+        self._images.append(image)
+
+    def take_requests(self, image: EncodedImage) -> list[RequestState]:
+        """Remove the requests that waited for an image."""
+        return self._requests.pop(image)
+
+    def take_first(self) -> list[RequestState]:
+        """Remove the first image, and return the requests that waited for it."""
+        return self.take_requests(self._images.popleft())
+
+
+class ReadyQueue:
+    """Requests whose image is encoded, in the order in which they get slots."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._requests: deque[RequestState] = deque()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def first_arrival(self) -> int:
+        return self._requests[0].arrival
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that all these requests need together."""
+        return sum(request.num_slots for request in self._requests)
+
+    def add(self, request: RequestState) -> None:
+        """Queue a request for its slots.
+
+        A request that only wanted its image encoded is finished here. A request that needs more slots than
+        there are would wait forever, so it fails.
+        """
+        if not request.searches:
+            request.finish()
+        elif request.num_slots > (max_slots := self._limits.max_slots):
+            error = (
+                f"out of memory: num_beams and num_return_sequences must be at most {max_slots}, got "
+                f"{request.num_slots}; lower them, or give the engine more memory"
+            )
+            request.resolve(Result(status=Status.FAILED, error=error))
+        else:
+            self._requests.append(request)
+
+    def take(self, num_free_slots: int, max_requests: int) -> list[RequestState]:
+        """Remove the first requests that fit into the free slots; cancelled ones are dropped."""
+        taken: list[RequestState] = []
+        while self._requests and len(taken) < max_requests:
+            request = self._requests[0]
+            if not request.is_dropped():
+                if request.num_slots > num_free_slots:
+                    break
+                num_free_slots -= request.num_slots
+                taken.append(request)
+            self._requests.popleft()
+        return taken
+
+    def take_first(self) -> RequestState:
+        return self._requests.popleft()
+
+    def put_back(self, requests: Iterable[RequestState]) -> None:
+        """Queue requests in front again, in the given order."""
+        self._requests.extendleft(reversed(list(requests)))
+
+    def check_again(self) -> None:
+        """Fail requests that need more slots than there are now."""
+        requests, self._requests = self._requests, deque()
+        for request in requests:
+            self.add(request)

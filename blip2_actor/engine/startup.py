@@ -1,0 +1,94 @@
+"""What happens before the first request: load the weights, size the engine for its device, test it.
+
+It runs in the engine's thread, like everything that computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.loading import load_model
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer
+from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
+from blip2_actor.engine import self_test
+from blip2_actor.engine.cuda_graphs import capturer_for
+from blip2_actor.engine.input_processor import InputProcessor
+from blip2_actor.engine.memory import size_engine
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.models.layers import pack_for_cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedModel:
+    """A model on its device, ready for requests."""
+
+    runner: ModelRunner
+    input_processor: InputProcessor
+    max_slots: int
+    encode_batch: int
+    has_encode_worker: bool
+    """True if a second thread encodes, on a CPU with several cores."""
+    self_test: self_test.SelfTestRecord | None
+    """None if the self-test was skipped."""
+
+
+def start_model(
+    *,
+    model: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    num_threads: int,
+    max_slots: int | None,
+    encode_batch: int | None,
+    compile: bool | Literal["auto"],
+    device_map: str | None,
+    skip_self_test: bool,
+    skip_cuda_graphs: bool,
+) -> StartedModel:
+    """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
+
+    Raises:
+        ValueError: the configuration or the checkpoint cannot be run; the message names the field.
+        OSError: the checkpoint cannot be found or read.
+    """
+    place = resolve_device(device)
+    prepare_device(place)
+    checkpoint = resolve(model, revision)
+    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
+    is_compiled = resolve_compile(compile, device_map, place)
+    is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
+    if is_plain_cpu:
+        pack_for_cpu(loaded)
+    has_encode_worker = is_plain_cpu and num_threads > 1
+    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
+    prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
+    image_size_px = checkpoint.config.vision_config.image_size
+    # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
+    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots)
+    runner = ModelRunner(
+        loaded,
+        sizes.max_slots,
+        compiled_batch=sizes.encode_batch if is_compiled else None,
+        capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
+    )
+    has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
+    return StartedModel(
+        runner=runner,
+        input_processor=input_processor,
+        max_slots=sizes.max_slots,
+        encode_batch=sizes.encode_batch,
+        has_encode_worker=has_encode_worker,
+        self_test=_test(runner, prompts, image_size_px, checkpoint) if has_self_test else None,
+    )
+
+
+def _test(
+    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, checkpoint: Checkpoint
+) -> self_test.SelfTestRecord:
+    record = self_test.check(runner, prompts.empty_ids, image_size_px)
+    self_test.compare_with_last(record, CACHE_FOLDER / "self_test", checkpoint.digest(), runner.dtype)
+    return record

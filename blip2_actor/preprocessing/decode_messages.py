@@ -1,0 +1,72 @@
+"""The bytes that pass between a decoding child and its parent.
+
+    parent → child    uint64 length, then that many encoded bytes; one image after the other child → parent
+    one byte HELLO when it has started, then one reply per image, in the order of the requests
+
+The parent does not trust the child, which decodes untrusted bytes: replies are plain structs, and every field
+is checked.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from blip2_actor.preprocessing.images import DecodedImage
+from blip2_actor.status import Status
+
+HELLO = b"\x06"
+"""Sent once, after all imports: a child that dies before it has a broken installation, not a bad image."""
+REQUEST = struct.Struct("<Q")
+OUT_OF_MEMORY = 76
+"""Exit status of a child whose image needed more memory than `memory_bytes`."""
+
+_REPLY = struct.Struct("<BIIHI")
+"""Index into _STATUSES, width, height (0 if unknown), bytes of UTF-8 error, bytes of pixels; both follow."""
+_STATUSES = tuple(Status)
+
+
+class BadReply(Exception):
+    """The child has sent bytes that are no reply: its memory is damaged."""
+
+
+def pack_reply(image: DecodedImage) -> bytes:
+    """Return the reply of a child for one image."""
+    error = (image.error or "").encode()
+    pixels = image.pixels or b""
+    header = _REPLY.pack(
+        _STATUSES.index(image.status), image.width or 0, image.height or 0, len(error), len(pixels)
+    )
+    return b"".join((header, error, pixels))
+
+
+def unpack_reply(received: memoryview, start: int, num_pixel_bytes: int) -> tuple[DecodedImage, int] | None:
+    """Read the reply at `start` of the received bytes.
+
+    Args:
+        num_pixel_bytes: number of bytes of an image at the model's size.
+
+    Returns:
+        The image and the position after its reply, or None if the reply is not complete yet.
+
+    Raises:
+        BadReply: its status or its length is impossible.
+    """
+    if len(received) < start + _REPLY.size:
+        return None
+    status, width, height, num_error_bytes, num_pixels = _REPLY.unpack_from(received, start)
+    is_ok = status == _STATUSES.index(Status.OK)
+    if status >= len(_STATUSES) or num_pixels != (num_pixel_bytes if is_ok else 0):
+        raise BadReply
+    error_start = start + _REPLY.size
+    pixels_start = error_start + num_error_bytes
+    end = pixels_start + num_pixels
+    if len(received) < end:
+        return None
+    image = DecodedImage(
+        status=_STATUSES[status],
+        error=str(received[error_start:pixels_start], "utf-8", "replace") or None,
+        pixels=bytes(received[pixels_start:end]) or None,
+        width=width or None,
+        height=height or None,
+    )
+    return image, end

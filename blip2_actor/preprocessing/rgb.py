@@ -1,0 +1,83 @@
+"""Convert a loaded Pillow image to 8-bit RGB at the model's size, as a person sees it in a viewer.
+
+The order is fixed: 8 bits, transparency onto white, the EXIF turn, then one bicubic resize. For a plain RGB
+image the result is that of the checkpoint's own image processor, bit for bit; docs/preprocessing.md lists the
+other kinds of image, for which the processor has no rule.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import cast
+
+from PIL import Image
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_WIDTH_AND_HEIGHT = (5, 6, 7, 8)
+"""EXIF orientations of a picture that lies on its side."""
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of a loaded image, 1 to 8; 1 (upright) if its EXIF block is damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return 1
+
+
+def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.Image:
+    """Convert a loaded image to RGB, turn it by its EXIF orientation, and resize it to uint8[S, S, 3]."""
+    image = _to_8_bit_opaque(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    return resize_to_square(image, size_px)
+
+
+def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
+    """Resize an image of mode RGB or L; returns mode RGB."""
+    square = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    # A gray image is resized as one channel: the same bits as three channels, in half the time.
+    return square if square.mode == "RGB" else square.convert("RGB")
+
+
+def _to_8_bit_opaque(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to mode RGB, or to L if it is gray, with transparent parts in white."""
+    if image.mode.startswith("I;16"):
+        image = _keep_high_bytes(image)
+    elif image.mode in ("I", "F"):
+        image = _stretch(image)
+    if image.has_transparency_data:
+        return _lay_on_white(image)
+    if image.mode in ("RGB", "L"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _keep_high_bytes(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray as Pillow scales 16-bit color; Pillow's own conversion would clip at 255."""
+    first = 0 if image.mode == "I;16B" else 1
+    return Image.frombytes("L", image.size, image.tobytes()[first::2])
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """Map 32-bit integers or floats, whose range no format states, from their own range to 0 to 255."""
+    low, high = cast("tuple[float, float]", image.getextrema())
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+
+
+def _lay_on_white(image: Image.Image) -> Image.Image:
+    is_gray = image.mode in ("LA", "La")
+    image = image.convert("LA" if is_gray else "RGBA")
+    background = Image.new("L" if is_gray else "RGB", image.size, "white")
+    background.paste(image.getchannel("L") if is_gray else image, mask=image.getchannel("A"))
+    return background

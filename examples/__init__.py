@@ -1,0 +1,1 @@
+"""Short programs that show one use each; run them from the repository: `python -m examples.NAME --help`."""

@@ -1,0 +1,67 @@
+"""`CaptionSpec`: what the caption stage is to make of each image.
+
+The job, the plan and `pipeline.caption` each describe their work by one spec, and `CaptionStage` takes it. A
+rule about these values stands here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
+from pipeline.settings.outputs import Outputs
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSpec:
+    """A picklable description of the work on one dataset; validated when it is made."""
+
+    engine: EngineBuilder = field(default=EngineConfig())
+    """Builds the engine; a `MatchingConfig` if a retrieval checkpoint makes every output."""
+    options: GenerationOptions = field(default=GenerationOptions())
+    """How texts are generated."""
+    image_column: str = "image"
+    """Column with encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3]."""
+    prompt: str | None = None
+    """Text that every caption continues; None for plain captions."""
+    prompt_column: str | None = None
+    """Column with the prompt of each row, instead of `prompt`."""
+    outputs: Outputs = field(default=Outputs())
+    """What is made of each image: the caption, answers, vectors, scores."""
+    reuse_identical: bool = False
+    """Whether the texts of byte-identical images are generated once per actor."""
+    limits: ImageLimits = field(default=ImageLimits())
+    """What decoding one image may cost."""
+    text_prefix: str = ""
+    """Starts the names of the columns whose texts are scored."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_column is not None:
+            raise ValueError("prompt_column cannot be given together with prompt; give one of them")
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse settings with which no row could be served, before any work begins.
+
+        Raises:
+            ValueError: the model cannot take a prompt that every row would have, or the retrieval checkpoint
+                does not fit the model (see `Outputs.score_digest`).
+        """
+        self.outputs.score_digest(self.engine, info)
+        prompts = [text for text in (self.prompt, *self.outputs.asks.values()) if text]
+        if prompts:
+            self.engine.check_prompts(prompts, self.options.max_new_tokens)
+
+    @property
+    def result_fields(self) -> tuple[pa.Field, ...]:
+        """The columns with results that every dataset gets, in order."""
+        from pipeline.schema import result_fields  # needs pyarrow, which --help does not
+
+        return result_fields(self.outputs.caption, self.options.num_return_sequences)
+
+    def fields(self, info: ModelInfo) -> tuple[pa.Field, ...]:
+        """Return all columns that the stage adds: results, then the columns that the user has named."""
+        return (*self.result_fields, *self.outputs.fields(info))

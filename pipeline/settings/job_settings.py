@@ -1,0 +1,228 @@
+"""The settings of a job: one frozen dataclass per command, which also defines the command's flags.
+
+Captions, embeddings and scores are one job, `CaptionSettings`, with different outputs: `job()` of the other
+two commands returns it. `CaptionSettings` decides the fingerprint of a run and is stored in its `run.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
+from blip2_actor.flags import hiding, prefixed, written_as
+from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION, refuse_taken_names
+from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
+from pipeline.inputs.shards import without_secrets
+from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.fingerprint import ADDED_LATER, Fingerprint
+from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
+from pipeline.settings.placement import Placement
+
+NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns")
+"""Fields of `ReadOptions` that users cannot set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings that every job over an input has: input, output, model and actors."""
+
+    input: tuple[str, ...]
+    """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://."""
+    output: str
+    """Folder or URI for the results; the state of the run is kept in its subfolder _blip2."""
+    format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
+    """Kind of input, if the file names leave doubt."""
+    limit: int | None = None
+    """Process only the first N rows; default: all."""
+    max_failed_fraction: float = 0.0
+    """Exit with status 2 if a larger fraction of the rows fails. The job stops early if more than half of the
+    rows fail, or more than this fraction if it is above one half."""
+    fork: bool = False
+    """If the output was started with other settings, start a new output next to it."""
+    engine: EngineConfig = field(default=EngineConfig())
+    """model and device"""
+    reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
+    """columns and members"""
+    limits: ImageLimits = field(default=ImageLimits(), metadata=prefixed("image"))
+    """limits for one image"""
+    placement: Placement = field(default=Placement())
+    """actors"""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ValueError("input must name at least one file or folder, got none")
+        require_fraction(self.max_failed_fraction)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(JobSettings):
+    """Caption every image of an input into Parquet files, one per shard; run again to resume."""
+
+    prompt: str | None = None
+    """Text that every caption continues, such as "Question: what is this? Answer:"; default: no prompt."""
+    reuse_identical: bool = False
+    """Generate the texts of byte-identical images once per actor; this does not change the rows."""
+    outputs: Outputs = field(default=Outputs(), metadata=hiding("caption"))
+    """more outputs from the same pass of the vision encoder"""
+    generation: GenerationOptions = field(default=GenerationOptions())
+    """generation"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.spec()  # validates what the caption stage is given
+        self.outputs.refuse_taken([*COLUMN_NAMES, *self.reading.kept])
+
+    def job(self) -> CaptionSettings:
+        """Return the job itself, as `job()` of the other commands does."""
+        return self
+
+    @property
+    def builder(self) -> EngineBuilder:
+        """Builds the engine that the outputs need: of the captioning model or of the retrieval checkpoint."""
+        builder = self.outputs.matching(self.engine) if self.outputs.only_matches else self.engine
+        return typing.cast(EngineBuilder, builder)
+
+    def spec(self, engine: EngineBuilder | None = None) -> CaptionSpec:
+        """Return what the caption stage makes of the tables that the readers of this job yield.
+
+        Args:
+            engine: replaces the engine of these settings.
+
+        Raises:
+            ValueError: settings contradict each other.
+        """
+        return CaptionSpec(
+            engine=self.builder if engine is None else engine,
+            options=self.generation,
+            prompt=self.prompt,
+            prompt_column=None if self.reading.prompt_column is None else PROMPT,
+            outputs=self.outputs,
+            reuse_identical=self.reuse_identical,
+            limits=self.limits,
+            text_prefix=TEXT,
+        )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
+        return dataclasses.replace(
+            self.reading,
+            max_image_bytes=self.limits.max_file_bytes,
+            text_columns=self.outputs.text_columns,
+        )
+
+    def fingerprint(self, info: ModelInfo) -> Fingerprint:
+        """Return everything that decides what the rows say, and nothing else.
+
+        The limits on time and memory of one image are left out: which images exceed them depends on the
+        machine.
+        """
+        limits, reading = self.limits, self.reading
+        parts = {
+            "input": [without_secrets(uri) for uri in self.input],
+            "format": self.format,
+            "limit": self.limit,
+            "model": info.digest,
+            "dtype": info.dtype,
+            "prompt": self.prompt,
+            "options": dataclasses.asdict(self.generation),
+            "outputs": self.outputs.parts,
+            "score_model": self.outputs.score_digest(self.engine, info),
+            "image": {
+                "size_px": info.image_size_px,
+                "max_pixels": limits.max_pixels,
+                "max_file_bytes": limits.max_file_bytes,
+                "jpeg_draft": limits.jpeg_draft,
+            },
+            "columns": {
+                "image": reading.image_column,
+                "key": reading.key_column,
+                "prompt": reading.prompt_column,
+                "keep": reading.keep,
+            },
+            "schema": {"version": SCHEMA_VERSION, "statuses": [status.value for status in Status]},
+        }
+        return Fingerprint.of(parts, ADDED_LATER)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
+        inputs = tuple(without_secrets(uri) for uri in self.input)
+        return dataclasses.asdict(
+            dataclasses.replace(self, input=inputs, output=without_secrets(self.output))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(JobSettings):
+    """Embed every image of an input into Parquet files; no text is written. Run again to resume."""
+
+    embed: tuple[str, ...] = field(default=("embedding=qformer",), metadata=written_as(FORMS["embed"]))
+    """Column NAME of float32 vectors; KIND is vision (pooled output of the vision encoder),
+    qformer (mean of the Q-Former's queries) or queries (every query)."""
+    reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS, "prompt_column"))
+    """columns and members"""
+
+    def job(self) -> CaptionSettings:
+        """Return the job that makes the vectors and no captions."""
+        return CaptionSettings(**_shared(self), outputs=Outputs(caption=False, embed=self.embed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(JobSettings):
+    """Score how well a text fits its image, for every row of an input. Run again to resume."""
+
+    text_column: str
+    """Column with the text, or extension of the member that holds it; a row without a text has no score."""
+    name: str = "score"
+    """Column of the output with the score."""
+    prompt: str | None = None
+    """Text between image and scored text, such as the question whose answer is scored; default: none."""
+    score_model: str | None = None
+    """Retrieval checkpoint, such as Salesforce/blip2-itm-vit-g, that computes the scores; no other model is
+    loaded. Default: the score is the log-probability that the language model of --model gives the text."""
+    score_revision: str | None = None
+    """Commit, tag or branch of the retrieval checkpoint on the hub; pin it for reproducible scores."""
+    score_kind: ScoreKind | None = None
+    """Score of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of
+    their contrastive embeddings; default: itm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_model is None:
+            return
+        for name, value in (("prompt", self.prompt), ("prompt_column", self.reading.prompt_column)):
+            if value is not None:
+                raise ValueError(f"{name} must be left out with score_model, which reads only the text")
+        for name in (option.name for option in dataclasses.fields(EngineConfig)):
+            if name in SHARED_WITH_SCORE_MODEL:
+                continue
+            if getattr(self.engine, name) != getattr(EngineConfig(), name):
+                raise ValueError(f"{name} must be left out with score_model, the only model that is loaded")
+
+    def job(self) -> CaptionSettings:
+        """Return the job that makes the scores and no captions."""
+        outputs = Outputs(
+            caption=False,
+            score=(f"{self.name}={self.text_column}",),
+            score_model=self.score_model,
+            score_revision=self.score_revision,
+            score_kind=self.score_kind,
+        )
+        return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
+
+
+def require_fraction(max_failed_fraction: float) -> None:
+    """Raise ValueError unless the value is a fraction."""
+    if not 0 <= max_failed_fraction <= 1:
+        raise ValueError(f"max_failed_fraction must be from 0 to 1, got {max_failed_fraction}")
+
+
+def _shared(settings: JobSettings) -> dict[str, Any]:
+    """Return the settings that every job has."""
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(JobSettings)}

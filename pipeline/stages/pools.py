@@ -1,0 +1,64 @@
+"""How Ray Data runs the stages: in which pool of actors, with which blocks, reserving which resources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.placement import Placement, Reservations
+from pipeline.stages.decode import DecodeStage, Report
+
+CALL_ROWS = 256
+"""Rows of one captioning call, of one block of pixels if memory allows, and of one fragment at most. Eight
+such calls at the same time keep an engine's slots full."""
+
+
+def decode(
+    ds: Dataset,
+    spec: CaptionSpec,
+    size_px: int,
+    placement: Placement,
+    reservations: Reservations,
+    *,
+    keeps_image: bool = False,
+    report: Report | None = None,
+) -> Dataset:
+    """Apply the decode stage to a dataset, in a pool that grows and shrinks.
+
+    Args:
+        size_px: image size of the model.
+        keeps_image: whether the column with the encoded image stays.
+        report: receives how busy each worker was.
+    """
+    return ds.map_batches(
+        DecodeStage,
+        fn_constructor_args=(size_px, spec.limits, spec.image_column),
+        fn_constructor_kwargs={"keeps_image": keeps_image, "report": report},
+        # Whole blocks: with a number, Ray would join the blocks of several shards to reach it.
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=placement.max_decode_actors),
+        num_cpus=reservations.decode_cpus,
+    )
+
+
+def caption_pool(placement: Placement, reservations: Reservations) -> dict[str, Any]:
+    """Return the arguments with which `map_batches` runs a captioning stage: several calls at once per actor.
+
+    On CPUs a call takes one block. With accelerators Ray requires a number of rows, and joins blocks to reach
+    it.
+    """
+    return {
+        "batch_size": CALL_ROWS if reservations.caption_gpus else None,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(
+            min_size=placement.min_actors,
+            max_size=reservations.max_actors,
+            max_concurrent_calls_per_actor=placement.calls_per_actor,
+            enable_true_multi_threading=True,
+        ),
+        "num_cpus": reservations.caption_cpus,
+        "num_gpus": reservations.caption_gpus or None,
+    }

@@ -1,0 +1,59 @@
+"""The examples run as their docstrings say, with the demonstration checkpoint on drawn pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from examples import caption_folder, filter_by_match, resume_after_a_kill, stage_in_a_dataset
+from examples.drawn_pictures import draw_pictures
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
+    assert caption_folder.main(["--output", "captions"]) == 0
+    shown = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("scene-")]
+    truth = draw_pictures(folder / "again", 24)
+    assert len(shown) == 10
+    assert sum(truth[Path(key).name] == caption for key, caption in shown) >= 8
+
+
+def test_the_stage_runs_in_a_dataset(local_ray, capsys):
+    assert stage_in_a_dataset.main(["--output", "captioned"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "24 rows written"
+
+
+def test_pairs_are_filtered_by_their_match(folder, capsys):
+    assert filter_by_match.main([]) == 0
+    scores = [float(line.split("  ")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(scores) == 6 and scores == sorted(scores, reverse=True)
+    model = filter_by_match.write_demonstration(folder)
+    pairs = filter_by_match.matching_pairs(folder / "pairs", model, scores[2] - 0.0005)
+    assert len(pairs) < 6 and all(score >= scores[2] - 0.0005 for _, _, score in pairs)
+
+
+def test_a_killed_run_resumes(local_ray, folder, monkeypatch, capsys):
+    """On the tests' own Ray: starting two of its own would take most of the time."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    num_pictures = 800
+    keys = resume_after_a_kill.kill_and_resume(folder, num_pictures)
+    assert sorted(set(keys)) == sorted(keys) and len(keys) == num_pictures
+    (before,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("killed")]
+    assert not before.startswith(f"killed; {num_pictures} rows")
+
+
+def test_every_example_is_run_here():
+    examples = {file.stem for file in (ROOT / "examples").glob("*.py")} - {"__init__", "drawn_pictures"}
+    tested = Path(__file__).read_text()
+    assert all(f"{example}." in tested for example in examples), examples

@@ -1,0 +1,44 @@
+"""`python -m deploy.cluster_files` writes files that the cluster's own checks accept, and overwrites none."""
+
+from pathlib import Path
+
+import yaml
+
+from blip2_actor import __version__
+from deploy.check import check
+from deploy.cluster_files.__main__ import main
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_files_are_those_of_the_tree_and_valid(tmp_path, capsys):
+    folder = tmp_path / "cluster"
+    assert main([str(folder)]) == 0
+    written = {Path(line).relative_to(folder) for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert {path.name for path in written} == {
+        "ray_cluster.yaml",
+        "serve_config.yaml",
+        "constraints.txt",
+        "raycluster.yaml",
+        "rayjob.yaml",
+        "rayservice.yaml",
+    }
+    for path in written - {Path("ray_cluster.yaml"), Path("constraints.txt")}:
+        assert (folder / path).read_text() == (ROOT / "deploy" / path).read_text()
+    for name in ("ray_cluster.yaml", "serve_config.yaml"):
+        check(folder / name)
+
+
+def test_nodes_install_the_wheel_of_this_version_from_the_folder(tmp_path):
+    main([str(tmp_path)])
+    cluster = yaml.safe_load((tmp_path / "ray_cluster.yaml").read_text())
+    (command,) = cluster["setup_commands"]
+    assert f"'blip2-ray[ray]=={__version__}'" in command and "-e" not in command.split()
+    assert cluster["file_mounts"]["/home/ray/blip2"] == "."
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "serve_config.yaml").write_text("mine: 1\n")
+    assert main([str(tmp_path)]) == 3
+    assert "serve_config.yaml exists" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["serve_config.yaml"]

@@ -1,0 +1,76 @@
+"""Slots have one owner each, and the used ones come first when a decode step begins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from blip2_actor import GenerationOptions
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.slot_table import RunningText, SlotTable
+from blip2_actor.generation.beam_search import BeamSearch
+
+
+class Words:
+    end_ids = frozenset({0})
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+
+REQUEST = RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)))
+
+
+def place(table: SlotTable, num_slots: int) -> RunningText:
+    search = BeamSearch(GenerationOptions(num_beams=num_slots), [1], Words())
+    return table.place(REQUEST, search, prefix_length=3)
+
+
+def test_the_lowest_free_slots_are_given_first() -> None:
+    table = SlotTable(6)
+    first, second = place(table, 2), place(table, 3)
+    assert (first.slots, second.slots) == ([0, 1], [2, 3, 4])
+    table.free([first])
+    assert place(table, 3).slots == [0, 1, 5]
+    assert table.num_free == 0
+    assert table.order == [2, 3, 4, 0, 1, 5]
+
+
+def test_closing_gaps_moves_the_last_slots_and_says_what_to_copy() -> None:
+    table = SlotTable(6)
+    first, second, third = place(table, 2), place(table, 1), place(table, 2)
+    table.free([first])
+    assert table.close_gaps() == ([3, 4], [0, 1])
+    assert (second.slots, third.slots) == ([2], [0, 1])
+    assert table.close_gaps() == ([], [])
+    assert place(table, 3).slots == [3, 4, 5]
+
+
+def test_after_any_order_of_events_every_slot_has_one_owner() -> None:
+    """A slot that is lost or has two owners mixes up two captions."""
+    choose = random.Random(0)
+    table = SlotTable(16)
+    for _ in range(2000):
+        num_slots = choose.randint(1, 4)
+        if choose.random() < 0.5 and num_slots <= table.num_free:
+            place(table, num_slots)
+        elif table.texts and choose.random() < 0.5:
+            table.free([choose.choice(table.texts)])
+        else:
+            table.close_gaps()
+            assert sorted(table.order) == list(range(table.num_used))
+        assert len(set(table.order)) == len(table.order) == table.num_used == 16 - table.num_free
+
+
+def test_a_table_shrinks_only_without_texts() -> None:
+    table = SlotTable(4)
+    text = place(table, 2)
+    with pytest.raises(AssertionError, match="must leave their slots"):
+        table.shrink(2)
+    table.free([text])
+    table.shrink(2)
+    assert (table.num_free, place(table, 2).slots) == (2, [0, 1])

@@ -1,0 +1,70 @@
+"""Every command is the same job with other outputs, and its caption stage gets what the settings say."""
+
+import pytest
+
+from blip2_actor import GenerationOptions, ImageLimits
+from blip2_actor.testing.fake_engine import FakeEngineConfig
+from pipeline.inputs.reader import ReadOptions
+from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
+from pipeline.settings.outputs import Outputs
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        EmbedSettings(input=("in",), output="out", limit=3),
+        ScoreSettings(input=("in",), output="out", text_column="caption", prompt="a photo of"),
+    ],
+)
+def test_the_other_commands_are_the_same_job(command):
+    job = command.job()
+    assert (job.input, job.output, job.limit) == (("in",), "out", command.limit)
+    assert not job.outputs.caption
+    assert from_dict(CaptionSettings, job.to_dict()) == job
+
+
+def test_the_spec_has_everything_that_the_stage_needs():
+    """A setting that does not reach the stage is ignored without a word."""
+    engine, outputs = FakeEngineConfig(), Outputs(ask=("color=what?",))
+    options, limits = GenerationOptions(num_beams=3), ImageLimits(max_pixels=9)
+    settings = CaptionSettings(
+        input=("in",),
+        output="out",
+        prompt="a photo of",
+        reuse_identical=True,
+        outputs=outputs,
+        generation=options,
+        limits=limits,
+    )
+    assert settings.spec(engine) == CaptionSpec(
+        engine=engine,
+        options=options,
+        prompt="a photo of",
+        outputs=outputs,
+        reuse_identical=True,
+        limits=limits,
+        text_prefix="_blip2_text_",
+    )
+    of_rows = CaptionSettings(input=("in",), output="out", reading=ReadOptions(prompt_column="question"))
+    assert of_rows.spec(engine).prompt_column == "prompt", "the readers rename the column"
+
+
+def test_two_kinds_of_prompt_are_refused():
+    message = "prompt_column cannot be given together with prompt"
+    with pytest.raises(ValueError, match=message):
+        CaptionSpec(prompt="a photo of", prompt_column="question")
+    with pytest.raises(ValueError, match=message):
+        CaptionSettings(
+            input=("in",), output="out", prompt="a photo of", reading=ReadOptions(prompt_column="question")
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt": "unservable"}, {"outputs": Outputs(ask=("a=unservable",))}], ids=["prompt", "ask"]
+)
+def test_a_prompt_that_the_model_cannot_take_is_refused_before_work_begins(changes):
+    spec = CaptionSpec(engine=FakeEngineConfig(), **changes)
+    with pytest.raises(ValueError, match="prompt must be servable"):
+        spec.check(spec.engine.info())
