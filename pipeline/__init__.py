@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from pipeline.column_names import SCHEMA_VERSION
     from pipeline.dataset import caption
     from pipeline.inputs.reader import ReadOptions
-    from pipeline.progress import Console, Snapshot
+    from pipeline.progress import Console, ProgressSnapshot
     from pipeline.run.cluster import set_ray_environment
-    from pipeline.run.job import prepare, prepare_retry, run_job
+    from pipeline.run.prepare import prepare, prepare_retry
+    from pipeline.run.run_job import run_job
     from pipeline.schema import ROW_CONTRACT
     from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
     from pipeline.settings.outputs import Outputs
@@ -28,12 +29,12 @@ __all__ = [
     "EmbedSettings",
     "Outputs",
     "Placement",
+    "ProgressSnapshot",
     "ROW_CONTRACT",
     "ReadOptions",
     "RetrySettings",
     "SCHEMA_VERSION",
     "ScoreSettings",
-    "Snapshot",
     "caption",
     "prepare",
     "prepare_retry",
@@ -47,16 +48,16 @@ _MODULES = {
     "EmbedSettings": "pipeline.settings.job_settings",
     "Outputs": "pipeline.settings.outputs",
     "Placement": "pipeline.settings.placement",
+    "ProgressSnapshot": "pipeline.progress",
     "ROW_CONTRACT": "pipeline.schema",
     "ReadOptions": "pipeline.inputs.reader",
     "RetrySettings": "pipeline.settings.retry_settings",
     "SCHEMA_VERSION": "pipeline.column_names",
     "ScoreSettings": "pipeline.settings.job_settings",
-    "Snapshot": "pipeline.progress",
     "caption": "pipeline.dataset",
-    "prepare": "pipeline.run.job",
-    "prepare_retry": "pipeline.run.job",
-    "run_job": "pipeline.run.job",
+    "prepare": "pipeline.run.prepare",
+    "prepare_retry": "pipeline.run.prepare",
+    "run_job": "pipeline.run.run_job",
     "set_ray_environment": "pipeline.run.cluster",
 }
 """The module of each public name, imported when the name is first used."""

@@ -10,7 +10,7 @@ from ray.data import Dataset
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.column_names import refuse_taken_names
-from pipeline.run.cluster import size_of_cluster
+from pipeline.run.cluster import size_of_cluster, start_ray
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, reserve, resolve_engine
@@ -110,7 +110,7 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
     spec.check(info)
     _check_columns(ds.columns() or [], spec)
     if not ray.is_initialized():
-        ray.init()
+        start_ray()
     reservations = reserve(placement, size_of_cluster())
     decoded = decode(ds, spec, info.image_size_px, placement, reservations, keeps_image=True)
     resolved = dataclasses.replace(spec, engine=resolve_engine(spec.engine, reservations))

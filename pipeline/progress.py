@@ -1,4 +1,4 @@
-"""Progress for people: one line that rewrites itself in a terminal, plain lines now and then in a log."""
+"""Progress for people: one line that rewrites itself in a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RATE_WINDOW_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """How far a run is now."""
+class ProgressSnapshot:
+    """How far a run is at one moment; the heartbeat stores it by its field names, for `status`."""
 
     num_rows: int
     """Rows finished in this session."""
@@ -26,7 +26,7 @@ class Snapshot:
     shards_done: int
     num_shards: int
     left_s: float | None
-    """Seconds to go, when that can be told."""
+    """Estimated seconds to go, when that is known."""
     busy: Mapping[str, float] = field(default_factory=dict)
     """Busy fraction by stage."""
 
@@ -38,7 +38,7 @@ class Snapshot:
             f"{self.images_per_s:,.1f}/s",
             f"{self.num_failed:,} failed",
             f"shards {self.shards_done:,}/{self.num_shards:,}",
-            f"left {duration(self.left_s)}",
+            f"ETA {duration(self.left_s)}",
         ]
         if self.busy:
             parts.append("busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items()))
@@ -46,26 +46,32 @@ class Snapshot:
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most: 3 d 4 h, 5 min 6 s."""
+    """Return a duration in at most two units: 3 d 4 h, 5 min 6 s."""
     if seconds is None:
         return "unknown"
     seconds = int(seconds + 0.5)
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for (big, size), (small, less) in pairwise(units):
-        if seconds >= size:
-            rest = seconds % size // less
-            return f"{seconds // size} {big} {rest} {small}" if rest else f"{seconds // size} {big}"
+    for (big, big_s), (small, small_s) in pairwise(units):
+        if seconds >= big_s:
+            rest = seconds % big_s // small_s
+            return f"{seconds // big_s} {big} {rest} {small}" if rest else f"{seconds // big_s} {big}"
     return f"{seconds} s"
 
 
 class Rate:
-    """Images per second, now and over all; time before the first image is start-up and does not count."""
+    """Images per second, recently and on average; the time before the first image is not counted."""
 
     def __init__(self) -> None:
         self._points: list[tuple[float, int]] = []
         self._first: tuple[float, int] | None = None
 
     def add(self, num_rows: int, now: float) -> None:
+        """Note how many rows are finished now.
+
+        Args:
+            num_rows: all rows finished so far.
+            now: seconds of a monotonic clock.
+        """
         if self._first is None:
             if not num_rows:
                 return
@@ -89,7 +95,7 @@ def _slope(start: tuple[float, int], end: tuple[float, int]) -> float:
 
 
 class Console:
-    """Where a command speaks: sentences, and progress between them."""
+    """What a command prints: sentences, and progress between them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -98,14 +104,17 @@ class Console:
         self._width = 0
 
     def say(self, text: str = "") -> None:
+        """Print a line; a progress line in a terminal makes room for it."""
         self._clear()
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def wants_progress(self) -> bool:
+        """Return whether the last progress is old enough to be shown again."""
         return time.monotonic() - self._last >= (LIVE_EVERY_S if self._is_live else LOG_EVERY_S)
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: ProgressSnapshot) -> None:
+        """Show progress: in place of the last one in a terminal, as a new line elsewhere."""
         self._last = time.monotonic()
         if not self._is_live:
             self.say(snapshot.line())

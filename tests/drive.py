@@ -1,4 +1,4 @@
-"""The caption command in a process of its own with a fake engine, so that tests can kill it.
+"""Run the caption command with a fake engine, in a process of its own that tests can kill.
 
 python -m tests.drive '{"settings": {...}, "engine": {...}}'
 """

@@ -9,7 +9,7 @@ import psutil
 
 from benchmarks.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
-from pipeline import CaptionSettings, Console, Snapshot, set_ray_environment
+from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ProgressRecorder(Console):
     def say(self, text: str = "") -> None:
         pass
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: ProgressSnapshot) -> None:
         if not snapshot.num_rows or (self.seen and self.seen[-1][1] == snapshot.num_rows):
             return
         self.seen.append((time.monotonic(), snapshot.num_rows))
@@ -64,7 +64,7 @@ class JobSide:
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """Run a job and return a `JobRun` as a dictionary; the first run counts from the command."""
-        from pipeline.run.job import prepare, run_job
+        from pipeline import prepare, run_job
 
         began, self._started = self._started or time.time(), 0.0
         offset = time.time() - time.monotonic()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.progress import Console
-from pipeline.run.job import Job, prepare, prepare_retry, run_job
+from pipeline.run.job import Job
+from pipeline.run.prepare import prepare, prepare_retry
+from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.retry_settings import RetrySettings
 

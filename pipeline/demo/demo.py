@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from blip2_actor import EngineConfig, Status
 from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.exit_status import before_work, errors_to_exit_status
-from pipeline.ledger.ledger import STATE
+from pipeline.ledger.layout import STATE
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.demo_settings import DemoSettings
 from pipeline.settings.job_settings import CaptionSettings
 

@@ -1,1 +1,1 @@
-"""The state of a run in its output folder: what is finished, what is left, who works on it."""
+"""The state of a run in its output folder: what is finished, what is left, and which driver works on it."""

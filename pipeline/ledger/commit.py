@@ -1,7 +1,8 @@
-"""Committing a shard: its fragments become one Parquet file, in order, whole or not there.
+"""Commit a shard: merge its fragments into one Parquet file, in row order.
 
-Committing takes each row number once, so that duplicates dissolve; a row that is ok wins over one that
-is not, so that merging what `retry` made is the same act.
+The file is there as a whole or not at all. The merge takes each row number once, so rows that were written
+twice do no harm. An ok row wins over a row that is not ok, so the same merge adds what `retry` has made to a
+file that exists. A commit may be repeated at any point, also by another process.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import pyarrow.parquet as pq
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
-from pipeline.ledger.ledger import SUFFIX, shard_report_name
+from pipeline.ledger.layout import output_name, shard_report_name
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import retry_on_oserror
 
 FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"
@@ -33,7 +33,7 @@ MAX_ROW_GROUP_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished shard's file holds; stands in its footer."""
+    """What the file of a finished shard contains; stored in its footer."""
 
     shard: str
     num_rows: int
@@ -47,10 +47,6 @@ class Summary:
         return self.num_rows - self.by_status.get(Status.OK.value, 0)
 
 
-def output_name(shard: str) -> str:
-    return shard + SUFFIX
-
-
 def commit_shard(
     folder: Folder,
     report: ShardReport,
@@ -58,31 +54,21 @@ def commit_shard(
     empty_schema: pa.Schema = ROW_CONTRACT,
     file_name: str | None = None,
 ) -> Summary | None:
-    """Merge what a shard's file and fragments hold into its file.
+    """Merge the file and the fragments of a shard into its file.
 
     Args:
         report: how reading the shard ended.
         metadata: for the footer: the run's fingerprint.
-        empty_schema: of a shard without rows.
+        empty_schema: the schema of a shard without rows.
         file_name: name of the file; default: that of the shard.
 
     Returns:
-        What the file now holds, or None, nothing changed, when rows are missing.
+        What the file contains now, or None when rows are missing: then nothing has changed.
     """
-    return retry_on_oserror(lambda: _commit(folder, report, metadata, empty_schema, file_name))
-
-
-def _commit(
-    folder: Folder,
-    report: ShardReport,
-    metadata: Mapping[bytes, bytes],
-    empty_schema: pa.Schema,
-    file_name: str | None,
-) -> Summary | None:
     fragments = list_fragments(folder, report.shard)
     tables = read_fragments(folder, fragments)
     before = read_rows(folder, report.shard)
-    # A shard that is read again and less of it can be read keeps the rows it has.
+    # A shard that is read again, and can be read less far, keeps its rows.
     num_rows = max(report.num_rows, 0 if before is None else len(before))
     found = [table for table in [*tables, before] if table is not None]
     rows = merge(found).slice(0, num_rows) if found else empty_schema.empty_table()
@@ -97,23 +83,14 @@ def _commit(
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
     folder.put(file_name or output_name(report.shard), content)
-    # Rows behind the end of a worse reading wait for a better one.
+    # Rows past the end of a shard that was read less far are kept for a better reading.
     delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
     folder.delete(shard_report_name(report.shard))
     return summary
 
 
-class Committer:
-    """A plain class; the job makes actors of it that take no CPU."""
-
-    def commit(
-        self, folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
-    ) -> None:
-        commit_shard(folder, report, metadata, empty_schema)
-
-
 def merge(tables: list[pa.Table]) -> pa.Table:
-    """Each row number once, in order; of several, one that is ok, else one of the first table."""
+    """Return each row number once, in order: an ok row if there is one, else the row of the first table."""
     rows = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     numbers = rows["row"].to_numpy()
     not_ok = pc.not_equal(rows["status"], Status.OK.value).to_numpy()
@@ -124,7 +101,7 @@ def merge(tables: list[pa.Table]) -> pa.Table:
 
 
 def read_rows(folder: Folder, shard: str) -> pa.Table | None:
-    """The rows of a finished shard, or None where it has no file."""
+    """Return the rows of a finished shard, or None when it has no file."""
     content = folder.get(output_name(shard))
     if content is None:
         return None
@@ -132,9 +109,8 @@ def read_rows(folder: Folder, shard: str) -> pa.Table | None:
 
 
 def read_summary(folder: Folder, shard: str) -> Summary:
-    """What the footer of a finished shard says."""
-    with folder.open(output_name(shard)) as file:
-        metadata = pq.read_metadata(file).metadata or {}
+    """Return the summary in the footer of a finished shard's file."""
+    metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
     return Summary(**json.loads(metadata[SUMMARY_KEY]))
 
 

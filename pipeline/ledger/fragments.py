@@ -1,7 +1,8 @@
-"""Fragments: finished rows of one shard on their way into its file.
+"""Fragments: finished rows of one shard that wait for the other rows of its file.
 
-A fragment is any set of finished rows, named by the rows it holds and by its content, put in place
-whole. Progress is the union of all fragments, so that duplicates and stragglers dissolve.
+A fragment is any set of finished rows. Its name says which rows it holds and ends in a digest of its content,
+and it is written as a whole. Progress is the union of all fragments, so rows that were written twice, by a
+repeated call or a straggler, do no harm.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.ledger.rowset import RowSet, runs
+from pipeline.ledger.layout import FRAGMENTS
+from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.storage.folder import Folder
 
-FRAGMENTS = "_blip2/fragments"
 ROWS = ".rows"
-"""Ends the folder of a shard's fragments: no name here may end in .parquet, or globs would find it."""
-AT_ONCE = 16
-"""Requests to a store at the same time."""
+"""Ends the name of the folder with a shard's fragments."""
+MAX_CONCURRENT_REQUESTS = 16
+"""To a store: it answers each request after tens of milliseconds."""
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """One fragment file; what its name says suffices to plan, unless its rows have gaps."""
+    """One fragment file, as its name describes it. Only one with gaps must be opened to know its rows."""
 
     shard: str
     name: str
     """Relative to the output folder."""
     first: int
     last: int
+    """The last row, included."""
     count: int
 
     @property
@@ -42,7 +44,7 @@ class Fragment:
 
 
 def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
-    """Put finished rows of one shard in place.
+    """Write finished rows of one shard; writing the same rows again replaces the same file.
 
     Args:
         rows: at least one row in the output schema, all of one shard, each row number once.
@@ -62,21 +64,21 @@ def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
 
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:
-    """The rows of a fragment, or None where a commit has deleted it meanwhile."""
+    """Return the rows of a fragment, or None when a commit has deleted it meanwhile."""
     content = folder.get(name)
     return None if content is None else pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
 def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Table | None]:
-    """Several at the same time: a store answers each after tens of milliseconds."""
+    """Read several fragments at the same time."""
     if not fragments:
         return []
-    with ThreadPoolExecutor(min(AT_ONCE, len(fragments))) as pool:
+    with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(fragments))) as pool:
         return list(pool.map(lambda fragment: read_fragment(folder, fragment.name), fragments))
 
 
 def parse_fragment(name: str) -> Fragment | None:
-    """What the name of a file below the output says, or None when it is no fragment."""
+    """Return what the name of a file says, relative to the output, or None when it is no fragment."""
     of_shard, _, last = name.removeprefix(f"{FRAGMENTS}/").rpartition("/")
     match = _NAME.match(last)
     if not match or not of_shard.endswith(ROWS):
@@ -86,32 +88,34 @@ def parse_fragment(name: str) -> Fragment | None:
 
 
 def list_fragments(folder: Folder, shard: str) -> list[Fragment]:
-    """The fragments of one shard."""
+    """Return the fragments of one shard."""
     found = (parse_fragment(name) for name in folder.names(f"{FRAGMENTS}/{shard}{ROWS}"))
-    # A folder may hold another shard's: "a" and "a.rows/b".
+    # The folder may contain the folder of another shard: those of "a" and "a.rows/b", for example.
     return [fragment for fragment in found if fragment is not None and fragment.shard == shard]
 
 
 def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
-    """Which rows have reached a fragment, by shard; only fragments with gaps are opened."""
+    """Return which rows have reached a fragment, by shard; only fragments with gaps are opened."""
     finished: dict[str, RowSet] = {shard: RowSet() for shard in fragments}
-    gappy: list[Fragment] = []
+    with_gaps: list[Fragment] = []
     for shard, of_shard in fragments.items():
         for fragment in of_shard:
             if fragment.has_gaps:
-                gappy.append(fragment)
+                with_gaps.append(fragment)
             else:
                 finished[shard].add(fragment.first, fragment.last + 1)
-    for start in range(0, len(gappy), AT_ONCE):
-        some = gappy[start : start + AT_ONCE]
-        for fragment, rows in zip(some, read_fragments(folder, some), strict=True):
+    # In batches, so that the rows of all fragments never are in memory together.
+    for start in range(0, len(with_gaps), MAX_CONCURRENT_REQUESTS):
+        batch = with_gaps[start : start + MAX_CONCURRENT_REQUESTS]
+        for fragment, rows in zip(batch, read_fragments(folder, batch), strict=True):
             if rows is not None:
-                finished[fragment.shard].update(runs(rows["row"].to_pylist()))
+                finished[fragment.shard].update(ranges_of(rows["row"].to_pylist()))
     return finished
 
 
 def delete_fragments(folder: Folder, shard: str, fragments: Sequence[Fragment]) -> None:
+    """Delete fragments of a shard, and its folder of fragments when that is empty then."""
     if fragments:
-        with ThreadPoolExecutor(min(AT_ONCE, len(fragments))) as pool:
+        with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(fragments))) as pool:
             list(pool.map(lambda fragment: folder.delete(fragment.name), fragments))
     folder.drop_if_empty(f"{FRAGMENTS}/{shard}{ROWS}")

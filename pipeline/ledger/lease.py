@@ -1,8 +1,8 @@
-"""The lease: one driver per output folder, the second is refused with the name of the first.
+"""The lease: one driver per output folder; a second driver is refused, with the name of the first.
 
-A driver proves that it lives by its heartbeat, which changes; clocks of two machines are never
-compared. On the same machine a dead driver is known at once, so that running the same command
-again after a kill does not wait.
+A driver shows that it lives by its heartbeat, a number that changes. Clocks of two machines are never
+compared. On the same machine a dead driver is recognized at once, so that running the command again after a
+kill does not wait.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import OutputInUse
+from pipeline.ledger.layout import LEASE
 from pipeline.storage.folder import Folder
 
-LEASE = "_blip2/lease.json"
 BEAT_S = 5.0
 """Seconds between heartbeats."""
 DEAD_AFTER_S = 30.0
-"""A heartbeat that stands still for this long is that of a dead driver."""
+"""A driver whose heartbeat does not change for this long is dead."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease."""
+    """The driver that holds a lease."""
 
     token: str
     host: str
     machine: str
-    """Boot and process namespace: where equal, the process can be looked up."""
+    """Boot and process namespace: a process of the same machine can be looked up by its id."""
     pid: int
     process_start: str
-    """When the process started, in the machine's ticks: a process id may be given again."""
+    """When the process started, in ticks of the machine, because a process id may be used again."""
     started: str
     beat: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
-    """What the driver last said about its work, for `status`."""
+    """The last progress of the driver, for `status`."""
 
     @classmethod
     def of_this_process(cls) -> Holder:
@@ -63,7 +63,7 @@ class Holder:
 
     @property
     def is_known_dead(self) -> bool:
-        """True when its process is gone for certain; False also when nothing can be known."""
+        """True when the process has certainly ended; False also when that cannot be known."""
         return self.is_on_this_machine and _process_start(self.pid) != self.process_start
 
     def __str__(self) -> str:
@@ -71,12 +71,16 @@ class Holder:
 
 
 def read_holder(folder: Folder) -> Holder | None:
+    """Return the driver that holds the lease, dead or alive, or None."""
     content = folder.get(LEASE)
     return Holder(**json.loads(content)) if content else None
 
 
 class Lease:
-    """Held between `with Lease(...)` and its end, with a thread that beats."""
+    """The lease of this process, held inside `with Lease(...)`; a thread sends the heartbeats.
+
+    Its folder must not retry: a heartbeat that waits for the store looks like a dead driver.
+    """
 
     def __init__(
         self,
@@ -85,20 +89,28 @@ class Lease:
         beat_s: float = BEAT_S,
         dead_after_s: float = DEAD_AFTER_S,
     ) -> None:
+        """Prepare a lease.
+
+        Args:
+            progress: called at each heartbeat, for what `status` shows.
+            beat_s: seconds between heartbeats.
+            dead_after_s: how long to watch the heartbeat of a driver on another machine.
+        """
         self._folder = folder
-        self._progress = progress
+        self.progress = progress
+        """Called at each heartbeat; may be replaced while the lease is held."""
         self._beat_s = beat_s
         self._dead_after_s = dead_after_s
         self._me = Holder.of_this_process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self.lost = False
-        """True once another driver has taken the lease: this one must stop."""
+        """True once another driver has taken the lease: this driver must stop."""
 
     def __enter__(self) -> Lease:
         self._refuse_while_held()
         self._write(0)
-        # Of two drivers that start together the last writer wins, and the other sees it here.
+        # Of two drivers that start together the last to write wins; the other finds out here.
         if not self._is_mine():
             self._refuse_while_held()
         self._thread.start()
@@ -109,12 +121,13 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        # One that a bad spell of the store leaves behind is that of a dead driver.
+        # When the store fails now, the lease stays, as that of a driver that has died.
         with contextlib.suppress(OSError):
             if not self.lost and self._is_mine():
                 self._folder.delete(LEASE)
 
     def _refuse_while_held(self) -> None:
+        """Raise OutputInUse when another driver holds the lease and lives."""
         holder = read_holder(self._folder)
         if holder is None or holder.token == self._me.token or holder.is_known_dead:
             return
@@ -125,7 +138,7 @@ class Lease:
             )
 
     def _beats(self, holder: Holder) -> bool:
-        """Watch a holder of another machine until it beats or must be dead."""
+        """Watch a driver of another machine until its heartbeat changes or it must be dead."""
         deadline = time.monotonic() + self._dead_after_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._beat_s / 2))
@@ -146,7 +159,7 @@ class Lease:
                     return
                 self._write(beat)
             except OSError:
-                # A store that answers badly for a while costs beats, not the run.
+                # A store that fails for a while costs heartbeats, not the run.
                 continue
 
     def _is_mine(self) -> bool:
@@ -154,11 +167,12 @@ class Lease:
         return holder is not None and holder.token == self._me.token
 
     def _write(self, beat: int) -> None:
-        holder = asdict(self._me) | {"beat": beat, "progress": self._progress()}
+        holder = asdict(self._me) | {"beat": beat, "progress": self.progress()}
         self._folder.put(LEASE, json.dumps(holder).encode())
 
 
 def _machine() -> str:
+    """Return a name for this boot of the machine and this process namespace, or "" when Linux has none."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -167,9 +181,10 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot, or None when it does not run."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # The name in brackets may hold spaces; start time is the 20th field after it.
+            # The name in brackets may contain spaces; the start time is the 20th field after it.
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,6 +1,6 @@
-"""Reconciliation: every listed shard has its file, and its rows are ok or failed, by status.
+"""Reconciliation: every listed shard has its file, and every row in it is ok or has failed, by status.
 
-Read from the output alone: the footers of the finished files.
+It reads the output alone, from the footers of the finished files, and decides the exit status of a run.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from blip2_actor import Status
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.fragments import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 MAX_NAMED = 5
-"""Shards named one by one in a report; the others are counted."""
+"""How many shards a report names; it counts the others."""
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What a run's output holds against what was listed."""
+    """What the output of a run contains, compared with the shards that were listed."""
 
     num_shards: int
     summaries: tuple[Summary, ...]
@@ -46,24 +47,24 @@ class Reconciliation:
 
     @property
     def partial(self) -> list[Summary]:
-        """Shards that end early or could not be read: how many rows they lack is not known."""
+        """Shards that end early or cannot be read; how many rows they lack is not known."""
         return [summary for summary in self.summaries if not summary.complete]
 
     @property
     def failed_fraction(self) -> float:
-        """Share of the rows that failed; a partial shard counts as one more row that did."""
+        """Share of the rows that failed; a partial shard counts as one more failed row."""
         lost = len(self.partial)
         rows = self.num_rows + lost
         return (self.num_failed + lost) / rows if rows else 0.0
 
     def exit_status(self, max_failed_fraction: float) -> int:
-        """0 done, 2 when too much failed, 1 when something is missing."""
+        """Return 1 when something is missing, 2 when a larger share failed than allowed, else 0."""
         if self.missing or self.num_rows != sum(self.by_status.values()):
             return 1
         return 2 if self.failed_fraction > max_failed_fraction else 0
 
     def lines(self, is_over: bool = True) -> list[str]:
-        """The report; of a run that may still go on, shards without a file are not missing but left."""
+        """Return the report; while the run may be resumed, shards without a file are left and not missing."""
         failed = ", ".join(
             f"{n:,} {status}" for status, n in sorted(self.by_status.items()) if status != "ok"
         )
@@ -73,18 +74,19 @@ class Reconciliation:
             f"shards {self.num_shards:,} = written {len(self.summaries):,} + "
             f"{'missing' if is_over else 'left'} {len(self.missing):,}",
         ]
-        lines += _named([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
-        return lines + (_named([f"missing: {shard}" for shard in self.missing]) if is_over else [])
+        lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
+        return lines + (_shorten([f"missing: {shard}" for shard in self.missing]) if is_over else [])
 
 
 def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str]) -> Reconciliation:
+    """Compare the listed shards with the finished files."""
     names = [shard.name for shard in shards]
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         written = [name for name in names if name in finished]
         summaries = tuple(pool.map(lambda name: read_summary(folder, name), written))
     return Reconciliation(len(names), summaries, tuple(name for name in names if name not in finished))
 
 
-def _named(lines: list[str]) -> list[str]:
+def _shorten(lines: list[str]) -> list[str]:
     more = len(lines) - MAX_NAMED
     return lines[:MAX_NAMED] + ([f"... and {more:,} more"] if more > 0 else [])

@@ -1,4 +1,4 @@
-"""Which rows of a finished run to try again: those that are not ok, and what a partial shard lacks."""
+"""Which rows of a finished run `retry` runs again: rows that are not ok, and what a partial shard lacks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pyarrow.compute as pc
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
-from pipeline.ledger.fragments import rows_in
-from pipeline.ledger.ledger import Run, ShardProgress, State
-from pipeline.ledger.rowset import RowSet, runs
+from pipeline.ledger.fragments import MAX_CONCURRENT_REQUESTS, rows_in
+from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.ledger.run_record import Run
+from pipeline.ledger.scan import OutputState
+from pipeline.ledger.shard_progress import ShardProgress
 from pipeline.storage.folder import Folder
 
 
-def to_retry(folder: Folder, run: Run, state: State) -> list[ShardProgress]:
-    """Shards with rows to try again; done are the rows that are ok.
+def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress]:
+    """Return the shards with rows to run again; their rows that are ok count as done.
 
     Raises:
         ValueError: the run is not finished.
@@ -25,24 +27,24 @@ def to_retry(folder: Folder, run: Run, state: State) -> list[ShardProgress]:
     unfinished = [shard.name for shard in run.shards if shard.name not in state.finished]
     if unfinished:
         raise ValueError(
-            f"output must be of a finished run, got {folder} with {len(unfinished):,} shards still "
-            "to do; run the caption command again first"
+            f"output must hold a finished run, got {folder} with {len(unfinished):,} unfinished shards; "
+            "run the caption command again first"
         )
     by_name = {shard.name: shard for shard in run.shards}
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         summaries = list(pool.map(lambda name: read_summary(folder, name), by_name))
     faulty = [s for s in summaries if s.num_failed or not s.complete]
-    waiting = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
+    in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
     progress = []
     for summary in faulty:
-        done = RowSet(runs(_ok_rows(folder, summary.shard)))
-        done.update(waiting[summary.shard])
+        done = RowSet(ranges_of(_ok_rows(folder, summary.shard)))
+        done.update(in_fragments[summary.shard])
         progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress
 
 
 def report_of(summary: Summary) -> ShardReport | None:
-    """How reading a finished shard had ended; None for a partial one, which is to be read again."""
+    """Return how reading a finished shard ended, or None for a partial shard, which must be read again."""
     if not summary.complete:
         return None
     return ShardReport(shard=summary.shard, num_rows=summary.num_rows, complete=True)

@@ -1,7 +1,7 @@
 """`RowSet`: which rows of a shard are finished, as sorted disjoint ranges.
 
-Progress is a set union (a row number counts once, however often it was written), and a shard's
-million rows are a few ranges, so that the driver's memory stays flat.
+Progress is a set union: a row number counts once, however often the row was written. The million rows of a
+shard are a few ranges, so that the driver's memory stays constant.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 Range = tuple[int, int]
-"""Rows start (included) to stop (excluded)."""
+"""Rows from start (included) to stop (excluded)."""
 
 
 class RowSet:
@@ -24,10 +24,11 @@ class RowSet:
 
     @classmethod
     def of_rows(cls, rows: Iterable[int]) -> RowSet:
-        return cls(runs(rows))
+        """Return the set of row numbers that come in any order."""
+        return cls(ranges_of(rows))
 
     def add(self, start: int, stop: int) -> None:
-        """Unite with the rows from start (included) to stop (excluded)."""
+        """Add the rows from start (included) to stop (excluded)."""
         if start >= stop:
             return
         # Ranges that overlap or touch [start, stop) become one.
@@ -40,31 +41,32 @@ class RowSet:
         self._stops[low:high] = [stop]
 
     def update(self, ranges: Iterable[Range]) -> None:
+        """Add the rows of all ranges."""
         for start, stop in ranges:
             self.add(start, stop)
 
     def covers(self, num_rows: int) -> bool:
-        """Whether every row from 0 to num_rows (excluded) is in the set."""
+        """Return whether every row from 0 to num_rows (excluded) is in the set."""
         return next(self.missing(num_rows), None) is None
 
     def missing(self, num_rows: int | None) -> Iterator[tuple[int, int | None]]:
-        """Yield the ranges below num_rows that are not in the set; None stands for an unknown end."""
-        at = 0
+        """Yield the ranges below num_rows that are not in the set; None means an unknown end."""
+        start_of_gap = 0
         for start, stop in self:
             if num_rows is not None and start >= num_rows:
                 break
-            if at < start:
-                yield at, start
-            at = stop
-        if num_rows is None or at < num_rows:
-            yield at, num_rows
+            if start_of_gap < start:
+                yield start_of_gap, start
+            start_of_gap = stop
+        if num_rows is None or start_of_gap < num_rows:
+            yield start_of_gap, num_rows
 
     def __iter__(self) -> Iterator[Range]:
         return iter(zip(self._starts, self._stops, strict=True))
 
     def __contains__(self, row: int) -> bool:
-        at = bisect_right(self._starts, row) - 1
-        return at >= 0 and row < self._stops[at]
+        index = bisect_right(self._starts, row) - 1
+        return index >= 0 and row < self._stops[index]
 
     def __len__(self) -> int:
         return sum(self._stops) - sum(self._starts)
@@ -76,8 +78,8 @@ class RowSet:
         return f"RowSet({list(self)})"
 
 
-def runs(rows: Iterable[int]) -> Iterator[Range]:
-    """Yield ascending row numbers as ranges; equal neighbours dissolve."""
+def ranges_of(rows: Iterable[int]) -> Iterator[Range]:
+    """Yield ascending row numbers as ranges; a number that comes twice in a row counts once."""
     start = stop = None
     for row in rows:
         if start is None or stop is None:

@@ -23,7 +23,7 @@ from blip2_actor import EngineBuilder, Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import PLAN_FOLDERS, STATE
+from pipeline.ledger.layout import PLAN_FOLDERS, STATE
 from pipeline.plan.cost import Cost, measure
 from pipeline.plan.sample import Sample
 from pipeline.settings.job_settings import CaptionSettings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.ledger.ledger import Run
 from pipeline.ledger.reconcile import Reconciliation
+from pipeline.ledger.run_record import Run
 from pipeline.progress import duration
 from pipeline.report.statistics import Statistics
 from pipeline.report.thumbnails import RowAddress

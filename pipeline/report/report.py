@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.reader import ReadOptions
-from pipeline.ledger.commit import output_name
-from pipeline.ledger.ledger import RUN, Run, is_result, load_run, scan_output
-from pipeline.ledger.reconcile import reconcile
+from pipeline.ledger.layout import RUN_FILE, is_result, output_name
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
 from pipeline.progress import Console
 from pipeline.report.html import render_page
 from pipeline.report.model import Report
@@ -59,12 +59,9 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         ValueError: the folder holds no run, or the run has not finished a shard yet.
     """
     folder = Folder(uri)
-    run = load_run(folder)
-    if run is None:
-        raise ValueError(
-            f"output must be a folder with a run, got {folder} without one; name that of --output"
-        )
-    done = reconcile(folder, run.shards, scan_output(folder).finished)
+    ledger = Ledger(folder)
+    run = ledger.require_run()
+    done = ledger.reconcile(run, ledger.scan())
     if not done.summaries:
         raise ValueError(f"{folder} has no finished shard yet; run the report again later")
     statistics, samples = Statistics(), list[dict[str, Any]]()
@@ -81,7 +78,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         statistics=statistics,
         samples=samples,
         thumbnails=_thumbnails(run, evenly_spaced(samples, num_thumbnails)) if num_thumbnails else {},
-        begun=changes[RUN],
+        begun=changes[RUN_FILE],
         last_written=max(written),
     )
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 
-from pipeline.ledger.fragments import rows_in
-from pipeline.ledger.lease import Holder, read_holder
-from pipeline.ledger.ledger import Run, load_run, scan_output
-from pipeline.ledger.reconcile import Reconciliation, reconcile
-from pipeline.progress import Snapshot
+from pipeline.ledger.lease import Holder
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.reconcile import Reconciliation
+from pipeline.ledger.run_record import Run
+from pipeline.progress import ProgressSnapshot
 from pipeline.storage.folder import Folder
 
 
@@ -22,16 +22,12 @@ def status_lines(uri: str) -> list[str]:
     Raises:
         ValueError: the folder holds no run.
     """
-    folder = Folder(uri)
-    run = load_run(folder)
-    if run is None:
-        raise ValueError(
-            f"output must be a folder with a run, got {folder} without one; name that of --output"
-        )
-    state = scan_output(folder)
-    done = reconcile(folder, run.shards, state.finished)
+    ledger = Ledger(Folder(uri))
+    run = ledger.require_run()
+    state = ledger.scan()
+    done = ledger.reconcile(run, state)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
-    waiting = sum(len(rows) for rows in rows_in(folder, open_shards).values())
+    waiting = sum(len(rows) for rows in ledger.rows_in(open_shards).values())
     lines = done.lines(is_over=not done.missing)
     if waiting:
         lines.append(f"in progress: {waiting:,} rows finished in {len(open_shards):,} shards")
@@ -39,7 +35,7 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{len(done.missing):,} shards")
-    lines.append(_driver_line(read_holder(folder), bool(done.missing)))
+    lines.append(_driver_line(ledger.driver(), bool(done.missing)))
     return lines
 
 
@@ -67,7 +63,7 @@ def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
     if not holder.progress:
         return f"running: {holder}, starting"
     end = _expected_end(holder.progress["left_s"])
-    return f"running: {holder}: {Snapshot(**holder.progress).line()}{end}"
+    return f"running: {holder}: {ProgressSnapshot(**holder.progress).line()}{end}"
 
 
 def _expected_end(left_s: float | None) -> str:

@@ -1,1 +1,1 @@
-"""One run of a job: prepare, drive the dataset, commit, reconcile."""
+"""One run of a job: prepare it, drive the dataset, commit shards, reconcile."""

@@ -1,4 +1,4 @@
-"""The verdict: which stage held the others up, and what would help."""
+"""The bottleneck: which stage limited the speed of the run, and what would help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.stages.coordinator import Load
 
 BUSY = 0.7
-"""From this busy fraction on a stage is the bottleneck."""
+"""A stage is the bottleneck from this busy fraction on."""
 REMEDIES = {
     "caption": "more captioning actors (--max-actors) or a faster device would help",
     "decode": "more decoding actors (--max-decode-actors, more CPUs) or --image-jpeg-draft would help",
@@ -17,7 +17,7 @@ REMEDIES = {
 
 
 def busy_fractions(loads: Mapping[str, Mapping[str, Load]]) -> dict[str, float]:
-    """Busy seconds over lived seconds, of all workers of a stage together."""
+    """Return the busy fraction of each stage: busy seconds over alive seconds of all its workers together."""
     fractions = {}
     for stage in ("decode", "caption", "write"):
         workers = loads.get(stage, {}).values()
@@ -28,7 +28,7 @@ def busy_fractions(loads: Mapping[str, Mapping[str, Load]]) -> dict[str, float]:
 
 
 def describe_bottleneck(busy: Mapping[str, float]) -> str:
-    """One sentence. Reading is what is left when no other stage was busy."""
+    """Return one sentence. Reading is not measured: it is the bottleneck when no other stage is busy."""
     if not busy:
         return "bottleneck: none, there was nothing to do"
     stage = max(busy, key=lambda name: busy[name])

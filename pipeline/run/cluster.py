@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, quietly."""
+"""Connect to Ray: join the cluster at RAY_ADDRESS, or start one on this machine, without its messages."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.errors import RayStartFailed
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 
 
 def set_ray_environment() -> None:
-    """Say what Ray reads from the environment while it is imported: call this before.
+    """Set the environment variables that Ray reads while it is imported; call this before the import.
 
-    The token of a fresh local cluster lives in the environment alone: the file that Ray would write to
-    the home directory changes how later clusters start.
+    The token of a fresh local cluster is only in the environment. Ray would otherwise write it to a file in
+    the home directory, and that file changes how later clusters start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's core warns on every actor of Ray Data, past Python's logging, straight to the terminal.
+    # Ray's core warns about every actor of Ray Data, directly on the terminal and not by Python's logging.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A thread of Ray Data that outlives a stopped job must not start a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -31,19 +33,22 @@ def set_ray_environment() -> None:
 
 @contextmanager
 def connected() -> Iterator[ClusterSize]:
-    """Be connected to Ray: a running connection, the cluster at RAY_ADDRESS, or a fresh local one.
+    """Be connected to Ray inside the block: by a connection that exists, to RAY_ADDRESS, or to a new cluster.
 
-    A local cluster ends with the block.
+    A connection or a cluster that was made for the block ends with it.
+
+    Raises:
+        RayStartFailed: Ray does not start, or the cluster cannot be reached.
     """
     import ray
 
     from pipeline.run.worker_imports import OurPackagesFirst
 
     address = os.environ.get("RAY_ADDRESS")
-    already = ray.is_initialized()
-    if not already:
+    is_connected = ray.is_initialized()
+    if not is_connected:
         with _silent_stderr():
-            ray.init(
+            start_ray(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -53,8 +58,52 @@ def connected() -> Iterator[ClusterSize]:
         quiet_ray_data()
         yield size_of_cluster()
     finally:
-        if not already:
+        if not is_connected:
             ray.shutdown()
+
+
+def start_ray(**options: Any) -> None:
+    """Call `ray.init(**options)`; when it fails, leave none of its processes and say what to do.
+
+    Raises:
+        RayStartFailed: Ray does not start, or the cluster at RAY_ADDRESS cannot be reached.
+    """
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises many types here, and a bare Exception when it times out.
+        _kill_started_processes(error)
+        reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            raise RayStartFailed(
+                f"cannot connect to the Ray cluster at {address}: {reason}; start the cluster or correct "
+                "RAY_ADDRESS, or unset it to start Ray on this machine"
+            ) from error
+        raise RayStartFailed(
+            f"Ray did not start on this machine: {reason}; when the machine is busy or short of memory or "
+            "disk space, wait or free some, and run the same command again"
+        ) from error
+
+
+def _kill_started_processes(error: Exception) -> None:
+    """Kill what a failed `ray.init` has started.
+
+    Ray keeps no reference to a node whose constructor has raised, so that `ray.shutdown` cannot end its
+    processes. They would run until this process ends. The node is still in the traceback.
+    """
+    import ray
+    from ray._private.node import Node
+
+    ray.shutdown()
+    trace = error.__traceback__
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            return
+        trace = trace.tb_next
 
 
 @contextmanager
@@ -73,9 +122,9 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def info_where_it_runs(engine: EngineBuilder, info: ModelInfo, placement: Placement) -> ModelInfo:
-    """What the machines that will caption find the model to be.
+    """Return the model as the machines that caption see it.
 
-    The driver of a cluster often has no accelerator, and "auto" would stand for another dtype there.
+    The driver of a cluster often has no accelerator, and "auto" would mean another dtype there.
     """
     if not os.environ.get("RAY_ADDRESS") or getattr(engine, "dtype", None) != "auto":
         return info
@@ -93,7 +142,7 @@ def _info(engine: EngineBuilder) -> ModelInfo:
 
 
 def quiet_ray_data() -> None:
-    """Keep Ray Data's plans, bars and tracebacks off the terminal; its own log file has them."""
+    """Keep Ray Data's plans, progress bars and tracebacks off the terminal; they are in its own log file."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -103,6 +152,7 @@ def quiet_ray_data() -> None:
 
 
 def size_of_cluster() -> ClusterSize:
+    """Return the CPUs and GPUs of all nodes that are alive."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

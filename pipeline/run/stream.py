@@ -1,5 +1,7 @@
-"""The plan on Ray Data: read, decode, caption, receipts. One thread pulls it, so that the driver can
-look at the clock, commit shards and obey signals while it waits.
+"""`ReceiptStream`: the receipts of the running dataset, as they arrive.
+
+The dataset reads, decodes, captions and gives receipts. A thread of its own pulls it, so that the driver can
+show progress, commit shards and react to signals while it waits.
 """
 
 from __future__ import annotations
@@ -13,46 +15,44 @@ from typing import Any
 import ray
 from ray.data import DataContext, Dataset
 
-from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
-from pipeline.ledger.ledger import StoreShardReport
-from pipeline.settings.job_settings import CaptionSettings
+from pipeline.ledger.ledger import Ledger
+from pipeline.run.job import Job
 from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
 from pipeline.stages.coordinator import ReportLoad
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
 from pipeline.stages.write import WriteStage
-from pipeline.storage.folder import Folder
 
 MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
-"""Shards read at once, one more per CPU: Ray keeps so many idle workers, and would start others anew."""
+"""Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
+time would start new processes."""
 
 
 def receipts_dataset(
-    settings: CaptionSettings,
-    engine: EngineBuilder,
-    info: ModelInfo,
-    work: Sequence[ShardWork],
-    folder: Folder,
-    coordinator: Any,
-    cluster: ClusterSize,
+    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, cluster: ClusterSize
 ) -> Dataset:
-    """The job as a lazy dataset of receipts; nothing runs yet."""
+    """Return the job as a lazy dataset of receipts; nothing runs yet.
+
+    Args:
+        ledger: where the workers write; its requests are retried.
+    """
+    settings, info = job.settings, job.info
     reservations = reserve(settings.placement, cluster)
-    options, spec = settings.read_options, settings.spec(engine)
+    spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     block_bytes = CALL_ROWS * info.image_size_px**2 * 3
     context.target_max_block_size = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, block_bytes))
-    # A model of tens of gigabytes may take longer to fetch than Ray Data waits for a sign of life.
+    # Loading a model of tens of gigabytes may take longer than Ray Data waits for progress.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
-            ShardDatasource(work, options, StoreShardReport(folder)),
+            ShardDatasource(work, settings.read_options, ledger.store_shard_report),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
             concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
@@ -68,10 +68,10 @@ def receipts_dataset(
         return decoded.map_batches(
             WriteStage,
             fn_constructor_args=(
-                replace(spec, engine=resolve_engine(engine, reservations)),
+                replace(spec, engine=resolve_engine(job.engine, reservations)),
                 Models.of(spec, info),
                 list(settings.reading.kept),
-                folder,
+                ledger.folder,
                 coordinator,
             ),
             **caption_pool(settings.placement, reservations),
@@ -79,19 +79,20 @@ def receipts_dataset(
 
 
 class ReceiptStream:
-    """Receipts as they come, pulled from a dataset by a thread of its own."""
+    """Receipts that a thread pulls from a dataset."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._queue: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._pull, args=(dataset,), name="receipts", daemon=True)
         self._thread.start()
         self.ended = False
+        """True once the last receipt was taken."""
 
     def take(self, timeout_s: float) -> list[Receipt]:
-        """What has come, after waiting for the first at most so long; sets `ended` after the last.
+        """Return the receipts that have arrived; wait at most `timeout_s` seconds for the first.
 
         Raises:
-            Exception: what ended the dataset early.
+            Exception: the error that ended the dataset early.
         """
         taken: list[Receipt] = []
         while not self.ended:
@@ -115,5 +116,5 @@ class ReceiptStream:
                     for receipt in receipts_from_table(table):
                         self._queue.put(receipt)
             self._queue.put(None)
-        except BaseException as error:  # handed to the driver's thread, which raises it
+        except BaseException as error:  # Passed to the driver's thread, which raises it.
             self._queue.put(error)

@@ -1,4 +1,4 @@
-"""The driver's books: which rows of which open shard have reached a fragment, and what became of them."""
+"""`Tracker`: which rows of each open shard have reached a fragment, and how many have failed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from collections.abc import Iterable
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.ledger import ShardProgress
+from pipeline.ledger.shard_progress import ShardProgress
 from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
+"""Fewer rows do not show whether the input as a whole fails."""
 MAX_FAILED_FRACTION = 0.5
 
 
 class Tracker:
-    """Counts rows once, whatever arrives twice; forgets a shard once it is handed over for committing."""
+    """The driver's view of the shards that are not committed.
+
+    A row counts once, however often its receipt arrives. A shard is dropped when it is handed over to be
+    committed; later receipts of it are ignored.
+    """
 
     def __init__(self, unfinished: Iterable[ShardProgress]) -> None:
         self._open = {progress.shard.name: progress for progress in unfinished}
-        self._touched: set[str] = set(self._open)
+        self._changed: set[str] = set(self._open)
         self._num_closed = self._closed_rows = 0
         self.num_rows = 0
         """Rows finished in this session."""
@@ -34,30 +39,32 @@ class Tracker:
         return len(self._open)
 
     def add(self, receipt: Receipt) -> None:
+        """Count the rows of a receipt that are new."""
         progress = self._open.get(receipt.shard)
         if progress is None:
             return
-        self._touched.add(receipt.shard)
+        self._changed.add(receipt.shard)
         before = len(progress.done)
         progress.done.update(receipt.ranges)
         if len(progress.done) > before:
             self.num_rows += len(progress.done) - before
             self.by_status.update(dict(receipt.by_status))
 
-    def ended(self, report: ShardReport) -> None:
+    def add_report(self, report: ShardReport) -> None:
         """Note how reading a shard ended."""
         if report.shard in self._open:
             self._open[report.shard].report = report
-            self._touched.add(report.shard)
+            self._changed.add(report.shard)
 
-    def knows_end(self, shard: str) -> bool:
-        return shard not in self._open or self._open[shard].report is not None
+    def needs_report(self, shard: str) -> bool:
+        """Return whether a shard is open and its report has not arrived."""
+        return shard in self._open and self._open[shard].report is None
 
     def take_complete(self) -> list[ShardReport]:
-        """Hand over the shards whose rows are all there."""
-        touched = [self._open[name] for name in self._touched if name in self._open]
-        self._touched.clear()
-        complete = [progress for progress in touched if progress.is_complete]
+        """Drop the shards whose rows have all arrived, and return their reports."""
+        changed = [self._open[name] for name in self._changed if name in self._open]
+        self._changed.clear()
+        complete = [progress for progress in changed if progress.is_complete]
         for progress in complete:
             del self._open[progress.shard.name]
             self._num_closed += 1
@@ -65,18 +72,18 @@ class Tracker:
         return [progress.report for progress in complete if progress.report is not None]
 
     def estimate_rows_left(self) -> float | None:
-        """Rows still to do; open shards of unknown length are taken to be as long as the others."""
+        """Return the rows still to do, or None; an open shard of unknown length counts as an average one."""
         lengths = [_length(progress) for progress in self._open.values()]
         known = [length for length in lengths if length is not None]
         num_known = len(known) + self._num_closed
         if not num_known:
             return None
-        typical = (sum(known) + self._closed_rows) / num_known
+        average = (sum(known) + self._closed_rows) / num_known
         done = sum(len(progress.done) for progress in self._open.values())
-        return max(0.0, sum(typical if length is None else length for length in lengths) - done)
+        return max(0.0, sum(average if length is None else length for length in lengths) - done)
 
     def has_too_many_failures(self, max_failed_fraction: float) -> bool:
-        """Whether so much has failed that going on is pointless."""
+        """Return whether so many rows have failed that the run should stop."""
         limit = max(max_failed_fraction, MAX_FAILED_FRACTION)
         return self.num_rows >= FAILURES_COUNT_AFTER_ROWS and self.num_failed > limit * self.num_rows
 

@@ -12,7 +12,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ import ray
 from ray.util import metrics
 
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.rowset import RowSet, runs
+from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.schema import output_schema
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
@@ -33,7 +32,6 @@ from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.storage.folder import Folder
-from pipeline.storage.retrying import retry_on_oserror
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -81,7 +79,7 @@ class WriteStage:
             for piece in self._finish_rows(call, table, history):
                 written = self._write(table, piece)
                 receipts += written
-                positions = list(runs(position for position, _ in piece))
+                positions = list(ranges_of(position for position, _ in piece))
                 ray.get(self._coordinator.wrote.remote(call, positions, written))
         except EngineFault:
             # Ray starts a new process and runs its calls again; an exception would end the whole job.
@@ -114,10 +112,10 @@ class WriteStage:
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
             of_shard = output_rows(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
-            retry_on_oserror(partial(write_fragment, self._folder, of_shard))
+            write_fragment(self._folder, of_shard)
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
-            receipts.append(Receipt(shard, tuple(runs(numbers)), tuple(sorted(by_status.items()))))
+            receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
                 self._rows.inc(count, {"status": status})
         self._write_s += time.monotonic() - started

@@ -1,4 +1,4 @@
-"""URIs to filesystems: local paths, file://, s3://, gs:// through Arrow, all others through fsspec."""
+"""Resolve URIs to filesystems: local paths, file://, s3://, gs:// by Arrow, all others by fsspec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_CONCURRENT_REQUESTS = 16
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a URI or local path, and the path in it.
+    """Return the filesystem of a URI or local path, and the path inside it.
 
     Raises:
         InputError: the scheme is unknown, its package is not installed, or its server cannot be reached.
@@ -28,7 +28,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
         if scheme in ARROW_SCHEMES:
-            with contextlib.suppress(pa.ArrowNotImplementedError):  # Not in this build of Arrow.
+            with contextlib.suppress(pa.ArrowNotImplementedError):  # This build of Arrow lacks the scheme.
                 return pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
@@ -45,10 +45,10 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _with_single_puts(uri: str) -> str:
-    """Have Arrow write a small object in one request, not in the three of a multipart upload."""
+    """Make Arrow write a small object in one request instead of the three of a multipart upload."""
     return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
 
 
 def join(folder: str, name: str) -> str:
-    """The path of a name below a folder, in any filesystem."""
+    """Return the path of a name below a folder, in any filesystem."""
     return f"{folder.rstrip('/')}/{name}"

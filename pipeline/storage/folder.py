@@ -1,6 +1,12 @@
-"""`Folder`: a place where files appear whole or not at all, on a disk or in an object store.
+"""`Folder`: files under one URI, each of which is there as a whole or not at all.
 
-On a disk a file is written aside, flushed and renamed; in an object store one PUT does the same.
+On a disk, `put` writes a temporary file, flushes it and renames it. In an object store one PUT does the same.
+
+A folder may retry: `with_retries` returns one that repeats a request for a while after an OSError (a disk
+that is full, a store that answers 503). Repeating is safe, also when the request was carried out and only
+its answer was lost: `put` replaces the file with the same content, `get`, `read`, `names` and `changes`
+change nothing, and `delete` and `erase` accept that the file is already gone. A new folder does not retry,
+so that `status`, `plan` and the checks before a run answer at once.
 """
 
 from __future__ import annotations
@@ -9,54 +15,69 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
 from pipeline.storage.secrets import without_secrets
 
+T = TypeVar("T")
+OpenFile: TypeAlias = "pa.NativeFile | io.BufferedReader"
+
 ASIDE = "_blip2/tmp"
-"""Where a file on a disk waits until it is whole; swept when a run starts."""
+"""Where a file on a disk is written before it is renamed; emptied when a run starts."""
 
 PROBE = "_blip2/probe-"
-"""Begins the names of empty files that show whether a folder can be written."""
+"""Begins the names of empty files that test whether a folder can be written."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Files under one URI by their relative names; picklable, so that workers write by themselves."""
+    """Files under one URI, by their relative names; picklable, so that workers write by themselves."""
 
     uri: str
-    filesystem: pafs.FileSystem = field(init=False, repr=False, compare=False)
-    root: str = field(init=False, repr=False, compare=False)
+    retry_for_s: float = 0.0
+    """How long a request is repeated after an OSError; 0 raises the first one."""
+    filesystem: pafs.FileSystem = field(default=None, kw_only=True, repr=False, compare=False)
+    """Opened from the URI; only `with_retries` passes it, to share it."""
+    root: str = field(default="", kw_only=True, repr=False, compare=False)
+    """Path of the folder in `filesystem`."""
 
     def __post_init__(self) -> None:
+        if self.filesystem is not None:
+            return
         filesystem, root = open_filesystem(self.uri)
         object.__setattr__(self, "filesystem", filesystem)
         object.__setattr__(self, "root", root.rstrip("/"))
 
-    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
-        # A relative path means the driver's working folder, also in a worker that has another one.
-        return Folder, (self.root if self.is_local else self.uri,)
+    def __reduce__(self) -> tuple[type[Folder], tuple[str, float]]:
+        # A relative path is relative to the driver's working directory, also in a worker with another one.
+        return Folder, (self.root if self.is_local else self.uri, self.retry_for_s)
 
     def __str__(self) -> str:
-        """The URI for people, without secrets."""
+        """Return the URI for people, without secrets."""
         return without_secrets(self.uri)
 
-    def beside(self, suffix: str) -> str:
-        """The URI of a folder next to this one."""
+    def with_retries(self, retry_for_s: float = RETRY_FOR_S) -> Folder:
+        """Return this folder with requests that are repeated for `retry_for_s` seconds; 0 tries once."""
+        return replace(self, retry_for_s=retry_for_s)
+
+    def sibling_uri(self, suffix: str) -> str:
+        """Return the URI of a folder next to this one."""
         path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return f"{path.rstrip('/')}-{suffix}{question}{options}"
 
     def below(self, name: str) -> Folder:
-        """A folder inside this one."""
+        """Return a folder inside this one."""
         path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Folder(f"{path.rstrip('/')}/{name}{question}{options}")
+        return Folder(f"{path.rstrip('/')}/{name}{question}{options}", self.retry_for_s)
 
     @property
     def is_local(self) -> bool:
@@ -66,7 +87,66 @@ class Folder:
         return f"{self.root}/{name}"
 
     def put(self, name: str, content: bytes) -> None:
-        """Write or replace a file in one step that readers cannot see half done."""
+        """Write or replace a file in one step, so that no reader sees half of it."""
+        self._retry(lambda: self._put_once(name, content))
+
+    def get(self, name: str) -> bytes | None:
+        """Return the content of a file, or None when there is none."""
+        return self._retry(lambda: self._get_once(name))
+
+    def read(self, name: str, action: Callable[[OpenFile], T]) -> T:
+        """Return what `action` makes of an open file, which must exist; a retry starts from the beginning."""
+
+        def attempt() -> T:
+            with self.open(name) as file:
+                return action(file)
+
+        return self._retry(attempt)
+
+    def open(self, name: str) -> OpenFile:
+        """Open a file that can be read at any position; it must exist. Nothing is retried here."""
+        file = open_input(self.filesystem, self.path(name))
+        # Arrow takes a short read of a Python file for the end of the file; a buffered reader reads on.
+        return file if isinstance(file, pa.NativeFile) else io.BufferedReader(file)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; do nothing when there is none."""
+        self._retry(lambda: self._delete_once(name))
+
+    def erase(self) -> None:
+        """Delete the folder itself with all its files."""
+        self._retry(self._erase_once)
+
+    def drop_if_empty(self, name: str) -> None:
+        """Remove a folder of a disk when it is empty; for object stores see `ledger.sweep.drop_markers`."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path(name))
+
+    def names(self, under: str = "") -> list[str]:
+        """Return the relative names of all files below a folder, in no order; none when it does not exist."""
+        return [name for name, _ in self.changes(under)]
+
+    def changes(self, under: str = "") -> list[tuple[str, datetime]]:
+        """Return the name of each file below a folder, and when it was written."""
+        return self._retry(lambda: self._list_once(under))
+
+    def require_writable(self) -> None:
+        """Raise ValueError unless a file can be written here and deleted again; nothing is retried."""
+        probe = f"{PROBE}{uuid.uuid4().hex}"
+        try:
+            self._put_once(probe, b"")
+            self._delete_once(probe)
+        except OSError as error:
+            raise ValueError(
+                f"output must be a folder that can be written, got {self}: {error}; "
+                "give another --output or the missing permission"
+            ) from error
+
+    def _retry(self, request: Callable[[], T]) -> T:
+        return retry_on_oserror(request, self.retry_for_s)
+
+    def _put_once(self, name: str, content: bytes) -> None:
         if not self.is_local:
             # One write and one close: a PUT, or a multipart upload that exists when it is complete.
             with self.filesystem.open_output_stream(self.path(name), compression=None) as stream:
@@ -85,7 +165,7 @@ class Folder:
                 os.replace(aside, target)
                 return
             except FileNotFoundError:
-                # A sweep removed an empty folder between our making it and our using it.
+                # Another process removed the empty folder between makedirs and its use here.
                 if attempt == 2:
                     raise
             except OSError:
@@ -93,8 +173,7 @@ class Folder:
                     os.remove(aside)
                 raise
 
-    def get(self, name: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+    def _get_once(self, name: str) -> bytes | None:
         try:
             with open_input(self.filesystem, self.path(name)) as file:
                 content = file.read(file.size())
@@ -104,47 +183,19 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def open(self, name: str) -> pa.NativeFile | io.BufferedReader:
-        """A file to read from at any place; it must be there."""
-        file = open_input(self.filesystem, self.path(name))
-        # Arrow takes what one call of a Python file's `read` gives for all there is.
-        return file if isinstance(file, pa.NativeFile) else io.BufferedReader(file)
-
-    def delete(self, name: str) -> None:
+    def _delete_once(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
 
-    def erase(self) -> None:
-        """Delete the folder itself with all that is in it."""
+    def _erase_once(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_dir(self.root)
 
-    def drop_if_empty(self, name: str) -> None:
-        """Remove a folder of a disk that holds nothing any more; for object stores see `drop_markers`."""
-        if self.is_local:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.path(name))
-
-    def names(self, under: str = "") -> Iterator[str]:
-        """Yield the relative names of all files below a folder, in no order; none where it is missing."""
-        return (name for name, _ in self.changes(under))
-
-    def changes(self, under: str = "") -> Iterator[tuple[str, datetime]]:
-        """Yield each file's name, and when it was written."""
+    def _list_once(self, under: str) -> list[tuple[str, datetime]]:
         base = self.path(under).rstrip("/")
         selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-        for info in self.filesystem.get_file_info(selector):
-            if info.type == pafs.FileType.File:
-                yield info.path[len(self.root) + 1 :], info.mtime
-
-    def require_writable(self) -> None:
-        """Raise ValueError unless a file can be put here and taken away."""
-        probe = f"{PROBE}{uuid.uuid4().hex}"
-        try:
-            self.put(probe, b"")
-            self.delete(probe)
-        except OSError as error:
-            raise ValueError(
-                f"output must be a folder that can be written, got {self}: {error}; "
-                "give another --output or the missing permission"
-            ) from error
+        return [
+            (info.path[len(self.root) + 1 :], info.mtime)
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        ]

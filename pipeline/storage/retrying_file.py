@@ -1,6 +1,7 @@
-"""Reading through a bad spell of an object store: a 503, a connection that is cut, in the middle of a file.
+"""`RetryingFile`: read a file of an object store although the store fails in the middle of it.
 
-Without it, a shard that a store could not give for a moment would pass for one that is damaged.
+A 503 or a connection that is cut is no property of the file. Without retries, a shard that the store
+could not deliver for a moment would be recorded as damaged. A disk is not retried: its errors are final.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import pyarrow.fs as pafs
 
 T = TypeVar("T")
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waited before each new try, on top of the tries that the store's own client makes."""
+"""Seconds before each new try, in addition to the tries that the store's own client makes."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | RetryingFile:
-    """A file to read from at any place; errors of a disk are final, those of a store are tried again."""
+    """Open a file that can be read at any position; on an object store, failed reads are retried."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(path)
     return RetryingFile(filesystem, path)
 
 
 class RetryingFile(io.RawIOBase):
-    """A remote file that is opened again, at the place it had come to, when reading it fails."""
+    """A remote file that is opened again, at the position it had reached, when a read fails."""
 
     def __init__(
         self, filesystem: pafs.FileSystem, path: str, sleep: Callable[[float], None] = time.sleep
@@ -37,9 +38,9 @@ class RetryingFile(io.RawIOBase):
         self._filesystem = filesystem
         self._path = path
         self._sleep = sleep
-        self._at = 0
+        self._position = 0
         self._file: pa.NativeFile | None = None
-        self._size = self._patiently(lambda file: file.size())
+        self._size = self._retry(lambda file: file.size())
 
     def readable(self) -> bool:
         return True
@@ -51,20 +52,20 @@ class RetryingFile(io.RawIOBase):
         return self._size
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         def read(file: pa.NativeFile) -> int:
-            file.seek(self._at)
+            file.seek(self._position)
             return file.readinto(buffer)
 
-        num_bytes = self._patiently(read) if self._at < self._size else 0
-        self._at += num_bytes
+        num_bytes = self._retry(read) if self._position < self._size else 0
+        self._position += num_bytes
         return num_bytes
 
     def close(self) -> None:
@@ -72,7 +73,8 @@ class RetryingFile(io.RawIOBase):
             self._file.close()
         super().close()
 
-    def _patiently(self, action: Callable[[pa.NativeFile], T]) -> T:
+    def _retry(self, action: Callable[[pa.NativeFile], T]) -> T:
+        """Call `action` with the open file until it succeeds; a missing or forbidden file is not retried."""
         for pause_s in (*PAUSES_S, None):
             try:
                 if self._file is None:
@@ -86,6 +88,6 @@ class RetryingFile(io.RawIOBase):
                 self._file = None
                 if pause_s is None:
                     raise
-                log.warning("Reading %s failed, trying again in %.1f s: %s", self._path, pause_s, error)
+                logger.warning("Reading %s failed, trying again in %.1f s: %s", self._path, pause_s, error)
                 self._sleep(pause_s)
         raise AssertionError("the last try returns or raises")

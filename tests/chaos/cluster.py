@@ -1,4 +1,4 @@
-"""A real cluster of several nodes on this machine, and its processes by what they do, to be killed."""
+"""A real cluster of several nodes on this machine; its processes are found by what they do, and killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
-"""One of the workers' nodes; the head has no CPUs, as it should be on a cluster that loses machines."""
+"""A worker node; the head has no CPUs, as recommended for a cluster that may lose machines."""
 DEADLINE_S = 240
 
 
@@ -36,7 +36,7 @@ def cluster(num_nodes: int, **node: Any) -> Iterator[Cluster]:
 def start_driver(
     cluster: Cluster, settings: dict[str, Any], engine: dict[str, Any], log: Path
 ) -> subprocess.Popen:
-    """The caption command with a fake engine, in a process of its own."""
+    """Start the caption command with a fake engine, in a process of its own."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.drive", json.dumps({"settings": settings, "engine": engine})],
@@ -47,21 +47,26 @@ def start_driver(
 
 
 def processes(cluster: Cluster, what: str) -> list[int]:
-    """The cluster's processes whose command line holds a text; those of other clusters are not looked at."""
-    parents = {pid: parent for pid, (parent, _) in _table().items()}
-    raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
-    return [
-        pid for pid, (_, line) in _table().items() if what in line and raylets & set(_line_of(pid, parents))
-    ]
+    """Return the processes of the cluster whose command line contains a text; other clusters are ignored."""
+    return [pid for node in cluster.list_all_nodes() for pid in processes_of(node, what)]
 
 
-def _line_of(pid: int, parents: dict[int, int]) -> Iterator[int]:
-    while pid in parents:
-        pid = parents[pid]
+def processes_of(node: Any, what: str) -> list[int]:
+    """Return the processes of one node, a `ray` Node, whose command line contains a text."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    table = _table()
+    return [pid for pid, (_, line) in table.items() if what in line and raylet in _ancestors(pid, table)]
+
+
+def _ancestors(pid: int, table: Mapping[int, tuple[int, str]]) -> Iterator[int]:
+    """Yield the parent of a process, the parent's parent, and so on."""
+    while pid in table:
+        pid = table[pid][0]
         yield pid
 
 
 def _table() -> dict[int, tuple[int, str]]:
+    """Return the parent and the command line of each process that runs."""
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -85,7 +90,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def wait_until(condition: Callable[[], Any], driver: subprocess.Popen, log: Path) -> Any:
-    """What the condition gives once it is true; the driver must be at work meanwhile."""
+    """Return the value of `condition` once it is true; the driver must not end before."""
     deadline = time.monotonic() + DEADLINE_S
     while not (value := condition()):
         assert driver.poll() is None, log.read_text()

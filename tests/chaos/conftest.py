@@ -1,4 +1,4 @@
-"""Settings that every process of a chaos test inherits."""
+"""The environment that every process of a chaos test inherits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ray() -> Iterator[None]:
-    """Apart from any other Ray of this machine; short, for the paths of sockets."""
+    """Keep these clusters apart from any other Ray of this machine. Sockets need the path to be short."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ.update(RAY_AUTH_MODE="disabled", RAY_TMPDIR=folder)

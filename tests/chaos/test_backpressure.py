@@ -1,7 +1,7 @@
-"""Ten times the object store passes through it: it never fills, and nothing is spilled to disk.
+"""Backpressure: ten times the size of the object store passes through it, and nothing is spilled to disk.
 
-Reading and decoding outrun the engine here, so that without backpressure the pixels of the whole input
-would wait in the store.
+Reading and decoding are faster than the engine here. Without backpressure the pixels of the whole input would
+wait in the store.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STORE_BYTES = NODE["object_store_memory"]
 SIZE_PX = 448
 NUM_TARS, ROWS_PER_TAR = 10, 10 * STORE_BYTES // (SIZE_PX**2 * 3) // 10 + 1
 NUM_IMAGES = 16
-LOOK_EVERY_S = 0.05
+POLL_EVERY_S = 0.05
 
 
 @cache
@@ -33,7 +33,7 @@ def caption_of(seed: int) -> str:
 
 
 def store_of_the_worker(nodes: Cluster) -> Any:
-    """What the raylet of the node with CPUs says of its object store."""
+    """Return what the raylet of the node with CPUs reports about its object store."""
     for node in get_state_from_address(nodes.address).node_table():
         if node["Alive"] and node["Resources"].get("CPU"):
             address, port = node["NodeManagerAddress"], node["NodeManagerPort"]
@@ -53,14 +53,14 @@ def test_the_store_stays_bounded_and_nothing_is_spilled(tmp_path: Path):
         try:
             while driver.poll() is None:
                 peak = max(peak, store_of_the_worker(nodes).object_store_bytes_used)
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_EVERY_S)
         finally:
             driver.kill()
         after = store_of_the_worker(nodes)
     assert driver.returncode == 0, (tmp_path / "log").read_text()
     print(
         f"peak {peak:,} of {STORE_BYTES:,} bytes, {after.cumulative_created_bytes:,} passed through, "
-        f"{after.spilled_bytes_total:,} spilled, {after.object_store_bytes_fallback:,} beside it"
+        f"{after.spilled_bytes_total:,} spilled, {after.object_store_bytes_fallback:,} outside it"
     )
     assert after.cumulative_created_bytes >= 10 * STORE_BYTES
     assert peak < STORE_BYTES

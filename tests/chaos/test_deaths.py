@@ -1,10 +1,12 @@
-"""Each kind of death, once, in the middle of a run on several nodes: all rows equal the undisturbed run's.
+"""Each kind of death, once, in the middle of a run on several nodes: all rows are as without it.
 
-The engine is held at a gate, so that the death comes at a known point; nothing here waits for time.
+A gate stops the engine in the middle, so that each death happens at a known point; no test sleeps.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.decode import DecodeStage
+from pipeline.stages.write import WriteStage
 from pipeline.storage.folder import Folder
-from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver, wait_until
+from tests.chaos.cluster import NODE, cluster, kill, processes, processes_of, start_driver, wait_until
 from tests.integration.inputs import check_output, write_tars
 
 
@@ -29,7 +34,7 @@ def nodes() -> Iterator[Cluster]:
 
 @dataclass
 class Scene:
-    """A run held in the middle."""
+    """A run that a gate has stopped in the middle."""
 
     cluster: Cluster
     driver: subprocess.Popen
@@ -48,30 +53,28 @@ def kill_decode_children(scene: Scene) -> None:
 
 
 def kill_decode_actors(scene: Scene) -> None:
-    scene.kill_each("DecodeStage")
+    scene.kill_each(DecodeStage.__name__)
 
 
 def kill_caption_actors(scene: Scene) -> None:
-    scene.kill_each("WriteStage")
+    scene.kill_each(WriteStage.__name__)
 
 
 def kill_caption_actors_twice(scene: Scene) -> None:
-    scene.kill_each("WriteStage")
-    wait_until(lambda: processes(scene.cluster, "WriteStage"), scene.driver, scene.log)
-    scene.kill_each("WriteStage")
+    scene.kill_each(WriteStage.__name__)
+    wait_until(lambda: processes(scene.cluster, WriteStage.__name__), scene.driver, scene.log)
+    scene.kill_each(WriteStage.__name__)
 
 
-def kill_the_board(scene: Scene) -> None:
-    scene.kill_each("ray::Board")
+def kill_the_coordinator(scene: Scene) -> None:
+    scene.kill_each(f"ray::{Coordinator.__name__}")
 
 
 def kill_a_node(scene: Scene) -> None:
-    """The node that captions goes, as a machine that is taken away; another comes."""
-    captioning = set(processes(scene.cluster, "WriteStage"))
+    """Remove the node that captions, as when a machine is taken away, and add another."""
+    captioning = set(processes(scene.cluster, WriteStage.__name__))
     for node in list(scene.cluster.worker_nodes):
-        exclusive = Cluster.__new__(Cluster)
-        exclusive.head_node, exclusive.worker_nodes = None, {node}
-        if captioning & set(processes(exclusive, "WriteStage")):
+        if captioning & set(processes_of(node, WriteStage.__name__)):
             scene.cluster.remove_node(node, allow_graceful=False)
             scene.cluster.add_node(**NODE)
 
@@ -85,7 +88,7 @@ def terminate_the_driver(scene: Scene) -> None:
 
 
 def break_the_disk(scene: Scene) -> None:
-    """Writing fails while a file stands where the folder of fragments should be."""
+    """Make writing fail for a while: a file is in the place of the folder of fragments."""
     fragments = scene.folder / "_blip2" / "fragments"
     aside = scene.folder / "_blip2" / "aside"
     fragments.rename(aside)
@@ -97,10 +100,12 @@ def break_the_disk(scene: Scene) -> None:
 
 
 def worker_logs() -> str:
-    import os
-
-    logs = Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
-    return "".join(log.read_text(errors="replace") for log in logs)
+    """Return what all workers have logged; Ray moves the logs of workers that have ended meanwhile."""
+    text = ""
+    for log in Path(os.environ["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err"):
+        with contextlib.suppress(FileNotFoundError):
+            text += log.read_text(errors="replace")
+    return text
 
 
 DEATHS: list[Callable[[Scene], None]] = [
@@ -108,7 +113,7 @@ DEATHS: list[Callable[[Scene], None]] = [
     kill_decode_actors,
     kill_caption_actors,
     kill_caption_actors_twice,
-    kill_the_board,
+    kill_the_coordinator,
     kill_a_node,
     kill_the_driver,
     terminate_the_driver,

@@ -1,6 +1,6 @@
-"""A long run under random deaths: every few seconds something is killed, and no row is lost or doubled.
+"""A long run under random deaths: every few seconds a process is killed, and no row is lost or written twice.
 
-Seeded: BLIP2_SOAK_SEED repeats a run's choices (the machine's own timing still differs).
+BLIP2_SOAK_SEED repeats the choices of an earlier run; the timing of the machine still differs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline.stages.decode import DecodeStage
+from pipeline.stages.write import WriteStage
 from tests.chaos.cluster import NODE, cluster, kill, processes, start_driver
 from tests.integration.inputs import BROKEN, right_caption, write_tars
 
@@ -24,8 +26,9 @@ NUM_TARS, ROWS_PER_TAR, LINKS = 20, 500, 2
 MIN_KILLS = 40
 PAUSE_S = (5.0, 10.0)
 VICTIMS = {
-    "WriteStage": 4,
-    "DecodeStage": 2,
+    # Texts in the command lines of processes, and how often each is chosen.
+    WriteStage.__name__: 4,
+    DecodeStage.__name__: 2,
     "decode_child": 2,
     "ReadShard": 1,
     "node": 1,
@@ -35,7 +38,7 @@ VICTIMS = {
 
 
 class Soak:
-    """A run that is killed piece by piece and started again until it is done."""
+    """A run whose processes are killed and which is started again until it is done."""
 
     def __init__(self, nodes: Cluster, root: Path, seed: int) -> None:
         self._nodes, self._root = nodes, root
@@ -55,7 +58,7 @@ class Soak:
         return start_driver(self._nodes, settings, {"seconds_per_image": 0.02}, self._root / "log")
 
     def run(self) -> None:
-        """Kill every few seconds until jobs are done and enough was killed; each job has its own output."""
+        """Kill a process every few seconds, in job after job, until a job ends and enough was killed."""
         while True:
             try:
                 status = self.driver.wait(self._random.uniform(*PAUSE_S))

@@ -1,4 +1,4 @@
-"""One local Ray for the whole session: starting it is the slowest part of these tests."""
+"""One local Ray for the whole test session: starting it is the slowest part of these tests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Two CPUs and a small object store, apart from any other Ray of this machine."""
+    """Start Ray with two CPUs and a small object store, apart from any other Ray of this machine."""
     import ray
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    # Short: the paths of Ray's sockets may have 107 characters.
+    # A short path: those of Ray's sockets may have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
         ray.init(

@@ -1,4 +1,4 @@
-"""Small inputs with known right answers: tars of drawn noise, some images broken."""
+"""Small inputs with known captions: tars of random images, some of them broken."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_tar(path: Path, images: Mapping[str, bytes]) -> None:
 def write_tars(
     folder: Path, num_tars: int, rows_per_tar: int, broken_every: int | None = None
 ) -> dict[str, dict]:
-    """Write tars and return key to image, by shard, in order."""
+    """Write tars; return the images by key, in order, by shard."""
     truth: dict[str, dict[str, bytes]] = {}
     for tar in range(num_tars):
         images = {}
@@ -66,7 +66,7 @@ def read_output(output: Path | str, shard: str) -> list[dict]:
 def check_output(
     output: Path | str, truth: Mapping[str, Mapping[str, bytes]], prompt: str | None = None
 ) -> None:
-    """Every row exactly once, in its shard's file, in order, with its right caption or status."""
+    """Assert that each row is in the file of its shard once, in order, with the right caption or status."""
     files = sorted(str(p.relative_to(output)) for p in Path(output).rglob("*.parquet"))
     assert files == sorted(f"{shard}.parquet" for shard in truth)
     for shard, images in truth.items():

@@ -15,7 +15,8 @@ from PIL import Image
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.schema import output_schema
 from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import png, right_caption

@@ -1,6 +1,6 @@
-"""A cluster whose driver has no accelerator: actors take those of the workers, and "auto" means theirs.
+"""A cluster whose driver has no accelerator: actors use those of the workers, and "auto" means their dtype.
 
-The accelerator is one in Ray's books only, as the engine is a fake one.
+The accelerator exists only as a resource of Ray, because the engine is a fake.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger.ledger import load_run
+from pipeline.ledger.ledger import Ledger
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import cluster, start_driver
 from tests.integration.inputs import check_output, write_tars
@@ -25,5 +25,5 @@ def test_captions_are_made_where_the_accelerator_is(tmp_path: Path, monkeypatch:
         driver = start_driver(nodes, settings, {"dtype": "auto"}, log)
         assert driver.wait() == 0, log.read_text()
     check_output(output, truth)
-    run = load_run(Folder(str(output)))
+    run = Ledger(Folder(str(output))).require_run()
     assert run.fingerprint.parts["dtype"] == "bfloat16"

@@ -15,12 +15,13 @@ from blip2_actor import ImageLimits
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
-from pipeline.ledger.commit import Committer
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import begin_run, scan_output
+from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.progress import Console
-from pipeline.run.job import prepare, prepare_retry, run_job
+from pipeline.run.committers import Committer
+from pipeline.run.prepare import prepare, prepare_retry
+from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.retry_settings import RetrySettings
@@ -70,21 +71,21 @@ def test_every_row_in_its_shards_file_in_order_and_broken_images_cost_only_their
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, local_ray) -> Finished:
-    """A run that is done; the tests that take it leave it as it is."""
+    """A finished run; the tests that use it do not change it."""
     root = tmp_path_factory.mktemp("finished")
     truth = write_tars(root / "in", num_tars=2, rows_per_tar=10)
     return Finished(root, truth, run(settings(root), FakeEngineConfig(trace=str(root / "trace"))))
 
 
-def test_the_same_command_again_does_nothing_and_says_the_same(finished):
+def test_the_same_command_again_does_nothing_and_reports_the_same(finished):
     again = run(settings(finished.root), FakeEngineConfig(trace=str(finished.root / "trace")))
     assert again == finished.result
     assert len(captions_made(finished.root / "trace")) == 20
 
 
-def test_nothing_is_left_of_the_work_but_results_and_the_record(finished):
+def test_only_results_and_the_record_are_left(finished):
     folder = Folder(str(finished.root / "out"))
-    state = scan_output(folder)
+    state = Ledger(folder).scan()
     assert (dict(state.fragments), state.shard_reports, state.leftovers) == ({}, frozenset(), ())
     assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
@@ -113,11 +114,11 @@ def test_another_prompt_is_refused_by_name_and_forked_on_request(finished):
         prepare(settings(finished.root, prompt="a photo of"), FakeEngineConfig())
     forked = settings(finished.root, prompt="a photo of", fork=True)
     job = prepare(forked, FakeEngineConfig())
-    assert job.folder.uri.startswith(str(finished.root / "out-"))
+    assert job.ledger.folder.uri.startswith(str(finished.root / "out-"))
     run_job(job, Console(io.StringIO()))
-    check_output(job.folder.uri, finished.truth, prompt="a photo of")
+    check_output(job.ledger.folder.uri, finished.truth, prompt="a photo of")
     check_output(finished.root / "out", finished.truth)
-    assert not prepare(forked, FakeEngineConfig()).is_new, "the same command goes on with the same fork"
+    assert not prepare(forked, FakeEngineConfig()).is_new, "the same command resumes the same fork"
 
 
 def test_a_second_driver_is_refused(tmp_path):
@@ -143,7 +144,7 @@ def test_a_tar_that_ends_early_is_partial_and_an_empty_one_has_an_empty_file(tmp
 
 
 def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, monkeypatch):
-    """However many of them stay bad: it goes over nothing but bad rows, which says nothing of the input."""
+    """It does not stop when most fail again: it runs only bad rows, which say nothing about the input."""
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
     images = truth["part0/00000.tar"]
     images |= {"image-000005": BROKEN, "image-000009": BROKEN}
@@ -176,11 +177,11 @@ def test_retry_reads_a_partial_shard_again(tmp_path):
 
 
 def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):
-    """A row that failed for memory would fail for ever; they are no part of what the rows say."""
+    """A row that failed for lack of memory would fail forever. These limits do not change what rows say."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=1)
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
-    begin_run(job.folder, job.run)
+    job.ledger.begin(job.run)
 
     def limits(**given) -> ImageLimits:
         retrying = RetrySettings(output=str(tmp_path / "out"), **given)
@@ -196,7 +197,7 @@ def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path
 def test_retry_of_an_unfinished_run_is_refused(tmp_path):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
     job = prepare(settings(tmp_path), FakeEngineConfig())
-    begin_run(job.folder, job.run)
+    job.ledger.begin(job.run)
     with pytest.raises(ValueError, match="run the caption command again first"):
         run_retry(tmp_path)
 
@@ -206,29 +207,29 @@ def run_retry(tmp_path, engine=None):
     return run_job(job, Console(io.StringIO()))
 
 
-def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_words(tmp_path, capsys):
+def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_message(tmp_path, capsys):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=5)
     engine = FakeEngineConfig(fails_to_build="device must be there, got none")
     assert caption(settings(tmp_path), engine) == 1
     said = capsys.readouterr().err
-    assert "ValueError: device must be there, got none; what was finished is kept" in said
+    assert "ValueError: device must be there, got none; finished work is kept" in said
     assert "Traceback" not in said
 
 
-def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_words(tmp_path, capsys, monkeypatch):
-    """It ended in a traceback, the second one hiding the first; and nothing that was made may be lost."""
+def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_message(tmp_path, capsys, monkeypatch):
+    """The job ended in a traceback, in which a second error hid the first; and no caption may be lost."""
 
     class Failing(Committer):
-        def commit(self, folder, report, metadata, empty_schema):
+        def commit(self, ledger, report, metadata, empty_schema):
             raise pa.ArrowInvalid(f"a fragment of {report.shard[:5]} is damaged")
 
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)
     engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.run.driver.Committer", Failing)
+        patch.setattr("pipeline.run.committers.Committer", Failing)
         assert caption(settings(tmp_path), engine) == 1
     said = capsys.readouterr().err
-    assert re.search("job has failed: .*a fragment of part[01] is damaged; what was finished is kept", said)
+    assert re.search("job has failed: .*a fragment of part[01] is damaged; finished work is kept", said)
     assert "Traceback" not in said
     assert caption(settings(tmp_path), engine) == 0
     check_output(tmp_path / "out", truth)

@@ -1,4 +1,4 @@
-"""A driver that dies: the same command goes on, and what had reached a fragment is not captioned again."""
+"""A driver dies: the same command resumes, and rows that had reached a fragment are not captioned again."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from blip2_actor.testing import captions_made
-from pipeline.ledger.fragments import read_fragment
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.fragments import read_fragments
+from pipeline.ledger.scan import scan_output
 from pipeline.report.status import status_lines
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import check_output, write_tars
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture
 def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
-    """Start the caption command on the tests' own Ray; what still runs at the end is killed."""
+    """Start the caption command on the Ray of the tests; a command that still runs at the end is killed."""
     started: list[subprocess.Popen] = []
 
     def run(settings: dict, engine: dict) -> subprocess.Popen:
@@ -47,10 +47,10 @@ def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
         process.wait()
 
 
-def wait_until(condition: Callable[[], object], driver: subprocess.Popen) -> None:
+def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert driver.poll() is None, driver.stdout.read()
+        assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -81,19 +81,21 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     first.send_signal(number)
     said, _ = first.communicate()
     assert first.returncode == (-number if number == signal.SIGKILL else 1), said
+    assert ("stopped by a signal; finished work is kept" in said) == (number == signal.SIGTERM), said
     state = scan_output(folder)
     finished_before = {
         caption
         for fragments in state.fragments.values()
-        for fragment in fragments
-        for caption in read_fragment(folder, fragment.name)["caption"].to_pylist()
+        for rows in read_fragments(folder, fragments)
+        if rows is not None
+        for caption in rows["caption"].to_pylist()
     }
     files_before = {shard: (output / f"{shard}.parquet").stat().st_mtime_ns for shard in state.finished}
     assert len(state.finished) < 3
 
     last = status_lines(str(output))[-1]
     assert last.startswith("no driver is running") and last.endswith("run the same command to resume")
-    assert ("has died" in last) == (number == signal.SIGKILL)
+    assert ("has died" in last) == (number == signal.SIGKILL), said
 
     gate.unlink()
     again = start(settings, engine)

@@ -20,7 +20,8 @@ from blip2_actor.testing import (
 from pipeline.cli.commands import caption, embed, score
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
-from pipeline.run.job import prepare, prepare_retry, run_job
+from pipeline.run.prepare import prepare, prepare_retry
+from pipeline.run.run_job import run_job
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings

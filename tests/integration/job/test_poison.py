@@ -1,4 +1,4 @@
-"""An image that kills its process costs its row, not the job and not its neighbours."""
+"""An image that kills its process costs its own row, not the job and not the rows next to it."""
 
 import io
 
@@ -6,7 +6,8 @@ import pytest
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import read_output, right_caption, write_tars
 
@@ -14,13 +15,16 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.mark.parametrize("how", ["kills_on", "faults_on"])
-def test_the_row_that_kills_gets_a_status_and_its_neighbours_their_captions(tmp_path, how):
+def test_the_row_that_kills_gets_a_status_and_the_others_their_captions(tmp_path, how):
     truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=50)
     poison = right_caption(truth["part0/00000.tar"]["image-000017"])
     settings = CaptionSettings(
         input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), max_failed_fraction=0.01
     )
-    engine = FakeEngineConfig(**{how: (poison,)}, max_batch=8)
+    poisons = {how: (poison,)}
+    engine = FakeEngineConfig(
+        kills_on=poisons.get("kills_on", ()), faults_on=poisons.get("faults_on", ()), max_batch=8
+    )
     result = run_job(prepare(settings, engine), Console(io.StringIO()))
     assert dict(result.by_status) == {"ok": 149, "failed": 1}
     assert result.exit_status(0.01) == 0

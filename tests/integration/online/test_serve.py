@@ -30,7 +30,8 @@ from blip2_actor.testing import FakeEngineConfig, fake_caption, save_tiny_checkp
 from deploy.app import compose
 from deploy.settings import OnlineImageLimits, Settings
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.

@@ -1,9 +1,9 @@
-"""An S3 server, moto's, as a process of its own, that answers badly now and then.
+"""An S3 server (moto) in a process of its own, which can be told to fail.
 
-`python -m tests.integration.storage.faulty_s3` prints its port. After `POST /faults?each=N&spell_at=KIND` the
-first N requests of each kind (method, and what it is about) are answered with 503 SlowDown or, after they
-were carried out, with 500 InternalError; and from the first healthy request of one kind on, all fail for a
-while, the first of them only after the client has lost patience. `GET /faults` counts what was done by kind.
+`python -m tests.integration.storage.faulty_s3` prints its port. After `POST /faults?each=N&outage_at=KIND`
+the first N requests of each kind (method and subject) get 503 SlowDown or, after they were carried out, 500
+InternalError. From the next request of the kind `outage_at` on, all requests fail for a while; the first of
+them is answered only after the client has timed out. `GET /faults` counts the failures by kind.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from urllib.request import urlopen
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-SPELL_S = 7.0
-"""Longer than Arrow's client goes on trying: 30 times, 0.2 s apart."""
+OUTAGE_S = 7.0
+"""Longer than Arrow's client retries: 30 times, 0.2 s apart."""
 SLOW_S = 4.0
-"""Longer than it waits for one answer."""
-ABOUT = ("_blip2/fragments", "_blip2/ends", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
+"""Longer than Arrow's client waits for one answer."""
+SUBJECTS = ("_blip2/fragments", "_blip2/ends", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
 
 
 class Faults:
-    """WSGI middleware."""
+    """WSGI middleware that makes requests fail."""
 
     def __init__(self, app: Callable) -> None:
         self._app = app
         self._lock = threading.Lock()
         self._each = 0
         self._seen: Counter[str] = Counter()
-        self._spell_at, self._spell_ends = "", 0.0
+        self._outage_at, self._outage_ends = "", 0.0
 
     def __call__(self, environ: dict[str, Any], start: Callable) -> Any:
         if environ["PATH_INFO"] == "/faults":
@@ -58,11 +58,11 @@ class Faults:
         if self._seen[kind] < self._each:
             self._seen[kind] += 1
             return "503" if self._seen.total() % 2 else "500 late"
-        if kind == self._spell_at:
-            self._spell_at, self._spell_ends = "", time.monotonic() + SPELL_S
-        if time.monotonic() < self._spell_ends:
-            self._seen["spell"] += 1
-            return "slow" if self._seen["spell"] == 1 else "503"
+        if kind == self._outage_at:
+            self._outage_at, self._outage_ends = "", time.monotonic() + OUTAGE_S
+        if time.monotonic() < self._outage_ends:
+            self._seen["outage"] += 1
+            return "slow" if self._seen["outage"] == 1 else "503"
         return None
 
     def _control(self, environ: dict[str, Any], start: Callable) -> list[bytes]:
@@ -70,17 +70,17 @@ class Faults:
             if environ["REQUEST_METHOD"] == "POST":
                 asked = parse_qs(environ["QUERY_STRING"])
                 self._each = int(asked["each"][0])
-                self._spell_at, self._spell_ends = asked.get("spell_at", [""])[0], 0.0
+                self._outage_at, self._outage_ends = asked.get("outage_at", [""])[0], 0.0
                 self._seen.clear()
             start("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(self._seen).encode()]
 
 
 def kind_of(method: str, path: str, query: str) -> str:
-    """Such as "PUT _blip2/fragments" or "LIST"."""
+    """Return the kind of a request, such as "PUT _blip2/fragments" or "LIST"."""
     if method == "GET" and "list-type" in query:
         return "LIST"
-    return f"{method} {next((about for about in ABOUT if about in path), 'other')}"
+    return f"{method} {next((subject for subject in SUBJECTS if subject in path), 'other')}"
 
 
 def _refuse(answer: str, start: Callable) -> list[bytes]:
@@ -90,7 +90,7 @@ def _refuse(answer: str, start: Callable) -> list[bytes]:
 
 
 class FaultyStore:
-    """The server as its tests see it."""
+    """The running server: URIs in it, and its faults."""
 
     def __init__(self, port: int) -> None:
         self._control = f"http://127.0.0.1:{port}/faults"
@@ -101,9 +101,9 @@ class FaultyStore:
     def uri(self, path: str) -> str:
         return f"s3://key:secret@{path}{self.options}"
 
-    def fail(self, each: int, spell_at: str = "") -> None:
-        """From now on the first requests of each kind go wrong, and from one kind on all for a while."""
-        urlopen(f"{self._control}?{urlencode({'each': each, 'spell_at': spell_at})}", data=b"").close()
+    def fail(self, each: int, outage_at: str = "") -> None:
+        """Make the first `each` requests of each kind fail, then all for a while from one kind on."""
+        urlopen(f"{self._control}?{urlencode({'each': each, 'outage_at': outage_at})}", data=b"").close()
 
     def failures(self) -> dict[str, int]:
         with urlopen(self._control) as answer:

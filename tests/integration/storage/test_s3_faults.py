@@ -1,4 +1,4 @@
-"""Input and output in a store that answers badly: each kind of request at first, then all for a while."""
+"""Input and output in a store that fails: each kind of request at first, then all requests for a while."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor.testing import FakeEngineConfig, captions_made
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.progress import Console
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
@@ -28,7 +29,7 @@ def store() -> Iterator[FaultyStore]:
 
 
 def test_a_small_file_is_one_request(store):
-    """Arrow alone makes three of it, and a job writes thousands of fragments."""
+    """By default Arrow makes three requests, and a job writes thousands of fragments."""
     folder = Folder(store.uri("bucket/small"))
     store.fail(each=1)
     folder.put("_blip2/fragments/a", b"1")
@@ -38,8 +39,8 @@ def test_a_small_file_is_one_request(store):
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
-    """Each kind of request fails once, and when fragments begin to come all fail for longer than Arrow's
-    client tries: nothing may be lost, done twice or left behind."""
+    """Each kind of request fails once; when the first fragment is written, all requests fail for longer than
+    Arrow's client retries. No row may be lost or captioned twice, and nothing may be left behind."""
     truth = write_tars(tmp_path / "in", num_tars=4, rows_per_tar=40)
     filesystem, _ = open_filesystem(store.uri("bucket"))
     pafs.copy_files(
@@ -50,16 +51,16 @@ def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
     )
     settings = CaptionSettings(input=(store.uri("bucket/in"),), output=store.uri("bucket/out"))
     engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
-    store.fail(each=1, spell_at="PUT _blip2/fragments")
+    store.fail(each=1, outage_at="PUT _blip2/fragments")
     result = run_job(prepare(settings, engine), Console(io.StringIO()))
     failures = store.failures()
     store.fail(each=0)
     assert (result.num_ok, result.exit_status(0.0)) == (160, 0)
     assert len(captions_made(tmp_path / "trace")) == 160
-    told = {f"{method} {about}" for method in ("PUT", "GET") for about in ("_blip2/ends", ".parquet")}
-    told |= {f"{method} _blip2/fragments" for method in ("PUT", "GET", "DELETE")}
-    assert {"LIST", "GET .tar", "DELETE _blip2/ends", *told} <= {k for k, n in failures.items() if n == 1}
-    assert failures["spell"] > 20, failures
+    expected = {f"{method} {about}" for method in ("PUT", "GET") for about in ("_blip2/ends", ".parquet")}
+    expected |= {f"{method} _blip2/fragments" for method in ("PUT", "GET", "DELETE")}
+    assert {"LIST", "GET .tar", "DELETE _blip2/ends", *expected} <= {k for k, n in failures.items() if n == 1}
+    assert failures["outage"] > 20, failures
     for shard, images in truth.items():
         with filesystem.open_input_file(f"bucket/out/{shard}.parquet") as file:
             table = pq.read_table(file)

@@ -1,4 +1,4 @@
-"""Inputs in a bucket: a real S3 protocol on loopback, listed and read like a disk."""
+"""Inputs in a bucket, by the S3 protocol on loopback: they are listed and read as on a disk."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_tables_and_folders_in_a_bucket(query):
     ]
 
 
-def test_what_is_not_there_is_refused_and_what_vanishes_is_partial(query):
+def test_a_missing_input_is_refused_and_a_shard_that_vanishes_is_partial(query):
     with pytest.raises(InputError, match="no such file or folder: "):
         list_shards(uri("bucket/gone", query))
     (shard,) = list_shards(uri("bucket/tars/a/0.tar", query))

@@ -1,4 +1,4 @@
-"""Results in a bucket: the same ledger on an object store, through a real S3 protocol on loopback."""
+"""Output in a bucket, by the S3 protocol on loopback: the ledger works as on a disk."""
 
 import gzip
 import io
@@ -15,10 +15,12 @@ from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import Run, drop_markers, scan_output
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
-from pipeline.run.job import prepare, run_job
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
@@ -28,7 +30,7 @@ from tests.integration.inputs import right_caption, write_tars
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A URI up to the path; with a password, as people have them."""
+    """Yield a URI with a place for the path; it holds a password, as those of users do."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
@@ -39,7 +41,7 @@ def bucket() -> Iterator[str]:
 
 
 def raw_keys(bucket: str, prefix: str) -> list[str]:
-    """Every object, those included that Arrow shows as folders."""
+    """Return every object, also those that Arrow shows as folders."""
     endpoint = parse_qs(bucket.partition("?")[2])["endpoint_override"][0]
     store = boto3.client(
         "s3",
@@ -51,7 +53,7 @@ def raw_keys(bucket: str, prefix: str) -> list[str]:
     return [item["Key"] for item in store.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])]
 
 
-def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
+def test_a_folder_in_a_bucket_works_as_on_a_disk(bucket):
     folder = Folder(bucket.format("folder"))
     assert list(folder.names()) == []
     assert folder.get("a/b") is None
@@ -73,20 +75,21 @@ def test_a_folder_in_a_bucket_is_like_one_on_a_disk(bucket):
         pass
 
 
-def test_markers_of_emptied_folders_go_only_when_nothing_is_to_do(bucket):
-    """One for every shard stayed, and each listing of the output paid for it."""
+def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket):
+    """One marker of each shard stayed, and each listing of the output returned all of them."""
     folder = Folder(bucket.format("marked"))
+    ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]
     run = Run(Fingerprint({}), {}, tuple(shards))
     for shard in shards:
         folder.put(f"_blip2/fragments/{shard.name}.rows/1.arrow", b"")
         folder.delete(f"_blip2/fragments/{shard.name}.rows/1.arrow")
     folder.put("a.tar.parquet", b"")
-    drop_markers(folder, run, scan_output(folder))
+    ledger.drop_markers(run, ledger.scan())
     markers = [f"marked/_blip2/fragments/{shard.name}.rows/" for shard in shards]
     assert raw_keys(bucket, "marked/_blip2/") == markers
     folder.put("b.tar.parquet", b"")
-    drop_markers(folder, run, scan_output(folder))
+    ledger.drop_markers(run, ledger.scan())
     assert set(raw_keys(bucket, "marked/_blip2/")) <= {"marked/_blip2/"}
     assert sorted(folder.names()) == ["a.tar.parquet", "b.tar.parquet"]
 
@@ -122,7 +125,7 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
         assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
         assert all(b"secret" not in value for value in table.schema.metadata.values())
     folder = Folder(settings.output)
-    assert not scan_output(folder).fragments
+    assert not Ledger(folder).scan().fragments
     assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)

@@ -9,8 +9,7 @@ from pipeline.cli.main import main
 from pipeline.cli.status import status
 from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
 from pipeline.exit_status import ExitStatus
-from pipeline.ledger.ledger import begin_run
-from pipeline.run.job import prepare
+from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.report_settings import StatusSettings
@@ -89,14 +88,14 @@ def test_output_with_files_that_no_run_has_written(refused, tmp_path):
 def test_status_and_retry_without_a_run(tmp_path, capsys):
     assert status(StatusSettings(output=str(tmp_path))) == 3
     assert retry(RetrySettings(output=str(tmp_path)), FakeEngineConfig()) == 3
-    assert capsys.readouterr().err.count("output must be a folder with a run") == 2
+    assert capsys.readouterr().err.count("holds no run; pass the folder given as --output") == 2
 
 
 def test_an_output_that_was_begun_with_other_settings(refused, tmp_path):
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
     write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
     job = prepare(settings, FakeEngineConfig())
-    begin_run(job.folder, job.run)
+    job.ledger.begin(job.run)
     assert "'another'" in refused(prompt="another")
 
 

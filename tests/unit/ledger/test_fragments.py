@@ -1,4 +1,4 @@
-"""Fragments and commits decide exactly-once: a wrong union loses rows, a wrong merge doubles them."""
+"""Fragments and commits make each row count once: a wrong union loses rows, a wrong merge doubles them."""
 
 import os
 import random
@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import SUMMARY_KEY, commit_shard, output_name, read_summary
+from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, write_fragment
-from pipeline.ledger.ledger import StoreShardReport, load_shard_report, scan_output
+from pipeline.ledger.layout import output_name
 from pipeline.ledger.rowset import RowSet
+from pipeline.ledger.scan import scan_output
+from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
 
@@ -42,6 +44,13 @@ def report(num_rows, shard="a/0.tar", **changes) -> ShardReport:
     return ShardReport(**{"shard": shard, "num_rows": num_rows, "complete": True, **changes})
 
 
+def commit(folder: Folder, shard_report: ShardReport) -> Summary:
+    """Commit a shard whose rows are all there."""
+    summary = commit_shard(folder, shard_report, {})
+    assert summary is not None
+    return summary
+
+
 def test_the_name_says_which_rows_are_in_it(folder):
     fragment = write_fragment(folder, rows([3, 4, 5]))
     assert parse_fragment(fragment.name) == fragment
@@ -49,7 +58,7 @@ def test_the_name_says_which_rows_are_in_it(folder):
     assert rows_in(folder, {"a/0.tar": [fragment]}) == {"a/0.tar": RowSet([(3, 6)])}
 
 
-def test_rows_with_gaps_are_looked_up(folder):
+def test_a_fragment_with_gaps_is_opened(folder):
     fragment = write_fragment(folder, rows([9, 1, 5]))
     assert fragment.has_gaps
     assert rows_in(folder, {"a/0.tar": [fragment]}) == {"a/0.tar": RowSet([(1, 2), (5, 6), (9, 10)])}
@@ -60,7 +69,7 @@ def test_writing_the_same_rows_twice_is_one_fragment(folder):
     assert len(list_fragments(folder, "a/0.tar")) == 1
 
 
-def test_a_shard_below_another_shards_name_is_not_mixed_up(folder):
+def test_a_shard_below_the_name_of_another_is_not_mixed_up(folder):
     write_fragment(folder, rows([0], shard="a"))
     write_fragment(folder, rows([0], shard="a/b"))
     assert [f.shard for f in list_fragments(folder, "a")] == ["a"]
@@ -89,7 +98,7 @@ def test_a_commit_with_a_missing_row_changes_nothing(folder):
 
 def test_a_commit_cleans_up_after_itself(folder):
     write_fragment(folder, rows(range(3)))
-    StoreShardReport(folder)(report(3))
+    store_shard_report(folder, report(3))
     commit_shard(folder, report(3), {})
     state = scan_output(folder)
     assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, frozenset())
@@ -101,7 +110,7 @@ def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folde
     commit_shard(folder, report(4), {})
     write_fragment(folder, rows([2], word="second"))
     write_fragment(folder, rows([0, 3], status="too_large"))
-    summary = commit_shard(folder, report(4), {})
+    summary = commit(folder, report(4))
     table = pq.read_table(folder.path(output_name("a/0.tar"))).to_pydict()
     assert table["status"] == ["ok", "ok", "ok", "too_large"]
     assert table["caption"] == ["caption 0", "caption 1", "second 2", None]
@@ -111,37 +120,38 @@ def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folde
 def test_a_shard_that_can_be_read_less_far_the_second_time_keeps_its_rows(folder):
     write_fragment(folder, rows(range(5)))
     commit_shard(folder, report(5, complete=False, reason="ends early"), {})
-    summary = commit_shard(folder, report(0, complete=False, reason="vanished"), {})
+    summary = commit(folder, report(0, complete=False, reason="vanished"))
     assert summary.num_rows == 5
     assert len(pq.read_table(folder.path(output_name("a/0.tar")))) == 5
 
 
-def test_rows_behind_a_worse_reading_wait_for_a_better_one(folder):
+def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
     write_fragment(folder, rows(range(3)))
     late = write_fragment(folder, rows(range(6, 9)))
     commit_shard(folder, report(3, complete=False, reason="403"), {})
     assert list_fragments(folder, "a/0.tar") == [late]
     write_fragment(folder, rows(range(3, 6)))
-    assert commit_shard(folder, report(9), {}).num_rows == 9
+    assert commit(folder, report(9)).num_rows == 9
 
 
 def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
-    StoreShardReport(folder)(report(4, complete=False, reason="ends early"))
-    StoreShardReport(folder)(report(2, complete=False, reason="vanished"))
-    assert load_shard_report(folder, "a/0.tar").num_rows == 4
-    StoreShardReport(folder)(report(9))
-    StoreShardReport(folder)(report(0, complete=False, reason="403"))
+    store_shard_report(folder, report(4, complete=False, reason="ends early"))
+    store_shard_report(folder, report(2, complete=False, reason="vanished"))
+    assert load_shard_report(folder, "a/0.tar") == report(4, complete=False, reason="ends early")
+    store_shard_report(folder, report(9))
+    store_shard_report(folder, report(0, complete=False, reason="403"))
     assert load_shard_report(folder, "a/0.tar") == report(9)
 
 
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):
     summary = commit_shard(folder, report(0), {}, output_schema([pa.field("url", pa.null())]))
+    assert summary is not None
     table = pq.read_table(folder.path(output_name("a/0.tar")))
     assert table.column_names == [*ROW_CONTRACT.names, "url"]
     assert summary.num_rows == len(table) == 0
 
 
-def test_half_written_files_are_litter_and_not_results(folder):
+def test_half_written_files_are_leftovers_and_not_results(folder):
     folder.put("_blip2/run.json", b"{}")
     aside = folder.path("_blip2/tmp/half")
     os.makedirs(os.path.dirname(aside), exist_ok=True)
@@ -152,7 +162,7 @@ def test_half_written_files_are_litter_and_not_results(folder):
     assert state.finished == frozenset()
 
 
-def test_a_failed_put_leaves_the_old_file_and_no_litter(folder, monkeypatch):
+def test_a_failed_put_leaves_the_old_file_and_no_leftovers(folder, monkeypatch):
     folder.put("x.parquet", b"old")
 
     def full(source, target):
@@ -175,6 +185,6 @@ def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
 
 
 def test_no_name_in_the_state_ends_in_parquet(folder, tmp_path):
-    """`output/**/*.parquet` must find results alone, also for a shard that is a Parquet file itself."""
+    """`output/**/*.parquet` must find only results, also when a shard is a Parquet file itself."""
     write_fragment(folder, rows([0, 1], shard="a/0.parquet"))
     assert not list(tmp_path.rglob("*.parquet"))

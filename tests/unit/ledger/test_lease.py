@@ -1,4 +1,4 @@
-"""Two drivers on one output double the cost; a lease that outlives its driver blocks the resume."""
+"""Two drivers on one output do all work twice; a lease that outlives its driver blocks the resume."""
 
 import json
 import subprocess
@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from pipeline.errors import OutputInUse
-from pipeline.ledger.lease import LEASE, Holder, Lease, read_holder
+from pipeline.ledger.layout import LEASE
+from pipeline.ledger.lease import Holder, Lease, read_holder
 from pipeline.storage.folder import Folder
 
 
@@ -22,16 +23,22 @@ def elsewhere(**changes) -> Holder:
     return replace(Holder.of_this_process(), machine="another", host="node-7", **changes)
 
 
+def holder_of(folder: Folder) -> Holder:
+    holder = read_holder(folder)
+    assert holder is not None
+    return holder
+
+
 def put(folder: Folder, holder: Holder) -> None:
     folder.put(LEASE, json.dumps(asdict(holder)).encode())
 
 
-def test_second_driver_is_refused_with_the_name_of_the_first(folder):
+def test_a_second_driver_is_refused_with_the_name_of_the_first(folder):
     with Lease(folder), pytest.raises(OutputInUse, match=r"process \d+ on .* started"), Lease(folder):
         pass
 
 
-def test_released_at_the_end(folder):
+def test_the_lease_is_released_at_the_end(folder):
     with Lease(folder):
         pass
     assert read_holder(folder) is None
@@ -39,7 +46,7 @@ def test_released_at_the_end(folder):
         pass
 
 
-def test_lease_of_a_killed_driver_on_this_machine_does_not_wait(folder):
+def test_the_lease_of_a_killed_driver_on_this_machine_is_taken_at_once(folder):
     code = (
         "import os, sys, signal; sys.path.insert(0, '.')\n"
         "from pipeline.storage.folder import Folder; from pipeline.ledger.lease import Lease\n"
@@ -51,13 +58,13 @@ def test_lease_of_a_killed_driver_on_this_machine_does_not_wait(folder):
         pass
 
 
-def test_driver_elsewhere_that_stands_still_is_replaced(folder):
+def test_a_driver_elsewhere_without_heartbeats_is_replaced(folder):
     put(folder, elsewhere())
     with Lease(folder, beat_s=0.01, dead_after_s=0.05):
-        assert read_holder(folder).host != "node-7"
+        assert holder_of(folder).host != "node-7"
 
 
-def test_driver_elsewhere_that_beats_is_respected(folder):
+def test_a_driver_elsewhere_with_heartbeats_keeps_its_lease(folder):
     beating = threading.Event()
 
     def beat() -> None:
@@ -77,14 +84,22 @@ def test_driver_elsewhere_that_beats_is_respected(folder):
         thread.join()
 
 
-def test_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):
+def test_a_driver_whose_lease_was_taken_notices_and_leaves_it_alone(folder):
     with Lease(folder, beat_s=0.01) as lease:
-        while lease._thread.is_alive():  # a beat may be under way and overwrite once
+        while lease._thread.is_alive():  # A heartbeat under way may overwrite it once.
             put(folder, elsewhere(token="other"))
         assert lease.lost
-    assert read_holder(folder).token == "other"
+    assert holder_of(folder).token == "other"
 
 
-def test_heartbeat_carries_the_progress(folder):
+def test_a_heartbeat_carries_the_progress(folder):
     with Lease(folder, progress=lambda: {"rows": 7}):
-        assert read_holder(folder).progress == {"rows": 7}
+        assert holder_of(folder).progress == {"rows": 7}
+
+
+def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
+    """The driver exists only after the lease is held, and `status` must show how far it is."""
+    with Lease(folder, beat_s=0.01) as lease:
+        lease.progress = lambda: {"rows": 8}
+        while holder_of(folder).progress != {"rows": 8}:
+            pass

@@ -1,22 +1,26 @@
-"""What a resume knows: a wrong plan reads finished shards again, or leaves rows out for good."""
+"""What a resume knows: a wrong list of work reads finished shards again, or leaves out rows for good."""
 
 import dataclasses
+import json
+import pickle
 
 import pytest
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Run, StoreShardReport, begin_run, load_run, scan_output, unfinished
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
 
+RUN_FILE = "_blip2/run.json"
+
 
 @pytest.fixture
-def folder(tmp_path) -> Folder:
-    return Folder(str(tmp_path / "out"))
+def ledger(tmp_path) -> Ledger:
+    return Ledger(Folder(str(tmp_path / "out")))
 
 
 def shard(name: str) -> Shard:
@@ -28,12 +32,44 @@ def make_run(*names: str) -> Run:
     return Run(Fingerprint({"prompt": None}), settings, tuple(shard(name) for name in names))
 
 
-def test_a_run_is_read_back_as_it_was_begun(folder):
-    assert load_run(folder) is None
-    begin_run(folder, make_run("a.tar", "b/c.tar"))
-    loaded = load_run(folder)
+def test_a_run_is_read_back_as_it_was_begun(ledger):
+    assert ledger.load() is None
+    ledger.begin(make_run("a.tar", "b/c.tar"))
+    loaded = ledger.require_run()
     assert loaded.shards == make_run("a.tar", "b/c.tar").shards
     assert loaded.fingerprint.differences(Fingerprint({"prompt": None})) == []
+
+
+def test_a_folder_without_a_run_is_refused_with_its_name(ledger):
+    with pytest.raises(ValueError, match=f"^{ledger.folder.uri} holds no run; pass the folder given as --"):
+        ledger.require_run()
+
+
+def test_the_record_says_its_format_and_the_fingerprint_does_not(ledger):
+    run = make_run("a.tar")
+    ledger.begin(run)
+    record = json.loads(ledger.folder.get(RUN_FILE) or b"")
+    assert record["format_version"] == FORMAT_VERSION == 1
+    assert record["fingerprint"] == run.fingerprint.parts
+    assert ledger.require_run().fingerprint.digest == run.fingerprint.digest
+
+
+def test_a_record_without_a_format_version_is_read(ledger):
+    """Runs that were begun before the version was stored must resume."""
+    ledger.begin(make_run("a.tar"))
+    record = json.loads(ledger.folder.get(RUN_FILE) or b"")
+    del record["format_version"]
+    ledger.folder.put(RUN_FILE, json.dumps(record).encode())
+    assert ledger.require_run().shards == make_run("a.tar").shards
+
+
+def test_a_record_of_a_newer_format_is_refused(ledger):
+    """Its fields may mean something else, and a resume would mix rows that do not belong together."""
+    ledger.begin(make_run("a.tar"))
+    record = json.loads(ledger.folder.get(RUN_FILE) or b"")
+    ledger.folder.put(RUN_FILE, json.dumps(record | {"format_version": 2}).encode())
+    with pytest.raises(ValueError, match=r"newer version of this program .* format version 2, .* up to 1"):
+        ledger.load()
 
 
 @pytest.mark.parametrize(
@@ -45,33 +81,43 @@ def test_a_run_is_read_back_as_it_was_begun(folder):
         ("/in", "/in/*.tar"),
     ],
 )
-def test_secrets_of_the_input_are_not_kept_and_come_back_with_it(folder, root, uri):
-    begin_run(folder, Run(Fingerprint({}), {}, (dataclasses.replace(shard("a.tar"), root=root),)))
-    assert "secret" not in load_run(folder).shards[0].root
-    assert load_run(folder, ["s3://other:word@elsewhere/x", uri]).shards[0].root == root
+def test_secrets_of_the_input_are_not_stored_and_come_back_with_it(ledger, root, uri):
+    ledger.begin(Run(Fingerprint({}), {}, (dataclasses.replace(shard("a.tar"), root=root),)))
+    assert "secret" not in ledger.require_run().shards[0].root
+    assert ledger.require_run(["s3://other:word@elsewhere/x", uri]).shards[0].root == root
 
 
-def test_the_plan_leaves_out_what_is_finished_and_rows_that_reached_a_fragment(folder):
+def test_unfinished_work_leaves_out_finished_shards_and_rows_in_fragments(ledger):
     run = make_run("done.tar", "begun.tar", "read.tar", "full.tar", "fresh.tar")
-    folder.put("done.tar.parquet", b"")
-    write_fragment(folder, rows([0, 1, 2], shard="begun.tar"))
-    write_fragment(folder, rows([5, 6], shard="begun.tar"))
+    ledger.folder.put("done.tar.parquet", b"")
+    ledger.write_fragment(rows([0, 1, 2], shard="begun.tar"))
+    ledger.write_fragment(rows([5, 6], shard="begun.tar"))
     for name in ("read.tar", "full.tar"):
-        write_fragment(folder, rows([0, 1], shard=name))
-    StoreShardReport(folder)(ShardReport(shard="read.tar", num_rows=4, complete=True))
-    StoreShardReport(folder)(ShardReport(shard="full.tar", num_rows=2, complete=True))
-    plan = {progress.shard.name: progress for progress in unfinished(folder, run, scan_output(folder))}
-    assert {name: progress.work.missing for name, progress in plan.items()} == {
+        ledger.write_fragment(rows([0, 1], shard=name))
+    ledger.store_shard_report(ShardReport(shard="read.tar", num_rows=4, complete=True))
+    ledger.store_shard_report(ShardReport(shard="full.tar", num_rows=2, complete=True))
+    found = {progress.shard.name: progress for progress in ledger.unfinished(run, ledger.scan())}
+    assert {name: progress.work.missing for name, progress in found.items()} == {
         "begun.tar": ((3, 5), (7, None)),
         "read.tar": ((2, 4),),
         "full.tar": (),
         "fresh.tar": ((0, None),),
     }
-    assert [name for name, progress in plan.items() if progress.is_complete] == ["full.tar"]
+    assert [name for name, progress in found.items() if progress.is_complete] == ["full.tar"]
 
 
-def test_a_run_without_its_shard_list_has_not_begun(folder):
-    """The list is written first; a driver that dies between the two begins anew."""
-    begin_run(folder, make_run("a.tar"))
-    folder.delete("_blip2/run.json")
-    assert load_run(folder) is None
+def test_a_run_with_a_shard_list_alone_has_not_begun(ledger):
+    """The list is written first; when a driver dies between the two files, the next one begins the run."""
+    ledger.begin(make_run("a.tar"))
+    ledger.folder.delete(RUN_FILE)
+    assert ledger.load() is None
+
+
+def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch):
+    """Workers have another working directory, and they must outlast a store that fails."""
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(Ledger(Folder("out")).with_retries(7.0).store_shard_report)
+    monkeypatch.chdir("/")
+    pickle.loads(sent)(ShardReport(shard="a.tar", num_rows=1, complete=True))
+    assert (tmp_path / "out" / "_blip2" / "ends" / "a.tar.json").exists()
+    assert pickle.loads(sent).__self__.folder.retry_for_s == 7.0

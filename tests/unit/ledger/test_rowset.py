@@ -1,9 +1,9 @@
-"""RowSet decides what is read again after a crash: a wrong union loses rows or captions them twice."""
+"""RowSet decides what is read again after a death: a wrong union loses rows or captions them twice."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ledger.rowset import RowSet, runs
+from pipeline.ledger.rowset import RowSet, ranges_of
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=25)
 
@@ -36,8 +36,8 @@ def test_missing_of_a_shard_whose_end_is_unknown_stays_open():
 
 
 @given(st.lists(st.integers(0, 50)))
-def test_runs_compress_sorted_rows(rows):
-    ranges = list(runs(sorted(rows)))
+def test_sorted_rows_become_ranges(rows):
+    ranges = list(ranges_of(sorted(rows)))
     assert rows_of(ranges) == set(rows)
     assert len(ranges) == len(list(RowSet(ranges)))
 

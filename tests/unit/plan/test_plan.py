@@ -21,7 +21,7 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.inputs.size_estimate import estimate_size
-from pipeline.ledger.ledger import scan_output
+from pipeline.ledger.scan import scan_output
 from pipeline.plan import cost, sample, stage_costs
 from pipeline.plan.cost import Cost
 from pipeline.plan.model import format_bytes

@@ -18,7 +18,8 @@ from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import Run, begin_run
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
 from pipeline.report.html import render_page
 from pipeline.report.report import make_report
 from pipeline.report.statistics import FrequentTexts, Statistics
@@ -40,7 +41,7 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: i
     truth = write_tars(root / "in", num_tars, rows_per_tar, broken_every=10)
     settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE)
     folder = Folder(settings.output)
-    begin_run(folder, Run(Fingerprint({}), settings.to_dict(), tuple(list_shards(settings.input))))
+    Ledger(folder).begin(Run(Fingerprint({}), settings.to_dict(), tuple(list_shards(settings.input))))
     schema = output_schema([pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
     for shard, images in truth.items():
         rows: list[dict[str, Any]] = []
@@ -139,7 +140,7 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
     assert "rows in 60 = ok 54 + failed 6" in said and "10 flagged looping" in said
     assert html.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", "--output", str(tmp_path)]) == 3
-    assert "must be a folder with a run" in capsys.readouterr().err
+    assert "holds no run; pass the folder given as --output" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_number_of_texts():

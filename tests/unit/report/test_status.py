@@ -15,8 +15,9 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.lease import Lease
-from pipeline.ledger.ledger import Run, begin_run
-from pipeline.progress import Snapshot
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
+from pipeline.progress import ProgressSnapshot
 from pipeline.report.status import status_lines
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Folder:
     folder = Folder(str(tmp_path))
     shards = [Shard(name=f"{n}.tar", format="webdataset", root="/in", files=(f"{n}.tar",)) for n in range(4)]
     shards.append(Shard(name="4~0-39", format="folder", root="/in", files=("x",), num_rows=40))
-    begin_run(folder, Run(Fingerprint({}), {}, tuple(shards)))
+    Ledger(folder).begin(Run(Fingerprint({}), {}, tuple(shards)))
     write_rows(folder, "0.tar", 100, failed=3)
     finish(folder, "0.tar")
     write_rows(folder, "1.tar", 50)
@@ -59,7 +60,7 @@ def test_a_run_without_a_driver(folder):
 
 
 def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
-    snapshot = Snapshot(
+    snapshot = ProgressSnapshot(
         num_rows=150,
         num_failed=3,
         images_per_s=12.5,
@@ -72,7 +73,7 @@ def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
         assert main(["status", "--output", folder.uri]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("running: process ")
-    assert "150 images · 12.5/s · 3 failed · shards 1/5 · left 1 min 30 s · busy decode 50%" in last
+    assert "150 images · 12.5/s · 3 failed · shards 1/5 · ETA 1 min 30 s · busy decode 50%" in last
     assert ", ends about 20" in last
 
 
@@ -90,10 +91,10 @@ def test_a_finished_run(folder):
 def test_a_run_that_has_only_started(tmp_path):
     folder = Folder(str(tmp_path))
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
-    begin_run(folder, Run(Fingerprint({}), {}, (shard,)))
+    Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
     assert status_lines(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "remaining: 1 shards"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["status", "--output", str(tmp_path)]) == 3
-    assert "must be a folder with a run" in capsys.readouterr().err
+    assert "holds no run; pass the folder given as --output" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A store that fails in the middle of a commit: whatever step it hits, the file comes out the same."""
+"""A store that fails in the middle of a commit: whichever request fails, the file comes out the same."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ from itertools import count
 import pytest
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import commit_shard, read_rows
-from pipeline.ledger.fragments import write_fragment
-from pipeline.ledger.ledger import StoreShardReport, scan_output
+from pipeline.ledger.commit import read_rows
+from pipeline.ledger.ledger import Ledger
 from pipeline.schema import ROW_CONTRACT
-from pipeline.storage import retrying as patience
+from pipeline.storage import retrying
 from pipeline.storage.folder import Folder
 
-METHODS = ("put", "get", "names", "delete")
+REQUESTS = ("_put_once", "_get_once", "_list_once", "_delete_once")
 REPORT = ShardReport(shard="a.tar", num_rows=20, complete=True)
 
 
-def fill(folder: Folder) -> None:
+def fill(ledger: Ledger) -> None:
     for start in (0, 5, 15, 10):
         rows = [
             {"key": f"{n}", "shard": "a.tar", "row": n, "flags": [], "status": "ok", "caption": f"c{n}"}
             for n in range(start, start + 5)
         ]
-        write_fragment(folder, ROW_CONTRACT.empty_table().from_pylist(rows, schema=ROW_CONTRACT))
-    StoreShardReport(folder)(REPORT)
+        ledger.write_fragment(ROW_CONTRACT.empty_table().from_pylist(rows, schema=ROW_CONTRACT))
+    ledger.store_shard_report(REPORT)
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["refused", "carried out and not told"])
-def test_a_commit_goes_on_whatever_request_fails(tmp_path, monkeypatch, is_late):
-    """Without patience a committing actor would end the job at one 503."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.0)
+def test_a_commit_succeeds_whichever_request_fails(tmp_path, monkeypatch, is_late):
+    """Without retries one 503 would make a committing actor end the job."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.0)
     made: list[str] = []
     numbers = count()
     failing = 0
 
-    def flaky(method: str) -> Callable:
-        original = getattr(Folder, method)
+    def flaky(request: str) -> Callable:
+        original = getattr(Folder, request)
 
         def call(*args, **kwargs):
-            made.append(method)
+            made.append(request)
             fails = next(numbers) == failing
             if fails and not is_late:
                 raise OSError("503 slow down")
@@ -53,32 +52,80 @@ def test_a_commit_goes_on_whatever_request_fails(tmp_path, monkeypatch, is_late)
 
         return call
 
-    def commit(folder: Folder) -> None:
+    def commit(ledger: Ledger) -> None:
         nonlocal numbers
-        fill(folder)
+        fill(ledger)
         made.clear()
         numbers = count(1)
         with monkeypatch.context() as patched:
-            for method in METHODS:
-                patched.setattr(Folder, method, flaky(method))
-            summary = commit_shard(folder, REPORT, {})
+            for request in REQUESTS:
+                patched.setattr(Folder, request, flaky(request))
+            summary = ledger.commit(REPORT, {})
         assert summary is not None and summary.by_status == {"ok": 20}
-        rows = read_rows(folder, "a.tar")
+        rows = read_rows(ledger.folder, "a.tar")
         assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
-        state = scan_output(folder)
+        state = ledger.scan()
         assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a.tar"}, {}, frozenset())
-        assert not os.path.exists(folder.path("_blip2/fragments/a.tar.rows"))
+        assert not os.path.exists(ledger.folder.path("_blip2/fragments/a.tar.rows"))
 
-    commit(Folder(str(tmp_path / "undisturbed")))
-    assert set(made) == set(METHODS)
+    commit(Ledger(Folder(str(tmp_path / "undisturbed"))).with_retries())
+    assert set(made) == set(REQUESTS)
     for failing in range(1, len(made) + 1):
-        commit(Folder(str(tmp_path / f"{failing}")))
+        commit(Ledger(Folder(str(tmp_path / f"{failing}"))).with_retries())
 
 
-def test_a_spell_without_end_is_given_up(tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError("503 slow down")
+def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[float]:
+    """Let a request of folders fail several times; return the pauses that the retries make."""
+    pauses: list[float] = []
+    original, left = getattr(Folder, request), iter(range(times))
 
-    clock = iter(range(0, 10_000, 400))
+    def call(*args):
+        if next(left, None) is not None:
+            raise OSError("503 slow down")
+        return original(*args)
+
+    def retry(action, retry_for_s):
+        clock = count(0, 0.001)
+        return retrying.retry_on_oserror(action, retry_for_s, pauses.append, lambda: next(clock))
+
+    monkeypatch.setattr(Folder, request, call)
+    monkeypatch.setattr("pipeline.storage.folder.retry_on_oserror", retry)
+    return pauses
+
+
+CALLS: dict[str, tuple[str, Callable[[Folder], object]]] = {
+    "put": ("_put_once", lambda folder: folder.put("x", b"1")),
+    "get": ("_get_once", lambda folder: folder.get("x")),
+    "names": ("_list_once", lambda folder: folder.names()),
+    "delete": ("_delete_once", lambda folder: folder.delete("x")),
+    "erase": ("_erase_once", lambda folder: folder.erase()),
+    "read": ("open", lambda folder: folder.read("x", lambda file: file.read())),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_folder_with_retries_repeats_every_request_and_a_new_one_none(tmp_path, monkeypatch, name):
+    """`status` must answer at once, and a run must outlast a store that fails for a minute."""
+    request, call = CALLS[name]
+    folder = Folder(str(tmp_path))
+    folder.put("x", b"0")
+    pauses = fail(monkeypatch, request, times=3)
     with pytest.raises(OSError, match="503"):
-        patience.retry_on_oserror(fails, sleep=lambda _: None, clock=lambda: next(clock))
+        call(folder)
+    assert pauses == []
+    call(folder.with_retries(60.0))
+    assert pauses == [0.5, 1.0]
+
+
+def test_a_probe_is_not_repeated_even_in_a_folder_with_retries(tmp_path, monkeypatch):
+    """A command with a mistake in --output must be refused at once and not after a quarter of an hour."""
+    pauses = fail(monkeypatch, "_put_once", times=1)
+    with pytest.raises(ValueError, match="output must be a folder that can be written"):
+        Folder(str(tmp_path)).with_retries().require_writable()
+    assert pauses == []
+
+
+def test_a_folder_below_keeps_the_retries_and_shares_nothing_else(tmp_path):
+    folder = Folder(str(tmp_path)).with_retries(5.0)
+    assert folder.below("a").retry_for_s == 5.0
+    assert folder.with_retries(0.0) == Folder(str(tmp_path))

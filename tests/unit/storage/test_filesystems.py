@@ -1,4 +1,4 @@
-"""URIs to filesystems, and what is said when there is none."""
+"""URIs resolve to filesystems; a URI that cannot be used is refused with what to do about it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_s3_options_travel_in_the_uri():
         ("s3://bucket/x?region=us-east-1&nope=1", "fsspec knows: Unexpected query parameter"),
     ],
 )
-def test_what_cannot_be_opened_is_refused_with_the_remedy(uri, message):
+def test_a_uri_that_cannot_be_opened_is_refused_with_the_remedy(uri, message):
     with pytest.raises(InputError, match=message):
         open_filesystem(uri)
 

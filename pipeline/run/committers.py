@@ -1,0 +1,79 @@
+"""`Committers`: actors that merge complete shards into their files, next to the stages.
+
+They are actors and not tasks: commits come in bursts, and Ray would start a process for each task of a burst.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.ledger import Ledger
+from pipeline.settings.placement import ClusterSize
+
+CPUS_PER_COMMITTER = 4
+MAX_COMMITTERS = 8
+MAX_WAITING = 32
+"""With more commits under way, the driver waits until one is done."""
+
+
+class Committer:
+    """A plain class; the job makes actors of it that reserve no CPU."""
+
+    def commit(
+        self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+    ) -> None:
+        ledger.commit(report, metadata, empty_schema)
+
+
+class Committers:
+    """Commits under way, spread over the actors in turn."""
+
+    def __init__(
+        self, ledger: Ledger, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, cluster: ClusterSize
+    ) -> None:
+        """Start the actors.
+
+        Args:
+            ledger: the output; its requests are retried.
+            metadata: for the footer of every file.
+            empty_schema: the schema of a shard without rows.
+        """
+        self._arguments = (metadata, empty_schema)
+        self._ledger = ledger
+        actor = ray.remote(Committer).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
+        )
+        number = max(1, min(MAX_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
+        self.actors = [actor.remote() for _ in range(number)]
+        self._next = itertools.cycle(self.actors)
+        self._under_way: list[Any] = []
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    def start(self, report: ShardReport) -> None:
+        """Begin to commit a shard whose rows are all in fragments."""
+        self._under_way.append(next(self._next).commit.remote(self._ledger, report, *self._arguments))
+
+    def collect(self, wait: bool) -> None:
+        """Take back the commits that are done.
+
+        Args:
+            wait: until all are done; else only while more than `MAX_WAITING` are under way.
+
+        Raises:
+            ray.exceptions.RayError: a commit has failed.
+        """
+        while self._under_way:
+            must_wait = wait or len(self._under_way) > MAX_WAITING
+            done, self._under_way = ray.wait(self._under_way, timeout=None if must_wait else 0)
+            if not done:
+                return
+            ray.get(done)

@@ -1,0 +1,34 @@
+"""Progress lines: in a terminal they must not scroll, and in a log they must not overwrite each other."""
+
+import io
+
+from pipeline.progress import Console, ProgressSnapshot, Rate, duration
+
+
+def test_the_rate_leaves_start_up_out():
+    rate = Rate()
+    for now, rows in [(0, 0), (100, 0), (101, 10), (102, 30), (103, 50)]:
+        rate.add(rows, now)
+    assert rate.mean == 20
+
+
+def test_a_terminal_has_one_line_and_a_log_has_plain_ones():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = ProgressSnapshot(
+        num_rows=1234, num_failed=5, images_per_s=67.8, shards_done=1, num_shards=9, left_s=3725.0
+    )
+    screen, log = Terminal(), io.StringIO()
+    for stream in (screen, log):
+        console = Console(stream)
+        console.show(now)
+        console.say("done")
+    assert log.getvalue() == "1,234 images · 67.8/s · 5 failed · shards 1/9 · ETA 1 h 2 min\ndone\n"
+    assert screen.getvalue().startswith("\r1,234 images")
+    assert screen.getvalue().count("\n") == 1
+
+
+def test_a_duration_has_at_most_two_units():
+    assert [duration(s) for s in (None, 0, 59.6, 90061)] == ["unknown", "0 s", "1 min", "1 d 1 h"]
