@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from deploy.app import build
+from deploy.app import ServeArgs, build
 from deploy.check import check, check_cluster, check_serve_config, main
 from tests.contracts.installed_wheel import SOURCES
 
@@ -138,6 +138,15 @@ def test_serve_itself_checks_the_args_of_the_builder() -> None:
     with pytest.raises(ValueError, match="modle"):
         call_user_app_builder_with_args_if_necessary(build, {"engine": {"modle": "demo"}})
     call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}})
+
+
+def test_a_former_name_is_still_read() -> None:
+    """Flags and stored runs read it; the args of a Serve config refused it."""
+    config = load("deploy/serve_config.yaml")
+    config["applications"][0]["args"]["engine"]["skip_canary"] = True
+    check_serve_config(config)
+    args = ServeArgs.model_validate(config["applications"][0]["args"])
+    assert args.root.engine.skip_self_test
 
 
 def test_a_file_of_neither_kind_is_refused(tmp_path: Path) -> None:
