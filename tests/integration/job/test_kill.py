@@ -44,7 +44,7 @@ def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
     yield run
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -> None:
