@@ -17,7 +17,7 @@ from enum import IntEnum
 from typing import ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS
-from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.stages.engine_fault import EngineFault
 
 P = ParamSpec("P")
@@ -64,6 +64,9 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             return _fail(error, ExitStatus.REFUSED)
         except TooManyFailures as error:
             return _fail(error, ExitStatus.TOO_MANY_FAILURES)
+        except StoppedBySignal as error:
+            # By convention of shells: 128 and the number of the signal.
+            return _fail(error, ExitStatus(128 + error.number))
         except EngineFault as error:
             return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
         except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
