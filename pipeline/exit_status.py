@@ -31,7 +31,7 @@ class ExitStatus(IntEnum):
     FAILED = 1
     """Failed; the same command may succeed, and finished work is kept."""
     TOO_MANY_FAILURES = 2
-    """Finished or stopped early, and too many rows failed or were flagged."""
+    """Finished or stopped early, and too many rows failed; a partial shard counts as one more failed row."""
     REFUSED = WRONG_FLAGS
     """Refused before work: flags, input, model or output must change first. Nothing was started."""
     INTERRUPTED = 130
