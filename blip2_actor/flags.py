@@ -36,26 +36,35 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self._required: list[argparse.Action] = []
+        """What argparse takes for optional while it parses."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_FLAGS, f"{self.prog}: {message}\nSee {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments; report an unknown flag before a missing one."""
-        required = [action for action in self._actions if action.required]
-        for action in required:
-            action.required = False
+        self._required = [action for action in self._actions if action.required]
+        self._set_required(False)
         try:
             given, unknown = super().parse_known_args(args, namespace)
         finally:
-            for action in required:
-                action.required = True
+            self._set_required(True)
         if unknown:
             self.refuse_unknown(unknown[0])
-        missing = [_name_of(action) for action in required if getattr(given, action.dest, None) is None]
+        missing = [_name_of(action) for action in self._required if getattr(given, action.dest, None) is None]
         if missing:
             self.error(f"{' and '.join(missing)} must be given")
         return given, unknown
+
+    def print_help(self, file: Any = None) -> None:
+        """Print help; `--help` does so in the middle of parsing, and must still show what is required."""
+        self._set_required(True)
+        super().print_help(file)
+
+    def _set_required(self, required: bool) -> None:
+        for action in self._required:
+            action.required = required
 
     def refuse_unknown(self, argument: str) -> NoReturn:
         """Exit with the flag that is nearest to an unknown argument."""
@@ -148,6 +157,20 @@ def formerly(*names: str) -> dict[str, Any]:
 def former_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """Return the names that a field had in earlier versions."""
     return field.metadata.get("former_names", ())
+
+
+def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored values of a dataclass, renamed as its fields have been; unknown names stay."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    renamed = {old: field.name for field in fields for old in former_names(field)}
+    current = {renamed.get(name, name): value for name, value in values.items()}
+    return {
+        name: with_current_names(hints[name], value)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(name))
+        else value
+        for name, value in current.items()
+    }
 
 
 def written_as(metavar: str) -> dict[str, Any]:

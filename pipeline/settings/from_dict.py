@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from blip2_actor.flags import former_names
+from blip2_actor.flags import former_names, with_current_names
 
 T = TypeVar("T")
 
@@ -35,8 +35,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         ValueError: a name is unknown.
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
-    renamed = {old: name for name, field in fields.items() for old in former_names(field)}
-    values = {renamed.get(name, name): value for name, value in values.items()}
+    values = with_current_names(cls, values)
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"settings must be those of this version, got unknown {', '.join(unknown)}")
