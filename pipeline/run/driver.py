@@ -92,8 +92,11 @@ class Driver:
             OutputInUse: another driver has taken the lease.
         """
         dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._cluster)
-        with self._stop.by_signals(), _killed_after(self._coordinator, *self._committers.actors):
-            stream = ReceiptStream(dataset)
+        with (
+            self._stop.by_signals(),
+            _killed_after(self._coordinator, *self._committers.actors),
+            contextlib.closing(ReceiptStream(dataset)) as stream,
+        ):
             try:
                 while not stream.ended:
                     self._step(stream)

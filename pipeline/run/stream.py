@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext, Dataset
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
@@ -31,6 +32,8 @@ MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
 time would start new processes."""
+CLOSE_S = 10.0
+"""How long a stream that is closed waits for its thread."""
 
 
 def receipts_dataset(
@@ -79,9 +82,18 @@ def receipts_dataset(
 
 
 class ReceiptStream:
-    """Receipts that a thread pulls from a dataset."""
+    """Receipts that a thread pulls from a dataset; close it before Ray is shut down.
+
+    Ray Data runs a dataset in threads of its own, and has no public way to stop them early. If they still
+    call Ray while `ray.shutdown` runs, the process sometimes ends inside it with status 1, without a message
+    and with its lease held (Ray 2.60).
+    """
 
     def __init__(self, dataset: Dataset) -> None:
+        self._executor: StreamingExecutor | None = None
+        self._is_closed = False
+        self._create_executor = dataset._create_executor
+        dataset._create_executor = self._create_and_keep_executor
         self._queue: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._pull, args=(dataset,), name="receipts", daemon=True)
         self._thread.start()
@@ -108,6 +120,19 @@ class ReceiptStream:
             else:
                 taken.append(item)
         return taken
+
+    def close(self) -> None:
+        """Stop what still runs of the dataset, and wait for its threads."""
+        self._is_closed = True
+        if self._executor is not None:
+            self._executor.shutdown(force=True)
+        self._thread.join(CLOSE_S)
+
+    def _create_and_keep_executor(self) -> StreamingExecutor:
+        self._executor = self._create_executor()
+        if self._is_closed:
+            raise RuntimeError("the stream was closed before its dataset started")
+        return self._executor
 
     def _pull(self, dataset: Dataset) -> None:
         try:

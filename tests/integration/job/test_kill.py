@@ -43,8 +43,8 @@ def start() -> Iterator[Callable[[dict, dict], subprocess.Popen]]:
 
     yield run
     for process in started:
-        process.kill()
-        process.communicate()
+        with process:  # closes the pipe
+            process.kill()
 
 
 def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -> None:
