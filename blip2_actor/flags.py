@@ -151,10 +151,11 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 def with_flags(text: str, cls: type, prefix: str = "") -> str:
     """Replace the names of a dataclass's fields in a text by the names of their flags.
 
-    A name of one word is also an English word: it is replaced only in front of "must".
+    A name of one word is also an English word: it is replaced only in front of "must". Paths and quoted
+    values stay as they are.
     """
     for name, flag in _flags_of(cls, prefix).items():
-        pattern = rf"(?<![\w-]){name}(?!\w)" if "_" in name else rf"^{name}(?= must\b)"
+        pattern = rf"(?<![-\w/.'\"]){name}(?![-\w/'\"]|\.\w)" if "_" in name else rf"^{name}(?= must\b)"
         text = re.sub(pattern, flag, text)
     return text
 
@@ -165,7 +166,8 @@ def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
     flags: dict[str, str] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            flags |= _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
+            inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
+            flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
         else:
             flags[field.name] = flag_of(prefix + field.name)
     return flags
