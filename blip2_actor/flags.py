@@ -45,36 +45,36 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self._checked_here: list[argparse.Action] = []
+        self._required: list[argparse.Action] = []  # what argparse takes for optional while it parses
 
     def error(self, message: str) -> NoReturn:
         for pattern, ours in _OUR_WORDS.items():
             message = re.sub(pattern, ours, message)
         self.exit(WRONG_FLAGS, f"{self.prog}: {message}\nSee {self.prog} --help\n")
 
-    def format_help(self) -> str:
-        """Return the help; its first line shows a required flag as required, also while flags are parsed."""
-        for action in self._checked_here:
-            action.required = True
-        return super().format_help()
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments; report an unknown flag before a missing one."""
-        required = [action for action in self._actions if action.required]
-        self._checked_here = required
-        for action in required:
-            action.required = False
+        self._required = [action for action in self._actions if action.required]
+        self._set_required(False)
         try:
             given, unknown = super().parse_known_args(args, namespace)
         finally:
-            for action in required:
-                action.required = True
+            self._set_required(True)
         if unknown:
             self.refuse_unknown(unknown[0])
-        missing = [_name_of(action) for action in required if getattr(given, action.dest, None) is None]
+        missing = [_name_of(action) for action in self._required if getattr(given, action.dest, None) is None]
         if missing:
             self.error(f"{' and '.join(missing)} must be given")
         return given, unknown
+
+    def print_help(self, file: Any = None) -> None:
+        """Print help; `--help` does so in the middle of parsing, and must still show what is required."""
+        self._set_required(True)
+        super().print_help(file)
+
+    def _set_required(self, required: bool) -> None:
+        for action in self._required:
+            action.required = required
 
     def refuse_unknown(self, argument: str) -> NoReturn:
         """Exit with the flag that is nearest to an unknown argument."""
@@ -123,7 +123,7 @@ def add_flags(
             required=required,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
-            **_value_options(hint, field.name) | _metavar_of(field),
+            **_value_options(hint, field.name) | {k: v for k, v in field.metadata.items() if k == "metavar"},
         )
 
 
@@ -197,13 +197,23 @@ def former_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return field.metadata.get("former_names", ())
 
 
+def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored values of a dataclass, renamed as its fields have been; unknown names stay."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    renamed = {old: field.name for field in fields for old in former_names(field)}
+    current = {renamed.get(name, name): value for name, value in values.items()}
+    return {
+        name: with_current_names(hints[name], value)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(name))
+        else value
+        for name, value in current.items()
+    }
+
+
 def written_as(metavar: str) -> dict[str, Any]:
     """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
     return {"metavar": metavar}
-
-
-def _metavar_of(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    return {"metavar": field.metadata["metavar"]} if "metavar" in field.metadata else {}
 
 
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:
@@ -275,8 +285,8 @@ def _number_reader(kind: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text}") from None
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {what}, got {text}") from None
 
     return read
 

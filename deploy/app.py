@@ -9,12 +9,13 @@ A Serve config file names it as `import_path: deploy.app:build`; `blip2 serve` r
 # annotation that is a string would have Serve pass an unchecked dictionary.
 from typing import Any
 
-from pydantic import RootModel
+from pydantic import RootModel, model_validator
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
 from blip2_actor import EngineBuilder
+from blip2_actor.flags import with_current_names
 from deploy.captioner import Captioner
 from deploy.errors import RETRY_AFTER_S
 from deploy.gateway import Gateway
@@ -45,7 +46,15 @@ GATEWAY: Deployment = serve.deployment(
 
 
 class ServeArgs(RootModel[Settings]):
-    """The `args` of a Serve config file: `Settings`, checked by pydantic, unknown names refused."""
+    """The `args` of a Serve config file: `Settings`, checked by pydantic, unknown names refused.
+
+    A field that has been renamed may also have its former name.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, args: Any) -> Any:
+        return with_current_names(Settings, args) if isinstance(args, dict) else args
 
 
 def build(args: ServeArgs) -> Application:

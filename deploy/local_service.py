@@ -6,6 +6,7 @@ packages whatever the working folder holds, and every process ends with this one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -99,16 +100,25 @@ def _end_started_processes(error: Exception) -> None:
     """End what a failed `ray.init` has started.
 
     Ray keeps no reference to a node whose constructor has raised, so `ray.shutdown` cannot end its
-    processes. The raylet would be killed together with this process, and the agents that it has started would
-    stay; a raylet that is terminated ends them. The node is still in the traceback.
+    processes. The node is still in the traceback. A raylet ends its agents only if it has the time to end in
+    good order, so the agents are killed here.
     """
+    import psutil
     from ray._private.node import Node
 
     trace = error.__traceback__
     while trace is not None:
         node = trace.tb_frame.f_locals.get("self")
         if isinstance(node, Node):
+            agents: list[psutil.Process] = []
+            for started in node.all_processes.values():
+                for info in started:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        agents += psutil.Process(info.process.pid).children(recursive=True)
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            for agent in agents:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    agent.kill()
             return
         trace = trace.tb_next
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class InputError(ValueError):
     """The input cannot be used as the user named it; the message says what to do about it."""
@@ -9,6 +11,14 @@ class InputError(ValueError):
 
 class Stopped(RuntimeError):
     """The run was stopped; finished work is kept."""
+
+
+class StoppedBySignal(Stopped):
+    """SIGTERM or SIGINT has asked the run to stop, and it has stopped in good order."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__("stopped by a signal; finished work is kept; run the same command to resume")
+        self.number = number
 
 
 class TooManyFailures(Stopped):

@@ -17,7 +17,7 @@ from enum import IntEnum
 from typing import ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS, with_flags
-from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.stages.engine_fault import EngineFault
 
 P = ParamSpec("P")
@@ -31,7 +31,7 @@ class ExitStatus(IntEnum):
     FAILED = 1
     """Failed; the same command may succeed, and finished work is kept."""
     TOO_MANY_FAILURES = 2
-    """Finished or stopped early, and too many rows failed or were flagged."""
+    """Finished or stopped early, and too many rows failed; a partial shard counts as one more failed row."""
     REFUSED = WRONG_FLAGS
     """Refused before work: flags, input, model or output must change first. Nothing was started."""
     INTERRUPTED = 130
@@ -68,6 +68,9 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             return _fail(error, ExitStatus.REFUSED)
         except TooManyFailures as error:
             return _fail(error, ExitStatus.TOO_MANY_FAILURES)
+        except StoppedBySignal as error:
+            # By convention of shells: 128 and the number of the signal.
+            return _fail(error, ExitStatus(128 + error.number))
         except EngineFault as error:
             return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
         except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:

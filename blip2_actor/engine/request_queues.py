@@ -6,7 +6,7 @@ One thread, the engine's, uses both. Only the length may be read from other thre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import islice
 
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -79,6 +79,8 @@ class ReadyQueue:
     """Requests whose image is encoded, in the order in which they get slots."""
 
     def __init__(self, limits: Limits) -> None:
+        self.num_slots = 0
+        """Slots that all these requests need together; counted, because every step asks for it."""
         self._limits = limits
         self._requests: deque[RequestState] = deque()
 
@@ -88,11 +90,6 @@ class ReadyQueue:
     @property
     def first_arrival(self) -> int:
         return self._requests[0].arrival
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that all these requests need together."""
-        return sum(request.num_slots for request in self._requests)
 
     def add(self, request: RequestState) -> None:
         """Queue a request for its slots.
@@ -110,6 +107,7 @@ class ReadyQueue:
             request.resolve(Result(status=Status.FAILED, error=error))
         else:
             self._requests.append(request)
+            self.num_slots += request.num_slots
 
     def take(self, num_free_slots: int, max_requests: int) -> list[RequestState]:
         """Remove the first requests that fit into the free slots; cancelled ones are dropped."""
@@ -121,18 +119,21 @@ class ReadyQueue:
                     break
                 num_free_slots -= request.num_slots
                 taken.append(request)
-            self._requests.popleft()
+            self.take_first()
         return taken
 
     def take_first(self) -> RequestState:
-        return self._requests.popleft()
+        request = self._requests.popleft()
+        self.num_slots -= request.num_slots
+        return request
 
-    def put_back(self, requests: Iterable[RequestState]) -> None:
+    def put_back(self, requests: Sequence[RequestState]) -> None:
         """Queue requests in front again, in the given order."""
-        self._requests.extendleft(reversed(list(requests)))
+        self._requests.extendleft(reversed(requests))
+        self.num_slots += sum(request.num_slots for request in requests)
 
     def check_again(self) -> None:
         """Fail requests that need more slots than there are now."""
-        requests, self._requests = self._requests, deque()
+        requests, self._requests, self.num_slots = self._requests, deque(), 0
         for request in requests:
             self.add(request)

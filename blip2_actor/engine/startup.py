@@ -20,6 +20,9 @@ from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
 
+RECORDS_FOLDER = CACHE_FOLDER / "canary"
+"""Records of self-tests. The folder keeps its first name, so that an upgrade finds the records before it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartedModel:
@@ -90,5 +93,5 @@ def _test(
     runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, checkpoint: Checkpoint
 ) -> self_test.SelfTestRecord:
     record = self_test.check(runner, prompts.empty_ids, image_size_px)
-    self_test.compare_with_last(record, CACHE_FOLDER / "self_test", checkpoint.digest(), runner.dtype)
+    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest(), runner.dtype)
     return record

@@ -1,7 +1,7 @@
 """The bytes that pass between a decoding child and its parent.
 
-    parent → child    uint64 length, then that many encoded bytes; one image after the other child → parent
-    one byte HELLO when it has started, then one reply per image, in the order of the requests
+    parent → child    per image a uint64 length, then that number of encoded bytes
+    child → parent    one byte HELLO when it has started, then one reply per image, in the same order
 
 The parent does not trust the child, which decodes untrusted bytes: replies are plain structs, and every field
 is checked.

@@ -17,12 +17,11 @@ import pyarrow as pa
 
 from pipeline.ledger.layout import FRAGMENTS
 from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 ROWS = ".rows"
 """Ends the name of the folder with a shard's fragments."""
-MAX_CONCURRENT_REQUESTS = 16
-"""To a store: it answers each request after tens of milliseconds."""
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from blip2_actor import Status
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
-from pipeline.ledger.fragments import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 MAX_NAMED = 5

@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
-from pipeline.ledger.fragments import MAX_CONCURRENT_REQUESTS, rows_in
-from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.ledger.fragments import rows_in
+from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 
@@ -37,7 +38,7 @@ def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
     progress = []
     for summary in faulty:
-        done = RowSet(ranges_of(_ok_rows(folder, summary.shard)))
+        done = RowSet.of_rows(_ok_rows(folder, summary.shard))
         done.update(in_fragments[summary.shard])
         progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress

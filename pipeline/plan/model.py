@@ -17,6 +17,8 @@ from pipeline.run.bottleneck import REMEDIES
 from pipeline.settings.job_settings import CaptionSettings
 
 MAX_ERRORS_SHOWN = 5
+JSON_NAMES = {"min_rows": "least_rows", "max_rows": "most_rows"}
+"""Fields of `SizeEstimate` that have another name in the JSON object, which never changes its keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,13 @@ class Plan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values for `--json`."""
+        """Return the plan as plain values for `--json`; programs read it, so its keys never change."""
         return {
             "model": dataclasses.asdict(self.info),
-            "input": dataclasses.asdict(self.size_estimate),
+            "input": {
+                JSON_NAMES.get(name, name): value
+                for name, value in dataclasses.asdict(self.size_estimate).items()
+            },
             "sample": {"num_rows": len(self.stage_costs.rows), "by_status": dict(self.by_status)},
             "prediction": dataclasses.asdict(self.prediction),
             "decode_workers_per_actor": self.prediction.decode_workers_per_actor,

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from pipeline.errors import OutputInUse, Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.shard_progress import ShardProgress
@@ -39,7 +39,8 @@ class Driver:
     The run ends early in one of four ways:
 
     - SIGTERM, or the first SIGINT (Ctrl-C): running calls write the rows they have finished (for at most
-      `FLUSH_S`), complete shards are committed, and `Stopped` is raised. A second SIGINT ends at once.
+      `FLUSH_S`), complete shards are committed, and `StoppedBySignal` is raised. A second SIGINT ends the
+      process at once.
     - Most rows fail: the same, with `TooManyFailures`.
     - Ray gives up on a stage or a commit: what can be committed is, and `Stopped` names the cause.
     - Another driver has taken the lease: `OutputInUse` is raised at once.
@@ -151,9 +152,9 @@ class Driver:
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
             raise OutputInUse(f"another driver has taken the lease of {self._ledger}; this driver stops")
-        if self._stop.is_set:
+        if self._stop.number is not None:
             self._flush(stream)
-            raise Stopped("stopped by a signal; finished work is kept; run the same command to resume")
+            raise StoppedBySignal(self._stop.number)
         if self._tracker.has_too_many_failures(self._max_failed_fraction):
             self._flush(stream)
             seen = ", ".join(f"{n:,} {status}" for status, n in self._tracker.by_status.most_common())

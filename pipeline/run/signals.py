@@ -9,14 +9,11 @@ from contextlib import contextmanager
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop."""
+    """Which signal, if any, has asked the run to stop."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-
-    @property
-    def is_set(self) -> bool:
-        return self._event.is_set()
+        self.number: signal.Signals | None = None
+        """The first signal that has arrived."""
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
@@ -29,9 +26,10 @@ class StopRequest:
             return
 
         def handle(number: int, _: object) -> None:
-            if self.is_set and number == signal.SIGINT:
+            if self.number is None:
+                self.number = signal.Signals(number)
+            elif number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._event.set()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

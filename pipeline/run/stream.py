@@ -71,7 +71,7 @@ def receipts_dataset(
                 replace(spec, engine=resolve_engine(job.engine, reservations)),
                 Models.of(spec, info),
                 list(settings.reading.kept),
-                ledger.folder,
+                ledger,
                 coordinator,
             ),
             **caption_pool(settings.placement, reservations),

@@ -1,4 +1,8 @@
-"""`from_dict`: settings from the plain values that a run has stored."""
+"""`to_dict` and `from_dict`: settings to the plain values that a run stores, and back.
+
+The stored names never change, so that every version can read them: a field that has been renamed is stored
+under its first name.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,31 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from blip2_actor.flags import former_names
+from blip2_actor.flags import former_names, with_current_names
 
 T = TypeVar("T")
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, and of the dataclasses inside it, by their stored names."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        stored_name = next(iter(former_names(field)), field.name)
+        values[stored_name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """Build a frozen dataclass, and the dataclasses inside it, from plain values.
 
-    A field that has been renamed is also found by its former names.
+    A field that has been renamed is found by its former names too.
 
     Raises:
         ValueError: a name is unknown.
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
-    renamed = {old: name for name, field in fields.items() for old in former_names(field)}
-    values = {renamed.get(name, name): value for name, value in values.items()}
+    values = with_current_names(cls, values)
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"settings must be those of this version, got unknown {', '.join(unknown)}")

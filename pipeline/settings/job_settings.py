@@ -18,6 +18,7 @@ from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.fingerprint import ADDED_LATER, Fingerprint
+from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 
@@ -153,9 +154,7 @@ class CaptionSettings(JobSettings):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
         inputs = tuple(without_secrets(uri) for uri in self.input)
-        return dataclasses.asdict(
-            dataclasses.replace(self, input=inputs, output=without_secrets(self.output))
-        )
+        return to_dict(dataclasses.replace(self, input=inputs, output=without_secrets(self.output)))
 
 
 @dataclass(frozen=True, kw_only=True)

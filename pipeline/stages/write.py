@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import ray
 from ray.util import metrics
 
-from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.schema import output_schema
 from pipeline.settings.caption_spec import CaptionSpec
@@ -31,7 +31,6 @@ from pipeline.stages.model_check import Models, require_same_models
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
-from pipeline.storage.folder import Folder
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -46,7 +45,7 @@ class WriteStage:
     """
 
     def __init__(
-        self, spec: CaptionSpec, models: Models, kept: Sequence[str], folder: Folder, coordinator: Any
+        self, spec: CaptionSpec, models: Models, kept: Sequence[str], ledger: Ledger, coordinator: Any
     ) -> None:
         """Start an engine.
 
@@ -54,7 +53,7 @@ class WriteStage:
             spec: what is made of each image.
             models: the models as the driver found them, which are part of the run's fingerprint.
             kept: columns of the input that go into the output.
-            folder: the output.
+            ledger: the output; its requests are retried.
             coordinator: handle of the job's `Coordinator` actor.
 
         Raises:
@@ -63,7 +62,7 @@ class WriteStage:
         require_same_models(models, Models.of(spec, spec.engine.info()))
         self._stage = CaptionStage(spec)
         self._kept = list(kept)
-        self._folder = folder
+        self._ledger = ledger
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
         self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
@@ -112,7 +111,7 @@ class WriteStage:
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
             of_shard = output_rows(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
-            write_fragment(self._folder, of_shard)
+            self._ledger.write_fragment(of_shard)
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))

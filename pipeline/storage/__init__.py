@@ -1,1 +1,1 @@
-"""Files on a disk or in an object store: each is there as a whole or not at all, and requests are retried."""
+"""Files on a disk or in an object store: each is there as a whole or not at all; requests can be retried."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from importlib.resources import files
@@ -13,8 +14,9 @@ import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from deploy.app import build
+from deploy.app import ServeArgs, build
 from deploy.check import check, check_cluster, check_serve_config, main
+from deploy.settings import Settings
 from tests.contracts.installed_wheel import SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +160,21 @@ def test_serve_itself_checks_the_args_of_the_builder() -> None:
     with pytest.raises(ValueError, match="modle"):
         call_user_app_builder_with_args_if_necessary(build, {"engine": {"modle": "demo"}})
     call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}})
+
+
+def test_a_former_name_is_still_read() -> None:
+    """Flags and stored runs read it; the args of a Serve config refused it."""
+    config = load("deploy/serve_config.yaml")
+    config["applications"][0]["args"]["engine"]["skip_canary"] = True
+    check_serve_config(config)
+    args = ServeArgs.model_validate(config["applications"][0]["args"])
+    assert args.root.engine.skip_self_test
+
+
+def test_an_image_that_names_one_limit_keeps_the_others_of_the_endpoint() -> None:
+    """It took the other limits of the batch job: 128 MiB a file, and 120 s instead of 30 s."""
+    image = ServeArgs.model_validate({"image": {"max_pixels": 99}}).root.image
+    assert image == dataclasses.replace(Settings().image, max_pixels=99)
 
 
 def test_a_file_of_neither_kind_is_refused(tmp_path: Path) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +27,11 @@ from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
+from tests.integration.online.endpoint_process import free_port, poison, serving
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
-ROOT = Path(__file__).parents[3]
 NUM_CALLERS = 16
 COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
 SIDE_PX = FakeEngineConfig().image_size_px
@@ -205,34 +199,6 @@ def test_the_page_the_model_and_readiness(url: str) -> None:
     assert "<form" in httpx.get(url).text
 
 
-def poison(folder: Path) -> None:
-    """Put modules with the names of our packages into a folder; importing one ends the process."""
-    for name in ("pipeline", "blip2_actor", "deploy"):
-        (folder / f"{name}.py").write_text("raise SystemExit('the file of the user was imported')")
-
-
-@contextmanager
-def serving(
-    folder: Path, *flags: str, start: Sequence[str] = ("-m", "pipeline", "serve")
-) -> Iterator[subprocess.Popen[str]]:
-    """Run `blip2 serve` from a folder as the console script does, with a Ray of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        yield subprocess.Popen(
-            [sys.executable, "-P", *start, "--model", "demo", "--device", "cpu", *flags],
-            env=kept | {"RAY_TMPDIR": ray_folder, "HOME": str(folder), "PYTHONPATH": str(ROOT)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_path: Path) -> None:
     """From a folder whose files have the names of our packages: Ray would have its workers import those."""
     poison(tmp_path)
@@ -254,49 +220,3 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert not alive
     # A token file would change how every later Ray of this user starts.
     assert not (tmp_path / ".ray" / "auth_token").exists()
-
-
-TOO_LATE = """
-import sys, time, types
-from deploy import local_service
-
-start_ray, skipped_s = local_service._start_ray, 0.0
-
-def get_node(*_):
-    global skipped_s
-    time.sleep(1)
-    skipped_s += 15
-    raise RuntimeError("the node is not there")
-
-def start_ray_too_late():
-    from ray._private import node, services  # not before the endpoint has set the environment for Ray
-
-    services.get_node = get_node
-    node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + skipped_s})
-    start_ray()
-
-local_service._start_ray = start_ray_too_late
-
-from deploy.__main__ import main
-sys.exit(main())
-"""
-"""The endpoint with a Ray whose processes start but never report; the wait of 30 s takes 2 s."""
-
-
-def test_a_ray_that_comes_up_too_late_is_one_sentence_and_leaves_nothing_running(tmp_path: Path) -> None:
-    with serving(tmp_path, "--port", str(free_port()), start=["-c", TOO_LATE]) as command:
-        seen: dict[int, psutil.Process] = {}
-        names = set()
-        while command.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(command.pid).children(recursive=True):
-                    seen[process.pid] = process
-                    names.add(process.name())
-            time.sleep(0.05)
-        said = command.communicate()[1]
-        assert command.returncode == 1, said
-        assert "raylet" in names
-        assert said.startswith("blip2 serve: Ray did not start on this machine: The current node timed out")
-        assert said.count("\n") == 1
-        _, alive = psutil.wait_procs(list(seen.values()), timeout=30)
-        assert not alive

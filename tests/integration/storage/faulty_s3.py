@@ -112,15 +112,13 @@ class FaultyStore:
 
 @contextmanager
 def faulty_store() -> Iterator[FaultyStore]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.storage.faulty_s3"], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        yield FaultyStore(int(process.stdout.readline()))
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-m", "tests.integration.storage.faulty_s3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield FaultyStore(int(process.stdout.readline()))
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What cannot work is refused before Ray starts: one sentence that says what to do, and exit status 3."""
 
+import signal
+
 import pytest
 import ray
 
@@ -7,7 +9,7 @@ from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.commands import caption, retry
 from pipeline.cli.main import main
 from pipeline.cli.status import status
-from pipeline.errors import OutputInUse, RayStartFailed, Stopped, TooManyFailures
+from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.exit_status import ExitStatus
 from pipeline.inputs.reader import ReadOptions
 from pipeline.run.prepare import prepare
@@ -137,7 +139,9 @@ def test_every_command_refuses_before_work(arguments, tmp_path, capsys):
         (ValueError("a fragment is damaged"), 1),
         (OutputInUse("process 7 works on it"), 1),
         (RayStartFailed("Ray did not start"), 1),
-        (Stopped("stopped by a signal"), 1),
+        (Stopped("the job has failed"), 1),
+        (StoppedBySignal(signal.SIGINT), 130),
+        (StoppedBySignal(signal.SIGTERM), 143),
         (TooManyFailures("most rows failed"), 2),
     ],
 )

@@ -40,6 +40,13 @@ SLACK = 2.5
 """Factor by which a measured time may be too long, because the machine has other work too."""
 
 
+KEYS_OF_JSON = {
+    "input": {"num_shards", "num_bytes", "num_rows", "least_rows", "most_rows", "is_counted"},
+    "prediction": {"stages", "actor_s", "cpus_per_actor", "here_s", "bottleneck"},
+}
+"""Keys that programs may read since version 0.1.0."""
+
+
 @pytest.fixture(autouse=True)
 def _short_passes(monkeypatch):
     monkeypatch.setattr(stage_costs, "MIN_S", 0.1)
@@ -220,6 +227,7 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     command += ["--skip-self-test", "--sample", "8", "--max-new-tokens", "4"]
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
+    assert {name: set(said[name]) for name in KEYS_OF_JSON} == KEYS_OF_JSON
     assert said["input"]["num_rows"] == 16
     assert said["sample"] == {"num_rows": 8, "by_status": {"ok": 8}}
     assert set(said["prediction"]["stages"]) == {"read", "decode", "caption", "write"}

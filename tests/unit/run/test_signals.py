@@ -15,9 +15,9 @@ def test_a_signal_asks_for_a_stop_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
     stop = StopRequest()
     with stop.by_signals():
-        assert not stop.is_set
+        assert stop.number is None
         signal.raise_signal(number)
-        assert stop.is_set
+        assert stop.number == number
     assert signal.getsignal(number) is before
 
 
@@ -29,6 +29,7 @@ def test_only_a_second_ctrl_c_ends_at_once():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGTERM, "the first signal decides the exit status"
 
 
 def test_outside_the_main_thread_nothing_changes():

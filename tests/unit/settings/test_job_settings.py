@@ -1,14 +1,20 @@
 """Every command is the same job with other outputs, and its caption stage gets what the settings say."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from blip2_actor import GenerationOptions, ImageLimits
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.outputs import Outputs
+
+STORED_RUN = Path(__file__).parents[2] / "fixtures" / "stored_run" / "finished" / "_blip2" / "run.json"
+"""Written by version 0.1.0."""
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,18 @@ def test_the_other_commands_are_the_same_job(command):
     assert (job.input, job.output, job.limit) == (("in",), "out", command.limit)
     assert not job.outputs.caption
     assert from_dict(CaptionSettings, job.to_dict()) == job
+
+
+def test_stored_settings_keep_the_names_of_the_first_version():
+    """A run that this version began must also resume with an older one, which knows no later name."""
+    stored = json.loads(STORED_RUN.read_text())["settings"]
+    settings = CaptionSettings(input=("in",), output="out", engine=EngineConfig(skip_self_test=True))
+    values = settings.to_dict()
+    assert {name: set(value) for name, value in values.items() if isinstance(value, dict)} == {
+        name: set(value) for name, value in stored.items() if isinstance(value, dict)
+    }
+    assert set(values) == set(stored)
+    assert from_dict(CaptionSettings, json.loads(json.dumps(values))) == settings
 
 
 def test_the_spec_has_everything_that_the_stage_needs():

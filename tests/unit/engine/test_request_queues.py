@@ -1,0 +1,53 @@
+"""The queues in front of the slots count what they hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip2_actor import GenerationOptions
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.out_of_memory import Limits
+from blip2_actor.engine.request_queues import ReadyQueue
+from blip2_actor.engine.request_state import RequestState, Searches
+from blip2_actor.generation.beam_search import BeamSearch
+
+
+class Words:
+    end_ids = frozenset({0})
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+
+def make_request(num_beams: int) -> RequestState:
+    options = GenerationOptions(num_beams=num_beams)
+
+    def searches() -> Searches:
+        return [BeamSearch(options, [1], Words())]
+
+    return RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)), [1], options, searches)
+
+
+def test_the_number_of_wanted_slots_follows_every_change() -> None:
+    choose = random.Random(0)
+    limits = Limits(max_slots=16, encode_batch=4)
+    ready = ReadyQueue(limits)
+    for step in range(400):
+        action = choose.randrange(4)
+        if action < 2:
+            ready.add(make_request(choose.randint(1, 16)))  # some need too many slots, and fail
+        elif action == 2:
+            taken = ready.take(choose.randint(0, 16), choose.randint(1, 3))
+            for request in taken[1:]:
+                request.future.cancel()  # dropped by a later `take`
+            ready.put_back([request for request in taken if choose.random() < 0.7])
+        elif step % 100 == 99:
+            limits.halve_slots()
+            ready.check_again()
+        assert ready.num_slots == sum(request.num_slots for request in ready._requests)
+    while len(ready):
+        ready.take_first()
+    assert ready.num_slots == 0
