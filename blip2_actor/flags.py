@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -27,6 +28,14 @@ T = TypeVar("T")
 WRONG_FLAGS = 3
 """Exit status of a command line that cannot be understood; `pipeline.exit_status` has the whole table."""
 
+_OUR_WORDS = {
+    r"^argument (-\S+): (must be|needs|takes)": r"\1 \2",
+    r"^argument (-\S+): expected one argument$": r"\1 needs a value",
+    r"^argument (-\S+): expected at least one argument$": r"\1 needs at least one value",
+    r"^argument (-\S+): ignored explicit argument (.*)$": r"\1 takes no value, got \2",
+}
+"""Messages of argparse, as patterns, and ours for them."""
+
 MIN_SIMILARITY = 0.5
 """A suggestion must share at least this much with what was typed (`difflib`: 0 is nothing, 1 is equal)."""
 
@@ -36,10 +45,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self._required: list[argparse.Action] = []
-        """What argparse takes for optional while it parses."""
+        self._required: list[argparse.Action] = []  # what argparse takes for optional while it parses
 
     def error(self, message: str) -> NoReturn:
+        for pattern, ours in _OUR_WORDS.items():
+            message = re.sub(pattern, ours, message)
         self.exit(WRONG_FLAGS, f"{self.prog}: {message}\nSee {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -103,7 +113,7 @@ def add_flags(
             add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
         required = field.default is dataclasses.MISSING
-        help_text = help_of[field.name]
+        help_text = with_flags(help_of[field.name], cls, prefix)
         if not required and hint is not bool and field.default not in (None, (), ""):
             help_text += f" (default: {_shown(field.default)})"
         parser.add_argument(
@@ -113,7 +123,7 @@ def add_flags(
             required=required,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
-            **_value_options(hint, field.name) | _metavar_of(field),
+            **_value_options(hint, field.name) | {k: v for k, v in field.metadata.items() if k == "metavar"},
         )
 
 
@@ -121,7 +131,7 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     """Return an instance of a dataclass from parsed flags; fields that are not given keep their defaults.
 
     Raises:
-        ValueError: values contradict each other, or one is out of range.
+        ValueError: values contradict each other, or one is out of range; the message names flags.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -132,7 +142,35 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
         elif prefix + field.name in given:
             value = given[prefix + field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), cls, prefix)) from None
+
+
+def with_flags(text: str, cls: type, prefix: str = "") -> str:
+    """Replace the names of a dataclass's fields in a text by the names of their flags.
+
+    A name of one word is also an English word: it is replaced only in front of "must". Paths and quoted
+    values stay as they are.
+    """
+    for name, flag in _flags_of(cls, prefix).items():
+        pattern = rf"(?<![-\w/.'\"]){name}(?![-\w/'\"]|\.\w)" if "_" in name else rf"^{name}(?= must\b)"
+        text = re.sub(pattern, flag, text)
+    return text
+
+
+def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
+    """Return the flag of each field of a dataclass, and of the dataclasses inside it."""
+    hints = typing.get_type_hints(cls)
+    flags: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
+            flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
+        else:
+            flags[field.name] = flag_of(prefix + field.name)
+    return flags
 
 
 def flag_of(name: str) -> str:
@@ -178,10 +216,6 @@ def written_as(metavar: str) -> dict[str, Any]:
     return {"metavar": metavar}
 
 
-def _metavar_of(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    return {"metavar": field.metadata["metavar"]} if "metavar" in field.metadata else {}
-
-
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:
     return field.metadata.get("without", frozenset())
 
@@ -218,7 +252,9 @@ def _value_options(hint: Any, name: str) -> dict[str, Any]:
         return {"type": _choice_reader(by_text), "metavar": "{" + ",".join(by_text) + "}"}
     for kind in (int, float, str):
         if kind in (typing.get_args(hint) or (hint,)):
-            return {"type": kind, "metavar": _metavar(name) if kind is str else kind.__name__.upper()}
+            if kind is str:
+                return {"type": str, "metavar": _metavar(name)}
+            return {"type": _number_reader(kind), "metavar": kind.__name__.upper()}
     raise TypeError(f"{name} must be a bool, int, float, str, Literal or tuple to be a flag, got {hint}")
 
 
@@ -242,6 +278,17 @@ def _shown(default: object) -> str:
 
 def _metavar(name: str) -> str:
     return name.rpartition("_")[2].upper()
+
+
+def _number_reader(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {what}, got {text}") from None
+
+    return read
 
 
 def _choice_reader(by_text: Mapping[str, Any]) -> Callable[[str], Any]:

@@ -49,10 +49,10 @@ class GenerationOptions:
     num_beams: int = 1
     """Number of beams in beam search; 1 means greedy search, or sampling with do_sample."""
     length_penalty: float = 1.0
-    """Beam search divides scores by length ** length_penalty; a larger value favors longer texts."""
+    """Beam search divides scores by the length to this power; a larger value favors longer texts."""
     early_stopping: bool | Literal["never"] = False
-    """When beam search ends: true at num_beams finished texts, false when an estimate says that no beam can
-    improve, "never" when no beam can improve at all."""
+    """When beam search ends: true when as many texts as beams are finished, false when an estimate says that
+    no beam can improve, "never" when no beam can improve at all."""
     repetition_penalty: float = 1.0
     """Values above 1 make tokens that are already in the text less likely."""
     no_repeat_ngram_size: int = 0

@@ -19,7 +19,7 @@ from blip2_actor.installation import MissingPackages, require_packages
 
 PROG = "python -m deploy.check"
 CLUSTER_FILE = "ray_cluster.yaml"
-NEEDS = ("ray", "fastapi", "yaml")
+NEEDS = ("ray", "fastapi", "jsonschema", "yaml")
 
 
 def check(path: Path) -> None:
@@ -30,9 +30,15 @@ def check(path: Path) -> None:
     """
     import yaml
 
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the file must be YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not {"applications", "cluster_name"} & set(document):
-        raise ValueError("the file must be a Serve config (applications) or a cluster (cluster_name)")
+        raise ValueError(
+            "the file must be a Serve config (with the key applications) or a cluster file of `ray up` (with "
+            "the key cluster_name); for Kubernetes manifests, run kubectl apply --dry-run=server"
+        )
     if "applications" in document:
         check_serve_config(document)
     else:
@@ -126,7 +132,8 @@ def _is_wrong(path: Path) -> bool:
     try:
         check(path)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {path}: {error}\n")
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        sys.stderr.write(f"error: {path}: {reason}\n")
         return True
     sys.stdout.write(f"{path} is valid\n")
     return False

@@ -15,7 +15,7 @@ from blip2_actor.version_flag import add_version_flag
 from deploy.settings import ServeSettings
 
 PROG = "blip2 serve"
-NEEDS = ("ray", "fastapi")
+NEEDS = ("ray", "fastapi", "python_multipart")
 """Packages of the extra `serve` without which nothing can be served."""
 REFUSED = WRONG_FLAGS
 
@@ -31,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop, and return the exit status."""
     given = make_parser().parse_args(argv)
     try:
-        require_packages("serve", NEEDS, "serve")
+        require_packages(PROG, NEEDS, "serve")
         settings = build(ServeSettings, vars(given))
         _refuse_taken_port(settings.host, settings.port)
         settings.engine.info()
-    except (MissingPackages, ValueError, OSError) as error:
+    except MissingPackages as error:
+        sys.stderr.write(f"{error}\n")
+        return REFUSED
+    except (ValueError, OSError) as error:
         return _fail(error, REFUSED)
     from deploy.local_service import serve_until_stopped
 

@@ -20,7 +20,7 @@ MAX_IN_FLIGHT = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineImageLimits(ImageLimits):
-    """What one image may cost; tighter than in a batch job, because somebody waits for the answer."""
+    """Limits for one image; tighter than in a batch job, because somebody waits for the answer."""
 
     max_file_bytes: int = 20 << 20
     cpu_s: float = 10.0
@@ -36,13 +36,13 @@ class Settings:
     engine: EngineConfig = field(default=EngineConfig())
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
-    """generation, for what a request leaves open"""
+    """generation, if a request does not say otherwise"""
     timeout_s: float = 60.0
     """Seconds from the first byte of a request to its caption; after that the answer is 504."""
     max_in_flight: int = 512
     """Requests that one gateway serves at once; the answer to more is 503."""
     image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
-    """what one image may cost"""
+    """limits for one image"""
     decode_children: int = 2
     """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
 

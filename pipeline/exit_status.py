@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import ParamSpec
 
-from blip2_actor.flags import WRONG_FLAGS
+from blip2_actor.flags import WRONG_FLAGS, with_flags
 from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.stages.engine_fault import EngineFault
 
@@ -45,12 +45,16 @@ class Refused(Exception):
 
 
 @contextmanager
-def before_work() -> Iterator[None]:
-    """Turn the errors of checks, made before anything is started, into `Refused`."""
+def before_work(settings: type) -> Iterator[None]:
+    """Turn the errors of checks, made before anything is started, into `Refused`, which names flags.
+
+    Args:
+        settings: the dataclass of the command.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise Refused(str(error)) from error
+        raise Refused(with_flags(str(error), settings)) from error
 
 
 def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:

@@ -38,7 +38,8 @@ class PromptTokenizer:
         """
         if prompt is None or prompt == "":
             return self.empty_ids
-        token_ids: list[int] = self.tokenizer(require_text(prompt)).input_ids
+        # verbose=False: transformers would warn about a long prompt, which the engine refuses by itself.
+        token_ids: list[int] = self.tokenizer(require_text(prompt), verbose=False).input_ids
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
         return token_ids
 
@@ -48,7 +49,9 @@ class PromptTokenizer:
         Raises:
             ValueError: as from `encode`, or the text is empty.
         """
-        token_ids: list[int] = self.tokenizer(require_text(text), add_special_tokens=False).input_ids
+        token_ids: list[int] = self.tokenizer(
+            require_text(text), add_special_tokens=False, verbose=False
+        ).input_ids
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)

@@ -145,7 +145,7 @@ class MatchingEngine:
         """Return ids as the reference's processor makes them, with special tokens but without image
         tokens."""
         try:
-            token_ids: list[int] = self.tokenizer(require_non_empty(text)).input_ids
+            token_ids: list[int] = self.tokenizer(require_non_empty(text), verbose=False).input_ids
             vocab_size = self.model.word_embeddings.num_embeddings
             require_known_tokens(token_ids, vocab_size, self.model.config.image_token_index)
         except ValueError as error:

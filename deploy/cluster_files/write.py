@@ -20,12 +20,13 @@ def write_cluster_files(folder: Path) -> list[Path]:
     """Write the files to a folder, which is made if needed, and return their paths.
 
     Raises:
-        FileExistsError: one of them is there already; nothing is written.
+        ValueError: one of them is there already; nothing is written.
+        OSError: the folder cannot be made or written.
     """
     texts = _texts()
     there = [name for name in texts if (folder / name).exists()]
     if there:
-        raise FileExistsError(f"{folder / there[0]} exists; name another folder, or delete the file")
+        raise ValueError(f"{folder / there[0]} exists; name another folder, or delete the file")
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from pipeline.settings.retry_settings import RetrySettings
 @errors_to_exit_status
 def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
     """Caption an input, or resume."""
-    with before_work():
+    with before_work(type(settings)):
         job = prepare(settings, engine)
     return _run(job, settings.max_failed_fraction)
 
@@ -23,7 +23,7 @@ def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> i
 @errors_to_exit_status
 def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
     """Embed an input, or resume."""
-    with before_work():
+    with before_work(type(settings)):
         job = prepare(settings.job(), engine)
     return _run(job, settings.max_failed_fraction)
 
@@ -31,7 +31,7 @@ def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
 @errors_to_exit_status
 def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
     """Score the texts of an input, or resume."""
-    with before_work():
+    with before_work(type(settings)):
         job = prepare(settings.job(), engine)
     return _run(job, settings.max_failed_fraction)
 
@@ -39,7 +39,7 @@ def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
 @errors_to_exit_status
 def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
     """Run the rows again that are not ok."""
-    with before_work():
+    with before_work(type(settings)):
         job = prepare_retry(settings, engine)
     return _run(job, settings.max_failed_fraction)
 

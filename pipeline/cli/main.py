@@ -87,9 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     command = COMMANDS[given.command]
     try:
-        require_packages(given.command, command.needs, "batch")
+        require_packages(f"blip2 {given.command}", command.needs, "batch")
         settings: Any = build(command.settings, vars(given))
-    except (MissingPackages, ValueError) as error:
+    except MissingPackages as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return ExitStatus.REFUSED
+    except ValueError as error:
         print(f"blip2 {given.command}: {error}", file=sys.stderr)  # noqa: T201
         return ExitStatus.REFUSED
     from pipeline.run.cluster import set_ray_environment

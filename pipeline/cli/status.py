@@ -12,7 +12,7 @@ from pipeline.settings.report_settings import StatusSettings
 def status(settings: StatusSettings) -> int:
     """Print how far a run is."""
     console = Console()
-    with before_work():
+    with before_work(type(settings)):
         lines = status_lines(settings.output)
     for line in lines:
         console.say(line)

@@ -48,7 +48,7 @@ class Comparison:
 def demo(settings: DemoSettings) -> int:
     """Draw scenes, caption them and compare; return 1 if less than 95 % are right or any status is wrong."""
     console = Console()
-    with before_work():
+    with before_work(type(settings)):
         folder = _fresh_folder(settings.output)
     console.say(f"Rendering {settings.num_images:,} drawn scenes, some broken on purpose, to {folder}/")
     truth = write_demo_dataset(folder, num_images=settings.num_images)

@@ -24,7 +24,7 @@ from pipeline.settings.plan_settings import AnyPlanSettings
 @errors_to_exit_status
 def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan, as lines or as one JSON object."""
-    with before_work():  # a plan starts nothing: all that it refuses, the job would refuse
+    with before_work(type(settings)):  # a plan starts nothing: all that it refuses, the job would refuse
         found = make_plan(settings, engine)
     console = Console()
     if settings.json:

@@ -38,7 +38,7 @@ NUM_SAMPLES = 24
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the page if `--html` names a file."""
     console = Console()
-    with before_work():
+    with before_work(type(settings)):
         found = make_report(settings.output, settings.thumbnails if settings.html else 0)
     for line in found.lines():
         console.say(line)

@@ -80,6 +80,18 @@ def test_every_flag_has_help_for_a_person_at_a_terminal():
             assert action.help, action.option_strings
 
 
+def test_help_names_flags_and_shows_which_are_required(capsys):
+    """A person at a terminal does not know the fields of a dataclass."""
+    assert run_command("caption --help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[-h] --input INPUT [INPUT ...] --output OUTPUT [--format" in said
+    assert "or sampling with --do-sample." in said
+    fields = {
+        flag.removeprefix("--").replace("-", "_") for flag in commands()["caption"]._option_string_actions
+    }
+    assert not {field for field in fields if "_" in field and f" {field}" in said}
+
+
 @pytest.mark.parametrize("command", ["caption", "embed", "score"])
 def test_a_plan_takes_the_flags_of_its_command(command):
     """A command line is planned by putting `plan` in front of it."""
@@ -150,9 +162,13 @@ def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command,
         ("caption --input a", "--output must be given"),
         ("caption", "--input and --output must be given"),
         ("caption --input a --output b --dtype float8", "must be one of auto, float32"),
-        ("caption --input a --output b --num-beams two", "num-beams"),
-        ("serve --port eight", "port"),
-        ("serve --dtype float8", "must be one of auto, float32"),
+        ("caption --input a --output b --num-beams two", ": --num-beams must be a whole number, got two\n"),
+        ("caption --input a --output b --top-p half", ": --top-p must be a number, got half\n"),
+        ("caption --input a --output b --fork=yes", ": --fork takes no value, got 'yes'\n"),
+        ("caption --input a --output", ": --output needs a value\n"),
+        ("caption --output b --input", ": --input needs at least one value\n"),
+        ("serve --port eight", ": --port must be a whole number, got eight\n"),
+        ("serve --dtype float8", ": --dtype must be one of auto, float32"),
         ("captoin --input a", "there is no command captoin; did you mean caption?"),
         ("transcribe", "there is no command transcribe"),
         ("--verzion", "did you mean --version?"),
@@ -168,10 +184,11 @@ def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, sai
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--num-beams 0", "num_beams must be at least 1, got 0"),
-        ("--max-failed-fraction 2", "max_failed_fraction must be from 0 to 1"),
-        ("--temperature 0.5", "set do_sample"),
-        ("--min-actors 3 --max-actors 2", "max_actors must be at least min_actors"),
+        ("--num-beams 0", "--num-beams must be at least 1, got 0"),
+        ("--max-failed-fraction 2", "--max-failed-fraction must be from 0 to 1"),
+        ("--temperature 0.5", "--temperature must be left at 1.0 without --do-sample"),
+        ("--min-actors 3 --max-actors 2", "--max-actors must be at least --min-actors"),
+        ("--image-cpu-s 0", "--image-cpu-s must be"),
         ("--keep sha256", "sha256"),
         ("--keep caption", "caption"),
         ("--prompt x --prompt-column y", "prompt"),
@@ -185,12 +202,12 @@ def test_settings_that_contradict_each_other_are_refused(arguments, said, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--num-beams 0", "num_beams must be at least 1, got 0"),
-        ("--model demo --device-map auto --compile true", "device_map"),
-        ("--timeout-s 0", "timeout_s must be above 0"),
-        ("--max-in-flight 1001", "max_in_flight must be from 1 to 1000, got 1001"),
-        ("--decode-children 0", "decode_children must be at least 1"),
-        ("--port 70000", "port must be from 1 to 65535, got 70000"),
+        ("--num-beams 0", "--num-beams must be at least 1, got 0"),
+        ("--model demo --device-map auto --compile true", "--device-map"),
+        ("--timeout-s 0", "--timeout-s must be above 0"),
+        ("--max-in-flight 1001", "--max-in-flight must be from 1 to 1000, got 1001"),
+        ("--decode-children 0", "--decode-children must be at least 1"),
+        ("--port 70000", "--port must be from 1 to 65535, got 70000"),
     ],
 )
 def test_settings_of_the_endpoint_that_cannot_work_are_refused(arguments, said, capsys):

@@ -75,6 +75,26 @@ def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
     assert said.count("error: ") == 2 and "nothing.yaml" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "the file must be YAML: while parsing"),
+        ("kind: RayCluster\n", "for Kubernetes manifests, run kubectl"),
+        (None, "wrong.yaml: No such file or directory\n"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_line_and_no_traceback(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is no YAML was a traceback."""
+    path = tmp_path / "wrong.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
 def test_a_wrong_flag_of_the_check_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--hlep"])

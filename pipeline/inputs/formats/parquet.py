@@ -99,8 +99,20 @@ def count_rows(shard: Shard) -> int:
 
 
 def schema_of(shard: Shard) -> pa.Schema:
-    with _open(shard) as file:
-        return file.schema_arrow
+    """Read the columns of a file from its footer.
+
+    Raises:
+        InputError: the file cannot be opened as a table.
+    """
+    try:
+        with _open(shard) as file:
+            return file.schema_arrow
+    except _DAMAGE_ERRORS as error:
+        path, reason = join(shard.root, shard.files[0]), str(error).rstrip(".")
+        raise InputError(
+            f"{path} cannot be opened as a Parquet table ({reason}); repair the file, or leave it out of "
+            "the input"
+        ) from error
 
 
 def _read_group(

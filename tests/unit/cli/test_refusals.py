@@ -11,6 +11,7 @@ from pipeline.cli.main import main
 from pipeline.cli.status import status
 from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.exit_status import ExitStatus
+from pipeline.inputs.reader import ReadOptions
 from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
@@ -53,6 +54,12 @@ def test_unknown_model_folder(tmp_path, capsys):
     assert caption(settings) == 3
     assert "no-such-checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_of_a_setting_names_its_flag_and_leaves_paths_alone(tmp_path, refused):
+    assert "blip2: --image-column must be" in refused(reading=ReadOptions(image_column="jpg"))
+    missing = tmp_path / "num_beams" / "max_slots.tar"
+    assert f"no such file or folder: {missing}\n" in refused(input=(str(missing),))
 
 
 def test_a_prompt_that_the_model_cannot_take(refused):

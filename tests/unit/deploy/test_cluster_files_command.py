@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from blip2_actor import __version__
@@ -42,3 +43,23 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
     assert main([str(tmp_path)]) == 3
     assert "serve_config.yaml exists" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["serve_config.yaml"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    """It was a traceback."""
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        assert main([str(tmp_path / folder)]) == 3
+        message = capsys.readouterr().err
+        assert "cannot be written" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--hlep"], "did you mean --help?"), ([], "FOLDER must be given")]
+)
+def test_a_wrong_command_line_exits_with_3(arguments, said, capsys):
+    """It was 2, which in every other command means that too many rows failed."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 3
+    assert said in capsys.readouterr().err

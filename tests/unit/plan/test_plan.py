@@ -181,11 +181,11 @@ def test_what_would_stop_the_job_is_one_sentence(tmp_path, monkeypatch, capsys):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     engine = FakeEngineConfig()
     assert plan(settings(tmp_path / "in", prompt="unservable"), engine) == 3
-    assert "prompt must be servable" in capsys.readouterr().err
+    assert "--prompt must be servable" in capsys.readouterr().err
     retrieval = save_tiny_retrieval_checkpoint(tmp_path / "retrieval")
     matched = Outputs(score=("fit=caption",), score_model=str(retrieval))
     assert plan(settings(tmp_path / "in", outputs=matched), engine) == 3
-    assert "score_model must take images of 32 px" in capsys.readouterr().err
+    assert "--score-model must take images of 32 px" in capsys.readouterr().err
 
     def fail(*_):
         raise EngineFault("RuntimeError: the device is gone")
@@ -233,7 +233,7 @@ def test_the_command_on_the_demonstration_checkpoint(tmp_path, capsys):
     assert set(said["prediction"]["stages"]) == {"read", "decode", "caption", "write"}
     assert said["prediction"]["actor_s"] > 0
     assert main([*command, "--sample", "0"]) == 3
-    assert "sample must be at least 1, got 0" in capsys.readouterr().err
+    assert "--sample must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
     assert "text to score must be one of the columns image, alt, got 'words'" in capsys.readouterr().err
     for command in ("embed", "score --text-column alt"):
         assert main(["plan", *command.split(), "--input", *input, "--sample", "0"]) == 3
-        assert f"blip2 plan {command[:5]}: sample must be at least 1, got 0" in capsys.readouterr().err
+        assert f"blip2 plan {command[:5]}: --sample must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_numbers_of_bytes_have_three_digits_and_a_unit():

@@ -88,6 +88,14 @@ def test_key_prompt_and_kept_columns(tmp_path):
     assert [row["key"] for row in rows] == ["100", "101", "102", "103"]
 
 
+def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
+    """It said that magic bytes were missing, and not in which file."""
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"no table")
+    with pytest.raises(InputError, match=rf"^{path} cannot be opened as a Parquet table .*; repair the file"):
+        check_options([shard_at(path, "parquet")], ReadOptions())
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
