@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo
@@ -91,8 +91,10 @@ def _kill_started_processes(error: Exception) -> None:
     """Kill what a failed `ray.init` has started.
 
     Ray keeps no reference to a node whose constructor has raised, so that `ray.shutdown` cannot end its
-    processes. They would run until this process ends. The node is still in the traceback.
+    processes. They would run until this process ends. The node is still in the traceback. A raylet ends its
+    agents only if it has the time to end in good order, so the agents are killed here.
     """
+    import psutil
     import ray
     from ray._private.node import Node
 
@@ -101,7 +103,15 @@ def _kill_started_processes(error: Exception) -> None:
     while trace is not None:
         node = trace.tb_frame.f_locals.get("self")
         if isinstance(node, Node):
+            agents: list[psutil.Process] = []
+            for started in node.all_processes.values():
+                for info in started:
+                    with suppress(psutil.NoSuchProcess):
+                        agents += psutil.Process(info.process.pid).children(recursive=True)
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            for agent in agents:
+                with suppress(psutil.NoSuchProcess):
+                    agent.kill()
             return
         trace = trace.tb_next
 
