@@ -34,7 +34,7 @@ coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract 
 	$(BIN)/python -m pytest tests/unit tests/parity tests/contracts \
 		--cov=blip2_actor --cov=pipeline --cov=deploy --cov-report=term:skip-covered
 
-chaos: $(STAMP)  ## run the tests that kill processes and nodes; not in the default suite
+chaos: $(STAMP)  ## run the tests that kill processes or start clusters of their own; not in the default suite
 	$(BIN)/python -m pytest tests/chaos --timeout=900
 
 wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment

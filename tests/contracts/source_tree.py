@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,7 @@ def _num_lines(node: ast.stmt) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
+@cache
 def modules(*folders: str) -> list[Module]:
     """Return every Python file below the folders."""
     files = (file for folder in folders for file in sorted((ROOT / folder).rglob("*.py")))

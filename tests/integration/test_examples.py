@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import ray
 
-from examples import caption_folder, filter_by_match, resume_after_a_kill, stage_in_a_dataset
+from examples import caption_folder, filter_by_match, stage_in_a_dataset
 from examples.drawn_pictures import draw_pictures
 
 ROOT = Path(__file__).parents[2]
@@ -42,18 +41,7 @@ def test_pairs_are_filtered_by_their_match(folder, capsys):
     assert len(pairs) < 6 and all(score >= scores[2] - 0.0005 for _, _, score in pairs)
 
 
-def test_a_killed_run_resumes(local_ray, folder, monkeypatch, capsys):
-    """On the tests' own Ray: starting two of its own would take most of the time."""
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    num_pictures = 800
-    keys = resume_after_a_kill.kill_and_resume(folder, num_pictures)
-    assert sorted(set(keys)) == sorted(keys) and len(keys) == num_pictures
-    (before,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("killed")]
-    assert not before.startswith(f"killed; {num_pictures} rows")
-
-
-def test_every_example_is_run_here():
+def test_every_example_is_run_by_a_test():
     examples = {file.stem for file in (ROOT / "examples").glob("*.py")} - {"__init__", "drawn_pictures"}
-    tested = Path(__file__).read_text()
+    tested = Path(__file__).read_text() + (ROOT / "tests/chaos/test_example_resumes.py").read_text()
     assert all(f"{example}." in tested for example in examples), examples
