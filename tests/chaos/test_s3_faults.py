@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.ledger.scan import scan_output
@@ -17,8 +18,22 @@ from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
+from tests.chaos.faulty_s3 import FaultyStore, faulty_store
 from tests.integration.inputs import right_caption, write_tars
-from tests.integration.storage.faulty_s3 import FaultyStore, faulty_store
+
+
+@pytest.fixture(scope="module")
+def two_cpus(own_ray: None) -> Iterator[None]:
+    """A local Ray with two CPUs."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +52,7 @@ def test_a_small_file_is_one_request(store):
     assert folder.get("_blip2/fragments/a") == b"1"
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("two_cpus")
 def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
     """Each kind of request fails once; when the first fragment is written, all requests fail for longer than
     Arrow's client retries. No row may be lost or captioned twice, and nothing may be left behind."""
