@@ -16,7 +16,7 @@ from tests.integration.inputs import png, write_tar
 # A cluster of its own starts and ends; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_workers_of_a_local_cluster_import_our_packages(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The caption command on a Ray that starts its processes and then times out; prints what is left of them.
 
-python -m tests.chaos.ray_that_fails '{"settings": {...}, "engine": {...}}'
+python -m tests.chaos.own_clusters.ray_that_fails '{"settings": {...}, "engine": {...}}'
 """
 
 from __future__ import annotations

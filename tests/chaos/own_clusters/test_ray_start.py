@@ -14,7 +14,7 @@ import pytest
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import write_tars
 
-MODULE = "tests.chaos.ray_that_fails"
+MODULE = "tests.chaos.own_clusters.ray_that_fails"
 AGENTS_END_WITHIN_S = 30.0
 """Ray's agents are children of the raylet; they end by themselves when they notice that it is gone."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from examples import resume_after_a_kill
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_killed_run_resumes(
