@@ -17,8 +17,8 @@ from ray.serve.config import BackpressureConfig
 from blip2_actor import EngineBuilder
 from blip2_actor.flags import with_current_names
 from deploy.captioner import Captioner
-from deploy.errors import RETRY_AFTER_S
 from deploy.gateway import Gateway
+from deploy.http.errors import RETRY_AFTER_S
 from deploy.settings import Settings
 
 CAPTIONER: Deployment = serve.deployment(

@@ -15,9 +15,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import DecodedImage, DecodePool, GenerationOptions, ModelInfo, Result, Status
-from deploy.api import create_api
-from deploy.errors import RETRY_AFTER_S, ApiError, of_status
-from deploy.request_body import CaptionCall
+from deploy.http.api import create_api
+from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
+from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
 
 READY_WITHIN_S = 2.0

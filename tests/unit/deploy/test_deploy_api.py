@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from blip2_actor import Completion, GenerationOptions, ModelInfo, Result
-from deploy.api import create_api
-from deploy.errors import ApiError
-from deploy.request_body import CaptionCall
+from deploy.http.api import create_api
+from deploy.http.errors import ApiError
+from deploy.http.request_body import CaptionCall
 
 IMAGE = b"encoded bytes"
 

@@ -14,9 +14,9 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import GenerationOptions, ModelInfo, Result, Status
-from deploy.errors import ApiError
 from deploy.gateway import Gateway
-from deploy.request_body import CaptionCall
+from deploy.http.errors import ApiError
+from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
 
 

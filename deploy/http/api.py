@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from blip2_actor import GenerationOptions, ModelInfo, Result
-from deploy.errors import ApiError
-from deploy.request_body import FIELDS, CaptionCall, read_call
-from deploy.scene import draw_scene_png
+from deploy.http.errors import ApiError
+from deploy.http.request_body import FIELDS, CaptionCall, read_call
+from deploy.http.scene import draw_scene_png
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (

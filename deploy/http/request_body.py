@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from blip2_actor import GenerationOptions
-from deploy.errors import ApiError, bad_request
+from deploy.http.errors import ApiError, bad_request
 
 FIELDS = ("image", "prompt", "options")
 MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
