@@ -42,7 +42,9 @@ PUBLIC = [
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
+    "require_image_layout",
     "resize_image",
 ]
 
