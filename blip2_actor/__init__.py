@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
+    from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 __all__ = [
     "Blip2Actor",
@@ -59,6 +60,7 @@ __all__ = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
@@ -75,6 +77,7 @@ _LAZY = {
     "DecodePool": "blip2_actor.preprocessing.decode_pool",
     "DecodedImage": "blip2_actor.preprocessing.images",
     "ImageLimits": "blip2_actor.preprocessing.images",
+    "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",

@@ -16,27 +16,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-# Importing a plugin registers it, so that Image.open does not load Pillow's other forty plugins.
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, UnidentifiedImageError
 
+from blip2_actor.preprocessing.formats import FORMATS
 from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, orientation_of, upright_square
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
     import numpy as np
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that are read. The content decides, never a file's extension; Pillow's other plugins stay
-unused, because some of them run other programs."""
 
 _MAX_ERROR_CHARS = 200
 

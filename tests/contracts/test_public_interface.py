@@ -38,6 +38,7 @@ PUBLIC = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
