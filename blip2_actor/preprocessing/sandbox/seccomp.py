@@ -47,6 +47,50 @@ class Architecture:
 
 _CLONE3 = 435
 
+_ALLOWED = (
+    ("read", 0, 63),
+    ("write", 1, 64),
+    ("readv", 19, 65),
+    ("writev", 20, 66),
+    ("close", 3, 57),
+    ("lseek", 8, 62),
+    ("fstat", 5, 80),
+    ("brk", 12, 214),
+    ("mmap", 9, 222),
+    ("munmap", 11, 215),
+    ("mremap", 25, 216),
+    ("mprotect", 10, 226),
+    ("madvise", 28, 233),
+    ("futex", 202, 98),
+    ("set_robust_list", 273, 99),
+    ("rseq", 334, 293),
+    ("membarrier", 324, 283),
+    ("sched_yield", 24, 124),
+    ("sched_getaffinity", 204, 123),
+    ("getcpu", 309, 168),
+    ("exit", 60, 93),
+    ("exit_group", 231, 94),
+    ("getpid", 39, 172),
+    ("gettid", 186, 178),
+    ("rt_sigaction", 13, 134),
+    ("rt_sigprocmask", 14, 135),
+    ("rt_sigreturn", 15, 139),
+    ("sigaltstack", 131, 132),
+    ("restart_syscall", 219, 128),
+    ("setitimer", 38, 103),
+    ("getitimer", 36, 102),
+    ("clock_gettime", 228, 113),
+    ("clock_getres", 229, 114),
+    ("clock_nanosleep", 230, 115),
+    ("nanosleep", 35, 101),
+    ("gettimeofday", 96, 169),
+    ("time", 201, None),
+    ("times", 100, 153),
+    ("getrusage", 98, 165),
+    ("getrandom", 318, 278),
+)
+"""Calls that are allowed with any arguments: name, number on x86-64, number on aarch64 (None: not there)."""
+
 ARCHITECTURES = {
     "x86_64": Architecture(
         audit_number=0xC000003E,
@@ -54,14 +98,7 @@ ARCHITECTURES = {
         clone=56,
         kill=62,
         tgkill=234,
-        # read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn readv
-        # writev sched_yield mremap madvise nanosleep getitimer setitimer getpid exit gettimeofday getrusage
-        # times sigaltstack gettid time futex sched_getaffinity restart_syscall clock_gettime clock_getres
-        # clock_nanosleep exit_group set_robust_list getcpu getrandom membarrier rseq
-        allowed=(
-            *(0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 19, 20, 24, 25, 28, 35, 36, 38, 39, 60, 96, 98, 100),
-            *(131, 186, 201, 202, 204, 219, 228, 229, 230, 231, 273, 309, 318, 324, 334),
-        ),
+        allowed=tuple(number for _, number, _ in _ALLOWED),
     ),
     "aarch64": Architecture(
         audit_number=0xC00000B7,
@@ -69,37 +106,7 @@ ARCHITECTURES = {
         clone=220,
         kill=129,
         tgkill=131,
-        # close lseek read write readv writev fstat exit exit_group futex set_robust_list nanosleep getitimer
-        # setitimer clock_gettime clock_getres clock_nanosleep sched_getaffinity sched_yield restart_syscall
-        # sigaltstack rt_sigaction rt_sigprocmask rt_sigreturn times getrusage getcpu gettimeofday getpid
-        # gettid brk munmap mremap mmap mprotect madvise getrandom membarrier rseq
-        allowed=(
-            *(
-                57,
-                62,
-                63,
-                64,
-                65,
-                66,
-                80,
-                93,
-                94,
-                98,
-                99,
-                101,
-                102,
-                103,
-                113,
-                114,
-                115,
-                123,
-                124,
-                128,
-                132,
-                134,
-            ),
-            *(135, 139, 153, 165, 168, 169, 172, 178, 214, 215, 216, 222, 226, 233, 278, 283, 293),
-        ),
+        allowed=tuple(number for _, _, number in _ALLOWED if number is not None),
     ),
 }
 """Numbers of arch/x86/entry/syscalls/syscall_64.tbl and of include/uapi/asm-generic/unistd.h."""
