@@ -41,9 +41,11 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
             raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
         try:
             image.load()
-        except (OSError, SyntaxError) as error:
+            return np.array(upright_square(image, orientation_of(image), size_px))
+        except MemoryError:
+            raise
+        except Exception as error:  # a closed or damaged image raises errors of any class
             raise ValueError(f"image must be readable, got {describe_error(error)}") from error
-        return np.array(upright_square(image, orientation_of(image), size_px))
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be bytes, a PIL image or an array, got {type(image).__name__}")
     if image.dtype == np.uint8 and image.shape == (size_px, size_px, 3):

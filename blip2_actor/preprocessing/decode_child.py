@@ -23,7 +23,7 @@ import warnings
 from PIL import Image
 
 from blip2_actor.preprocessing.decode_messages import OUT_OF_MEMORY, REQUEST, pack_hello, pack_reply
-from blip2_actor.preprocessing.formats import import_all
+from blip2_actor.preprocessing.formats import prepare_for_sandbox
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_or_exhaust
 from blip2_actor.preprocessing.sandbox.protections import close_sandbox
 
@@ -33,7 +33,7 @@ _INPUT_BUFFER_BYTES = 1 << 20
 def main() -> None:
     size_px, limits = int(sys.argv[1]), ImageLimits(**json.loads(sys.argv[2]))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    import_all()
+    prepare_for_sandbox()
     _apply(limits)
     requests = os.fdopen(0, "rb", buffering=_INPUT_BUFFER_BYTES)
     _discard_output()

@@ -21,8 +21,9 @@ OUT_OF_MEMORY = 76
 
 _HELLO = struct.Struct("<H")
 """Bytes of the report on the sandbox, which follows."""
-_REPLY = struct.Struct("<BIIHI")
-"""Index into _STATUSES, width, height (0 if unknown), bytes of UTF-8 error, bytes of pixels; both follow."""
+_REPLY = struct.Struct("<B?IIHI")
+"""Index into _STATUSES, is_truncated, width, height (0 if unknown), bytes of UTF-8 error, bytes of pixels;
+both follow."""
 _STATUSES = tuple(Status)
 
 
@@ -62,7 +63,12 @@ def pack_reply(image: DecodedImage) -> bytes:
     error = (image.error or "").encode()
     pixels = image.pixels or b""
     header = _REPLY.pack(
-        _STATUSES.index(image.status), image.width or 0, image.height or 0, len(error), len(pixels)
+        _STATUSES.index(image.status),
+        image.is_truncated,
+        image.width or 0,
+        image.height or 0,
+        len(error),
+        len(pixels),
     )
     return b"".join((header, error, pixels))
 
@@ -81,7 +87,7 @@ def unpack_reply(received: memoryview, start: int, num_pixel_bytes: int) -> tupl
     """
     if len(received) < start + _REPLY.size:
         return None
-    status, width, height, num_error_bytes, num_pixels = _REPLY.unpack_from(received, start)
+    status, is_truncated, width, height, num_error_bytes, num_pixels = _REPLY.unpack_from(received, start)
     is_ok = status == _STATUSES.index(Status.OK)
     if status >= len(_STATUSES) or num_pixels != (num_pixel_bytes if is_ok else 0):
         raise BadReply
@@ -96,5 +102,6 @@ def unpack_reply(received: memoryview, start: int, num_pixel_bytes: int) -> tupl
         pixels=bytes(received[pixels_start:end]) or None,
         width=width or None,
         height=height or None,
+        is_truncated=is_truncated,
     )
     return image, end

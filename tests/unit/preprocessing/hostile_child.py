@@ -117,6 +117,6 @@ def is_bmp(prefix: bytes) -> bool:
 
 if __name__ == "__main__":
     START = count_starts(Path(sys.argv.pop(1)))
-    formats.import_all()
+    formats.prepare_for_sandbox()
     Image.register_open("BMP", open_hostile, is_bmp)  # type: ignore[arg-type]  # Pillow asks for an ImageFile
     decode_child.main()

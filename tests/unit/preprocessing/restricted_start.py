@@ -49,6 +49,6 @@ def lose_capabilities() -> None:
 
 
 if __name__ == "__main__":
-    decode_child.import_all()  # another user may not be able to read the files
+    decode_child.prepare_for_sandbox()  # another user may not be able to read the files
     globals()[sys.argv.pop(1)]()
     decode_child.main()

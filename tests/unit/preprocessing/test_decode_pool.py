@@ -173,6 +173,15 @@ def test_order_and_pixels_equal_those_of_decode_image() -> None:
         assert pool.decode([]) == []
 
 
+def test_a_child_accepts_truncated_images_and_says_so() -> None:
+    whole = encode(noise(40, 30), "JPEG")
+    accept = ImageLimits(accept_truncated=True)
+    with DecodePool(SIZE, accept) as pool:
+        decoded = pool.decode([whole, whole[:-20]])
+    assert decoded == [decode_image(data, SIZE, accept) for data in (whole, whole[:-20])]
+    assert [image.is_truncated for image in decoded] == [False, True]
+
+
 def test_files_and_answers_larger_than_the_pipes_do_not_block() -> None:
     """Otherwise parent and child would wait for each other, each with a full pipe."""
     large = [encode(noise(800, 800, seed), "BMP") for seed in range(4)] * 3
