@@ -43,7 +43,8 @@ class ImageLimits:
     """Maximum wall-clock seconds for one image, for decoders that sleep; large, so that a loaded machine
     changes no status."""
     memory_bytes: int = 2 << 30
-    """Maximum address space of a decoding process in bytes; the process itself needs 30 MB (Linux only)."""
+    """Maximum address space of a decoding process in bytes; the process itself needs up to 80 MB
+    (Linux only)."""
     jpeg_draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size, but at least at twice the model's
     size: faster, with slightly different pixels (see docs/preprocessing.md)."""
