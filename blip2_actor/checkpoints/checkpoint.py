@@ -1,6 +1,6 @@
 """Finding a checkpoint by its hub name, folder, bucket or "demo", and describing it.
 
-The result is always a local folder of files. This module reads only JSON; `weights.py` reads the tensors.
+The result is always a local folder of files. This module reads only JSON; `weights/` reads the tensors.
 """
 
 from __future__ import annotations

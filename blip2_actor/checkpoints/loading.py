@@ -6,8 +6,8 @@ import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.name_map import opt_rules, retrieval_rules, t5_rules
-from blip2_actor.checkpoints.weights import load_weights, stored_parameters
+from blip2_actor.checkpoints.weights.load_weights import load_weights, stored_parameters
+from blip2_actor.checkpoints.weights.name_map import opt_rules, retrieval_rules, t5_rules
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer

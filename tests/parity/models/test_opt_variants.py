@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
-from blip2_actor.checkpoints.name_map import opt_rules
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import opt_rules
 from blip2_actor.models.opt import OptDecoder
 from blip2_actor.testing import randomize_weights, tiny_config
 

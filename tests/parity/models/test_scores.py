@@ -15,7 +15,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights.load_weights import load_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES

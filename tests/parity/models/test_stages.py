@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.checkpoints.safetensors_file import StoredTensor
+from blip2_actor.checkpoints.weights.safetensors_file import StoredTensor
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from blip2_actor.checkpoints import safetensors_file
-from blip2_actor.checkpoints.name_map import Rule
-from blip2_actor.checkpoints.safetensors_file import DTYPES, list_tensors
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights import safetensors_file
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import Rule
+from blip2_actor.checkpoints.weights.safetensors_file import DTYPES, list_tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2_actor.checkpoints.name_map import UNUSED, Rule, find_target
-from blip2_actor.checkpoints.safetensors_file import StoredTensor, list_tensors
+from blip2_actor.checkpoints.weights.name_map import UNUSED, Rule, find_target
+from blip2_actor.checkpoints.weights.safetensors_file import StoredTensor, list_tensors
 
 
 def stored_parameters(folder: Path, rules: list[Rule]) -> Iterator[str]:
