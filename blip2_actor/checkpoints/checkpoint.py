@@ -25,6 +25,7 @@ from blip2_actor.checkpoints.download import (
     matches,
     write_whole,
 )
+from blip2_actor.checkpoints.vocabulary import require_vocabulary
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -46,7 +47,7 @@ class Checkpoint:
         """Configuration of a BLIP-2 with a language model.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or no vocabulary for the model.
         """
         config = self._blip2_config()
         if RETRIEVAL in (config.architectures or []):
@@ -66,6 +67,9 @@ class Checkpoint:
                 f"word_embed_proj_dim must equal hidden_size ({text.hidden_size}) in a BLIP-2 checkpoint, "
                 f"got {text.word_embed_proj_dim}"
             )
+        ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        special_ids = [i for i in (text.bos_token_id, *ends) if i is not None]
+        require_vocabulary(self.folder, text.vocab_size, special_ids)
         return config
 
     @cached_property
@@ -73,7 +77,7 @@ class Checkpoint:
         """Configuration of a BLIP-2 for image-text retrieval.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or no vocabulary for the model.
         """
         config = self._blip2_config()
         if RETRIEVAL not in (config.architectures or []):
@@ -81,6 +85,7 @@ class Checkpoint:
                 f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
                 "use EngineConfig for a model that writes text"
             )
+        require_vocabulary(self.folder, config.qformer_config.vocab_size, ())
         return config
 
     def _blip2_config(self) -> Blip2Config:
