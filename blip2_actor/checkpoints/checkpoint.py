@@ -18,11 +18,9 @@ from transformers import Blip2Config
 
 from blip2_actor.checkpoints.download import (
     CACHE_FOLDER,
-    DESCRIPTION,
-    FILES,
     fetch_from_bucket,
     fetch_from_hub,
-    matches,
+    select_files,
     write_whole,
 )
 from blip2_actor.checkpoints.vocabulary import require_vocabulary
@@ -124,7 +122,7 @@ class Checkpoint:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
             return self.folder.name  # a folder in the hub's own cache
-        files = sorted(path for path in self.folder.iterdir() if matches(path.name, FILES))
+        files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
         cached = CACHE_FOLDER / "digests" / key
@@ -151,9 +149,8 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
     """
     if model == "demo":
         return Checkpoint(DEMO_FOLDER)
-    patterns = FILES if with_weights else DESCRIPTION
     if "://" in model:
-        return Checkpoint(*fetch_from_bucket(model, patterns))
+        return Checkpoint(*fetch_from_bucket(model, with_weights))
     if Path(model).is_dir():
         return Checkpoint(Path(model))
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
@@ -161,7 +158,7 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
             'model must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// or '
             f'gs:// folder, or "demo", got {model!r}'
         )
-    return Checkpoint(*fetch_from_hub(model, revision, patterns))
+    return Checkpoint(*fetch_from_hub(model, revision, with_weights))
 
 
 def describe(

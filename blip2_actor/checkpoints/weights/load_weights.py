@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, read from its safetensors files into a model.
+"""Reading the weights of a checkpoint into a model.
 
 The name map (`name_map.py`) says where each tensor goes. It is strict: a tensor that is missing, unexpected
 or of another shape is an error, found before any weights are read. Each tensor is then read from its file
@@ -7,47 +7,42 @@ straight into its parameter (or into its part of a fused one), so that the weigh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from blip2_actor.checkpoints.weights.name_map import UNUSED, Rule, find_target
-from blip2_actor.checkpoints.weights.safetensors_file import StoredTensor, list_tensors
+from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 
 
-def stored_parameters(folder: Path, rules: list[Rule]) -> Iterator[str]:
-    """Yield our names of the parameters that a checkpoint stores.
+def load_weights(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule], origin: str
+) -> None:
+    """Fill every parameter of `model`.
 
-    Raises:
-        OSError: a file is missing or is not a readable safetensors file.
-    """
-    for name in _list_stored(folder):
-        if target := find_target(name, rules):
-            yield target.name
-
-
-def load_weights(model: nn.Module, folder: Path, rules: list[Rule]) -> None:
-    """Fill every parameter of `model` from the safetensors files in `folder`.
+    Args:
+        model: the model, with its memory allocated.
+        tensors: the weights by their names in the checkpoint.
+        rules: the name map.
+        origin: where the tensors are from, for messages.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape (the message lists all of them, and
-            nothing has been read), or two tensors that should be equal differ.
-        OSError: a file is missing or is not a readable safetensors file.
+        ValueError: tensors are missing, unexpected or of another shape (and nothing has been read), or two
+            tensors that should be equal differ.
+        OSError: a file is incomplete.
     """
-    plan = _plan_reading(model, folder, rules)
-    _refuse(plan.problems, folder)
+    plan = _plan_reading(model, tensors, rules)
+    _refuse(plan.problems, origin)
     for stored, destination in plan.reads.values():
         for start, piece in stored.pieces():
             destination[start : start + len(piece)].copy_(piece)
     differing = [
         name for name, (stored, destination) in plan.repeats.items() if not _equals(stored, destination)
     ]
-    _refuse([f"{name} differs from the tensor that it should equal" for name in differing], folder)
+    _refuse([f"{name} differs from the tensor that it should equal" for name in differing], origin)
 
 
 @dataclass
@@ -60,11 +55,11 @@ class _ReadingPlan:
     problems: list[str] = field(default_factory=list)
 
 
-def _plan_reading(model: nn.Module, folder: Path, rules: list[Rule]) -> _ReadingPlan:
+def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule]) -> _ReadingPlan:
     plan = _ReadingPlan()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     num_filled: dict[int, dict[int | None, int]] = {id(p): {} for p in parameters.values()}
-    for name, stored in _list_stored(folder).items():
+    for name, stored in tensors.items():
         target = find_target(name, rules)
         if target is None or target.name not in parameters:
             if not UNUSED.fullmatch(name):
@@ -102,28 +97,10 @@ def _equals(stored: StoredTensor, loaded: Tensor) -> bool:
     return all(torch.equal(loaded[i : i + len(piece)], piece.to(loaded)) for i, piece in stored.pieces())
 
 
-def _refuse(problems: list[str], folder: Path) -> None:
+def _refuse(problems: list[str], origin: str) -> None:
     if problems:
         listed = "\n  ".join(sorted(set(problems)))
         raise ValueError(
-            f"the tensors in {folder} do not match its config.json; check that both are of the same model:"
+            f"the tensors in {origin} do not match its config.json; check that both are of the same model:"
             f"\n  {listed}"
         )
-
-
-def _list_stored(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor by name; an index file, if there is one, names the files that count."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    stored: dict[str, StoredTensor] = {}
-    for path in (folder / name for name in names):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no such file: {path}, which is part of the checkpoint; fetch the checkpoint again "
-                "(weights must be safetensors: convert older .bin files with transformers' save_pretrained)"
-            )
-        stored |= list_tensors(path)
-    return stored

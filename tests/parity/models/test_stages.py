@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.checkpoints.weights.safetensors_file import StoredTensor
+from blip2_actor.checkpoints.weights.safetensors_file import SafetensorsTensor
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
     tensors["surprise.weight"] = torch.zeros(2)
     tensors["language_projection.bias"] = torch.zeros(7)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(StoredTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(SafetensorsTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="do not match its config") as refusal:
         load_model(Checkpoint(broken), CPU, torch.float32)
     for name in (

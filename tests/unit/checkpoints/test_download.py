@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from blip2_actor.checkpoints import download
-from blip2_actor.checkpoints.download import FILES, fetch_from_bucket, fetch_from_hub
+from blip2_actor.checkpoints.download import fetch_from_bucket, fetch_from_hub
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 """The parts of a response that the hub's errors read."""
@@ -42,7 +42,7 @@ def test_errors_of_the_hub_name_their_cause(
 
     monkeypatch.setattr(download, "snapshot_download", fail)
     with pytest.raises(OSError, match=message):
-        fetch_from_hub("some/model", "v9", FILES)
+        fetch_from_hub("some/model", "v9", with_weights=True)
 
 
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     monkeypatch.setattr(type(store), "get_file", fail)
     with pytest.raises(OSError, match=r"config\.json of memory://fetching cannot be fetched .*token expired"):
-        fetch_from_bucket("memory://fetching", FILES)
+        fetch_from_bucket("memory://fetching", with_weights=True)
     monkeypatch.undo()
     monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
-    folder, _ = fetch_from_bucket("memory://fetching", FILES)
+    folder, _ = fetch_from_bucket("memory://fetching", with_weights=True)
     assert (folder / "config.json").read_bytes() == b"{}"
