@@ -94,7 +94,18 @@ class Checkpoint:
             raise ValueError(
                 f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
             )
+        self._refuse_quantized(raw.get("quantization_config"))
         return Blip2Config.from_dict(raw)
+
+    def _refuse_quantized(self, quantization: dict[str, Any] | None) -> None:
+        if not quantization:
+            return
+        bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
+        method = f"{quantization.get('quant_method')}{bits}"
+        raise ValueError(
+            f"the weights in {self.folder} must not be quantized, got quantization_config (of {method}); "
+            "name the model that this one was made from, or save this one after transformers' model.dequantize()"
+        )
 
     @cached_property
     def image_processor(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from blip2_actor.checkpoints.weights.mismatch import Mismatch
 from blip2_actor.checkpoints.weights.name_map import UNUSED, Rule, find_target
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 
@@ -35,14 +36,16 @@ def load_weights(
         OSError: a file is incomplete.
     """
     plan = _plan_reading(model, tensors, rules)
-    _refuse(plan.problems, origin)
+    plan.mismatch.refuse(origin)
     for stored, destination in plan.reads.values():
         for start, piece in stored.pieces():
             destination[start : start + len(piece)].copy_(piece)
-    differing = [
-        name for name, (stored, destination) in plan.repeats.items() if not _equals(stored, destination)
-    ]
-    _refuse([f"{name} differs from the tensor that it should equal" for name in differing], origin)
+    for name, (stored, destination) in plan.repeats.items():
+        if not _equals(stored, destination):
+            raise ValueError(
+                f"{name} in {origin} must equal the tensor that it shares its parameter with, but differs; "
+                "save the model again with save_pretrained"
+            )
 
 
 @dataclass
@@ -52,7 +55,7 @@ class _ReadingPlan:
     reads: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
     repeats: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
     """Tensors for memory that another one fills: shared weights that are stored more than once."""
-    problems: list[str] = field(default_factory=list)
+    mismatch: Mismatch = field(default_factory=Mismatch)
 
 
 def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule]) -> _ReadingPlan:
@@ -63,22 +66,24 @@ def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: 
         target = find_target(name, rules)
         if target is None or target.name not in parameters:
             if not UNUSED.fullmatch(name):
-                plan.problems.append(f"unexpected {name}")
+                plan.mismatch.unexpected.append(name)
             continue
         parameter = parameters[target.name]
         parts = num_filled[id(parameter)]
         destination = _slice(parameter.data, target.part, stored.shape)
         if destination is None:
-            plan.problems.append(
-                f"{name} has shape {list(stored.shape)}, which does not fit {list(parameter.shape)}"
-            )
+            shapes = f"({list(stored.shape)}, which does not fit {list(parameter.shape)})"
+            plan.mismatch.reshaped[name] = shapes
+            parts[target.part] = 0
         elif target.part in parts:
             plan.repeats[name] = stored, destination
         else:
             plan.reads[name] = stored, destination
             parts[target.part] = destination.numel()
-    plan.problems += [
-        f"missing {name}" for name, p in parameters.items() if sum(num_filled[id(p)].values()) != p.numel()
+    plan.mismatch.missing += [
+        name
+        for name, p in parameters.items()
+        if sum(num_filled[id(p)].values()) != p.numel() and 0 not in num_filled[id(p)].values()
     ]
     return plan
 
@@ -95,12 +100,3 @@ def _slice(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tenso
 
 def _equals(stored: StoredTensor, loaded: Tensor) -> bool:
     return all(torch.equal(loaded[i : i + len(piece)], piece.to(loaded)) for i, piece in stored.pieces())
-
-
-def _refuse(problems: list[str], origin: str) -> None:
-    if problems:
-        listed = "\n  ".join(sorted(set(problems)))
-        raise ValueError(
-            f"the tensors in {origin} do not match its config.json; check that both are of the same model:"
-            f"\n  {listed}"
-        )

@@ -61,16 +61,13 @@ def list_pytorch_tensors(path: Path) -> dict[str, StoredTensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise _incomplete(path, type(error).__name__) from error
-    is_by_name = isinstance(loaded, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
-    )
-    if not is_by_name:
-        found = f"entries {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) else "none"
+    if not isinstance(loaded, Mapping) or not all(isinstance(x, Tensor) for x in loaded.values()):
+        found = f"entries {', '.join(map(str, [*loaded][:5]))}" if isinstance(loaded, Mapping) else "no names"
         raise ValueError(
             f"{path} must hold tensors by name, got {found}; save only the model's state_dict(), "
             "or better the model with save_pretrained"
         )
-    return {name: MappedTensor(tensor) for name, tensor in loaded.items()}
+    return {str(name): MappedTensor(tensor) for name, tensor in loaded.items()}
 
 
 def _incomplete(path: Path, found: str) -> OSError:

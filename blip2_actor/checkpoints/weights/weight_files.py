@@ -60,7 +60,7 @@ def list_weights(folder: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(_no_weights(folder, names))
     if unread := unread_weights(names):
         logger.warning(
-            "%s holds weights more than once: %s is read, and %s is not; delete what is out of date",
+            "%s holds weights more than once: read %s, but not %s; delete what is out of date",
             folder,
             kind[0],
             _shortened(unread),
