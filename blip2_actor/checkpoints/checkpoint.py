@@ -5,6 +5,7 @@ The result is always a local folder of files. This module reads only JSON; `weig
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ from blip2_actor.checkpoints.download import (
     write_whole,
 )
 from blip2_actor.checkpoints.vocabulary import require_vocabulary
+from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -39,6 +41,8 @@ class Checkpoint:
     folder: Path
     version: str | None = None
     """Identifies the content at its source: the hub's commit, or a digest of the bucket's listing."""
+    adapter: Checkpoint | None = None
+    """The LoRA adapter that is merged into the weights; it may be in the same folder."""
 
     @cached_property
     def config(self) -> Blip2Config:
@@ -66,7 +70,7 @@ class Checkpoint:
                 f"got {text.word_embed_proj_dim}"
             )
         ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        special_ids = [i for i in (text.bos_token_id, *ends) if i is not None]
+        special_ids = [i for i in (getattr(text, "bos_token_id", None), *ends) if i is not None]
         require_vocabulary(self.folder, text.vocab_size, special_ids)
         return config
 
@@ -104,7 +108,7 @@ class Checkpoint:
         method = f"{quantization.get('quant_method')}{bits}"
         raise ValueError(
             f"the weights in {self.folder} must not be quantized, got quantization_config (of {method}); "
-            "name the model that this one was made from, or save this one after transformers' model.dequantize()"
+            "name the model that this one was made from, or save this one after transformers' dequantize()"
         )
 
     @cached_property
@@ -127,8 +131,10 @@ class Checkpoint:
     def digest(self) -> str:
         """Return what identifies the content: the version, or a hash of all files.
 
-        The hash is cached by the files' sizes and modification times.
+        The hash is cached by the files' sizes and modification times. An adapter is part of the content.
         """
+        if self.adapter is not None:
+            return f"{dataclasses.replace(self, adapter=None).digest()}+{self.adapter.digest()}"
         if self.version is not None:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
@@ -147,33 +153,68 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def resolve(model: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
-    """Find a checkpoint; a remote one is fetched once per machine.
+def resolve(
+    model: str, revision: str | None = None, with_weights: bool = True, adapter: str | None = None
+) -> Checkpoint:
+    """Find a checkpoint and its adapter; remote ones are fetched once per machine.
 
     Args:
-        model: as in `ModelConfig.model`.
+        model: as in `ModelConfig.model`. A folder with an adapter and no config.json is that of an adapter
+            alone, which names its model.
         revision: commit, tag or branch of a hub model.
         with_weights: False does not fetch remote weights, which describing the model does not need.
+        adapter: as in `EngineConfig.adapter`.
 
     Raises:
-        OSError: the checkpoint cannot be found or fetched.
+        OSError: the checkpoint or the adapter cannot be found or fetched.
+        ValueError: there is more than one adapter, or it cannot be merged.
     """
-    if model == "demo":
-        return Checkpoint(DEMO_FOLDER)
-    if "://" in model:
-        return Checkpoint(*fetch_from_bucket(model, with_weights))
-    if Path(model).is_dir():
-        return Checkpoint(Path(model))
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(
-            'model must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// or '
-            f'gs:// folder, or "demo", got {model!r}'
+    found = _find("model", model, revision, with_weights)
+    if adapter is not None:
+        return _adapted(found, _find("adapter", adapter, None, with_weights))
+    path = found.folder / ADAPTER_CONFIG
+    if not path.exists():
+        return found
+    config = AdapterConfig.read(found.folder)
+    if (found.folder / "config.json").exists():
+        return dataclasses.replace(found, adapter=found)
+    where = f"base_model_name_or_path in {path} (or --model, with --adapter {found.folder})"
+    return _adapted(_find(where, config.base_model, config.fields.get("revision"), with_weights), found)
+
+
+def _adapted(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    AdapterConfig.read(adapter.folder)
+    if (base.folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"adapter must be left out for a model with an adapter in its folder, got {adapter.folder} and "
+            f"{base.folder / ADAPTER_CONFIG}; name a model without an adapter"
         )
-    return Checkpoint(*fetch_from_hub(model, revision, with_weights))
+    return dataclasses.replace(base, adapter=adapter)
+
+
+def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Checkpoint:
+    """Find one folder of files; `field` is what messages call the setting that names it."""
+    if name == "demo":
+        return Checkpoint(DEMO_FOLDER)
+    if "://" in name:
+        return Checkpoint(*fetch_from_bucket(name, with_weights))
+    if Path(name).is_dir():
+        return Checkpoint(Path(name))
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f'{field} must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// '
+            f'or gs:// folder, or "demo", got {name!r}'
+        )
+    return Checkpoint(*fetch_from_hub(name, revision, with_weights))
 
 
 def describe(
-    model: str, revision: str | None, device: str, dtype: str, read: Callable[[Checkpoint], Blip2Config]
+    model: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    read: Callable[[Checkpoint], Blip2Config],
+    adapter: str | None = None,
 ) -> ModelInfo:
     """Describe a model without loading weights (see `EngineConfig.info`).
 
@@ -183,12 +224,13 @@ def describe(
         device: as in `ModelConfig.device`.
         dtype: as in `ModelConfig.dtype`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
+        adapter: as in `EngineConfig.adapter`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.
         OSError: the checkpoint cannot be found or fetched.
     """
-    checkpoint = resolve(model, revision, with_weights=False)
+    checkpoint = resolve(model, revision, with_weights=False, adapter=adapter)
     resolved_dtype = resolve_dtype(dtype, resolve_device(device))
     config = read(checkpoint)
     return ModelInfo(

@@ -6,8 +6,10 @@ import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.load_weights import load_weights
 from blip2_actor.checkpoints.weights.name_map import find_target, opt_rules, retrieval_rules, t5_rules
+from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
@@ -53,7 +55,7 @@ def load_model(
         split.materialize()
     model.eval().requires_grad_(False)
     rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
-    tensors = list_weights(checkpoint.folder)
+    tensors = _stored_tensors(checkpoint)
     targets = {target.name for name in tensors if (target := find_target(name, rules)) is not None}
     has_own_head = {HEAD, EMBEDDINGS} <= targets
     language_model = model.language_model
@@ -75,6 +77,12 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
         model = Blip2Retrieval(config)
     model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
     rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
-    load_weights(model, list_weights(checkpoint.folder), rules, str(checkpoint.folder))
+    load_weights(model, _stored_tensors(checkpoint), rules, str(checkpoint.folder))
     model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
     return model
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Return the weights by their names in transformers' model, with the adapter merged."""
+    tensors = list_weights(checkpoint.folder)
+    return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)

@@ -43,8 +43,8 @@ def load_weights(
     for name, (stored, destination) in plan.repeats.items():
         if not _equals(stored, destination):
             raise ValueError(
-                f"{name} in {origin} must equal the tensor that it shares its parameter with, but differs; "
-                "save the model again with save_pretrained"
+                f"{name} in {origin} differs from the tensor that it should equal; save the model again with "
+                "save_pretrained"
             )
 
 

@@ -32,3 +32,12 @@ class StoredTensor(Protocol):
             OSError: the file ends too early.
         """
         ...
+
+
+def read_whole(stored: StoredTensor) -> Tensor:
+    """Return all elements of a small tensor, as float32[*shape]."""
+    whole = torch.empty(stored.shape, dtype=torch.float32)
+    flat = whole.view(-1)
+    for start, piece in stored.pieces():
+        flat[start : start + len(piece)].copy_(piece)
+    return whole

@@ -25,7 +25,8 @@ _KINDS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 """Patterns of the files of each kind; the kind counts if its first file is there."""
-_ADAPTER_KINDS = (("adapter_model.safetensors",), ("adapter_model.bin",))
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Names of the weights of an adapter, the one that counts first."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "blip.")
 """What DistributedDataParallel, torch.compile, training loops and transformers put in front of every name."""
 
@@ -38,7 +39,7 @@ def has_safetensors(names: Iterable[str]) -> bool:
 def unread_weights(names: Sequence[str]) -> list[str]:
     """Return those of a folder's file names that hold weights and are not read, because others count."""
     unread = []
-    for kinds in (_KINDS, _ADAPTER_KINDS):
+    for kinds in (_KINDS, [(name,) for name in ADAPTER_FILES]):
         first = next((i for i, kind in enumerate(kinds) if kind[0] in names), len(kinds))
         patterns = [pattern for kind in kinds[first + 1 :] for pattern in kind]
         unread += [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
