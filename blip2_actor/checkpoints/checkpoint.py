@@ -200,6 +200,12 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
         return Checkpoint(*fetch_from_bucket(name, with_weights))
     if Path(name).is_dir():
         return Checkpoint(Path(name))
+    if Path(name).is_file():
+        raise NotADirectoryError(
+            f"{field} must be a folder of files in the format of transformers, got the file {name}; name its "
+            "folder, or convert it with transformers' save_pretrained (for LAVIS with "
+            "convert_blip_2_original_to_pytorch.py of transformers 4)"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
             f'{field} must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// '

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import select_files
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 
@@ -97,6 +97,13 @@ def test_a_folder_without_weights_says_what_it_holds(name: str, message: str, tm
     (tmp_path / name).touch()
     with pytest.raises(FileNotFoundError, match=message):
         list_weights(tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    """LAVIS publishes single files."""
+    (tmp_path / "blip2.pth").touch()
+    with pytest.raises(NotADirectoryError, match=r"model must be a folder .*blip2\.pth; name its folder, or"):
+        resolve(str(tmp_path / "blip2.pth"))
 
 
 def test_files_that_are_not_read_are_not_content() -> None:
