@@ -99,6 +99,11 @@ class Checkpoint:
                 f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
             )
         self._refuse_quantized(raw.get("quantization_config"))
+        if name := raw.get("transformers_weights"):
+            raise ValueError(
+                f"transformers_weights in {self.folder / 'config.json'} must be left out, got {name!r}; "
+                "rename that file to model.safetensors"
+            )
         return Blip2Config.from_dict(raw)
 
     def _refuse_quantized(self, quantization: dict[str, Any] | None) -> None:

@@ -31,11 +31,12 @@ T5_EMBEDDINGS = (
 _LORA = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.default)?(?:\.(weight|bias))?")
 """The name of a stored matrix: its module, which one it is, and whether it is the bias of B."""
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
+"""What PEFT puts into the names of trained tensors that take the place of the model's own."""
 
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A stored tensor, plus a term that is a product of two matrices, or a single matrix."""
+    """A stored tensor plus scaling · left · right."""
 
     stored: StoredTensor
     left: Tensor
@@ -84,10 +85,9 @@ def merge_adapter(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str
             module, matrix, kind = match.groups()
             matrices.setdefault(module, {})["bias" if kind == "bias" else matrix] = stored
         else:
-            replaced[re.sub(r"\.(base_layer|modules_to_save\.default|modules_to_save)\.", ".", plain)] = (
-                stored
-            )
+            replaced[_WRAPPERS.sub(".", plain)] = stored
     changed = {f"{module}.weight" for module in matrices} | replaced.keys()
+    changed |= {f"{module}.bias" for module, parts in matrices.items() if "bias" in parts}
     merged = _untied(dict(tensors), changed)
     _require_known(changed, merged, folder)
     merged |= replaced
@@ -108,8 +108,8 @@ def _untied(tensors: dict[str, StoredTensor], changed: set[str]) -> dict[str, St
 def _require_known(changed: set[str], tensors: Mapping[str, StoredTensor], folder: Path) -> None:
     if unknown := sorted(changed - tensors.keys()):
         raise ValueError(
-            f"the adapter in {folder} must be for this model, but changes {unknown[0]} and "
-            f"{len(unknown) - 1} more tensors that it does not have; name the model that it was trained on"
+            f"the adapter in {folder} must be for this model, but changes {len(unknown)} tensors that it "
+            f"does not have, such as {unknown[0]}; name the model that the adapter was trained on"
         )
     if shared := sorted(changed.intersection(T5_EMBEDDINGS)):
         raise ValueError(

@@ -16,7 +16,11 @@ from torch import Tensor
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
+from blip2_actor.checkpoints.weights import safetensors_file
+from blip2_actor.checkpoints.weights.adapter import MergedTensor
 from blip2_actor.checkpoints.weights.adapter_config import AdapterConfig
+from blip2_actor.checkpoints.weights.stored_tensor import read_whole
+from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.testing import save_tiny_checkpoint
 
 LAYER = "language_model.model.decoder.layers.0"
@@ -62,6 +66,19 @@ def test_an_adapter_is_found_in_the_folder_alone_or_by_its_setting(base: Path, t
     separate = write_adapter(tmp_path / "separate")
     for model, adapter in ((inside, None), (alone, None), (base, str(separate))):
         torch.testing.assert_close(query_weight(str(model), adapter), expected)
+
+
+@pytest.mark.parametrize("piece_bytes", [16, 20, 64, 1000])
+def test_the_term_is_added_to_the_right_elements_of_each_piece(
+    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of large matrices begin and end inside a row."""
+    monkeypatch.setattr(safetensors_file, "PIECE_BYTES", piece_bytes)
+    weight, left, right = torch.randn(5, 3, 2), torch.randn(5, 2), torch.randn(2, 6)
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    stored = list_weights(tmp_path)["weight"]
+    merged = read_whole(MergedTensor(stored, left, right, 0.5))
+    torch.testing.assert_close(merged, weight + 0.5 * (left @ right).view(5, 3, 2))
 
 
 def test_the_digest_follows_the_adapter(base: Path, tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_what_cannot_be_merged_is_refused_by_info(case: str, base: Path, tmp_pat
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "another model": (
         lambda t: {k.replace("decoder.", "decoder.block."): v for k, v in t.items()},
-        r"decoder\.block\..* that it does not have",
+        r"that it does not have, such as .*decoder\.block\.",
     ),
     "other widths": (
         lambda t: {k: torch.cat([v, v], 1 if "A" in k else 0) for k, v in t.items()},
@@ -127,6 +144,13 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     "another rank": (
         lambda t: {k: v.narrow(0 if "lora_A" in k else 1, 0, 2) for k, v in t.items()},
         r"the rank 4 of adapter_config\.json, got 2",
+    ),
+    "a bias of a layer without": (
+        lambda t: (
+            {k.replace(f"{LAYER}.self_attn.q_proj", "language_model.lm_head"): v for k, v in t.items()}
+            | {"base_model.model.language_model.lm_head.lora_B.bias": torch.ones(264)}
+        ),
+        r"changes 1 tensors that it does not have, such as language_model\.lm_head\.bias",
     ),
     "one matrix": (lambda t: dict(list(t.items())[:1]), "matrices A and B of"),
     "not gathered": (lambda t: {k: torch.empty(0) for k in t}, r"matrices A and B of .*\[\[0\], \[0\]\]"),

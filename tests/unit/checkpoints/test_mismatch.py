@@ -102,3 +102,12 @@ def test_a_quantized_checkpoint_is_refused_before_its_weights_are_read(bits: int
             ValueError, match=rf"quantization_config \(of bitsandbytes, {bits} bits\).*name the"
         ):
             ask()
+
+
+def test_weights_in_a_file_that_config_json_names_are_refused(tmp_path: Path) -> None:
+    """transformers would read that file, and the engine another one."""
+    folder = save_tiny_checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ValueError, match=r"transformers_weights .*got 'other\.safetensors'; rename"):
+        EngineConfig(model=str(folder), device="cpu").info()
