@@ -33,8 +33,10 @@ from blip2_actor.version import __version__
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
+    from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
-    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
+    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
+    from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 __all__ = [
     "Blip2Actor",
@@ -58,11 +60,14 @@ __all__ = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
+    "require_image_layout",
     "resize_image",
 ]
 
@@ -72,8 +77,11 @@ _LAZY = {
     "DecodePool": "blip2_actor.preprocessing.decode_pool",
     "DecodedImage": "blip2_actor.preprocessing.images",
     "ImageLimits": "blip2_actor.preprocessing.images",
+    "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
-    "resize_image": "blip2_actor.preprocessing.images",
+    "array_to_rgb": "blip2_actor.preprocessing.arrays",
+    "require_image_layout": "blip2_actor.preprocessing.arrays",
+    "resize_image": "blip2_actor.preprocessing.arrays",
 }
 """Names whose modules import torch, numpy or Pillow, with the module of each."""
 

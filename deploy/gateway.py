@@ -7,6 +7,7 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI
@@ -19,6 +20,8 @@ from deploy.http.api import create_api
 from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
+
+logger = logging.getLogger("ray.serve")
 
 READY_WITHIN_S = 2.0
 
@@ -39,6 +42,7 @@ class Gateway:
         self.model = await captioner.info.remote()
         self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
         self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
+        logger.info("%s", self._decoder.sandbox_report())
         self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -16,7 +16,8 @@ from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
-from blip2_actor.preprocessing.images import decode_image, resize_image
+from blip2_actor.preprocessing.arrays import resize_image
+from blip2_actor.preprocessing.images import decode_image
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blip2_actor import DecodePool
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -52,3 +53,6 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    if num_left:
+        with DecodePool(job.info.image_size_px) as pool:
+            console.say(str(pool.sandbox_report()))

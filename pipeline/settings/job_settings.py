@@ -140,6 +140,7 @@ class CaptionSettings(JobSettings):
                 "max_pixels": limits.max_pixels,
                 "max_file_bytes": limits.max_file_bytes,
                 "jpeg_draft": limits.jpeg_draft,
+                "accept_truncated": limits.accept_truncated,
             },
             "columns": {
                 "image": reading.image_column,

@@ -38,11 +38,14 @@ PUBLIC = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
+    "require_image_layout",
     "resize_image",
 ]
 

@@ -67,6 +67,7 @@ def test_every_row_in_its_shards_file_in_order_and_broken_images_cost_only_their
     assert result.exit_status(0.0) == 2
     assert result.exit_status(0.5) == 0
     assert "bottleneck" in said.getvalue()
+    assert "\ndecode sandbox: " in said.getvalue()
 
 
 @pytest.fixture(scope="module")

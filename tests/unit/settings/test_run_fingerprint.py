@@ -4,6 +4,7 @@ from blip2_actor import GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 
@@ -46,6 +47,15 @@ def test_a_later_field_enters_the_digest_only_with_another_value_than_before():
     assert now(0.0).digest == before.digest
     assert now(0.5).differences(before) == ["options.diversity_penalty: 'nothing' -> 0.5"]
     assert now(0.0, crop=(1, 2)).differences(before) == ["image.crop: 'nothing' -> [1, 2]"]
+
+
+def test_accepting_truncated_images_changes_the_fingerprint_and_is_stored():
+    accepting = {"limits": ImageLimits(accept_truncated=True)}
+    assert fingerprint(**accepting).differences(fingerprint()) == [
+        "image.accept_truncated: 'nothing' -> True"
+    ]
+    settings = CaptionSettings(input=("in",), output="out", **accepting)
+    assert from_dict(CaptionSettings, settings.to_dict()) == settings
 
 
 def test_an_entry_of_that_name_elsewhere_stays():
