@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from pipeline.errors import InputError
-from pipeline.inputs.find_files import FileSizes, FoundFiles
+from pipeline.inputs.find_files import Files, FoundFiles
 from pipeline.inputs.reader import IMAGE_EXTENSIONS
 from pipeline.inputs.shards import Format
 
@@ -31,7 +31,7 @@ FilesByFormat = dict[Format, list[str]]
 log = logging.getLogger(__name__)
 
 
-def choose_files(found: FoundFiles, wanted: str) -> dict[Format, FileSizes]:
+def choose_files(found: FoundFiles, wanted: str, known: Format | None = None) -> dict[Format, Files]:
     """Choose the files of an input that are read, by format.
 
     Files that the user named one by one are all read. Of a folder or a glob the files of one format are
@@ -41,6 +41,7 @@ def choose_files(found: FoundFiles, wanted: str) -> dict[Format, FileSizes]:
     Args:
         found: the files of the input.
         wanted: a format, or "auto".
+        known: the format of an earlier listing, which decides for "auto" if there are several.
 
     Raises:
         InputError: there is no file of the wanted format, or there are files of several formats.
@@ -56,7 +57,7 @@ def choose_files(found: FoundFiles, wanted: str) -> dict[Format, FileSizes]:
     if found.one_by_one:
         chosen = _choose_named_files(found, wanted, by_format, others)
     elif wanted == "auto":
-        chosen = _choose_only_format(found, by_format)
+        chosen = _choose_only_format(found, by_format, known)
     else:
         chosen = {name: files for name, files in by_format.items() if name == wanted}
     if not chosen:
@@ -99,8 +100,10 @@ def _choose_named_files(
     return by_format
 
 
-def _choose_only_format(found: FoundFiles, by_format: FilesByFormat) -> FilesByFormat:
+def _choose_only_format(found: FoundFiles, by_format: FilesByFormat, known: Format | None) -> FilesByFormat:
     """Choose the only format of a folder or a glob, without tables that are metadata of other files."""
+    if known is not None and known in by_format:
+        return {known: by_format[known]}
     if len(by_format) > 1 and "parquet" in by_format:
         by_format = by_format | {"parquet": _without_metadata(by_format)}
         by_format = {format: files for format, files in by_format.items() if files}

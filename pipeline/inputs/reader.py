@@ -128,3 +128,9 @@ class ShardReport:
     """False if the shard holds, or may hold, rows that could not be read."""
     reason: str | None = None
     """One sentence if `complete` is False."""
+    changed: bool = False
+    """Whether the input was not, or did not stay, what the run has listed. Then its rows are not used."""
+    generation: int = 0
+    """Of the shard; see `Shard.generation`."""
+    content: str | None = None
+    """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""

@@ -61,7 +61,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     folder = Folder(uri)
     ledger = Ledger(folder)
     run = ledger.require_run()
-    done = ledger.reconcile(run, ledger.scan())
+    done = ledger.reconcile(run, ledger.of(run).scan())
     if not done.summaries:
         raise ValueError(f"{folder} has no finished shard yet; run the report again later")
     statistics, samples = Statistics(), list[dict[str, Any]]()

@@ -28,6 +28,12 @@ class Job:
     """Whether the run must still be begun in its output."""
     is_retry: bool = False
     """Whether the job runs the rows of finished shards again that are not ok."""
+    redone: tuple[str, ...] = ()
+    """Names of the shards whose output is no longer valid, because their input has changed."""
+    is_revised: bool = False
+    """Whether `run` has other shards than its stored record."""
+    notes: tuple[str, ...] = ()
+    """What a person must know of the input, said at the start."""
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from blip2_actor import EngineBuilder
+from pipeline.errors import InputError
+from pipeline.inputs.changes import add_new, redo
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
+from pipeline.ledger.run_record import begin_run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -38,16 +41,18 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     shards = run.shards if run is not None else _list_shards(settings, ledger)
     info = info_where_it_runs(engine, info, settings.placement)
     fingerprint = settings.fingerprint(info)
-    if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
+    if run is not None and settings.fork and not run.continues(fingerprint, settings.input):
         # The folder is named by the new fingerprint, so that the same command resumes the same fork.
         settings = dataclasses.replace(settings, output=ledger.folder.sibling_uri(fingerprint.digest[:8]))
         ledger = Ledger(Folder(settings.output))
         run = ledger.load(settings.input)
         shards = run.shards if run is not None else _list_shards(settings, ledger)
     if run is not None:
-        fingerprint.require_same(run.fingerprint, str(ledger))
-        return Job(settings, engine, info, ledger, run, is_new=False)
-    return Job(settings, engine, info, ledger, Run(fingerprint, settings.to_dict(), shards), is_new=True)
+        run.require_same(fingerprint, settings.input, str(ledger), settings.add_new)
+        job = Job(settings, engine, info, ledger, run, is_new=False)
+        return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
+    run = begin_run(fingerprint, settings, shards)
+    return Job(settings, engine, info, ledger, run, is_new=True)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -68,8 +73,43 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     )
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)
-    first.fingerprint(info).require_same(run.fingerprint, str(ledger))
-    return Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
+    run.require_same(first.fingerprint(info), run.inputs, str(ledger))
+    job = Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
+    return _on_input_as_it_is(job, settings.input, settings.redo_changed)
+
+
+def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
+    """Return a job whose run has begun, on the shards that its input has now.
+
+    Raises:
+        InputError: a shard has changed, and `redo_changed` is False.
+        ValueError: the job is a retry, and the run is not finished.
+    """
+    ledger = job.ledger.of(job.run)
+    if job.is_retry:
+        ledger.require_finished(job.run)
+    try:
+        changes = ledger.compare_input(job.run, inputs)
+    except (InputError, OSError) as error:
+        note = f"the input cannot be compared with that of the run: {error}"
+        return dataclasses.replace(job, ledger=ledger, notes=(note,))
+    # A retry reads partial shards again: of a repaired file, all rows are made again.
+    if not (redo_changed or (job.is_retry and ledger.are_partial(changes.changed))):
+        changes.require_unchanged()
+    shards, redone = redo(changes)
+    if takes_new:
+        shards = add_new(shards, changes.new)
+    run = job.run.with_shards(shards, inputs if takes_new else ())
+    known = set(job.run.shards)
+    check_options([shard for shard in shards if shard not in known], job.settings.read_options)
+    return dataclasses.replace(
+        job,
+        ledger=ledger.of(run),
+        run=run,
+        redone=redone,
+        is_revised=run != job.run,
+        notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
+    )
 
 
 def _list_shards(settings: CaptionSettings, ledger: Ledger) -> tuple[Shard, ...]:

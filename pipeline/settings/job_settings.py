@@ -24,6 +24,8 @@ from pipeline.settings.placement import Placement
 
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns")
 """Fields of `ReadOptions` that users cannot set."""
+OF_ONE_START = ("add_new", "redo_changed")
+"""Settings that are not stored, because they are meant for one start of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,10 @@ class JobSettings:
     rows fail, or more than this fraction if it is above one half."""
     fork: bool = False
     """If the output was started with other settings, start a new output next to it."""
+    add_new: bool = False
+    """Also process files that have come to the input since the output was started; finished files stay."""
+    redo_changed: bool = False
+    """Make all rows of a shard again if its input has changed since the output was started."""
     engine: EngineConfig = field(default=EngineConfig())
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
@@ -58,6 +64,10 @@ class JobSettings:
         require_fraction(self.max_failed_fraction)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if self.add_new and self.limit is not None:
+            raise ValueError(
+                "add_new must be left out with limit, which takes the first rows of a fixed input"
+            )
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
 
 
@@ -154,7 +164,8 @@ class CaptionSettings(JobSettings):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
         inputs = tuple(without_secrets(uri) for uri in self.input)
-        return to_dict(dataclasses.replace(self, input=inputs, output=without_secrets(self.output)))
+        values = to_dict(dataclasses.replace(self, input=inputs, output=without_secrets(self.output)))
+        return {name: value for name, value in values.items() if name not in OF_ONE_START}
 
 
 @dataclass(frozen=True, kw_only=True)
