@@ -12,6 +12,9 @@ import pyarrow as pa
 
 from pipeline.column_names import refuse_taken_names
 
+FINGERPRINT_KEY = b"blip2.fingerprint"
+"""In the footer of every file that a run has written."""
+
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("shard", pa.string(), nullable=False),

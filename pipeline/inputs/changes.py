@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
 from pipeline.errors import InputError
+from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.find_files import Files, ListedFile
 from pipeline.inputs.listing import (
     MAX_STAMPED_IMAGES,
@@ -25,6 +26,7 @@ from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
 from pipeline.storage.filesystems import join
 
+NO_FILES = ListedFiles({}, {}, {}, Unread())
 MAX_NAMED = 10
 """How many files a message names; it counts the others."""
 
@@ -41,8 +43,10 @@ class InputChanges:
     """The stamps that the files of the changed shards have now."""
     gone: tuple[str, ...] = ()
     """Files of the run that are no longer in the input."""
-    new: ListedFiles = field(default_factory=lambda: ListedFiles({}, {}, {}))
+    new: ListedFiles = field(default_factory=lambda: NO_FILES)
     """Files of the input that are not in the run."""
+    unread: Unread = field(default_factory=Unread)
+    """Files of the input that are not read."""
 
     @property
     def num_new(self) -> int:
@@ -83,7 +87,7 @@ class InputChanges:
             them = "it" if len(names) == 1 else "them"
             what = "added to the run" if is_added else f"--add-new captions {them}"
             lines.append(f"{_count(len(names), 'new file')}: {name_some(names)}; {what}")
-        return lines
+        return [*lines, *self.unread.lines()]
 
     def _changed_line(self) -> str:
         how = [f"{name} ({how})" for name, how in self.changed.items()]
@@ -139,7 +143,9 @@ def find_changes(
             known = shard.stamps or (UNKNOWN,) * len(stamps)
             merged = (new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
             kept.append(replace(shard, stamps=tuple(merged)))
-    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, listed))
+    return InputChanges(
+        tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, listed), listed.unread
+    )
 
 
 def redo(changes: InputChanges) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
@@ -187,7 +193,7 @@ def add_new(shards: Sequence[Shard], new: ListedFiles) -> tuple[Shard, ...]:
                 folder_names[root] = name
         elif root is not None:
             prefixes[root] = _name_of_file(shard).removesuffix(shard.files[0]).rstrip("/")
-    added = shards_of(ListedFiles(new.chosen, prefixes, folder_names), num_before=num_before)
+    added = shards_of(replace(new, prefixes=prefixes, folder_names=folder_names), num_before=num_before)
     names = {shard.name for shard in shards}
     for shard in added:
         if shard.name in names:

@@ -21,7 +21,7 @@ from pipeline.inputs.stamps import UNKNOWN, stamp_of
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
-IGNORED_FOLDERS = ("_blip2", "__MACOSX")
+IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
 """Never part of an input, like everything whose name begins with a dot."""
 
 

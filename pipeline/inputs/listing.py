@@ -6,13 +6,14 @@ are unique, and they are sorted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
+from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.inputs.file_kinds import FORMATS, choose_files
+from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
 from pipeline.inputs.find_files import Files, ListedFile, find_files
 from pipeline.inputs.formats import count_rows, parquet
 from pipeline.inputs.shards import Format, Shard
@@ -38,17 +39,33 @@ class ListedFiles:
     """What begins the names of the shards below each root."""
     folder_names: dict[str, str]
     """What names the slices of a folder, by root."""
+    unread: Unread
+    """The files of the input that are not read."""
 
 
-def list_shards(
+@dataclass(frozen=True)
+class Listing:
+    """The shards of an input, and what of it is not read."""
+
+    shards: list[Shard]
+    """Sorted by name."""
+    unread: Unread
+
+
+def list_shards(input_uri: str | Sequence[str], **options: Any) -> list[Shard]:
+    """List the shards of an input as `list_input` does."""
+    return list_input(input_uri, **options).shards
+
+
+def list_input(
     input_uri: str | Sequence[str],
     *,
     format: str = "auto",
     limit: int | None = None,
     files_per_shard: int = FILES_PER_SHARD,
     range_bytes: int = RANGE_BYTES,
-) -> list[Shard]:
-    """List the shards of one or several inputs, sorted by name.
+) -> Listing:
+    """List the shards of one or several inputs.
 
     Args:
         input_uri: files, folders, globs (`*`, `**`, `[ab]`; `?` in local paths only) and braces
@@ -65,19 +82,19 @@ def list_shards(
         raise InputError(f"limit must be at least 1, got {limit}")
     listed = list_files([input_uri] if isinstance(input_uri, str) else input_uri, format)
     shards = shards_of(listed, files_per_shard, range_bytes)
-    return shards if limit is None else list(take_rows(shards, limit))
+    return Listing(shards if limit is None else list(take_rows(shards, limit)), listed.unread)
 
 
-def list_files(inputs: Sequence[str], format: str, known: Format | None = None) -> ListedFiles:
+def list_files(inputs: Sequence[str], format: str, known: Collection[Shard] = ()) -> ListedFiles:
     """Find the files of one or several inputs, and choose those that are read.
 
     Args:
-        inputs: as for `list_shards`.
-        format: as for `list_shards`.
-        known: the format of an earlier listing, which decides for "auto" if there are several.
+        inputs: as for `list_input`.
+        format: as for `list_input`.
+        known: the shards of an earlier listing.
 
     Raises:
-        InputError: as `list_shards` does.
+        InputError: as `list_input` does.
     """
     if not inputs:
         raise InputError("no input given; name a file, a folder or a pattern")
@@ -85,9 +102,12 @@ def list_files(inputs: Sequence[str], format: str, known: Format | None = None) 
         raise InputError(f"format must be auto, {', '.join(FORMATS)}, got {format!r}")
     chosen: dict[tuple[str, Format], Files] = {}
     addresses: dict[str, tuple[str, ...]] = {}
+    unread = Unread()
     for found in map(find_files, inputs):
         addresses[found.root] = found.address
-        for file_format, files in choose_files(found, format, known).items():
+        choice = choose_files(found, format, known)
+        unread += choice.unread
+        for file_format, files in choice.files.items():
             chosen.setdefault((found.root, file_format), {}).update(files)
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
@@ -95,7 +115,7 @@ def list_files(inputs: Sequence[str], format: str, known: Format | None = None) 
             _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
         )
     names = {root: prefixes[root] or address[-1] for root, address in addresses.items()}
-    return ListedFiles(chosen, prefixes, names)
+    return ListedFiles(chosen, prefixes, names, unread)
 
 
 def shards_of(

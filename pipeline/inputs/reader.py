@@ -19,9 +19,6 @@ from pipeline.inputs.shards import Shard
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
-"""Extensions of image files, in upper or lower case. Reading does not look at the content of a file."""
-
 READ_COLUMNS = {
     "key": "string",
     "shard": "string",

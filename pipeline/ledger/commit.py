@@ -25,7 +25,6 @@ from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
-FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 ROW_GROUP_BYTES = 32 << 20

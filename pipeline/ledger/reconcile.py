@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from blip2_actor import Status
-from pipeline.inputs.changes import InputChanges, find_changes
-from pipeline.inputs.listing import ListedFiles, list_files
+from pipeline.inputs.changes import NO_FILES, InputChanges, find_changes
+from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.run_record import Run
@@ -102,9 +102,8 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
     Raises:
         InputError, OSError: the input cannot be listed.
     """
-    formats = {shard.format for shard in run.shards}
     wanted, limit = run.settings.get("format", "auto"), run.settings.get("limit")
-    listed = list_files(inputs or run.inputs, wanted, min(formats) if len(formats) == 1 else None)
+    listed = list_files(inputs or run.inputs, wanted, run.shards)
 
     def content_of(shard: str) -> str | None:
         return read_summary(folder, shard).content if shard in state.finished else None
@@ -113,7 +112,7 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
     reports = (load_shard_report(folder, name, generations.get(name, 0)) for name in state.shard_reports)
     known_changed = {report.shard for report in reports if report is not None and report.changed}
     changes = find_changes(run.shards, listed, content_of, known_changed)
-    return changes if limit is None else replace(changes, new=ListedFiles({}, {}, {}))
+    return changes if limit is None else replace(changes, new=NO_FILES)
 
 
 def _shorten(lines: list[str]) -> list[str]:

@@ -14,10 +14,12 @@ import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.inputs.changes import name_some, same_place
+from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
 from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
@@ -40,6 +42,8 @@ class Run:
     """Where the first command was given, as relative inputs are relative to it; None in runs of 0.1.0."""
     hides_options: bool = True
     """Whether an input URI may have passwords or options, which are not stored."""
+    unread: Unread = field(default_factory=Unread)
+    """Files of the input that are not read."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -93,12 +97,13 @@ class Run:
         return "; ".join([*phrases, *([f"left out {name_some(sorted(left_out))}"] if left_out else [])])
 
 
-def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, shards: Iterable[Shard]) -> Run:
+def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: Listing) -> Run:
     """Return the run that a command begins."""
     return Run(
         fingerprint=fingerprint,
         settings=settings.to_dict(),
-        shards=tuple(shards),
+        shards=tuple(listing.shards),
+        unread=listing.unread,
         working_folder=os.getcwd(),
         hides_options=_hide_options(settings.input),
     )
@@ -121,6 +126,7 @@ def write_run(folder: Folder, run: Run) -> None:
         "settings": run.settings,
         "working_folder": run.working_folder,
         "hides_options": run.hides_options,
+        "unread": asdict(run.unread),
     }
     folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
 
@@ -168,6 +174,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         settings=values["settings"],
         working_folder=values.get("working_folder"),
         hides_options=values.get("hides_options", True),
+        unread=Unread(**values.get("unread", {})),
         shards=tuple(
             with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
         ),

@@ -43,9 +43,9 @@ def status_lines(uri: str) -> list[str]:
 
 
 def _input_lines(ledger: Ledger, run: Run) -> list[str]:
-    """Say what has become of the input, if it can be listed without passwords and options."""
+    """Say what of the input is not read or has changed, if it can be listed without passwords and options."""
     if not run.inputs or (run.hides_options and any("://" in name for name in run.inputs)):
-        return []
+        return run.unread.lines()
     try:
         return ledger.compare_input(run).lines()
     except (InputError, OSError) as error:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY
+from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.schema import output_schema
+from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
 

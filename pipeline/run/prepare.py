@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from blip2_actor import EngineBuilder
 from pipeline.errors import InputError
-from pipeline.inputs.changes import add_new, redo
+from pipeline.inputs.changes import add_new, redo, same_place
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.listing import list_shards
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import begin_run
@@ -38,7 +38,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     settings.spec(engine).check(info)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
-    shards = run.shards if run is not None else _list_shards(settings, ledger)
+    listing = _list_input(settings, ledger) if run is None else None
     info = info_where_it_runs(engine, info, settings.placement)
     fingerprint = settings.fingerprint(info)
     if run is not None and settings.fork and not run.continues(fingerprint, settings.input):
@@ -46,13 +46,14 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         settings = dataclasses.replace(settings, output=ledger.folder.sibling_uri(fingerprint.digest[:8]))
         ledger = Ledger(Folder(settings.output))
         run = ledger.load(settings.input)
-        shards = run.shards if run is not None else _list_shards(settings, ledger)
-    if run is not None:
-        run.require_same(fingerprint, settings.input, str(ledger), settings.add_new)
-        job = Job(settings, engine, info, ledger, run, is_new=False)
-        return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
-    run = begin_run(fingerprint, settings, shards)
-    return Job(settings, engine, info, ledger, run, is_new=True)
+        listing = _list_input(settings, ledger) if run is None else None
+    if run is None:
+        assert listing is not None
+        run = begin_run(fingerprint, settings, listing)
+        return Job(settings, engine, info, ledger, run, is_new=True, notes=tuple(listing.unread.lines()))
+    run.require_same(fingerprint, settings.input, str(ledger), settings.add_new)
+    job = Job(settings, engine, info, ledger, run, is_new=False)
+    return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -112,15 +113,20 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
     )
 
 
-def _list_shards(settings: CaptionSettings, ledger: Ledger) -> tuple[Shard, ...]:
+def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
     """Return the shards of a run that is to begin in this output."""
-    shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
-    check_options(shards, settings.read_options)
+    listing = list_input(settings.input, format=settings.format, limit=settings.limit)
+    here = same_place(settings.output, os.getcwd())
+    if here in {same_place(shard.root, "/") for shard in listing.shards}:
+        raise ValueError(
+            f"output must be another folder than that of the input, got {here}; give another --output"
+        )
+    check_options(listing.shards, settings.read_options)
     ledger.folder.require_writable()
-    taken = ledger.scan().finished & {shard.name for shard in shards}
+    taken = ledger.scan().finished & {shard.name for shard in listing.shards}
     if taken:
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
-    return tuple(shards)
+    return listing

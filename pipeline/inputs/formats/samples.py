@@ -17,7 +17,8 @@ from typing import IO, cast
 
 from blip2_actor import Status
 from pipeline.inputs.formats.tar import TAR_ERRORS, TarEndsEarly, members
-from pipeline.inputs.reader import IMAGE_EXTENSIONS, ReadOptions
+from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS_V1 as IMAGE_EXTENSIONS
+from pipeline.inputs.reader import ReadOptions
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _NOTE = re.compile(r"(.*/)?__[^/]*__(/.*)?", re.DOTALL)

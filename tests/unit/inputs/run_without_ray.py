@@ -51,7 +51,7 @@ def work(
         ledger.begin(job.run)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
-    ledger.sweep(job.run, {})
+    ledger.sweep(job.run, job.metadata)
     state = ledger.scan()
     left = ledger.to_retry(job.run, state) if job.is_retry else ledger.unfinished(job.run, state)
     num_tables = 0
@@ -68,7 +68,7 @@ def work(
                     after_table()
         except StopIteration as end:
             ledger.store_shard_report(end.value)
-    ledger.sweep(job.run, {})
+    ledger.sweep(job.run, job.metadata)
     return ledger.reconcile(job.run, ledger.scan())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 
 import pyarrow.fs as pafs
@@ -56,12 +55,11 @@ def test_one_file_of_each_kind(tmp_path):
     ]
 
 
-def test_img2dataset_tables_next_to_tars_are_no_inputs(tmp_path, caplog):
+def test_img2dataset_tables_next_to_tars_are_no_inputs(tmp_path):
     for at in ("00000", "00001"):
         touch(tmp_path, f"{at}.tar", f"{at}.parquet", f"{at}_stats.json")
-    with caplog.at_level(logging.INFO):
-        assert names(tmp_path) == ["00000.tar", "00001.tar"]
-    assert "2 .json, 2 .parquet" in caplog.text, "the log says which files are not read"
+    assert names(tmp_path) == ["00000.tar", "00001.tar"]
+    assert listing.list_input(str(tmp_path)).unread.lines() == ["4 files not read: 2 .json, 2 .parquet"]
     assert names(tmp_path / "*") == ["00000.tar", "00001.tar"]
     assert names(tmp_path, format="parquet") == ["00000.parquet", "00001.parquet"]
 
