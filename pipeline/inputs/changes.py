@@ -6,10 +6,8 @@ joined by their number; new files become further shards.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
@@ -202,19 +200,6 @@ def add_new(shards: Sequence[Shard], new: ListedFiles) -> tuple[Shard, ...]:
                 "has; caption it into another --output"
             )
     return (*shards, *added)
-
-
-def same_place(name: str, folder: str) -> str:
-    """Return one spelling for all names of the same input: absolute, without secrets and a last slash.
-
-    Args:
-        folder: the working folder in which the name was given.
-    """
-    if name.startswith("file://"):
-        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
-    if "://" in name:
-        return without_secrets(name).rstrip("/")
-    return os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
 
 
 def name_some(names: Sequence[str]) -> str:

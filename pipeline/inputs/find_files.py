@@ -77,14 +77,31 @@ def find_files(name: str) -> FoundFiles:
     return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
+def same_place(name: str, folder: str) -> str:
+    """Return one spelling for all names of the same input: absolute, without secrets and a last slash.
+
+    Args:
+        folder: the working folder in which the name was given.
+    """
+    name = _without_file_scheme(name)
+    if "://" in name:
+        return without_secrets(name).rstrip("/")
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
+
+
+def _without_file_scheme(name: str) -> str:
+    if not name.startswith("file://"):
+        return name
+    return unquote(name.removeprefix("file://").removeprefix("localhost"))
+
+
 def _split(name: str) -> tuple[str, str, str]:
     """Split a name into the folder to start from, the pattern below it, and the query of a URI.
 
     The pattern is empty if the name has neither braces nor wildcards. A local path that exists is taken
     literally, whatever characters it holds.
     """
-    if name.startswith("file://"):
-        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
+    name = _without_file_scheme(name)
     scheme, separator, path = name.partition("://")
     query = ""
     if separator:

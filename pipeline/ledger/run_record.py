@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.inputs.changes import name_some, same_place
+from pipeline.inputs.changes import name_some
 from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.find_files import same_place
 from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name

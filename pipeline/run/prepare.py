@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from blip2_actor import EngineBuilder
 from pipeline.errors import InputError
-from pipeline.inputs.changes import add_new, redo, same_place
+from pipeline.inputs.changes import add_new, redo
+from pipeline.inputs.find_files import same_place
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.layout import output_name
