@@ -20,6 +20,7 @@ from pipeline.inputs.listing import (
     stamps_now,
     take_rows,
 )
+from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
 from pipeline.storage.filesystems import join
@@ -146,8 +147,11 @@ def find_changes(
     )
 
 
-def redo(changes: InputChanges) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
     """Begin the changed shards again, as they are now.
+
+    Args:
+        options: which members of a tar are rows, for a limit.
 
     Returns:
         The shards of the run, and the names of those whose output is no longer valid. All ranges of a changed
@@ -170,7 +174,7 @@ def redo(changes: InputChanges) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
             shards.append(shard)
     for parts in of_file.values():
         stamp = next(changes.stamps[part.name][0] for part in parts if part.name in changes.stamps)
-        shards += _list_again(parts, stamp)
+        shards += _list_again(parts, stamp, options)
     return tuple(sorted(shards, key=lambda shard: shard.name)), tuple(dropped)
 
 
@@ -267,7 +271,7 @@ def _not_in(shards: Iterable[Shard], listed: ListedFiles) -> ListedFiles:
     return replace(listed, chosen={key: files for key, files in new.items() if files})
 
 
-def _list_again(parts: Sequence[Shard], stamp: str) -> list[Shard]:
+def _list_again(parts: Sequence[Shard], stamp: str, options: ReadOptions) -> list[Shard]:
     """Return the shards of a tar or a table that has changed.
 
     Args:
@@ -286,5 +290,5 @@ def _list_again(parts: Sequence[Shard], stamp: str) -> list[Shard]:
     )
     shards = shards_of_file(whole)
     if any(part.max_rows is not None for part in parts):  # --limit has cut the file.
-        return list(take_rows(shards, sum(part.num_rows or 0 for part in parts)))
+        return list(take_rows(shards, sum(part.num_rows or 0 for part in parts), options))
     return shards

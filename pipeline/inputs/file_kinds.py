@@ -12,7 +12,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import get_args
 
@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from pipeline.errors import InputError
 from pipeline.inputs.find_files import Files, FoundFiles
 from pipeline.inputs.formats import parquet
+from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
 from pipeline.inputs.shards import Format, Shard
 from pipeline.schema import FINGERPRINT_KEY
@@ -47,21 +48,23 @@ class Unread:
     """How many there are of each ending."""
     num_own: int = 0
     """Files that an earlier run has written."""
+    num_excluded: int = 0
+    """Files that the user has excluded."""
 
     def __add__(self, other: Unread) -> Unread:
         by_ending = Counter(self.by_ending) + Counter(other.by_ending)
-        return Unread(dict(by_ending), self.num_own + other.num_own)
+        return Unread(dict(by_ending), self.num_own + other.num_own, self.num_excluded + other.num_excluded)
 
     def lines(self) -> list[str]:
         """Say what is not read, if anything."""
         lines = []
         if self.by_ending:
             total = sum(self.by_ending.values())
-            files = "1 file" if total == 1 else f"{total:,} files"
-            lines.append(f"{files} not read: {_most_frequent(self.by_ending)}")
+            lines.append(f"{_count_files(total)} not read: {_most_frequent(self.by_ending)}")
         if self.num_own:
-            files = "1 file" if self.num_own == 1 else f"{self.num_own:,} files"
-            lines.append(f"left out: {files} of an earlier run")
+            lines.append(f"left out: {_count_files(self.num_own)} of an earlier run")
+        if self.num_excluded:
+            lines.append(f"left out: {_count_files(self.num_excluded)} by --include and --exclude")
         return lines
 
 
@@ -74,7 +77,9 @@ class Chosen:
     unread: Unread
 
 
-def choose_files(found: FoundFiles, wanted: str, known: Collection[Shard] = ()) -> Chosen:
+def choose_files(
+    found: FoundFiles, wanted: str, known: Collection[Shard] = (), patterns: Patterns = Patterns()
+) -> Chosen:
     """Choose the files of an input that are read.
 
     Files that the user named one by one are all read. Of a folder or a glob the files of one format are
@@ -87,10 +92,13 @@ def choose_files(found: FoundFiles, wanted: str, known: Collection[Shard] = ()) 
         wanted: a format, or "auto".
         known: the shards of an earlier listing. Their format decides for "auto" if it is one, and their files
             are not opened again.
+        patterns: which files the user wants.
 
     Raises:
         InputError: there is no file of the wanted format, or there are files of several formats.
     """
+    all_files = found.files
+    found = replace(found, files={file: listed for file, listed in all_files.items() if patterns.take(file)})
     known_format = _only_format(known)
     by_format, others = _sort_by_format(found, known_format if wanted == "auto" else wanted)
     own: list[str] = []
@@ -112,7 +120,7 @@ def choose_files(found: FoundFiles, wanted: str, known: Collection[Shard] = ()) 
     if not chosen:
         _refuse_nothing(found, wanted, rest, len(own))
     files = {name: {file: found.files[file] for file in files} for name, files in chosen.items()}
-    return Chosen(files, Unread(_count_endings(rest), len(own)))
+    return Chosen(files, Unread(_count_endings(rest), len(own), len(all_files) - len(found.files)))
 
 
 def _only_format(shards: Iterable[Shard]) -> Format | None:
@@ -209,6 +217,8 @@ def _refuse_several(found: FoundFiles, by_format: FilesByFormat) -> None:
 
 def _refuse_nothing(found: FoundFiles, wanted: str, rest: Collection[str], num_own: int) -> None:
     nouns = " or ".join(FORMAT_NOUNS[name] for name in FORMATS if wanted in ("auto", name))
+    if not (rest or num_own):
+        raise InputError(f"{found.name} holds no file that --include and --exclude take; change the patterns")
     if num_own:
         raise InputError(
             f"{found.name} holds no {nouns} but the output of an earlier run ({num_own:,} files); name "
@@ -233,6 +243,10 @@ def _without_ending(file: str) -> str:
             if file.lower().endswith(ending):
                 return file[: -len(ending)]
     return file
+
+
+def _count_files(number: int) -> str:
+    return "1 file" if number == 1 else f"{number:,} files"
 
 
 def _count_endings(files: Iterable[str]) -> dict[str, int]:

@@ -16,6 +16,8 @@ from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
 from pipeline.inputs.find_files import Files, ListedFile, find_files
 from pipeline.inputs.formats import count_rows, parquet
+from pipeline.inputs.globs import Patterns
+from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard
 from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
@@ -64,6 +66,8 @@ def list_input(
     limit: int | None = None,
     files_per_shard: int = FILES_PER_SHARD,
     range_bytes: int = RANGE_BYTES,
+    options: ReadOptions = ReadOptions(),
+    patterns: Patterns = Patterns(),
 ) -> Listing:
     """List the shards of one or several inputs.
 
@@ -74,24 +78,30 @@ def list_input(
         limit: maximum number of rows, taken from the shards in their order. Tars are scanned to count them.
         files_per_shard: images of a folder in one shard.
         range_bytes: Parquet files above this size are cut into ranges of about this size.
+        options: which members of a tar are rows, for the limit.
+        patterns: which files are wanted.
 
     Raises:
         InputError: nothing is there, nothing in it can be read, or it could be read in two ways.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
-    listed = list_files([input_uri] if isinstance(input_uri, str) else input_uri, format)
+    inputs = [input_uri] if isinstance(input_uri, str) else input_uri
+    listed = list_files(inputs, format, patterns=patterns)
     shards = shards_of(listed, files_per_shard, range_bytes)
-    return Listing(shards if limit is None else list(take_rows(shards, limit)), listed.unread)
+    return Listing(shards if limit is None else list(take_rows(shards, limit, options)), listed.unread)
 
 
-def list_files(inputs: Sequence[str], format: str, known: Collection[Shard] = ()) -> ListedFiles:
+def list_files(
+    inputs: Sequence[str], format: str, known: Collection[Shard] = (), patterns: Patterns = Patterns()
+) -> ListedFiles:
     """Find the files of one or several inputs, and choose those that are read.
 
     Args:
         inputs: as for `list_input`.
         format: as for `list_input`.
         known: the shards of an earlier listing.
+        patterns: which files are wanted.
 
     Raises:
         InputError: as `list_input` does.
@@ -105,7 +115,7 @@ def list_files(inputs: Sequence[str], format: str, known: Collection[Shard] = ()
     unread = Unread()
     for found in map(find_files, inputs):
         addresses[found.root] = found.address
-        choice = choose_files(found, format, known)
+        choice = choose_files(found, format, known, patterns)
         unread += choice.unread
         for file_format, files in choice.files.items():
             chosen.setdefault((found.root, file_format), {}).update(files)
@@ -235,11 +245,11 @@ def _folder_shards(
         )
 
 
-def take_rows(shards: Iterable[Shard], limit: int) -> Iterator[Shard]:
+def take_rows(shards: Iterable[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:
     """Yield the shards that hold the first `limit` rows; the last one is cut to what remains."""
     remaining = limit
     for shard in shards:
-        num_rows = count_rows(shard, remaining)
+        num_rows = count_rows(shard, remaining, options)
         yield replace(shard, max_rows=remaining, num_rows=remaining) if num_rows == remaining else shard
         remaining -= num_rows
         if not remaining:

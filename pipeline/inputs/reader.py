@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.shards import Shard
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ READ_COLUMNS = {
     "image": "binary",  # encoded bytes as they were read; null if there are none
     "status": "string",  # a blip2_actor.Status if the row has already failed, else null
     "error": "string",  # one sentence if status is not null
+    "member": "string",  # name of the image's member in a tar; null for other inputs
 }
 """The first columns of every table, with their Arrow types. The columns of `ReadOptions.texts`, which are
 strings, and the kept columns follow."""
 
+MEMBER = "member"
 PROMPT = "prompt"
 TEXT = "_blip2_text_"
 """Prefix of the names of columns with text that is scored."""
@@ -58,6 +61,8 @@ class ReadOptions:
     """Maximum number of rows in one table."""
     table_bytes: int = 16 << 20
     """A table ends as soon as its images have this many bytes."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of the row contract that the rows follow: that of the run."""
 
     def __post_init__(self) -> None:
         for name in ("text_columns", "keep"):
@@ -74,6 +79,13 @@ class ReadOptions:
             )
         if len(names) < len(self.keep):
             raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The first columns of every table, as `READ_COLUMNS`; version 1 has no `member`."""
+        return {
+            name: kind for name, kind in READ_COLUMNS.items() if self.schema_version > 1 or name != MEMBER
+        }
 
     @property
     def texts(self) -> dict[str, str]:

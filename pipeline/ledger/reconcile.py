@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from blip2_actor import Status
 from pipeline.inputs.changes import NO_FILES, InputChanges, find_changes
+from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
@@ -103,7 +104,8 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
         InputError, OSError: the input cannot be listed.
     """
     wanted, limit = run.settings.get("format", "auto"), run.settings.get("limit")
-    listed = list_files(inputs or run.inputs, wanted, run.shards)
+    patterns = Patterns(run.settings.get("include", ()), run.settings.get("exclude", ()))
+    listed = list_files(inputs or run.inputs, wanted, run.shards, patterns)
 
     def content_of(shard: str) -> str | None:
         return read_summary(folder, shard).content if shard in state.finished else None

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.changes import name_some
 from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.find_files import same_place
@@ -45,6 +46,11 @@ class Run:
     """Whether an input URI may have passwords or options, which are not stored."""
     unread: Unread = field(default_factory=Unread)
     """Files of the input that are not read."""
+
+    @property
+    def schema_version(self) -> int:
+        """The version of the row contract in which the run was begun, and is finished."""
+        return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
 
     @property
     def inputs(self) -> tuple[str, ...]:

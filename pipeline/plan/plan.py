@@ -49,14 +49,16 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     engine = engine or job.builder
     info = engine.info()
     job.spec(engine).check(info)
-    listing = list_input(job.input, format=job.format, limit=job.limit)
+    listing = list_input(
+        job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
+    )
     shards = listing.shards
     check_options(shards, job.read_options)
     sample = take_sample(shards, job.read_options, settings.sample)
     return Plan(
         settings=job,
         info=info,
-        size_estimate=estimate_size(shards, job.limit),
+        size_estimate=estimate_size(shards, job.limit, job.read_options),
         sample=sample,
         unread=listing.unread,
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),

@@ -110,6 +110,7 @@ def _thumbnails(run: Run, rows: list[dict[str, Any]]) -> dict[RowAddress, bytes]
     settings = from_dict(CaptionSettings, run.settings)
     options = ReadOptions(
         image_column=settings.reading.image_column,
+        schema_version=run.schema_version,
         max_image_bytes=settings.limits.max_file_bytes,
         table_rows=1,
     )

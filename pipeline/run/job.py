@@ -46,4 +46,5 @@ class Job:
         """The schema of a shard without rows, whose kept columns have no known type."""
         outputs = self.settings.outputs
         kept = (pa.field(name, pa.null()) for name in self.settings.reading.kept)
-        return output_schema(kept, outputs.fields(self.info), outputs.caption)
+        has_member = self.settings.reading.schema_version > 1
+        return output_schema(kept, outputs.fields(self.info), outputs.caption, has_member)

@@ -6,7 +6,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from blip2_actor import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.errors import InputError
 from pipeline.inputs.changes import add_new, redo
 from pipeline.inputs.find_files import same_place
@@ -14,7 +15,7 @@ from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import begin_run
+from pipeline.ledger.run_record import Run, begin_run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -41,18 +42,15 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     run = ledger.load(settings.input)
     listing = _list_input(settings, ledger) if run is None else None
     info = info_where_it_runs(engine, info, settings.placement)
-    fingerprint = settings.fingerprint(info)
-    if run is not None and settings.fork and not run.continues(fingerprint, settings.input):
-        # The folder is named by the new fingerprint, so that the same command resumes the same fork.
-        settings = dataclasses.replace(settings, output=ledger.folder.sibling_uri(fingerprint.digest[:8]))
-        ledger = Ledger(Folder(settings.output))
-        run = ledger.load(settings.input)
+    if run is not None and settings.fork and not _continues(run, settings, info):
+        settings, ledger, run = _find_fork(settings, ledger, info)
         listing = _list_input(settings, ledger) if run is None else None
     if run is None:
         assert listing is not None
-        run = begin_run(fingerprint, settings, listing)
+        run = begin_run(settings.fingerprint(info), settings, listing)
         return Job(settings, engine, info, ledger, run, is_new=True, notes=tuple(listing.unread.lines()))
-    run.require_same(fingerprint, settings.input, str(ledger), settings.add_new)
+    settings = settings.in_version(run.schema_version)
+    run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
     job = Job(settings, engine, info, ledger, run, is_new=False)
     return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
 
@@ -71,13 +69,37 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         del stored["engine"]
     first = from_dict(CaptionSettings, stored)
     first = dataclasses.replace(
-        first, output=settings.output, placement=settings.placement, limits=settings.limits(first.limits)
+        first.in_version(run.schema_version),
+        output=settings.output,
+        placement=settings.placement,
+        limits=settings.limits(first.limits),
     )
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
     return _on_input_as_it_is(job, settings.input, settings.redo_changed)
+
+
+def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:
+    return run.continues(settings.in_version(run.schema_version).fingerprint(info), settings.input)
+
+
+def _find_fork(
+    settings: CaptionSettings, ledger: Ledger, info: ModelInfo
+) -> tuple[CaptionSettings, Ledger, Run | None]:
+    """Return the fork that the same command has begun before, or one that is to begin.
+
+    Its folder is named by its fingerprint, so that the same command resumes the same fork.
+    """
+    for version in range(1, SCHEMA_VERSION + 1):
+        digest = settings.in_version(version).fingerprint(info).digest
+        fork = dataclasses.replace(settings, output=ledger.folder.sibling_uri(digest[:8]))
+        of_fork = Ledger(Folder(fork.output))
+        run = of_fork.load(settings.input)
+        if run is not None:
+            break
+    return fork, of_fork, run
 
 
 def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
@@ -98,7 +120,7 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
     # A retry reads partial shards again: of a repaired file, all rows are made again.
     if not (redo_changed or (job.is_retry and ledger.are_partial(changes.changed))):
         changes.require_unchanged()
-    shards, redone = redo(changes)
+    shards, redone = redo(changes, job.settings.read_options)
     if takes_new:
         shards = add_new(shards, changes.new)
     run = job.run.with_shards(shards, inputs if takes_new else ())
@@ -116,7 +138,13 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
 
 def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
     """Return the shards of a run that is to begin in this output."""
-    listing = list_input(settings.input, format=settings.format, limit=settings.limit)
+    listing = list_input(
+        settings.input,
+        format=settings.format,
+        limit=settings.limit,
+        options=settings.read_options,
+        patterns=settings.patterns,
+    )
     here = same_place(settings.output, os.getcwd())
     if here in {same_place(shard.root, "/") for shard in listing.shards}:
         raise ValueError(

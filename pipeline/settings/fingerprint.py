@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ADDED_LATER: Mapping[str, Any] = {}
+ADDED_LATER: Mapping[str, Any] = {"include": [], "exclude": []}
 """Fields that are newer than version 0.1.0: dotted name, such as "options.num_beams", to the value with which
 this version makes the rows of earlier versions."""
 

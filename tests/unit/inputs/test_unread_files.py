@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
 from pipeline.plan.plan import make_plan
 from pipeline.report.status import status_lines
+from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.plan_settings import PlanSettings
+from tests.unit.inputs.formats.reading_cases import encoded
 from tests.unit.inputs.run_without_ray import captions, prepare_run, run
 
 
 def write_table(path: Path, *keys: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"key": list(keys), "image": [key.encode() for key in keys]}), path)
-
-
-def encoded(format: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(file, format)
-    return file.getvalue()
 
 
 def test_an_output_inside_the_input_is_left_out_of_the_next_run(tmp_path):
@@ -94,12 +90,30 @@ def test_files_that_are_not_read_are_counted_by_ending(tmp_path):
     assert Unread().lines() == []
 
 
+def test_patterns_choose_the_files_of_an_input_and_are_kept_by_the_run(tmp_path):
+    for name in ("0.jpg", "0_mask.png", "masks/1.jpg", "a/masks/2.jpg", "3.jpg", "notes.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    patterns: dict[str, Any] = {"exclude": ("*_mask.png", "**/masks/**")}
+    run(tmp_path, **patterns)
+    assert [key for key, _ in captions(tmp_path)["in~0-1"]] == ["0.jpg", "3.jpg"]
+    (tmp_path / "in/4_mask.png").write_bytes(b"x")
+    notes = ("1 file not read: 1 .txt", "left out: 4 files by --include and --exclude")
+    assert prepare_run(tmp_path, **patterns).notes == notes
+    with pytest.raises(FingerprintMismatch, match=r"exclude: \['\*_mask.png', '\*\*/masks/\*\*'\] -> "):
+        prepare_run(tmp_path)
+    jpg = list_shards(str(tmp_path / "in"), patterns=Patterns(include=("*.jpg",), exclude=("a/**",)))
+    assert jpg[0].files == ("0.jpg", "3.jpg", "masks/1.jpg")
+    with pytest.raises(InputError, match="holds no file that --include and --exclude take"):
+        list_shards(str(tmp_path / "in"), patterns=Patterns(include=("*.tar",)))
+
+
 def test_a_plan_says_what_is_not_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     (tmp_path / "b.mp4").write_bytes(b"x")
     found = make_plan(PlanSettings(input=(str(tmp_path),), sample=1), FakeEngineConfig())
     assert "          1 file not read: 1 .mp4" in list(found.lines())
-    assert found.to_dict()["unread"] == {"by_ending": {".mp4": 1}, "num_own": 0}
+    assert found.to_dict()["unread"] == {"by_ending": {".mp4": 1}, "num_own": 0, "num_excluded": 0}
 
 
 def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
