@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from pipeline.errors import InputError
 from pipeline.ledger.lease import Holder
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -24,6 +25,7 @@ def status_lines(uri: str) -> list[str]:
     """
     ledger = Ledger(Folder(uri))
     run = ledger.require_run()
+    ledger = ledger.of(run)
     state = ledger.scan()
     done = ledger.reconcile(run, state)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
@@ -35,8 +37,19 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{len(done.missing):,} shards")
+    lines += _input_lines(ledger, run)
     lines.append(_driver_line(ledger.driver(), bool(done.missing)))
     return lines
+
+
+def _input_lines(ledger: Ledger, run: Run) -> list[str]:
+    """Say what of the input is not read or has changed, if it can be listed without passwords and options."""
+    if not run.inputs or (run.hides_options and any("://" in name for name in run.inputs)):
+        return run.unread.lines()
+    try:
+        return ledger.compare_input(run).lines()
+    except (InputError, OSError) as error:
+        return [f"the input cannot be compared with that of the run: {error}"]
 
 
 def _estimate_rows(run: Run, done: Reconciliation) -> int | None:

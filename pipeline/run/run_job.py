@@ -27,6 +27,8 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         if job.is_new:
             ledger.begin(job.run)
+        elif job.is_revised:
+            ledger.revise(job.run, job.redone)
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         left = _left(job, ledger)
         _announce(job, console, len(left))
@@ -53,6 +55,8 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    for note in job.notes:
+        console.say(note)
     if num_left:
         with DecodePool(job.info.image_size_px) as pool:
             console.say(str(pool.sandbox_report()))

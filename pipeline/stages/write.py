@@ -134,7 +134,8 @@ def output_rows(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.
         kept: columns of the input that go into the output.
         stage: the stage that has made the rows.
     """
-    schema = output_schema((rows.schema.field(name) for name in kept), stage.named, stage.captioned)
+    kept_fields = (rows.schema.field(name) for name in kept)
+    schema = output_schema(kept_fields, stage.named, stage.captioned, "member" in rows.column_names)
     arrays = [
         rows[field.name].cast(field.type)
         if field.name in rows.column_names

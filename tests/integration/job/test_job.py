@@ -183,6 +183,7 @@ def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
     job.ledger.begin(job.run)
+    job.ledger.folder.put("part0/00000.tar.parquet", b"")  # The run is finished.
 
     def limits(**given) -> ImageLimits:
         retrying = RetrySettings(output=str(tmp_path / "out"), **given)
