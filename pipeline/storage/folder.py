@@ -3,10 +3,11 @@
 On a disk, `put` writes a temporary file, flushes it and renames it. In an object store one PUT does the same.
 
 A folder may retry: `with_retries` returns one that repeats a request for a while after an OSError (a disk
-that is full, a store that answers 503). Repeating is safe, also when the request was carried out and only
-its answer was lost: `put` replaces the file with the same content, `get`, `read`, `names` and `changes`
-change nothing, and `delete` and `erase` accept that the file is already gone. A new folder does not retry,
-so that `status`, `plan` and the checks before a run answer at once.
+that is full, a store that answers 503), unless no new try can succeed (`retrying.is_final`). Repeating is
+safe, also when the request was carried out and only its answer was lost: `put` replaces the file with the
+same content, `get`, `read`, `names` and `changes` change nothing, and `delete` and `erase` accept that the
+file is already gone. A new folder does not retry, so that `status`, `plan` and the checks before a run answer
+at once.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ PROBE = "_blip2/probe-"
 """Begins the names of empty files that test whether a folder can be written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Folder:
     """Files under one URI, by their relative names; picklable, so that workers write by themselves."""
 
     uri: str
     retry_for_s: float = 0.0
     """How long a request is repeated after an OSError; 0 raises the first one."""
-    filesystem: pafs.FileSystem = field(default=None, kw_only=True, repr=False, compare=False)
+    filesystem: pafs.FileSystem = field(default=None, kw_only=True, compare=False)
     """Opened from the URI; only `with_retries` passes it, to share it."""
-    root: str = field(default="", kw_only=True, repr=False, compare=False)
+    root: str = field(default="", kw_only=True, compare=False)
     """Path of the folder in `filesystem`."""
 
     def __post_init__(self) -> None:
@@ -64,6 +65,10 @@ class Folder:
     def __str__(self) -> str:
         """Return the URI for people, without secrets."""
         return without_secrets(self.uri)
+
+    def __repr__(self) -> str:
+        # Ray stores what the arguments of stages look like.
+        return f"Folder({str(self)!r}, {self.retry_for_s})"
 
     def with_retries(self, retry_for_s: float = RETRY_FOR_S) -> Folder:
         """Return this folder with requests that are repeated for `retry_for_s` seconds; 0 tries once."""
@@ -175,7 +180,7 @@ class Folder:
 
     def _get_once(self, name: str) -> bytes | None:
         try:
-            with open_input(self.filesystem, self.path(name)) as file:
+            with self.filesystem.open_input_file(self.path(name)) as file:
                 content = file.read(file.size())
                 if len(content) < file.size():
                     raise OSError(f"{name} must have {file.size()} bytes, got {len(content)}")
