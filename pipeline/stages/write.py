@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from pipeline.stages.model_check import Models, require_same_models
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
+from pipeline.stages.storage_trouble import tell_coordinator
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -65,7 +67,10 @@ class WriteStage:
         self._ledger = ledger
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
+        self._counting = threading.Lock()
         self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
+        self._num_held = 0
+        tell_coordinator(coordinator, lambda: self._num_held)
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
 
@@ -76,7 +81,12 @@ class WriteStage:
         receipts = list(history.receipts)
         try:
             for piece in self._finish_rows(call, table, history):
-                written = self._write(table, piece)
+                try:
+                    written = self._write(table, piece)
+                except OSError:
+                    if not ray.get(self._coordinator.is_stopping.remote()):
+                        raise
+                    break  # The job ends while its output fails; it makes these rows again when it resumes.
                 receipts += written
                 positions = list(ranges_of(position for position, _ in piece))
                 ray.get(self._coordinator.wrote.remote(call, positions, written))
@@ -107,6 +117,16 @@ class WriteStage:
         if not piece:
             return []
         started = time.monotonic()
+        with self._counting:
+            self._num_held += len(piece)
+        try:
+            return self._write_fragments(table, piece)
+        finally:
+            with self._counting:
+                self._num_held -= len(piece)
+                self._write_s += time.monotonic() - started
+
+    def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         rows = self._stage.with_results(table, piece)
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
@@ -117,7 +137,6 @@ class WriteStage:
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
                 self._rows.inc(count, {"status": status})
-        self._write_s += time.monotonic() - started
         return receipts
 
     def _report(self) -> None:

@@ -18,7 +18,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -36,7 +36,9 @@ ASIDE = "_blip2/tmp"
 """Where a file on a disk is written before it is renamed; emptied when a run starts."""
 
 PROBE = "_blip2/probe-"
-"""Begins the names of empty files that test whether a folder can be written."""
+"""Begins the names of files that test whether a folder can be written."""
+PROBE_BYTES = 4096
+"""A full disk still takes an empty file."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,11 +138,16 @@ class Folder:
         """Return the name of each file below a folder, and when it was written."""
         return self._retry(lambda: self._list_once(under))
 
+    def seconds_since_write(self, name: str) -> float | None:
+        """Return how long ago a file was written, by the clock of the store, or None when there is none."""
+        (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
+        return None if info.mtime is None else (datetime.now(UTC) - info.mtime).total_seconds()
+
     def require_writable(self) -> None:
         """Raise ValueError unless a file can be written here and deleted again; nothing is retried."""
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
-            self._put_once(probe, b"")
+            self._put_once(probe, bytes(PROBE_BYTES))
             self._delete_once(probe)
         except OSError as error:
             raise ValueError(

@@ -91,11 +91,20 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     def __init__(self, fs: AbstractFileSystem) -> None:
         super().__init__(fs)
 
-    get_file_info = _raising_oserrors(pafs.FSSpecHandler.get_file_info)
     get_file_info_selector = _raising_oserrors(pafs.FSSpecHandler.get_file_info_selector)
     create_dir = _raising_oserrors(pafs.FSSpecHandler.create_dir)
     delete_dir = _raising_oserrors(pafs.FSSpecHandler.delete_dir)
     delete_file = _raising_oserrors(pafs.FSSpecHandler.delete_file)
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return [self._file_info(path) for path in paths]
+
+    def _file_info(self, path: str) -> pafs.FileInfo:
+        try:
+            with oserrors():
+                return self._create_file_info(path, self.fs.info(path))
+        except FileNotFoundError:
+            return pafs.FileInfo(path, pafs.FileType.NotFound)
 
     @_raising_oserrors
     def open_input_stream(self, path: str) -> pa.PythonFile:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
+from pipeline.storage.secrets import hide_secrets
+
 T = TypeVar("T")
 RETRY_FOR_S = 900.0
 """How long the storage may fail before the job gives up: long enough for a person to free a disk."""
@@ -36,8 +38,8 @@ class Trouble:
     """A request that fails and is repeated."""
 
     place: Place
-    reason: str
-    """What is wrong, after "output" or "input"."""
+    state: str
+    """What is wrong: "full", or "failing" and why."""
     seconds: float
     """For how long it has failed."""
 
@@ -84,10 +86,12 @@ def retry_on_oserror(
             if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
                 raise
             has_failed = True
-            logger.warning("The %s has failed, trying again in %.1f s: %s", place, pause_s, error)
+            logger.warning(
+                "The %s has failed, trying again in %.1f s: %s", place, pause_s, hide_secrets(str(error))
+            )
             next_try = clock() + pause_s
             while (left_s := next_try - clock()) > 0:
-                if not _listener(Trouble(place, _reason(error), clock() - started)):
+                if not _listener(Trouble(place, _state(error), clock() - started)):
                     raise
                 sleep(min(left_s, TELL_EVERY_S))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -103,7 +107,7 @@ def is_final(error: OSError) -> bool:
     return is_refused or bool(_REFUSED_BY_S3.search(str(error)))
 
 
-def _reason(error: OSError) -> str:
+def _state(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "is full"
-    return f"fails ({' '.join(str(error).split())[:200]})"
+        return "full"
+    return f"failing ({hide_secrets(' '.join(str(error).split()))[:200]})"

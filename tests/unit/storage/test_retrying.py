@@ -83,7 +83,7 @@ def test_the_listener_hears_of_trouble_every_second_and_of_its_end(heard):
     retry_on_oserror(fails(4), sleep=clock.sleep, clock=lambda: clock.now)
     *troubles, end = heard
     assert end is None
-    assert {(trouble.place, trouble.reason) for trouble in troubles} == {("output", "is full")}
+    assert {(trouble.place, trouble.state) for trouble in troubles} == {("output", "full")}
     assert [trouble.seconds for trouble in troubles] == [0, 0.5, *(1.5 + n for n in range(6))]
 
 
