@@ -8,6 +8,7 @@ from blip2_actor import EngineBuilder
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
@@ -76,6 +77,7 @@ def _list_shards(settings: CaptionSettings, ledger: Ledger) -> tuple[Shard, ...]
     """Return the shards of a run that is to begin in this output."""
     shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
     check_options(shards, settings.read_options)
+    ledger.folder.require_names(name for shard in shards for name in names_of_shard(shard.name))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in shards}
     if taken:

@@ -22,13 +22,13 @@ from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.rowset import RowSet, ranges_of
-from pipeline.schema import output_schema
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.careful_replay import replay
 from pipeline.stages.coordinator import CallHistory
 from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.model_check import Models, require_same_models
+from pipeline.stages.output_rows import output_rows
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
@@ -127,10 +127,10 @@ class WriteStage:
                 self._write_s += time.monotonic() - started
 
     def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
-        rows = self._stage.with_results(table, piece)
+        rows = output_rows(table, piece, self._kept, self._stage)
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
-            of_shard = output_rows(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
+            of_shard = rows.filter(pc.equal(rows["shard"], shard))
             self._ledger.write_fragment(of_shard)
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
@@ -143,24 +143,6 @@ class WriteStage:
         alive_s = time.monotonic() - self._started
         self._coordinator.report.remote("caption", self._worker, self._stage.busy_s, alive_s)
         self._coordinator.report.remote("write", self._worker, self._write_s, alive_s)
-
-
-def output_rows(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
-    """Return exactly the columns of the output, in the order and with the types of the row contract.
-
-    Args:
-        rows: rows with results, as `CaptionStage.with_results` returns them.
-        kept: columns of the input that go into the output.
-        stage: the stage that has made the rows.
-    """
-    schema = output_schema((rows.schema.field(name) for name in kept), stage.named, stage.captioned)
-    arrays = [
-        rows[field.name].cast(field.type)
-        if field.name in rows.column_names
-        else pa.nulls(len(rows), field.type)
-        for field in schema
-    ]
-    return pa.table(arrays, schema=schema)
 
 
 def _name_of(table: pa.Table) -> str:

@@ -16,7 +16,7 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
@@ -37,6 +37,10 @@ ASIDE = "_blip2/tmp"
 
 PROBE = "_blip2/probe-"
 """Begins the names of files that test whether a folder can be written."""
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+"""On the file systems of Linux."""
+MAX_KEY_BYTES = 1024
+"""In S3, Google Cloud Storage and Azure."""
 PROBE_BYTES = 4096
 """A full disk still takes an empty file."""
 
@@ -137,6 +141,26 @@ class Folder:
     def changes(self, under: str = "") -> list[tuple[str, datetime]]:
         """Return the name of each file below a folder, and when it was written."""
         return self._retry(lambda: self._list_once(under))
+
+    def exists(self, name: str) -> bool:
+        (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
+        return info.type == pafs.FileType.File
+
+    def require_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError when one of these names is too long for the store."""
+        for name in names:
+            path = self.path(name)
+            longest = max(len(part.encode()) for part in name.split("/"))
+            if self.is_local and longest > MAX_NAME_BYTES:
+                what, limit = f"a name of {longest} bytes", f"{MAX_NAME_BYTES} in a name"
+            elif len(path.encode()) > (limit_bytes := MAX_PATH_BYTES if self.is_local else MAX_KEY_BYTES):
+                what, limit = f"a path of {len(path.encode())} bytes", f"{limit_bytes} in a path"
+            else:
+                continue
+            raise ValueError(
+                f"output must have room for the names of its files, got {what} for {name}, and {self} takes "
+                f"at most {limit}; rename the input file, or give it a shorter path"
+            )
 
     def seconds_since_write(self, name: str) -> float | None:
         """Return how long ago a file was written, by the clock of the store, or None when there is none."""
