@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -24,6 +25,8 @@ from pipeline.ledger.layout import output_name, shard_report_name
 from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
+
+logger = logging.getLogger(__name__)
 
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
@@ -60,6 +63,9 @@ def commit_shard(
 ) -> Summary | None:
     """Merge the file and the fragments of a shard into its file.
 
+    A shard whose rows no merge can write gets a file without rows, which says why: it is partial. Its
+    fragments stay, and `retry` merges them again.
+
     Args:
         report: how reading the shard ended.
         metadata: for the footer: the run's fingerprint.
@@ -69,6 +75,24 @@ def commit_shard(
     Returns:
         What the file contains now, or None when rows are missing: then nothing has changed.
     """
+    name = file_name or output_name(report.shard)
+    try:
+        return _commit(folder, report, metadata, empty_schema, name)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
+        reason = f"the rows cannot be written as one table: {error}"
+        logger.exception("Shard %s: %s", report.shard, reason)
+    if folder.exists(name):  # A retry that cannot be merged leaves the rows that are there.
+        return read_summary(folder, report.shard)
+    summary = Summary(
+        shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
+    )
+    folder.put(name, _parquet(empty_schema.empty_table(), {**metadata, SUMMARY_KEY: _json(summary)}))
+    return summary
+
+
+def _commit(
+    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, name: str
+) -> Summary | None:
     fragments = list_fragments(folder, report.shard, report.generation)
     before = read_rows(folder, report.shard)
     found = [table for table in [*read_fragments(folder, fragments), before] if table is not None]
@@ -90,7 +114,7 @@ def commit_shard(
         content=report.content,
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
-    folder.put(file_name or output_name(report.shard), content)
+    folder.put(name, content)
     # Rows past the end of a shard that was read less far are kept for a better reading.
     finished = [f for f in fragments if f.last < num_rows or report.changed]
     delete_fragments(folder, report.shard, finished, report.generation)

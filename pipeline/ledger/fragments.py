@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.ledger.layout import FRAGMENTS, parse_state_name, state_name
+from pipeline.ledger.layout import FRAGMENTS, output_name, parse_state_name, shard_report_name, state_name
 from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 ROWS = ".rows"
 """Ends the name of the folder with a shard's fragments."""
+DIGEST_CHARS = 16
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 
@@ -58,11 +59,20 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
     with pa.ipc.new_file(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(rows)
     content = sink.getvalue()
-    digest = hashlib.sha256(content).hexdigest()[:16]
+    digest = hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
     first, last = numbers[0].as_py(), numbers[-1].as_py()
-    name = f"{_folder_of(shard, generation)}/{first:09d}-{last:09d}-{len(numbers)}-{digest}.arrow"
+    name = _name(shard, generation, first, last, len(numbers), digest)
     folder.put(name, content)
     return Fragment(shard, name, first, last, len(numbers), generation)
+
+
+def _name(shard: str, generation: int, first: int, last: int, count: int, digest: str) -> str:
+    return f"{_folder_of(shard, generation)}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
+
+
+def names_of_shard(shard: str) -> tuple[str, ...]:
+    """Return the longest names that files of a shard have in the output."""
+    return output_name(shard), shard_report_name(shard), _name(shard, 0, 0, 0, 10**9, "0" * DIGEST_CHARS)
 
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 
 from pipeline.errors import InputError
-from pipeline.ledger.lease import Holder
+from pipeline.ledger.layout import LEASE
+from pipeline.ledger.lease import BEAT_S, Holder
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
-from pipeline.progress import ProgressSnapshot
+from pipeline.progress import ProgressSnapshot, duration
 from pipeline.storage.folder import Folder
+
+SILENT_AFTER_S = 4 * BEAT_S
 
 
 def status_lines(uri: str) -> list[str]:
@@ -38,7 +41,8 @@ def status_lines(uri: str) -> list[str]:
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{len(done.missing):,} shards")
     lines += _input_lines(ledger, run)
-    lines.append(_driver_line(ledger.driver(), bool(done.missing)))
+    holder = ledger.driver()
+    lines.append(_driver_line(holder, bool(done.missing)) + _silence(ledger.folder, holder))
     return lines
 
 
@@ -50,6 +54,19 @@ def _input_lines(ledger: Ledger, run: Run) -> list[str]:
         return ledger.compare_input(run).lines()
     except (InputError, OSError) as error:
         return [f"the input cannot be compared with that of the run: {error}"]
+
+
+def _silence(folder: Folder, holder: Holder | None) -> str:
+    """Say why a driver that lives sends no heartbeats: it cannot write them into an output that is full."""
+    silent_s = folder.seconds_since_write(LEASE)
+    if holder is None or holder.is_known_dead or silent_s is None or silent_s < SILENT_AFTER_S:
+        return ""
+    try:
+        folder.require_writable()
+        reason = "the driver, its machine or the network has stopped"
+    except ValueError as error:
+        reason = str(error.__cause__)
+    return f"; no heartbeat for {duration(silent_s)}: {reason}"
 
 
 def _estimate_rows(run: Run, done: Reconciliation) -> int | None:

@@ -13,6 +13,7 @@ from pipeline.inputs.changes import add_new, redo
 from pipeline.inputs.find_files import same_place
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import Listing, list_input
+from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run, begin_run
@@ -151,6 +152,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
     check_options(listing.shards, settings.read_options)
+    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard.name))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
     if taken:

@@ -214,7 +214,7 @@ def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_message(tmp_pa
     engine = FakeEngineConfig(fails_to_build="device must be there, got none")
     assert caption(settings(tmp_path), engine) == 1
     said = capsys.readouterr().err
-    assert "ValueError: device must be there, got none; finished work is kept" in said
+    assert "blip2: the job has failed: device must be there, got none; finished work is kept" in said
     assert "Traceback" not in said
 
 
