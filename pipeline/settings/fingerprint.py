@@ -20,6 +20,8 @@ from typing import Any
 
 ADDED_LATER: Mapping[str, Any] = {
     "image.accept_truncated": False,
+    "include": [],
+    "exclude": [],
 }
 """Fields that are newer than version 0.1.0: dotted name, such as "options.num_beams", to the value with which
 this version makes the rows of earlier versions."""

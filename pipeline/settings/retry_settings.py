@@ -19,6 +19,8 @@ class RetrySettings:
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
+    redo_changed: bool = False
+    """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float = 0.0
     """Exit with status 2 if a larger fraction of all rows still fails."""
     image_cpu_s: float | None = None

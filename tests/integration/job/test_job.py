@@ -183,6 +183,7 @@ def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
     job.ledger.begin(job.run)
+    job.ledger.folder.put("part0/00000.tar.parquet", b"")  # The run is finished.
 
     def limits(**given) -> ImageLimits:
         retrying = RetrySettings(output=str(tmp_path / "out"), **given)
@@ -213,7 +214,7 @@ def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_message(tmp_pa
     engine = FakeEngineConfig(fails_to_build="device must be there, got none")
     assert caption(settings(tmp_path), engine) == 1
     said = capsys.readouterr().err
-    assert "ValueError: device must be there, got none; finished work is kept" in said
+    assert "blip2: the job has failed: device must be there, got none; finished work is kept" in said
     assert "Traceback" not in said
 
 

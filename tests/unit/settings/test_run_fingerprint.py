@@ -2,6 +2,7 @@
 
 from blip2_actor import GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.from_dict import from_dict
@@ -12,12 +13,14 @@ INFO = FakeEngineConfig().info()
 LIST_IN_ADDED_LATER = "a new field changes the digest of old runs: list it in fingerprint.ADDED_LATER"
 
 
-def fingerprint(**changes) -> Fingerprint:
-    return CaptionSettings(input=("in",), output="out", **changes).fingerprint(INFO)
+def fingerprint(schema_version: int = SCHEMA_VERSION, **changes) -> Fingerprint:
+    settings = CaptionSettings(input=("in",), output="out", **changes)
+    return settings.in_version(schema_version).fingerprint(INFO)
 
 
 def test_the_digests_of_version_0_1_0_are_frozen():
     everything = fingerprint(
+        schema_version=1,
         format="parquet",
         limit=7,
         prompt="a photo of",
@@ -26,12 +29,17 @@ def test_the_digests_of_version_0_1_0_are_frozen():
         limits=ImageLimits(max_pixels=1000, jpeg_draft=True),
         generation=GenerationOptions(num_beams=3, stop=("x",)),
     )
-    assert fingerprint().digest == "42a65d18ac79f76eee8e788c6ecf6aa1bf6d87a611759ab300f2e206e5fe887a", (
-        LIST_IN_ADDED_LATER
-    )
+    assert (
+        fingerprint(schema_version=1).digest
+        == "42a65d18ac79f76eee8e788c6ecf6aa1bf6d87a611759ab300f2e206e5fe887a"
+    ), LIST_IN_ADDED_LATER
     assert everything.digest == "aad82fd6149fdf3d1b40716130bc76e9a91ff600d614abdc0d11cfbf0797d9f2", (
         LIST_IN_ADDED_LATER
     )
+
+
+def test_rows_of_another_version_of_the_contract_have_another_digest():
+    assert fingerprint().differences(fingerprint(schema_version=1)) == ["schema.version: 1 -> 2"]
 
 
 def test_a_later_field_enters_the_digest_only_with_another_value_than_before():
