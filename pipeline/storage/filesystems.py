@@ -38,8 +38,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         hint = "; name the bucket's region: ?region=us-east-1" if scheme == "s3" else ""
         raise InputError(f"{uri} cannot be reached: {error}{hint}") from error
     except ValueError as error:
+        hint = "; write %20 for each blank" if " " in uri else ""
         raise InputError(
-            f"{uri} must be a local path, s3://, gs:// or a URI that fsspec knows: {error}"
+            f"{uri} must be a local path, s3://, gs:// or a URI that fsspec knows: {error}{hint}"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
