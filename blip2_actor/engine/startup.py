@@ -42,6 +42,7 @@ def start_model(
     *,
     model: str,
     revision: str | None,
+    adapter: str | None,
     device: str,
     dtype: str,
     num_threads: int,
@@ -60,7 +61,7 @@ def start_model(
     """
     place = resolve_device(device)
     prepare_device(place)
-    checkpoint = resolve(model, revision)
+    checkpoint = resolve(model, revision, adapter=adapter)
     loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled

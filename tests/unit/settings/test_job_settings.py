@@ -43,6 +43,14 @@ def test_stored_settings_keep_the_names_of_the_first_version():
     assert from_dict(CaptionSettings, json.loads(json.dumps(values))) == settings
 
 
+def test_a_newer_field_is_stored_only_if_it_is_set():
+    """`retry` captions with the stored settings, so it must find the adapter there."""
+    settings = CaptionSettings(input=("in",), output="out", engine=EngineConfig(adapter="some/adapter"))
+    values = settings.to_dict()
+    assert values["engine"]["adapter"] == "some/adapter"
+    assert from_dict(CaptionSettings, json.loads(json.dumps(values))) == settings
+
+
 def test_the_spec_has_everything_that_the_stage_needs():
     """A setting that does not reach the stage is ignored without a word."""
     engine, outputs = FakeEngineConfig(), Outputs(ask=("color=what?",))
