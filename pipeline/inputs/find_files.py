@@ -129,7 +129,8 @@ def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, pa
     """Find one file, or all files below one folder."""
     (info,) = filesystem.get_file_info([path])
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"no such file or folder: {name}")
+        hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
+        raise InputError(f"no such file or folder: {name}{hint}")
     if info.type == pafs.FileType.Directory:
         files = dict(_all_below(filesystem, path))
         if not files:

@@ -72,11 +72,16 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     first = dataclasses.replace(
         first.in_version(run.schema_version),
         output=settings.output,
-        placement=settings.placement,
+        placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
+        max_failed_fraction=(
+            first.max_failed_fraction
+            if settings.max_failed_fraction is None
+            else settings.max_failed_fraction
+        ),
     )
     engine = engine or first.builder
-    info = info_where_it_runs(engine, engine.info(), settings.placement)
+    info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
     return _on_input_as_it_is(job, settings.input, settings.redo_changed)

@@ -34,7 +34,11 @@ def run(root: Path, max_tables: int | None = None, **settings: Any) -> Reconcili
 
 def retry(root: Path, **settings: Any) -> Reconciliation:
     """Retry a run; images that begin with "bad" have failed."""
-    return work(prepare_retry(RetrySettings(output=str(root / "out"), **settings), FakeEngineConfig()))
+    return work(prepare_of_retry(root, **settings))
+
+
+def prepare_of_retry(root: Path, **settings: Any) -> Job:
+    return prepare_retry(RetrySettings(output=str(root / "out"), **settings), FakeEngineConfig())
 
 
 def work(

@@ -214,6 +214,12 @@ def test_uris_give_the_same_shards_as_paths(tmp_path, scheme):
     assert "no such file or folder: " in refusal_of(f"{base}/gone")
 
 
+def test_a_number_sign_in_a_uri_is_explained():
+    """What follows it is no part of the path, so that the file was said not to exist."""
+    assert "a; write %23" not in refusal_of("memory://bucket/a")
+    assert refusal_of("memory://bucket/a#1.jpg").endswith("write %23 for each # of a name")
+
+
 def test_wildcards_in_a_bucket_name_are_refused():
     assert "in the name of its bucket" in refusal_of("memory://{a,b}")
 

@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
+from pipeline.plan import stage_costs
 from pipeline.plan.plan import make_plan
 from pipeline.report.status import status_lines
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -108,7 +109,8 @@ def test_patterns_choose_the_files_of_an_input_and_are_kept_by_the_run(tmp_path)
         list_shards(str(tmp_path / "in"), patterns=Patterns(include=("*.tar",)))
 
 
-def test_a_plan_says_what_is_not_read(tmp_path):
+def test_a_plan_says_what_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_costs, "MIN_S", 0.01)
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     (tmp_path / "b.mp4").write_bytes(b"x")
     found = make_plan(PlanSettings(input=(str(tmp_path),), sample=1), FakeEngineConfig())
