@@ -21,7 +21,7 @@ from blip2_actor.checkpoints.loading import load_retrieval
 from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
-from blip2_actor.engine.input_processor import to_pixels
+from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.refusal import RequestRefused

@@ -174,9 +174,11 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
             raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
         try:
             image.load()
-        except (OSError, SyntaxError) as error:
+            return np.array(upright_square(image, orientation_of(image), size_px))
+        except MemoryError:
+            raise
+        except Exception as error:  # a closed or damaged image raises errors of any class
             raise ValueError(f"image must be readable, got {_describe(error)}") from error
-        return np.array(upright_square(image, orientation_of(image), size_px))
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be bytes, a PIL image or uint8[H, W, 3], got {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
