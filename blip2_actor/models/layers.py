@@ -97,6 +97,17 @@ def pack_for_cpu(model: nn.Module) -> None:
             module.pack()
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, uninitialized: weights are always loaded.
+
+    On the meta device, torch would import its compiler to initialize it. That takes two seconds, and leaves
+    garbage that holds the model until the garbage collector runs.
+    """
+
+    def reset_parameters(self) -> None:
+        """Do nothing: loading overwrites every weight."""
+
+
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
