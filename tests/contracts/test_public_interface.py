@@ -28,6 +28,8 @@ PUBLIC = [
     "EngineLike",
     "EngineStats",
     "Features",
+    "FetchError",
+    "FetchPolicy",
     "FinishReason",
     "GenerationOptions",
     "ImageLike",
@@ -43,6 +45,7 @@ PUBLIC = [
     "TextFeatures",
     "__version__",
     "decode_image",
+    "fetch_image",
     "resize_image",
 ]
 

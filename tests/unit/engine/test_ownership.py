@@ -23,7 +23,7 @@ from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
-from blip2_actor.testing import random_images, save_tiny_retrieval_checkpoint
+from blip2_actor.testing import random_images, save_tiny_checkpoint, save_tiny_retrieval_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 """Python 3.12 warns about what these tests do on purpose."""
@@ -38,8 +38,13 @@ def config(folder: Path, num_threads: int = 1) -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
-    with config(checkpoint_folder()).build() as started:
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint_folder: Path) -> Iterator[Engine]:
+    with config(checkpoint_folder).build() as started:
         yield started
 
 
@@ -153,7 +158,7 @@ def test_a_done_callback_does_not_wait_for_its_own_thread(engine, name: str) -> 
 
 def test_a_done_callback_may_submit_and_close(checkpoint_folder) -> None:
     """Also one that runs while the thread takes what has arrived: a request that can never run ends there."""
-    engine = config(checkpoint_folder()).build()
+    engine = config(checkpoint_folder).build()
     image = engine.image(PICTURE)
     engine.features([image])
     engine._core.scheduler.limits.max_slots = 1  # as after running out of memory
@@ -189,7 +194,7 @@ def test_an_engine_that_nobody_holds_ends_its_threads_and_frees_the_model(
 ) -> None:
     """Notebooks build one engine after the other. The futures and results of the first do not keep it."""
     running = {thread.name for thread in threading.enumerate()}
-    engine = config(checkpoint_folder(), num_threads).build()
+    engine = config(checkpoint_folder, num_threads).build()
     futures = [engine.submit(Request(image=PICTURE)) for _ in range(9)]
     shared = engine.image(PICTURE)
     kept = [
@@ -224,7 +229,7 @@ def test_a_matching_engine_that_nobody_holds_ends_too(tmp_path: Path, no_garbage
 
 def test_an_engine_is_collected_in_its_own_thread(checkpoint_folder) -> None:
     """The last reference may be that of a done callback: the thread must not wait for itself."""
-    engine = config(checkpoint_folder()).build()
+    engine = config(checkpoint_folder).build()
     holder = [engine]
     thread = engine._core._thread
     engine.submit(Request(image=PICTURE)).add_done_callback(lambda _: holder.clear())
