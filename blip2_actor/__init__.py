@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
     from blip2_actor.fetching import FetchError, FetchPolicy, fetch_image
+    from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
-    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
+    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
 
 __all__ = [
     "Blip2Actor",
@@ -65,8 +66,10 @@ __all__ = [
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
     "fetch_image",
+    "require_image_layout",
     "resize_image",
 ]
 
@@ -80,7 +83,9 @@ _LAZY = {
     "ImageLimits": "blip2_actor.preprocessing.images",
     "decode_image": "blip2_actor.preprocessing.images",
     "fetch_image": "blip2_actor.fetching",
-    "resize_image": "blip2_actor.preprocessing.images",
+    "array_to_rgb": "blip2_actor.preprocessing.arrays",
+    "require_image_layout": "blip2_actor.preprocessing.arrays",
+    "resize_image": "blip2_actor.preprocessing.arrays",
 }
 """Names whose modules import torch, numpy, Pillow or httpcore, with the module of each."""
 

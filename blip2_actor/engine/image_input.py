@@ -9,7 +9,8 @@ import numpy as np
 
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.refusal import RequestRefused
-from blip2_actor.preprocessing.images import decode_image, resize_image
+from blip2_actor.preprocessing.arrays import resize_image
+from blip2_actor.preprocessing.images import decode_image
 from blip2_actor.request import ImageLike
 from blip2_actor.status import Status
 

@@ -28,12 +28,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from blip2_actor.preprocessing.rgb import (
-    SWAPS_WIDTH_AND_HEIGHT,
-    orientation_of,
-    resize_to_square,
-    upright_square,
-)
+from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, orientation_of, upright_square
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
@@ -151,44 +146,7 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
     except Exception as error:  # a row's failure becomes a row here: damaged bytes make Pillow raise anything
         if "out of memory" in str(error):  # Pillow's codecs report it as an OSError
             raise MemoryError from error
-        return DecodedImage(status=Status.UNDECODABLE, error=_describe(error))
-
-
-def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
-    """Resize an image that is already decoded to the model's size, by the same rules as encoded bytes.
-
-    Args:
-        image: a PIL image, or uint8[H, W, 3] in RGB.
-        size_px: side S of the model's square.
-
-    Returns:
-        uint8[S, S, 3] in RGB; the given array itself if it has that shape.
-
-    Raises:
-        ValueError: the image has no pixels, cannot be read, or has another type or shape.
-    """
-    import numpy as np
-
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
-        try:
-            image.load()
-            return np.array(upright_square(image, orientation_of(image), size_px))
-        except MemoryError:
-            raise
-        except Exception as error:  # a closed or damaged image raises errors of any class
-            raise ValueError(f"image must be readable, got {_describe(error)}") from error
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"image must be bytes, a PIL image or uint8[H, W, 3], got {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(
-            f"image must be uint8[H, W, 3] with pixels, got {image.dtype}{list(image.shape)}; "
-            "give floats or other layouts as a PIL image"
-        )
-    if image.shape[:2] == (size_px, size_px):
-        return image
-    return np.array(resize_to_square(Image.fromarray(image), size_px))
+        return DecodedImage(status=Status.UNDECODABLE, error=describe_error(error))
 
 
 def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
@@ -208,7 +166,7 @@ def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
     return DecodedImage(pixels=square.tobytes(), width=width, height=height)
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return one printable line; Pillow's message may quote bytes of the file, so it is cleaned and cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     printable = "".join(c if c.isprintable() else "?" for c in text)

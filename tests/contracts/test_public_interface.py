@@ -44,8 +44,10 @@ PUBLIC = [
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
     "fetch_image",
+    "require_image_layout",
     "resize_image",
 ]
 

@@ -247,42 +247,6 @@ def test_impossible_limits_are_refused(name: str, value: Any) -> None:
         ImageLimits(**{name: value})
 
 
-# --- Images that are decoded already
-
-
-def test_arrays_and_pil_images_get_the_same_pixels_as_bytes() -> None:
-    image = noise(40, 30)
-    expected = pixels(encode(image, "PNG"))
-    array = np.asarray(image)
-    assert (resize_image(image, SIZE) == expected).all()
-    assert (resize_image(array, SIZE) == expected).all()
-    assert (resize_image(np.asfortranarray(array), SIZE) == expected).all()
-    assert (resize_image(image.convert("RGBA"), SIZE) == expected).all()
-    assert resize_image(expected, SIZE) is expected
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (Image.new("RGB", (0, 4)), "must have pixels, got 0 x 4"),
-        (np.zeros((4, 0, 3), np.uint8), r"got uint8\[4, 0, 3\]"),
-        (np.zeros((4, 4, 3), np.float32), r"got float32\[4, 4, 3\]"),
-        (np.zeros((3, 4, 4), np.uint8), r"got uint8\[3, 4, 4\]"),
-        (np.zeros((4, 4), np.uint8), r"got uint8\[4, 4\]"),
-        ("picture.jpg", "got str"),
-    ],
-)
-def test_what_is_no_image_is_refused(image: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        resize_image(image, SIZE)  # type: ignore[arg-type]  # what it refuses
-
-
-def test_a_pil_image_that_cannot_be_loaded_is_refused() -> None:
-    data = encode(noise(64, 64), "JPEG")
-    with pytest.raises(ValueError, match=r"must be readable.*truncated"):
-        resize_image(Image.open(io.BytesIO(data[: len(data) // 2])), SIZE)
-
-
 def test_an_image_without_pixels_has_no_array() -> None:
     with pytest.raises(ValueError, match="undecodable, no"):
         DecodedImage(status=Status.UNDECODABLE, error="no").array(SIZE)
