@@ -35,8 +35,9 @@ class Request:
         'length'
     """
 
-    image: ImageLike
-    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
+    image: ImageLike | None
+    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned. The engine
+    keeps a copy, so an array may be overwritten after `submit`. None gives the status `missing_image`."""
     prompt: str | None = None
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
@@ -16,33 +15,8 @@ from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
-from blip2_actor.preprocessing.arrays import resize_image
-from blip2_actor.preprocessing.images import decode_image
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
-
-
-def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
-    """Return an image as uint8[S, S, 3].
-
-    Raises:
-        RequestRefused: the image cannot be read, or belongs to another engine.
-    """
-    if isinstance(image, EncodedImage):
-        raise RequestRefused(
-            Status.REFUSED,
-            "image must be bytes, an array or a PIL image, got an image of another engine; give the image "
-            "itself",
-        )
-    if isinstance(image, bytes):
-        decoded = decode_image(image, size_px)
-        if decoded.status is not Status.OK:
-            raise RequestRefused(decoded.status, decoded.error or decoded.status)
-        return decoded.array(size_px)
-    try:
-        return resize_image(image, size_px)
-    except ValueError as error:
-        raise RequestRefused(Status.UNDECODABLE, str(error)) from error
 
 
 class InputProcessor:
@@ -61,7 +35,7 @@ class InputProcessor:
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
 
-    def image(self, image: ImageLike) -> EncodedImage:
+    def image(self, image: ImageLike | None) -> EncodedImage:
         """Return an image that several requests can share.
 
         Raises:

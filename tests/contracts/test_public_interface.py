@@ -28,6 +28,8 @@ PUBLIC = [
     "EngineLike",
     "EngineStats",
     "Features",
+    "FetchError",
+    "FetchPolicy",
     "FinishReason",
     "GenerationOptions",
     "ImageLike",
@@ -45,6 +47,7 @@ PUBLIC = [
     "__version__",
     "array_to_rgb",
     "decode_image",
+    "fetch_image",
     "require_image_layout",
     "resize_image",
 ]
