@@ -58,11 +58,10 @@ def test_a_later_field_enters_the_digest_only_with_another_value_than_before():
 
 
 def test_accepting_truncated_images_changes_the_fingerprint_and_is_stored():
-    accepting = {"limits": ImageLimits(accept_truncated=True)}
-    assert fingerprint(**accepting).differences(fingerprint()) == [
-        "image.accept_truncated: 'nothing' -> True"
-    ]
-    settings = CaptionSettings(input=("in",), output="out", **accepting)
+    accepting = ImageLimits(accept_truncated=True)
+    differences = fingerprint(limits=accepting).differences(fingerprint())
+    assert differences == ["image.accept_truncated: 'nothing' -> True"]
+    settings = CaptionSettings(input=("in",), output="out", limits=accepting)
     assert from_dict(CaptionSettings, settings.to_dict()) == settings
 
 
