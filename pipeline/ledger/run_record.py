@@ -127,6 +127,10 @@ def _places(inputs: Sequence[str]) -> list[str]:
 def write_run(folder: Folder, run: Run) -> None:
     """Begin a run in a folder."""
     _write_shards(folder, run.shards)
+    _write_record(folder, run)
+
+
+def _write_record(folder: Folder, run: Run) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "fingerprint": run.fingerprint.parts,
@@ -147,7 +151,10 @@ def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
     """
     for shard in redone:
         folder.delete(output_name(shard))
-    write_run(folder, run)
+    _write_shards(folder, run.shards)
+    stored = json.loads(folder.get(RUN_FILE) or b"{}").get("settings")
+    if stored != json.loads(json.dumps(run.settings)):  # The time of the file tells when the run began.
+        _write_record(folder, run)
 
 
 def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:
