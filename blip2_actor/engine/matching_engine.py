@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
-from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
+from blip2_actor.checkpoints.tokenizer import load_tokenizer, require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
 from blip2_actor.engine.input_processor import to_pixels
@@ -74,7 +73,7 @@ class MatchingEngine:
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self.tokenizer = load_tokenizer(checkpoint.folder, "bert")
         self.image_size_px: int = self.model.config.vision_config.image_size
         size = full_encode_batch(self.model.config.vision_config, device)
         self._image_batches = ShrinkingBatches(size, "images")
