@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2Config
+from transformers import Blip2Config, PreTrainedConfig
 
 from blip2_actor.checkpoints.download import (
     CACHE_FOLDER,
@@ -66,6 +66,7 @@ class Checkpoint:
                 f"word_embed_proj_dim must equal hidden_size ({text.hidden_size}) in a BLIP-2 checkpoint, "
                 f"got {text.word_embed_proj_dim}"
             )
+        _fill_token_ids(text, self.folder)
         return config
 
     @cached_property
@@ -131,6 +132,28 @@ class Checkpoint:
                 total.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
         write_whole(cached, total.hexdigest())
         return total.hexdigest()
+
+
+def _fill_token_ids(text: PreTrainedConfig, folder: Path) -> None:
+    """Set the special tokens that a configuration of the language model leaves out, as transformers does.
+
+    A T5 starts its answers with `decoder_start_token_id`, or else with `bos_token_id`.
+
+    Raises:
+        ValueError: a T5 has neither.
+    """
+    text.bos_token_id = getattr(text, "bos_token_id", None)
+    if text.model_type == "t5":
+        start = getattr(text, "decoder_start_token_id", None)
+        text.decoder_start_token_id = text.bos_token_id if start is None else start
+        if text.decoder_start_token_id is None:
+            raise ValueError(
+                f"text_config in {folder}/config.json must have decoder_start_token_id or bos_token_id, got "
+                "neither; T5 models usually start with their pad token, 0"
+            )
+    if text.pad_token_id is None:
+        eos = text.eos_token_id
+        text.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
 def resolve(model: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:

@@ -81,10 +81,18 @@ class PromptTokenizer:
         self.image_token_id: int | None = config.image_token_index
         text_config = config.text_config
         self.vocab_size: int = text_config.vocab_size
-        start = text_config.bos_token_id if text_config.bos_token_id is not None else text_config.eos_token_id
-        self.empty_ids = [start]
+        bos = text_config.bos_token_id
+        # transformers' generate has no answer without the start token; its processor tokenizes an empty text.
+        self.empty_ids: list[int] = self.tokenizer("").input_ids if bos is None else [bos]
+        if not self.empty_ids:
+            raise ValueError(
+                f"text_config in {folder}/config.json must have bos_token_id, got none; add it, because the "
+                "tokenizer makes no token of an empty text"
+            )
         eos = text_config.eos_token_id
-        self.end_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.end_ids: frozenset[int] = frozenset(
+            eos if isinstance(eos, list) else [] if eos is None else [eos]
+        )
 
     def encode(self, prompt: str | None) -> list[int]:
         """Return the token ids of a prompt, which follow the queries.
@@ -112,7 +120,7 @@ class PromptTokenizer:
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
-        return [*token_ids, min(self.end_ids)]
+        return [*token_ids, *sorted(self.end_ids)[:1]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Detokenize generated ids, without end tokens and surrounding spaces."""
