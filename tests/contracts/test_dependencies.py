@@ -28,6 +28,7 @@ USED_WITHOUT_AN_IMPORT = {
     "mypy": "make types",
     "pytest-cov": "make coverage",
     "pytest-timeout": "--timeout in pyproject.toml",
+    "pytest-xdist": "make test",
     "ruff": "make lint",
     "setuptools": "builds the wheel",
     "types-pyyaml": "mypy reads it",
