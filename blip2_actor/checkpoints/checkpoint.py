@@ -25,6 +25,7 @@ from blip2_actor.checkpoints.download import (
     matches,
     write_whole,
 )
+from blip2_actor.checkpoints.image_processor import ImageProcessor
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -95,17 +96,34 @@ class Checkpoint:
         return Blip2Config.from_dict(raw)
 
     @cached_property
-    def image_processor(self) -> dict[str, Any]:
-        """Mean, std and rescale factor, from either of the two files in which transformers stores them."""
-        raw = self._json("preprocessor_config.json") or (self._json("processor_config.json") or {}).get(
-            "image_processor", {}
-        )
-        return {
-            # The defaults are CLIP's, as in transformers' BlipImageProcessor.
-            "mean": raw.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),
-            "std": raw.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
-            "rescale_factor": raw.get("rescale_factor", 1 / 255),
-        }
+    def image_processor(self) -> ImageProcessor:
+        """What the checkpoint's processor does to pixels.
+
+        Raises:
+            ValueError: it does something that is not supported.
+        """
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            stored = self._json(name) or {}
+            if name == "processor_config.json":
+                stored = stored.get("image_processor") or {}
+            if stored:
+                return ImageProcessor.of(stored, self.folder / name)
+        return ImageProcessor.of({}, self.folder)
+
+    def require_image_size(self, config: Blip2Config) -> int:
+        """Return the side of the square that the vision encoder takes, in pixels.
+
+        Raises:
+            ValueError: the image processor makes another size.
+        """
+        size_px: int = config.vision_config.image_size
+        processor_px = self.image_processor.size_px
+        if processor_px not in (None, size_px):
+            raise ValueError(
+                f"size of the image processor in {self.folder} must be the image_size of the vision encoder, "
+                f"{size_px}, got {processor_px}"
+            )
+        return size_px
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -203,7 +221,7 @@ def describe(
     config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=config.vision_config.image_size,
+        image_size_px=checkpoint.require_image_size(config),
         dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=config.vision_config.hidden_size,

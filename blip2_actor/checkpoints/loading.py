@@ -61,7 +61,7 @@ def load_model(
         language_model.tie_weights()
     if split is not None:
         split.attach()
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
@@ -72,5 +72,10 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
         model = Blip2Retrieval(config)
     model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint.folder, retrieval_rules(config.qformer_config.cross_attention_frequency))
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
+
+
+def _normalizer(checkpoint: Checkpoint) -> PixelNormalizer:
+    processor = checkpoint.image_processor
+    return PixelNormalizer(processor.mean, processor.std, processor.rescale_factor)

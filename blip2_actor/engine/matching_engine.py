@@ -70,11 +70,11 @@ class MatchingEngine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
+        self.image_size_px = checkpoint.require_image_size(checkpoint.retrieval_config)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
         self.tokenizer = load_tokenizer(checkpoint.folder, "bert")
-        self.image_size_px: int = self.model.config.vision_config.image_size
         size = full_encode_batch(self.model.config.vision_config, device)
         self._image_batches = ShrinkingBatches(size, "images")
         self._text_batches = ShrinkingBatches(size, "texts")

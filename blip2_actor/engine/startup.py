@@ -61,6 +61,7 @@ def start_model(
     place = resolve_device(device)
     prepare_device(place)
     checkpoint = resolve(model, revision)
+    image_size_px = checkpoint.require_image_size(checkpoint.config)
     loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
@@ -69,7 +70,6 @@ def start_model(
     has_encode_worker = is_plain_cpu and num_threads > 1
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
-    image_size_px = checkpoint.config.vision_config.image_size
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots)
     runner = ModelRunner(

@@ -8,7 +8,7 @@ Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis lette
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class PixelNormalizer(nn.Module):
     std: Tensor
     divisor: Tensor
 
-    def __init__(self, mean: list[float], std: list[float], rescale_factor: float) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> None:
         super().__init__()
         # The reference multiplies in float64 and rounds. A float32 division gives the same bits, a float32
         # product does not. The divisor is a tensor, because CUDA turns division by a Python number into a
