@@ -84,6 +84,9 @@ class EngineConfig(ModelConfig):
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
 
+    ignore_generation_config: bool = False
+    """Do not take options of generation that are not given from the checkpoint's generation_config.json."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("max_slots", "encode_batch")
@@ -104,7 +107,12 @@ class EngineConfig(ModelConfig):
         from blip2_actor.checkpoints.checkpoint import describe
 
         return describe(
-            self.model, self.revision, self.device, self.dtype, lambda checkpoint: checkpoint.config
+            self.model,
+            self.revision,
+            self.device,
+            self.dtype,
+            lambda checkpoint: checkpoint.config,
+            self.ignore_generation_config,
         )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:

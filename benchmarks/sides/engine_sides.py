@@ -26,7 +26,7 @@ from blip2_actor.models.vision import PixelNormalizer
 Work = list[tuple[int, "str | None", int]]
 """Index of the image, prompt, and forced number of new tokens of each text; with 0 it ends by itself within
 `MAX_NEW_TOKENS`."""
-MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
+MAX_NEW_TOKENS = GenerationOptions().resolve().max_new_tokens
 
 
 def smooth_noise(count: int, size_px: int) -> np.ndarray:

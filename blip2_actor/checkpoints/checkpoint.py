@@ -25,11 +25,13 @@ from blip2_actor.checkpoints.download import (
     matches,
     write_whole,
 )
+from blip2_actor.checkpoints.generation_config import read_generation_config
 from blip2_actor.checkpoints.image_processor import ImageProcessor
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
+GENERATION_CONFIG = "generation_config.json"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """Architecture of the checkpoints without a language model, such as blip2-itm-vit-g."""
 
@@ -109,6 +111,17 @@ class Checkpoint:
             if stored:
                 return ImageProcessor.of(stored, self.folder / name)
         return ImageProcessor.of({}, self.folder)
+
+    def generation_config(self, ignore: bool) -> dict[str, Any]:
+        """Return the options of `generation_config.json` that are not the defaults; none to ignore the file.
+
+        Raises:
+            ValueError: the file has an option that is not supported.
+        """
+        stored = None if ignore else self._json(GENERATION_CONFIG)
+        if stored is None:
+            return {}
+        return read_generation_config(stored, self.config.text_config, self.folder / GENERATION_CONFIG)
 
     def require_image_size(self, config: Blip2Config) -> int:
         """Return the side of the square that the vision encoder takes, in pixels.
@@ -201,7 +214,12 @@ def resolve(model: str, revision: str | None = None, with_weights: bool = True) 
 
 
 def describe(
-    model: str, revision: str | None, device: str, dtype: str, read: Callable[[Checkpoint], Blip2Config]
+    model: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    read: Callable[[Checkpoint], Blip2Config],
+    ignore_generation_config: bool = True,
 ) -> ModelInfo:
     """Describe a model without loading weights (see `EngineConfig.info`).
 
@@ -211,6 +229,7 @@ def describe(
         device: as in `ModelConfig.device`.
         dtype: as in `ModelConfig.dtype`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
+        ignore_generation_config: as in `EngineConfig`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.
@@ -227,4 +246,5 @@ def describe(
         vision_width=config.vision_config.hidden_size,
         qformer_width=config.qformer_config.hidden_size,
         num_queries=config.num_query_tokens,
+        generation_config=checkpoint.generation_config(ignore_generation_config),
     )

@@ -5,6 +5,7 @@ It runs in the engine's thread, like everything that computes.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
+
+logger = logging.getLogger(__name__)
 
 RECORDS_FOLDER = CACHE_FOLDER / "canary"
 """Records of self-tests. The folder keeps its first name, so that an upgrade finds the records before it."""
@@ -51,6 +54,7 @@ def start_model(
     device_map: str | None,
     skip_self_test: bool,
     skip_cuda_graphs: bool,
+    ignore_generation_config: bool,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -62,6 +66,9 @@ def start_model(
     prepare_device(place)
     checkpoint = resolve(model, revision)
     image_size_px = checkpoint.require_image_size(checkpoint.config)
+    generation_config = checkpoint.generation_config(ignore_generation_config)
+    if generation_config:
+        logger.info("Options of the checkpoint's generation_config.json: %s", generation_config)
     loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
@@ -71,7 +78,7 @@ def start_model(
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
-    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots)
+    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots, generation_config)
     runner = ModelRunner(
         loaded,
         sizes.max_slots,

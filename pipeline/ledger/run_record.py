@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
-from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint
 from pipeline.storage.folder import Folder
 
 FORMAT_VERSION = 1
@@ -33,6 +33,14 @@ class Run:
     settings: Mapping[str, Any]
     """The command's settings as plain values, so that `retry` and `status` need only the output folder."""
     shards: tuple[Shard, ...]
+
+    @property
+    def uses_generation_config(self) -> bool:
+        """Whether the checkpoint's `generation_config.json` has set options of the run.
+
+        It has not in runs of the versions that did not read it, and they must go on without it.
+        """
+        return GENERATION_CONFIG in self.fingerprint.parts
 
 
 def write_run(folder: Folder, run: Run) -> None:

@@ -48,6 +48,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = settings.job()
     engine = engine or job.builder
     info = engine.info()
+    job = job.resolved(info)
     job.spec(engine).check(info)
     shards = list_shards(job.input, format=job.format, limit=job.limit)
     check_options(shards, job.read_options)

@@ -30,11 +30,14 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
         RayStartFailed: the cluster cannot be reached.
     """
-    engine = engine or settings.builder
-    info = engine.info()
-    settings.spec(engine).check(info)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
+    if run is not None and not run.uses_generation_config:
+        settings = settings.without_generation_config()
+    engine = engine or settings.builder
+    info = engine.info()
+    settings = settings.resolved(info)
+    settings.spec(engine).check(info)
     shards = run.shards if run is not None else _list_shards(settings, ledger)
     info = info_where_it_runs(engine, info, settings.placement)
     fingerprint = settings.fingerprint(info)
@@ -66,6 +69,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     first = dataclasses.replace(
         first, output=settings.output, placement=settings.placement, limits=settings.limits(first.limits)
     )
+    if not run.uses_generation_config:
+        first = first.without_generation_config()
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)
     first.fingerprint(info).require_same(run.fingerprint, str(ledger))
