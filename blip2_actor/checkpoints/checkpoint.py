@@ -123,18 +123,31 @@ class Checkpoint:
             return {}
         return read_generation_config(stored, self.config.text_config, self.folder / GENERATION_CONFIG)
 
-    def require_image_size(self, config: Blip2Config) -> int:
+    def require_image_size(self, config: Blip2Config, asked_px: int | None = None) -> int:
         """Return the side of the square that the vision encoder takes, in pixels.
 
+        Args:
+            config: of this checkpoint.
+            asked_px: size for which its positions are interpolated; None takes the checkpoint's own.
+
         Raises:
-            ValueError: the image processor makes another size.
+            ValueError: the asked size does not consist of whole patches, or no size is asked and the image
+                processor makes another one than the checkpoint's.
         """
+        if asked_px is not None:
+            patch_px = config.vision_config.patch_size
+            if asked_px % patch_px:
+                raise ValueError(
+                    f"image_size_px must be a multiple of the patch size of {self.folder}, {patch_px}, got "
+                    f"{asked_px}; the nearest is {max(round(asked_px / patch_px), 1) * patch_px}"
+                )
+            return asked_px
         size_px: int = config.vision_config.image_size
         processor_px = self.image_processor.size_px
         if processor_px not in (None, size_px):
             raise ValueError(
                 f"size of the image processor in {self.folder} must be the image_size of the vision encoder, "
-                f"{size_px}, got {processor_px}"
+                f"{size_px}, got {processor_px}; set image_size_px to the size that you want"
             )
         return size_px
 
@@ -220,6 +233,7 @@ def describe(
     dtype: str,
     read: Callable[[Checkpoint], Blip2Config],
     ignore_generation_config: bool = True,
+    image_size_px: int | None = None,
 ) -> ModelInfo:
     """Describe a model without loading weights (see `EngineConfig.info`).
 
@@ -229,7 +243,7 @@ def describe(
         device: as in `ModelConfig.device`.
         dtype: as in `ModelConfig.dtype`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
-        ignore_generation_config: as in `EngineConfig`.
+        ignore_generation_config, image_size_px: as in `EngineConfig`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.
@@ -240,7 +254,7 @@ def describe(
     config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=checkpoint.require_image_size(config),
+        image_size_px=checkpoint.require_image_size(config, image_size_px),
         dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=config.vision_config.hidden_size,

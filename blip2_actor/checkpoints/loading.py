@@ -19,7 +19,11 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, device_map: str | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    image_size_px: int | None = None,
 ) -> Blip2:
     """Load a captioning model.
 
@@ -31,6 +35,7 @@ def load_model(
         device: of the model; if `device_map` splits the model, of its inputs.
         dtype: of the weights, except those that must keep another dtype.
         device_map: as in `EngineConfig.device_map`.
+        image_size_px: size of the images, if it is not the checkpoint's own.
 
     Raises:
         ValueError: the tensors do not match the configuration, or `device_map` names a module or a device
@@ -59,6 +64,9 @@ def load_model(
     load_weights(model, checkpoint.folder, rules)
     if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
         language_model.tie_weights()
+    if image_size_px is not None:
+        model.vision.resize(image_size_px)
+        config.vision_config.image_size = image_size_px  # which sizes batches and memory
     if split is not None:
         split.attach()
     model.normalizer = _normalizer(checkpoint).to(device)

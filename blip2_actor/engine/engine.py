@@ -70,6 +70,7 @@ class Engine:
                 skip_self_test=config.skip_self_test,
                 skip_cuda_graphs=config.skip_cuda_graphs,
                 ignore_generation_config=config.ignore_generation_config,
+                image_size_px=config.image_size_px,
             )
 
         self._core = EngineCore(start, config.num_threads)

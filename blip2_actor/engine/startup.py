@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
@@ -55,6 +55,7 @@ def start_model(
     skip_self_test: bool,
     skip_cuda_graphs: bool,
     ignore_generation_config: bool,
+    image_size_px: int | None,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -65,11 +66,11 @@ def start_model(
     place = resolve_device(device)
     prepare_device(place)
     checkpoint = resolve(model, revision)
-    image_size_px = checkpoint.require_image_size(checkpoint.config)
+    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
     generation_config = checkpoint.generation_config(ignore_generation_config)
     if generation_config:
         logger.info("Options of the checkpoint's generation_config.json: %s", generation_config)
-    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
+    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map, image_size_px)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
@@ -78,7 +79,7 @@ def start_model(
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
-    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots, generation_config)
+    input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config)
     runner = ModelRunner(
         loaded,
         sizes.max_slots,
@@ -86,19 +87,21 @@ def start_model(
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
+    # With images of another size the model writes other captions, which are compared with each other.
+    record_of = checkpoint.digest() + ("" if image_size_px is None else f" {image_size_px} px")
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         has_encode_worker=has_encode_worker,
-        self_test=_test(runner, prompts, image_size_px, checkpoint) if has_self_test else None,
+        self_test=_test(runner, prompts, size_px, record_of) if has_self_test else None,
     )
 
 
 def _test(
-    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, checkpoint: Checkpoint
+    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, record_of: str
 ) -> self_test.SelfTestRecord:
     record = self_test.check(runner, prompts.empty_ids, image_size_px)
-    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest(), runner.dtype)
+    self_test.compare_with_last(record, RECORDS_FOLDER, record_of, runner.dtype)
     return record
