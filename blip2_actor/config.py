@@ -83,7 +83,6 @@ class EngineConfig(ModelConfig):
     start if the results differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
-
     image_size_px: int | None = None
     """Size to which images are resized, if it is not the checkpoint's: a multiple of its patch size. The
     position embeddings are interpolated; a larger size shows more detail and takes longer."""

@@ -68,14 +68,15 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
     if options.get("do_sample"):
         options.setdefault("top_k", TOP_K_OF_SAMPLING)
     try:
-        resolved = GenerationOptions().resolve(options)
+        for name, value in options.items():
+            GenerationOptions(**{name: value})
+        GenerationOptions().resolve(options)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{file} must have options that can be used: {error}; correct the file, or set "
             "ignore_generation_config"
         ) from error
-    values = {name: getattr(resolved, name) for name in options}
-    return {name: value for name, value in values.items() if value != DEFAULTS[name]}
+    return {name: value for name, value in options.items() if value != DEFAULTS[name]}
 
 
 def _is_harmless(name: str, value: object, given: Mapping[str, Any], text: PreTrainedConfig) -> bool:

@@ -52,6 +52,16 @@ def test_info_lists_what_the_file_changes(checkpoint_folder: Callable[..., Path]
     assert config.info().generation_config == {"do_sample": True, "top_k": 50}
 
 
+def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = {"length_penalty": -1.0, "temperature": 0.7}
+    stored = _config(checkpoint_folder("opt"), tmp_path, content).info().generation_config
+    assert GenerationOptions().resolve(stored) == GenerationOptions().resolve()
+    assert GenerationOptions(num_beams=3).resolve(stored).length_penalty == -1.0
+    assert GenerationOptions(do_sample=True).resolve(stored).temperature == 0.7
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
