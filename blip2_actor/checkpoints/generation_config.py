@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -77,6 +78,28 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
             "ignore_generation_config"
         ) from error
     return {name: value for name, value in options.items() if value != DEFAULTS[name]}
+
+
+def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
+    """Set the special tokens that a configuration of the language model leaves out, as transformers does.
+
+    A T5 starts its answers with `decoder_start_token_id`, or else with `bos_token_id`.
+
+    Raises:
+        ValueError: a T5 has neither.
+    """
+    text.bos_token_id = getattr(text, "bos_token_id", None)
+    if text.model_type == "t5":
+        start = getattr(text, "decoder_start_token_id", None)
+        text.decoder_start_token_id = text.bos_token_id if start is None else start
+        if text.decoder_start_token_id is None:
+            raise ValueError(
+                f"text_config in {folder}/config.json must have decoder_start_token_id or bos_token_id, got "
+                "neither; T5 models usually start with their pad token, 0"
+            )
+    if text.pad_token_id is None:
+        eos = text.eos_token_id
+        text.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
 def _is_harmless(name: str, value: object, given: Mapping[str, Any], text: PreTrainedConfig) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Blip2VisionConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, the defaults of `BlipImageProcessor`."""
@@ -79,6 +80,32 @@ class ImageProcessor:
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         assert mean is not None and std is not None
         return cls(mean, std, rescale_factor, size_px)
+
+    def image_size(self, vision: Blip2VisionConfig, asked_px: int | None) -> int:
+        """Return the side of the square that the vision encoder takes, in pixels.
+
+        Args:
+            vision: configuration of the vision encoder.
+            asked_px: size for which its positions are interpolated; None takes the checkpoint's own.
+
+        Raises:
+            ValueError: the asked size does not consist of whole patches, or no size is asked and the
+                processor makes another one than the checkpoint's.
+        """
+        if asked_px is None:
+            if self.size_px not in (None, vision.image_size):
+                raise ValueError(
+                    f"size of the image processor must be the image_size of the vision encoder, "
+                    f"{vision.image_size}, got {self.size_px}; set image_size_px to the size that you want"
+                )
+            return int(vision.image_size)
+        if asked_px % vision.patch_size:
+            nearest_px = max(round(asked_px / vision.patch_size), 1) * vision.patch_size
+            raise ValueError(
+                f"image_size_px must be a multiple of the model's patch size, {vision.patch_size}, got "
+                f"{asked_px}; the nearest is {nearest_px}"
+            )
+        return asked_px
 
 
 _NORMALIZATION = (("image_mean", MEAN), ("image_std", STD))

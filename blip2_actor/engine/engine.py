@@ -60,6 +60,7 @@ class Engine:
             return start_model(
                 model=config.model,
                 revision=config.revision,
+                adapter=config.adapter,
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=num_threads,

@@ -45,6 +45,7 @@ def start_model(
     *,
     model: str,
     revision: str | None,
+    adapter: str | None,
     device: str,
     dtype: str,
     num_threads: int,
@@ -65,7 +66,7 @@ def start_model(
     """
     place = resolve_device(device)
     prepare_device(place)
-    checkpoint = resolve(model, revision)
+    checkpoint = resolve(model, revision, adapter=adapter)
     size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
     generation_config = checkpoint.generation_config(ignore_generation_config)
     if generation_config:

@@ -98,5 +98,5 @@ def test_a_processor_for_another_size_is_refused_before_work(tmp_path: Path) -> 
         if path.name not in ("processor_config.json", "preprocessor_config.json"):
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(STORED))
-    with pytest.raises(ValueError, match=r"^size of the image processor .* must be .* 64, got 28"):
+    with pytest.raises(ValueError, match=r"^size of the image processor must be .* 64, got 28"):
         EngineConfig(model=str(tmp_path), device="cpu").info()
