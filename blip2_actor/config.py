@@ -86,10 +86,15 @@ class EngineConfig(ModelConfig):
     start if the results differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
+    image_size_px: int | None = None
+    """Size to which images are resized, if it is not the checkpoint's: a multiple of its patch size. The
+    position embeddings are interpolated; a larger size shows more detail and takes longer."""
+    ignore_generation_config: bool = False
+    """Do not take options of generation that are not given from the checkpoint's generation_config.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("max_slots", "encode_batch")
+        self._require_positive("max_slots", "encode_batch", "image_size_px")
         if self.adapter == "":
             raise ValueError("adapter must be a hub name or a folder, got an empty string")
         if self.device_map is not None:
@@ -115,6 +120,8 @@ class EngineConfig(ModelConfig):
             self.dtype,
             lambda checkpoint: checkpoint.config,
             adapter=self.adapter,
+            ignore_generation_config=self.ignore_generation_config,
+            image_size_px=self.image_size_px,
         )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:

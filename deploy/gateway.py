@@ -32,7 +32,6 @@ class Gateway:
     model: ModelInfo
 
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
-        self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
         self.timeout_s = settings.timeout_s
         self._max_in_flight = settings.max_in_flight
@@ -40,6 +39,7 @@ class Gateway:
         self._captioner = captioner
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await captioner.info.remote()
+        self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
         self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
         self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
         logger.info("%s", self._decoder.sandbox_report())

@@ -107,6 +107,7 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
         ValueError: as `caption`.
     """
     info = spec.engine.info()
+    spec = spec.resolved(info)
     spec.check(info)
     _check_columns(ds.columns() or [], spec)
     if not ray.is_initialized():

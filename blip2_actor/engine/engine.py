@@ -74,6 +74,8 @@ class Engine:
                 device_map=config.device_map,
                 skip_self_test=config.skip_self_test,
                 skip_cuda_graphs=config.skip_cuda_graphs,
+                ignore_generation_config=config.ignore_generation_config,
+                image_size_px=config.image_size_px,
             )
 
         self._core = EngineCore(start, config.num_threads)
@@ -94,7 +96,8 @@ class Engine:
         """Serve a list of requests and wait for them.
 
         Args:
-            options: used by requests that have none of their own.
+            options: used by requests that have none of their own. Options that are not given are those of the
+                checkpoint's `generation_config.json`, or else the defaults.
 
         Returns:
             One result per request, in order. A bad image or prompt is a result with a status.
@@ -125,7 +128,7 @@ class Engine:
             ValueError: the request asks for several beams or texts, or was refused.
         """
         self._core.require_caller_may_wait()
-        chosen = request.options or options
+        chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
         texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()

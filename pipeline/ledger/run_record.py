@@ -24,7 +24,7 @@ from pipeline.inputs.find_files import same_place
 from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
-from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
+from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
@@ -51,6 +51,14 @@ class Run:
     def schema_version(self) -> int:
         """The version of the row contract in which the run was begun, and is finished."""
         return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
+
+    @property
+    def uses_generation_config(self) -> bool:
+        """Whether the checkpoint's `generation_config.json` has set options of the run.
+
+        It has not in runs of the versions that did not read it, and they must go on without it.
+        """
+        return GENERATION_CONFIG in self.fingerprint.parts
 
     @property
     def inputs(self) -> tuple[str, ...]:

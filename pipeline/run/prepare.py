@@ -36,11 +36,14 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
         RayStartFailed: the cluster cannot be reached.
     """
-    engine = engine or settings.builder
-    info = engine.info()
-    settings.spec(engine).check(info)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
+    if run is not None and not run.uses_generation_config:
+        settings = settings.without_generation_config()
+    engine = engine or settings.builder
+    info = engine.info()
+    settings = settings.resolved(info)
+    settings.spec(engine).check(info)
     listing = _list_input(settings, ledger) if run is None else None
     info = info_where_it_runs(engine, info, settings.placement)
     if run is not None and settings.fork and not _continues(run, settings, info):
@@ -80,6 +83,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
             else settings.max_failed_fraction
         ),
     )
+    if not run.uses_generation_config:
+        first = first.without_generation_config()
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))

@@ -18,11 +18,13 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
-from pipeline.settings.fingerprint import ADDED_LATER, Fingerprint
+from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, Fingerprint
 from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 
+NO_TEXT = hiding("ignore_generation_config")
+"""Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
 OF_ONE_START = ("add_new", "redo_changed")
@@ -101,8 +103,11 @@ class CaptionSettings(JobSettings):
     @property
     def builder(self) -> EngineBuilder:
         """Builds the engine that the outputs need: of the captioning model or of the retrieval checkpoint."""
-        builder = self.outputs.matching(self.engine) if self.outputs.only_matches else self.engine
-        return typing.cast(EngineBuilder, builder)
+        if self.outputs.only_matches:
+            return typing.cast(EngineBuilder, self.outputs.matching(self.engine))
+        if not self.outputs.caption and not self.outputs.ask:  # no text is generated
+            return dataclasses.replace(self.engine, ignore_generation_config=True)
+        return self.engine
 
     def spec(self, engine: EngineBuilder | None = None) -> CaptionSpec:
         """Return what the caption stage makes of the tables that the readers of this job yield.
@@ -134,6 +139,15 @@ class CaptionSettings(JobSettings):
         """Which files of the input are read."""
         return Patterns(self.include, self.exclude)
 
+    def resolved(self, info: ModelInfo) -> CaptionSettings:
+        """Return the settings with a value for every option of generation; see `CaptionSpec.resolved`."""
+        return dataclasses.replace(self, generation=self.generation.resolve(info.generation_config))
+
+    def without_generation_config(self) -> CaptionSettings:
+        """Return the settings of a run that does not read the checkpoint's `generation_config.json`."""
+        engine = dataclasses.replace(self.engine, ignore_generation_config=True)
+        return dataclasses.replace(self, engine=engine)
+
     @property
     def read_options(self) -> ReadOptions:
         """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
@@ -159,7 +173,8 @@ class CaptionSettings(JobSettings):
             "model": info.digest,
             "dtype": info.dtype,
             "prompt": self.prompt,
-            "options": dataclasses.asdict(self.generation),
+            "options": dataclasses.asdict(self.generation.resolve(info.generation_config)),
+            GENERATION_CONFIG: info.generation_config,
             "outputs": self.outputs.parts,
             "score_model": self.outputs.score_digest(self.engine, info),
             "image": {
@@ -195,6 +210,8 @@ class EmbedSettings(JobSettings):
     embed: tuple[str, ...] = field(default=("embedding=qformer",), metadata=written_as(FORMS["embed"]))
     """Column NAME of float32 vectors; KIND is vision (pooled output of the vision encoder),
     qformer (mean of the Q-Former's queries) or queries (every query)."""
+    engine: EngineConfig = field(default=EngineConfig(), metadata=NO_TEXT)
+    """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS, "prompt_column"))
     """columns and members"""
 
@@ -221,6 +238,8 @@ class ScoreSettings(JobSettings):
     score_kind: ScoreKind | None = None
     """Score of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of
     their contrastive embeddings; default: itm."""
+    engine: EngineConfig = field(default=EngineConfig(), metadata=NO_TEXT)
+    """model and device"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

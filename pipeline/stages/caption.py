@@ -35,12 +35,13 @@ class CaptionStage:
     def __init__(self, spec: CaptionSpec) -> None:
         """Start the engine that a spec names."""
         exit_without_destructors()
-        self._spec = spec
-        outputs, options = spec.outputs, spec.options
+        outputs = spec.outputs
         matching = outputs.matching(spec.engine)
         # The second engine comes first, because the captioning engine takes the memory that is still free.
         score_engine = None if matching is None or outputs.only_matches else matching.build()
-        self.actor = Blip2Actor(spec.engine, options)
+        self.actor = Blip2Actor(spec.engine, spec.options)
+        self._spec = spec = spec.resolved(self.actor.info)
+        options = spec.options
         self.named = outputs.fields(self.actor.info)
         self.captioned = outputs.caption
         self.fields = spec.fields(self.actor.info)
