@@ -6,7 +6,7 @@ is uint8[H, W, 3].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -16,11 +16,18 @@ from blip2_actor.status import Status
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
     from blip2_actor.engine.encoded_image import EncodedImage
 
 ImageLike = Union[bytes, "Image", "np.ndarray", "EncodedImage"]
 """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
+
+LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
+"""A function of int64[N, T], the token ids so far, and float32[N, V], their scores, that returns new scores.
+
+N is 1, or num_beams in beam search. Image tokens and prompt are the first ids, as the reference's logits
+processors see them. The processors of `transformers.LogitsProcessorList` have this form."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
@@ -43,6 +50,10 @@ class Request:
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
     """Options of this request, in place of those of the call."""
+    logits_processor: LogitsProcessor | None = None
+    """Changes the scores of each step, after the options' own logits processors and before temperature, top_k
+    and so on. It runs in the engine's thread. If it raises, the result has the status `failed`. After a lack
+    of memory, the text may begin again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,8 +69,7 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
     if options.get("do_sample"):
         options.setdefault("top_k", TOP_K_OF_SAMPLING)
     try:
-        for name, value in options.items():
-            GenerationOptions(**{name: value})
+        options = {name: getattr(GenerationOptions(**{name: value}), name) for name, value in options.items()}
         GenerationOptions().resolve(options)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
@@ -84,15 +85,19 @@ class InputProcessor:
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
+        self._check_token_ids(options)
+        processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
 
         def make_searches() -> Searches:
             if options.num_beams > 1:
-                return [BeamSearch(options, prefix_ids, self.prompts)]
+                return [BeamSearch(options, prefix_ids, self.prompts, processor)]
             on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
-            return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
+            return [
+                TextSearch(options, prefix_ids, self.prompts, seed, on_token, processor) for seed in seeds
+            ]
 
         return RequestState(image, prompt_ids, options, make_searches)
 
@@ -143,6 +148,16 @@ class InputProcessor:
                 f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
                 "raise max_slots",
             )
+
+    def _check_token_ids(self, options: GenerationOptions) -> None:
+        vocabulary_size = self.model.language_model.lm_head.out_features
+        bad_ids = chain.from_iterable(options.bad_words_ids)
+        for name, ids in (("suppress_tokens", options.suppress_tokens), ("bad_words_ids", bad_ids)):
+            largest = max(ids, default=0)
+            if largest >= vocabulary_size:
+                raise RequestRefused(
+                    Status.REFUSED, f"{name} must be token ids below {vocabulary_size}, got {largest}"
+                )
 
     def _text_sender(
         self, on_text: Callable[[str], None], stop: Sequence[str]

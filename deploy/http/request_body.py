@@ -23,6 +23,8 @@ from deploy.http.errors import ApiError, bad_request
 FIELDS = ("image", "prompt", "options")
 MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
 """What one caller may ask of a shared engine; more would crowd out the other requests."""
+MAX_TOKEN_IDS = 256
+"""Maximum number of token ids that one option names; they are looked at in every step."""
 MAX_TEXT_CHARS = 8_192
 """Maximum length of a prompt; the model's own limit, in tokens, is lower."""
 
@@ -152,7 +154,7 @@ def _call(fields: Mapping[str, Any], defaults: GenerationOptions, max_image_byte
 
 def _option(name: str, value: object) -> Any:
     if name not in _OPTION_TYPES:
-        raise bad_request(f"{name} is not an option; the options are {', '.join(_OPTION_TYPES)}")
+        raise bad_request(GenerationOptions.explain_unknown(name))
     try:
         # Through JSON, in which a list is accepted for a tuple.
         parsed = _OPTION_TYPES[name].validate_json(json.dumps(value))
@@ -163,6 +165,9 @@ def _option(name: str, value: object) -> Any:
         raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
     if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
         raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
+    num_ids = {"suppress_tokens": len, "bad_words_ids": lambda words: sum(map(len, words))}
+    if name in num_ids and num_ids[name](parsed) > MAX_TOKEN_IDS:
+        raise bad_request(f"options: {name} must have at most {MAX_TOKEN_IDS} token ids")
     return parsed
 
 

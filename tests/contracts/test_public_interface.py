@@ -34,6 +34,7 @@ PUBLIC = [
     "GenerationOptions",
     "ImageLike",
     "ImageLimits",
+    "LogitsProcessor",
     "Match",
     "MatchingConfig",
     "MatchingEngine",

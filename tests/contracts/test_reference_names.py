@@ -48,7 +48,7 @@ def reference_names() -> Iterator[str]:
     assert spec.origin is not None
     for file in FILES:
         tree = ast.parse((Path(spec.origin).parent / "models/blip_2" / file).read_text(encoding="utf-8"))
-        (exported,) = [ast.literal_eval(n.value) for n in tree.body if _assigns_all(n)]
+        exported = _exported(tree)
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 yield node.name
@@ -56,8 +56,13 @@ def reference_names() -> Iterator[str]:
                     yield from _members(node)
 
 
-def _assigns_all(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+def _exported(tree: ast.Module) -> list[str]:
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    return list(names)
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:
