@@ -55,7 +55,9 @@ class CaptionService(Protocol):
 
 def create_api(service: CaptionService) -> FastAPI:
     """Return the application whose routes call a service."""
-    api = FastAPI(title="BLIP-2", description="Captions and answers for images.", version="1")
+    api = FastAPI(
+        title="BLIP-2", description="Captions and answers for images.", version="1", redirect_slashes=False
+    )
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(Exception, _answer_anything_else)
