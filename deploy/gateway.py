@@ -7,7 +7,9 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
@@ -15,6 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import DecodedImage, DecodePool, GenerationOptions, ModelInfo, Result, Status
+from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.http.request_body import CaptionCall
@@ -31,7 +34,7 @@ class Gateway:
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
-        self.timeout_s = settings.timeout_s
+        self._timeout_s = settings.timeout_s
         self._max_in_flight = settings.max_in_flight
         self._num_in_flight = 0
         self._captioner = captioner
@@ -44,14 +47,20 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self)
 
-    def admit(self) -> None:
+    @asynccontextmanager
+    async def admit(self, cost: Cost) -> AsyncIterator[None]:
         if self._num_in_flight >= self._max_in_flight:
             message = f"{self._num_in_flight} requests are being served; try again in {RETRY_AFTER_S} s"
             raise ApiError(503, "overloaded", message)
         self._num_in_flight += 1
-
-    def leave(self) -> None:
-        self._num_in_flight -= 1
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except TimeoutError:
+            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
+            raise ApiError(504, "timeout", message) from None
+        finally:
+            self._num_in_flight -= 1
 
     async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
         image = await self._decode(call.image)

@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from deploy.guard.front import CALLBACK
 from deploy.settings import ServeSettings
 
 APPLICATION = "blip2"
@@ -37,6 +38,7 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     # No other process knows the token of this cluster, and no token file is left behind.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.update([CALLBACK])
     import ray
     from ray import serve
 

@@ -5,7 +5,7 @@ It imports no Ray. `create_api` takes any service that can caption a call, so th
 
 from __future__ import annotations
 
-import asyncio
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from blip2_actor import GenerationOptions, ModelInfo, Result
+from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError
 from deploy.http.request_body import FIELDS, CaptionCall, read_call
 from deploy.http.scene import draw_scene_png
@@ -33,13 +34,15 @@ class CaptionService(Protocol):
     model: ModelInfo
     options: GenerationOptions
     max_image_bytes: int
-    timeout_s: float
 
-    def admit(self) -> None:
-        """Raise ApiError 503 when too many requests are served; else count one more, until `leave`."""
+    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Hold what a request costs while the block runs, and end the block when its time is over.
+
+        Raises:
+            ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
+                when the time is over.
+        """
         ...
-
-    def leave(self) -> None: ...
 
     async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
         """Return an ok result, and the width and height of the original image; or raise ApiError."""
@@ -52,7 +55,9 @@ class CaptionService(Protocol):
 
 def create_api(service: CaptionService) -> FastAPI:
     """Return the application whose routes call a service."""
-    api = FastAPI(title="BLIP-2", description="Captions and answers for images.", version="1")
+    api = FastAPI(
+        title="BLIP-2", description="Captions and answers for images.", version="1", redirect_slashes=False
+    )
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(Exception, _answer_anything_else)
@@ -60,16 +65,9 @@ def create_api(service: CaptionService) -> FastAPI:
     @api.post("/v1/caption", openapi_extra=_caption_body())
     async def caption(request: Request) -> JSONResponse:
         """Caption one image, or continue a prompt about it."""
-        service.admit()
-        try:
-            async with asyncio.timeout(service.timeout_s):
-                call = await read_call(request, service.options, service.max_image_bytes)
-                result, width, height = await service.caption(call)
-        except TimeoutError:
-            message = f"no caption within {service.timeout_s:g} s; try again, or request fewer tokens"
-            raise ApiError(504, "timeout", message) from None
-        finally:
-            service.leave()
+        call = await read_call(request, service.options, service.max_image_bytes)
+        async with service.admit(cost_of(call.options, num_image_bytes=len(call.image))):
+            result, width, height = await service.caption(call)
         return JSONResponse(_caption_answer(result, width, height, service.model.model))
 
     @api.get("/v1/model")

@@ -6,11 +6,13 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 
 from blip2_actor import Completion, GenerationOptions, ModelInfo, Result
+from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError
 from deploy.http.request_body import CaptionCall
@@ -25,21 +27,22 @@ class EchoService:
         self.model = ModelInfo(model="demo", image_size_px=64, dtype="float32", digest="d")
         self.options = GenerationOptions(max_new_tokens=7)
         self.max_image_bytes = 1000
-        self.timeout_s = 60.0
+        self.costs: list[Cost] = []
         self.num_in_flight = 0
         self.calls: list[CaptionCall] = []
-        self.hold: asyncio.Event | None = None
 
-    def admit(self) -> None:
+    @asynccontextmanager
+    async def admit(self, cost: Cost) -> AsyncIterator[None]:
+        self.costs.append(cost)
         self.num_in_flight += 1
-
-    def leave(self) -> None:
-        self.num_in_flight -= 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
 
     async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
         self.calls.append(call)
-        if self.hold is not None:
-            await self.hold.wait()
+        assert self.num_in_flight == 1, "a request must be admitted before it is served"
         if call.prompt == "raise":
             raise RuntimeError("a secret of the service")
         texts = [f"text {n}" for n in range(call.options.num_return_sequences)]
@@ -201,10 +204,9 @@ def test_an_image_beyond_the_limit_is_413(service: EchoService) -> None:
     assert error_of(ask(service, "POST", "/v1/caption", files=big))[:2] == (413, "too_large")
 
 
-def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted(service: EchoService) -> None:
-    service.timeout_s = 0.01
-    service.hold = asyncio.Event()
-    assert error_of(post_form(service))[:2] == (504, "timeout")
+def test_a_request_is_admitted_by_its_cost(service: EchoService) -> None:
+    post_form(service, options='{"num_beams": 3, "num_return_sequences": 2}')
+    assert service.costs == [Cost(slots=3, steps=7, image_bytes=len(IMAGE))]
     assert service.num_in_flight == 0
 
 

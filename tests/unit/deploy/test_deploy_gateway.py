@@ -15,6 +15,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
+from deploy.guard.cost import cost_of
 from deploy.http.errors import ApiError
 from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
@@ -111,14 +112,30 @@ def test_every_status_but_ok_is_an_error_of_its_name() -> None:
     ]
 
 
+COST = cost_of(GenerationOptions())
+
+
 def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
     async def ask() -> None:
         async with gateway(Handle(None), max_in_flight=1) as made:
-            made.admit()
-            with pytest.raises(ApiError) as caught:
-                made.admit()
-            assert (caught.value.code, caught.value.type) == (503, "overloaded")
-            made.leave()
-            made.admit()
+            async with made.admit(COST):
+                with pytest.raises(ApiError) as caught:
+                    async with made.admit(COST):
+                        pass
+                assert (caught.value.code, caught.value.type) == (503, "overloaded")
+            async with made.admit(COST):
+                pass
+
+    asyncio.run(ask())
+
+
+def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted() -> None:
+    async def ask() -> None:
+        async with gateway(Handle(None), max_in_flight=1, timeout_s=0.02) as made:
+            for _ in range(2):
+                with pytest.raises(ApiError) as caught:
+                    async with made.admit(COST):
+                        await asyncio.Event().wait()
+                assert (caught.value.code, caught.value.type) == (504, "timeout")
 
     asyncio.run(ask())
