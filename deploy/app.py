@@ -75,5 +75,5 @@ def compose(
         captioner: Serve's deployment options of the captioners.
         gateway: Serve's deployment options of the gateways.
     """
-    engines = CAPTIONER.options(**(captioner or {})).bind(engine, settings.options)
+    engines = CAPTIONER.options(**(captioner or {})).bind(engine, settings.options, settings.matching)
     return GATEWAY.options(**(gateway or {})).bind(engines, settings)

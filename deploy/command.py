@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         require_packages(PROG, NEEDS, "serve")
         settings = build(ServeSettings, vars(given))
         _refuse_taken_port(settings.host, settings.port)
-        settings.engine.info()
+        settings.check_models()
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig
 from blip2_actor.flags import prefixed
 
 MAX_IN_FLIGHT = 1000
@@ -37,6 +37,11 @@ class Settings:
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""
+    score_model: str | None = None
+    """Retrieval checkpoint that compares images with texts, next to the captioning model, such as
+    Salesforce/blip2-itm-vit-g."""
+    score_revision: str | None = None
+    """Commit, tag or branch of --score-model."""
     timeout_s: float = 60.0
     """Seconds from the first byte of a request to its caption; after that the answer is 504."""
     max_in_flight: int = 512
@@ -46,7 +51,32 @@ class Settings:
     decode_children: int = 2
     """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
 
+    @property
+    def matching(self) -> MatchingConfig | None:
+        """The retrieval checkpoint, with the device, dtype and threads of the engine; None without one."""
+        if self.score_model is None:
+            return None
+        shared = {name: getattr(self.engine, name) for name in ("device", "dtype", "num_threads")}
+        return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
+
+    def check_models(self) -> None:
+        """Refuse models that cannot be served, without loading weights.
+
+        Raises:
+            ValueError: a checkpoint cannot be run, or the two take images of different sizes.
+            OSError: a checkpoint cannot be found or fetched.
+        """
+        size_px = self.engine.info().image_size_px
+        found = None if self.matching is None else self.matching.info()
+        if found is not None and found.image_size_px != size_px:
+            raise ValueError(
+                f"score_model must take images of {size_px} px as the model does, got "
+                f"{found.image_size_px} px"
+            )
+
     def __post_init__(self) -> None:
+        if self.score_revision is not None and self.score_model is None:
+            raise ValueError("score_revision must be left out without score_model; name the checkpoint")
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:

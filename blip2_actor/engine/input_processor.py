@@ -95,8 +95,7 @@ class InputProcessor:
             if options.num_beams > 1:
                 return [BeamSearch(options, prefix_ids, self.prompts)]
             count = options.num_return_sequences
-            sends = on_text is not None and count == 1
-            on_token = self._text_sender(on_text, options.stop) if sends else None
+            on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
 
