@@ -7,17 +7,17 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, DecodePool, GenerationOptions, ModelInfo, Result, Status
+from blip2_actor import GenerationOptions, ModelInfo, Result, Status
+from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
+from deploy.guard.decoding import Decoding
 from deploy.http.api import create_api
 from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.http.request_body import CaptionCall
@@ -34,36 +34,22 @@ class Gateway:
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
-        self._timeout_s = settings.timeout_s
-        self._max_in_flight = settings.max_in_flight
-        self._num_in_flight = 0
+        self._admission = Admission(
+            slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
+        )
         self._captioner = captioner
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await captioner.info.remote()
-        self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
-        self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
-        self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
+        self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self)
 
-    @asynccontextmanager
-    async def admit(self, cost: Cost) -> AsyncIterator[None]:
-        if self._num_in_flight >= self._max_in_flight:
-            message = f"{self._num_in_flight} requests are being served; try again in {RETRY_AFTER_S} s"
-            raise ApiError(503, "overloaded", message)
-        self._num_in_flight += 1
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError:
-            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
-            raise ApiError(504, "timeout", message) from None
-        finally:
-            self._num_in_flight -= 1
+    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        return self._admission.admit(cost)
 
     async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
-        image = await self._decode(call.image)
+        image = await self._decoding.decode(call.image)
         if image.status is not Status.OK:
             raise of_status(image.status, image.error)
         pixels = image.array(self.model.image_size_px)
@@ -88,12 +74,6 @@ class Gateway:
         except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError):
             raise ApiError(503, "not_ready", "no engine answers; one may be starting") from None
 
-    async def _decode(self, image: bytes) -> DecodedImage:
-        loop = asyncio.get_running_loop()
-        [decoded] = await loop.run_in_executor(self._decode_threads, self._decoder.decode, [image])
-        return decoded
-
     def __del__(self) -> None:
-        if hasattr(self, "_decode_threads"):
-            self._decode_threads.shutdown(wait=False, cancel_futures=True)
-            self._decoder.close()
+        if hasattr(self, "_decoding"):
+            self._decoding.close()

@@ -38,21 +38,27 @@ class Settings:
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""
     timeout_s: float = 60.0
-    """Seconds from the first byte of a request to its caption; after that the answer is 504."""
+    """Seconds from the whole request to its answer; after that the answer is 504."""
     max_in_flight: int = 512
-    """Requests that one gateway serves at once; the answer to more is 503."""
+    """Requests that one gateway serves or lets wait at once; the answer to more is 503."""
+    slots: int = 128
+    """Slots of the engines that the requests of one gateway hold at once, one per text or beam. Others wait,
+    and callers take turns. Half of the slots are for small requests. Set it to the slots of all engines
+    divided by the number of gateways."""
     image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
     decode_children: int = 2
-    """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
+    """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
+    gateway."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight must be from 1 to {MAX_IN_FLIGHT}, got {self.max_in_flight}")
-        if self.decode_children < 1:
-            raise ValueError(f"decode_children must be at least 1, got {self.decode_children}")
+        for name in ("decode_children", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
