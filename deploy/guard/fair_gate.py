@@ -108,6 +108,8 @@ class FairGate:
     def _admit_those_that_fit(self) -> None:
         is_large_blocked = False
         for waiting in list(self._waiting):
+            if waiting.admitted.cancelled():  # it has given up, and is about to leave the line
+                continue
             fits = self._units_held + waiting.units <= self._capacity
             if waiting.is_small and not fits:
                 break

@@ -128,6 +128,20 @@ def test_who_gives_up_in_line_holds_nothing() -> None:
     asyncio.run(run())
 
 
+def test_those_who_give_up_at_the_same_time_are_not_let_in() -> None:
+    async def run() -> None:
+        line = Line(FairGate(1, small_work=SMALL))
+        for name in ("first", "second", "third", "fourth"):
+            await line.ask(name, SMALL)
+        line._leave.pop("first")()  # lets in the second, whose task has not run yet
+        line._tasks["second"].cancel()
+        await line.give_up("third")
+        assert line.let_in == ["first", "fourth"]
+        assert all(line._tasks[name].cancelled() for name in ("second", "third"))
+
+    asyncio.run(run())
+
+
 def test_who_gives_up_while_being_let_in_holds_nothing() -> None:
     async def run() -> None:
         gate = FairGate(1, small_work=SMALL)
