@@ -50,6 +50,7 @@ class Captioner:
         self, engine: EngineBuilder, options: GenerationOptions, matching: MatchingConfig | None = None
     ) -> None:
         # The retrieval model comes first, because the engine takes the memory that is still free.
+        self._matching_info = None if matching is None else matching.info()
         self._matcher: Any = None if matching is None else matching.build()
         self._actor = Blip2Actor(engine, options)
         self._threads = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting")
@@ -139,6 +140,10 @@ class Captioner:
 
     def info(self) -> ModelInfo:
         return self._actor.info
+
+    def matching_info(self) -> ModelInfo | None:
+        """Describe the retrieval model; None without one."""
+        return self._matching_info
 
     def stats(self) -> EngineStats:
         return self._actor.stats()

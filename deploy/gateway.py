@@ -7,21 +7,22 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, DecodePool, Embedding, GenerationOptions, ModelInfo, Status
+from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo, Status
+from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
+from deploy.guard.decoding import Decoding
 from deploy.http.api import create_api
-from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
+from deploy.http.errors import ApiError, of_status
 from deploy.remote_captioner import RemoteCaptioner
-from deploy.settings import Settings
+from deploy.settings import Settings, require_same_image_size
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 READY_WITHIN_S = 2.0
@@ -31,42 +32,29 @@ class Gateway:
     """Admits, reads and decodes requests, and hands uint8[S, S, 3] to the engine's replicas."""
 
     model: ModelInfo
+    matching: ModelInfo | None
 
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
-        self._timeout_s = settings.timeout_s
-        self._max_in_flight = settings.max_in_flight
-        self._num_in_flight = 0
+        self._admission = Admission(
+            slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
+        )
         self._captioner = RemoteCaptioner(captioner)
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await self._captioner.info()
-        self.matching: ModelInfo | None = None if settings.matching is None else settings.matching.info()
-        self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
-        self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
-        self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
+        self.matching = await self._captioner.matching_info()
+        require_same_image_size(self.model, self.matching)
+        self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self)
 
-    @asynccontextmanager
-    async def admit(self, cost: Cost) -> AsyncIterator[None]:
-        if self._num_in_flight >= self._max_in_flight:
-            message = f"{self._num_in_flight} requests are being served; try again in {RETRY_AFTER_S} s"
-            raise ApiError(503, "overloaded", message)
-        self._num_in_flight += 1
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError:
-            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
-            raise ApiError(504, "timeout", message) from None
-        finally:
-            self._num_in_flight -= 1
+    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        return self._admission.admit(cost)
 
     async def decode(self, image: bytes) -> DecodedImage:
-        loop = asyncio.get_running_loop()
-        [decoded] = await loop.run_in_executor(self._decode_threads, self._decoder.decode, [image])
+        decoded = await self._decoding.decode(image)
         if decoded.status is not Status.OK:
             raise of_status(decoded.status, decoded.error)
         return decoded
@@ -101,6 +89,5 @@ class Gateway:
             raise ApiError(503, "not_ready", "no engine answers; one may be starting") from None
 
     def __del__(self) -> None:
-        if hasattr(self, "_decode_threads"):
-            self._decode_threads.shutdown(wait=False, cancel_futures=True)
-            self._decoder.close()
+        if hasattr(self, "_decoding"):
+            self._decoding.close()

@@ -27,6 +27,10 @@ class RemoteCaptioner:
         info: ModelInfo = await self._handle.info.remote()
         return info
 
+    async def matching_info(self) -> ModelInfo | None:
+        info: ModelInfo | None = await self._handle.matching_info.remote()
+        return info
+
     async def run(self, pixels: np.ndarray, work: ImageWork) -> ImageOutputs:
         """As `Captioner.run`.
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
 from blip2_actor.flags import prefixed
 
 MAX_IN_FLIGHT = 1000
@@ -43,13 +43,18 @@ class Settings:
     score_revision: str | None = None
     """Commit, tag or branch of --score-model."""
     timeout_s: float = 60.0
-    """Seconds from the first byte of a request to its caption; after that the answer is 504."""
+    """Seconds from the whole request to its answer; after that the answer is 504."""
     max_in_flight: int = 512
-    """Requests that one gateway serves at once; the answer to more is 503."""
+    """Requests that one gateway serves or lets wait at once; the answer to more is 503."""
+    slots: int = 128
+    """Slots of the engines that the requests of one gateway hold at once, one per text or beam. Others wait,
+    and callers take turns. Half of the slots are for small requests. Set it to the slots of all engines
+    divided by the number of gateways."""
     image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
     decode_children: int = 2
-    """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
+    """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
+    gateway."""
 
     @property
     def matching(self) -> MatchingConfig | None:
@@ -66,13 +71,7 @@ class Settings:
             ValueError: a checkpoint cannot be run, or the two take images of different sizes.
             OSError: a checkpoint cannot be found or fetched.
         """
-        size_px = self.engine.info().image_size_px
-        found = None if self.matching is None else self.matching.info()
-        if found is not None and found.image_size_px != size_px:
-            raise ValueError(
-                f"score_model must take images of {size_px} px as the model does, got "
-                f"{found.image_size_px} px"
-            )
+        require_same_image_size(self.engine.info(), None if self.matching is None else self.matching.info())
 
     def __post_init__(self) -> None:
         if self.score_revision is not None and self.score_model is None:
@@ -81,8 +80,18 @@ class Settings:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight must be from 1 to {MAX_IN_FLIGHT}, got {self.max_in_flight}")
-        if self.decode_children < 1:
-            raise ValueError(f"decode_children must be at least 1, got {self.decode_children}")
+        for name in ("decode_children", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def require_same_image_size(model: ModelInfo, matching: ModelInfo | None) -> None:
+    """Raise ValueError if the retrieval model takes images of another size; an image is decoded once."""
+    if matching is not None and matching.image_size_px != model.image_size_px:
+        raise ValueError(
+            f"score_model must take images of {model.image_size_px} px as the model does, got "
+            f"{matching.image_size_px} px; name another checkpoint"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

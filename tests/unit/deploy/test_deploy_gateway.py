@@ -15,10 +15,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
-from deploy.guard.cost import cost_of
 from deploy.http.errors import ApiError
 from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+
+NEVER = object()
+"""The answer of a call that does not end."""
 
 
 class Response:
@@ -29,7 +31,7 @@ class Response:
         self.cancelled = False
 
     def __await__(self) -> Any:
-        if self.answer is None:
+        if self.answer is NEVER:
             yield from asyncio.Event().wait().__await__()
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -58,6 +60,7 @@ class Method:
 class Handle:
     def __init__(self, answer: Any) -> None:
         self.info = Method(Response(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")))
+        self.matching_info = Method(Response(None))
         self.run = Method(Response(answer))
         self.streaming = Method(Stream(answer))
 
@@ -74,7 +77,7 @@ async def gateway(handle: Handle, **settings: Any) -> AsyncIterator[Gateway]:
         yield made
     finally:
         made.__del__()
-        del made._decode_threads  # already closed
+        del made._decoding  # already closed
 
 
 WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
@@ -91,7 +94,7 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
 
     async def ask() -> list[tuple[int, str]]:
         said = []
-        async with gateway(handle := Handle(None)) as made:
+        async with gateway(handle := Handle(NEVER)) as made:
             image = await picture(made)
             for answer in answers:
                 handle.run, handle.streaming = Method(Response(answer)), Method(Stream(answer))
@@ -107,7 +110,7 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
 
 
 def test_a_timeout_cancels_the_work() -> None:
-    handle = Handle(None)
+    handle = Handle(NEVER)
 
     async def ask() -> None:
         async with gateway(handle) as made:
@@ -151,30 +154,14 @@ def test_every_status_but_ok_is_an_error_of_its_name() -> None:
     assert refusals(answers) == [(codes.get(status, 422), status.value) for status in statuses]
 
 
-COST = cost_of(GenerationOptions())
+def test_a_retrieval_model_for_other_images_is_refused() -> None:
+    """An image is decoded once; resized twice, it would be another image."""
 
+    async def start() -> None:
+        handle = Handle(NEVER)
+        other = ModelInfo(model="r", image_size_px=9, dtype="float32", digest="d")
+        handle.matching_info = Method(Response(other))
+        with pytest.raises(ValueError, match="8 px"):
+            await Gateway.__new__(Gateway).__init__(handle, Settings())  # type: ignore[misc]
 
-def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
-    async def ask() -> None:
-        async with gateway(Handle(None), max_in_flight=1) as made:
-            async with made.admit(COST):
-                with pytest.raises(ApiError) as caught:
-                    async with made.admit(COST):
-                        pass
-                assert (caught.value.code, caught.value.type) == (503, "overloaded")
-            async with made.admit(COST):
-                pass
-
-    asyncio.run(ask())
-
-
-def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted() -> None:
-    async def ask() -> None:
-        async with gateway(Handle(None), max_in_flight=1, timeout_s=0.02) as made:
-            for _ in range(2):
-                with pytest.raises(ApiError) as caught:
-                    async with made.admit(COST):
-                        await asyncio.Event().wait()
-                assert (caught.value.code, caught.value.type) == (504, "timeout")
-
-    asyncio.run(ask())
+    asyncio.run(start())
