@@ -7,8 +7,7 @@ and hands the rest to `EngineCore`, whose thread computes.
 from __future__ import annotations
 
 import math
-import queue
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -21,12 +20,11 @@ from blip2_actor.engine.memory import MAX_ENCODE_BATCH
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE, RequestState
 from blip2_actor.engine.startup import StartedModel, start_model
+from blip2_actor.engine.text_stream import OnText, stream_text
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.status import Status
 from blip2_actor.transfer import to_numpy
-
-OnText = Callable[[str], None]
 
 
 class Engine:
@@ -125,25 +123,7 @@ class Engine:
         Raises:
             ValueError: the request asks for several beams or texts, or was refused.
         """
-        chosen = request.options or options
-        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
-            raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
-        texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        (future,) = self._submit([(request, chosen, texts.put)])
-        future.add_done_callback(lambda _: texts.put(None))
-        sent = ""
-        try:
-            while (text := texts.get()) is not None:
-                if text.startswith(sent) and text != sent:
-                    yield text[len(sent) :]
-                    sent = text
-            result = future.result()
-            if result.text is None:
-                raise ValueError(result.error)
-            if result.text.startswith(sent) and result.text != sent:
-                yield result.text[len(sent) :]
-        finally:
-            future.cancel()
+        return stream_text(self.submit, request, request.options or options)
 
     def _submit(
         self, asked: Sequence[tuple[Request, GenerationOptions, OnText | None]]
