@@ -58,7 +58,13 @@ class ServeArgs(RootModel[Settings]):
 
 
 def build(args: ServeArgs) -> Application:
-    """Build the application from the `args` of a Serve config file."""
+    """Build the application from the `args` of a Serve config file.
+
+    Raises:
+        ValueError: there are no keys, and anonymous callers are not allowed. On a cluster, other machines
+            can always reach the endpoint.
+    """
+    args.root.require_keys("a cluster")
     return compose(args.root.engine, args.root)
 
 

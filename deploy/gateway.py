@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
@@ -15,9 +16,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import GenerationOptions, ModelInfo, Result, Status
+from deploy.guard.access import Access
 from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import Decoding
+from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
 from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.http.request_body import CaptionCall
@@ -34,6 +37,12 @@ class Gateway:
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
+        self._access: dict[str, Any] = {
+            "allowed_hosts": settings.allowed_hosts,
+            "allowed_origins": settings.allowed_origins,
+            "keys": None if settings.keys_file is None else KeyFile(settings.keys_file),
+            "max_in_flight": max(1, settings.max_in_flight // 2),
+        }
         self._admission = Admission(
             slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
         )
@@ -43,7 +52,9 @@ class Gateway:
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self)
+        api = create_api(self)
+        api.add_middleware(Access, **self._access)
+        return api
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         return self._admission.admit(cost)

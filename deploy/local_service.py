@@ -39,6 +39,8 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.update([CALLBACK])
+    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray import serve
 
