@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
 from blip2_actor.config import EngineConfig, MatchingConfig
+from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
 from blip2_actor.protocols import EngineBuilder, EngineLike
 from blip2_actor.request import (
@@ -63,7 +64,9 @@ __all__ = [
     "TextFeatures",
     "__version__",
     "decode_image",
+    "find_quality_flags",
     "resize_image",
+    "stricter_options",
 ]
 
 _LAZY = {

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.keys_file is not None:
             read_keys(Path(settings.keys_file))
         _refuse_taken_port(settings.host, settings.port)
-        settings.engine.info()
+        settings.check_models()
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from deploy.guard.front import CALLBACK
@@ -64,9 +65,28 @@ def serve_until_stopped(settings: ServeSettings) -> None:
             sys.stdout.write(_invitation(engine.model, settings.host, settings.port))
             sys.stdout.flush()
             stop.wait()
-            serve.delete(APPLICATION)
+            _drain(settings.longest_request_s + 30)
     finally:
         ray.shutdown()
+
+
+def _drain(limit_s: float) -> None:
+    """End the application when its last request has its answer; another signal ends it at once."""
+    from ray import serve
+
+    hurry = threading.Event()
+    _set_on_signal(hurry)
+    ends_at_s = time.monotonic() + limit_s
+    # Serve would stop the engine together with the gateway, whose requests would wait for it in vain.
+    drained = serve.get_deployment_handle("Gateway", APPLICATION).drain.remote()
+    while time.monotonic() < ends_at_s and not hurry.is_set():
+        with contextlib.suppress(TimeoutError):
+            drained.result(timeout_s=0.1)
+            break
+    serve.delete(APPLICATION, _blocking=False)
+    while APPLICATION in serve.status().applications and time.monotonic() < ends_at_s:
+        if hurry.wait(0.1):
+            return
 
 
 def _start_ray() -> None:

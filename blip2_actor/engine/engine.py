@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
-from torch import Tensor
 
 from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
@@ -25,6 +24,7 @@ from blip2_actor.engine.startup import StartedModel, start_model
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.status import Status
+from blip2_actor.transfer import to_numpy
 
 OnText = Callable[[str], None]
 
@@ -100,13 +100,22 @@ class Engine:
                 future.cancel()
             raise
 
-    def submit(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Future[Result]:
+    def submit(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        on_text: OnText | None = None,
+    ) -> Future[Result]:
         """Queue one request from any thread. Cancelling the future frees its slots.
+
+        Args:
+            on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
+                return at once. Never called for several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(request, options, None)])[0]
+        return self._submit([(request, options, on_text)])[0]
 
     def stream(
         self, request: Request, options: GenerationOptions = GenerationOptions()
@@ -191,14 +200,14 @@ class Engine:
         ]
 
     def _features(self, image: EncodedImage, with_image_embeds: bool, with_attention_maps: bool) -> Features:
-        qformer_features, pooler_output = _to_numpy(image.qformer_features), _to_numpy(image.pooler_output)
+        qformer_features, pooler_output = to_numpy(image.qformer_features), to_numpy(image.pooler_output)
         if not all(np.isfinite(x).all() for x in (qformer_features, pooler_output) if x is not None):
             return Features(status=Status.FAILED, error=NOT_FINITE)
         attention_maps = partial(self._core.runner.attention_maps, image)
         return Features(
             qformer_features=qformer_features,
             pooler_output=pooler_output,
-            image_embeds=_to_numpy(image.image_embeds) if with_image_embeds else None,
+            image_embeds=to_numpy(image.image_embeds) if with_image_embeds else None,
             attention_maps=self._core.call(attention_maps) if with_attention_maps else None,
         )
 
@@ -213,7 +222,7 @@ class Engine:
         return [
             TextFeatures(status=ids.status, error=str(ids))
             if isinstance(ids, RequestRefused)
-            else TextFeatures(features=_to_numpy(next(features)))
+            else TextFeatures(features=to_numpy(next(features)))
             for ids in prepared
         ]
 
@@ -289,8 +298,3 @@ def _score(logprobs: list[float]) -> Score:
     if not math.isfinite(total):
         return Score(status=Status.FAILED, error=NOT_FINITE)
     return Score(logprob=total, num_tokens=len(logprobs))
-
-
-def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    """Copy a tensor; on a CPU the array would otherwise share the engine's memory, and keep a whole batch."""
-    return None if tensor is None else tensor.float().cpu().numpy().copy()

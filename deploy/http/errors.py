@@ -46,10 +46,17 @@ class ApiError(Exception):
         if code in (429, 503):
             self.headers["Retry-After"] = str(math.ceil(retry_after_s or RETRY_AFTER_S))
 
+    @property
+    def document(self) -> dict[str, dict[str, str | None]]:
+        """`{"error": {"type", "message", "param", "code"}}`, the shape of OpenAI's errors.
+
+        `code` repeats the type, and `param` is null.
+        """
+        return {"error": {"type": self.type, "message": self.message, "param": None, "code": self.type}}
+
     def response(self) -> JSONResponse:
-        """Return `{"error": {"type", "message"}}`, with Retry-After when another try can help."""
-        body = {"error": {"type": self.type, "message": self.message}}
-        return JSONResponse(body, status_code=self.code, headers=self.headers)
+        """Return the document, with Retry-After when another try can help."""
+        return JSONResponse(self.document, status_code=self.code, headers=self.headers)
 
 
 def bad_request(message: str) -> ApiError:
@@ -80,3 +87,9 @@ def of_status(status: Status, error: str | None) -> ApiError:
     return ApiError(
         STATUS_CODES.get(status, 422), status.value, error or f"the image has the status {status.value}"
     )
+
+
+def shorten(value: object) -> str:
+    """Return a value for a message, without the bytes of an image."""
+    text = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -43,7 +43,9 @@ PUBLIC = [
     "TextFeatures",
     "__version__",
     "decode_image",
+    "find_quality_flags",
     "resize_image",
+    "stricter_options",
 ]
 
 OPEN_TO_SIBLINGS = (
