@@ -6,26 +6,25 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
 
 from fastapi import FastAPI
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo, Status
+from deploy.guard.access import Access
 from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import Decoding
+from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
-from deploy.http.errors import ApiError, of_status
+from deploy.http.errors import of_status
+from deploy.readiness import Readiness
 from deploy.remote_captioner import RemoteCaptioner
 from deploy.settings import Settings, require_same_image_size
 from deploy.work import ImageOutputs, ImageWork, TextPiece
-
-READY_WITHIN_S = 2.0
 
 
 class Gateway:
@@ -37,6 +36,12 @@ class Gateway:
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
+        self._access: dict[str, Any] = {
+            "allowed_hosts": settings.allowed_hosts,
+            "allowed_origins": settings.allowed_origins,
+            "keys": None if settings.keys_file is None else KeyFile(settings.keys_file),
+            "max_in_flight": max(1, settings.max_in_flight // 2),
+        }
         self._admission = Admission(
             slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
         )
@@ -45,10 +50,13 @@ class Gateway:
         self.model = await self._captioner.info()
         self.matching = await self._captioner.matching_info()
         require_same_image_size(self.model, self.matching)
+        self._readiness = Readiness(captioner)
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self)
+        api = create_api(self)
+        api.add_middleware(Access, **self._access)
+        return api
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         return self._admission.admit(cost)
@@ -81,12 +89,13 @@ class Gateway:
                 raise of_status(embedding.status, embedding.error)
         return embeddings
 
+    async def drain(self) -> None:
+        """Be unready, refuse new requests, and return when the running ones have their answers."""
+        await self._admission.drain()
+
     async def check_ready(self) -> None:
-        try:
-            async with asyncio.timeout(READY_WITHIN_S):
-                await self._captioner.info()
-        except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError):
-            raise ApiError(503, "not_ready", "no engine answers; one may be starting") from None
+        self._admission.check_open()
+        await self._readiness.check()
 
     def __del__(self) -> None:
         if hasattr(self, "_decoding"):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, ClassVar
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
 from blip2_actor.flags import prefixed
 
+BODY_WITHIN_S = 60.0
+"""Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
 
@@ -50,6 +53,15 @@ class Settings:
     """Slots of the engines that the requests of one gateway hold at once, one per text or beam. Others wait,
     and callers take turns. Half of the slots are for small requests. Set it to the slots of all engines
     divided by the number of gateways."""
+    keys_file: str | None = None
+    """File with the keys of the callers, which `python -m deploy.guard.keys` makes; it is read again when it
+    changes."""
+    allow_anonymous: bool = False
+    """Serve callers without a key, beyond this machine too."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which callers may reach the endpoint, next to addresses and localhost; * allows all."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of other pages that may use the endpoint from a browser, such as https://app.example.com."""
     image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
     decode_children: int = 2
@@ -83,6 +95,23 @@ class Settings:
         for name in ("decode_children", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keys_file is not None and self.allow_anonymous:
+            raise ValueError(
+                f"allow_anonymous must not be given with keys_file, got {self.keys_file}; drop one of them"
+            )
+
+    @property
+    def longest_request_s(self) -> float:
+        """Seconds from the first byte of a request to its answer, at most."""
+        return BODY_WITHIN_S + self.timeout_s
+
+    def require_keys(self, host: str) -> None:
+        """Raise ValueError unless callers have keys, or may be anonymous, or can only be on this machine."""
+        if self.keys_file is None and not self.allow_anonymous and not is_loopback(host):
+            raise ValueError(
+                f"keys_file must be given to serve on {host}; make a key with python -m "
+                "deploy.guard.keys NAME, or set allow_anonymous to serve everybody who can reach the port"
+            )
 
 
 def require_same_image_size(model: ModelInfo, matching: ModelInfo | None) -> None:
@@ -107,3 +136,12 @@ class ServeSettings(Settings):
         super().__post_init__()
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port must be from 1 to 65535, got {self.port}")
+        self.require_keys(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens on a host."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

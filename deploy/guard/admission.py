@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
 from deploy.guard.fair_gate import MAX_RETRY_AFTER_S, FairGate
-from deploy.http.errors import RETRY_AFTER_S, ApiError, overloaded
+from deploy.http.errors import RETRY_AFTER_S, ApiError, overloaded, unavailable
 
 SMALL_SLOT_STEPS = 1024
 """Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
@@ -31,6 +31,19 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._timeout_s = timeout_s
         self._num_in_flight_of: Counter[str] = Counter()
+        self._is_draining = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    def check_open(self) -> None:
+        """Raise ApiError 503 when the gateway is draining."""
+        if self._is_draining:
+            raise unavailable("the service is ending")
+
+    async def drain(self) -> None:
+        """Refuse what comes from now on, and wait until everything that was admitted has its answer."""
+        self._is_draining = True
+        await self._is_idle.wait()
 
     @asynccontextmanager
     async def admit(self, cost: Cost) -> AsyncIterator[None]:
@@ -40,8 +53,10 @@ class Admission:
             ApiError: 429, 503 or 504.
         """
         caller = CALLER.get()
+        self.check_open()
         self._refuse_too_many(caller)
         self._num_in_flight_of[caller.name] += 1
+        self._is_idle.clear()
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
@@ -55,6 +70,8 @@ class Admission:
             self._num_in_flight_of[caller.name] -= 1
             if not self._num_in_flight_of[caller.name]:
                 del self._num_in_flight_of[caller.name]
+            if not self._num_in_flight_of:
+                self._is_idle.set()
 
     def _refuse_too_many(self, caller: Caller) -> None:
         num_of_caller = self._num_in_flight_of[caller.name]

@@ -7,11 +7,12 @@ passes no limits on, so `install` names this class in uvicorn's table of protoco
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deploy.http.errors import ApiError
 
 HEADERS_WITHIN_S = 10.0
 """Seconds from the first byte of a request, or from the connection, to the end of its headers."""
@@ -107,7 +108,7 @@ class GuardedConnection(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = json.dumps({"error": {"type": type, "message": message}}).encode()
+        body = bytes(ApiError(code, type, message).response().body)
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[code] + head.encode() + body)
         self.transport.close()

@@ -8,6 +8,7 @@ from collections import Counter
 from starlette.types import Message, Receive
 
 from deploy.http.errors import ApiError, overloaded
+from deploy.settings import BODY_WITHIN_S
 
 MAX_BYTES = 256 << 20
 """Bytes of all requests that one proxy holds at once."""
@@ -15,8 +16,6 @@ SMALL_BYTES = 1 << 20
 """Bodies up to this size have a quarter of the bytes to themselves."""
 BODY_PAUSE_S = 10.0
 """Seconds between two pieces of a body."""
-BODY_WITHIN_S = 60.0
-"""Seconds from the headers to the end of the body, apart from the time for the answer."""
 
 
 class Uploads:

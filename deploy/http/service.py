@@ -48,7 +48,7 @@ class Service(Protocol):
         ...
 
     async def check_ready(self) -> None:
-        """Raise ApiError 503 unless an engine can caption now."""
+        """Raise ApiError 503 unless an engine runs or would be started for a request."""
         ...
 
 

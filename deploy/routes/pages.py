@@ -54,9 +54,15 @@ def pages_router(service: Service) -> APIRouter:
         )
 
     @router.get("/healthz", response_model=HealthAnswer, responses=errors(503))
-    async def healthz() -> JSONResponse:
-        """Answer 200 when an engine can caption now, else 503."""
+    @router.get("/readyz", response_model=HealthAnswer, responses=errors(503))
+    async def readyz() -> JSONResponse:
+        """Answer 200 when the service takes requests, also when many wait, else 503. Starts no engine."""
         await service.check_ready()
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/startupz", response_model=HealthAnswer)
+    async def startupz() -> JSONResponse:
+        """Answer 200 once the service has started; before, the answer is 503."""
         return JSONResponse({"status": "ok"})
 
     @router.get("/", include_in_schema=False)

@@ -136,6 +136,13 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert answer.json()["caption"].endswith("background")
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
+        for process in started:
+            # The port between Serve's replicas is everywhere, and asks for the token of this cluster.
+            if "ServeReplica" not in " ".join(process.cmdline()):
+                hosts = {
+                    c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                }
+                assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, process
         command.send_signal(signal.SIGTERM)
         assert command.communicate(timeout=120)[0] == "stopped\n"
         assert command.returncode == 0

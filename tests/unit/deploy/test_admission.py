@@ -90,6 +90,24 @@ def test_a_key_at_its_quota_is_429_while_others_are_served() -> None:
     asyncio.run(run())
 
 
+def test_a_drain_refuses_what_comes_and_waits_for_what_runs() -> None:
+    async def run() -> None:
+        door, release = admission(), asyncio.Event()
+        running = asyncio.create_task(hold(door, CAPTION, release))
+        await settle()
+        drained = asyncio.create_task(door.drain())
+        await settle()
+        error = await refusal(door)
+        assert (error.code, error.type, error.headers["Retry-After"]) == (503, "unavailable", "1")
+        with pytest.raises(ApiError):
+            door.check_open()
+        assert not drained.done()
+        release.set()
+        await asyncio.gather(running, drained)
+
+    asyncio.run(run())
+
+
 def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
     async def run() -> None:
         door, release = admission(slots=1, max_in_flight=3), asyncio.Event()

@@ -58,6 +58,9 @@ class Method:
 
 
 class Handle:
+    app_name = "app"
+    deployment_name = "Captioner"
+
     def __init__(self, answer: Any) -> None:
         self.info = Method(Response(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")))
         self.matching_info = Method(Response(None))

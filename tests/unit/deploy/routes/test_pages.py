@@ -17,11 +17,14 @@ def service() -> EngineService:
 
 
 def test_no_engine_is_503_with_retry_after(service: EngineService) -> None:
-    assert ask(service, "GET", "/healthz").json() == {"status": "ok"}
+    for path in ("/readyz", "/healthz", "/startupz"):
+        assert ask(service, "GET", path).json() == {"status": "ok"}
     service.full = ApiError(503, "not_ready", "no engine answers")
-    response = ask(service, "GET", "/healthz")
-    assert error_of(response)[:2] == (503, "not_ready")
-    assert response.headers["retry-after"] == "1"
+    for path in ("/readyz", "/healthz"):
+        response = ask(service, "GET", path)
+        assert error_of(response)[:2] == (503, "not_ready")
+        assert response.headers["retry-after"] == "1"
+    assert ask(service, "GET", "/startupz").status_code == 200
 
 
 def test_the_page_uses_routes_that_exist(service: EngineService) -> None:

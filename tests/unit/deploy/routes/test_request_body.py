@@ -63,7 +63,10 @@ def test_wrong_fields_are_refused_by_name(
     assert not service.costs
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"image": NaN}', b"[" * 100_000])
+COMMAS = b"[" + b"[]," * 100_001 + b"[]]"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"image": NaN}', b"[" * 100_000, COMMAS])
 def test_a_body_that_is_no_json_object(service: EngineService, body: bytes) -> None:
     assert error_of(post_json(service, body))[:2] == (400, "bad_request")
 
