@@ -84,7 +84,9 @@ def validate(body_type: type[BodyT], fields: Mapping[str, Any], max_image_bytes:
 
 
 def _explain(error: ValidationError, body_type: type[BaseModel]) -> str:
-    wrong = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    # A misspelled name is the reason why another is missing.
+    wrong = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     path = ".".join(str(part) for part in wrong["loc"])
     if wrong["type"] == "extra_forbidden":
         known = f"; the fields are {', '.join(body_type.model_fields)}" if len(wrong["loc"]) == 1 else ""
@@ -197,10 +199,12 @@ def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> di
     fields: dict[str, Any] = {}
     for raw_name, image in form.files:
         _add_image(fields, _text("the name of a part", raw_name), image, known)
-    texts = [(_text("the name of a part", name), _text("a part", text)) for name, text in form.texts]
-    for name, _ in texts:
+    texts = []
+    for raw_name, text in form.texts:
+        name = _text("the name of a part", raw_name)
         if name in ("image", "images"):
             raise bad_request(f'{name} must be a file, as curl sends with -F "{name}=@photo.jpg"')
+        texts.append((name, _text(name, text)))
     return _merged(fields, _from_texts(texts, known))
 
 

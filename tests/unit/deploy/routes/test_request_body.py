@@ -132,6 +132,15 @@ def test_half_a_character_anywhere_in_json_is_400(service: EngineService, text: 
     assert post_json(service, whole).json()["caption"].startswith("😀")
 
 
+def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
+    """Not that the image is missing, which is only the consequence."""
+    for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):
+        [name] = files
+        assert f"{name} is not a field" in error_of(ask(service, "POST", "/v1/caption", files=files))[2]
+    as_text = {"image": (None, IMAGE)}
+    assert "-F" in error_of(ask(service, "POST", "/v1/caption", files=as_text))[2]
+
+
 def test_a_field_that_is_given_twice_is_400(service: EngineService) -> None:
     body = f'{{"image": "{base64_of(IMAGE)}", "prompt": "a", "prompt": "b"}}'.encode()
     assert "twice" in error_of(post_json(service, body))[2]
