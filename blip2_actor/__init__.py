@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
 from blip2_actor.config import EngineConfig, MatchingConfig
+from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
 from blip2_actor.protocols import EngineBuilder, EngineLike
 from blip2_actor.request import (
@@ -71,8 +72,10 @@ __all__ = [
     "array_to_rgb",
     "decode_image",
     "fetch_image",
+    "find_quality_flags",
     "require_image_layout",
     "resize_image",
+    "stricter_options",
 ]
 
 _LAZY = {

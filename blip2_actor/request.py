@@ -75,6 +75,8 @@ class Result:
     status: Status = Status.OK
     error: str | None = None
     completions: tuple[Completion, ...] = field(default=())
+    num_prompt_tokens: int = 0
+    """Tokens of the prompt, without the queries of the image; a caption without a prompt has one."""
 
     @property
     def ok(self) -> bool:

@@ -7,15 +7,13 @@ and hands the rest to `EngineCore`, whose thread computes.
 from __future__ import annotations
 
 import math
-import queue
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import NoReturn
 
 import numpy as np
-from torch import Tensor
 
 from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
@@ -25,11 +23,11 @@ from blip2_actor.engine.own_process import CANNOT_BE_SENT
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE, RequestState
 from blip2_actor.engine.startup import StartedModel, start_model
+from blip2_actor.engine.text_stream import OnText, stream_text
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 from blip2_actor.status import Status
-
-OnText = Callable[[str], None]
+from blip2_actor.transfer import to_numpy
 
 
 class Engine:
@@ -111,13 +109,22 @@ class Engine:
                 future.cancel()
             raise
 
-    def submit(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Future[Result]:
+    def submit(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        on_text: OnText | None = None,
+    ) -> Future[Result]:
         """Queue one request from any thread. Cancelling the future frees its slots.
+
+        Args:
+            on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
+                return at once. Never called for several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(request, options, None)])[0]
+        return self._submit([(request, options, on_text)])[0]
 
     def stream(
         self, request: Request, options: GenerationOptions = GenerationOptions()
@@ -129,24 +136,7 @@ class Engine:
         """
         self._core.require_caller_may_wait()
         chosen = self._input_processor.resolve(request.options or options)
-        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
-            raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
-        texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        (future,) = self._submit([(request, chosen, texts.put)])
-        future.add_done_callback(lambda _: texts.put(None))
-        sent = ""
-        try:
-            while (text := texts.get()) is not None:
-                if text.startswith(sent) and text != sent:
-                    yield text[len(sent) :]
-                    sent = text
-            result = future.result()
-            if result.text is None:
-                raise ValueError(result.error)
-            if result.text.startswith(sent) and result.text != sent:
-                yield result.text[len(sent) :]
-        finally:
-            future.cancel()
+        return stream_text(self.submit, request, chosen)
 
     def _submit(
         self, asked: Sequence[tuple[Request, GenerationOptions, OnText | None]]
@@ -205,14 +195,14 @@ class Engine:
         ]
 
     def _features(self, image: EncodedImage, with_image_embeds: bool, with_attention_maps: bool) -> Features:
-        qformer_features, pooler_output = _to_numpy(image.qformer_features), _to_numpy(image.pooler_output)
+        qformer_features, pooler_output = to_numpy(image.qformer_features), to_numpy(image.pooler_output)
         if not all(np.isfinite(x).all() for x in (qformer_features, pooler_output) if x is not None):
             return Features(status=Status.FAILED, error=NOT_FINITE)
         attention_maps = partial(self._core.runner.attention_maps, image)
         return Features(
             qformer_features=qformer_features,
             pooler_output=pooler_output,
-            image_embeds=_to_numpy(image.image_embeds) if with_image_embeds else None,
+            image_embeds=to_numpy(image.image_embeds) if with_image_embeds else None,
             attention_maps=self._core.call(attention_maps) if with_attention_maps else None,
         )
 
@@ -227,7 +217,7 @@ class Engine:
         return [
             TextFeatures(status=ids.status, error=str(ids))
             if isinstance(ids, RequestRefused)
-            else TextFeatures(features=_to_numpy(next(features)))
+            else TextFeatures(features=to_numpy(next(features)))
             for ids in prepared
         ]
 
@@ -307,8 +297,3 @@ def _score(logprobs: list[float]) -> Score:
     if not math.isfinite(total):
         return Score(status=Status.FAILED, error=NOT_FINITE)
     return Score(logprob=total, num_tokens=len(logprobs))
-
-
-def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    """Copy a tensor; on a CPU the array would otherwise share the engine's memory, and keep a whole batch."""
-    return None if tensor is None else tensor.float().cpu().numpy().copy()

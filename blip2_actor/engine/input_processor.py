@@ -13,7 +13,7 @@ from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
-from blip2_actor.generation.search import TextSearch
+from blip2_actor.generation.search import TextSearch, cut_at_stop
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -69,7 +69,7 @@ class InputProcessor:
 
         Args:
             options: used if the request has none of its own.
-            on_text: called with the whole text so far after each token.
+            on_text: called with the whole text so far after each token, unless several texts are made.
 
         Raises:
             RequestRefused: the image, the prompt or the options cannot be served.
@@ -89,8 +89,8 @@ class InputProcessor:
         def make_searches() -> Searches:
             if options.num_beams > 1:
                 return [BeamSearch(options, prefix_ids, self.prompts)]
-            on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
+            on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
 
@@ -156,8 +156,11 @@ class InputProcessor:
 def stable_text(text: str, stop: Sequence[str]) -> str:
     """Return the part of a growing text that later tokens will not change.
 
-    An incomplete character at the end, and the beginning of a stop text, are left out.
+    An incomplete character at the end, a stop text, and the beginning of one, are left out.
     """
+    cut = cut_at_stop(text, stop)
+    if cut is not None:
+        return cut
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)].rstrip()
