@@ -87,7 +87,8 @@ class Front:
         headers = for_serve(scope["headers"])
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        body = self._uploads.body_of(_client_of(scope), receive)
+        declared_bytes = int(dict(headers).get(b"content-length", b"0"))
+        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes)
         answer = Answer(send)
         try:
             await self._serve({**scope, "headers": headers, "method": method}, body, answer)

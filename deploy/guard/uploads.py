@@ -29,9 +29,9 @@ class Uploads:
         self._num_bytes = 0
         self._num_bytes_of: Counter[str] = Counter()
 
-    def body_of(self, client: str, receive: Receive) -> Body:
+    def body_of(self, client: str, receive: Receive, declared_bytes: int = 0) -> Body:
         """Watch the body that a client sends; `Body.release` gives its bytes back."""
-        return Body(self, client, receive)
+        return Body(self, client, receive, declared_bytes)
 
     def hold(self, client: str, num_bytes: int, num_bytes_so_far: int) -> None:
         """Count further bytes of a body.
@@ -39,6 +39,12 @@ class Uploads:
         Raises:
             ApiError: 429 or 503; they do not fit.
         """
+        self.check(client, num_bytes, num_bytes_so_far)
+        self._num_bytes += num_bytes
+        self._num_bytes_of[client] += num_bytes
+
+    def check(self, client: str, num_bytes: int, num_bytes_so_far: int = 0) -> None:
+        """Raise what `hold` raises, and hold nothing."""
         is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
         limit = self._max_bytes if is_small else self._max_bytes * 3 // 4
         if self._num_bytes + num_bytes > limit:
@@ -46,8 +52,6 @@ class Uploads:
         if not is_small and self._num_bytes_of[client] + num_bytes > self._max_bytes // 2:
             message = f"requests of one client may hold at most {self._max_bytes // 2} bytes at once"
             raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
-        self._num_bytes += num_bytes
-        self._num_bytes_of[client] += num_bytes
 
     def release(self, client: str, num_bytes: int) -> None:
         self._num_bytes -= num_bytes
@@ -59,7 +63,7 @@ class Uploads:
 class Body:
     """ASGI `receive` with limits. A body that breaks one ends like that of a client that has left."""
 
-    def __init__(self, uploads: Uploads, client: str, receive: Receive) -> None:
+    def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
         self.is_complete = False
@@ -67,12 +71,15 @@ class Body:
         self._client = client
         self._receive = receive
         self._num_bytes = 0
+        self._declared_bytes = declared_bytes
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     async def __call__(self) -> Message:
         if self.is_complete:
             return await self._receive()  # waits until the client has left
         try:
+            if not self._num_bytes:  # what cannot fit is refused before any of it is here
+                self._uploads.check(self._client, self._declared_bytes)
             now_s = asyncio.get_running_loop().time()
             async with asyncio.timeout_at(min(self._late_at_s, now_s + BODY_PAUSE_S)):
                 message = await self._receive()

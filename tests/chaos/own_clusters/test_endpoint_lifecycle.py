@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,11 +81,11 @@ def test_killed_parts_are_503_until_they_are_replaced(tmp_path: Path) -> None:
     with endpoint(tmp_path) as (url, command):
         recovered_in_s: dict[str, float] = {}
         for part in ("ServeReplica:blip2:Captioner", "ServeReplica:blip2:Gateway", "ProxyActor"):
-            recovered_in_s[part] = kill_under_load(url, lambda part=part: process_of(command, part))
+            recovered_in_s[part] = kill_under_load(url, command, part)
         print(json.dumps({"recovered_in_s": recovered_in_s}))
 
 
-def kill_under_load(url: str, find: Callable[[], psutil.Process]) -> float:
+def kill_under_load(url: str, command: Popen[str], part: str) -> float:
     """Kill a part under four callers; return the seconds until captions come again."""
     answers: list[httpx.Response] = []
     stop = threading.Event()
@@ -103,7 +103,7 @@ def kill_under_load(url: str, find: Callable[[], psutil.Process]) -> float:
         try:
             time.sleep(1)
             killed_at_s = time.monotonic()
-            find().kill()
+            process_of(command, part).kill()
             time.sleep(1)
             num_before, deadline_s = len(answers), time.monotonic() + 90
             while not any(answer.status_code == 200 for answer in answers[num_before:]):

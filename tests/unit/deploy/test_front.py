@@ -180,8 +180,14 @@ def small_front(serve: Proxy) -> Front:
 def test_one_client_holds_at_most_half_of_the_bytes() -> None:
     front = small_front(Proxy())
     assert ask(front, content=bytes(4 << 20)).status_code == 200
-    answer = ask(front, content=bytes((4 << 20) + 1))
-    assert error_of(answer) == (429, "too_many_bytes") and answer.headers["retry-after"] == "10"
+
+    async def undeclared() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield bytes(1 << 20)
+
+    for body in (bytes((4 << 20) + 1), undeclared()):
+        answer = ask(front, content=body)
+        assert error_of(answer) == (429, "too_many_bytes") and answer.headers["retry-after"] == "10"
     # What was held has been given back, however the request ended.
     assert front._uploads._num_bytes == 0 and not front._uploads._num_bytes_of
 
