@@ -7,8 +7,9 @@ tokens. An option that would have no effect is refused, never ignored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
+
+from blip2_actor.inputs.field_types import require_types
 
 _MINIMA = {
     "max_new_tokens": 1,
@@ -60,7 +61,8 @@ class GenerationOptions:
     do_sample: bool = False
     """Select tokens at random by their probability, instead of the most likely one."""
     temperature: float = 1.0
-    """Divides the logits before sampling; values above 1 make unlikely tokens more likely."""
+    """Divides the logits before sampling; values above 1 make unlikely tokens more likely. 0 is greedy
+    search, whatever the other options of sampling are."""
     top_k: int = 0
     """Sample only from this number of most likely tokens; 0 means all tokens."""
     top_p: float = 1.0
@@ -73,15 +75,18 @@ class GenerationOptions:
     """Texts that end generation; they are removed from the result."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        require_types(self)
+        if self.temperature == 0:
+            for name in ("do_sample", "temperature", "top_k", "top_p", "seed"):
+                object.__setattr__(self, name, type(self).__dataclass_fields__[name].default)
         self._check_ranges()
         self._check_combinations()
 
     def _check_ranges(self) -> None:
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
-            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-            _require(is_whole, name, "a whole number", value)
             _require(value >= minimum, name, f"at least {minimum}", value)
         _require(self.seed < 1 << 63, "seed", f"below {1 << 63}", self.seed)
         for name, (low, high) in _RANGES.items():

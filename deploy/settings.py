@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
-from blip2_actor.flags import prefixed
+from blip2_actor.flags import hiding, prefixed
 
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
@@ -33,7 +33,7 @@ class Settings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""

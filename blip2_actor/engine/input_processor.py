@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -22,7 +22,14 @@ from blip2_actor.status import Status
 class InputProcessor:
     """Turns images into pixels, prompts into ids, and options into searches; runs in the caller's thread."""
 
-    def __init__(self, model: Blip2, prompts: PromptTokenizer, image_size_px: int, max_slots: int) -> None:
+    def __init__(
+        self,
+        model: Blip2,
+        prompts: PromptTokenizer,
+        image_size_px: int,
+        max_slots: int,
+        allow_urls: bool = False,
+    ) -> None:
         self.model = model
         self.max_positions_read = max_positions_read(model)
         """Maximum length of a text that is only read."""
@@ -31,6 +38,7 @@ class InputProcessor:
         self.prompts = prompts
         self.image_size_px = image_size_px
         self.max_slots = max_slots
+        self.allow_urls = allow_urls
         self._owner = object()
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
@@ -43,7 +51,7 @@ class InputProcessor:
         """
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
-        return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+        return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
 
     def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None

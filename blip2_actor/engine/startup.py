@@ -51,6 +51,7 @@ def start_model(
     device_map: str | None,
     skip_self_test: bool,
     skip_cuda_graphs: bool,
+    allow_urls: bool,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -71,7 +72,7 @@ def start_model(
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
     image_size_px = checkpoint.config.vision_config.image_size
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
-    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots)
+    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots, allow_urls)
     runner = ModelRunner(
         loaded,
         sizes.max_slots,

@@ -43,7 +43,7 @@ class JobSettings:
     rows fail, or more than this fraction if it is above one half."""
     fork: bool = False
     """If the output was started with other settings, start a new output next to it."""
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
     """columns and members"""
