@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
+    from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 __all__ = [
     "Blip2Actor",
@@ -62,6 +63,7 @@ __all__ = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
@@ -81,6 +83,7 @@ _LAZY = {
     "FetchError": "blip2_actor.inputs.fetching",
     "FetchPolicy": "blip2_actor.inputs.fetching",
     "ImageLimits": "blip2_actor.preprocessing.images",
+    "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",

@@ -6,9 +6,10 @@ is uint8[H, W, 3].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.status import Status
@@ -45,7 +46,7 @@ class Request:
     prompt: str | None = None
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
-    """Options of this request; None takes those of the call."""
+    """Options of this request, in place of those of the call."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, GenerationOptions | None):
@@ -236,3 +237,6 @@ class ModelInfo:
     """Channels of the output of the Q-Former, Dq."""
     num_queries: int = 0
     """Rows of the output of the Q-Former, Q."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
+    give them has these values."""

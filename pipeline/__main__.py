@@ -1,27 +1,49 @@
-"""`python -m pipeline`, the same as `blip2`."""
+"""`python -m pipeline`, the same as `blip2`.
+
+What happens while the packages are imported, or because of a bug, ends here: as a sentence, or as a traceback
+without the secrets of URIs.
+"""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.errors import Interrupted
+from pipeline.progress import write
+from pipeline.run.signals import StopRequest
+from pipeline.storage.secrets import hide_secrets
+
 WRONG_INSTALLATION = 3
 """Exit status of what is refused before work; the table in `pipeline.exit_status` cannot be imported yet."""
+BUG = 1
 
 
 def main() -> int:
     """Run the command line, unless another `blip2_actor` hides ours."""
     hidden_by = file_that_hides("blip2_actor")
     if hidden_by is not None:
-        sys.stderr.write(
+        write(
+            sys.stderr,
             f"blip2: {hidden_by} is imported in place of the package blip2_actor that blip2 needs; "
-            "rename it, run from another folder, or take its folder out of PYTHONPATH\n"
+            "rename it, run from another folder, or take its folder out of PYTHONPATH\n",
         )
         return WRONG_INSTALLATION
-    from pipeline.cli.main import main
+    try:
+        with StopRequest().by_signals():
+            from pipeline.cli.main import main
 
-    return main()
+            return main()
+    except Interrupted as error:
+        write(sys.stderr, f"blip2: {error}\n")
+        return 128 + error.number
+    except Exception:
+        write(sys.stderr, hide_secrets(traceback.format_exc()))
+        return BUG
+    finally:
+        write(sys.stdout, "")  # flushes it here, where a pipe that is closed does no harm
 
 
 def file_that_hides(package: str) -> str | None:

@@ -14,10 +14,18 @@ class Stopped(RuntimeError):
 
 
 class StoppedBySignal(Stopped):
-    """SIGTERM or SIGINT has asked the run to stop, and it has stopped in good order."""
+    """A signal has asked the run to stop, and it has stopped in good order."""
 
     def __init__(self, number: signal.Signals) -> None:
-        super().__init__("stopped by a signal; finished work is kept; run the same command to resume")
+        super().__init__(f"stopped by {number.name}; finished work is kept; run the same command to resume")
+        self.number = number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the command at once, wherever it is; no handler of `Exception` may hold it up."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped at once by {number.name}; finished work is kept")
         self.number = number
 
 

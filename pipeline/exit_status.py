@@ -17,8 +17,18 @@ from enum import IntEnum
 from typing import ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS, with_flags
-from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
+from pipeline.errors import (
+    Interrupted,
+    OutputInUse,
+    RayStartFailed,
+    Stopped,
+    StoppedBySignal,
+    TooManyFailures,
+)
+from pipeline.progress import write
+from pipeline.run.signals import StopRequest
 from pipeline.stages.engine_fault import EngineFault
+from pipeline.storage.secrets import hide_secrets
 
 P = ParamSpec("P")
 
@@ -34,6 +44,8 @@ class ExitStatus(IntEnum):
     """Finished or stopped early, and too many rows failed; a partial shard counts as one more failed row."""
     REFUSED = WRONG_FLAGS
     """Refused before work: flags, input, model or output must change first. Nothing was started."""
+    HUNG_UP = 129
+    """Stopped by SIGHUP, because the terminal was closed; finished work is kept."""
     INTERRUPTED = 130
     """Stopped by SIGINT; finished work is kept."""
     TERMINATED = 143
@@ -63,7 +75,10 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return command(*args, **kwargs)
+            with StopRequest().by_signals():
+                return command(*args, **kwargs)
+        except Interrupted as error:
+            return _fail(error, ExitStatus(128 + error.number))
         except Refused as error:
             return _fail(error, ExitStatus.REFUSED)
         except TooManyFailures as error:
@@ -80,5 +95,5 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
 
 
 def _fail(error: object, status: ExitStatus) -> ExitStatus:
-    print(f"blip2: {error}", file=sys.stderr)  # noqa: T201
+    write(sys.stderr, f"blip2: {hide_secrets(str(error))}\n")
     return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -29,10 +30,13 @@ class ProgressSnapshot:
     """Estimated seconds to go, when that is known."""
     busy: Mapping[str, float] = field(default_factory=dict)
     """Busy fraction by stage."""
+    trouble: str | None = None
+    """What the run waits for, when a store fails."""
 
     def line(self) -> str:
+        trouble = [self.trouble] if self.trouble else []
         if not self.num_rows:
-            return f"starting · shards {self.shards_done:,}/{self.num_shards:,}"
+            return " · ".join(["starting", f"shards {self.shards_done:,}/{self.num_shards:,}", *trouble])
         parts = [
             f"{self.num_rows:,} images",
             f"{self.images_per_s:,.1f}/s",
@@ -40,6 +44,8 @@ class ProgressSnapshot:
             f"shards {self.shards_done:,}/{self.num_shards:,}",
             f"ETA {duration(self.left_s)}",
         ]
+        if trouble:
+            return " · ".join([*trouble, *parts])
         if self.busy:
             parts.append("busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items()))
         return " · ".join(parts)
@@ -94,20 +100,40 @@ def _slope(start: tuple[float, int], end: tuple[float, int]) -> float:
     return (end[1] - start[1]) / seconds if seconds > 0 else 0.0
 
 
+def write(stream: TextIO | None, text: str) -> None:
+    """Write a text for people, whatever the stream can take.
+
+    Characters that its encoding lacks are replaced. A stream whose reader has gone (`| head`, a closed
+    terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on.
+    """
+    if stream is None:  # Python was started without it
+        return
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            plain = text.replace("·", "|").replace("…", "...")
+            stream.write(plain.encode("ascii", "backslashreplace").decode())
+        stream.flush()
+    except OSError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
 class Console:
     """What a command prints: sentences, and progress between them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
-        self._is_live = self._stream.isatty()
+        self._stream: TextIO | None = stream or sys.stdout
+        self._is_live = self._stream is not None and self._stream.isatty()
         self._last = 0.0
         self._width = 0
 
     def say(self, text: str = "") -> None:
         """Print a line; a progress line in a terminal makes room for it."""
         self._clear()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        write(self._stream, text + "\n")
 
     def wants_progress(self) -> bool:
         """Return whether the last progress is old enough to be shown again."""
@@ -120,11 +146,10 @@ class Console:
             self.say(snapshot.line())
             return
         line = snapshot.line()
-        self._stream.write("\r" + line.ljust(self._width))
-        self._stream.flush()
+        write(self._stream, "\r" + line.ljust(self._width))
         self._width = len(line)
 
     def _clear(self) -> None:
         if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
+            write(self._stream, "\r" + " " * self._width + "\r")
             self._width = 0

@@ -62,6 +62,7 @@ class Engine:
             return start_model(
                 model=config.model,
                 revision=config.revision,
+                adapter=config.adapter,
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=num_threads,
@@ -72,6 +73,8 @@ class Engine:
                 skip_self_test=config.skip_self_test,
                 skip_cuda_graphs=config.skip_cuda_graphs,
                 allow_urls=config.allow_urls,
+                ignore_generation_config=config.ignore_generation_config,
+                image_size_px=config.image_size_px,
             )
 
         self._core = EngineCore(start, config.num_threads)
@@ -99,7 +102,8 @@ class Engine:
 
         Args:
             requests: a list of requests and images, or one of them.
-            options: used by requests that have none of their own.
+            options: used by requests that have none of their own. Options that are not given are those of the
+                checkpoint's `generation_config.json`, or else the defaults.
             prompt: of images that are given without a `Request`.
             progress: show a progress bar on standard error.
             **changes: options to change, such as `max_new_tokens=30`.
@@ -162,7 +166,7 @@ class Engine:
         """
         self._core.require_caller_may_wait()
         request, options = to_request(request, prompt), to_options(options, changes)
-        chosen = request.options or options
+        chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
         texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -28,6 +29,7 @@ class InputProcessor:
         prompts: PromptTokenizer,
         image_size_px: int,
         max_slots: int,
+        generation_config: Mapping[str, Any],
         allow_urls: bool = False,
     ) -> None:
         self.model = model
@@ -37,6 +39,7 @@ class InputProcessor:
         """Maximum length of a text that is generated: all slots become as long as the longest text."""
         self.prompts = prompts
         self.image_size_px = image_size_px
+        self._generation_config = generation_config
         self.max_slots = max_slots
         self.allow_urls = allow_urls
         self._owner = object()
@@ -53,6 +56,14 @@ class InputProcessor:
             return image
         return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
 
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """Return options with a value for each; those not given are the checkpoint's, or the defaults.
+
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return options.resolve(self._generation_config)
+
     def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
     ) -> RequestState:
@@ -63,9 +74,12 @@ class InputProcessor:
             on_text: called with the whole text so far after each token.
 
         Raises:
-            RequestRefused: the image or the prompt cannot be served.
+            RequestRefused: the image, the prompt or the options cannot be served.
         """
-        options = request.options or options
+        try:
+            options = self.resolve(request.options or options)
+        except ValueError as error:
+            raise RequestRefused(Status.REFUSED, str(error)) from error
         image = self.image(request.image)
         try:
             prompt_ids = self.prompts.encode(request.prompt)

@@ -15,11 +15,10 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
-from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
+from blip2_actor.checkpoints.tokenizer import load_tokenizer, require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
 from blip2_actor.engine.memory import full_encode_batch
@@ -75,11 +74,11 @@ class MatchingEngine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
+        self.image_size_px = checkpoint.require_image_size(checkpoint.retrieval_config)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        self.image_size_px: int = self.model.config.vision_config.image_size
+        self.tokenizer = load_tokenizer(checkpoint.folder, "bert")
         size = full_encode_batch(self.model.config.vision_config, device)
         self._image_batches = ShrinkingBatches(size, "images")
         self._text_batches = ShrinkingBatches(size, "texts")

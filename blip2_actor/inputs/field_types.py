@@ -23,6 +23,8 @@ def require_types(instance: Any) -> None:
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
         value = getattr(instance, name)
+        if value is None and cls.__dataclass_fields__[name].default is None:
+            continue  # not given
         if not _fits(value, hint):
             raise WrongType(f"{name} must be {_described(hint)}, got {value!r} ({type(value).__name__})")
 

@@ -209,7 +209,7 @@ class FakeEngine:
                 time.sleep(cost_s)
             for request, options, future in work:
                 if future.set_running_or_notify_cancel():
-                    self._finish(request, request.options or options, future)
+                    self._finish(request, (request.options or options).resolve(), future)
             self._num_batches += bool(work)
             self._busy_s += time.perf_counter() - started
             if None in batch:

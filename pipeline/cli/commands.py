@@ -41,7 +41,7 @@ def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
     """Run the rows again that are not ok."""
     with before_work(type(settings)):
         job = prepare_retry(settings, engine)
-    return _run(job, settings.max_failed_fraction)
+    return _run(job, job.settings.max_failed_fraction)
 
 
 def _run(job: Job, max_failed_fraction: float) -> int:

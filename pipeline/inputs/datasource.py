@@ -15,10 +15,11 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.stamps import read_unchanged
 
 OnEnd = Callable[[ShardReport], None]
+OnStart = Callable[[], None]
 
 
 class ShardDatasource(Datasource):
@@ -32,10 +33,14 @@ class ShardDatasource(Datasource):
         options: which columns or members are read.
         on_end: called in the worker when the last table of a shard has been taken, whether the shard
             was whole or not. It must be picklable, and a second call for a shard must do no harm.
+        on_start: called in the worker before a shard is read; picklable.
     """
 
-    def __init__(self, work: Sequence[ShardWork], options: ReadOptions, on_end: OnEnd) -> None:
+    def __init__(
+        self, work: Sequence[ShardWork], options: ReadOptions, on_end: OnEnd, on_start: OnStart | None = None
+    ) -> None:
         super().__init__()
+        self._on_start = on_start
         self._work = tuple(work)
         self._options = options
         self._on_end = on_end
@@ -48,7 +53,7 @@ class ShardDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(_read, work, self._options, self._on_end),
+                partial(_read, work, self._options, self._on_end, self._on_start),
                 BlockMetadata(
                     num_rows=None,
                     size_bytes=work.shard.size_bytes,
@@ -61,6 +66,10 @@ class ShardDatasource(Datasource):
         ]
 
 
-def _read(work: ShardWork, options: ReadOptions, on_end: OnEnd) -> Iterator[pa.Table]:
-    report = yield from read_shard(work, options)
+def _read(
+    work: ShardWork, options: ReadOptions, on_end: OnEnd, on_start: OnStart | None
+) -> Iterator[pa.Table]:
+    if on_start is not None:
+        on_start()
+    report = yield from read_unchanged(work, options)
     on_end(report)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import time
 
-from pipeline.ledger.lease import Holder
+from pipeline.errors import InputError
+from pipeline.ledger.layout import LEASE
+from pipeline.ledger.lease import BEAT_S, Holder
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
-from pipeline.progress import ProgressSnapshot
+from pipeline.progress import ProgressSnapshot, duration
 from pipeline.storage.folder import Folder
+
+SILENT_AFTER_S = 4 * BEAT_S
 
 
 def status_lines(uri: str) -> list[str]:
@@ -24,6 +28,7 @@ def status_lines(uri: str) -> list[str]:
     """
     ledger = Ledger(Folder(uri))
     run = ledger.require_run()
+    ledger = ledger.of(run)
     state = ledger.scan()
     done = ledger.reconcile(run, state)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
@@ -35,8 +40,33 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{len(done.missing):,} shards")
-    lines.append(_driver_line(ledger.driver(), bool(done.missing)))
+    lines += _input_lines(ledger, run)
+    holder = ledger.driver()
+    lines.append(_driver_line(holder, bool(done.missing)) + _silence(ledger.folder, holder))
     return lines
+
+
+def _input_lines(ledger: Ledger, run: Run) -> list[str]:
+    """Say what of the input is not read or has changed, if it can be listed without passwords and options."""
+    if not run.inputs or (run.hides_options and any("://" in name for name in run.inputs)):
+        return run.unread.lines()
+    try:
+        return ledger.compare_input(run).lines()
+    except (InputError, OSError) as error:
+        return [f"the input cannot be compared with that of the run: {error}"]
+
+
+def _silence(folder: Folder, holder: Holder | None) -> str:
+    """Say why a driver that lives sends no heartbeats: it cannot write them into an output that is full."""
+    silent_s = folder.seconds_since_write(LEASE)
+    if holder is None or holder.is_known_dead or silent_s is None or silent_s < SILENT_AFTER_S:
+        return ""
+    try:
+        folder.require_writable()
+        reason = "the driver, its machine or the network has stopped"
+    except ValueError as error:
+        reason = str(error.__cause__)
+    return f"; no heartbeat for {duration(silent_s)}: {reason}"
 
 
 def _estimate_rows(run: Run, done: Reconciliation) -> int | None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.errors import RayStartFailed
+from pipeline.run.signals import keeping_handlers
 from pipeline.settings.placement import ClusterSize, Placement, reserve
+from pipeline.storage.secrets import hide_secrets
 
 
 def set_ray_environment() -> None:
@@ -24,6 +26,8 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns about every actor of Ray Data, directly on the terminal and not by Python's logging.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray prints the traceback of a worker on the terminal; the job says its cause in one sentence.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "raised in its creation task|retries remaining")
     # A thread of Ray Data that outlives a stopped job must not start a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
@@ -71,9 +75,13 @@ def start_ray(**options: Any) -> None:
     import ray
 
     try:
-        ray.init(**options)
-    except Exception as error:  # Ray raises many types here, and a bare Exception when it times out.
+        # Ray's own handlers end the process with status 15, or abort it.
+        with keeping_handlers(), _entrypoint_without_secrets():
+            ray.init(**options)
+    except BaseException as error:  # Ray raises many types here, and a bare Exception when it times out.
         _kill_started_processes(error)
+        if not isinstance(error, Exception):
+            raise  # a signal
         reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
         address = os.environ.get("RAY_ADDRESS")
         if address:
@@ -87,7 +95,20 @@ def start_ray(**options: Any) -> None:
         ) from error
 
 
-def _kill_started_processes(error: Exception) -> None:
+@contextmanager
+def _entrypoint_without_secrets() -> Iterator[None]:
+    """Hide passwords of URIs in the command line, which Ray shows to every user of the cluster (Ray 2.60)."""
+    from ray._private import utils
+
+    original = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: hide_secrets(original())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = original
+
+
+def _kill_started_processes(error: BaseException) -> None:
     """Kill what a failed `ray.init` has started.
 
     Ray keeps no reference to a node whose constructor has raised, so that `ray.shutdown` cannot end its

@@ -15,15 +15,19 @@ import ray
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import Ledger
 from pipeline.settings.placement import ClusterSize
+from pipeline.stages.storage_trouble import tell_coordinator
 
 CPUS_PER_COMMITTER = 4
 MAX_COMMITTERS = 8
 MAX_WAITING = 32
-"""With more commits under way, the driver waits until one is done."""
+"""With more commits under way, the driver waits for some of them."""
 
 
 class Committer:
     """A plain class; the job makes actors of it that reserve no CPU."""
+
+    def __init__(self, coordinator: Any) -> None:
+        tell_coordinator(coordinator)
 
     def commit(
         self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
@@ -35,7 +39,12 @@ class Committers:
     """Commits under way, spread over the actors in turn."""
 
     def __init__(
-        self, ledger: Ledger, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, cluster: ClusterSize
+        self,
+        ledger: Ledger,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema,
+        cluster: ClusterSize,
+        coordinator: Any,
     ) -> None:
         """Start the actors.
 
@@ -43,6 +52,7 @@ class Committers:
             ledger: the output; its requests are retried.
             metadata: for the footer of every file.
             empty_schema: the schema of a shard without rows.
+            coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
         self._arguments = (metadata, empty_schema)
         self._ledger = ledger
@@ -50,7 +60,7 @@ class Committers:
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
         number = max(1, min(MAX_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
-        self.actors = [actor.remote() for _ in range(number)]
+        self.actors = [actor.remote(coordinator) for _ in range(number)]
         self._next = itertools.cycle(self.actors)
         self._under_way: list[Any] = []
 
@@ -58,22 +68,25 @@ class Committers:
     def num_under_way(self) -> int:
         return len(self._under_way)
 
+    @property
+    def are_behind(self) -> bool:
+        """Whether so many commits are under way that the driver should wait for some of them."""
+        return len(self._under_way) > MAX_WAITING
+
     def start(self, report: ShardReport) -> None:
         """Begin to commit a shard whose rows are all in fragments."""
         self._under_way.append(next(self._next).commit.remote(self._ledger, report, *self._arguments))
 
-    def collect(self, wait: bool) -> None:
-        """Take back the commits that are done.
-
-        Args:
-            wait: until all are done; else only while more than `MAX_WAITING` are under way.
+    def collect(self, wait_s: float = 0.0) -> None:
+        """Take back the commits that are done; wait at most `wait_s` seconds for one.
 
         Raises:
             ray.exceptions.RayError: a commit has failed.
         """
-        while self._under_way:
-            must_wait = wait or len(self._under_way) > MAX_WAITING
-            done, self._under_way = ray.wait(self._under_way, timeout=None if must_wait else 0)
-            if not done:
-                return
+        if self._under_way:
+            number = len(self._under_way)
+            done, _ = ray.wait(self._under_way, num_returns=1, timeout=wait_s)
+            if done and number > 1:  # those that are done as well
+                done, _ = ray.wait(self._under_way, num_returns=number, timeout=0)
+            self._under_way = [commit for commit in self._under_way if commit not in set(done)]
             ray.get(done)

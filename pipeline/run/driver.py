@@ -18,19 +18,23 @@ from pipeline.ledger.shard_progress import ShardProgress
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
+from pipeline.run.failure import describe_failure
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.storage_trouble import describe
 
 STEP_S = 0.2
 """How long one step waits for receipts."""
 CHECK_EVERY_S = 1.0
 """Seconds between two visits to the coordinator and to the shard reports."""
-FLUSH_S = 20.0
-"""How long running calls may write finished rows after a signal; a preempted machine has 30 s."""
+FLUSH_S = 5.0
+"""How long running calls may write finished rows after a signal. They look for it about every two seconds."""
+COMMIT_S = 2.0
+"""How long commits may take after that; the next start commits the others."""
 
 
 class Driver:
@@ -38,8 +42,8 @@ class Driver:
 
     The run ends early in one of four ways:
 
-    - SIGTERM, or the first SIGINT (Ctrl-C): running calls write the rows they have finished (for at most
-      `FLUSH_S`), complete shards are committed, and `StoppedBySignal` is raised. A second SIGINT ends the
+    - A signal: running calls write the rows they have finished (for at most `FLUSH_S`), complete shards are
+      committed (for at most `COMMIT_S`), and `StoppedBySignal` is raised. A second SIGINT (Ctrl-C) ends the
       process at once.
     - Most rows fail: the same, with `TooManyFailures`.
     - Ray gives up on a stage or a commit: what can be committed is, and `Stopped` names the cause.
@@ -55,6 +59,7 @@ class Driver:
         left: Sequence[ShardProgress],
         cluster: ClusterSize,
         lease: Lease,
+        stop: StopRequest,
         console: Console,
     ) -> None:
         """Start the actors that are not stages.
@@ -63,10 +68,12 @@ class Driver:
             ledger: the output of the job, with retries: for work that must not be lost.
             left: the shards with rows to do.
             lease: its heartbeats carry the progress from now on.
+            stop: notes the signals.
         """
         self._job = job
         self._ledger = ledger
         self._lease = lease
+        self._stop = stop
         self._console = console
         self._work = [progress.work for progress in left]
         self._tracker = Tracker(left)
@@ -74,14 +81,14 @@ class Driver:
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, cluster)
+        self._committers = Committers(ledger, job.metadata, job.empty_schema, cluster, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
-        self._stop = StopRequest()
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
         self._checked = 0.0
         self._busy: dict[str, float] = {}
+        self._trouble: str | None = None
         lease.progress = self._progress
 
     def run(self) -> None:
@@ -93,7 +100,7 @@ class Driver:
         """
         dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._cluster)
         with (
-            self._stop.by_signals(),
+            self._stop.deferred(),
             _killed_after(self._coordinator, *self._committers.actors),
             contextlib.closing(ReceiptStream(dataset)) as stream,
         ):
@@ -101,14 +108,14 @@ class Driver:
                 while not stream.ended:
                     self._step(stream)
                     self._stop_if_needed(stream)
-                self._commit_rest(self._ledger)
+                self._commit_rest(stream)
             except ray.exceptions.RayError as error:
                 # The first error says more than one that follows from it.
                 with contextlib.suppress(ray.exceptions.RayError, OSError):
-                    self._commit_rest(self._ledger)
+                    self._flush(stream)
                 raise Stopped(
-                    f"the job has failed: {_last_line(error)}; finished work is kept; fix the cause and "
-                    "run the same command to resume"
+                    f"the job has failed: {describe_failure(error)}; finished work is kept; fix the cause "
+                    "and run the same command to resume"
                 ) from error
         self._console.say(describe_bottleneck(self._busy))
 
@@ -119,19 +126,28 @@ class Driver:
         if now - self._checked >= CHECK_EVERY_S:
             self._checked = now
             self._check()
-        self._commit(wait=False)
+        self._commit()
         self._rate.add(self._tracker.num_rows, now)
         if self._console.wants_progress():
             self._show()
 
     def _check(self) -> None:
         """Ask the coordinator what unfinished calls have written, and the output which shards were read."""
-        receipts, loads = ray.get(self._coordinator.news.remote())
-        for receipt in receipts:
+        news = ray.get(self._coordinator.news.remote())
+        for receipt in news.receipts:
             self._tracker.add(receipt)
-        self._busy = busy_fractions(loads)
+        self._busy = busy_fractions(news.loads)
+        self._say_trouble(describe(news.troubles))
         with contextlib.suppress(OSError):  # A store that fails is asked again in a second.
             self._load_shard_reports(self._job.ledger)
+
+    def _say_trouble(self, trouble: str | None) -> None:
+        """Say once that a store fails, and once that it works again; between, the progress says it."""
+        if trouble and not self._trouble:
+            self._console.say(f"{trouble}; the job goes on when it works again")
+        if self._trouble and not trouble:
+            self._console.say(f"{self._trouble.split(';')[0]}, and works again")
+        self._trouble = trouble
 
     def _load_shard_reports(self, ledger: Ledger) -> None:
         for shard in ledger.shards_with_a_report():
@@ -140,22 +156,31 @@ class Driver:
                 if report is not None:
                     self._tracker.add_report(report)
 
-    def _commit(self, wait: bool) -> None:
+    def _commit(self) -> None:
         """Start commits of the shards that are complete now, and collect those that are done."""
         for report in self._tracker.take_complete():
             self._committers.start(report)
-        self._committers.collect(wait)
+        self._committers.collect(STEP_S if self._committers.are_behind else 0.0)
 
-    def _commit_rest(self, ledger: Ledger) -> None:
-        """Commit every complete shard. `ledger` decides whether to wait for a store that fails."""
+    def _commit_rest(self, stream: ReceiptStream) -> None:
+        """Commit every complete shard, however long the output fails; a signal ends it."""
         self._check()
-        self._load_shard_reports(ledger)
-        self._commit(wait=True)
+        self._load_shard_reports(self._ledger)
+        self._commit()
+        while self._committers.num_under_way:
+            self._step(stream)
+            self._committers.collect(STEP_S)
+            self._stop_if_needed(stream)
 
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
             raise OutputInUse(f"another driver has taken the lease of {self._ledger}; this driver stops")
         if self._stop.number is not None:
+            limit_s = FLUSH_S + COMMIT_S
+            self._console.say(
+                f"{self._stop.number.name}: writing what is finished, for at most {limit_s:.0f} s; "
+                "Ctrl-C ends it at once"
+            )
             self._flush(stream)
             raise StoppedBySignal(self._stop.number)
         if self._tracker.has_too_many_failures(self._max_failed_fraction):
@@ -167,18 +192,27 @@ class Driver:
             )
 
     def _flush(self, stream: ReceiptStream) -> None:
-        """Let running calls write the rows they have finished, and commit what is complete."""
+        """Let running calls write the rows they have finished, and commit what is complete.
+
+        Workers give up on a store that fails. What is not written then is made again by the next start, and
+        the next start reads the reports and commits the shards that are missing now.
+        """
         ray.get(self._coordinator.stop.remote())
         deadline = time.monotonic() + FLUSH_S
-        while (
-            time.monotonic() < deadline
-            and ray.get(self._coordinator.num_running.remote())
-            and not stream.ended
-        ):
+        with contextlib.suppress(ray.exceptions.RayError, OSError):
+            while (
+                time.monotonic() < deadline
+                and ray.get(self._coordinator.num_running.remote())
+                and not stream.ended
+            ):
+                self._step(stream)
             self._step(stream)
-        self._step(stream)
-        with contextlib.suppress(OSError):  # The next session reads the reports that are missing now.
-            self._commit_rest(self._job.ledger)
+            self._check()
+        deadline = time.monotonic() + COMMIT_S
+        with contextlib.suppress(ray.exceptions.RayError, OSError):
+            self._commit()
+            while self._committers.num_under_way and time.monotonic() < deadline:
+                self._committers.collect(STEP_S)
 
     def _progress(self) -> dict[str, Any]:
         """Return the last progress shown, for the heartbeat."""
@@ -196,6 +230,7 @@ class Driver:
             num_shards=num_shards,
             left_s=rows_left / rate if rate and rows_left is not None else None,
             busy=self._busy,
+            trouble=self._trouble,
         )
         self._console.show(self._snapshot)
 
@@ -208,9 +243,3 @@ def _killed_after(*actors: Any) -> Iterator[None]:
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _last_line(error: BaseException) -> str:
-    """Return what a worker's exception said: the end of the traceback that Ray quotes."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

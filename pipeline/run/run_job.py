@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blip2_actor import DecodePool
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.shard_progress import ShardProgress
-from pipeline.progress import Console
+from pipeline.progress import LOG_EVERY_S, Console
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
+from pipeline.run.signals import StopRequest
+from pipeline.stages.storage_trouble import WorkerTrouble, describe
+from pipeline.storage.retrying import Trouble, listen
 
 
 def run_job(job: Job, console: Console) -> Reconciliation:
@@ -20,22 +28,46 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     Raises:
         OutputInUse: another driver works on this output.
         Stopped: a signal has stopped the run, or most rows fail; finished work is kept.
+        Interrupted: a signal has come before the first row was read, or a second Ctrl-C.
         RayStartFailed: Ray could not be started.
     """
-    with Lease(job.ledger.folder) as lease:
+    stop = StopRequest()
+    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
         ledger = job.ledger.with_retries()
         if job.is_new:
             ledger.begin(job.run)
+        elif job.is_revised:
+            ledger.revise(job.run, job.redone)
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         left = _left(job, ledger)
         _announce(job, console, len(left))
         if left:
             with connected() as cluster:
-                Driver(job, ledger, left, cluster, lease, console).run()
+                Driver(job, ledger, left, cluster, lease, stop, console).run()
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
         return ledger.reconcile(job.run, state)
+
+
+@contextmanager
+def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
+    """Say when requests of the driver itself fail, and give them up after a signal."""
+    said = 0.0
+
+    def say(trouble: Trouble | None) -> bool:
+        nonlocal said
+        phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
+        if phrase and time.monotonic() - said >= LOG_EVERY_S:
+            said = time.monotonic()
+            console.say(phrase)
+        return stop.number is None
+
+    listen(say)
+    try:
+        yield
+    finally:
+        listen(None)
 
 
 def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
@@ -52,3 +84,11 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    if job.info.generation_config:
+        listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
+        console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")
+    for note in job.notes:
+        console.say(note)
+    if num_left:
+        with DecodePool(job.info.image_size_px) as pool:
+            console.say(str(pool.sandbox_report()))

@@ -25,6 +25,7 @@ from pipeline.stages.coordinator import ReportLoad
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
+from pipeline.stages.storage_trouble import TellCoordinator
 from pipeline.stages.write import WriteStage
 
 MAX_BLOCK_BYTES = 16 << 20
@@ -32,7 +33,7 @@ MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
 time would start new processes."""
-CLOSE_S = 10.0
+CLOSE_S = 2.0
 """How long a stream that is closed waits for its thread."""
 
 
@@ -55,7 +56,9 @@ def receipts_dataset(
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
-            ShardDatasource(work, settings.read_options, ledger.store_shard_report),
+            ShardDatasource(
+                work, settings.read_options, ledger.store_shard_report, TellCoordinator(coordinator)
+            ),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,
             concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),

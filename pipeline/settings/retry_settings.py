@@ -1,4 +1,7 @@
-"""The settings of `blip2 retry`: what may differ from the earlier run without changing its rows."""
+"""The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
+
+What is not given is as it was in the earlier run.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,34 @@ from pipeline.settings.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementChanges:
+    """What may differ from the placement of the earlier run; None leaves it as it was."""
+
+    min_actors: int | None = None
+    """Minimum number of captioning actors; default: as in the earlier run."""
+    max_actors: int | None = None
+    """Maximum number of captioning actors; default: as in the earlier run."""
+    num_gpus: float | None = None
+    """Accelerators per captioning actor; default: as in the earlier run."""
+    calls_per_actor: int | None = None
+    """Number of calls that one actor runs at the same time; default: as in the earlier run."""
+    max_decode_actors: int | None = None
+    """Maximum number of decoding actors; default: as in the earlier run."""
+
+    def __post_init__(self) -> None:
+        self.apply(Placement())
+
+    def apply(self, before: Placement) -> Placement:
+        """Return a placement with these changes.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(before, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrySettings:
     """Run the failed rows of an output again, and read its partial shards again."""
 
@@ -19,19 +50,22 @@ class RetrySettings:
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
-    max_failed_fraction: float = 0.0
-    """Exit with status 2 if a larger fraction of all rows still fails."""
+    redo_changed: bool = False
+    """Make all rows of a shard again if its input has changed since the earlier run."""
+    max_failed_fraction: float | None = None
+    """Exit with status 2 if a larger fraction of all rows still fails; default: as in the earlier run."""
     image_cpu_s: float | None = None
     """Maximum CPU seconds for one image from now on; default: as in the earlier run."""
     image_wall_s: float | None = None
     """Maximum wall-clock seconds for one image from now on; default: as in the earlier run."""
     image_memory_bytes: int | None = None
     """Address space of a decoding process from now on; default: as in the earlier run."""
-    placement: Placement = field(default=Placement())
+    placement: PlacementChanges = field(default=PlacementChanges())
     """actors"""
 
     def __post_init__(self) -> None:
-        require_fraction(self.max_failed_fraction)
+        if self.max_failed_fraction is not None:
+            require_fraction(self.max_failed_fraction)
         self.limits(ImageLimits())
 
     def limits(self, before: ImageLimits) -> ImageLimits:

@@ -6,22 +6,27 @@ row of that step is to blame, so each of them then runs alone. A row on which th
 `MAX_DEATHS_ALONE` times while it ran alone gets the status `failed`; otherwise it would kill forever.
 
 The coordinator also keeps the receipts of fragments that such a call has written, collects how busy the
-stages are, and passes on the request to stop.
+stages are and which workers have trouble with a store, and passes on the request to stop.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.ledger.rowset import Range, RowSet
 from pipeline.stages.receipts import Receipt
+from pipeline.stages.storage_trouble import WorkerTrouble
 
 MAX_DEATHS_ALONE = 2
 """Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
 may have been taken away."""
+
+
+TROUBLE_LASTS_S = 60.0
+"""A worker that has told of trouble and then nothing for this long has died; one request may take as long."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,28 @@ class Load:
     alive_s: float
 
 
+@dataclass(frozen=True)
+class News:
+    """What the driver asks for about once a second."""
+
+    receipts: list[Receipt]
+    """Since the last news; they appear here long before the captioning calls that wrote them end."""
+    loads: dict[str, dict[str, Load]]
+    """By stage and worker."""
+    troubles: list[WorkerTrouble]
+    """Of the workers whose requests fail now."""
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What a worker has told of a store that fails."""
+
+    since: float
+    """Seconds of a monotonic clock, like `told`."""
+    told: float
+    report: WorkerTrouble
+
+
 class Coordinator:
     """A plain class; the job makes an actor of it that reserves no CPU."""
 
@@ -85,6 +112,7 @@ class Coordinator:
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
+        self._troubles: dict[str, _Trouble] = {}
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
@@ -125,18 +153,31 @@ class Coordinator:
         """Note how busy a worker was; it counts as alive while it reports nothing new."""
         self._loads.setdefault(stage, {})[worker] = (busy_s, time.monotonic() - alive_s)
 
-    def news(self) -> tuple[list[Receipt], dict[str, dict[str, Load]]]:
-        """Return the receipts since the last call of this method, and the loads by stage and worker.
+    def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
+        """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
+        before = self._troubles.pop(worker, None)
+        if report is not None:
+            now = time.monotonic()
+            since = now - report.trouble.seconds
+            if before is not None:  # Several requests of a worker may fail at the same time.
+                since = min(since, before.since)
+            self._troubles[worker] = _Trouble(since, now, report)
+        return not self._stopping
 
-        Receipts appear here long before the captioning calls that wrote them end.
-        """
+    def news(self) -> News:
+        """Return what is new since the last call of this method."""
         receipts, self._new_receipts = self._new_receipts, []
         now = time.monotonic()
         loads = {
             stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
             for stage, workers in self._loads.items()
         }
-        return receipts, loads
+        troubles = [
+            replace(known.report, trouble=replace(known.report.trouble, seconds=now - known.since))
+            for known in self._troubles.values()
+            if now - known.told < TROUBLE_LASTS_S
+        ]
+        return News(receipts, loads, troubles)
 
 
 @dataclass(frozen=True)

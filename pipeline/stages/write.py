@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,16 +22,17 @@ from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.rowset import RowSet, ranges_of
-from pipeline.schema import output_schema
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.careful_replay import replay
 from pipeline.stages.coordinator import CallHistory
 from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.model_check import Models, require_same_models
+from pipeline.stages.output_rows import output_rows
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
+from pipeline.stages.storage_trouble import tell_coordinator
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -65,7 +67,10 @@ class WriteStage:
         self._ledger = ledger
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
+        self._counting = threading.Lock()
         self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
+        self._num_held = 0
+        tell_coordinator(coordinator, lambda: self._num_held)
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
 
@@ -76,7 +81,12 @@ class WriteStage:
         receipts = list(history.receipts)
         try:
             for piece in self._finish_rows(call, table, history):
-                written = self._write(table, piece)
+                try:
+                    written = self._write(table, piece)
+                except OSError:
+                    if not ray.get(self._coordinator.is_stopping.remote()):
+                        raise
+                    break  # The job ends while its output fails; it makes these rows again when it resumes.
                 receipts += written
                 positions = list(ranges_of(position for position, _ in piece))
                 ray.get(self._coordinator.wrote.remote(call, positions, written))
@@ -107,41 +117,32 @@ class WriteStage:
         if not piece:
             return []
         started = time.monotonic()
-        rows = self._stage.with_results(table, piece)
+        with self._counting:
+            self._num_held += len(piece)
+        try:
+            return self._write_fragments(table, piece)
+        finally:
+            with self._counting:
+                self._num_held -= len(piece)
+                self._write_s += time.monotonic() - started
+
+    def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
+        rows = output_rows(table, piece, self._kept, self._stage)
         receipts = []
         for shard in pc.unique(rows["shard"]).to_pylist():
-            of_shard = output_rows(rows.filter(pc.equal(rows["shard"], shard)), self._kept, self._stage)
+            of_shard = rows.filter(pc.equal(rows["shard"], shard))
             self._ledger.write_fragment(of_shard)
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
                 self._rows.inc(count, {"status": status})
-        self._write_s += time.monotonic() - started
         return receipts
 
     def _report(self) -> None:
         alive_s = time.monotonic() - self._started
         self._coordinator.report.remote("caption", self._worker, self._stage.busy_s, alive_s)
         self._coordinator.report.remote("write", self._worker, self._write_s, alive_s)
-
-
-def output_rows(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
-    """Return exactly the columns of the output, in the order and with the types of the row contract.
-
-    Args:
-        rows: rows with results, as `CaptionStage.with_results` returns them.
-        kept: columns of the input that go into the output.
-        stage: the stage that has made the rows.
-    """
-    schema = output_schema((rows.schema.field(name) for name in kept), stage.named, stage.captioned)
-    arrays = [
-        rows[field.name].cast(field.type)
-        if field.name in rows.column_names
-        else pa.nulls(len(rows), field.type)
-        for field in schema
-    ]
-    return pa.table(arrays, schema=schema)
 
 
 def _name_of(table: pa.Table) -> str:

@@ -11,6 +11,8 @@ from fsspec.core import url_to_fs
 
 from blip2_actor.installation import install_hint
 from pipeline.errors import InputError
+from pipeline.storage.fsspec_errors import HandlerWithOSErrors
+from pipeline.storage.secrets import hide_secrets, without_secrets
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 MAX_CONCURRENT_REQUESTS = 16
@@ -26,6 +28,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    shown = without_secrets(uri)
     try:
         if scheme in ARROW_SCHEMES:
             with contextlib.suppress(pa.ArrowNotImplementedError):  # This build of Arrow lacks the scheme.
@@ -36,12 +39,14 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(f"{scheme}:// needs a package that is not installed: {error}{hint}") from error
     except OSError as error:
         hint = "; name the bucket's region: ?region=us-east-1" if scheme == "s3" else ""
-        raise InputError(f"{uri} cannot be reached: {error}{hint}") from error
+        raise InputError(f"{shown} cannot be reached: {hide_secrets(str(error))}{hint}") from None
     except ValueError as error:
+        reason = hide_secrets(str(error))
+        hint = "; write %20 for each blank" if " " in uri else ""
         raise InputError(
-            f"{uri} must be a local path, s3://, gs:// or a URI that fsspec knows: {error}"
-        ) from error
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+            f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}{hint}"
+        ) from None
+    return pafs.PyFileSystem(HandlerWithOSErrors(filesystem)), path
 
 
 def _with_single_puts(uri: str) -> str:

@@ -3,10 +3,11 @@
 On a disk, `put` writes a temporary file, flushes it and renames it. In an object store one PUT does the same.
 
 A folder may retry: `with_retries` returns one that repeats a request for a while after an OSError (a disk
-that is full, a store that answers 503). Repeating is safe, also when the request was carried out and only
-its answer was lost: `put` replaces the file with the same content, `get`, `read`, `names` and `changes`
-change nothing, and `delete` and `erase` accept that the file is already gone. A new folder does not retry,
-so that `status`, `plan` and the checks before a run answer at once.
+that is full, a store that answers 503), unless no new try can succeed (`retrying.is_final`). Repeating is
+safe, also when the request was carried out and only its answer was lost: `put` replaces the file with the
+same content, `get`, `read`, `names` and `changes` change nothing, and `delete` and `erase` accept that the
+file is already gone. A new folder does not retry, so that `status`, `plan` and the checks before a run answer
+at once.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -35,19 +36,25 @@ ASIDE = "_blip2/tmp"
 """Where a file on a disk is written before it is renamed; emptied when a run starts."""
 
 PROBE = "_blip2/probe-"
-"""Begins the names of empty files that test whether a folder can be written."""
+"""Begins the names of files that test whether a folder can be written."""
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+"""On the file systems of Linux."""
+MAX_KEY_BYTES = 1024
+"""In S3, Google Cloud Storage and Azure."""
+PROBE_BYTES = 4096
+"""A full disk still takes an empty file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Folder:
     """Files under one URI, by their relative names; picklable, so that workers write by themselves."""
 
     uri: str
     retry_for_s: float = 0.0
     """How long a request is repeated after an OSError; 0 raises the first one."""
-    filesystem: pafs.FileSystem = field(default=None, kw_only=True, repr=False, compare=False)
+    filesystem: pafs.FileSystem = field(default=None, kw_only=True, compare=False)
     """Opened from the URI; only `with_retries` passes it, to share it."""
-    root: str = field(default="", kw_only=True, repr=False, compare=False)
+    root: str = field(default="", kw_only=True, compare=False)
     """Path of the folder in `filesystem`."""
 
     def __post_init__(self) -> None:
@@ -64,6 +71,10 @@ class Folder:
     def __str__(self) -> str:
         """Return the URI for people, without secrets."""
         return without_secrets(self.uri)
+
+    def __repr__(self) -> str:
+        # Ray stores what the arguments of stages look like.
+        return f"Folder({str(self)!r}, {self.retry_for_s})"
 
     def with_retries(self, retry_for_s: float = RETRY_FOR_S) -> Folder:
         """Return this folder with requests that are repeated for `retry_for_s` seconds; 0 tries once."""
@@ -131,11 +142,36 @@ class Folder:
         """Return the name of each file below a folder, and when it was written."""
         return self._retry(lambda: self._list_once(under))
 
+    def exists(self, name: str) -> bool:
+        (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
+        return info.type == pafs.FileType.File
+
+    def require_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError when one of these names is too long for the store."""
+        for name in names:
+            path = self.path(name)
+            longest = max(len(part.encode()) for part in name.split("/"))
+            if self.is_local and longest > MAX_NAME_BYTES:
+                what, limit = f"a name of {longest} bytes", f"{MAX_NAME_BYTES} in a name"
+            elif len(path.encode()) > (limit_bytes := MAX_PATH_BYTES if self.is_local else MAX_KEY_BYTES):
+                what, limit = f"a path of {len(path.encode())} bytes", f"{limit_bytes} in a path"
+            else:
+                continue
+            raise ValueError(
+                f"output must have room for the names of its files, got {what} for {name}, and {self} takes "
+                f"at most {limit}; rename the input file, or give it a shorter path"
+            )
+
+    def seconds_since_write(self, name: str) -> float | None:
+        """Return how long ago a file was written, by the clock of the store, or None when there is none."""
+        (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
+        return None if info.mtime is None else (datetime.now(UTC) - info.mtime).total_seconds()
+
     def require_writable(self) -> None:
         """Raise ValueError unless a file can be written here and deleted again; nothing is retried."""
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
-            self._put_once(probe, b"")
+            self._put_once(probe, bytes(PROBE_BYTES))
             self._delete_once(probe)
         except OSError as error:
             raise ValueError(
@@ -175,7 +211,7 @@ class Folder:
 
     def _get_once(self, name: str) -> bytes | None:
         try:
-            with open_input(self.filesystem, self.path(name)) as file:
+            with self.filesystem.open_input_file(self.path(name)) as file:
                 content = file.read(file.size())
                 if len(content) < file.size():
                     raise OSError(f"{name} must have {file.size()} bytes, got {len(content)}")

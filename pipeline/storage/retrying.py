@@ -1,40 +1,113 @@
-"""Retry a request to a disk that is full for a while, or to a store that answers 503."""
+"""Retry a request to a disk that is full for a while, or to a store that answers 503.
+
+A process has one listener, which is told while requests fail: the driver shows it, a worker passes it on. The
+listener also says when to give up, so that a signal is obeyed while a store is down.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypeVar
+
+from pipeline.storage.secrets import hide_secrets
 
 T = TypeVar("T")
 RETRY_FOR_S = 900.0
 """How long the storage may fail before the job gives up: long enough for a person to free a disk."""
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+TELL_EVERY_S = 1.0
+"""Seconds between two calls of the listener during a pause."""
+
+Place = Literal["output", "input"]
+
+_NEVER = (FileNotFoundError, PermissionError, IsADirectoryError)
+_NEVER_ERRNOS = (errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
+_REFUSED_BY_S3 = re.compile(r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_\w+)")
+"""Arrow raises a plain OSError for these."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A request that fails and is repeated."""
+
+    place: Place
+    state: str
+    """What is wrong: "full", or "failing" and why."""
+    seconds: float
+    """For how long it has failed."""
+
+
+Listener: TypeAlias = Callable[[Trouble | None], bool]
+"""Takes what is wrong, or None when a request has succeeded again; returns whether to go on trying."""
+
+
+def _always(trouble: Trouble | None) -> bool:
+    return True
+
+
+_listener: Listener = _always
+
+
+def listen(listener: Listener | None) -> None:
+    """Let a listener know while requests of this process fail; it may be called by several threads."""
+    global _listener
+    _listener = _always if listener is None else listener
 
 
 def retry_on_oserror(
     action: Callable[[], T],
     retry_for_s: float = RETRY_FOR_S,
+    place: Place = "output",
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """Call `action` until it raises no OSError, with a pause before each new try.
 
+    An error that a new try cannot change is raised at once; see `is_final`.
+
     Args:
         action: must be safe to repeat, also after it was carried out and only its answer was lost.
         retry_for_s: raise the OSError when the next try would start later than this; 0 tries once.
+        place: where the request goes, for the listener.
     """
-    deadline = clock() + retry_for_s
-    pause_s = FIRST_PAUSE_S
+    started = clock()
+    pause_s, has_failed = FIRST_PAUSE_S, False
     while True:
         try:
-            return action()
+            result = action()
         except OSError as error:
-            if retry_for_s <= 0 or clock() + pause_s > deadline:
+            if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
                 raise
-            logger.warning("The storage has failed, trying again in %.1f s: %s", pause_s, error)
-            sleep(pause_s)
+            has_failed = True
+            logger.warning(
+                "The %s has failed, trying again in %.1f s: %s", place, pause_s, hide_secrets(str(error))
+            )
+            next_try = clock() + pause_s
+            while (left_s := next_try - clock()) > 0:
+                if not _listener(Trouble(place, _state(error), clock() - started)):
+                    raise
+                sleep(min(left_s, TELL_EVERY_S))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        else:
+            if has_failed:
+                _listener(None)
+            return result
+
+
+def is_final(error: OSError) -> bool:
+    """Return whether a new try cannot succeed: a file is missing, access is denied, a name is too long."""
+    is_refused = isinstance(error, _NEVER) or error.errno in _NEVER_ERRNOS
+    return is_refused or bool(_REFUSED_BY_S3.search(str(error)))
+
+
+def _state(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "full"
+    return f"failing ({hide_secrets(' '.join(str(error).split()))[:200]})"

@@ -7,19 +7,19 @@ could not deliver for a moment would be recorded as damaged. A disk is not retri
 from __future__ import annotations
 
 import io
-import logging
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-T = TypeVar("T")
-PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each new try, in addition to the tries that the store's own client makes."""
+from pipeline.storage.retrying import retry_on_oserror
+from pipeline.storage.secrets import without_secrets
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
+READ_FOR_S = 60.0
+"""How long one read is repeated, in addition to the tries that the store's own client makes. It is shorter
+than that of the output, because `retry` reads the shard again, and nothing that was made is lost."""
 
 
 def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | RetryingFile:
@@ -32,12 +32,9 @@ def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | Retryi
 class RetryingFile(io.RawIOBase):
     """A remote file that is opened again, at the position it had reached, when a read fails."""
 
-    def __init__(
-        self, filesystem: pafs.FileSystem, path: str, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem = filesystem
         self._path = path
-        self._sleep = sleep
         self._position = 0
         self._file: pa.NativeFile | None = None
         self._size = self._retry(lambda file: file.size())
@@ -62,7 +59,12 @@ class RetryingFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         def read(file: pa.NativeFile) -> int:
             file.seek(self._position)
-            return file.readinto(buffer)
+            num_bytes = file.readinto(buffer)
+            if not num_bytes and len(buffer):
+                raise OSError(
+                    f"{without_secrets(self._path)} must have {self._size} bytes, got {self._position}"
+                )
+            return num_bytes
 
         num_bytes = self._retry(read) if self._position < self._size else 0
         self._position += num_bytes
@@ -74,20 +76,17 @@ class RetryingFile(io.RawIOBase):
         super().close()
 
     def _retry(self, action: Callable[[pa.NativeFile], T]) -> T:
-        """Call `action` with the open file until it succeeds; a missing or forbidden file is not retried."""
-        for pause_s in (*PAUSES_S, None):
+        """Call `action` with the open file until it succeeds."""
+
+        def attempt() -> T:
             try:
                 if self._file is None:
                     self._file = self._filesystem.open_input_file(self._path)
                 return action(self._file)
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"{self._path} is not there") from error
-            except PermissionError:
-                raise
-            except OSError as error:
+                raise FileNotFoundError(f"{without_secrets(self._path)} is not there") from error
+            except OSError:
                 self._file = None
-                if pause_s is None:
-                    raise
-                logger.warning("Reading %s failed, trying again in %.1f s: %s", self._path, pause_s, error)
-                self._sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
+                raise
+
+        return retry_on_oserror(attempt, READ_FOR_S, "input")

@@ -81,7 +81,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     first.send_signal(number)
     said, _ = first.communicate()
     assert first.returncode == (-number if number == signal.SIGKILL else 143), said
-    assert ("stopped by a signal; finished work is kept" in said) == (number == signal.SIGTERM), said
+    assert ("stopped by SIGTERM; finished work is kept" in said) == (number == signal.SIGTERM), said
     state = scan_output(folder)
     finished_before = {
         caption

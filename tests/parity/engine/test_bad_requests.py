@@ -56,7 +56,8 @@ def test_prompts_are_checked_before_anything_is_loaded(
 ) -> None:
     config = EngineConfig(model=str(checkpoint_folder(language)), device="cpu")
     monkeypatch.setattr(
-        "blip2_actor.checkpoints.weights.list_tensors", lambda path: pytest.fail("weights were read")
+        "blip2_actor.checkpoints.loading.list_weights",
+        lambda folder: pytest.fail("weights were read"),
     )
     config.check_prompts(["what is it?", ""], 30)
     with pytest.raises(ValueError, match="must not contain the image token"):

@@ -172,6 +172,7 @@ def test_the_table_of_exit_statuses_is_frozen():
         "FAILED": 1,
         "TOO_MANY_FAILURES": 2,
         "REFUSED": 3,
+        "HUNG_UP": 129,
         "INTERRUPTED": 130,
         "TERMINATED": 143,
     }

@@ -130,11 +130,8 @@ def test_options_are_keywords(engine: Engine) -> None:
 
 def test_temperature_0_is_greedy(engine: Engine, expected: Any) -> None:
     sampled: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 3, "seed": 7}
-    assert (
-        GenerationOptions(temperature=0, **sampled)
-        == GenerationOptions(temperature=0.0)
-        == GenerationOptions()
-    )
+    checkpoint = {"do_sample": True, "temperature": 0.6}
+    assert GenerationOptions(temperature=0, **sampled).resolve(checkpoint) == GenerationOptions().resolve()
     assert engine.generate(PIXELS, temperature=0, max_new_tokens=5) == expected
 
 
@@ -169,10 +166,6 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option .* max_new_tokens"),
         (lambda e: e.generate(PIXELS, do_sample="yes"), "do_sample must be true or false, got 'yes'"),
         (lambda e: e.generate(PIXELS, temperature="hot"), "temperature must be a number, got 'hot'"),
-        (
-            lambda e: e.generate(PIXELS, max_new_tokens=None),
-            "max_new_tokens must be a whole number, got None",
-        ),
         (lambda e: e.generate(PIXELS, stop=5), "stop must be texts, got 5"),
         (lambda e: e.generate(Request(image=PIXELS), prompt="a"), "prompt must be left out with a Request"),
         (lambda e: e.features(PIXELS), "images must be a list, got ndarray of shape"),

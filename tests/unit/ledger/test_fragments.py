@@ -9,7 +9,13 @@ import pytest
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
-from pipeline.ledger.fragments import list_fragments, parse_fragment, rows_in, write_fragment
+from pipeline.ledger.fragments import (
+    list_fragments,
+    names_of_shard,
+    parse_fragment,
+    rows_in,
+    write_fragment,
+)
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.scan import scan_output
@@ -188,3 +194,39 @@ def test_no_name_in_the_state_ends_in_parquet(folder, tmp_path):
     """`output/**/*.parquet` must find only results, also when a shard is a Parquet file itself."""
     write_fragment(folder, rows([0, 1], shard="a/0.parquet"))
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def with_kept(numbers, kept: pa.Array) -> pa.Table:
+    return rows(numbers).append_column("kept", kept)
+
+
+def test_rows_that_no_merge_can_write_make_the_shard_partial(folder):
+    """The committer raised, Ray ended the job, and so did every resume."""
+    write_fragment(folder, with_kept([0], pa.array([{"a": 1}])))
+    write_fragment(folder, with_kept([1], pa.array(["text"])))
+    for _ in range(2):  # a retry comes to the same end
+        summary = commit(folder, report(2))
+        assert (summary.num_rows, summary.complete) == (0, False)
+        assert "the rows cannot be written as one table" in str(summary.reason)
+        assert read_summary(folder, "a/0.tar") == summary
+    assert len(list_fragments(folder, "a/0.tar")) == 2, "the captions are not lost"
+
+
+def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
+    write_fragment(folder, with_kept([0, 1], pa.array([{"a": 1}] * 2)))
+    before = commit(folder, report(2))
+    write_fragment(folder, with_kept([1], pa.array(["text"])))
+    assert commit(folder, report(2)) == before
+
+
+@pytest.mark.parametrize(("length", "is_refused"), [(236, False), (250, True)])
+def test_a_shard_whose_file_would_have_too_long_a_name_is_refused(folder, length, is_refused):
+    """Writing it was tried for a quarter of an hour, after captioning all its images."""
+    names = names_of_shard("a" * length + ".tar")
+    if is_refused:
+        with pytest.raises(ValueError, match=r"output must have room .* got a name of 262 bytes"):
+            folder.require_names(names)
+    else:
+        folder.require_names(names)
+        for name in names:
+            folder.put(name, b"")

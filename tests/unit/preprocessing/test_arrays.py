@@ -101,6 +101,13 @@ def test_a_layout_is_checked_before_any_image_is_there() -> None:
         require_image_layout(np.dtype("int64"), (None, None, None))
 
 
+def test_a_closed_pil_image_is_refused() -> None:
+    image = noise(8, 8)
+    image.close()
+    with pytest.raises(ValueError, match="must be readable"):
+        resize_image(image, SIZE)
+
+
 def test_a_pil_image_that_cannot_be_loaded_is_refused() -> None:
     data = encode(noise(64, 64), "JPEG")
     with pytest.raises(ValueError, match=r"must be readable.*truncated"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
@@ -75,6 +78,23 @@ def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
     assert last.startswith("running: process ")
     assert "150 images · 12.5/s · 3 failed · shards 1/5 · ETA 1 min 30 s · busy decode 50%" in last
     assert ", ends about 20" in last
+
+
+def test_a_driver_that_cannot_write_its_heartbeat_is_explained(folder, monkeypatch):
+    """While the disk is full, the last heartbeat in it says that all is well."""
+    with Lease(folder):
+        os.utime(folder.path(LEASE), (0, 0))
+        last = status_lines(folder.uri)[-1]
+        assert last.endswith("the driver, its machine or the network has stopped")
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "_put_once", full)
+            last = status_lines(folder.uri)[-1]
+    assert last.startswith("running: process ")
+    assert "; no heartbeat for " in last and last.endswith("No space left on device")
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_finished_run(folder):

@@ -1,8 +1,10 @@
 """Progress lines: in a terminal they must not scroll, and in a log they must not overwrite each other."""
 
 import io
+import os
+from dataclasses import replace
 
-from pipeline.progress import Console, ProgressSnapshot, Rate, duration
+from pipeline.progress import Console, ProgressSnapshot, Rate, duration, write
 
 
 def test_the_rate_leaves_start_up_out():
@@ -32,3 +34,32 @@ def test_a_terminal_has_one_line_and_a_log_has_plain_ones():
 
 def test_a_duration_has_at_most_two_units():
     assert [duration(s) for s in (None, 0, 59.6, 90061)] == ["unknown", "0 s", "1 min", "1 d 1 h"]
+
+
+def test_trouble_comes_first_because_a_terminal_cuts_lines():
+    now = ProgressSnapshot(
+        num_rows=0, num_failed=0, images_per_s=0, shards_done=0, num_shards=9, left_s=None, trouble="full"
+    )
+    assert now.line() == "starting · shards 0/9 · full"
+    assert replace(now, num_rows=1).line().startswith("full · 1 images")
+
+
+def test_a_terminal_without_the_characters_of_a_line_gets_others():
+    """With PYTHONIOENCODING=ascii the first line of progress ended the job with UnicodeEncodeError."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, "ascii", newline="")
+    write(stream, "1 · 2 … é\n")
+    assert raw.getvalue() == b"1 | 2 ... \\xe9\n"
+
+
+def test_a_reader_that_has_gone_does_not_end_the_job():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        console = Console(stream)
+        console.say("nobody reads this")
+        console.say("nor this, and closing the stream writes nothing that is left")
+
+
+def test_a_process_without_a_terminal_says_nothing():
+    write(None, "a line")

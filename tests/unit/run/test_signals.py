@@ -1,4 +1,4 @@
-"""Signals: a run that does not notice SIGTERM loses the rows of its running calls on a preempted machine."""
+"""A signal ends a command with a sentence: at once before work, in good order while the job is at work."""
 
 from __future__ import annotations
 
@@ -7,29 +7,49 @@ import threading
 
 import pytest
 
-from pipeline.run.signals import StopRequest
+from pipeline.errors import Interrupted
+from pipeline.run.signals import SIGNALS, StopRequest, keeping_handlers
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_for_a_stop_and_the_handlers_come_back(number):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_work_a_signal_ends_the_command_at_once(number):
+    """Ctrl-C during start-up was a traceback, and a hang-up killed the driver without a word."""
     before = signal.getsignal(number)
     stop = StopRequest()
-    with stop.by_signals():
-        assert stop.number is None
+    with stop.by_signals(), pytest.raises(Interrupted, match=f"stopped at once by {number.name}"):
         signal.raise_signal(number)
-        assert stop.number == number
     assert signal.getsignal(number) is before
+    assert stop.number == number, "threads look at it"
 
 
-def test_only_a_second_ctrl_c_ends_at_once():
-    """SIGTERM is sent more than once by some schedulers, and must not cut the orderly stop short."""
+def test_at_work_the_first_signal_is_noted_and_a_second_ctrl_c_ends_the_process():
     stop = StopRequest()
-    with stop.by_signals():
+    with stop.by_signals(), stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
     assert stop.number == signal.SIGTERM, "the first signal decides the exit status"
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup lets a job outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().by_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_ray_does_to_the_handlers_is_undone():
+    """`ray.init` replaces the handler of SIGTERM: the job ended with status 15 and without a word."""
+    stop = StopRequest()
+    with stop.by_signals(), stop.deferred():
+        with keeping_handlers():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
 
 
 def test_outside_the_main_thread_nothing_changes():

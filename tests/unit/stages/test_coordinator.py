@@ -4,6 +4,8 @@ from pipeline.ledger.rowset import RowSet
 from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.receipts import Receipt
+from pipeline.stages.storage_trouble import WorkerTrouble, describe
+from pipeline.storage.retrying import Trouble
 
 
 def test_a_call_that_ends_is_forgotten():
@@ -86,10 +88,26 @@ def test_receipts_are_returned_once_and_a_silent_worker_ages():
     coordinator.begin_call("call")
     coordinator.wrote("call", [(0, 2)], [receipt])
     coordinator.report("decode", "worker", 2.0, 4.0)
-    receipts, loads = coordinator.news()
-    assert receipts == [receipt]
-    assert loads["decode"]["worker"].busy_s == 2.0
-    assert loads["decode"]["worker"].alive_s >= 4.0
-    later, loads_later = coordinator.news()
-    assert later == []
-    assert loads_later["decode"]["worker"].alive_s > loads["decode"]["worker"].alive_s
+    news = coordinator.news()
+    assert news.receipts == [receipt]
+    assert news.loads["decode"]["worker"].busy_s == 2.0
+    assert news.loads["decode"]["worker"].alive_s >= 4.0
+    later = coordinator.news()
+    assert later.receipts == []
+    assert later.loads["decode"]["worker"].alive_s > news.loads["decode"]["worker"].alive_s
+
+
+def test_trouble_is_known_until_it_ends_and_a_stop_ends_the_tries():
+    coordinator = Coordinator()
+    full = WorkerTrouble(Trouble("output", "full", 40.0), num_held=1200)
+    young = WorkerTrouble(Trouble("input", "failing (503)", 3.0), num_held=0)
+    assert coordinator.report_trouble("a", full) and coordinator.report_trouble("b", young)
+    assert describe(coordinator.news().troubles) == (
+        "output has been full for 40 s; waiting, 1,200 rows held"
+    )
+    assert coordinator.report_trouble("a", None)
+    assert describe(coordinator.news().troubles) == "input has been failing (503) for 3 s; waiting"
+    coordinator.stop()
+    assert not coordinator.report_trouble("b", young)
+    coordinator.report_trouble("b", None)
+    assert describe(coordinator.news().troubles) is None

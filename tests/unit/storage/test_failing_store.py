@@ -14,6 +14,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage import retrying
 from pipeline.storage.folder import Folder
+from tests.unit.storage.test_retrying import Clock
 
 REQUESTS = ("_put_once", "_get_once", "_list_once", "_delete_once")
 REPORT = ShardReport(shard="a.tar", num_rows=20, complete=True)
@@ -77,6 +78,7 @@ def test_a_commit_succeeds_whichever_request_fails(tmp_path, monkeypatch, is_lat
 def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[float]:
     """Let a request of folders fail several times; return the pauses that the retries make."""
     pauses: list[float] = []
+    clock = Clock()
     original, left = getattr(Folder, request), iter(range(times))
 
     def call(*args):
@@ -84,9 +86,12 @@ def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[floa
             raise OSError("503 slow down")
         return original(*args)
 
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        clock.sleep(seconds)
+
     def retry(action, retry_for_s):
-        clock = count(0, 0.001)
-        return retrying.retry_on_oserror(action, retry_for_s, pauses.append, lambda: next(clock))
+        return retrying.retry_on_oserror(action, retry_for_s, sleep=sleep, clock=lambda: clock.now)
 
     monkeypatch.setattr(Folder, request, call)
     monkeypatch.setattr("pipeline.storage.folder.retry_on_oserror", retry)

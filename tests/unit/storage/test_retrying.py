@@ -1,8 +1,10 @@
 """Retries must outlast a disk that a person frees, and must end."""
 
+import errno
+
 import pytest
 
-from pipeline.storage.retrying import retry_on_oserror
+from pipeline.storage.retrying import Trouble, is_final, listen, retry_on_oserror
 
 FULL = OSError(28, "No space left on device")
 
@@ -56,4 +58,69 @@ def test_another_error_is_raised_at_once():
     clock = Clock()
     with pytest.raises(ValueError, match="no storage"):
         retry_on_oserror(wrong, sleep=clock.sleep, clock=lambda: clock.now)
+    assert clock.now == 0
+
+
+@pytest.fixture
+def heard():
+    """Listen to retries; they go on while `heard.patient`."""
+
+    class Heard(list[Trouble | None]):
+        patient = True
+
+        def __call__(self, trouble: Trouble | None) -> bool:
+            self.append(trouble)
+            return self.patient
+
+    heard = Heard()
+    listen(heard)
+    yield heard
+    listen(None)
+
+
+def test_the_listener_hears_of_trouble_every_second_and_of_its_end(heard):
+    clock = Clock()
+    retry_on_oserror(fails(4), sleep=clock.sleep, clock=lambda: clock.now)
+    *troubles, end = heard
+    assert end is None
+    assert {(trouble.place, trouble.state) for trouble in troubles} == {("output", "full")}
+    assert [trouble.seconds for trouble in troubles] == [0, 0.5, *(1.5 + n for n in range(6))]
+
+
+def test_a_listener_that_is_to_stop_ends_the_retries(heard):
+    """A signal must not wait until a store works again."""
+    clock = Clock()
+    heard.patient = False
+    with pytest.raises(OSError, match="No space"):
+        retry_on_oserror(fails(9), sleep=clock.sleep, clock=lambda: clock.now)
+    assert clock.now == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FULL, False),
+        (TimeoutError(), False),
+        (ConnectionResetError(), False),
+        (OSError("503 slow down"), False),
+        (FileNotFoundError(), True),
+        (PermissionError(errno.EACCES, "no"), True),
+        (OSError(errno.EROFS, "Read-only file system"), True),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), True),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation: Access Denied."), True),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error, expected):
+    assert is_final(error) == expected
+
+
+def test_a_final_error_is_raised_at_once():
+    """A name that is too long would be tried for a quarter of an hour."""
+    clock = Clock()
+
+    def write() -> None:
+        raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+    with pytest.raises(OSError, match="too long"):
+        retry_on_oserror(write, sleep=clock.sleep, clock=lambda: clock.now)
     assert clock.now == 0

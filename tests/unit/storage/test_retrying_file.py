@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Container
 
 import fsspec
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.inputs.shards import Shard
-from pipeline.storage import retrying_file
+from pipeline.storage import retrying, retrying_file
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 
@@ -20,7 +21,7 @@ class FlakyStore(MemoryFileSystem):
 
     protocol = "flaky"
     cachable = False
-    failing: frozenset[int] = frozenset()
+    failing: Container[int] = frozenset()
     num_reads = 0
 
     @classmethod
@@ -46,7 +47,7 @@ class FlakyStore(MemoryFileSystem):
 @pytest.fixture
 def store(monkeypatch):
     fsspec.register_implementation("flaky", FlakyStore, clobber=True)
-    monkeypatch.setattr(retrying_file, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(FlakyStore, "num_reads", 0)
     store = FlakyStore()
     table = io.BytesIO()
@@ -73,12 +74,14 @@ def test_a_moment_of_failure_costs_nothing(store, monkeypatch, format):
 
 
 def test_a_store_that_goes_on_failing_leaves_a_partial_shard(store, monkeypatch):
-    monkeypatch.setattr(FlakyStore, "failing", frozenset(range(1, 1000)))
+    monkeypatch.setattr(FlakyStore, "failing", range(1, 1 << 30))
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retrying_file, "READ_FOR_S", 0.02)
     rows, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("0.tar",)))
     assert (rows, report.complete) == ([], False) and "503 slow down" in str(report.reason)
 
 
 def test_a_missing_file_is_not_retried(store, monkeypatch):
-    monkeypatch.setattr(retrying_file, "PAUSES_S", (3600.0,))
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
     _, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("gone.tar",)))
     assert not report.complete and str(report.reason).endswith("is not there")

@@ -1,0 +1,71 @@
+"""Trouble with a store, on its way from the worker that meets it to the person who can end it.
+
+A worker whose request fails tells the coordinator about once a second, and asks whether to go on trying. The
+driver fetches what all workers say, and shows one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from pipeline.progress import duration
+from pipeline.storage.retrying import Trouble, listen
+
+SAID_AFTER_S = 2.0
+ANSWER_S = 5.0
+"""How long a worker waits for the coordinator; then it goes on trying."""
+
+
+@dataclass(frozen=True)
+class WorkerTrouble:
+    """A request of a worker that fails, and how many finished rows wait for it."""
+
+    trouble: Trouble
+    num_held: int
+
+
+def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> None:
+    """Let the coordinator know while requests of this process fail.
+
+    Args:
+        coordinator: handle of the job's `Coordinator` actor.
+        count_held: returns how many finished rows this process has not written yet.
+    """
+    worker = f"{os.uname().nodename}-{os.getpid()}"
+
+    def tell(trouble: Trouble | None) -> bool:
+        report = None if trouble is None else WorkerTrouble(trouble, count_held())
+        try:
+            return ray.get(coordinator.report_trouble.remote(worker, report), timeout=ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            return True
+
+    listen(tell)
+
+
+@dataclass(frozen=True)
+class TellCoordinator:
+    """`tell_coordinator` as a value that can be sent to workers."""
+
+    coordinator: Any
+
+    def __call__(self) -> None:
+        tell_coordinator(self.coordinator)
+
+
+def describe(reports: Sequence[WorkerTrouble]) -> str | None:
+    """Return one phrase about the request that has failed for longest, or None if all is well.
+
+    A request that succeeds at the second or third try is not worth a word.
+    """
+    worst = max((report.trouble for report in reports), key=lambda trouble: trouble.seconds, default=None)
+    if worst is None or worst.seconds < SAID_AFTER_S:
+        return None
+    phrase = f"{worst.place} has been {worst.state} for {duration(worst.seconds)}; waiting"
+    num_held = sum(report.num_held for report in reports)
+    return f"{phrase}, {num_held:,} rows held" if num_held else phrase

@@ -1,0 +1,62 @@
+"""Whatever the client of a store raises arrives as an OSError of the right kind, without secrets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.storage.fsspec_errors import oserrors
+
+
+class ClientError(Exception):
+    """An error of a client, which is no OSError."""
+
+    def __init__(self, text: str = "failed", **attributes: object) -> None:
+        super().__init__(text)
+        self.__dict__.update(attributes)
+
+
+def raised_for(error: Exception) -> Exception:
+    with pytest.raises(Exception) as caught, oserrors():
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ClientError(status=503), OSError),  # aiohttp
+        (ClientError(status=404), FileNotFoundError),
+        (ClientError(response=SimpleNamespace(status_code=403)), PermissionError),  # httpx, requests
+        (ClientError(response={"ResponseMetadata": {"HTTPStatusCode": 404}}), FileNotFoundError),  # botocore
+        (ClientError(status_code=410), FileNotFoundError),  # azure
+        (ClientError(code="401"), PermissionError),  # gcsfs
+        (ClientError(), OSError),
+        (ValueError("a body that is no JSON"), OSError),
+        (TimeoutError("slow"), TimeoutError),
+        (PermissionError("no"), PermissionError),
+    ],
+)
+def test_the_kind_of_error_follows_from_the_answer(error, kind):
+    assert type(raised_for(error)) is kind
+
+
+def test_a_missing_file_behind_which_a_503_stands_is_not_missing():
+    """fsspec's HTTP filesystem raises FileNotFoundError whatever the server has answered."""
+    missing = FileNotFoundError("http://host/a.tar")
+    missing.__cause__ = ClientError(status=503)
+    assert type(raised_for(missing)) is OSError
+    missing.__cause__ = ClientError(status=404)
+    assert type(raised_for(missing)) is FileNotFoundError
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError, NotImplementedError])
+def test_a_mistake_of_the_program_keeps_its_type(mistake):
+    assert type(raised_for(mistake("bug"))) is mistake
+
+
+def test_no_message_holds_a_secret():
+    said = str(raised_for(ClientError("503 for url='https://me:pw@host/a?sig=hidden'", status=503)))
+    assert said == "ClientError: 503 for url='https://host/a'"
+    assert "sig" not in str(raised_for(OSError("503 for https://host/a?sig=hidden")))

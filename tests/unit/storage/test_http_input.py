@@ -1,0 +1,129 @@
+"""A web server that fails for a moment costs no row; one that goes on failing costs its shard alone."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from random import Random
+
+import pytest
+
+from pipeline.inputs.shards import Shard
+from pipeline.storage import retrying, retrying_file
+from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
+
+random = Random(0)
+CONTENT = tar_bytes((f"{at}.jpg", random.randbytes(1 << 20)) for at in range(16))
+"""More than the read-ahead of a tar and than a block of fsspec, so that it is read in several requests."""
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `CONTENT` under every name, in the way that a test has set."""
+
+    protocol_version = "HTTP/1.1"
+    num_gets = 0
+    answer: Callable[[Server, int], bool] = staticmethod(lambda server, number: False)
+    """Takes a GET and its number; returns whether it has answered it itself."""
+    knows_ranges = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # A client need not read to the end.
+
+    def do_HEAD(self) -> None:
+        self.send(200, b"", [("Content-Length", str(len(CONTENT)))])
+
+    def do_GET(self) -> None:
+        Server.num_gets += 1
+        if Server.answer(self, Server.num_gets):
+            return
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None or not Server.knows_ranges:
+            self.send(200, CONTENT)
+        else:
+            self.send(206, CONTENT[int(asked[1]) : int(asked[2]) + 1])
+
+    def send(self, status: int, body: bytes, headers: list[tuple[str, str]] | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers or [("Content-Length", str(len(body)))]:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def slow_down(server: Server) -> None:
+    server.send(429, b"")
+
+
+def unavailable(server: Server) -> None:
+    server.send(503, b"")
+
+
+def cut(server: Server) -> None:
+    server.send(206, CONTENT[:100], [("Content-Length", "1000")])
+    server.close_connection = True
+
+
+def hang_up(server: Server) -> None:
+    server.close_connection = True
+
+
+@pytest.fixture
+def shard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shard]:
+    monkeypatch.setattr(Server, "num_gets", 0)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.001)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        yield Shard(name="s", format="webdataset", root=root, files=("a.tar",))
+        server.shutdown()
+
+
+def always(fault: Callable[[Server], None], every: int) -> Callable[[Server, int], bool]:
+    def answer(server: Server, number: int) -> bool:
+        if number % every:
+            return False
+        fault(server)
+        return True
+
+    return staticmethod(answer)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fault", [slow_down, unavailable, cut, hang_up])
+def test_a_request_that_fails_is_made_again(shard, monkeypatch, fault):
+    """The errors of aiohttp are no OSErrors; each of these ended the job with a traceback."""
+    monkeypatch.setattr(Server, "answer", always(fault, every=2))
+    rows, report = read_rows(shard)
+    assert (len(rows), report.complete) == (16, True)
+    assert Server.num_gets >= 3
+
+
+def test_a_server_that_cannot_send_parts_of_a_file_sends_it_whole(shard, monkeypatch):
+    """Python's own http.server is one."""
+    monkeypatch.setattr(Server, "knows_ranges", False)
+    rows, report = read_rows(shard)
+    assert (len(rows), report.complete) == (16, True)
+
+
+@pytest.mark.parametrize("fault", [slow_down, cut, hang_up])
+def test_a_server_that_goes_on_failing_costs_its_shard(shard, monkeypatch, fault):
+    monkeypatch.setattr(Server, "answer", always(fault, every=1))
+    monkeypatch.setattr(retrying_file, "READ_FOR_S", 0.02)
+    rows, report = read_rows(shard)
+    assert (rows, report.complete) == ([], False)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_definite_answer_is_not_asked_for_again(shard, monkeypatch, status):
+    monkeypatch.setattr(Server, "answer", always(lambda server: server.send(status, b""), every=1))
+    monkeypatch.setattr(Server, "do_HEAD", Server.do_GET)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
+    rows, report = read_rows(shard)
+    assert (rows, report.complete) == ([], False)
