@@ -41,7 +41,7 @@ class Settings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""

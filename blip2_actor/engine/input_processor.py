@@ -7,13 +7,13 @@ from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch, cut_at_stop
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -30,6 +30,7 @@ class InputProcessor:
         image_size_px: int,
         max_slots: int,
         generation_config: Mapping[str, Any],
+        allow_urls: bool = False,
     ) -> None:
         self.model = model
         self.max_positions_read = max_positions_read(model)
@@ -40,6 +41,7 @@ class InputProcessor:
         self.image_size_px = image_size_px
         self._generation_config = generation_config
         self.max_slots = max_slots
+        self.allow_urls = allow_urls
         self._owner = object()
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
@@ -52,7 +54,7 @@ class InputProcessor:
         """
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
-        return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+        return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a value for each; those not given are the checkpoint's, or the defaults.

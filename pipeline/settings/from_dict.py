@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from blip2_actor.flags import former_names, with_current_names
 
 T = TypeVar("T")
-NEWER_FIELDS = frozenset({"accept_truncated", "adapter", "ignore_generation_config", "image_size_px"})
+NEWER_FIELDS = frozenset(
+    {"accept_truncated", "adapter", "allow_urls", "ignore_generation_config", "image_size_px"}
+)
 """Fields that version 0.1.0 does not know."""
 
 
