@@ -12,8 +12,8 @@ from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError
 
-CAPTION = cost_of(GenerationOptions())
-HUGE = cost_of(GenerationOptions(num_beams=16, max_new_tokens=180))
+CAPTION = cost_of(GenerationOptions().resolve())
+HUGE = cost_of(GenerationOptions(num_beams=16, max_new_tokens=180).resolve())
 
 
 def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.0) -> Admission:

@@ -28,7 +28,7 @@ def encoded(format: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, SIZE_PX + 1])
-@pytest.mark.parametrize("layout", [lambda a: a, lambda a: a[..., ::-1], lambda a: a[::-1]], ids=str)
+@pytest.mark.parametrize("layout", [lambda a: a, lambda a: a[..., ::-1], lambda a: a[::-1]], ids=["plain", "bgr", "flipped"])
 def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
     side_px: int, layout: Callable[[np.ndarray], np.ndarray]
 ) -> None:

@@ -45,7 +45,7 @@ class EngineService:
     ) -> None:
         self.model: ModelInfo = engine.info()
         self.matching = None if matching is None else matching.info()
-        self.options = options
+        self.options = options.resolve(self.model.generation_config)
         self.max_image_bytes = 20_000
         self.captioner = Captioner(engine, options, matching)
         self.api = create_api(self)

@@ -146,14 +146,16 @@ def test_the_chunks_are_those_of_openai(service: EngineService) -> None:
 )
 def test_fields_become_options(service: EngineService, fields: dict, expected: GenerationOptions) -> None:
     body = ChatBody(model="demo", messages=MESSAGES, **fields)
-    assert body._options(GenerationOptions()) == expected
+    assert body._options(GenerationOptions().resolve()) == expected.resolve()
 
 
 def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineService) -> None:
     body = ChatBody(model="demo", messages=MESSAGES, temperature=1)
-    assert body._options(GenerationOptions()).seed != body._options(GenerationOptions()).seed
+    defaults = GenerationOptions().resolve()
+    assert body._options(defaults).seed != body._options(defaults).seed
     greedy = ChatBody(model="demo", messages=MESSAGES, temperature=0)
-    assert greedy._options(GenerationOptions(num_beams=4, length_penalty=2.0)) == GenerationOptions()
+    beams = GenerationOptions(num_beams=4, length_penalty=2.0).resolve()
+    assert greedy._options(beams) == defaults
 
 
 @pytest.mark.parametrize(
