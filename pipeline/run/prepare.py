@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 
 from blip2_actor import EngineBuilder
 from pipeline.inputs.formats import check_options
@@ -14,6 +15,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
+from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
@@ -31,6 +33,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
         RayStartFailed: the cluster cannot be reached.
     """
+    stop_at = _stop_at(settings.deadline)
     engine = engine or settings.builder
     info = engine.info()
     settings.spec(engine).check(info)
@@ -47,8 +50,9 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         shards = run.shards if run is not None else _list_shards(settings, ledger)
     if run is not None:
         fingerprint.require_same(run.fingerprint, str(ledger))
-        return Job(settings, engine, info, ledger, run, is_new=False)
-    return Job(settings, engine, info, ledger, Run(fingerprint, settings.to_dict(), shards), is_new=True)
+        return Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
+    run = Run(fingerprint, settings.to_dict(), shards)
+    return Job(settings, engine, info, ledger, run, is_new=True, stop_at=stop_at)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -58,6 +62,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         ValueError, OSError: there is no run, or its model is no longer the same.
         RayStartFailed: the cluster cannot be reached.
     """
+    stop_at = _stop_at(settings.deadline)
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run(settings.input)
     stored = dict(run.settings)
@@ -70,7 +75,11 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), settings.placement)
     first.fingerprint(info).require_same(run.fingerprint, str(ledger))
-    return Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
+    return Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
+
+
+def _stop_at(deadline: str | None) -> datetime | None:
+    return None if deadline is None else stop_time(deadline, datetime.now(UTC))
 
 
 def _list_shards(settings: CaptionSettings, ledger: Ledger) -> tuple[Shard, ...]:

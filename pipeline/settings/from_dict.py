@@ -1,7 +1,7 @@
 """`to_dict` and `from_dict`: settings to the plain values that a run stores, and back.
 
 The stored names never change, so that every version can read them: a field that has been renamed is stored
-under its first name.
+under its first name, and one that is newer than version 0.1.0 only if it is set.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from blip2_actor.flags import former_names, with_current_names
 
 T = TypeVar("T")
+NEWER_FIELDS = frozenset({"deadline", "max_flagged_fraction", "step_timeout_s"})
+"""Fields that version 0.1.0 does not know."""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def to_dict(settings: Any) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if field.name in NEWER_FIELDS and value == field.default:
+            continue
         stored_name = next(iter(former_names(field)), field.name)
         values[stored_name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     return values

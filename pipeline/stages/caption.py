@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Blip2Actor, GenerationOptions, ImageLike, Request, Result, Status
+from blip2_actor import Blip2Actor, EngineStats, GenerationOptions, ImageLike, Request, Result, Status
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.decode import PIXELS
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
@@ -59,7 +59,11 @@ class CaptionStage:
     @property
     def busy_s(self) -> float:
         """Seconds for which the engines have worked."""
-        return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
+        return sum(stats.busy_s for stats in self.stats())
+
+    def stats(self) -> list[EngineStats]:
+        """Return the counters of every engine of this stage."""
+        return [self.actor.stats(), *self._embeddings_and_scores.stats()]
 
     def close(self) -> None:
         """Finish running requests, refuse new ones, and free the device."""

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 
 from blip2_actor import GenerationOptions
+from pipeline.caption_counts import REGENERATED as REGENERATED
 
 EMPTY = "empty"
 """The caption has no letter and no digit."""
@@ -18,8 +19,6 @@ LOOPING = "looping"
 """The same words follow each other several times."""
 ECHOES_PROMPT = "echoes_prompt"
 """The caption repeats the prompt, or repeats a part of it instead of answering."""
-REGENERATED = "regenerated"
-"""The caption was generated again because the first one had flags."""
 
 MAX_LOOP_WORDS = 16
 MIN_REPEATS = 3
