@@ -12,7 +12,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.shard_progress import ShardProgress
-from pipeline.progress import LOG_EVERY_S, Console
+from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.run.cluster import connected, hold_device
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
@@ -107,7 +107,7 @@ def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
 def _announce(job: Job, console: Console, num_left: int) -> None:
     total = len(job.run.shards)
     console.say(
-        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {total:,} shards"
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
