@@ -21,7 +21,7 @@ demo: $(STAMP)  ## caption drawn scenes end to end on a local Ray and grade the 
 	$(BIN)/python -m pipeline demo
 
 test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
 lint: $(STAMP)  ## check style and formatting with ruff
 	$(BIN)/ruff check .

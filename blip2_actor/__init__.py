@@ -1,7 +1,7 @@
 """BLIP-2 as an engine: captions, answers, scores and embeddings, with the token ids of the reference.
 
 `__all__` is the public interface. Importing the package imports neither Ray nor pyarrow. It imports torch,
-numpy and Pillow only when a name that needs them is used.
+numpy, Pillow and httpcore only when a name that needs them is used.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from blip2_actor.version import __version__
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
+    from blip2_actor.fetching import FetchError, FetchPolicy, fetch_image
+    from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
-    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image, resize_image
+    from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
+    from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 __all__ = [
     "Blip2Actor",
@@ -48,6 +51,8 @@ __all__ = [
     "EngineLike",
     "EngineStats",
     "Features",
+    "FetchError",
+    "FetchPolicy",
     "FinishReason",
     "GenerationOptions",
     "ImageLike",
@@ -58,11 +63,15 @@ __all__ = [
     "ModelInfo",
     "Request",
     "Result",
+    "SandboxReport",
     "Score",
     "Status",
     "TextFeatures",
     "__version__",
+    "array_to_rgb",
     "decode_image",
+    "fetch_image",
+    "require_image_layout",
     "resize_image",
 ]
 
@@ -71,11 +80,17 @@ _LAZY = {
     "MatchingEngine": "blip2_actor.engine.matching_engine",
     "DecodePool": "blip2_actor.preprocessing.decode_pool",
     "DecodedImage": "blip2_actor.preprocessing.images",
+    "FetchError": "blip2_actor.fetching",
+    "FetchPolicy": "blip2_actor.fetching",
     "ImageLimits": "blip2_actor.preprocessing.images",
+    "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
-    "resize_image": "blip2_actor.preprocessing.images",
+    "fetch_image": "blip2_actor.fetching",
+    "array_to_rgb": "blip2_actor.preprocessing.arrays",
+    "require_image_layout": "blip2_actor.preprocessing.arrays",
+    "resize_image": "blip2_actor.preprocessing.arrays",
 }
-"""Names whose modules import torch, numpy or Pillow, with the module of each."""
+"""Names whose modules import torch, numpy, Pillow or httpcore, with the module of each."""
 
 
 def __getattr__(name: str) -> Any:

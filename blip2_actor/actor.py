@@ -27,8 +27,8 @@ class Blip2Actor:
     """
 
     def __init__(self, engine: EngineBuilder, options: GenerationOptions = GenerationOptions()) -> None:
-        self.options = options
         self.info = engine.info()
+        self.options = options.resolve(self.info.generation_config)
         self.engine = engine.build()
 
     def caption(

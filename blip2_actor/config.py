@@ -67,6 +67,9 @@ class EngineConfig(ModelConfig):
     model: str = "Salesforce/blip2-opt-2.7b"
     """Hub name, folder, s3:// or gs:// folder, or "demo" for the small checkpoint that is part of this
     package."""
+    adapter: str | None = None
+    """LoRA adapter of PEFT to merge into the model: hub name, folder, or s3:// or gs:// folder; default: the
+    adapter in the folder of the model, if there is one."""
     max_slots: int | None = None
     """Texts generated at once; by default, as many as free memory allows."""
     encode_batch: int | None = None
@@ -83,10 +86,17 @@ class EngineConfig(ModelConfig):
     start if the results differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
+    image_size_px: int | None = None
+    """Size to which images are resized, if it is not the checkpoint's: a multiple of its patch size. The
+    position embeddings are interpolated; a larger size shows more detail and takes longer."""
+    ignore_generation_config: bool = False
+    """Do not take options of generation that are not given from the checkpoint's generation_config.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("max_slots", "encode_batch")
+        self._require_positive("max_slots", "encode_batch", "image_size_px")
+        if self.adapter == "":
+            raise ValueError("adapter must be a hub name or a folder, got an empty string")
         if self.device_map is not None:
             _check_device_map(self.device_map)
             if self.compile is True:
@@ -104,7 +114,14 @@ class EngineConfig(ModelConfig):
         from blip2_actor.checkpoints.checkpoint import describe
 
         return describe(
-            self.model, self.revision, self.device, self.dtype, lambda checkpoint: checkpoint.config
+            self.model,
+            self.revision,
+            self.device,
+            self.dtype,
+            lambda checkpoint: checkpoint.config,
+            adapter=self.adapter,
+            ignore_generation_config=self.ignore_generation_config,
+            image_size_px=self.image_size_px,
         )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -117,7 +134,8 @@ class EngineConfig(ModelConfig):
         from blip2_actor.checkpoints.checkpoint import resolve
         from blip2_actor.checkpoints.tokenizer import check_prompts
 
-        check_prompts(resolve(self.model, self.revision, with_weights=False), prompts, max_new_tokens)
+        checkpoint = resolve(self.model, self.revision, with_weights=False, adapter=self.adapter)
+        check_prompts(checkpoint, prompts, max_new_tokens)
 
     def build(self) -> Engine:
         """Load the weights and start the engine.

@@ -35,14 +35,29 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
 
 
-def prepare_device(device: torch.device) -> None:
-    """Make a device current for the calling thread, and disable cuDNN attention for the whole process.
+MAX_CPU_KERNELS = 128
+"""Kernels that each of oneDNN's two caches keeps; it makes one for each shape.
 
-    On recent GPUs torch prefers cuDNN for attention (`sdp_utils.cpp`, `check_prefer_cudnn_attention`). cuDNN
-    builds a plan on the host for each exact shape. Prompts, texts and batches come in so many shapes that the
-    plans would take more time than attention itself. Flash and memory-efficient attention take any shape
-    without a plan.
+With its own 1,024, memory grows by 900 MB in 10,000 requests with prompts of many lengths. With 128 it grows
+by 130 MB, and a request takes 4 % more CPU time (demonstration checkpoint in float32 on one AVX512 core,
+2026-11-26).
+"""
+
+
+def prepare_device(device: torch.device) -> None:
+    """Make a device current for the calling thread, and settle what holds for the whole process.
+
+    On a CPU, the caches of kernels are bounded, unless the process has computed something before, or the user
+    has set a bound.
+
+    On a GPU, cuDNN attention is disabled. On recent GPUs torch prefers it (`sdp_utils.cpp`,
+    `check_prefer_cudnn_attention`). cuDNN builds a plan on the host for each exact shape. Prompts, texts and
+    batches come in so many shapes that the plans would take more time than attention itself. Flash and
+    memory-efficient attention take any shape without a plan.
     """
+    if device.type == "cpu":
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, str(MAX_CPU_KERNELS))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -6,8 +6,9 @@ is uint8[H, W, 3].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.status import Status
@@ -35,12 +36,13 @@ class Request:
         'length'
     """
 
-    image: ImageLike
-    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
+    image: ImageLike | None
+    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned. The engine
+    keeps a copy, so an array may be overwritten after `submit`. None gives the status `missing_image`."""
     prompt: str | None = None
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
-    """Options of this request; None takes those of the call."""
+    """Options of this request, in place of those of the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,3 +223,6 @@ class ModelInfo:
     """Channels of the output of the Q-Former, Dq."""
     num_queries: int = 0
     """Rows of the output of the Q-Former, Q."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
+    give them has these values."""

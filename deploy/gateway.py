@@ -7,6 +7,7 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI
@@ -20,6 +21,8 @@ from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
 from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
 
+logger = logging.getLogger("ray.serve")
+
 READY_WITHIN_S = 2.0
 
 
@@ -29,7 +32,6 @@ class Gateway:
     model: ModelInfo
 
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
-        self.options: GenerationOptions = settings.options
         self.max_image_bytes = settings.image.max_file_bytes
         self.timeout_s = settings.timeout_s
         self._max_in_flight = settings.max_in_flight
@@ -37,8 +39,10 @@ class Gateway:
         self._captioner = captioner
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await captioner.info.remote()
+        self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
         self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
         self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
+        logger.info("%s", self._decoder.sandbox_report())
         self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
 
     def __serve_build_asgi_app__(self) -> FastAPI:

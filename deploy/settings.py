@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
-from blip2_actor.flags import prefixed
+from blip2_actor.flags import hiding, prefixed
 
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
@@ -25,6 +25,11 @@ class OnlineImageLimits(ImageLimits):
     max_file_bytes: int = 20 << 20
     cpu_s: float = 10.0
     wall_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accept_truncated:
+            raise ValueError("accept_truncated must be false, as an answer has no flags; send a whole image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,9 @@ class Settings:
     """Seconds from the first byte of a request to its caption; after that the answer is 504."""
     max_in_flight: int = 512
     """Requests that one gateway serves at once; the answer to more is 503."""
-    image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
+    image: OnlineImageLimits = field(
+        default=OnlineImageLimits(), metadata=prefixed("image") | hiding("accept_truncated")
+    )
     """limits for one image"""
     decode_children: int = 2
     """Processes per gateway that decode images; reserve as many CPUs for the gateway."""

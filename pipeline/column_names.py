@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-SCHEMA_VERSION = 1
-"""Part of every run's fingerprint; increased when a column or a status changes its meaning."""
+SCHEMA_VERSION = 2
+"""Part of every run's fingerprint; increased when a column or a status changes its meaning. A run is finished
+in the version in which it was begun. Version 1 has no `member`, and one row for the images of a sample."""
 
 COLUMN_NAMES = (
     "key",
     "shard",
     "row",
+    "member",
     "caption",
     "captions",
     "logprobs",

@@ -15,7 +15,7 @@ from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, reserve, resolve_engine
 from pipeline.stages.caption import CaptionStage
-from pipeline.stages.decode import PIXELS
+from pipeline.stages.decode import PIXELS, TRUNCATED
 from pipeline.stages.pools import caption_pool, decode
 
 
@@ -107,6 +107,7 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
         ValueError: as `caption`.
     """
     info = spec.engine.info()
+    spec = spec.resolved(info)
     spec.check(info)
     _check_columns(ds.columns() or [], spec)
     if not ray.is_initialized():
@@ -128,4 +129,4 @@ def _check_columns(columns: Sequence[str], spec: CaptionSpec) -> None:
             raise ValueError(f"{argument} must be one of {', '.join(columns)}, got {name!r}")
     spec.outputs.refuse_taken(columns)
     added = [field.name for field in spec.result_fields]
-    refuse_taken_names(columns, [*added, PIXELS], "dataset")
+    refuse_taken_names(columns, [*added, PIXELS, TRUNCATED], "dataset")

@@ -12,12 +12,16 @@ import pyarrow as pa
 
 from pipeline.column_names import refuse_taken_names
 
+FINGERPRINT_KEY = b"blip2.fingerprint"
+"""In the footer of every file that a run has written."""
+
 IDENTITY = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("shard", pa.string(), nullable=False),
     pa.field("row", pa.int64(), nullable=False),
+    pa.field("member", pa.string()),
 )
-"""Where a row came from."""
+"""Where a row came from. Version 1 has no `member`."""
 
 RESULTS = (
     pa.field("caption", pa.string()),
@@ -57,7 +61,10 @@ def result_fields(captioned: bool, num_return_sequences: int) -> tuple[pa.Field,
 
 
 def output_schema(
-    kept: Iterable[pa.Field] = (), named: Iterable[pa.Field] = (), captioned: bool = True
+    kept: Iterable[pa.Field] = (),
+    named: Iterable[pa.Field] = (),
+    captioned: bool = True,
+    has_member: bool = True,
 ) -> pa.Schema:
     """Return the complete schema of a run's files.
 
@@ -65,6 +72,7 @@ def output_schema(
         kept: columns of the input that the user keeps, in the order given.
         named: columns that the user has named: answers, vectors, scores.
         captioned: whether captions are made; otherwise their columns are left out.
+        has_member: whether the rows have a `member`, which version 1 has not.
 
     Raises:
         ValueError: a kept column has the name of a column of the output, or is given twice.
@@ -72,5 +80,6 @@ def output_schema(
     kept, named = list(kept), list(named)
     taken = [*ROW_CONTRACT.names, *(field.name for field in named)]
     refuse_taken_names([field.name for field in kept], taken, "keep")
-    contract = [field for field in ROW_CONTRACT if captioned or field.name not in CAPTION_COLUMNS]
+    left_out = (*(() if captioned else CAPTION_COLUMNS), *(() if has_member else ("member",)))
+    contract = [field for field in ROW_CONTRACT if field.name not in left_out]
     return pa.schema([*contract, *named, *kept])

@@ -11,3 +11,11 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Split the tests that need Ray between two workers of pytest-xdist, each with one local Ray."""
+    for item in items:
+        if "tests/integration/" in item.nodeid:
+            group = "job" if "tests/integration/job/" in item.nodeid else "integration"
+            item.add_marker(pytest.mark.xdist_group(group))

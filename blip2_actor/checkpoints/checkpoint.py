@@ -1,10 +1,11 @@
 """Finding a checkpoint by its hub name, folder, bucket or "demo", and describing it.
 
-The result is always a local folder of files. This module reads only JSON; `weights.py` reads the tensors.
+The result is always a local folder of files. This module reads only JSON; `weights/` reads the tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,17 +19,20 @@ from transformers import Blip2Config
 
 from blip2_actor.checkpoints.download import (
     CACHE_FOLDER,
-    DESCRIPTION,
-    FILES,
     fetch_from_bucket,
     fetch_from_hub,
-    matches,
+    select_files,
     write_whole,
 )
+from blip2_actor.checkpoints.generation_config import fill_special_tokens, read_generation_config
+from blip2_actor.checkpoints.image_processor import ImageProcessor
+from blip2_actor.checkpoints.vocabulary import require_vocabulary
+from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
+GENERATION_CONFIG = "generation_config.json"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """Architecture of the checkpoints without a language model, such as blip2-itm-vit-g."""
 
@@ -40,13 +44,15 @@ class Checkpoint:
     folder: Path
     version: str | None = None
     """Identifies the content at its source: the hub's commit, or a digest of the bucket's listing."""
+    adapter: Checkpoint | None = None
+    """The LoRA adapter that is merged into the weights; it may be in the same folder."""
 
     @cached_property
     def config(self) -> Blip2Config:
         """Configuration of a BLIP-2 with a language model.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or no vocabulary for the model.
         """
         config = self._blip2_config()
         if RETRIEVAL in (config.architectures or []):
@@ -66,6 +72,10 @@ class Checkpoint:
                 f"word_embed_proj_dim must equal hidden_size ({text.hidden_size}) in a BLIP-2 checkpoint, "
                 f"got {text.word_embed_proj_dim}"
             )
+        fill_special_tokens(text, self.folder)
+        ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        special_ids = [i for i in (text.bos_token_id, *ends) if i is not None]
+        require_vocabulary(self.folder, text.vocab_size, special_ids)
         return config
 
     @cached_property
@@ -73,7 +83,7 @@ class Checkpoint:
         """Configuration of a BLIP-2 for image-text retrieval.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or no vocabulary for the model.
         """
         config = self._blip2_config()
         if RETRIEVAL not in (config.architectures or []):
@@ -81,6 +91,7 @@ class Checkpoint:
                 f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
                 "use EngineConfig for a model that writes text"
             )
+        require_vocabulary(self.folder, config.qformer_config.vocab_size, ())
         return config
 
     def _blip2_config(self) -> Blip2Config:
@@ -91,20 +102,49 @@ class Checkpoint:
             raise ValueError(
                 f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
             )
+        self._refuse_quantized(raw.get("quantization_config"))
+        if name := raw.get("transformers_weights"):
+            raise ValueError(
+                f"transformers_weights in {self.folder / 'config.json'} must be left out, got {name!r}; "
+                "rename that file to model.safetensors"
+            )
         return Blip2Config.from_dict(raw)
 
-    @cached_property
-    def image_processor(self) -> dict[str, Any]:
-        """Mean, std and rescale factor, from either of the two files in which transformers stores them."""
-        raw = self._json("preprocessor_config.json") or (self._json("processor_config.json") or {}).get(
-            "image_processor", {}
+    def _refuse_quantized(self, quantization: dict[str, Any] | None) -> None:
+        if not quantization:
+            return
+        bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
+        method = f"{quantization.get('quant_method')}{bits}"
+        raise ValueError(
+            f"the weights in {self.folder} must not be quantized, got quantization_config (of {method}); "
+            "name the model that this one was made from, or save this one after transformers' dequantize()"
         )
-        return {
-            # The defaults are CLIP's, as in transformers' BlipImageProcessor.
-            "mean": raw.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),
-            "std": raw.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
-            "rescale_factor": raw.get("rescale_factor", 1 / 255),
-        }
+
+    @cached_property
+    def image_processor(self) -> ImageProcessor:
+        """What the checkpoint's processor does to pixels.
+
+        Raises:
+            ValueError: it does something that is not supported.
+        """
+        stored = (self._json("processor_config.json") or {}).get("image_processor")
+        name = "processor_config.json" if stored else "preprocessor_config.json"
+        return ImageProcessor.of(stored or self._json(name) or {}, self.folder / name)
+
+    def generation_config(self, ignore: bool) -> dict[str, Any]:
+        """Return the options of `generation_config.json` that are not the defaults; none to ignore the file.
+
+        Raises:
+            ValueError: the file has an option that is not supported.
+        """
+        stored = None if ignore else self._json(GENERATION_CONFIG)
+        if stored is None:
+            return {}
+        return read_generation_config(stored, self.config.text_config, self.folder / GENERATION_CONFIG)
+
+    def require_image_size(self, config: Blip2Config, asked_px: int | None = None) -> int:
+        """Return the side of the square that the vision encoder takes; see `ImageProcessor.image_size`."""
+        return self.image_processor.image_size(config.vision_config, asked_px)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -113,13 +153,15 @@ class Checkpoint:
     def digest(self) -> str:
         """Return what identifies the content: the version, or a hash of all files.
 
-        The hash is cached by the files' sizes and modification times.
+        The hash is cached by the files' sizes and modification times. An adapter is part of the content.
         """
+        if self.adapter is not None:
+            return f"{dataclasses.replace(self, adapter=None).digest()}+{self.adapter.digest()}"
         if self.version is not None:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
             return self.folder.name  # a folder in the hub's own cache
-        files = sorted(path for path in self.folder.iterdir() if matches(path.name, FILES))
+        files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
         cached = CACHE_FOLDER / "digests" / key
@@ -133,34 +175,76 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def resolve(model: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
-    """Find a checkpoint; a remote one is fetched once per machine.
+def resolve(
+    model: str, revision: str | None = None, with_weights: bool = True, adapter: str | None = None
+) -> Checkpoint:
+    """Find a checkpoint and its adapter; remote ones are fetched once per machine.
 
     Args:
-        model: as in `ModelConfig.model`.
+        model: as in `ModelConfig.model`. A folder with an adapter and no config.json is that of an adapter
+            alone, which names its model.
         revision: commit, tag or branch of a hub model.
         with_weights: False does not fetch remote weights, which describing the model does not need.
+        adapter: as in `EngineConfig.adapter`.
 
     Raises:
-        OSError: the checkpoint cannot be found or fetched.
+        OSError: the checkpoint or the adapter cannot be found or fetched.
+        ValueError: there is more than one adapter, or it cannot be merged.
     """
-    if model == "demo":
-        return Checkpoint(DEMO_FOLDER)
-    patterns = FILES if with_weights else DESCRIPTION
-    if "://" in model:
-        return Checkpoint(*fetch_from_bucket(model, patterns))
-    if Path(model).is_dir():
-        return Checkpoint(Path(model))
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(
-            'model must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// or '
-            f'gs:// folder, or "demo", got {model!r}'
+    found = _find("model", model, revision, with_weights)
+    if adapter is not None:
+        return _adapted(found, _find("adapter", adapter, None, with_weights))
+    path = found.folder / ADAPTER_CONFIG
+    if not path.exists():
+        return found
+    config = AdapterConfig.read(found.folder)
+    if (found.folder / "config.json").exists():
+        return dataclasses.replace(found, adapter=found)
+    where = f"base_model_name_or_path in {path} (or --model, with --adapter {found.folder})"
+    return _adapted(_find(where, config.base_model, config.fields.get("revision"), with_weights), found)
+
+
+def _adapted(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    AdapterConfig.read(adapter.folder)
+    if (base.folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"adapter must be left out for a model with an adapter in its folder, got {adapter.folder} and "
+            f"{base.folder / ADAPTER_CONFIG}; name a model without an adapter"
         )
-    return Checkpoint(*fetch_from_hub(model, revision, patterns))
+    return dataclasses.replace(base, adapter=adapter)
+
+
+def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Checkpoint:
+    """Find one folder of files; `field` is what messages call the setting that names it."""
+    if name == "demo":
+        return Checkpoint(DEMO_FOLDER)
+    if "://" in name:
+        return Checkpoint(*fetch_from_bucket(name, with_weights))
+    if Path(name).is_dir():
+        return Checkpoint(Path(name))
+    if Path(name).is_file():
+        raise NotADirectoryError(
+            f"{field} must be a folder of files in the format of transformers, got the file {name}; name its "
+            "folder, or convert it with transformers' save_pretrained (for LAVIS with "
+            "convert_blip_2_original_to_pytorch.py of transformers 4)"
+        )
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f'{field} must be an existing folder, a hub name such as "Salesforce/blip2-opt-2.7b", an s3:// '
+            f'or gs:// folder, or "demo", got {name!r}'
+        )
+    return Checkpoint(*fetch_from_hub(name, revision, with_weights))
 
 
 def describe(
-    model: str, revision: str | None, device: str, dtype: str, read: Callable[[Checkpoint], Blip2Config]
+    model: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    read: Callable[[Checkpoint], Blip2Config],
+    ignore_generation_config: bool = True,
+    image_size_px: int | None = None,
+    adapter: str | None = None,
 ) -> ModelInfo:
     """Describe a model without loading weights (see `EngineConfig.info`).
 
@@ -170,20 +254,23 @@ def describe(
         device: as in `ModelConfig.device`.
         dtype: as in `ModelConfig.dtype`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
+        ignore_generation_config, image_size_px: as in `EngineConfig`.
+        adapter: as in `EngineConfig.adapter`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.
         OSError: the checkpoint cannot be found or fetched.
     """
-    checkpoint = resolve(model, revision, with_weights=False)
+    checkpoint = resolve(model, revision, with_weights=False, adapter=adapter)
     resolved_dtype = resolve_dtype(dtype, resolve_device(device))
     config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=config.vision_config.image_size,
+        image_size_px=checkpoint.require_image_size(config, image_size_px),
         dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=config.vision_config.hidden_size,
         qformer_width=config.qformer_config.hidden_size,
         num_queries=config.num_query_tokens,
+        generation_config=checkpoint.generation_config(ignore_generation_config),
     )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
 
 DESCRIPTION = ("*.json", "*.txt", "*.model")
 """Patterns of the files that describe a checkpoint: configurations and tokenizers."""
-FILES = (*DESCRIPTION, "*.safetensors")
-"""Patterns of all files of a checkpoint."""
+SAFETENSORS = ("*.safetensors",)
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+"""Patterns of older weights, which count only without safetensors."""
+WEIGHTS = (*SAFETENSORS, *PICKLES)
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
 """Names of a file's version in the listings of different stores, the most specific first."""
@@ -48,14 +51,30 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(Path(name).match(pattern) for pattern in patterns)
 
 
-def fetch_from_hub(model: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str]:
+def select_files(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's file names that make the checkpoint: no weights that are not read."""
+    names = sorted(names)
+    unread = unread_weights(names)
+    return [
+        name
+        for name in names
+        if matches(name, DESCRIPTION) or (matches(name, WEIGHTS) and name not in unread)
+    ]
+
+
+def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str]:
     """Fetch a hub repository; return its folder on this machine and its commit.
+
+    Older weights are fetched only if there are no safetensors; many repositories hold both.
 
     Raises:
         OSError: there is no such repository or revision, or it cannot be fetched.
     """
     try:
+        patterns = (*DESCRIPTION, *SAFETENSORS) if with_weights else DESCRIPTION
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        if with_weights and not has_safetensors(path.name for path in folder.iterdir()):
+            snapshot_download(model, revision=folder.name, allow_patterns=list(PICKLES))
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"the hub has no model {model!r}, or it is private; check its spelling or log in"
@@ -77,7 +96,7 @@ def fetch_from_hub(model: str, revision: str | None, patterns: Sequence[str]) ->
     return folder, folder.name
 
 
-def fetch_from_bucket(uri: str, patterns: Sequence[str]) -> tuple[Path, str]:
+def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
     """Fetch a bucket's folder; return its folder on this machine and a digest of its listing.
 
     Raises:
@@ -94,7 +113,7 @@ def fetch_from_bucket(uri: str, patterns: Sequence[str]) -> tuple[Path, str]:
     with filelock.FileLock(f"{folder}.lock"):
         for entry in entries:
             target = folder / Path(entry["name"]).name
-            if matches(target.name, patterns) and not target.exists():
+            if (with_weights or matches(target.name, DESCRIPTION)) and not target.exists():
                 partial = target.with_name(f"{target.name}.partial")
                 try:
                     filesystem.get_file(entry["name"], str(partial))
@@ -118,9 +137,11 @@ def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
         raise OSError(f"{uri} needs a package that is not installed: {error}{hint}") from error
     except Exception as error:  # each store's library has its own exceptions
         raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
-    files = [e for e in entries if e["type"] == "file" and matches(e["name"], FILES)]
+    by_name = {Path(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
+    files = [by_name[name] for name in select_files(by_name)]
     if not files:
         raise FileNotFoundError(
-            f"{uri} holds no checkpoint: it has no file {', '.join(FILES)}; name the folder of a checkpoint"
+            f"{uri} holds no checkpoint: it has no file {', '.join((*DESCRIPTION, *WEIGHTS))}; name the "
+            "folder of a checkpoint"
         )
     return filesystem, files

@@ -6,8 +6,11 @@ import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.name_map import opt_rules, retrieval_rules, t5_rules
-from blip2_actor.checkpoints.weights import load_weights, stored_parameters
+from blip2_actor.checkpoints.weights.adapter import merge_adapter
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import find_target, opt_rules, retrieval_rules, t5_rules
+from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
+from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
@@ -19,7 +22,11 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, device_map: str | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    image_size_px: int | None = None,
 ) -> Blip2:
     """Load a captioning model.
 
@@ -31,6 +38,7 @@ def load_model(
         device: of the model; if `device_map` splits the model, of its inputs.
         dtype: of the weights, except those that must keep another dtype.
         device_map: as in `EngineConfig.device_map`.
+        image_size_px: size of the images, if it is not the checkpoint's own.
 
     Raises:
         ValueError: the tensors do not match the configuration, or `device_map` names a module or a device
@@ -52,16 +60,21 @@ def load_model(
         split.materialize()
     model.eval().requires_grad_(False)
     rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
-    has_own_head = {HEAD, EMBEDDINGS} <= set(stored_parameters(checkpoint.folder, rules))
+    tensors = _stored_tensors(checkpoint)
+    targets = {target.name for name in tensors if (target := find_target(name, rules)) is not None}
+    has_own_head = {HEAD, EMBEDDINGS} <= targets
     language_model = model.language_model
     if config.text_config.tie_word_embeddings and not has_own_head:
         language_model.tie_weights()
-    load_weights(model, checkpoint.folder, rules)
+    load_weights(model, tensors, rules, str(checkpoint.folder))
     if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
         language_model.tie_weights()
+    if image_size_px is not None:
+        model.vision.resize(image_size_px)
+        config.vision_config.image_size = image_size_px  # which sizes batches and memory
     if split is not None:
         split.attach()
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
@@ -71,6 +84,18 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     with torch.device("meta"):
         model = Blip2Retrieval(config)
     model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
-    load_weights(model, checkpoint.folder, retrieval_rules(config.qformer_config.cross_attention_frequency))
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
+    load_weights(model, _stored_tensors(checkpoint), rules, str(checkpoint.folder))
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Return the weights by their names in transformers' model, with the adapter merged."""
+    tensors = list_weights(checkpoint.folder)
+    return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)
+
+
+def _normalizer(checkpoint: Checkpoint) -> PixelNormalizer:
+    processor = checkpoint.image_processor
+    return PixelNormalizer(processor.mean, processor.std, processor.rescale_factor)

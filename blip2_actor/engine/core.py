@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ import torch
 from blip2_actor.device import set_num_threads
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.own_process import OwnProcess
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
@@ -52,7 +55,11 @@ class Task:
 
 
 class EngineCore:
-    """The thread, what it has been given, and how it ends."""
+    """The thread, what it has been given, and how it ends.
+
+    The thread holds this object, and nothing here holds the `Engine`; so an engine that nobody holds any
+    longer is noticed (`release`).
+    """
 
     started: StartedModel
     runner: ModelRunner
@@ -68,26 +75,44 @@ class EngineCore:
         # Ask in the caller's thread: a new thread gets the number that some engine's thread set last.
         self._num_threads = num_threads or torch.get_num_threads()
         self._start = start
+        self._process = OwnProcess()
         self._encode_worker: EncodeWorker | None = None
         self._arrived: deque[RequestState | Task] = deque()
         self._unfinished: dict[Future[Any], RequestState | Task] = {}
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        """Guards what callers and the thread both change: what has arrived, closing and failing."""
+        self._wake_ups: SimpleQueue[None] = SimpleQueue()
+        """An entry tells the thread to look again. Unlike a condition, the garbage collector may put one in,
+        whatever the thread in which it runs is doing."""
         self._failure: BaseException | None = None
         self._num_requests = 0
         self._busy_s = 0.0
         self.is_closed = False
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
+        atexit.register(self._abandon)
         self._thread.start()
         try:
             loaded.result()
         except BaseException:  # an interrupted caller has no engine to close
-            with self._wake:
-                self.is_closed = True
+            self.release()
             raise
-        atexit.register(self._abandon)
 
     # In any thread --------------------------------------------------------------------------------------
+
+    def require_own_process(self) -> None:
+        """Raise RuntimeError in a forked child."""
+        self._process.require_current()
+
+    def require_caller_may_wait(self) -> None:
+        """Raise RuntimeError if the caller would wait for ever: in a forked child, or in the engine's
+        thread, which runs the done callbacks of futures."""
+        self._process.require_current()
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "generate, stream, score and features must not be called in the engine's own thread, got a "
+                "call in a done callback, which would wait for itself; call submit, or use another thread"
+            )
 
     def enqueue(self, items: Sequence[RequestState | Task], num_requests: int = 0) -> None:
         """Hand requests or tasks to the thread.
@@ -98,7 +123,7 @@ class EngineCore:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        with self._wake:
+        with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed; build a new one") from self._failure
             if self.is_closed:
@@ -106,12 +131,16 @@ class EngineCore:
             self._num_requests += num_requests
             self._arrived.extend(items)
             self._unfinished.update({item.future: item for item in items})
-            self._wake.notify()
+        self._wake_ups.put(None)
+        # A future that a caller keeps must keep neither its request, with the tensors of its image, nor this
+        # object, with the whole model.
+        forget = partial(_forget, self._unfinished)
         for item in items:
-            item.future.add_done_callback(self._forget)
+            item.future.add_done_callback(forget)
 
     def call(self, work: Callable[[], T]) -> T:
         """Let the thread compute something between two steps, and wait for it."""
+        self.require_caller_may_wait()
         task = Task(work)
         self.enqueue([task])
         result: T = task.future.result()
@@ -128,28 +157,33 @@ class EngineCore:
         )
 
     def close(self) -> None:
-        """Finish what was accepted, refuse everything else, and end the thread."""
-        with self._wake:
+        """Finish what was accepted, refuse everything else, and end the thread.
+
+        In a done callback this does not wait for the end, and in a forked child it does nothing.
+        """
+        if not self._process.is_current:
+            return
+        with self._lock:
             self.is_closed = True
-            self._wake.notify()
-        self._thread.join()
-        atexit.unregister(self._abandon)
+        self._wake_ups.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def release(self) -> None:
+        """Let the thread finish what was accepted and end, without waiting: nobody holds the engine.
+
+        The garbage collector calls this in any thread at any point, so it takes no lock. It needs none,
+        because nobody can enqueue.
+        """
+        self.is_closed = True
+        self._wake_ups.put(None)
 
     def _abandon(self) -> None:
         """End the thread when the interpreter exits: if it computed on, it would abort the process."""
-        for future in list(self._unfinished):
-            future.cancel()
-        self.close()
-
-    def _forget(self, future: Future[Any]) -> None:
-        # Only the future is bound here: with the request, it would keep the image's tensors alive until the
-        # garbage collector runs.
-        self._unfinished.pop(future, None)
-
-    def _notify(self) -> None:
-        """Wake the thread, because the encode worker has finished a batch."""
-        with self._wake:
-            self._wake.notify()
+        if self._process.is_current:
+            for future in list(self._unfinished):
+                future.cancel()
+            self.close()
 
     # In the engine's thread -----------------------------------------------------------------------------
 
@@ -158,6 +192,7 @@ class EngineCore:
             set_num_threads(self._num_threads)
             self._load()
         except BaseException as error:
+            atexit.unregister(self._abandon)
             loaded.set_exception(error)
             return
         loaded.set_result(None)
@@ -171,12 +206,14 @@ class EngineCore:
         finally:
             if self._encode_worker is not None:
                 self._encode_worker.close()
+            atexit.unregister(self._abandon)
 
     def _load(self) -> None:
         self.started = started = self._start(self._num_threads)
         self.runner = started.runner
         if started.has_encode_worker:
-            self._encode_worker = EncodeWorker(self.runner, self._num_threads, self._notify)
+            wake_up = partial(self._wake_ups.put, None)
+            self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
         self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, self._encode_worker)
 
     def _fail(self, error: BaseException) -> None:
@@ -184,7 +221,7 @@ class EngineCore:
 
         The host decides whether the process goes on.
         """
-        with self._wake:
+        with self._lock:
             self._failure = error
         for item in list(self._unfinished.values()):
             if not item.future.done() or item.future.cancelled():
@@ -192,22 +229,28 @@ class EngineCore:
 
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do, and take what has arrived; return False if closed and done."""
-        tasks = []
-        with self._wake:
-            self._wake.wait_for(
-                lambda: (
-                    self._arrived
-                    or self.scheduler.can_step
-                    or (self.is_closed and not self.scheduler.has_work)
-                )
-            )
-            while self._arrived:
-                arrival = self._arrived.popleft()
-                if isinstance(arrival, Task):
-                    tasks.append(arrival)
-                else:
-                    self.scheduler.add(arrival)
-        for task in tasks:
-            task.run()
-        with self._wake:
+        while not self._has_something_to_do():
+            self._wake_ups.get()
+        with self._lock:
+            arrived = list(self._arrived)
+            self._arrived.clear()
+        # Without the lock: what ends here runs the done callbacks of its future, which may submit.
+        for item in arrived:
+            if isinstance(item, RequestState):
+                self.scheduler.add(item)
+        for item in arrived:
+            if isinstance(item, Task):
+                item.run()
+        with self._lock:
             return bool(self._arrived) or self.scheduler.has_work or not self.is_closed
+
+    def _has_something_to_do(self) -> bool:
+        while not self._wake_ups.empty():  # before looking: a later change comes with an entry of its own
+            self._wake_ups.get()
+        return bool(
+            self._arrived or self.scheduler.can_step or (self.is_closed and not self.scheduler.has_work)
+        )
+
+
+def _forget(unfinished: dict[Future[Any], RequestState | Task], future: Future[Any]) -> None:
+    unfinished.pop(future, None)

@@ -41,16 +41,16 @@ class Encoders:
         """
         self.compiled_batch = compiled_batch
         self._model = model
-        self._compiled = self._run
+        self._compiled = _encode
         if compiled_batch is not None:
-            self._compiled = torch.compile(self._run, dynamic=False, fullgraph=True)
+            self._compiled = torch.compile(_encode, dynamic=False, fullgraph=True)
 
     def __call__(self, images: Tensor) -> Encoded:
         """Encode uint8[B, S, S, 3]."""
         if len(images) != self.compiled_batch:
-            return Encoded(*self._run(images))
+            return Encoded(*_encode(self._model, images))
         try:
-            return Encoded(*self._compiled(images))
+            return Encoded(*self._compiled(self._model, images))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a missing or old compiler or driver raises errors of any class
@@ -58,8 +58,8 @@ class Encoders:
             self.compiled_batch = None
             return self(images)
 
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        model = self._model
-        image_embeds = model.image_features(model.normalizer(images, model.dtype))
-        features = model.qformer_features(image_embeds)
-        return image_embeds, model.vision.pool(image_embeds), features, model.project(features)
+
+def _encode(model: Blip2, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    image_embeds = model.image_features(model.normalizer(images, model.dtype))
+    features = model.qformer_features(image_embeds)
+    return image_embeds, model.vision.pool(image_embeds), features, model.project(features)

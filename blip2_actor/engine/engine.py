@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import queue
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +21,7 @@ from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.memory import MAX_ENCODE_BATCH
+from blip2_actor.engine.own_process import CANNOT_BE_SENT
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE, RequestState
 from blip2_actor.engine.startup import StartedModel, start_model
@@ -32,7 +35,8 @@ OnText = Callable[[str], None]
 class Engine:
     """A loaded model that batches requests continuously. Close it, or use it as a context manager.
 
-    The token ids of a request do not depend on the requests that run next to it.
+    The token ids of a request do not depend on the requests that run next to it. An engine that nobody holds
+    any longer closes itself. It belongs to the process that built it.
 
     Example:
         >>> engine = Engine(EngineConfig(model="demo", device="cpu"))
@@ -60,6 +64,7 @@ class Engine:
             return start_model(
                 model=config.model,
                 revision=config.revision,
+                adapter=config.adapter,
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=num_threads,
@@ -69,9 +74,13 @@ class Engine:
                 device_map=config.device_map,
                 skip_self_test=config.skip_self_test,
                 skip_cuda_graphs=config.skip_cuda_graphs,
+                ignore_generation_config=config.ignore_generation_config,
+                image_size_px=config.image_size_px,
             )
 
         self._core = EngineCore(start, config.num_threads)
+        # An engine that nobody holds any longer ends its thread; at exit, the core does that by itself.
+        weakref.finalize(self, self._core.release).atexit = False
         started = self._core.started
         self._input_processor = started.input_processor
         self.model = started.runner.model
@@ -87,11 +96,13 @@ class Engine:
         """Serve a list of requests and wait for them.
 
         Args:
-            options: used by requests that have none of their own.
+            options: used by requests that have none of their own. Options that are not given are those of the
+                checkpoint's `generation_config.json`, or else the defaults.
 
         Returns:
             One result per request, in order. A bad image or prompt is a result with a status.
         """
+        self._core.require_caller_may_wait()
         futures = self._submit([(request, options, None) for request in requests])
         try:
             return [future.result() for future in futures]
@@ -116,7 +127,8 @@ class Engine:
         Raises:
             ValueError: the request asks for several beams or texts, or was refused.
         """
-        chosen = request.options or options
+        self._core.require_caller_may_wait()
+        chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
         texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -141,6 +153,7 @@ class Engine:
     ) -> list[Future[Result]]:
         """Queue requests in groups of one encode batch, so that the first group starts while the next is
         prepared."""
+        self._core.require_own_process()
         futures: list[Future[Result]] = []
         try:
             for start in range(0, len(asked), MAX_ENCODE_BATCH):
@@ -168,6 +181,7 @@ class Engine:
         Raises:
             ValueError: the image cannot be read.
         """
+        self._core.require_own_process()
         return self._input_processor.image(image)
 
     def features(
@@ -252,6 +266,7 @@ class Engine:
         self, images: Sequence[ImageLike], with_image_embeds: bool = False
     ) -> list[EncodedImage | RequestRefused]:
         """Run images through the encoders, in batches with whatever else is running."""
+        self._core.require_caller_may_wait()
         encoded: list[EncodedImage | RequestRefused] = []
         for image in images:
             try:
@@ -279,6 +294,9 @@ class Engine:
 
     def __enter__(self) -> Engine:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(CANNOT_BE_SENT)
 
     def __exit__(self, *_: object) -> None:
         self.close()

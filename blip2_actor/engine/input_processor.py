@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
@@ -16,38 +16,21 @@ from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
-from blip2_actor.preprocessing.images import decode_image, resize_image
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
-
-
-def to_pixels(image: ImageLike, size_px: int) -> np.ndarray:
-    """Return an image as uint8[S, S, 3].
-
-    Raises:
-        RequestRefused: the image cannot be read, or belongs to another engine.
-    """
-    if isinstance(image, EncodedImage):
-        raise RequestRefused(
-            Status.REFUSED,
-            "image must be bytes, an array or a PIL image, got an image of another engine; give the image "
-            "itself",
-        )
-    if isinstance(image, bytes):
-        decoded = decode_image(image, size_px)
-        if decoded.status is not Status.OK:
-            raise RequestRefused(decoded.status, decoded.error or decoded.status)
-        return decoded.array(size_px)
-    try:
-        return resize_image(image, size_px)
-    except ValueError as error:
-        raise RequestRefused(Status.UNDECODABLE, str(error)) from error
 
 
 class InputProcessor:
     """Turns images into pixels, prompts into ids, and options into searches; runs in the caller's thread."""
 
-    def __init__(self, model: Blip2, prompts: PromptTokenizer, image_size_px: int, max_slots: int) -> None:
+    def __init__(
+        self,
+        model: Blip2,
+        prompts: PromptTokenizer,
+        image_size_px: int,
+        max_slots: int,
+        generation_config: Mapping[str, Any],
+    ) -> None:
         self.model = model
         self.max_positions_read = max_positions_read(model)
         """Maximum length of a text that is only read."""
@@ -55,12 +38,13 @@ class InputProcessor:
         """Maximum length of a text that is generated: all slots become as long as the longest text."""
         self.prompts = prompts
         self.image_size_px = image_size_px
+        self._generation_config = generation_config
         self.max_slots = max_slots
         self._owner = object()
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
 
-    def image(self, image: ImageLike) -> EncodedImage:
+    def image(self, image: ImageLike | None) -> EncodedImage:
         """Return an image that several requests can share.
 
         Raises:
@@ -69,6 +53,14 @@ class InputProcessor:
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
         return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """Return options with a value for each; those not given are the checkpoint's, or the defaults.
+
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return options.resolve(self._generation_config)
 
     def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
@@ -80,9 +72,12 @@ class InputProcessor:
             on_text: called with the whole text so far after each token.
 
         Raises:
-            RequestRefused: the image or the prompt cannot be served.
+            RequestRefused: the image, the prompt or the options cannot be served.
         """
-        options = request.options or options
+        try:
+            options = self.resolve(request.options or options)
+        except ValueError as error:
+            raise RequestRefused(Status.REFUSED, str(error)) from error
         image = self.image(request.image)
         try:
             prompt_ids = self.prompts.encode(request.prompt)

@@ -10,20 +10,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_retrieval
-from blip2_actor.checkpoints.tokenizer import require_known_tokens, require_non_empty
+from blip2_actor.checkpoints.tokenizer import load_tokenizer, require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
-from blip2_actor.engine.input_processor import to_pixels
+from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
+from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE
 from blip2_actor.models.layers import pack_for_cpu
@@ -56,6 +57,7 @@ class MatchingEngine:
         """
         self.config = config
         self._num_images, self._busy_s = 0, 0.0
+        self._process = OwnProcess()
         self._thread = ThreadPoolExecutor(1, "blip2-matching")
         try:
             self._thread.submit(self._load).result()
@@ -71,11 +73,11 @@ class MatchingEngine:
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
+        self.image_size_px = checkpoint.require_image_size(checkpoint.retrieval_config)
         self.model = load_retrieval(checkpoint, device, resolve_dtype(config.dtype, device))
         if device.type == "cpu":
             pack_for_cpu(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        self.image_size_px: int = self.model.config.vision_config.image_size
+        self.tokenizer = load_tokenizer(checkpoint.folder, "bert")
         size = full_encode_batch(self.model.config.vision_config, device)
         self._image_batches = ShrinkingBatches(size, "images")
         self._text_batches = ShrinkingBatches(size, "texts")
@@ -120,11 +122,15 @@ class MatchingEngine:
         return EngineStats(num_images_encoded=self._num_images, busy_s=self._busy_s)
 
     def close(self) -> None:
-        """Finish what was begun, and refuse everything else."""
-        self._thread.shutdown()
+        """Finish what was begun, and refuse everything else; in a forked child, do nothing."""
+        if self._process.is_current:
+            self._thread.shutdown()
 
     def __enter__(self) -> MatchingEngine:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(CANNOT_BE_SENT)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -174,6 +180,7 @@ class MatchingEngine:
     def _run(
         self, batches: ShrinkingBatches, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]
     ) -> list[ResultT]:
+        self._process.require_current()
         return self._thread.submit(self._work, batches, work, items).result()
 
     # In the engine's thread -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class RequestState:
 
     image: EncodedImage
     prompt_ids: list[int] = field(default_factory=list)
-    options: GenerationOptions = field(default_factory=GenerationOptions)
+    options: GenerationOptions = field(default_factory=GenerationOptions().resolve)
     make_searches: Callable[[], Searches] = list
     future: Future[Result] = field(default_factory=Future)
     arrival: int = 0

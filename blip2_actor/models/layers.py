@@ -5,12 +5,15 @@ Axis letters: `blip2.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -80,12 +83,29 @@ PACKED_FOR_ROWS = 64
 
 
 def pack_for_cpu(model: nn.Module) -> None:
-    """Pack every `Linear` of a model, if oneDNN is available and computes in its dtype."""
+    """Pack every `Linear` of a model whose dtype oneDNN computes in on this CPU; the others stay plain."""
     if not torch.backends.mkldnn.is_available():
         return
-    for module in model.modules():
-        if isinstance(module, Linear) and module.weight.dtype in (torch.float32, torch.bfloat16):
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # with AVX512 or AVX-NE-CONVERT
+        dtypes.add(torch.bfloat16)
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    if torch.bfloat16 in {module.weight.dtype for module in linears} - dtypes:
+        logger.warning("This CPU has no instructions for bfloat16 and is slow in it; float32 is faster")
+    for module in linears:
+        if module.weight.dtype in dtypes:
             module.pack()
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, uninitialized: weights are always loaded.
+
+    On the meta device, torch would import its compiler to initialize it. That takes two seconds, and leaves
+    garbage that holds the model until the garbage collector runs.
+    """
+
+    def reset_parameters(self) -> None:
+        """Do nothing: loading overwrites every weight."""
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)

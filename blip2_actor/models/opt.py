@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from blip2_actor.models.kv_cache import KVCache, aligned_arange
-from blip2_actor.models.layers import Layers, Linear
+from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
 
 POSITION_OFFSET = 2
@@ -61,10 +61,8 @@ class OptDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.max_positions: int | None = config.max_position_embeddings
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.word_embed_proj_dim)
-        self.embed_positions = nn.Embedding(
-            config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.word_embed_proj_dim)
+        self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
         projects = config.word_embed_proj_dim != config.hidden_size
         self.project_in = (
             Linear(config.word_embed_proj_dim, config.hidden_size, bias=False) if projects else None

@@ -11,12 +11,12 @@ and De for the width of the shared embedding space.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2Config
 
-from blip2_actor.models.layers import Linear
+from blip2_actor.models.layers import Embedding, Linear
 from blip2_actor.models.vision_qformer import VisionQFormer
 from blip2_actor.transfer import to_device
 
@@ -27,8 +27,8 @@ class Blip2Retrieval(VisionQFormer):
     def __init__(self, config: Blip2Config) -> None:
         super().__init__(config)
         qformer = config.qformer_config
-        self.word_embeddings = nn.Embedding(qformer.vocab_size, qformer.hidden_size)
-        self.position_embeddings = nn.Embedding(qformer.max_position_embeddings, qformer.hidden_size)
+        self.word_embeddings = Embedding(qformer.vocab_size, qformer.hidden_size)
+        self.position_embeddings = Embedding(qformer.max_position_embeddings, qformer.hidden_size)
         self.vision_projection = Linear(qformer.hidden_size, config.image_text_hidden_size)
         self.text_projection = Linear(qformer.hidden_size, config.image_text_hidden_size)
         self.itm_head = Linear(qformer.hidden_size, 2)

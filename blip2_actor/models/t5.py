@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 
 from blip2_actor.models.kv_cache import KVCache, aligned_arange
-from blip2_actor.models.layers import Layers, Linear
+from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
 from blip2_actor.models.t5_kv_cache import T5KVCache
 from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
@@ -43,7 +43,7 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = config.num_heads
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.encoder: Layers[T5Layer] = Layers(
             [T5Layer(config, reads_prefix=False) for _ in range(config.num_layers)]
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config
 
-from blip2_actor.models.layers import Linear, find_activation
+from blip2_actor.models.layers import Embedding, Linear, find_activation
 
 
 class T5Norm(nn.Module):
@@ -31,7 +31,7 @@ class T5Norm(nn.Module):
         return F.rms_norm(hidden, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
-class RelativeBias(nn.Embedding):
+class RelativeBias(Embedding):
     """The bias that is added to an attention score, by the distance of the two positions.
 
     All layers share one table.

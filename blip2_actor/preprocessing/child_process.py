@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-from blip2_actor.preprocessing.decode_messages import HELLO, REQUEST
+from blip2_actor.preprocessing.decode_messages import REQUEST, BadReply, unpack_hello
+from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 _PIPE_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
@@ -22,6 +23,11 @@ _MAX_PARTS_PER_WRITE = 32
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 """Tells glibc to keep the memory of one image for the next. Without it, a quarter of the time for a small
 photograph is page faults (144 per image at 320 x 240, with it none; AMD EPYC, November 2026)."""
+_IMPORT_AT_ONCE = {"PYTHON_LAZY_IMPORTS": "none"}
+"""Python 3.15 and later would import some modules only when they are used, when files are out of reach."""
+_INHERITED = ("LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPYCACHEPREFIX")
+"""Variables that Python may need to start. No other variable is passed on, because tokens and keys are among
+them."""
 
 
 class ChildProcess:
@@ -34,7 +40,12 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(paths)},
+            env={
+                **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+                **_KEEP_MEMORY,
+                **_IMPORT_AT_ONCE,
+                "PYTHONPATH": os.pathsep.join(paths),
+            },
             start_new_session=True,  # Ctrl-C is for the parent alone
         )
         assert process.stdin is not None and process.stdout is not None
@@ -46,8 +57,12 @@ class ChildProcess:
         self._unsent: deque[memoryview] = deque()
         self.received = bytearray()
         """Replies that nobody has taken yet; the last one may be incomplete."""
-        self.has_started = False
-        """Whether the child has said HELLO."""
+        self.sandbox: SandboxReport | None = None
+        """What the child can no longer do; None until it has started."""
+
+    @property
+    def has_started(self) -> bool:
+        return self.sandbox is not None
 
     def wait_on(self) -> list[tuple[int, bool]]:
         """Return the file descriptors that `send` and `receive` wait for, each with whether it is for
@@ -76,17 +91,23 @@ class ChildProcess:
                 num_sent -= min(num_sent, len(part))
 
     def receive(self) -> bool:
-        """Append to `received` what the pipe holds, without waiting; return False after the last byte."""
+        """Append to `received` what the pipe holds, without waiting.
+
+        Returns:
+            False after the last byte, or if the child has begun with something else than its hello.
+        """
         try:
             chunk = os.read(self._stdout_fd, _READ_BYTES)
         except BlockingIOError:
             return True
-        is_open = bool(chunk)
-        if is_open and not self.has_started:
-            self.has_started = True
-            chunk = chunk[len(HELLO) :]
         self.received += chunk
-        return is_open
+        if self.sandbox is None:
+            try:
+                self.sandbox, num_read = unpack_hello(self.received)
+            except BadReply:
+                return False
+            del self.received[:num_read]
+        return bool(chunk)
 
     def end(self, after_s: float = 0.0) -> int:
         """Kill the child unless it ends by itself within `after_s` seconds; return its exit code."""

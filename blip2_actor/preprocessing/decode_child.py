@@ -6,6 +6,9 @@ Untrusted bytes may make this program crash, hang or use up its memory; its pare
 to an image before it reads the next, so the first image without a reply is the one on which it died. It ends
 when its input ends, and so when its parent dies. It imports Pillow and the standard library only, and starts
 in 0.1 s.
+
+Untrusted bytes may also make this program do what an attacker wants. So it gets no environment, and closes a
+sandbox around itself before it reads the first image (`sandbox/`).
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import warnings
 
 from PIL import Image
 
-from blip2_actor.preprocessing.decode_messages import HELLO, OUT_OF_MEMORY, REQUEST, pack_reply
+from blip2_actor.preprocessing.decode_messages import OUT_OF_MEMORY, REQUEST, pack_hello, pack_reply
+from blip2_actor.preprocessing.formats import prepare_for_sandbox
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_or_exhaust
+from blip2_actor.preprocessing.sandbox.protections import close_sandbox
 
 _INPUT_BUFFER_BYTES = 1 << 20
 
@@ -28,10 +33,11 @@ _INPUT_BUFFER_BYTES = 1 << 20
 def main() -> None:
     size_px, limits = int(sys.argv[1]), ImageLimits(**json.loads(sys.argv[2]))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    prepare_for_sandbox()
     _apply(limits)
     requests = os.fdopen(0, "rb", buffering=_INPUT_BUFFER_BYTES)
     _discard_output()
-    replies.write(HELLO)
+    replies.write(pack_hello(close_sandbox()))
     try:
         while len(header := requests.read(REQUEST.size)) == REQUEST.size:
             data = requests.read(REQUEST.unpack(header)[0])
@@ -51,6 +57,7 @@ def _discard_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    os.close(null)
 
 
 def _apply(limits: ImageLimits) -> None:

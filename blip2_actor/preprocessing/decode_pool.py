@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from blip2_actor.preprocessing.decode_process import CHILD_COMMAND, DecodeProcess
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, refuse_unopened
+from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 
 _MAX_AHEAD = 16
 _MAX_BYTES_AHEAD = 1 << 18
@@ -47,7 +48,8 @@ class DecodePool:
             raise ValueError(f"num_children must be at least 1, got {num_children}")
         self._limits = limits
         self._num_children = num_children
-        self._idle = [DecodeProcess(size_px, limits, command) for _ in range(num_children)]
+        self._processes = [DecodeProcess(size_px, limits, command) for _ in range(num_children)]
+        self._idle = list(self._processes)
         self._returned = threading.Condition()  # guards _idle and _closed
         self._closed = False
 
@@ -64,6 +66,16 @@ class DecodePool:
         waiting = deque((i, data) for i, data in enumerate(images) if data is not None and refused[i] is None)
         decoded = dict(self._run(waiting))
         return [decoded[i] if outcome is None else outcome for i, outcome in enumerate(refused)]
+
+    def sandbox_report(self) -> SandboxReport:
+        """Return what the children can no longer do; a child is started if none has been.
+
+        Raises:
+            RuntimeError: the pool is closed, or its children do not start.
+        """
+        if not any(process.sandbox for process in self._processes):
+            self.decode([b"-"])
+        return next(process.sandbox for process in self._processes if process.sandbox)
 
     def close(self) -> None:
         """Wait for running calls, then end the children."""

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from blip2_actor.preprocessing.child_process import ChildProcess
 from blip2_actor.preprocessing.decode_messages import OUT_OF_MEMORY, BadReply, unpack_reply
 from blip2_actor.preprocessing.images import DecodedImage, ImageLimits
+from blip2_actor.preprocessing.sandbox.protections import SandboxReport
 from blip2_actor.status import Status
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "blip2_actor.preprocessing.decode_child")
@@ -46,6 +47,8 @@ class DecodeProcess:
         self._num_failed_starts = 0
         self._pending: deque[tuple[int, bytes]] = deque()
         self._is_second_try = False  # a child has already died on the first pending image
+        self.sandbox: SandboxReport | None = None
+        """What the child that started last can no longer do; None if none has started."""
         self.deadline = 0.0
         """`time.monotonic()` at which the first pending image is given up."""
 
@@ -86,6 +89,7 @@ class DecodeProcess:
         is_open = child.receive()
         if child.has_started and not had_started:
             self._num_failed_starts = 0
+            self.sandbox = child.sandbox
             self._restart_clock()
         finished, makes_sense = self._take_replies(child)
         if finished:
@@ -119,6 +123,8 @@ class DecodeProcess:
         """Take the complete replies; the second value is False if the received bytes make no sense."""
         finished: Finished = []
         start = 0
+        if not child.has_started:
+            return finished, True
         with memoryview(child.received) as received:
             while start < len(received):
                 if not self._pending:

@@ -11,37 +11,19 @@ standard library only.
 
 from __future__ import annotations
 
-import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-# Importing a plugin registers it, so that Image.open does not load Pillow's other forty plugins.
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from blip2_actor.preprocessing.rgb import (
-    SWAPS_WIDTH_AND_HEIGHT,
-    orientation_of,
-    resize_to_square,
-    upright_square,
-)
+from blip2_actor.preprocessing.formats import describe_unreadable, open_image
+from blip2_actor.preprocessing.repair import with_end, without_metadata
+from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, orientation_of, upright_square
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
     import numpy as np
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that are read. The content decides, never a file's extension; Pillow's other plugins stay
-unused, because some of them run other programs."""
 
 _MAX_ERROR_CHARS = 200
 
@@ -61,10 +43,15 @@ class ImageLimits:
     """Maximum wall-clock seconds for one image, for decoders that sleep; large, so that a loaded machine
     changes no status."""
     memory_bytes: int = 2 << 30
-    """Maximum address space of a decoding process in bytes; the process itself needs 30 MB (Linux only)."""
+    """Maximum address space of a decoding process in bytes; the process itself needs up to 80 MB
+    (Linux only)."""
     jpeg_draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size, but at least at twice the model's
     size: faster, with slightly different pixels (see docs/preprocessing.md)."""
+
+    accept_truncated: bool = False
+    """Read JPEGs that lack their end, with gray in place of the missing part; such a row gets the flag
+    truncated. Without it they are undecodable."""
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"):
@@ -85,6 +72,8 @@ class DecodedImage:
     """Width of the original image in pixels, after its EXIF turn; None unless the status is ok."""
     height: int | None = None
     """Height, likewise."""
+    is_truncated: bool = False
+    """Whether the file lacks its end, and the pixels are those of the part that is there."""
 
     def array(self, size_px: int) -> np.ndarray:
         """View the pixels as read-only uint8[S, S, 3].
@@ -105,7 +94,7 @@ def decode_image(data: bytes | None, size_px: int, limits: ImageLimits = ImageLi
     Args:
         data: the encoded image; None or no bytes give the status `missing_image`.
         size_px: side S of the model's square.
-        limits: only `max_pixels`, `max_file_bytes` and `jpeg_draft` have an effect in this process.
+        limits: those of time and memory have no effect in this process.
     """
     refused = refuse_unopened(data, limits)
     if refused is not None:
@@ -136,7 +125,7 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
         MemoryError: the process cannot get the memory that decoding needs.
     """
     try:
-        return _decode(data, size_px, limits)
+        return _decode_or_repair(data, size_px, limits)
     except MemoryError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, which `decode_child` switches off
@@ -146,56 +135,41 @@ def decode_or_exhaust(data: bytes, size_px: int, limits: ImageLimits) -> Decoded
         )
         return DecodedImage(status=Status.TOO_LARGE, error=reason)
     except UnidentifiedImageError:
-        reason = f"the bytes are not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
-        return DecodedImage(status=Status.UNDECODABLE, error=reason)
+        return DecodedImage(status=Status.UNDECODABLE, error=describe_unreadable(data))
     except Exception as error:  # a row's failure becomes a row here: damaged bytes make Pillow raise anything
         if "out of memory" in str(error):  # Pillow's codecs report it as an OSError
             raise MemoryError from error
-        return DecodedImage(status=Status.UNDECODABLE, error=_describe(error))
+        return DecodedImage(status=Status.UNDECODABLE, error=describe_error(error))
 
 
-def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
-    """Resize an image that is already decoded to the model's size, by the same rules as encoded bytes.
-
-    Args:
-        image: a PIL image, or uint8[H, W, 3] in RGB.
-        size_px: side S of the model's square.
-
-    Returns:
-        uint8[S, S, 3] in RGB; the given array itself if it has that shape.
-
-    Raises:
-        ValueError: the image has no pixels, cannot be read, or has another type or shape.
-    """
-    import numpy as np
-
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
+def _decode_or_repair(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
+    try:
+        return _decode(data, size_px, limits)
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        repaired = without_metadata(data)
+        ended = with_end(data) if limits.accept_truncated else None
         try:
-            image.load()
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"image must be readable, got {_describe(error)}") from error
-        return np.array(upright_square(image, orientation_of(image), size_px))
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"image must be bytes, a PIL image or uint8[H, W, 3], got {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(
-            f"image must be uint8[H, W, 3] with pixels, got {image.dtype}{list(image.shape)}; "
-            "give floats or other layouts as a PIL image"
-        )
-    if image.shape[:2] == (size_px, size_px):
-        return image
-    return np.array(resize_to_square(Image.fromarray(image), size_px))
+            if repaired is not None:
+                return _decode(repaired, size_px, limits)
+            if ended is not None:
+                return replace(_decode(ended, size_px, limits), is_truncated=True)
+        except MemoryError:
+            raise
+        except Exception:  # the first error says more about the file as it is
+            pass
+        raise
 
 
 def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = open_image(data)
     width, height = image.size
     if width * height > limits.max_pixels:
         error = f"the image has {width} x {height} pixels, more than max_pixels ({limits.max_pixels})"
         return DecodedImage(status=Status.TOO_LARGE, error=error)
-    is_draft = limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)  # the draft of a HEIC file is its thumbnail
+    is_draft = is_jpeg and limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
     image.load()
     if not is_draft:
         width, height = image.size  # Pillow turns a TIFF itself when it loads it
@@ -206,7 +180,7 @@ def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
     return DecodedImage(pixels=square.tobytes(), width=width, height=height)
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return one printable line; Pillow's message may quote bytes of the file, so it is cleaned and cut."""
     text = " ".join(str(error).split()) or type(error).__name__
     printable = "".join(c if c.isprintable() else "?" for c in text)

@@ -36,20 +36,13 @@ def orientation_of(image: Image.Image) -> int:
 
 def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.Image:
     """Convert a loaded image to RGB, turn it by its EXIF orientation, and resize it to uint8[S, S, 3]."""
-    image = _to_8_bit_opaque(image)
+    image = opaque(image)
     if orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
     return resize_to_square(image, size_px)
 
 
-def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
-    """Resize an image of mode RGB or L; returns mode RGB."""
-    square = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
-    # A gray image is resized as one channel: the same bits as three channels, in half the time.
-    return square if square.mode == "RGB" else square.convert("RGB")
-
-
-def _to_8_bit_opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
     """Convert a loaded image to mode RGB, or to L if it is gray, with transparent parts in white."""
     if image.mode.startswith("I;16"):
         image = _keep_high_bytes(image)
@@ -60,6 +53,13 @@ def _to_8_bit_opaque(image: Image.Image) -> Image.Image:
     if image.mode in ("RGB", "L"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
+    """Resize an image of mode RGB or L; returns mode RGB."""
+    square = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    # A gray image is resized as one channel: the same bits as three channels, in half the time.
+    return square if square.mode == "RGB" else square.convert("RGB")
 
 
 def _keep_high_bytes(image: Image.Image) -> Image.Image:

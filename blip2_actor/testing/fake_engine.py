@@ -18,7 +18,7 @@ import uuid
 import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -144,7 +144,8 @@ class FakeEngine:
         self._num_requests += 1
         if self._config.gate and self._num_requests == self._config.opens_gate_at:
             os.remove(self._config.gate)
-        self._queue.put((request, options, future))
+        owned = replace(request, image=self.image(request.image))  # the caller may overwrite its array now
+        self._queue.put((owned, options, future))
         return future
 
     def generate(
@@ -157,8 +158,8 @@ class FakeEngine:
     ) -> Generator[str, None, None]:
         yield self.submit(request, options).result().text or ""
 
-    def image(self, image: ImageLike) -> EncodedImage:
-        return image if isinstance(image, EncodedImage) else EncodedImage(np.asarray(image))
+    def image(self, image: ImageLike | None) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else EncodedImage(np.array(image))
 
     def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
         return [fake_features(self._encode(image)) for image in images]
@@ -193,14 +194,12 @@ class FakeEngine:
         if self._trace:
             self._trace.close()
 
-    def _encode(self, image: ImageLike) -> np.ndarray:
+    def _encode(self, image: ImageLike | None) -> np.ndarray:
         """Count an image, a shared one only once, and return its pixels."""
-        if isinstance(image, EncodedImage):
-            self._num_encoded += image not in self._encoded
-            self._encoded.add(image)
-            return image.pixels
-        self._num_encoded += 1
-        return np.asarray(image)
+        shared = self.image(image)
+        self._num_encoded += shared not in self._encoded
+        self._encoded.add(shared)
+        return shared.pixels
 
     def _run(self) -> None:
         while True:
@@ -214,7 +213,7 @@ class FakeEngine:
                 time.sleep(cost_s)
             for request, options, future in work:
                 if future.set_running_or_notify_cancel():
-                    self._finish(request, request.options or options, future)
+                    self._finish(request, (request.options or options).resolve(), future)
             self._num_batches += bool(work)
             self._busy_s += time.perf_counter() - started
             if None in batch:

@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -73,7 +73,7 @@ def parse_options(given: object, defaults: GenerationOptions) -> GenerationOptio
         raise bad_request(f"options must be a JSON object, got {_short(given)}")
     values = {name: _option(name, value) for name, value in given.items()}
     try:
-        return replace(defaults, **values)
+        return GenerationOptions(**values).resolve(asdict(defaults))
     except ValueError as error:
         raise bad_request(f"options: {error}") from None
 

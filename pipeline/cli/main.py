@@ -46,16 +46,16 @@ class Command:
         return getattr(import_module(module), name)
 
 
-NO_FORK = frozenset({"fork"})
+ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed"})
 NO_RAY = ("pyarrow",)
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo.demo:demo"),
     "caption": Command(CaptionSettings, "pipeline.cli.commands:caption"),
     "embed": Command(EmbedSettings, "pipeline.cli.commands:embed"),
     "score": Command(ScoreSettings, "pipeline.cli.commands:score"),
-    "plan": Command(PlanSettings, "pipeline.plan.plan:plan", NO_FORK),
-    "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", NO_FORK),
-    "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", NO_FORK),
+    "plan": Command(PlanSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
+    "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
+    "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
     "report": Command(ReportSettings, "pipeline.report.report:report", needs=NO_RAY),
     "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),

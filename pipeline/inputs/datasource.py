@@ -15,8 +15,8 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
+from pipeline.inputs.stamps import read_unchanged
 
 OnEnd = Callable[[ShardReport], None]
 OnStart = Callable[[], None]
@@ -71,5 +71,5 @@ def _read(
 ) -> Iterator[pa.Table]:
     if on_start is not None:
         on_start()
-    report = yield from read_shard(work, options)
+    report = yield from read_unchanged(work, options)
     on_end(report)

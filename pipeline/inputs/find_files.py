@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -16,14 +17,23 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
+from pipeline.inputs.stamps import UNKNOWN, stamp_of
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
-IGNORED_FOLDERS = ("_blip2", "__MACOSX")
+IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
 """Never part of an input, like everything whose name begins with a dot."""
 
-FileSizes = dict[str, int | None]
-"""Paths below a root with their bytes. The listing of a store tells the bytes, that of a disk does not."""
+
+class ListedFile(NamedTuple):
+    """What a listing tells about a file: that of a store everything, that of a disk nothing."""
+
+    size_bytes: int | None = None
+    stamp: str = UNKNOWN
+
+
+Files = dict[str, ListedFile]
+"""Files by their paths below a root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class FoundFiles:
     """The input as the user named it."""
     root: str
     """URI of the folder that holds the files: the folder named, or what precedes the pattern."""
-    files: FileSizes = field(repr=False)
+    files: Files = field(repr=False)
     one_by_one: bool
     """Whether the user named every file itself. Otherwise the files may include some that were not meant."""
 
@@ -67,14 +77,31 @@ def find_files(name: str) -> FoundFiles:
     return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
+def same_place(name: str, folder: str) -> str:
+    """Return one spelling for all names of the same input: absolute, without secrets and a last slash.
+
+    Args:
+        folder: the working folder in which the name was given.
+    """
+    name = _without_file_scheme(name)
+    if "://" in name:
+        return without_secrets(name).rstrip("/")
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
+
+
+def _without_file_scheme(name: str) -> str:
+    if not name.startswith("file://"):
+        return name
+    return unquote(name.removeprefix("file://").removeprefix("localhost"))
+
+
 def _split(name: str) -> tuple[str, str, str]:
     """Split a name into the folder to start from, the pattern below it, and the query of a URI.
 
     The pattern is empty if the name has neither braces nor wildcards. A local path that exists is taken
     literally, whatever characters it holds.
     """
-    if name.startswith("file://"):
-        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
+    name = _without_file_scheme(name)
     scheme, separator, path = name.partition("://")
     query = ""
     if separator:
@@ -102,25 +129,28 @@ def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, pa
     """Find one file, or all files below one folder."""
     (info,) = filesystem.get_file_info([path])
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"no such file or folder: {name}")
+        hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
+        raise InputError(f"no such file or folder: {name}{hint}")
     if info.type == pafs.FileType.Directory:
         files = dict(_all_below(filesystem, path))
         if not files:
             raise InputError(f"{name} is an empty folder; name a folder that holds files")
         return FoundFiles(name=name, root=uri + query, files=files, one_by_one=False)
     folder, _, file = uri.rpartition("/")
-    return FoundFiles(name=name, root=(folder or "/") + query, files={file: info.size}, one_by_one=True)
+    return FoundFiles(
+        name=name, root=(folder or "/") + query, files={file: _listed(filesystem, info)}, one_by_one=True
+    )
 
 
 def _find_matching(
     filesystem: pafs.FileSystem, base: str, patterns: list[str]
-) -> tuple[FileSizes, list[str], bool]:
+) -> tuple[Files, list[str], bool]:
     """Find the files that patterns match.
 
     Returns:
         The files, the patterns that match none, and whether every pattern is a plain file name.
     """
-    files: FileSizes = {}
+    files: Files = {}
     absent = []
     globs = [pattern for pattern in patterns if is_glob(pattern)]
     one_by_one = not globs
@@ -134,15 +164,15 @@ def _find_matching(
     for path, info in zip(plain, infos, strict=True):
         if info.type == pafs.FileType.Directory:
             one_by_one = False
-            files.update((join(path, file), size) for file, size in _all_below(filesystem, info.path))
+            files.update((join(path, file), listed) for file, listed in _all_below(filesystem, info.path))
         elif info.type == pafs.FileType.NotFound:
             absent.append(path)
         else:
-            files[path] = info.size
+            files[path] = _listed(filesystem, info)
     return files, absent, one_by_one
 
 
-def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Iterator[tuple[str, int | None]]:
+def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Iterator[tuple[str, ListedFile]]:
     """Yield the files that match a glob, and all files below the folders that match it.
 
     A folder is listed only if something below it can match.
@@ -150,21 +180,21 @@ def _matching(filesystem: pafs.FileSystem, base: str, pattern: list[str]) -> Ite
     folders = [""]
     while folders:
         folder = folders.pop()
-        for name, is_folder, size in _children(filesystem, join(base, folder)):
+        for name, is_folder, listed in _children(filesystem, join(base, folder)):
             path = f"{folder}{name}"
             parts = path.split("/")
             if matches(parts, pattern):
                 if is_folder:
                     below = _all_below(filesystem, join(base, path))
-                    yield from ((f"{path}/{file}", file_size) for file, file_size in below)
+                    yield from ((f"{path}/{file}", listed) for file, listed in below)
                 else:
-                    yield path, size
+                    yield path, listed
             if is_folder and may_match_below(parts, pattern):
                 folders.append(f"{path}/")
 
 
-def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, int | None]]:
-    """Yield every file below a folder with its bytes.
+def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, ListedFile]]:
+    """Yield every file below a folder.
 
     An object store lists everything below a prefix page by page, so its folders are not asked for one by one.
     """
@@ -172,24 +202,24 @@ def _all_below(filesystem: pafs.FileSystem, base: str) -> Iterator[tuple[str, in
         for info in filesystem.get_file_info(pafs.FileSelector(base, recursive=True)):
             path = info.path[len(base.rstrip("/")) + 1 :]
             if info.type != pafs.FileType.Directory and not any(map(_is_ignored, path.split("/"))):
-                yield path, info.size
+                yield path, _listed(filesystem, info)
         return
     folders = [""]
     while folders:
         folder = folders.pop()
-        for name, is_folder, size in _children(filesystem, join(base, folder)):
+        for name, is_folder, listed in _children(filesystem, join(base, folder)):
             if is_folder:
                 folders.append(f"{folder}{name}/")
             else:
-                yield f"{folder}{name}", size
+                yield f"{folder}{name}", listed
 
 
-def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, bool, int | None]]:
-    """Yield each entry of a folder: its name, whether it is a folder, and its bytes if they are known."""
+def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, bool, ListedFile]]:
+    """Yield each entry of a folder: its name, whether it is a folder, and what is known of the file."""
     if not isinstance(filesystem, pafs.LocalFileSystem):
         for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=False)):
             if not _is_ignored(info.base_name):
-                yield info.base_name, info.type == pafs.FileType.Directory, info.size
+                yield info.base_name, info.type == pafs.FileType.Directory, _listed(filesystem, info)
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -197,10 +227,17 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
                 continue
             if entry.is_dir():
                 if not (entry.is_symlink() and _links_to_ancestor(entry.path)):
-                    yield entry.name, True, None
+                    yield entry.name, True, ListedFile()
             elif entry.is_file() or entry.is_symlink():
                 # A broken link is an input too: its row says that the file cannot be read.
-                yield entry.name, False, None
+                yield entry.name, False, ListedFile()
+
+
+def _listed(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> ListedFile:
+    """Return what a store has told about a file; the stamps of a disk come from `local_stamps`."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return ListedFile(info.size)
+    return ListedFile(info.size, stamp_of(info))
 
 
 def _is_ignored(name: str) -> bool:

@@ -8,10 +8,32 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which files of an input are wanted, by globs over their paths below the input."""
+
+    include: Sequence[str] = ()
+    """A file must match one of these, if there are any."""
+    exclude: Sequence[str] = ()
+    """A file that matches one of these is left out."""
+
+    def take(self, path: str) -> bool:
+        """Return whether a file is wanted."""
+        is_included = not self.include or any(_names(pattern, path) for pattern in self.include)
+        return is_included and not any(_names(pattern, path) for pattern in self.exclude)
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a glob matches a path: the whole path if the glob has a slash, else the name of the file."""
+    parts = path.split("/")
+    return matches(parts, pattern.split("/")) if "/" in pattern else fnmatchcase(parts[-1], pattern)
 
 
 def expand_braces(text: str) -> list[str]:

@@ -6,34 +6,70 @@ are unique, and they are sorted.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
+from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.inputs.file_kinds import FORMATS, choose_files
-from pipeline.inputs.find_files import FileSizes, find_files
+from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
+from pipeline.inputs.find_files import Files, ListedFile, find_files
 from pipeline.inputs.formats import count_rows, parquet
+from pipeline.inputs.globs import Patterns
+from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
 
 FILES_PER_SHARD = 1000
 """Images of a folder in one shard: about as many rows as a tar usually has."""
 RANGE_BYTES = 256 << 20
 """Larger Parquet files are cut into ranges of row groups of about this size."""
+MAX_STAMPED_IMAGES = 100_000
+"""Images of a folder on a disk that are asked for their stamps: a network disk needs up to milliseconds for
+each. In a larger folder, an image that is replaced under its own name is not noticed."""
 
 
-def list_shards(
+@dataclass(frozen=True)
+class ListedFiles:
+    """The files of an input that are read."""
+
+    chosen: dict[tuple[str, Format], Files]
+    """Files by their root and format."""
+    prefixes: dict[str, str]
+    """What begins the names of the shards below each root."""
+    folder_names: dict[str, str]
+    """What names the slices of a folder, by root."""
+    unread: Unread
+    """The files of the input that are not read."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The shards of an input, and what of it is not read."""
+
+    shards: list[Shard]
+    """Sorted by name."""
+    unread: Unread
+
+
+def list_shards(input_uri: str | Sequence[str], **options: Any) -> list[Shard]:
+    """List the shards of an input as `list_input` does."""
+    return list_input(input_uri, **options).shards
+
+
+def list_input(
     input_uri: str | Sequence[str],
     *,
     format: str = "auto",
     limit: int | None = None,
     files_per_shard: int = FILES_PER_SHARD,
     range_bytes: int = RANGE_BYTES,
-) -> list[Shard]:
-    """List the shards of one or several inputs, sorted by name.
+    options: ReadOptions = ReadOptions(),
+    patterns: Patterns = Patterns(),
+) -> Listing:
+    """List the shards of one or several inputs.
 
     Args:
         input_uri: files, folders, globs (`*`, `**`, `[ab]`; `?` in local paths only) and braces
@@ -42,38 +78,97 @@ def list_shards(
         limit: maximum number of rows, taken from the shards in their order. Tars are scanned to count them.
         files_per_shard: images of a folder in one shard.
         range_bytes: Parquet files above this size are cut into ranges of about this size.
+        options: which members of a tar are rows, for the limit.
+        patterns: which files are wanted.
 
     Raises:
         InputError: nothing is there, nothing in it can be read, or it could be read in two ways.
     """
-    inputs = [input_uri] if isinstance(input_uri, str) else list(input_uri)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    inputs = [input_uri] if isinstance(input_uri, str) else input_uri
+    listed = list_files(inputs, format, patterns=patterns)
+    shards = shards_of(listed, files_per_shard, range_bytes)
+    return Listing(shards if limit is None else list(take_rows(shards, limit, options)), listed.unread)
+
+
+def list_files(
+    inputs: Sequence[str], format: str, known: Collection[Shard] = (), patterns: Patterns = Patterns()
+) -> ListedFiles:
+    """Find the files of one or several inputs, and choose those that are read.
+
+    Args:
+        inputs: as for `list_input`.
+        format: as for `list_input`.
+        known: the shards of an earlier listing.
+        patterns: which files are wanted.
+
+    Raises:
+        InputError: as `list_input` does.
+    """
     if not inputs:
         raise InputError("no input given; name a file, a folder or a pattern")
     if format not in ("auto", *FORMATS):
         raise InputError(f"format must be auto, {', '.join(FORMATS)}, got {format!r}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, got {limit}")
-    chosen: dict[tuple[str, Format], FileSizes] = {}
+    chosen: dict[tuple[str, Format], Files] = {}
     addresses: dict[str, tuple[str, ...]] = {}
+    unread = Unread()
     for found in map(find_files, inputs):
         addresses[found.root] = found.address
-        for file_format, files in choose_files(found, format).items():
+        choice = choose_files(found, format, known, patterns)
+        unread += choice.unread
+        for file_format, files in choice.files.items():
             chosen.setdefault((found.root, file_format), {}).update(files)
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
         _refuse_duplicates(
             _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
         )
+    names = {root: prefixes[root] or address[-1] for root, address in addresses.items()}
+    return ListedFiles(chosen, prefixes, names, unread)
+
+
+def shards_of(
+    listed: ListedFiles,
+    files_per_shard: int = FILES_PER_SHARD,
+    range_bytes: int = RANGE_BYTES,
+    num_before: Mapping[str, int] | None = None,
+) -> list[Shard]:
+    """Make the shards of files, sorted by name.
+
+    Args:
+        listed: the files.
+        files_per_shard: images of a folder in one shard.
+        range_bytes: Parquet files above this size are cut into ranges of about this size.
+        num_before: for each name of a folder, the number of its images that are in shards already.
+    """
     shards: list[Shard] = []
-    for (root, file_format), files in chosen.items():
+    for (root, file_format), files in listed.chosen.items():
         if file_format == "folder":
-            shards += _folder_shards(root, prefixes[root] or addresses[root][-1], files, files_per_shard)
+            name = listed.folder_names[root]
+            shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
         else:
-            shards += _file_shards(root, prefixes[root], file_format, files, range_bytes)
+            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes)
     _refuse_duplicates(shard.name for shard in shards)
     _refuse_unwritable(shards)
-    shards.sort(key=lambda shard: shard.name)
-    return shards if limit is None else list(_take_rows(shards, limit))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def shards_of_file(shard: Shard, range_bytes: int = RANGE_BYTES) -> list[Shard]:
+    """Return a shard of a whole tar or Parquet file, or its ranges if it is a large table."""
+    return parquet.split(shard, range_bytes) if shard.format == "parquet" else [shard]
+
+
+def stamps_now(root: str, files: Sequence[str], listed: Files) -> tuple[str, ...]:
+    """Return the stamps of files; those that the listing does not tell are asked of the disk."""
+    if is_local(root):
+        return tuple(local_stamps([join(root, file) for file in files]))
+    return tuple(listed.get(file, ListedFile()).stamp for file in files)
+
+
+def is_local(root: str) -> bool:
+    """Return whether files below a root are asked for their stamps one by one."""
+    return "://" not in root
 
 
 def _refuse_duplicates(names: Iterable[str]) -> None:
@@ -106,45 +201,55 @@ def _join_name(prefix: str, file: str) -> str:
     return f"{prefix}/{file}" if prefix else file
 
 
-def _file_shards(
-    root: str, prefix: str, file_format: Format, files: FileSizes, range_bytes: int
-) -> list[Shard]:
+def _file_shards(root: str, prefix: str, file_format: Format, files: Files, range_bytes: int) -> list[Shard]:
     """Make one shard of each tar or Parquet file, and several of a large Parquet file."""
     shards = []
-    for file, size_bytes in files.items():
-        if size_bytes is None and os.path.exists(os.path.join(root, file)):
-            size_bytes = os.path.getsize(os.path.join(root, file))
-        name = _join_name(prefix, file)
-        shards.append(Shard(name=name, format=file_format, root=root, files=(file,), size_bytes=size_bytes))
-    if file_format != "parquet":
-        return shards
+    for file, stamp in zip(files, stamps_now(root, list(files), files), strict=True):
+        size_bytes = files[file].size_bytes
+        if size_bytes is None and stamp != UNKNOWN:
+            size_bytes = int(size_in(stamp))
+        shards.append(
+            Shard(
+                name=_join_name(prefix, file),
+                format=file_format,
+                root=root,
+                files=(file,),
+                size_bytes=size_bytes,
+                stamps=(stamp,),
+            )
+        )
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        parts = threads.map(lambda shard: parquet.split(shard, range_bytes), shards)
+        parts = threads.map(lambda shard: shards_of_file(shard, range_bytes), shards)
         return list(chain.from_iterable(parts))
 
 
-def _folder_shards(root: str, name: str, files: FileSizes, files_per_shard: int) -> Iterator[Shard]:
-    """Yield slices of the sorted listing of a folder of images."""
+def _folder_shards(
+    root: str, name: str, files: Files, files_per_shard: int, num_before: int
+) -> Iterator[Shard]:
+    """Yield slices of the sorted listing of a folder of images; they are numbered from `num_before` on."""
     paths = sorted(files)
-    width = len(str(len(paths) - 1))
+    width = len(str(num_before + len(paths) - 1))
+    has_stamps = not is_local(root) or len(paths) <= MAX_STAMPED_IMAGES
     for start in range(0, len(paths), files_per_shard):
         part = paths[start : start + files_per_shard]
-        sizes = [files[path] for path in part]
+        sizes = [files[path].size_bytes for path in part]
+        first, last = num_before + start, num_before + start + len(part) - 1
         yield Shard(
-            name=f"{name}~{start:0{width}}-{start + len(part) - 1:0{width}}",
+            name=f"{name}~{first:0{width}}-{last:0{width}}",
             format="folder",
             root=root,
             files=tuple(part),
             num_rows=len(part),
             size_bytes=None if None in sizes else sum(filter(None, sizes)),
+            stamps=stamps_now(root, part, files) if has_stamps else (),
         )
 
 
-def _take_rows(shards: Iterable[Shard], limit: int) -> Iterator[Shard]:
+def take_rows(shards: Iterable[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:
     """Yield the shards that hold the first `limit` rows; the last one is cut to what remains."""
     remaining = limit
     for shard in shards:
-        num_rows = count_rows(shard, remaining)
+        num_rows = count_rows(shard, remaining, options)
         yield replace(shard, max_rows=remaining, num_rows=remaining) if num_rows == remaining else shard
         remaining -= num_rows
         if not remaining:

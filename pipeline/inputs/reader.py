@@ -14,13 +14,11 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.shards import Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
-"""Extensions of image files, in upper or lower case. Reading does not look at the content of a file."""
 
 READ_COLUMNS = {
     "key": "string",
@@ -29,10 +27,12 @@ READ_COLUMNS = {
     "image": "binary",  # encoded bytes as they were read; null if there are none
     "status": "string",  # a blip2_actor.Status if the row has already failed, else null
     "error": "string",  # one sentence if status is not null
+    "member": "string",  # name of the image's member in a tar; null for other inputs
 }
 """The first columns of every table, with their Arrow types. The columns of `ReadOptions.texts`, which are
 strings, and the kept columns follow."""
 
+MEMBER = "member"
 PROMPT = "prompt"
 TEXT = "_blip2_text_"
 """Prefix of the names of columns with text that is scored."""
@@ -61,6 +61,8 @@ class ReadOptions:
     """Maximum number of rows in one table."""
     table_bytes: int = 16 << 20
     """A table ends as soon as its images have this many bytes."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of the row contract that the rows follow: that of the run."""
 
     def __post_init__(self) -> None:
         for name in ("text_columns", "keep"):
@@ -77,6 +79,13 @@ class ReadOptions:
             )
         if len(names) < len(self.keep):
             raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The first columns of every table, as `READ_COLUMNS`; version 1 has no `member`."""
+        return {
+            name: kind for name, kind in READ_COLUMNS.items() if self.schema_version > 1 or name != MEMBER
+        }
 
     @property
     def texts(self) -> dict[str, str]:
@@ -128,3 +137,9 @@ class ShardReport:
     """False if the shard holds, or may hold, rows that could not be read."""
     reason: str | None = None
     """One sentence if `complete` is False."""
+    changed: bool = False
+    """Whether the input was not, or did not stay, what the run has listed. Then its rows are not used."""
+    generation: int = 0
+    """Of the shard; see `Shard.generation`."""
+    content: str | None = None
+    """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""

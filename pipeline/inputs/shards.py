@@ -37,9 +37,15 @@ class Shard:
     """Rows from this number on do not belong to the shard (`--limit`)."""
     size_bytes: int | None = None
     """Bytes to be read, if the listing knows them."""
+    stamps: tuple[str, ...] = ()
+    """For each file a string that changes with its content; see `pipeline.inputs.stamps`. Empty if they are
+    not known, as in runs of version 0.1.0."""
+    generation: int = 0
+    """How often the shard was begun again because its files had changed."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", tuple(self.files))
+        for name in ("files", "stamps"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.row_groups is not None:
             first, stop = self.row_groups
             object.__setattr__(self, "row_groups", (first, stop))

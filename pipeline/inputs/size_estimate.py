@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import count_rows, webdataset
+from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
@@ -48,18 +50,21 @@ class _Scan:
     """Whether these are all rows of the shard."""
 
 
-def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEstimate:
+def estimate_size(
+    shards: Sequence[Shard], limit: int | None = None, options: ReadOptions = ReadOptions()
+) -> SizeEstimate:
     """Count or extrapolate the rows of an input; read file footers and the first rows of some tars.
 
     Args:
         shards: the list that `list_shards` has made with the same `limit`.
         limit: maximum number of rows of the whole input.
+        options: which members of a tar are rows.
     """
     uncounted = [shard for shard in shards if shard.num_rows is None]
     tables = evenly_spaced([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
     tars = evenly_spaced([shard for shard in uncounted if shard.format == "webdataset"], MAX_SCANNED_TARS)
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        scans = list(pool.map(_scan, [*tables, *tars]))
+        scans = list(pool.map(partial(_scan, options=options), [*tables, *tars]))
     counted = sum(shard.num_rows or 0 for shard in shards)
     is_counted = len(scans) == len(uncounted) and all(scan.is_whole for scan in scans)
     if limit is not None and any(shard.max_rows is not None for shard in shards):
@@ -81,11 +86,11 @@ def estimate_size(shards: Sequence[Shard], limit: int | None = None) -> SizeEsti
     )
 
 
-def _scan(shard: Shard) -> _Scan:
+def _scan(shard: Shard, options: ReadOptions) -> _Scan:
     size_bytes = shard.size_bytes or 0
     if shard.format == "parquet":
-        return _Scan(num_rows=count_rows(shard, 1 << 62), num_bytes=size_bytes, is_whole=True)
-    num_rows, num_bytes = webdataset.scan_first_rows(shard, SCANNED_ROWS_PER_TAR)
+        return _Scan(num_rows=count_rows(shard, 1 << 62, options), num_bytes=size_bytes, is_whole=True)
+    num_rows, num_bytes = webdataset.scan_first_rows(shard, SCANNED_ROWS_PER_TAR, options)
     if num_bytes is None:
         return _Scan(num_rows=num_rows, num_bytes=size_bytes, is_whole=True)
     return _Scan(num_rows=num_rows, num_bytes=num_bytes, is_whole=False)

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,12 @@ from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.ledger.layout import output_name, shard_report_name
+from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_KEY = b"blip2.fingerprint"
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
@@ -46,6 +46,10 @@ class Summary:
     complete: bool = True
     reason: str | None = None
     """Why the shard is partial, when it is."""
+    generation: int = 0
+    """Of the shard; see `Shard.generation`."""
+    content: str | None = None
+    """Digest of a sample of the input's bytes, as in the shard's report."""
 
     captions: CaptionCounts = field(default_factory=CaptionCounts)
     """In a place of its own in the footer; files of version 0.1.0 have none."""
@@ -84,7 +88,9 @@ def commit_shard(
         logger.exception("Shard %s: %s", report.shard, reason)
     if folder.exists(name):  # A retry that cannot be merged leaves the rows that are there.
         return read_summary(folder, report.shard)
-    summary = Summary(shard=report.shard, num_rows=0, complete=False, reason=reason)
+    summary = Summary(
+        shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
+    )
     folder.put(name, _parquet(empty_schema.empty_table(), {**metadata, **_footer(summary)}))
     return summary
 
@@ -92,12 +98,14 @@ def commit_shard(
 def _commit(
     folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, name: str
 ) -> Summary | None:
-    fragments = list_fragments(folder, report.shard)
-    tables = read_fragments(folder, fragments)
+    fragments = list_fragments(folder, report.shard, report.generation)
     before = read_rows(folder, report.shard)
+    found = [table for table in [*read_fragments(folder, fragments), before] if table is not None]
+    report = _with_changes(folder, report, found)
     # A shard that is read again, and can be read less far, keeps its rows.
     num_rows = max(report.num_rows, 0 if before is None else len(before))
-    found = [table for table in [*tables, before] if table is not None]
+    if report.changed:
+        found = [] if before is None else [before]
     rows = merge(found).slice(0, num_rows) if found else empty_schema.empty_table()
     if rows["row"].to_pylist() != list(range(num_rows)):
         return None
@@ -108,13 +116,52 @@ def _commit(
         complete=report.complete,
         reason=report.reason,
         captions=CaptionCounts.of_rows(rows),
+        generation=report.generation,
+        content=report.content,
     )
     content = _parquet(rows, {**metadata, **_footer(summary)})
     folder.put(name, content)
     # Rows past the end of a shard that was read less far are kept for a better reading.
-    delete_fragments(folder, report.shard, [f for f in fragments if f.last < num_rows])
-    folder.delete(shard_report_name(report.shard))
+    finished = [f for f in fragments if f.last < num_rows or report.changed]
+    delete_fragments(folder, report.shard, finished, report.generation)
+    if not report.changed:  # The next run must know.
+        folder.delete(shard_report_name(report.shard, report.generation))
     return summary
+
+
+def _with_changes(folder: Folder, report: ShardReport, tables: list[pa.Table]) -> ShardReport:
+    """Return the report of a shard, or one without rows if the shard's input has changed.
+
+    The read task notices a change, or here two tables have the same row with different keys: then one of them
+    was read from another input.
+    """
+    if report.changed:
+        return report
+    stored = load_shard_report(folder, report.shard, report.generation)
+    if stored is not None and stored.changed:
+        return stored
+    conflict = _first_conflict(tables)
+    if conflict is None:
+        return report
+    changed = replace(report, num_rows=0, complete=False, changed=True, content=None, reason=conflict)
+    store_shard_report(folder, changed)
+    return changed
+
+
+def _first_conflict(tables: list[pa.Table]) -> str | None:
+    """Return a sentence about the first row that has different keys in the tables, or None."""
+    if len(tables) < 2:
+        return None
+    rows = pa.concat_tables([table.select(["row", "key"]) for table in tables])
+    keys = rows.group_by("row").aggregate([("key", "min"), ("key", "max")]).sort_by("row")
+    conflicts = keys.filter(pc.not_equal(keys["key_min"], keys["key_max"]))
+    if not len(conflicts):
+        return None
+    row = conflicts.slice(0, 1).to_pylist()[0]
+    return (
+        f"the input has changed since its first rows were written: row {row['row']} was read as "
+        f"{row['key_min']} and as {row['key_max']}; --redo-changed makes all rows of the shard again"
+    )
 
 
 def merge(tables: list[pa.Table]) -> pa.Table:

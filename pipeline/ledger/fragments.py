@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.ledger.layout import FRAGMENTS, output_name, shard_report_name
+from pipeline.ledger.layout import FRAGMENTS, output_name, parse_state_name, shard_report_name, state_name
 from pipeline.ledger.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
@@ -37,17 +37,20 @@ class Fragment:
     last: int
     """The last row, included."""
     count: int
+    generation: int = 0
+    """Of the shard when the rows were read; see `Shard.generation`."""
 
     @property
     def has_gaps(self) -> bool:
         return self.count != self.last - self.first + 1
 
 
-def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
+def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragment:
     """Write finished rows of one shard; writing the same rows again replaces the same file.
 
     Args:
         rows: at least one row in the output schema, all of one shard, each row number once.
+        generation: of the shard that the rows were read from.
     """
     rows = rows.sort_by("row").combine_chunks()
     numbers = rows["row"]
@@ -58,18 +61,18 @@ def write_fragment(folder: Folder, rows: pa.Table) -> Fragment:
     content = sink.getvalue()
     digest = hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
     first, last = numbers[0].as_py(), numbers[-1].as_py()
-    name = _name(shard, first, last, len(numbers), digest)
+    name = _name(shard, generation, first, last, len(numbers), digest)
     folder.put(name, content)
-    return Fragment(shard, name, first, last, len(numbers))
+    return Fragment(shard, name, first, last, len(numbers), generation)
 
 
-def _name(shard: str, first: int, last: int, count: int, digest: str) -> str:
-    return f"{FRAGMENTS}/{shard}{ROWS}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
+def _name(shard: str, generation: int, first: int, last: int, count: int, digest: str) -> str:
+    return f"{_folder_of(shard, generation)}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
 
 
 def names_of_shard(shard: str) -> tuple[str, ...]:
     """Return the longest names that files of a shard have in the output."""
-    return output_name(shard), shard_report_name(shard), _name(shard, 0, 0, 10**9, "0" * DIGEST_CHARS)
+    return output_name(shard), shard_report_name(shard), _name(shard, 0, 0, 0, 10**9, "0" * DIGEST_CHARS)
 
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:
@@ -92,15 +95,20 @@ def parse_fragment(name: str) -> Fragment | None:
     match = _NAME.match(last)
     if not match or not of_shard.endswith(ROWS):
         return None
-    numbers = (int(match[group]) for group in ("first", "last", "count"))
-    return Fragment(of_shard.removesuffix(ROWS), name, *numbers)
+    shard, generation = parse_state_name(of_shard.removesuffix(ROWS))
+    first, end, count = (int(match[group]) for group in ("first", "last", "count"))
+    return Fragment(shard, name, first, end, count, generation)
 
 
-def list_fragments(folder: Folder, shard: str) -> list[Fragment]:
+def list_fragments(folder: Folder, shard: str, generation: int = 0) -> list[Fragment]:
     """Return the fragments of one shard."""
-    found = (parse_fragment(name) for name in folder.names(f"{FRAGMENTS}/{shard}{ROWS}"))
+    found = (parse_fragment(name) for name in folder.names(_folder_of(shard, generation)))
     # The folder may contain the folder of another shard: those of "a" and "a.rows/b", for example.
-    return [fragment for fragment in found if fragment is not None and fragment.shard == shard]
+    return [f for f in found if f is not None and (f.shard, f.generation) == (shard, generation)]
+
+
+def _folder_of(shard: str, generation: int) -> str:
+    return f"{FRAGMENTS}/{state_name(shard, generation)}{ROWS}"
 
 
 def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
@@ -122,9 +130,9 @@ def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict
     return finished
 
 
-def delete_fragments(folder: Folder, shard: str, fragments: Sequence[Fragment]) -> None:
+def delete_fragments(folder: Folder, shard: str, fragments: Sequence[Fragment], generation: int = 0) -> None:
     """Delete fragments of a shard, and its folder of fragments when that is empty then."""
     if fragments:
         with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(fragments))) as pool:
             list(pool.map(lambda fragment: folder.delete(fragment.name), fragments))
-    folder.drop_if_empty(f"{FRAGMENTS}/{shard}{ROWS}")
+    folder.drop_if_empty(_folder_of(shard, generation))

@@ -15,18 +15,19 @@ This class says what can be done with an output. How it is done is in the module
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import Summary, commit_shard
+from pipeline.ledger.commit import Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
 from pipeline.ledger.lease import Holder, read_holder
-from pipeline.ledger.reconcile import Reconciliation, reconcile
-from pipeline.ledger.retry import to_retry
+from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
+from pipeline.ledger.retry import require_finished, to_retry
 from pipeline.ledger.rowset import RowSet
-from pipeline.ledger.run_record import Run, read_run, write_run
+from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, scan_output
 from pipeline.ledger.shard_progress import (
     ShardProgress,
@@ -46,6 +47,8 @@ class Ledger:
     """The records in one output folder; picklable, so that workers write to it by themselves."""
 
     folder: Folder
+    generations: Mapping[str, int] = field(default_factory=dict)
+    """Of the shards that were begun again (`Shard.generation`); what was made before is left alone."""
 
     def __str__(self) -> str:
         """Return the URI of the folder, without secrets."""
@@ -53,11 +56,19 @@ class Ledger:
 
     def with_retries(self, retry_for_s: float = RETRY_FOR_S) -> Ledger:
         """Return this ledger on a folder that repeats failed requests; see `Folder.with_retries`."""
-        return Ledger(self.folder.with_retries(retry_for_s))
+        return replace(self, folder=self.folder.with_retries(retry_for_s))
+
+    def of(self, run: Run) -> Ledger:
+        """Return this ledger for the shards of a run as they are now."""
+        return replace(self, generations={s.name: s.generation for s in run.shards if s.generation})
 
     def begin(self, run: Run) -> None:
         """Write the record of a run."""
         write_run(self.folder, run)
+
+    def revise(self, run: Run, redone: Iterable[str]) -> None:
+        """Store other shards for a run that has begun; see `revise_run`."""
+        revise_run(self.folder, run, redone)
 
     def load(self, inputs: Sequence[str] = ()) -> Run | None:
         """Return the run that was begun here, or None.
@@ -83,18 +94,23 @@ class Ledger:
 
     def scan(self) -> OutputState:
         """List the output once, and sort what is there."""
-        return scan_output(self.folder)
+        return scan_output(self.folder, self.generations)
 
     def unfinished(self, run: Run, state: OutputState) -> list[ShardProgress]:
         """Return the shards that have no file yet, with what is known of each."""
         return unfinished(self.folder, run, state)
 
-    def to_retry(self, run: Run, state: OutputState) -> list[ShardProgress]:
-        """Return the shards of a finished run with rows that are not ok.
+    def require_finished(self, run: Run) -> None:
+        """Raise ValueError unless the run is finished, so that its rows can be retried."""
+        require_finished(self.folder, run, self.scan())
 
-        Raises:
-            ValueError: the run is not finished.
-        """
+    def are_partial(self, shards: Iterable[str]) -> bool:
+        """Return whether none of these shards has a file with all its rows."""
+        finished = self.scan().finished
+        return not any(read_summary(self.folder, s).complete for s in shards if s in finished)
+
+    def to_retry(self, run: Run, state: OutputState) -> list[ShardProgress]:
+        """Return the shards of a finished run with rows that are not ok."""
         return to_retry(self.folder, run, state)
 
     def rows_in(self, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
@@ -103,7 +119,7 @@ class Ledger:
 
     def write_fragment(self, rows: pa.Table) -> Fragment:
         """Write finished rows of one shard."""
-        return write_fragment(self.folder, rows)
+        return write_fragment(self.folder, rows, self.generations.get(rows["shard"][0].as_py(), 0))
 
     def store_shard_report(self, report: ShardReport) -> None:
         """Store how reading a shard ended; safe to call twice."""
@@ -111,10 +127,10 @@ class Ledger:
 
     def load_shard_report(self, shard: str) -> ShardReport | None:
         """Return the stored report of a shard, or None when there is none."""
-        return load_shard_report(self.folder, shard)
+        return load_shard_report(self.folder, shard, self.generations.get(shard, 0))
 
     def shards_with_a_report(self) -> set[str]:
-        return shards_with_a_report(self.folder)
+        return shards_with_a_report(self.folder, self.generations)
 
     def commit(
         self, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT
@@ -135,6 +151,10 @@ class Ledger:
     def reconcile(self, run: Run, state: OutputState) -> Reconciliation:
         """Compare the shards of the run with their files."""
         return reconcile(self.folder, run.shards, state.finished)
+
+    def compare_input(self, run: Run, inputs: Sequence[str] = ()) -> InputChanges:
+        """Compare the shards of the run with what its input holds now; see `reconcile.compare_input`."""
+        return compare_input(self.folder, run, self.scan(), inputs)
 
     def driver(self) -> Holder | None:
         """Return the driver that holds the lease, dead or alive, or None."""

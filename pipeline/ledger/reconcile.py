@@ -1,6 +1,7 @@
-"""Reconciliation: every listed shard has its file, and every row in it is ok or has failed, by status.
+"""Compare a run with its output and with its input.
 
-It reads the output alone, from the footers of the finished files, and decides the exit status of a run.
+Reconciliation: every listed shard has its file, and every row in it is ok or has failed, by status. It reads
+the output alone, from the footers of the finished files, and decides the exit status of a run.
 """
 
 from __future__ import annotations
@@ -8,12 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
+from pipeline.inputs.changes import NO_FILES, InputChanges, find_changes
+from pipeline.inputs.globs import Patterns
+from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.run_record import Run
+from pipeline.ledger.scan import OutputState
+from pipeline.ledger.shard_progress import load_shard_report
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
@@ -92,6 +99,29 @@ def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str])
         written = [name for name in names if name in finished]
         summaries = tuple(pool.map(lambda name: read_summary(folder, name), written))
     return Reconciliation(len(names), summaries, tuple(name for name in names if name not in finished))
+
+
+def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence[str] = ()) -> InputChanges:
+    """Compare the shards of a run with what its input holds now.
+
+    Args:
+        inputs: the inputs of the run with their passwords and options; default: as they are stored.
+
+    Raises:
+        InputError, OSError: the input cannot be listed.
+    """
+    wanted, limit = run.settings.get("format", "auto"), run.settings.get("limit")
+    patterns = Patterns(run.settings.get("include", ()), run.settings.get("exclude", ()))
+    listed = list_files(inputs or run.inputs, wanted, run.shards, patterns)
+
+    def content_of(shard: str) -> str | None:
+        return read_summary(folder, shard).content if shard in state.finished else None
+
+    generations = {shard.name: shard.generation for shard in run.shards}
+    reports = (load_shard_report(folder, name, generations.get(name, 0)) for name in state.shard_reports)
+    known_changed = {report.shard for report in reports if report is not None and report.changed}
+    changes = find_changes(run.shards, listed, content_of, known_changed)
+    return changes if limit is None else replace(changes, new=NO_FILES)
 
 
 def _shorten(lines: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.shard_progress import ShardProgress, unfinished
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
@@ -22,21 +22,14 @@ from pipeline.storage.folder import Folder
 def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress]:
     """Return the shards with rows to run again; their rows that are ok count as done.
 
-    Raises:
-        ValueError: the run is not finished.
+    Shards that were begun again have no file, and all their rows are run.
     """
-    unfinished = [shard.name for shard in run.shards if shard.name not in state.finished]
-    if unfinished:
-        raise ValueError(
-            f"output must hold a finished run, got {folder} with {len(unfinished):,} unfinished shards; "
-            "run the caption command again first"
-        )
-    by_name = {shard.name: shard for shard in run.shards}
+    by_name = {shard.name: shard for shard in run.shards if shard.name in state.finished}
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         summaries = list(pool.map(lambda name: read_summary(folder, name), by_name))
     faulty = [s for s in summaries if s.num_failed or not s.complete]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
-    progress = []
+    progress = unfinished(folder, run, state)
     for summary in faulty:
         done = RowSet.of_rows(_ok_rows(folder, summary.shard))
         done.update(in_fragments[summary.shard])
@@ -44,11 +37,27 @@ def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress
     return progress
 
 
+def require_finished(folder: Folder, run: Run, state: OutputState) -> None:
+    """Raise ValueError if a shard has no file, unless an earlier retry has begun it again."""
+    left = [s.name for s in run.shards if s.name not in state.finished and not s.generation]
+    if left:
+        count = "1 unfinished shard" if len(left) == 1 else f"{len(left):,} unfinished shards"
+        raise ValueError(
+            f"output must hold a finished run, got {folder} with {count}; run the caption command again first"
+        )
+
+
 def report_of(summary: Summary) -> ShardReport | None:
     """Return how reading a finished shard ended, or None for a partial shard, which must be read again."""
     if not summary.complete:
         return None
-    return ShardReport(shard=summary.shard, num_rows=summary.num_rows, complete=True)
+    return ShardReport(
+        shard=summary.shard,
+        num_rows=summary.num_rows,
+        complete=True,
+        generation=summary.generation,
+        content=summary.content,
+    )
 
 
 def _ok_rows(folder: Folder, shard: str) -> Iterator[int]:

@@ -12,13 +12,20 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipeline.column_names import SCHEMA_VERSION
+from pipeline.inputs.changes import name_some
+from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.find_files import same_place
+from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
-from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
-from pipeline.settings.fingerprint import Fingerprint
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
+from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
 FORMAT_VERSION = 1
@@ -33,19 +40,135 @@ class Run:
     settings: Mapping[str, Any]
     """The command's settings as plain values, so that `retry` and `status` need only the output folder."""
     shards: tuple[Shard, ...]
+    working_folder: str | None = None
+    """Where the first command was given, as relative inputs are relative to it; None in runs of 0.1.0."""
+    hides_options: bool = True
+    """Whether an input URI may have passwords or options, which are not stored."""
+    unread: Unread = field(default_factory=Unread)
+    """Files of the input that are not read."""
+
+    @property
+    def schema_version(self) -> int:
+        """The version of the row contract in which the run was begun, and is finished."""
+        return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
+
+    @property
+    def uses_generation_config(self) -> bool:
+        """Whether the checkpoint's `generation_config.json` has set options of the run.
+
+        It has not in runs of the versions that did not read it, and they must go on without it.
+        """
+        return GENERATION_CONFIG in self.fingerprint.parts
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs of the first command, without secrets, each in the one spelling of `same_place`."""
+        folder = self.working_folder or os.getcwd()
+        return tuple(same_place(name, folder) for name in self.settings.get("input", ()))
+
+    def with_shards(self, shards: Iterable[Shard], inputs: Sequence[str] = ()) -> Run:
+        """Return the run with other shards, and with other inputs if they are given."""
+        settings = dict(self.settings)
+        if inputs and set(_places(inputs)) != set(self.inputs):
+            settings["input"] = [*self.inputs, *sorted(set(_places(inputs)) - set(self.inputs))]
+        hides_options = self.hides_options or _hide_options(inputs)
+        return replace(self, settings=settings, shards=tuple(shards), hides_options=hides_options)
+
+    def continues(self, fingerprint: Fingerprint, inputs: Sequence[str]) -> bool:
+        """Return whether a command with this fingerprint and these inputs continues the run."""
+        is_same = not self._with_our_input(fingerprint).differences(self.fingerprint)
+        return is_same and not self._input_difference(inputs)
+
+    def require_same(
+        self, fingerprint: Fingerprint, inputs: Sequence[str], output: str, takes_new: bool = False
+    ) -> None:
+        """Raise FingerprintMismatch, which names each difference, unless a command continues the run.
+
+        Inputs are compared by what they name: their order and spelling do not matter.
+
+        Args:
+            fingerprint: of the settings of the command.
+            inputs: the inputs of the command.
+            output: where the run is.
+            takes_new: whether the command may have further inputs.
+        """
+        self._with_our_input(fingerprint).require_same(self.fingerprint, output)
+        difference = self._input_difference(inputs, not takes_new)
+        if difference:
+            raise FingerprintMismatch(
+                f"{output} was begun with another input: {difference}; run the first command again, give "
+                "another --output, add --fork to begin a new output next to it, or --add-new to take added "
+                "inputs into the run"
+            )
+
+    def _with_our_input(self, fingerprint: Fingerprint) -> Fingerprint:
+        return Fingerprint({**fingerprint.parts, "input": self.fingerprint.parts.get("input")})
+
+    def _input_difference(self, inputs: Sequence[str], counts_added: bool = True) -> str:
+        """Say which inputs a command has that the run has not, and the other way round."""
+        given, known = _places(inputs), self.inputs
+        added, left_out = set(given).difference(known), set(known).difference(given)
+        phrases = [f"added {name_some(sorted(added))}"] if added and counts_added else []
+        return "; ".join([*phrases, *([f"left out {name_some(sorted(left_out))}"] if left_out else [])])
+
+
+def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: Listing) -> Run:
+    """Return the run that a command begins."""
+    return Run(
+        fingerprint=fingerprint,
+        settings=settings.to_dict(),
+        shards=tuple(listing.shards),
+        unread=listing.unread,
+        working_folder=os.getcwd(),
+        hides_options=_hide_options(settings.input),
+    )
+
+
+def _hide_options(inputs: Iterable[str]) -> bool:
+    return any(without_secrets(name) != name for name in inputs)
+
+
+def _places(inputs: Sequence[str]) -> list[str]:
+    return [same_place(name, os.getcwd()) for name in inputs]
 
 
 def write_run(folder: Folder, run: Run) -> None:
     """Begin a run in a folder."""
-    stored = (replace(shard, root=without_secrets(shard.root)) for shard in run.shards)
-    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in stored)
-    folder.put(SHARD_LIST, gzip.compress(lines.encode(), mtime=0))
+    _write_shards(folder, run.shards)
+    _write_record(folder, run)
+
+
+def _write_record(folder: Folder, run: Run) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "fingerprint": run.fingerprint.parts,
         "settings": run.settings,
+        "working_folder": run.working_folder,
+        "hides_options": run.hides_options,
+        "unread": asdict(run.unread),
     }
     folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
+
+
+def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
+    """Store other shards for a run that has begun.
+
+    Args:
+        redone: names of the shards whose rows are made again. Their files are deleted first: if this process
+            dies in between, the next one finds the shards changed as this one has.
+    """
+    for shard in redone:
+        folder.delete(output_name(shard))
+    _write_shards(folder, run.shards)
+    stored = json.loads(folder.get(RUN_FILE) or b"{}").get("settings")
+    if stored != json.loads(json.dumps(run.settings)):  # The time of the file tells when the run began.
+        _write_record(folder, run)
+
+
+def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:
+    stored = (replace(shard, root=without_secrets(shard.root)) for shard in shards)
+    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in stored)
+    folder.put(SHARD_LIST, gzip.compress(lines.encode(), mtime=0))
 
 
 def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
@@ -71,6 +194,9 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
     return Run(
         fingerprint=Fingerprint(values["fingerprint"]),
         settings=values["settings"],
+        working_folder=values.get("working_folder"),
+        hides_options=values.get("hides_options", True),
+        unread=Unread(**values.get("unread", {})),
         shards=tuple(
             with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
         ),

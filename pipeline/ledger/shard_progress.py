@@ -7,12 +7,13 @@ stores its report; the commit of the shard deletes it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.fragments import rows_in
-from pipeline.ledger.layout import SHARD_REPORTS, shard_of_report, shard_report_name
+from pipeline.ledger.layout import SHARD_REPORTS, parse_shard_report_name, shard_report_name
 from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
@@ -49,7 +50,9 @@ def unfinished(folder: Folder, run: Run, state: OutputState) -> list[ShardProgre
         ShardProgress(
             shard=shard,
             done=done.get(shard.name, RowSet()),
-            report=load_shard_report(folder, shard.name) if shard.name in state.shard_reports else None,
+            report=load_shard_report(folder, shard.name, shard.generation)
+            if shard.name in state.shard_reports
+            else None,
         )
         for shard in open_shards
     ]
@@ -58,20 +61,22 @@ def unfinished(folder: Folder, run: Run, state: OutputState) -> list[ShardProgre
 def store_shard_report(folder: Folder, report: ShardReport) -> None:
     """Store the report of a shard; safe to call twice, as Ray may read a shard again.
 
-    A report that could read less does not replace one that could read more: rows that were there once count.
+    A report that could read less does not replace one that could read more: rows that were there once count,
+    unless the input has changed.
     """
-    if not report.complete:
-        known = load_shard_report(folder, report.shard)
+    if not (report.complete or report.changed):
+        known = load_shard_report(folder, report.shard, report.generation)
         if known is not None and (known.complete or known.num_rows > report.num_rows):
             return
-    folder.put(shard_report_name(report.shard), json.dumps(asdict(report)).encode())
+    folder.put(shard_report_name(report.shard, report.generation), json.dumps(asdict(report)).encode())
 
 
-def load_shard_report(folder: Folder, shard: str) -> ShardReport | None:
+def load_shard_report(folder: Folder, shard: str, generation: int = 0) -> ShardReport | None:
     """Return the stored report of a shard, or None when there is none."""
-    content = folder.get(shard_report_name(shard))
+    content = folder.get(shard_report_name(shard, generation))
     return ShardReport(**json.loads(content)) if content else None
 
 
-def shards_with_a_report(folder: Folder) -> set[str]:
-    return {shard_of_report(name) for name in folder.names(SHARD_REPORTS)}
+def shards_with_a_report(folder: Folder, generations: Mapping[str, int]) -> set[str]:
+    found = map(parse_shard_report_name, folder.names(SHARD_REPORTS))
+    return {shard for shard, generation in found if generation == generations.get(shard, 0)}

@@ -45,7 +45,8 @@ def _report_of_finished(folder: Folder, shard: str) -> ShardReport | None:
     A complete shard stays complete. A partial shard needs the report of a new reading: without one, its
     fragments may belong to a retry that will be resumed.
     """
-    return report_of(read_summary(folder, shard)) or load_shard_report(folder, shard)
+    summary = read_summary(folder, shard)
+    return report_of(summary) or load_shard_report(folder, shard, summary.generation)
 
 
 def drop_markers(folder: Folder, run: Run, state: OutputState) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from blip2_actor import ModelInfo, Status
+from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.size_estimate import SizeEstimate
 from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample
@@ -31,6 +32,8 @@ class Plan:
     size_estimate: SizeEstimate
     sample: Sample
     stage_costs: StageCosts
+    unread: Unread
+    """The files of the input that are not read."""
     num_cpus: int
     """Cores of this machine that this process may use."""
 
@@ -72,6 +75,7 @@ class Plan:
         size, costs = self.size_estimate, self.stage_costs
         num_bytes = "" if size.num_bytes is None else f", {format_bytes(size.num_bytes)}"
         yield f"input     {size.num_shards:,} shards{num_bytes}, {_format_rows(size)}"
+        yield from (f"          {line}" for line in self.unread.lines())
         counts = ", ".join(f"{count:,} {status}" for status, count in self.by_status.most_common())
         yield f"sample    {len(costs.rows):,} rows of {len(self.sample.shards):,} shards: {counts}"
         yield from (f"          {line}" for line in self._error_lines())
@@ -120,6 +124,7 @@ class Plan:
                 JSON_NAMES.get(name, name): value
                 for name, value in dataclasses.asdict(self.size_estimate).items()
             },
+            "unread": dataclasses.asdict(self.unread),
             "sample": {"num_rows": len(self.stage_costs.rows), "by_status": dict(self.by_status)},
             "prediction": dataclasses.asdict(self.prediction),
             "decode_workers_per_actor": self.prediction.decode_workers_per_actor,

@@ -12,7 +12,7 @@ import os
 from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.listing import list_shards
+from pipeline.inputs.listing import list_input
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
@@ -48,15 +48,20 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = settings.job()
     engine = engine or job.builder
     info = engine.info()
+    job = job.resolved(info)
     job.spec(engine).check(info)
-    shards = list_shards(job.input, format=job.format, limit=job.limit)
+    listing = list_input(
+        job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
+    )
+    shards = listing.shards
     check_options(shards, job.read_options)
     sample = take_sample(shards, job.read_options, settings.sample)
     return Plan(
         settings=job,
         info=info,
-        size_estimate=estimate_size(shards, job.limit),
+        size_estimate=estimate_size(shards, job.limit, job.read_options),
         sample=sample,
+        unread=listing.unread,
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=len(os.sched_getaffinity(0)),
     )

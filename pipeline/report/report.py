@@ -61,7 +61,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     folder = Folder(uri)
     ledger = Ledger(folder)
     run = ledger.require_run()
-    done = ledger.reconcile(run, ledger.scan())
+    done = ledger.reconcile(run, ledger.of(run).scan())
     if not done.summaries:
         raise ValueError(f"{folder} has no finished shard yet; run the report again later")
     statistics, samples = Statistics(), list[dict[str, Any]]()
@@ -110,6 +110,7 @@ def _thumbnails(run: Run, rows: list[dict[str, Any]]) -> dict[RowAddress, bytes]
     settings = from_dict(CaptionSettings, run.settings)
     options = ReadOptions(
         image_column=settings.reading.image_column,
+        schema_version=run.schema_version,
         max_image_bytes=settings.limits.max_file_bytes,
         table_rows=1,
     )

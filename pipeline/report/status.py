@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from pipeline.errors import InputError
 from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import BEAT_S, Holder
 from pipeline.ledger.ledger import Ledger
@@ -27,6 +28,7 @@ def status_lines(uri: str) -> list[str]:
     """
     ledger = Ledger(Folder(uri))
     run = ledger.require_run()
+    ledger = ledger.of(run)
     state = ledger.scan()
     done = ledger.reconcile(run, state)
     open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
@@ -38,9 +40,20 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
+    lines += _input_lines(ledger, run)
     holder = ledger.driver()
     lines.append(_driver_line(holder, bool(done.missing)) + _silence(ledger.folder, holder))
     return lines
+
+
+def _input_lines(ledger: Ledger, run: Run) -> list[str]:
+    """Say what of the input is not read or has changed, if it can be listed without passwords and options."""
+    if not run.inputs or (run.hides_options and any("://" in name for name in run.inputs)):
+        return run.unread.lines()
+    try:
+        return ledger.compare_input(run).lines()
+    except (InputError, OSError) as error:
+        return [f"the input cannot be compared with that of the run: {error}"]
 
 
 def _silence(folder: Folder, holder: Holder | None) -> str:

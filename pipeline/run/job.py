@@ -8,10 +8,10 @@ from datetime import datetime
 import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.ledger.commit import FINGERPRINT_KEY, RUN_KEY
+from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.schema import output_schema
+from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
 
@@ -31,6 +31,12 @@ class Job:
     """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
     """Whether the job runs the rows of finished shards again that are not ok."""
+    redone: tuple[str, ...] = ()
+    """Names of the shards whose output is no longer valid, because their input has changed."""
+    is_revised: bool = False
+    """Whether `run` has other shards than its stored record."""
+    notes: tuple[str, ...] = ()
+    """What a person must know of the input, said at the start."""
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
@@ -43,4 +49,5 @@ class Job:
         """The schema of a shard without rows, whose kept columns have no known type."""
         outputs = self.settings.outputs
         kept = (pa.field(name, pa.null()) for name in self.settings.reading.kept)
-        return output_schema(kept, outputs.fields(self.info), outputs.caption)
+        has_member = self.settings.reading.schema_version > 1
+        return output_schema(kept, outputs.fields(self.info), outputs.caption, has_member)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from blip2_actor import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.column_names import SCHEMA_VERSION
+from pipeline.errors import InputError
+from pipeline.inputs.changes import add_new, redo
+from pipeline.inputs.find_files import same_place
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.listing import list_shards
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
+from pipeline.ledger.run_record import Run, begin_run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
 from pipeline.settings.deadline import stop_time
@@ -34,25 +39,36 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         RayStartFailed: the cluster cannot be reached.
     """
     stop_at = _stop_at(settings.deadline)
-    engine = engine or settings.builder
-    info = engine.info()
-    settings.spec(engine).check(info)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
-    shards = run.shards if run is not None else _list_shards(settings, ledger)
+    if run is not None and not run.uses_generation_config:
+        settings = settings.without_generation_config()
+    engine = engine or settings.builder
+    info = engine.info()
+    settings = settings.resolved(info)
+    settings.spec(engine).check(info)
+    listing = _list_input(settings, ledger) if run is None else None
     info = info_where_it_runs(engine, info, settings.placement)
-    fingerprint = settings.fingerprint(info)
-    if run is not None and settings.fork and fingerprint.differences(run.fingerprint):
-        # The folder is named by the new fingerprint, so that the same command resumes the same fork.
-        settings = dataclasses.replace(settings, output=ledger.folder.sibling_uri(fingerprint.digest[:8]))
-        ledger = Ledger(Folder(settings.output))
-        run = ledger.load(settings.input)
-        shards = run.shards if run is not None else _list_shards(settings, ledger)
-    if run is not None:
-        fingerprint.require_same(run.fingerprint, str(ledger))
-        return Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
-    run = Run(fingerprint, settings.to_dict(), shards)
-    return Job(settings, engine, info, ledger, run, is_new=True, stop_at=stop_at)
+    if run is not None and settings.fork and not _continues(run, settings, info):
+        settings, ledger, run = _find_fork(settings, ledger, info)
+        listing = _list_input(settings, ledger) if run is None else None
+    if run is None:
+        assert listing is not None
+        run = begin_run(settings.fingerprint(info), settings, listing)
+        return Job(
+            settings,
+            engine,
+            info,
+            ledger,
+            run,
+            is_new=True,
+            stop_at=stop_at,
+            notes=tuple(listing.unread.lines()),
+        )
+    settings = settings.in_version(run.schema_version)
+    run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
+    job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
+    return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -70,28 +86,110 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         del stored["engine"]
     first = from_dict(CaptionSettings, stored)
     first = dataclasses.replace(
-        first, output=settings.output, placement=settings.placement, limits=settings.limits(first.limits)
+        first.in_version(run.schema_version),
+        output=settings.output,
+        placement=settings.placement.apply(first.placement),
+        limits=settings.limits(first.limits),
+        max_failed_fraction=(
+            first.max_failed_fraction
+            if settings.max_failed_fraction is None
+            else settings.max_failed_fraction
+        ),
+        max_flagged_fraction=(
+            first.max_flagged_fraction
+            if settings.max_flagged_fraction is None
+            else settings.max_flagged_fraction
+        ),
     )
+    if not run.uses_generation_config:
+        first = first.without_generation_config()
     engine = engine or first.builder
-    info = info_where_it_runs(engine, engine.info(), settings.placement)
-    first.fingerprint(info).require_same(run.fingerprint, str(ledger))
-    return Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
+    info = info_where_it_runs(engine, engine.info(), first.placement)
+    run.require_same(first.fingerprint(info), run.inputs, str(ledger))
+    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
+    return _on_input_as_it_is(job, settings.input, settings.redo_changed)
 
 
 def _stop_at(deadline: str | None) -> datetime | None:
     return None if deadline is None else stop_time(deadline, datetime.now(UTC))
 
 
-def _list_shards(settings: CaptionSettings, ledger: Ledger) -> tuple[Shard, ...]:
+def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:
+    return run.continues(settings.in_version(run.schema_version).fingerprint(info), settings.input)
+
+
+def _find_fork(
+    settings: CaptionSettings, ledger: Ledger, info: ModelInfo
+) -> tuple[CaptionSettings, Ledger, Run | None]:
+    """Return the fork that the same command has begun before, or one that is to begin.
+
+    Its folder is named by its fingerprint, so that the same command resumes the same fork.
+    """
+    for version in range(1, SCHEMA_VERSION + 1):
+        digest = settings.in_version(version).fingerprint(info).digest
+        fork = dataclasses.replace(settings, output=ledger.folder.sibling_uri(digest[:8]))
+        of_fork = Ledger(Folder(fork.output))
+        run = of_fork.load(settings.input)
+        if run is not None:
+            break
+    return fork, of_fork, run
+
+
+def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
+    """Return a job whose run has begun, on the shards that its input has now.
+
+    Raises:
+        InputError: a shard has changed, and `redo_changed` is False.
+        ValueError: the job is a retry, and the run is not finished.
+    """
+    ledger = job.ledger.of(job.run)
+    if job.is_retry:
+        ledger.require_finished(job.run)
+    try:
+        changes = ledger.compare_input(job.run, inputs)
+    except (InputError, OSError) as error:
+        note = f"the input cannot be compared with that of the run: {error}"
+        return dataclasses.replace(job, ledger=ledger, notes=(note,))
+    # A retry reads partial shards again: of a repaired file, all rows are made again.
+    if not (redo_changed or (job.is_retry and ledger.are_partial(changes.changed))):
+        changes.require_unchanged()
+    shards, redone = redo(changes, job.settings.read_options)
+    if takes_new:
+        shards = add_new(shards, changes.new)
+    run = job.run.with_shards(shards, inputs if takes_new else ())
+    known = set(job.run.shards)
+    check_options([shard for shard in shards if shard not in known], job.settings.read_options)
+    return dataclasses.replace(
+        job,
+        ledger=ledger.of(run),
+        run=run,
+        redone=redone,
+        is_revised=run != job.run,
+        notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
+    )
+
+
+def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
     """Return the shards of a run that is to begin in this output."""
-    shards = list_shards(settings.input, format=settings.format, limit=settings.limit)
-    check_options(shards, settings.read_options)
-    ledger.folder.require_names(name for shard in shards for name in names_of_shard(shard.name))
+    listing = list_input(
+        settings.input,
+        format=settings.format,
+        limit=settings.limit,
+        options=settings.read_options,
+        patterns=settings.patterns,
+    )
+    here = same_place(settings.output, os.getcwd())
+    if here in {same_place(shard.root, "/") for shard in listing.shards}:
+        raise ValueError(
+            f"output must be another folder than that of the input, got {here}; give another --output"
+        )
+    check_options(listing.shards, settings.read_options)
+    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard.name))
     ledger.folder.require_writable()
-    taken = ledger.scan().finished & {shard.name for shard in shards}
+    taken = ledger.scan().finished & {shard.name for shard in listing.shards}
     if taken:
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
-    return tuple(shards)
+    return listing

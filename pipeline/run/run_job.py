@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from blip2_actor import DecodePool
 from pipeline.errors import DeviceLeftOut
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
@@ -38,6 +39,8 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         if job.is_new:
             ledger.begin(job.run)
+        elif job.is_revised:
+            ledger.revise(job.run, job.redone)
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         left = _left(job, ledger)
         _announce(job, console, len(left))
@@ -111,3 +114,11 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    if job.info.generation_config:
+        listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
+        console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")
+    for note in job.notes:
+        console.say(note)
+    if num_left:
+        with DecodePool(job.info.image_size_px) as pool:
+            console.say(str(pool.sandbox_report()))

@@ -18,7 +18,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ADDED_LATER: Mapping[str, Any] = {}
+GENERATION_CONFIG = "generation_config"
+"""Field with the options that the checkpoint's `generation_config.json` sets; a run without it uses none."""
+ADDED_LATER: Mapping[str, Any] = {
+    "image.accept_truncated": False,
+    "include": [],
+    "exclude": [],
+    GENERATION_CONFIG: {},
+}
 """Fields that are newer than version 0.1.0: dotted name, such as "options.num_beams", to the value with which
 this version makes the rows of earlier versions."""
 

@@ -14,18 +14,23 @@ from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
 from blip2_actor.flags import hiding, prefixed, written_as
-from pipeline.column_names import COLUMN_NAMES, SCHEMA_VERSION, refuse_taken_names
+from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.deadline import stop_time
-from pipeline.settings.fingerprint import ADDED_LATER, Fingerprint
+from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, Fingerprint
 from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 
-NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns")
+NO_TEXT = hiding("ignore_generation_config")
+"""Hides what has no effect on an engine that generates no text."""
+NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
+OF_ONE_START = ("add_new", "deadline", "redo_changed")
+"""Settings that are not stored, because they are meant for one start of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,10 @@ class JobSettings:
     """Folder or URI for the results; the state of the run is kept in its subfolder _blip2."""
     format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
     """Kind of input, if the file names leave doubt."""
+    include: tuple[str, ...] = ()
+    """Read only files whose name, or path if the pattern has a slash, matches a pattern such as '*.jpg'."""
+    exclude: tuple[str, ...] = ()
+    """Leave out files whose name, or path if the pattern has a slash, matches, such as '**/masks/**'."""
     limit: int | None = None
     """Process only the first N rows; default: all."""
     max_failed_fraction: float = 0.0
@@ -51,6 +60,10 @@ class JobSettings:
     stops in time to write what is finished, and the same command resumes it."""
     fork: bool = False
     """If the output was started with other settings, start a new output next to it."""
+    add_new: bool = False
+    """Also process files that have come to the input since the output was started; finished files stay."""
+    redo_changed: bool = False
+    """Make all rows of a shard again if its input has changed since the output was started."""
     engine: EngineConfig = field(default=EngineConfig())
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
@@ -69,6 +82,10 @@ class JobSettings:
             stop_time(self.deadline, datetime.now(UTC))
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if self.add_new and self.limit is not None:
+            raise ValueError(
+                "add_new must be left out with limit, which takes the first rows of a fixed input"
+            )
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
 
 
@@ -97,8 +114,11 @@ class CaptionSettings(JobSettings):
     @property
     def builder(self) -> EngineBuilder:
         """Builds the engine that the outputs need: of the captioning model or of the retrieval checkpoint."""
-        builder = self.outputs.matching(self.engine) if self.outputs.only_matches else self.engine
-        return typing.cast(EngineBuilder, builder)
+        if self.outputs.only_matches:
+            return typing.cast(EngineBuilder, self.outputs.matching(self.engine))
+        if not self.outputs.caption and not self.outputs.ask:  # no text is generated
+            return dataclasses.replace(self.engine, ignore_generation_config=True)
+        return self.engine
 
     def spec(self, engine: EngineBuilder | None = None) -> CaptionSpec:
         """Return what the caption stage makes of the tables that the readers of this job yield.
@@ -120,6 +140,25 @@ class CaptionSettings(JobSettings):
             text_prefix=TEXT,
         )
 
+    def in_version(self, schema_version: int) -> CaptionSettings:
+        """Return the same job with rows of another version of the row contract."""
+        reading = dataclasses.replace(self.reading, schema_version=schema_version)
+        return dataclasses.replace(self, reading=reading)
+
+    @property
+    def patterns(self) -> Patterns:
+        """Which files of the input are read."""
+        return Patterns(self.include, self.exclude)
+
+    def resolved(self, info: ModelInfo) -> CaptionSettings:
+        """Return the settings with a value for every option of generation; see `CaptionSpec.resolved`."""
+        return dataclasses.replace(self, generation=self.generation.resolve(info.generation_config))
+
+    def without_generation_config(self) -> CaptionSettings:
+        """Return the settings of a run that does not read the checkpoint's `generation_config.json`."""
+        engine = dataclasses.replace(self.engine, ignore_generation_config=True)
+        return dataclasses.replace(self, engine=engine)
+
     @property
     def read_options(self) -> ReadOptions:
         """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
@@ -140,10 +179,13 @@ class CaptionSettings(JobSettings):
             "input": [without_secrets(uri) for uri in self.input],
             "format": self.format,
             "limit": self.limit,
+            "include": self.include,
+            "exclude": self.exclude,
             "model": info.digest,
             "dtype": info.dtype,
             "prompt": self.prompt,
-            "options": dataclasses.asdict(self.generation),
+            "options": dataclasses.asdict(self.generation.resolve(info.generation_config)),
+            GENERATION_CONFIG: info.generation_config,
             "outputs": self.outputs.parts,
             "score_model": self.outputs.score_digest(self.engine, info),
             "image": {
@@ -151,6 +193,7 @@ class CaptionSettings(JobSettings):
                 "max_pixels": limits.max_pixels,
                 "max_file_bytes": limits.max_file_bytes,
                 "jpeg_draft": limits.jpeg_draft,
+                "accept_truncated": limits.accept_truncated,
             },
             "columns": {
                 "image": reading.image_column,
@@ -158,16 +201,17 @@ class CaptionSettings(JobSettings):
                 "prompt": reading.prompt_column,
                 "keep": reading.keep,
             },
-            "schema": {"version": SCHEMA_VERSION, "statuses": [status.value for status in Status]},
+            "schema": {"version": reading.schema_version, "statuses": [status.value for status in Status]},
         }
         return Fingerprint.of(parts, ADDED_LATER)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
         inputs = tuple(without_secrets(uri) for uri in self.input)
-        output = without_secrets(self.output)
-        # The deadline belongs to one start of the run.
-        return to_dict(dataclasses.replace(self, input=inputs, output=output, deadline=None))
+        values = to_dict(dataclasses.replace(self, input=inputs, output=without_secrets(self.output)))
+        del values["reading"]["schema_version"]  # It is in the fingerprint.
+        left_out = {*OF_ONE_START, *(name for name in ("include", "exclude") if not values[name])}
+        return {name: value for name, value in values.items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +221,8 @@ class EmbedSettings(JobSettings):
     embed: tuple[str, ...] = field(default=("embedding=qformer",), metadata=written_as(FORMS["embed"]))
     """Column NAME of float32 vectors; KIND is vision (pooled output of the vision encoder),
     qformer (mean of the Q-Former's queries) or queries (every query)."""
+    engine: EngineConfig = field(default=EngineConfig(), metadata=NO_TEXT)
+    """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS, "prompt_column"))
     """columns and members"""
 
@@ -203,6 +249,8 @@ class ScoreSettings(JobSettings):
     score_kind: ScoreKind | None = None
     """Score of a retrieval checkpoint: itm is the probability that image and text match, itc the cosine of
     their contrastive embeddings; default: itm."""
+    engine: EngineConfig = field(default=EngineConfig(), metadata=NO_TEXT)
+    """model and device"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,7 @@
-"""The settings of `blip2 retry`: what may differ from the earlier run without changing its rows."""
+"""The settings of `blip2 retry`: what may differ from the earlier run without changing its rows.
+
+What is not given is as it was in the earlier run.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,37 @@ from pipeline.settings.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementChanges:
+    """What may differ from the placement of the earlier run; None leaves it as it was."""
+
+    min_actors: int | None = None
+    """Minimum number of captioning actors; default: as in the earlier run."""
+    max_actors: int | None = None
+    """Maximum number of captioning actors; default: as in the earlier run."""
+    num_gpus: float | None = None
+    """Accelerators per captioning actor; default: as in the earlier run."""
+    calls_per_actor: int | None = None
+    """Number of calls that one actor runs at the same time; default: as in the earlier run."""
+    max_decode_actors: int | None = None
+    """Maximum number of decoding actors; default: as in the earlier run."""
+    step_timeout_s: float | None = None
+    """Seconds without progress of an engine, after which its process is replaced; default: as in the earlier
+    run."""
+
+    def __post_init__(self) -> None:
+        self.apply(Placement())
+
+    def apply(self, before: Placement) -> Placement:
+        """Return a placement with these changes.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(before, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrySettings:
     """Run the failed rows of an output again, and read its partial shards again."""
 
@@ -21,11 +55,13 @@ class RetrySettings:
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
-    max_failed_fraction: float = 0.0
-    """Exit with status 2 if a larger fraction of all rows still fails."""
-    max_flagged_fraction: float = 1.0
-    """Exit with status 2 if a larger fraction of all captions is flagged (empty, looping or echoing the
-    prompt), or if most captions are the same; 1 means that flags do not count."""
+    redo_changed: bool = False
+    """Make all rows of a shard again if its input has changed since the earlier run."""
+    max_failed_fraction: float | None = None
+    """Exit with status 2 if a larger fraction of all rows still fails; default: as in the earlier run."""
+    max_flagged_fraction: float | None = None
+    """Exit with status 2 if a larger fraction of all captions is flagged, or if most are the same; default:
+    as in the earlier run."""
     deadline: str | None = None
     """When the job must have ended: a duration such as 2h30m, or a UTC time such as 2026-01-31T18:00. It
     stops in time to write what is finished, and the same command resumes it."""
@@ -35,12 +71,13 @@ class RetrySettings:
     """Maximum wall-clock seconds for one image from now on; default: as in the earlier run."""
     image_memory_bytes: int | None = None
     """Address space of a decoding process from now on; default: as in the earlier run."""
-    placement: Placement = field(default=Placement())
+    placement: PlacementChanges = field(default=PlacementChanges())
     """actors"""
 
     def __post_init__(self) -> None:
-        require_fraction("max_failed_fraction", self.max_failed_fraction)
-        require_fraction("max_flagged_fraction", self.max_flagged_fraction)
+        for name in ("max_failed_fraction", "max_flagged_fraction"):
+            if getattr(self, name) is not None:
+                require_fraction(name, getattr(self, name))
         if self.deadline is not None:
             stop_time(self.deadline, datetime.now(UTC))
         self.limits(ImageLimits())

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from blip2_actor import Blip2Actor, EngineStats, GenerationOptions, ImageLike, Request, Result, Status
 from pipeline.settings.caption_spec import CaptionSpec
-from pipeline.stages.decode import PIXELS
+from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.engine_fault import engine_faults
 from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
@@ -35,12 +35,13 @@ class CaptionStage:
     def __init__(self, spec: CaptionSpec) -> None:
         """Start the engine that a spec names."""
         exit_without_destructors()
-        self._spec = spec
-        outputs, options = spec.outputs, spec.options
+        outputs = spec.outputs
         matching = outputs.matching(spec.engine)
         # The second engine comes first, because the captioning engine takes the memory that is still free.
         score_engine = None if matching is None or outputs.only_matches else matching.build()
-        self.actor = Blip2Actor(spec.engine, options)
+        self.actor = Blip2Actor(spec.engine, spec.options)
+        self._spec = spec = spec.resolved(self.actor.info)
+        options = spec.options
         self.named = outputs.fields(self.actor.info)
         self.captioned = outputs.caption
         self.fields = spec.fields(self.actor.info)
@@ -112,7 +113,7 @@ class CaptionStage:
 
     def with_results(self, table: pa.Table, rows: FinishedRows) -> pa.Table:
         """Return finished rows of a table, with the result columns in place of the pixels."""
-        without_pixels = table.drop_columns([PIXELS])
+        without_pixels = table.drop_columns([n for n in (PIXELS, TRUNCATED) if n in table.column_names])
         taken = without_pixels.take(pa.array([position for position, _ in rows], pa.int64()))
         columns = columns_of([result for _, result in rows], self.named)
         columns |= {name: taken[name] for name in ("width", "height", "sha256")}
@@ -175,6 +176,10 @@ class CaptionStage:
         good = [(row, result) for row, result in zip(rows, results, strict=True) if result.result.ok]
         with engine_faults():
             self._embeddings_and_scores.add(table, good)
+        if TRUNCATED in table.column_names:
+            for row, result in good:
+                if table[TRUNCATED][row.position].as_py():
+                    result.flags.append(TRUNCATED_FLAG)
         for row in rows:
             row.image = None  # an encoded image holds memory of the device
         return [(row.position, result) for row, result in zip(rows, results, strict=True)]

@@ -21,6 +21,10 @@ from pipeline.storage.filesystems import open_filesystem
 
 PIXELS = "_blip2_pixels"
 """Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
+TRUNCATED = "_blip2_truncated"
+"""Boolean column next to the pixels, if truncated images are accepted: whether the image is one."""
+TRUNCATED_FLAG = "truncated"
+"""A flag of rows whose image lacks its end."""
 DECODED = ("status", "error", "width", "height", "sha256")
 """Columns that this stage adds to each row, besides the pixels."""
 BATCH_ROWS = 128
@@ -54,6 +58,7 @@ class DecodeStage:
         self._size_px = size_px
         self._image_column = image_column
         self._dropped = {*DECODED} if keeps_image else {*DECODED, image_column}
+        self._accepts_truncated = limits.accept_truncated
         self._pool = DecodePool(size_px, limits, 1)
         self._report = report
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
@@ -77,6 +82,8 @@ class DecodeStage:
         rest = table.drop_columns([name for name in table.column_names if name in self._dropped])
         for name, column in _columns(decoded, hashes).items():
             rest = rest.append_column(name, column)
+        if self._accepts_truncated:
+            rest = rest.append_column(TRUNCATED, pa.array([image.is_truncated for image in decoded]))
         self._busy_s += time.monotonic() - started
         if self._report:
             self._report(self._worker, self._busy_s, time.monotonic() - self._started)

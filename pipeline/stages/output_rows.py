@@ -39,7 +39,8 @@ def output_columns(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> 
 
 
 def _schema(table: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Schema:
-    return output_schema((table.schema.field(name) for name in kept), stage.named, stage.captioned)
+    kept_fields = (table.schema.field(name) for name in kept)
+    return output_schema(kept_fields, stage.named, stage.captioned, "member" in table.column_names)
 
 
 def _in_schema(

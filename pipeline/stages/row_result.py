@@ -21,7 +21,7 @@ class RowResult:
     named: dict[str, str | float | np.ndarray] = field(default_factory=dict)
     """Answers, scores and vectors by the name of their column."""
     flags: list[str] = field(default_factory=list)
-    """What the quality check found in the caption."""
+    """What the quality check found in the caption, and whether the image lacks its end."""
 
 
 def columns_of(rows: Sequence[RowResult], named: Sequence[pa.Field]) -> dict[str, pa.Array]:

@@ -42,8 +42,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(f"{shown} cannot be reached: {hide_secrets(str(error))}{hint}") from None
     except ValueError as error:
         reason = hide_secrets(str(error))
+        hint = "; write %20 for each blank" if " " in uri else ""
         raise InputError(
-            f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}"
+            f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}{hint}"
         ) from None
     return pafs.PyFileSystem(HandlerWithOSErrors(filesystem)), path
 

@@ -97,7 +97,8 @@ def test_a_plan_takes_the_flags_of_its_command(command):
     """A command line is planned by putting `plan` in front of it."""
     planned = set(commands()["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
     flags = set(commands()[command]._option_string_actions)
-    assert (planned - flags, flags - planned) == ({"--sample", "--json"}, {"--fork"})
+    assert planned - flags == {"--sample", "--json"}
+    assert flags - planned == {"--fork", "--add-new", "--redo-changed"}
 
 
 def test_the_endpoint_takes_the_flags_of_the_engine():
@@ -186,7 +187,10 @@ def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, sai
     [
         ("--num-beams 0", "--num-beams must be at least 1, got 0"),
         ("--max-failed-fraction 2", "--max-failed-fraction must be from 0 to 1"),
-        ("--temperature 0.5", "--temperature must be left at 1.0 without --do-sample"),
+        (
+            "--model demo --device cpu --temperature 0.5",
+            "--temperature must be left at 1.0 without --do-sample",
+        ),
         ("--min-actors 3 --max-actors 2", "--max-actors must be at least --min-actors"),
         ("--image-cpu-s 0", "--image-cpu-s must be"),
         ("--keep sha256", "sha256"),

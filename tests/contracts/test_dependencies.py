@@ -23,11 +23,11 @@ USED_WITHOUT_AN_IMPORT = {
     "gcsfs": "fsspec loads it for gs://",
     "s3fs": "fsspec loads it for s3://",
     "python-multipart": "starlette loads it to read forms",
-    "pillow-heif": "reserved: the extra `heic` is named in messages; HEIC files are not decoded yet",
     "build": "make wheel",
     "mypy": "make types",
     "pytest-cov": "make coverage",
     "pytest-timeout": "--timeout in pyproject.toml",
+    "pytest-xdist": "make test",
     "ruff": "make lint",
     "setuptools": "builds the wheel",
     "types-pyyaml": "mypy reads it",
@@ -67,7 +67,7 @@ def imported(*folders: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("blip2_actor", ()),
+        ("blip2_actor", ("heic",)),
         ("pipeline", ("batch",)),
         ("deploy", ("serve",)),
         ("examples", ("batch",)),

@@ -11,6 +11,7 @@ FROZEN = """\
 key: string not null
 shard: string not null
 row: int64 not null
+member: string
 caption: string
 captions: list<item: string>
   child 0, item: string
@@ -42,12 +43,16 @@ STATUSES = [
 def test_columns_types_and_statuses_are_frozen():
     assert str(ROW_CONTRACT) == FROZEN
     assert [status.value for status in Status] == STATUSES
-    assert SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 2
 
 
 def test_the_names_without_types_are_those_of_the_contract():
     """Settings refuse taken names by this list; a name missing in it could be given to another column."""
     assert list(COLUMN_NAMES) == ROW_CONTRACT.names
+
+
+def test_files_of_a_run_that_version_1_has_begun_have_its_columns():
+    assert output_schema(has_member=False).names == [name for name in ROW_CONTRACT.names if name != "member"]
 
 
 def test_kept_columns_come_last_with_their_types():

@@ -41,13 +41,13 @@ def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
     return READERS[work.shard.format](work, options)
 
 
-def count_rows(shard: Shard, max_rows: int) -> int:
+def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
     """Count the rows of a shard up to a maximum: by a Parquet file's footer, or by scanning a tar."""
     if shard.num_rows is not None:
         return min(shard.num_rows, max_rows)
     if shard.format == "parquet":
         return min(parquet.count_rows(shard), max_rows)
-    return webdataset.count_rows(shard, max_rows)
+    return webdataset.count_rows(shard, max_rows, options)
 
 
 def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Field]:
@@ -109,5 +109,6 @@ def _check_members(tars: Sequence[Shard], options: ReadOptions) -> None:
             checked = tars[0].uri if len(tars) == 1 else f"the first tars, from {tars[0].uri} on,"
             raise InputError(
                 f"{option} must be a member of the samples, got {source!r}; "
-                f"the first {num_samples} samples of {checked} have {', '.join(found)}"
+                f"the first {num_samples} samples of {checked} have {', '.join(found)}; "
+                "name one of these, or sort the tar by name if its members are further back"
             )

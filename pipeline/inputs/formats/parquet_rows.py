@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from pipeline.inputs.formats.columns import Columns
-from pipeline.inputs.reader import READ_COLUMNS, ReadOptions
+from pipeline.inputs.reader import MEMBER, ReadOptions
 
 
 class ParquetRows:
@@ -33,7 +33,7 @@ class ParquetRows:
         self._offset = offset
         texts = dict.fromkeys(columns.texts, pa.string())
         kept = {name: field.type for name, field in columns.kept.items()}
-        self._schema = pa.schema(READ_COLUMNS | texts | kept)
+        self._schema = pa.schema(options.columns | texts | kept)
 
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
         """Make a table of a batch whose first row is number `row` of the shard."""
@@ -47,7 +47,7 @@ class ParquetRows:
 
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:
         """Make a table of rows that exist according to the file's footer but cannot be read."""
-        others = [pa.nulls(num_rows, field.type) for field in list(self._schema)[len(READ_COLUMNS) :]]
+        others = [pa.nulls(num_rows, field.type) for field in list(self._schema)[len(self.options.columns) :]]
         return self._table(
             row,
             self._row_numbers(row, num_rows),
@@ -77,8 +77,10 @@ class ParquetRows:
         num_rows = len(keys)
         shards = pa.repeat(pa.scalar(self._shard), num_rows)
         rows = pa.array(range(row, row + num_rows), pa.int64())
-        failures = [pa.array(statuses, pa.string()), pa.array(errors, pa.string())]
-        return pa.Table.from_arrays([keys, shards, rows, images, *failures, *others], schema=self._schema)
+        rest = [pa.array(statuses, pa.string()), pa.array(errors, pa.string())]
+        if MEMBER in self.options.columns:
+            rest.append(pa.nulls(num_rows, pa.string()))
+        return pa.Table.from_arrays([keys, shards, rows, images, *rest, *others], schema=self._schema)
 
     def _row_numbers(self, row: int, num_rows: int) -> pa.Array:
         """Return the numbers of rows in the file as strings; they are the keys if there is no key column."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pyarrow as pa
 
 from blip2_actor import Status
-from pipeline.inputs.reader import READ_COLUMNS, ReadOptions
+from pipeline.inputs.reader import MEMBER, ReadOptions
 
+_LIKE_AN_ESCAPE = re.compile(r"\\(?=x[0-9a-f]{2})")
 TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
 """Extensions of members that are kept as strings (UTF-8, invalid bytes are replaced). Others stay bytes."""
 
@@ -19,7 +21,7 @@ class TableBuilder:
     def __init__(self, shard: str, options: ReadOptions) -> None:
         self._shard = shard
         self._options = options
-        fields = READ_COLUMNS | dict.fromkeys(options.texts, pa.string())
+        fields = options.columns | dict.fromkeys(options.texts, pa.string())
         for name, source in options.kept.items():
             fields[name] = member_type(source)
         self._schema = pa.schema(fields)
@@ -38,6 +40,7 @@ class TableBuilder:
         row: int,
         key: str,
         *,
+        member: str | None = None,
         image: bytes | None = None,
         status: Status | None = None,
         error: str | None = None,
@@ -48,12 +51,16 @@ class TableBuilder:
         Args:
             row: number of the row in its shard.
             key: key of the row.
+            member: name of the image's member in a tar.
             image: encoded image, or None.
             status: why there is no image, or None.
             error: one sentence if `status` is not None.
             members: content of the other members that the row has, by extension in lower case.
         """
-        values: list[object] = [_printable(key), self._shard, row, image, status, error]
+        escape = escape_name if self._options.schema_version > 1 else _escape_v1
+        values: list[object] = [escape(key), self._shard, row, image, status, error]
+        if MEMBER in self._options.columns:
+            values.append(None if member is None else escape(member))
         for source in self._options.texts.values():
             text = members.get(source.lower())
             values.append(None if text is None else text.decode(errors="replace").rstrip("\r\n"))
@@ -76,6 +83,15 @@ def member_type(extension: str) -> pa.DataType:
     return pa.string() if extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS else pa.binary()
 
 
-def _printable(name: str) -> str:
-    """Escape bytes that are not UTF-8: a file name may hold them, an Arrow string may not."""
+def escape_name(name: str) -> str:
+    """Write bytes that are not UTF-8 as `\\xff`: a file name may hold them, an Arrow string may not.
+
+    A backslash that would read as such an escape becomes `\\x5c`, so that no two names become the same.
+    """
+    if "\\x" in name:
+        name = _LIKE_AN_ESCAPE.sub(r"\\x5c", name)
+    return _escape_v1(name)
+
+
+def _escape_v1(name: str) -> str:
     return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")

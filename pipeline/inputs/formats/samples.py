@@ -1,10 +1,16 @@
-"""The samples of a WebDataset tar: members that follow each other and share a key are one sample, one row.
+"""The samples of a WebDataset tar: members that follow each other and share a key.
 
 - A member's key is its path up to the first dot of its base name, and the rest is its extension
   (`a.b/0007.left.jpg` is `left.jpg` of `a.b/0007`).
-- If a sample has several images, the first one in the archive is taken.
-- If a key occurs again with an image, that is a row of its own.
-- Members without a key (folders, `.hidden`, `README`) and WebDataset's own `__notes__` are no samples.
+- Every image of a sample is a row: `shot.2021.00.jpg` and `shot.2021.01.jpg` share a key and are two rows. If
+  an image column is named, only the member with that extension is.
+- A sample without an image is one row that says so. Texts and kept members belong to each row of the sample.
+- If a key occurs again with an image, these rows are of their own.
+- A member without an extension is an image if its first bytes say so; its key is its path.
+- Other members without a key, hidden files, `__MACOSX` and WebDataset's own `__notes__` are no samples.
+
+In version 1 of the row contract, a row is a sample with its first image, and names without extensions and
+hidden folders are not looked at.
 """
 
 from __future__ import annotations
@@ -16,84 +22,134 @@ from dataclasses import dataclass, field
 from typing import IO, cast
 
 from blip2_actor import Status
-from pipeline.inputs.formats.tar import TAR_ERRORS, TarEndsEarly, members
-from pipeline.inputs.reader import IMAGE_EXTENSIONS, ReadOptions
+from pipeline.inputs.formats.tar import TAR_ERRORS, LinkTargets, TarEndsEarly, members
+from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, IMAGE_EXTENSIONS_V1, looks_like_image
+from pipeline.inputs.reader import ReadOptions
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_NAME_WITHOUT_EXTENSION = re.compile(r"(?:.*/)?[^./][^./]*", re.DOTALL)
 _NOTE = re.compile(r"(.*/)?__[^/]*__(/.*)?", re.DOTALL)
+_NOT_OF_A_SAMPLE = re.compile(r"(.*/)?(__MACOSX|@eaDir|PaxHeaders?(\.\d+)?|\.[^./][^/]*)/.*", re.DOTALL)
+"""Folders of macOS, of disk stations and of old tars, and hidden ones."""
+
+
+BY_CONTENT = "images without an extension"
+"""What stands for the extension of a member whose name has none."""
+
+
+@dataclass(slots=True)
+class ImageMember:
+    """An image of a sample."""
+
+    name: str
+    extension: str
+    image: bytes | None = None
+    """None if the row is not wanted, or has failed."""
+    status: Status | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
 class Sample:
-    """One row as its members are found."""
+    """Members with the same key as they are found."""
 
     key: str
-    row: int
+    first_row: int
+    """Number of the row of the first image."""
     extensions: list[str] = field(default_factory=list)
+    images: list[ImageMember] = field(default_factory=list)
     members: dict[str, bytes] = field(default_factory=dict)
     """Content of the kept members and texts, by extension."""
-    image_extension: str | None = None
-    image: bytes | None = None
     status: Status | None = None
+    """Why a kept member or a text cannot be had; all rows of the sample fail then."""
     error: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return max(1, len(self.images))
 
 
 class SampleReader:
     """Groups the members of a tar into samples, and reads the content of the wanted ones.
 
     Args:
-        options: which members are the image, the texts and the kept ones.
-        wants: whether the content of a row is read. The other rows are only counted.
+        options: which members are the images, the texts and the kept ones.
+        wants: whether the image of a row is read. The other rows are only counted.
     """
 
     def __init__(self, options: ReadOptions, wants: Callable[[int], bool]) -> None:
         self._options = options
         self._wants = wants
         self._image_extension = options.image_column and options.image_column.lower()
+        self._takes_all_images = options.schema_version > 1 and self._image_extension is None
+        self._image_extensions = IMAGE_EXTENSIONS if options.schema_version > 1 else IMAGE_EXTENSIONS_V1
         others = [*options.kept.values(), *options.texts.values()]
         self._other_extensions = {extension.lower() for extension in others}
         self._keys: set[str] = set()
+        self._link_targets = LinkTargets()
         self.num_rows = 0
         self.misplaced: str | None = None
         """What is wrong if a kept member is not next to its sample, as one sentence."""
 
     def read(self, archive: tarfile.TarFile) -> Iterator[Sample]:
-        """Yield the samples in order; each counts as a row.
+        """Yield the samples in order; each counts as one row for each of its images, or as one.
 
         Raises:
             TAR_ERRORS: the tar ends early or is damaged. The samples before that place were yielded.
         """
         sample: Sample | None = None
+        is_in_sample = False
         try:
             for member in members(archive):
-                key, extension = split_name(member.name)
+                is_in_sample = False
+                key, extension = self._split_name(member, archive)
                 if key is None:
                     continue
                 if sample is None or key != sample.key or extension in sample.extensions:
-                    if sample is not None and self._count_row(sample):
+                    if sample is not None and self._count_rows(sample):
                         yield sample
                     sample = Sample(key, self.num_rows)
                 sample.extensions.append(extension)
+                is_in_sample = True
                 self._take(sample, extension, member, archive)
         except TAR_ERRORS as error:
-            # The last sample counts if nothing that was asked for can be missing from it: its image and
-            # its kept members are there, and they are whole. Only the next header shows that a member is.
+            # The last sample counts if nothing that was asked for can be missing from it: an image and its
+            # kept members are there, and they are whole. Only the next header shows that a member is.
             if sample is not None:
-                if not isinstance(error, TarEndsEarly):
-                    sample.extensions.pop()
-                needed = {sample.image_extension, *self._other_extensions}
-                if needed <= {*sample.extensions} and self._count_row(sample):
+                if is_in_sample and not isinstance(error, TarEndsEarly):
+                    self._drop_last_member(sample)
+                has_all = bool(sample.images) and self._other_extensions <= {*sample.extensions}
+                if has_all and self._count_rows(sample):
                     yield sample
             raise
-        if sample is not None and self._count_row(sample):
+        if sample is not None and self._count_rows(sample):
             yield sample
 
-    def _count_row(self, sample: Sample) -> bool:
-        """Count a sample as a row, and return True; return False if it is not a row.
+    def _split_name(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> tuple[str | None, str]:
+        """Return key and extension of a member; the key is None if it is no sample's."""
+        if self._options.schema_version == 1:
+            return split_name(member.name)
+        if _NOT_OF_A_SAMPLE.fullmatch(member.name):
+            return None, ""
+        if self._takes_all_images and member.isreg() and _NAME_WITHOUT_EXTENSION.fullmatch(member.name):
+            if _NOTE.fullmatch(member.name):
+                return None, ""
+            head = cast(IO[bytes], archive.extractfile(member)).read(HEAD_BYTES)
+            return (member.name, BY_CONTENT) if looks_like_image(head) else (None, "")
+        return split_name(member.name)
+
+    def _drop_last_member(self, sample: Sample) -> None:
+        """Forget the last member of a sample, whose content is not whole."""
+        last = sample.extensions.pop()
+        if sample.images and sample.images[-1].extension == last:
+            sample.images.pop()
+
+    def _count_rows(self, sample: Sample) -> bool:
+        """Count the rows of a sample, and return True; return False if it has none.
 
         Members without an image are not a row if their key was counted before: they belong to that sample.
         """
-        if sample.image_extension is None and sample.key in self._keys:
+        if not sample.images and sample.key in self._keys:
             late = self._other_extensions.intersection(sample.extensions)
             if late:
                 self.misplaced = self.misplaced or (
@@ -102,35 +158,59 @@ class SampleReader:
                 )
             return False
         self._keys.add(sample.key)
-        self.num_rows += 1
+        self.num_rows += sample.num_rows
         return True
 
     def _take(
         self, sample: Sample, extension: str, member: tarfile.TarInfo, archive: tarfile.TarFile
     ) -> None:
         """Read a member if the sample needs it, or note why it cannot be read."""
-        is_image = sample.image_extension is None and self._is_image(extension)
+        is_image = self._is_image(sample, extension)
+        row = sample.first_row + len(sample.images)
         if is_image:
-            sample.image_extension = extension
-        if not (is_image or extension in self._other_extensions) or not self._wants(sample.row):
+            sample.images.append(ImageMember(member.name, extension))
+        # A kept member may come before the image of the row that is wanted.
+        is_kept = extension in self._other_extensions
+        if not (is_image and self._wants(row)) and not is_kept:
             return
-        if member.size > self._options.max_image_bytes:
-            sample.status = Status.TOO_LARGE
-            sample.error = f"{member.name} has {member.size} bytes, more than {self._options.max_image_bytes}"
-        elif not member.isreg():
-            sample.status = Status.UNREADABLE
-            sample.error = f"{member.name} is a link or device, which is not followed inside a tar"
-        else:
-            content = cast(IO[bytes], archive.extractfile(member)).read()
-            if is_image:
-                sample.image = content
-            if extension in self._other_extensions:
-                sample.members[extension] = content
+        content, status, error = self._read(member, archive)
+        if is_image:
+            image = sample.images[-1]
+            image.image, image.status, image.error = content, status, error
+        if is_kept and content is not None:
+            sample.members[extension] = content
+        elif is_kept and not is_image:
+            sample.status, sample.error = status, error
 
-    def _is_image(self, extension: str) -> bool:
+    def _read(
+        self, member: tarfile.TarInfo, archive: tarfile.TarFile
+    ) -> tuple[bytes | None, Status | None, str | None]:
+        """Return the content of a member, or the status and the sentence that tell why there is none."""
+        found = member
+        if member.islnk() and self._options.schema_version > 1:
+            target = self._link_targets.find(archive, member)
+            if target is None:
+                error = (
+                    f"{member.name} is a hard link to {member.linkname}, which is not before it in the tar, "
+                    "or the tar is compressed; write the tar with --hard-dereference"
+                )
+                return None, Status.UNREADABLE, error
+            found = target
+        if found.size > self._options.max_image_bytes:
+            error = f"{member.name} has {found.size} bytes, more than {self._options.max_image_bytes}"
+            return None, Status.TOO_LARGE, error
+        if not found.isreg():
+            error = f"{member.name} is a link or device, which is not followed inside a tar"
+            return None, Status.UNREADABLE, error
+        return cast(IO[bytes], archive.extractfile(found)).read(), None, None
+
+    def _is_image(self, sample: Sample, extension: str) -> bool:
+        """Return whether the next member of a sample is an image that makes a row."""
+        if sample.images and not self._takes_all_images:
+            return False
         if self._image_extension is not None:
             return extension == self._image_extension
-        return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+        return extension == BY_CONTENT or extension.rpartition(".")[2] in self._image_extensions
 
 
 def split_name(name: str) -> tuple[str | None, str]:

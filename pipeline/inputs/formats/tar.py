@@ -101,6 +101,34 @@ def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
+class LinkTargets:
+    """Finds the members that hard links repeat: GNU tar writes the second of two linked files as a link.
+
+    Only a tar that has links is read twice, and its names are kept then.
+    """
+
+    def __init__(self) -> None:
+        self._members: Iterator[tarfile.TarInfo] | None = None
+        self._by_name: dict[str, tarfile.TarInfo] = {}
+
+    def find(self, archive: tarfile.TarFile, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        """Return the member before a link that it repeats, or None; a compressed tar cannot be read back."""
+        file = archive.fileobj
+        if not isinstance(file, io.BufferedReader):
+            return None
+        position = file.tell()
+        if self._members is None:
+            file.seek(0)
+            self._members = members(open_archive(file))
+        for member in self._members:
+            if member.isreg():
+                self._by_name[member.name] = member
+            if member.offset >= link.offset:
+                break
+        file.seek(position)
+        return self._by_name.get(link.linkname)
+
+
 def check_after_end(archive: tarfile.TarFile) -> str | None:
     """Read what follows the end-of-archive mark and say what is wrong with it, if anything.
 
@@ -112,7 +140,9 @@ def check_after_end(archive: tarfile.TarFile) -> str | None:
         if block.count(0) < len(block):
             return "data follows the end-of-archive mark; join tars with `tar --concatenate` or name each"
         num_zeros += len(block)
-    if num_zeros > MAX_PADDING_BYTES:
+    # `tar -b 8192` fills a last record of 4 MiB: the size is a multiple of that then.
+    size = file.tell()
+    if num_zeros > max(MAX_PADDING_BYTES, size & -size):
         return f"the tar ends in {num_zeros} bytes of zeros; it was probably not copied to its end"
     return None
 

@@ -9,6 +9,7 @@ tables.
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 
 from blip2_actor import Status
 from pipeline.inputs.formats.rows import TableBuilder
@@ -26,11 +27,12 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     try:
         with open_tar(shard) as archive:
             for sample in reader.read(archive):
-                if work.wants(sample.row):
-                    _add(table, sample)
-                    if table.is_full:
-                        yield table.take()
-                if reader.num_rows == shard.max_rows:
+                for row in range(sample.first_row, shard.limit_rows(reader.num_rows)):
+                    if work.wants(row):
+                        _add(table, sample, row)
+                        if table.is_full:
+                            yield table.take()
+                if shard.limit_rows(reader.num_rows) == shard.max_rows:
                     break
             else:
                 reason = reader.misplaced or check_after_end(archive)
@@ -40,31 +42,31 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         yield table.take()
     return ShardReport(
         shard=shard.name,
-        num_rows=reader.num_rows,
+        num_rows=shard.limit_rows(reader.num_rows),
         complete=reason is None,
         reason=reason and f"{shard.uri}: {reason}",
     )
 
 
-def count_rows(shard: Shard, max_rows: int) -> int:
-    """Count the samples of a tar by its headers, up to a maximum."""
-    return scan_first_rows(shard, max_rows)[0]
+def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
+    """Count the rows of a tar by its headers, up to a maximum."""
+    return min(max_rows, scan_first_rows(shard, max_rows, options)[0])
 
 
-def scan_first_rows(shard: Shard, max_rows: int) -> tuple[int, int | None]:
+def scan_first_rows(shard: Shard, max_rows: int, options: ReadOptions) -> tuple[int, int | None]:
     """Scan the headers of the first samples of a tar.
 
     Returns:
-        The number of samples, at most `max_rows`, and the bytes of the file that they take. The bytes
-        are None if the tar holds no further sample.
+        The number of rows of whole samples, `max_rows` or a few more, and the bytes of the file that they
+        take. The bytes are None if the tar holds no further sample.
     """
-    reader = SampleReader(ReadOptions(), lambda row: False)
+    reader = SampleReader(replace(options, keep=(), prompt_column=None, text_columns=()), lambda row: False)
     try:
         with open_file(shard) as file:
             for _ in reader.read(open_archive(file)):
-                if reader.num_rows == max_rows:
+                if reader.num_rows >= max_rows:
                     # The header of the next sample has been read already.
-                    return max_rows, max(1, file.tell() - tarfile.BLOCKSIZE)
+                    return reader.num_rows, max(1, file.tell() - tarfile.BLOCKSIZE)
     except TAR_ERRORS:
         pass  # Reading the shard will say what is wrong; the rows before it count.
     return reader.num_rows, None
@@ -84,15 +86,19 @@ def first_extensions(shard: Shard, max_samples: int) -> list[list[str]]:
     return found
 
 
-def _add(table: TableBuilder, sample: Sample) -> None:
-    """Add a sample to a table as a row. A sample without an image says so in its status."""
-    image, status, error = sample.image, sample.status, sample.error
+def _add(table: TableBuilder, sample: Sample, row: int) -> None:
+    """Add a row of a sample to a table. A sample without an image says so in its status."""
+    found = sample.images[row - sample.first_row] if sample.images else None
+    image, status, error = (found.image, found.status, found.error) if found else (None, None, None)
+    if status is None:
+        status, error = sample.status, sample.error
     if status is not None:
         image = None
-    elif sample.image_extension is None:
+    elif found is None:
         status = Status.MISSING_IMAGE
         error = f"the sample has no image among its members: {', '.join(sample.extensions)}"
     elif not image:
         image, status = None, Status.MISSING_IMAGE
-        error = f"{sample.key}.{sample.image_extension} is empty"
-    table.add(sample.row, sample.key, image=image, status=status, error=error, members=sample.members)
+        error = f"{found.name} is empty"
+    member = None if found is None else found.name
+    table.add(row, sample.key, member=member, image=image, status=status, error=error, members=sample.members)

@@ -15,6 +15,7 @@ from blip2_actor import ImageLimits
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -67,6 +68,7 @@ def test_every_row_in_its_shards_file_in_order_and_broken_images_cost_only_their
     assert result.exit_status(0.0) == 2
     assert result.exit_status(0.5) == 0
     assert "bottleneck" in said.getvalue()
+    assert "\ndecode sandbox: " in said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +178,29 @@ def test_retry_reads_a_partial_shard_again(tmp_path):
     check_output(tmp_path / "out", truth)
 
 
+def test_a_changed_tar_is_refused_before_work_and_made_again_whole_on_request(tmp_path, capsys):
+    """The workers must write under the new generation of the shard, and the driver must look for it there."""
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
+    write_tar(tmp_path / "in/part0/00000.tar", {"old": png(99)})
+    run(settings(tmp_path))
+    write_tar(tmp_path / "in/part0/00000.tar", truth["part0/00000.tar"])
+    trace = str(tmp_path / "trace")
+    assert caption(settings(tmp_path), FakeEngineConfig(trace=trace)) == 3
+    assert "part0/00000.tar (" in capsys.readouterr().err
+    again = settings(tmp_path, redo_changed=True)
+    assert caption(again, FakeEngineConfig(trace=trace)) == 0
+    check_output(tmp_path / "out", truth)
+    assert len(captions_made(trace)) == 10, "the other shard is not made again"
+    assert set(Folder(str(tmp_path / "out")).names("_blip2")) == {RUN_FILE, SHARD_LIST}
+
+
 def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):
     """A row that failed for lack of memory would fail forever. These limits do not change what rows say."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=1)
     before = ImageLimits(max_pixels=10_000, cpu_s=1.0, wall_s=2.0, memory_bytes=64 << 20)
     job = prepare(settings(tmp_path, limits=before), FakeEngineConfig())
     job.ledger.begin(job.run)
+    job.ledger.folder.put("part0/00000.tar.parquet", b"")  # The run is finished.
 
     def limits(**given) -> ImageLimits:
         retrying = RetrySettings(output=str(tmp_path / "out"), **given)

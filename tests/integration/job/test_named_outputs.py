@@ -120,7 +120,20 @@ def test_embed_writes_vectors_and_no_text(tmp_path):
         assert embed(asked, FakeEngineConfig(trace=trace)) == 0
     rows = pq.read_table(tmp_path / "out" / "a.tar.parquet").to_pylist()
     assert set(rows[0]) == {
-        *("key", "shard", "row", "flags", "status", "error", "width", "height", "sha256", "seen", "mean")
+        *(
+            "key",
+            "shard",
+            "row",
+            "member",
+            "flags",
+            "status",
+            "error",
+            "width",
+            "height",
+            "sha256",
+            "seen",
+            "mean",
+        )
     }
     for row, image in zip(rows[:4], images.values(), strict=False):
         assert row["seen"] == features_of(pixels_of(image))["vision"]

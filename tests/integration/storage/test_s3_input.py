@@ -11,9 +11,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.errors import InputError
+from pipeline.inputs.changes import find_changes
 from pipeline.inputs.formats import check_options, read_shard
-from pipeline.inputs.listing import list_shards
+from pipeline.inputs.listing import list_files, list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.stamps import read_unchanged, stamp_of
 from pipeline.storage.filesystems import open_filesystem
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
@@ -89,3 +91,32 @@ def test_a_missing_input_is_refused_and_a_shard_that_vanishes_is_partial(query):
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
     assert report.reason is not None and "secret" not in report.reason
     assert len(list(read_shard(ShardWork(shard=shard), ReadOptions()))) == 1
+
+
+def test_an_object_that_was_put_again_is_another_input(query):
+    """The listing of a store and the answer about one object must agree as long as the object is the same."""
+    filesystem, path = open_filesystem(uri("bucket/changing", query))
+
+    def put(name: str, content: bytes) -> None:
+        with filesystem.open_output_stream(f"{path}/{name}") as file:
+            file.write(content)
+
+    put("0.tar", tar_bytes([("a.jpg", b"old")]))
+    put("1.tar", tar_bytes([("b.jpg", b"old")]))
+    name = uri("bucket/changing", query)
+    shards = list_shards(name)
+    assert [shard.stamps for shard in shards] == [
+        (stamp_of(info),) for info in filesystem.get_file_info([f"{path}/0.tar", f"{path}/1.tar"])
+    ]
+    assert list(read_unchanged(ShardWork(shard=shards[0]), ReadOptions()))
+    unchanged = find_changes(shards, list_files([name], "auto"), lambda shard: None)
+    assert (unchanged.shards, unchanged.lines()) == (tuple(shards), [])
+    put("0.tar", tar_bytes([(f"{at}.jpg", b"new") for at in range(20)]))
+    put("2.tar", tar_bytes([("c.jpg", b"new")]))
+    filesystem.delete_file(f"{path}/1.tar")
+    found = find_changes(shards, list_files([name], "auto"), lambda shard: None)
+    assert (list(found.changed), found.gone, found.num_new) == (["0.tar"], ("1.tar",), 1)
+    reader = read_unchanged(ShardWork(shard=shards[0]), ReadOptions())
+    with pytest.raises(StopIteration) as end:
+        next(reader)
+    assert end.value.value.changed and "secret" not in end.value.value.reason

@@ -56,7 +56,8 @@ def test_prompts_are_checked_before_anything_is_loaded(
 ) -> None:
     config = EngineConfig(model=str(checkpoint_folder(language)), device="cpu")
     monkeypatch.setattr(
-        "blip2_actor.checkpoints.weights.list_tensors", lambda path: pytest.fail("weights were read")
+        "blip2_actor.checkpoints.loading.list_weights",
+        lambda folder: pytest.fail("weights were read"),
     )
     config.check_prompts(["what is it?", ""], 30)
     with pytest.raises(ValueError, match="must not contain the image token"):
@@ -68,22 +69,23 @@ def test_prompts_are_checked_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("image", "status"),
     [
-        None,
-        "a.jpg",
-        b"",
-        [1, 2],
-        np.zeros((4, 4), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        torch.zeros(4, 4, 3),
+        (None, Status.MISSING_IMAGE),
+        (b"", Status.MISSING_IMAGE),
+        (b"GIF89a", Status.UNDECODABLE),
+        ([1, 2], Status.UNDECODABLE),
+        (np.zeros((0, 4, 3), np.uint8), Status.UNDECODABLE),
+        (torch.zeros(4, 4, 3), Status.UNDECODABLE),
     ],
-    ids=["None", "a path", "no bytes", "a list", "grey", "no pixels", "a tensor"],
+    ids=["None", "no bytes", "damaged", "a list", "no pixels", "floats"],
 )
-def test_an_image_that_cannot_be_read_has_a_status(engine: Engine, image: Any) -> None:
+def test_an_image_that_cannot_be_read_has_a_status(engine: Engine, image: Any, status: Status) -> None:
     result = next_to_a_good_one(engine, Request(image=image))
-    assert result.status in (Status.UNDECODABLE, Status.MISSING_IMAGE)
-    assert "image" in str(result.error)
+    assert result.status is status
+    assert result.error
+    assert engine.score([image], ["a"])[0].status is result.status
+    assert engine.features([image])[0].status is result.status
 
 
 def test_an_image_that_another_engine_has_encoded_is_refused(engine: Engine) -> None:

@@ -259,8 +259,12 @@ def test_a_closed_engine_finishes_what_it_took_and_refuses_more(folder) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_process_that_never_closes_its_engine_ends_cleanly(folder, num_threads) -> None:
-    """A thread that is inside torch when the interpreter exits aborts the process with SIGABRT."""
+    """A thread that is inside torch when the interpreter exits aborts the process with SIGABRT.
+
+    And torch's compiler, which takes two seconds to import, is not imported.
+    """
     code = f"""
+import sys
 import numpy as np
 from blip2_actor import EngineConfig, GenerationOptions, Request
 engine = EngineConfig(model={str(folder)!r}, dtype="float32", device="cpu", num_threads={num_threads}).build()
@@ -268,6 +272,7 @@ request = Request(image=np.zeros(({IMAGE_SIZE_PX}, {IMAGE_SIZE_PX}, 3), np.uint8
 options = GenerationOptions(max_new_tokens=60, min_new_tokens=60)
 futures = [engine.submit(request, options) for _ in range(300)]
 futures[0].result()
+assert "torch._dynamo" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
-from blip2_actor.checkpoints.name_map import opt_rules
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import opt_rules
+from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.opt import OptDecoder
 from blip2_actor.testing import randomize_weights, tiny_config
 
@@ -44,7 +45,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OptDecoder, 
     tensors = {f"language_model.{name}": p.detach() for name, p in reference.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     ours = OptDecoder(config).eval()
-    load_weights(Holder(ours), tmp_path, opt_rules(2))
+    load_weights(Holder(ours), list_weights(tmp_path), opt_rules(2), "a test")
     return ours, reference
 
 

@@ -14,21 +14,14 @@ from transformers import Blip2ForImageTextRetrieval
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model, load_retrieval
 from blip2_actor.models.retrieval import Blip2Retrieval
-from blip2_actor.testing import IMAGE_SIZE_PX, randomize_weights, tiny_config
+from blip2_actor.testing import IMAGE_SIZE_PX, save_tiny_retrieval_checkpoint
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("opt", image_token=False)
-    config.qformer_config.use_qformer_text_input = True
-    config.image_text_hidden_size = 12
-    model = Blip2ForImageTextRetrieval(config)
-    randomize_weights(model)
-    path = tmp_path_factory.mktemp("retrieval")
-    model.save_pretrained(path)
-    return path
+    return save_tiny_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Model
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import LANGUAGE_RULES, load_model
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES
@@ -75,8 +76,9 @@ def test_loss_and_gradients_equal_the_reference(
     expected_gradients = load(checkpoint_folder(language))
     load_weights(
         expected_gradients,
-        tmp_path,
+        list_weights(tmp_path),
         LANGUAGE_RULES[language](theirs.config.qformer_config.cross_attention_frequency),
+        "a test",
     )
     counterparts = dict(expected_gradients.named_parameters())
     for name, parameter in ours.named_parameters():

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.loading import load_model
-from blip2_actor.checkpoints.safetensors_file import StoredTensor
+from blip2_actor.checkpoints.weights.safetensors_file import SafetensorsTensor
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
@@ -105,9 +105,7 @@ def test_both_checkpoint_layouts_give_the_same_captions(tmp_path, checkpoint_fol
     assert len(set(token_ids[0])) > 1
 
 
-def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
-    tmp_path, checkpoint_folder, monkeypatch
-) -> None:
+def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, checkpoint_folder, monkeypatch) -> None:
     """transformers fills missing tensors with random numbers and only logs it.
 
     The names come from the headers of the files, so the error comes before 15 GB are read.
@@ -119,14 +117,15 @@ def test_a_checkpoint_with_other_tensors_is_refused_with_every_name(
     tensors["surprise.weight"] = torch.zeros(2)
     tensors["language_projection.bias"] = torch.zeros(7)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(StoredTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(SafetensorsTensor, "pieces", lambda self: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="do not match its config") as refusal:
         load_model(Checkpoint(broken), CPU, torch.float32)
     for name in (
-        "missing vision.layers.1.fc1.bias",
-        "missing query_tokens",
-        "unexpected surprise.weight",
-        "[7]",
+        "2 missing, 1 unexpected, 1 of another shape",
+        "missing: vision.layers.1.fc1.bias",
+        "missing: query_tokens",
+        "unexpected: surprise.weight",
+        "of another shape: language_projection.bias ([7], which does not fit [32])",
     ):
         assert name in str(refusal.value)
 

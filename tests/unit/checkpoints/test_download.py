@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from blip2_actor.checkpoints import download
-from blip2_actor.checkpoints.download import FILES, fetch_from_bucket, fetch_from_hub
+from blip2_actor.checkpoints.download import fetch_from_bucket, fetch_from_hub
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 """The parts of a response that the hub's errors read."""
@@ -42,7 +42,7 @@ def test_errors_of_the_hub_name_their_cause(
 
     monkeypatch.setattr(download, "snapshot_download", fail)
     with pytest.raises(OSError, match=message):
-        fetch_from_hub("some/model", "v9", FILES)
+        fetch_from_hub("some/model", "v9", with_weights=True)
 
 
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,8 +56,29 @@ def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
     monkeypatch.setattr(type(store), "get_file", fail)
     with pytest.raises(OSError, match=r"config\.json of memory://fetching cannot be fetched .*token expired"):
-        fetch_from_bucket("memory://fetching", FILES)
+        fetch_from_bucket("memory://fetching", with_weights=True)
     monkeypatch.undo()
     monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
-    folder, _ = fetch_from_bucket("memory://fetching", FILES)
+    folder, _ = fetch_from_bucket("memory://fetching", with_weights=True)
     assert (folder / "config.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
+def test_older_weights_are_fetched_only_without_safetensors(
+    stored: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Many repositories hold both: 15 GB in each format."""
+    fetched: list[str] = []
+
+    def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for name in ("config.json", stored, "pytorch_model.bin", "training.bin"):
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
+                fetched.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(download, "snapshot_download", snapshot_download)
+    fetch_from_hub("some/model", "v9", with_weights=False)
+    assert fetched == ["config.json"]
+    fetch_from_hub("some/model", "v9", with_weights=True)
+    assert set(fetched) == {"config.json", stored}

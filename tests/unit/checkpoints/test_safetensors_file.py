@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from blip2_actor.checkpoints import safetensors_file
-from blip2_actor.checkpoints.name_map import Rule
-from blip2_actor.checkpoints.safetensors_file import DTYPES, list_tensors
-from blip2_actor.checkpoints.weights import load_weights
+from blip2_actor.checkpoints.weights import safetensors_file
+from blip2_actor.checkpoints.weights.load_weights import load_weights
+from blip2_actor.checkpoints.weights.name_map import Rule
+from blip2_actor.checkpoints.weights.safetensors_file import DTYPES, list_safetensors
+from blip2_actor.checkpoints.weights.weight_files import list_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -28,7 +29,7 @@ def test_every_dtype_is_read_in_pieces(
         for name, shape in {"a": (7, 11), "b": (), "c": (0, 3), "d": (129,)}.items()
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    stored = list_tensors(tmp_path / "x.safetensors")
+    stored = list_safetensors(tmp_path / "x.safetensors")
     assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (stored[name].dtype, stored[name].shape) == (dtype, tuple(tensor.shape))
@@ -55,7 +56,7 @@ def test_an_incomplete_or_foreign_file_is_refused_by_name(
     save_file({"a": torch.ones(4)}, path)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(OSError, match=r"x\.safetensors must be a complete safetensors file"):
-        list_tensors(path)
+        list_safetensors(path)
 
 
 def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4).to(torch.float8_e4m3fn)}, path)
     with pytest.raises(ValueError, match=r"dtypes of .*x\.safetensors must be .*, got F8_E4M3; convert it"):
-        list_tensors(path)
+        list_safetensors(path)
 
 
 def status_bytes(field: str) -> int:
@@ -79,5 +80,5 @@ def test_loading_needs_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     save_file({"weight": model.weight.clone()}, tmp_path / "model.safetensors")
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status_bytes("VmRSS")
-    load_weights(model, tmp_path, [Rule("weight", "weight")])
+    load_weights(model, list_weights(tmp_path), [Rule("weight", "weight")], "a test")
     assert status_bytes("VmHWM") - before < model.weight.numel() * 4 // 4

@@ -93,7 +93,7 @@ def test_form_and_json_are_the_same_call(service: EchoService) -> None:
         assert call.image == IMAGE
         assert call.prompt == "a photo of"
         # What the caller leaves out takes the default of the service, not that of the engine.
-        assert call.options == GenerationOptions(num_beams=3, stop=(".",), max_new_tokens=7)
+        assert call.options == GenerationOptions(num_beams=3, stop=(".",), max_new_tokens=7).resolve()
 
 
 def test_the_answer_has_the_names_of_the_batch_output(service: EchoService) -> None:

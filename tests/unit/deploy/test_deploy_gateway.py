@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -81,6 +82,16 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
         return said
 
     return asyncio.run(ask())
+
+
+def test_the_log_says_what_the_decode_sandbox_is(caplog: pytest.LogCaptureFixture) -> None:
+    async def start() -> None:
+        async with gateway(Handle(None)):
+            pass
+
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        asyncio.run(start())
+    assert "decode sandbox: " in caplog.text
 
 
 def test_a_timeout_cancels_the_work() -> None:

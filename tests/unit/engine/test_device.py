@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -62,6 +63,17 @@ def test_attention_on_a_gpu_does_not_use_cudnn(devices_set: list[torch.device]) 
     prepare_device(GPU)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert devices_set == [GPU]
+
+
+def test_the_caches_of_cpu_kernels_are_bounded_unless_the_user_does_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They keep a kernel for each shape, and prompts come in many; `tests/chaos/test_memory.py` measures."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "5")
+    prepare_device(CPU)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "5"
 
 
 @pytest.mark.parametrize("sequences", [[[5, 7], [], [3]], [[], []]])

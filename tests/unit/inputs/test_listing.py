@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 
 import pyarrow.fs as pafs
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.inputs import listing
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import open_filesystem
@@ -55,12 +55,11 @@ def test_one_file_of_each_kind(tmp_path):
     ]
 
 
-def test_img2dataset_tables_next_to_tars_are_no_inputs(tmp_path, caplog):
+def test_img2dataset_tables_next_to_tars_are_no_inputs(tmp_path):
     for at in ("00000", "00001"):
         touch(tmp_path, f"{at}.tar", f"{at}.parquet", f"{at}_stats.json")
-    with caplog.at_level(logging.INFO):
-        assert names(tmp_path) == ["00000.tar", "00001.tar"]
-    assert "2 .json, 2 .parquet" in caplog.text, "the log says which files are not read"
+    assert names(tmp_path) == ["00000.tar", "00001.tar"]
+    assert listing.list_input(str(tmp_path)).unread.lines() == ["4 files not read: 2 .json, 2 .parquet"]
     assert names(tmp_path / "*") == ["00000.tar", "00001.tar"]
     assert names(tmp_path, format="parquet") == ["00000.parquet", "00001.parquet"]
 
@@ -166,8 +165,9 @@ def test_folders_are_sliced_by_their_sorted_listing(tmp_path):
     assert [shard.num_rows for shard in shards] == [10, 10, 5]
 
 
-def test_a_folder_is_listed_without_asking_for_each_file(tmp_path, monkeypatch):
+def test_a_large_folder_is_listed_without_asking_for_each_file(tmp_path, monkeypatch):
     # A network disk needs milliseconds for each question about a file: hours for 10^8 files.
+    monkeypatch.setattr(listing, "MAX_STAMPED_IMAGES", 49)
     touch(tmp_path, *(f"{at}.jpg" for at in range(50)))
     asked = []
     monkeypatch.setattr(os, "stat", lambda *path, **more: asked.append(path))
@@ -212,6 +212,12 @@ def test_uris_give_the_same_shards_as_paths(tmp_path, scheme):
         assert read_rows(shard)[0][0]["image"] == shard.name.encode()
         assert shard.size_bytes and shard.size_bytes >= 1024
     assert "no such file or folder: " in refusal_of(f"{base}/gone")
+
+
+def test_a_number_sign_in_a_uri_is_explained():
+    """What follows it is no part of the path, so that the file was said not to exist."""
+    assert "a; write %23" not in refusal_of("memory://bucket/a")
+    assert refusal_of("memory://bucket/a#1.jpg").endswith("write %23 for each # of a name")
 
 
 def test_wildcards_in_a_bucket_name_are_refused():

@@ -1,6 +1,9 @@
-"""The real decoding child with one more image format, whose files name an attack on the child.
+"""The real decoding child with one more image format, whose files name an attack.
 
-A file is b"BM" (so that Pillow opens it as BMP), the name of one of the attacks below, and its arguments.
+    python hostile_child.py FOLDER SIZE_PX LIMITS_AS_JSON
+
+A file is b"BM" (so that Pillow opens it as BMP), the name of an attack below or of an escape (`escapes`), and
+its arguments. The children count their starts in FOLDER, because nothing else survives a child.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from typing import IO
 
 from PIL import BmpImagePlugin, Image
 
-from blip2_actor.preprocessing import decode_child
+from blip2_actor.preprocessing import decode_child, formats
+from tests.unit.preprocessing.escapes import ESCAPES
 
 PREFIX = b"BM"
+START = 0
+"""How many children have been started, this one included."""
 
 
 def segfault() -> None:
@@ -64,14 +70,13 @@ def write_garbage() -> None:
     time.sleep(3600)
 
 
-def segfault_once(marker: str) -> None:
-    if not Path(marker).exists():
-        Path(marker).touch()
+def segfault_before(start: str) -> None:
+    if int(start) > START:
         segfault()
 
 
-def tell_pid(fifo: str) -> None:
-    Path(fifo).write_text(str(os.getpid()))
+def tell_pid() -> None:
+    raise ValueError(f"pid {os.getpid()}")
 
 
 ATTACKS = {
@@ -85,10 +90,16 @@ ATTACKS = {
         use_up_memory,
         print_much,
         write_garbage,
-        segfault_once,
+        segfault_before,
         tell_pid,
     )
-}
+} | ESCAPES
+
+
+def count_starts(folder: Path) -> int:
+    with open(folder / "starts", "ab", buffering=0) as starts:
+        starts.write(b".")
+        return starts.tell()
 
 
 def open_hostile(fp: IO[bytes], filename: str | bytes) -> Image.Image:
@@ -105,6 +116,7 @@ def is_bmp(prefix: bytes) -> bool:
 
 
 if __name__ == "__main__":
-    Image.preinit()
+    START = count_starts(Path(sys.argv.pop(1)))
+    formats.prepare_for_sandbox()
     Image.register_open("BMP", open_hostile, is_bmp)  # type: ignore[arg-type]  # Pillow asks for an ImageFile
     decode_child.main()

@@ -6,9 +6,10 @@ import io
 import random
 from collections.abc import Callable, Iterator
 
+import pillow_heif
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "HEIF")
 _MODES = {
     "JPEG": ("RGB", "L", "CMYK"),
     "PNG": ("RGB", "RGBA", "LA", "P", "1", "I;16"),
@@ -16,7 +17,11 @@ _MODES = {
     "BMP": ("RGB", "P", "1"),
     "GIF": ("P", "L"),
     "TIFF": ("RGB", "RGBA", "CMYK", "I;16", "F"),
+    "AVIF": ("RGB", "RGBA"),
+    "JPEG2000": ("RGB", "RGBA", "L", "LA", "I;16"),
+    "HEIF": ("RGB", "RGBA", "L"),
 }
+pillow_heif.register_heif_opener()
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -28,8 +28,8 @@ def attack(name: str, *arguments: object) -> bytes:
     return " ".join(["BM" + name, *map(str, arguments)]).encode()
 
 
-def hostile_pool(num_children: int = 1, **limits: Any) -> DecodePool:
-    return DecodePool(SIZE, ImageLimits(**limits), num_children, command=HOSTILE_CHILD)
+def hostile_pool(folder: Path, num_children: int = 1, **limits: Any) -> DecodePool:
+    return DecodePool(SIZE, ImageLimits(**limits), num_children, command=(*HOSTILE_CHILD, str(folder)))
 
 
 def outcome_among_neighbors(pool: DecodePool, hostile: bytes) -> DecodedImage:
@@ -59,6 +59,7 @@ def outcome_among_neighbors(pool: DecodePool, hostile: bytes) -> DecodedImage:
     ],
 )
 def test_a_hostile_image_fails_alone(
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     limits: dict[str, Any],
@@ -66,13 +67,13 @@ def test_a_hostile_image_fails_alone(
     reason: str | None,
 ) -> None:
     monkeypatch.setattr(decode_process, "_OVERDUE_S", 3.0)  # for the stopped one
-    with hostile_pool(num_children=2, **limits) as pool:
+    with hostile_pool(tmp_path, num_children=2, **limits) as pool:
         image = outcome_among_neighbors(pool, attack(name))
     assert image.status is status
     assert (image.error is None) if reason is None else (reason in (image.error or ""))
 
 
-def test_many_hostile_images_in_a_row_each_get_their_own_outcome() -> None:
+def test_many_hostile_images_in_a_row_each_get_their_own_outcome(tmp_path: Path) -> None:
     """The next image must not get the blame, and three deaths in a row must not count as failed starts."""
     batch = [
         attack("segfault"),
@@ -83,7 +84,7 @@ def test_many_hostile_images_in_a_row_each_get_their_own_outcome() -> None:
         attack("leave"),
         GOOD[1],
     ]
-    with hostile_pool() as pool:
+    with hostile_pool(tmp_path) as pool:
         statuses = [image.status for image in pool.decode(batch)]
     crashed = Status.DECODER_CRASHED
     assert statuses == [crashed, crashed, Status.OK, crashed, crashed, crashed, Status.OK]
@@ -91,36 +92,31 @@ def test_many_hostile_images_in_a_row_each_get_their_own_outcome() -> None:
 
 def test_an_image_is_not_blamed_for_a_single_death(tmp_path: Path) -> None:
     """The out-of-memory killer, or memory damaged by the image before, must not fail a good image."""
-    with hostile_pool() as pool:
-        image = outcome_among_neighbors(pool, attack("segfault_once", tmp_path / "died"))
-    assert (tmp_path / "died").exists()
+    with hostile_pool(tmp_path) as pool:
+        image = outcome_among_neighbors(pool, attack("segfault_before", 2))
+    assert (tmp_path / "starts").stat().st_size == 2
     assert image.status is Status.OK
 
 
 def test_every_image_has_a_second_try_of_its_own(tmp_path: Path) -> None:
     """The second try of one image, whether it failed or succeeded, must not use up that of the next image."""
-    batch = [
-        attack("leave"),
-        attack("segfault_once", tmp_path / "a"),
-        attack("segfault_once", tmp_path / "b"),
-    ]
-    with hostile_pool() as pool:
+    batch = [attack("leave"), attack("segfault_before", 4), attack("segfault_before", 5)]
+    with hostile_pool(tmp_path) as pool:
         statuses = [image.status for image in pool.decode(batch)]
     assert statuses == [Status.DECODER_CRASHED, Status.OK, Status.OK]
 
 
 def test_a_child_killed_between_two_calls_is_not_noticed(tmp_path: Path) -> None:
-    with hostile_pool() as pool:
-        child = child_pid(pool, tmp_path)
+    with hostile_pool(tmp_path) as pool:
+        child = child_pid(pool)
         os.kill(child, signal.SIGKILL)
         assert ends(child)
         assert pool.decode(GOOD) == EXPECTED
 
 
-def child_pid(pool: DecodePool, folder: Path) -> int:
-    told = folder / "pid"
-    assert pool.decode([attack("tell_pid", told)])[0].status is Status.OK
-    return int(told.read_text())
+def child_pid(pool: DecodePool) -> int:
+    error = pool.decode([attack("tell_pid")])[0].error or ""
+    return int(error.rpartition(" pid ")[2])
 
 
 def ends(pid: int) -> bool:
@@ -141,8 +137,8 @@ def test_children_die_with_their_parent(tmp_path: Path, doing: str) -> None:
     program = (
         "import sys, os; sys.path[:0] = [os.getcwd()]\n"
         "from tests.unit.preprocessing.test_decode_pool import child_pid, hostile_pool, attack, Path\n"
-        "pool = hostile_pool(wall_s=2)\n"
-        "print(child_pid(pool, Path(sys.argv[1])), flush=True)\n"
+        "pool = hostile_pool(Path(sys.argv[1]), wall_s=2)\n"
+        "print(child_pid(pool), flush=True)\n"
         "if sys.argv[2] == 'sleep': pool.decode([attack('sleep')])\n"
         "sys.stdin.read()\n"
     )
@@ -162,12 +158,28 @@ def test_a_child_that_cannot_start_is_an_error_and_not_a_status() -> None:
                 pool.decode(GOOD)
 
 
+def test_a_program_that_is_no_child_is_an_error_too() -> None:
+    """Something in the installation may print when Python starts."""
+    command = (sys.executable, "-c", "print('Welcome!' * 9000)")
+    with DecodePool(SIZE, command=command) as pool, pytest.raises(RuntimeError, match="must start"):
+        pool.decode(GOOD)
+
+
 def test_order_and_pixels_equal_those_of_decode_image() -> None:
     batch: list[bytes | None] = [encode(noise(8 + i % 50, 9, i), "PNG") for i in range(200)]
     batch[5:5] = [None, b"", b"no image", GOOD[0][:100]]
     with DecodePool(SIZE, num_children=2) as pool:
         assert pool.decode(batch) == [decode_image(data, SIZE) for data in batch]
         assert pool.decode([]) == []
+
+
+def test_a_child_accepts_truncated_images_and_says_so() -> None:
+    whole = encode(noise(40, 30), "JPEG")
+    accept = ImageLimits(accept_truncated=True)
+    with DecodePool(SIZE, accept) as pool:
+        decoded = pool.decode([whole, whole[:-20]])
+    assert decoded == [decode_image(data, SIZE, accept) for data in (whole, whole[:-20])]
+    assert [image.is_truncated for image in decoded] == [False, True]
 
 
 def test_files_and_answers_larger_than_the_pipes_do_not_block() -> None:
@@ -188,16 +200,17 @@ def test_calls_from_many_threads_share_the_children() -> None:
 
 def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
     """An online host decodes one request at a time: one call must not keep all children."""
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)  # a write to it blocks the child until this test reads
-    with hostile_pool(num_children=2) as pool:
-        first = threading.Thread(target=pool.decode, args=([attack("tell_pid", fifo)],))
+    with hostile_pool(tmp_path, num_children=2) as pool:
+        pool.decode(GOOD)  # starts the children
+        first = threading.Thread(target=pool.decode, args=([attack("stop")],))
         first.start()
+        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOWAIT)
+        assert stopped is not None
         try:
             assert pool.decode(GOOD) == EXPECTED
             assert first.is_alive()
         finally:
-            fifo.read_text()
+            os.kill(stopped.si_pid, signal.SIGCONT)
             first.join()
 
 

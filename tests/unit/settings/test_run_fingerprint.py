@@ -2,8 +2,10 @@
 
 from blip2_actor import GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 
@@ -11,12 +13,14 @@ INFO = FakeEngineConfig().info()
 LIST_IN_ADDED_LATER = "a new field changes the digest of old runs: list it in fingerprint.ADDED_LATER"
 
 
-def fingerprint(**changes) -> Fingerprint:
-    return CaptionSettings(input=("in",), output="out", **changes).fingerprint(INFO)
+def fingerprint(schema_version: int = SCHEMA_VERSION, **changes) -> Fingerprint:
+    settings = CaptionSettings(input=("in",), output="out", **changes)
+    return settings.in_version(schema_version).fingerprint(INFO)
 
 
 def test_the_digests_of_version_0_1_0_are_frozen():
     everything = fingerprint(
+        schema_version=1,
         format="parquet",
         limit=7,
         prompt="a photo of",
@@ -25,12 +29,17 @@ def test_the_digests_of_version_0_1_0_are_frozen():
         limits=ImageLimits(max_pixels=1000, jpeg_draft=True),
         generation=GenerationOptions(num_beams=3, stop=("x",)),
     )
-    assert fingerprint().digest == "42a65d18ac79f76eee8e788c6ecf6aa1bf6d87a611759ab300f2e206e5fe887a", (
-        LIST_IN_ADDED_LATER
-    )
+    assert (
+        fingerprint(schema_version=1).digest
+        == "42a65d18ac79f76eee8e788c6ecf6aa1bf6d87a611759ab300f2e206e5fe887a"
+    ), LIST_IN_ADDED_LATER
     assert everything.digest == "aad82fd6149fdf3d1b40716130bc76e9a91ff600d614abdc0d11cfbf0797d9f2", (
         LIST_IN_ADDED_LATER
     )
+
+
+def test_rows_of_another_version_of_the_contract_have_another_digest():
+    assert fingerprint().differences(fingerprint(schema_version=1)) == ["schema.version: 1 -> 2"]
 
 
 def test_a_later_field_enters_the_digest_only_with_another_value_than_before():
@@ -46,6 +55,14 @@ def test_a_later_field_enters_the_digest_only_with_another_value_than_before():
     assert now(0.0).digest == before.digest
     assert now(0.5).differences(before) == ["options.diversity_penalty: nothing -> 0.5"]
     assert now(0.0, crop=(1, 2)).differences(before) == ["image.crop: nothing -> [1, 2]"]
+
+
+def test_accepting_truncated_images_changes_the_fingerprint_and_is_stored():
+    accepting = ImageLimits(accept_truncated=True)
+    differences = fingerprint(limits=accepting).differences(fingerprint())
+    assert differences == ["image.accept_truncated: nothing -> True"]
+    settings = CaptionSettings(input=("in",), output="out", limits=accepting)
+    assert from_dict(CaptionSettings, settings.to_dict()) == settings
 
 
 def test_an_entry_of_that_name_elsewhere_stays():

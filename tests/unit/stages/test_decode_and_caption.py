@@ -10,10 +10,12 @@ import pytest
 from blip2_actor import ImageLimits, Status
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.outputs import Outputs
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage
 from pipeline.stages.engine_fault import EngineFault
 from tests.integration.inputs import BROKEN, SIZE_PX, png, right_caption
+from tests.unit.preprocessing.image_corpus import encode, noise
 from tests.unit.stages.decoded_tables import decoded, pixels_of
 
 
@@ -104,6 +106,21 @@ def test_decoding_keeps_the_failures_of_reading_and_drops_encoded_bytes():
     assert out["sha256"].to_pylist()[0] == hashlib.sha256(png(0)).digest()
     [row, *_] = stage()(out).to_pylist()
     assert (row["caption"], row["status"]) == (right_caption(png(0)), Status.OK)
+
+
+@pytest.mark.parametrize("regenerate", [False, True])
+def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(regenerate):
+    """Regenerating a caption finds its flags anew, and must keep this one."""
+    jpeg = encode(noise(64, 64), "JPEG")
+    table = pa.table({"image": [jpeg, jpeg[:-20], BROKEN]})
+    captioning = CaptionStage(CaptionSpec(engine=FakeEngineConfig(), outputs=Outputs(regenerate=regenerate)))
+    rows = []
+    for accepts in (False, True):
+        with closing(DecodeStage(SIZE_PX, ImageLimits(accept_truncated=accepts), "image")) as decoding:
+            [decoded] = decoding(table)
+        rows.append([(row["status"], row["flags"]) for row in captioning(decoded).to_pylist()])
+    assert rows[0] == [("ok", []), ("undecodable", []), ("undecodable", [])]
+    assert rows[1] == [("ok", []), ("ok", ["truncated"]), ("undecodable", [])]
 
 
 def test_a_block_of_many_small_images_is_decoded_in_small_tables():

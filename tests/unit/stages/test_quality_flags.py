@@ -59,7 +59,7 @@ def test_a_caption_may_have_several_flags():
 
 def test_options_for_generating_again_are_stricter_and_never_weaker():
     first = GenerationOptions(max_new_tokens=2, repetition_penalty=2.0, no_repeat_ngram_size=2)
-    second = stricter(first)
+    second = stricter(first.resolve())
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (2.0, 2, 2)
-    second = stricter(GenerationOptions())
+    second = stricter(GenerationOptions().resolve())
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (1.5, 3, 3)

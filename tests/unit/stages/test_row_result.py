@@ -50,6 +50,7 @@ def test_a_text_that_is_no_utf8_fails_alone():
         key=pa.array("abcde"),
         shard=pa.array(["s"] * 5),
         row=pa.array(range(5), pa.int64()),
+        member=pa.nulls(5, pa.string()),
         label=pa.array([7] * 5),
     )
     stage = CaptionStage(CaptionSpec(engine=FakeEngineConfig()))

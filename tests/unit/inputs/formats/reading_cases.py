@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
@@ -46,6 +47,13 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def encoded(format: str) -> bytes:
+    """Return a small image."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, format)
     return file.getvalue()
 
 

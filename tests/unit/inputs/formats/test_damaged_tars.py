@@ -131,3 +131,12 @@ def test_a_tar_that_no_longer_exists_is_partial(tmp_path):
 
 def test_an_empty_tar_is_complete(tmp_path):
     assert read_rows(tar_shard_of(tmp_path))[1].complete
+
+
+def test_a_tar_in_large_records_is_whole(tmp_path):
+    """`tar -b 8192` fills its last record of 4 MiB with zeros: every such tar was partial."""
+    content = tar_bytes([("0.jpg", b"x")])
+    rows, report = read_rows(write_tar_shard(tmp_path, content.ljust(4 << 20, b"\0")))
+    assert len(rows) == 1 and report.complete
+    rows, report = read_rows(write_tar_shard(tmp_path, content.ljust((4 << 20) + 10_240, b"\0")))
+    assert "was probably not copied to its end" in (report.reason or "")

@@ -83,7 +83,7 @@ def test_key_prompt_and_kept_columns(tmp_path):
     assert tables[0]["key"].to_pylist() == ["k0", "1", "k2", "k3"]
     assert tables[0]["prompt"].to_pylist() == table["text"]
     assert tables[0]["nested"].to_pylist() == table["nested"]
-    assert tables[0].column_names[6:] == ["prompt", "nested", "key_was"]
+    assert tables[0].column_names[6:] == ["member", "prompt", "nested", "key_was"]
     rows, _ = read_rows(shard, key_column="id")
     assert [row["key"] for row in rows] == ["100", "101", "102", "103"]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import re
 import tarfile
+from dataclasses import replace
 
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline.inputs.formats.rows import escape_name
 from tests.unit.inputs.formats.reading_cases import (
+    encoded,
     read_rows,
     read_tables,
     shard_at,
@@ -37,6 +44,7 @@ def test_reads_what_the_webdataset_library_writes(tmp_path):
         "image": b"image 3",
         "status": None,
         "error": None,
+        "member": "a.b/0003.jpg",
         "txt": "text 3",
         "meta": '{"n": 3}',
     }
@@ -68,15 +76,87 @@ def test_a_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
     assert report.complete
 
 
-def test_the_first_image_of_a_sample_is_taken_unless_one_is_named(tmp_path):
-    shard = tar_shard_of(
-        tmp_path, ("1.txt", b"t"), ("1.right.png", b"right"), ("1.left.png", b"left"), ("2.left.png", b"")
-    )
-    rows, _ = read_rows(shard)
-    assert summary(rows) == [(0, "1", b"right", None), (1, "2", None, "missing_image")]
+def test_every_image_of_a_sample_is_a_row_unless_one_is_named(tmp_path):
+    """Of `shot.2021.00.jpg` to `03`, or of left and right, one was captioned and the others were left out."""
+    members = [("1.txt", b"t"), ("1.right.png", b"right"), ("1.left.png", b"left"), ("2.left.png", b"")]
+    shard = tar_shard_of(tmp_path, *members)
+    rows, report = read_rows(shard, keep=("txt",))
+    assert [(*row, rows[at]["member"], rows[at]["txt"]) for at, row in enumerate(summary(rows))] == [
+        (0, "1", b"right", None, "1.right.png", "t"),
+        (1, "1", b"left", None, "1.left.png", "t"),
+        (2, "2", None, "missing_image", "2.left.png", None),
+    ]
+    assert report.num_rows == 3
+    for row in range(3):
+        assert read_rows(shard, missing=((row, row + 1),), keep=("txt",))[0] == [rows[row]]
     rows, _ = read_rows(shard, image_column="left.PNG")
     assert rows[0]["image"] == b"left"
     assert rows[1]["error"] == "2.left.png is empty"
+
+
+def test_members_with_dotted_names_are_a_row_each_and_a_limit_may_cut_between_them(tmp_path):
+    dotted = tar_shard_of(tmp_path, *((f"shot.2021.{at:02}.jpg", b"%d" % at) for at in range(4)))
+    assert [row["image"] for row in read_rows(dotted)[0]] == [b"0", b"1", b"2", b"3"]
+    for limit in (1, 2, 3):
+        rows, report = read_rows(replace(dotted, max_rows=limit))
+        assert len(rows) == report.num_rows == limit and report.complete
+
+
+def test_a_run_of_version_1_takes_the_first_image_of_a_sample(tmp_path):
+    """Its rows have the numbers that they had when it was begun."""
+    members = [("1.right.png", b"right"), ("1.left.png", b"left"), ("2", encoded("JPEG")), ("3.heic", b"x")]
+    rows, report = read_rows(tar_shard_of(tmp_path, *members), schema_version=1)
+    assert summary(rows) == [(0, "1", b"right", None), (1, "3", None, "missing_image")]
+    assert report.num_rows == 2 and "member" not in rows[0]
+
+
+def test_members_without_an_extension_are_images_by_their_content(tmp_path):
+    members = [("0.jpg", b"x"), ("README", b"words"), ("0.txt", b"t"), ("a/1", encoded("PNG")), ("2", b"")]
+    rows, report = read_rows(tar_shard_of(tmp_path, *members), keep=("txt",))
+    assert [(row["key"], row["member"], row["txt"]) for row in rows] == [
+        ("0", "0.jpg", "t"),
+        ("a/1", "a/1", None),
+    ]
+    assert rows[1]["image"] == encoded("PNG") and report.complete
+
+
+def test_every_kind_of_image_is_a_row(tmp_path):
+    endings = ["jpe", "jfif", "avif", "heic", "heif", "jp2", "JXL"]
+    rows, _ = read_rows(tar_shard_of(tmp_path, *((f"{ending}.{ending}", b"x") for ending in endings)))
+    assert [row["key"] for row in rows] == endings
+    assert all(row["image"] == b"x" for row in rows)
+
+
+def test_what_other_programs_leave_in_tars_is_no_sample(tmp_path):
+    names = ["._0.jpg", "0.jpg", "__MACOSX/._1.jpg", "__MACOSX/2.jpg", "@eaDir/0.jpg", ".thumbs/0.jpg"]
+    names += ["./1.jpg", "PaxHeaders.12/0.jpg", "a/PaxHeader/0.jpg", "../2.jpg"]
+    rows, report = read_rows(tar_shard_of(tmp_path, *((name, b"x") for name in names)))
+    assert [row["member"] for row in rows] == ["0.jpg", "./1.jpg", "../2.jpg"]
+    assert report.complete
+
+
+def test_a_hard_link_is_the_image_that_it_repeats(tmp_path):
+    """GNU tar writes the second of two hard-linked files as a link: its row was unreadable."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (("0.jpg", b"zero"), ("1.jpg", "0.jpg"), ("2.jpg", b"two"), ("3.jpg", "2.jpg")):
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.LNKTYPE, content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        lost = tarfile.TarInfo("4.jpg")
+        lost.type, lost.linkname = tarfile.LNKTYPE, "gone.jpg"
+        tar.addfile(lost)
+    rows, report = read_rows(write_tar_shard(tmp_path, file.getvalue()))
+    assert [row["image"] for row in rows] == [b"zero", b"zero", b"two", b"two", None]
+    assert rows[4]["status"] == "unreadable" and "hard link to gone.jpg" in rows[4]["error"]
+    assert report.complete and report.num_rows == 5
+    rows, report = read_rows(write_tar_shard(tmp_path, gzip.compress(file.getvalue())))
+    assert [row["status"] for row in rows] == [None, "unreadable", None, "unreadable", "unreadable"]
+    assert "--hard-dereference" in rows[1]["error"] and report.complete
 
 
 def test_a_sample_without_an_image_is_a_row_with_a_status(tmp_path):
@@ -162,6 +242,13 @@ def test_keys_that_are_not_utf8_stay_distinct(tmp_path):
     )
     rows, _ = read_rows(write_tar_shard(tmp_path, content))
     assert [row["key"] for row in rows] == ["\\xff1", "\\xfe1"]
+
+
+@given(st.lists(st.sampled_from([b"\\", b"x", b"5", b"c", b"\xff", b"f", b"a"]), max_size=8).map(b"".join))
+def test_escaped_names_lead_back_to_the_name_in_the_tar(name):
+    escaped = escape_name(name.decode(errors="surrogateescape"))
+    decoded = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), escaped.encode())
+    assert decoded == name
 
 
 def test_only_missing_rows_are_read_and_all_are_counted(tmp_path):

@@ -3,7 +3,7 @@
 A rule is a name in the checkpoint, our name, and the index of the part if several tensors are stacked in one
 fused parameter. In both names `{i}` stands for the number of a layer and `{wb}` for "weight" or "bias".
 
-A tensor that matches no rule is an error (see `weights.py`), unless its name is in `UNUSED`.
+A tensor that matches no rule is an error (see `load_weights.py`), unless its name is in `UNUSED`.
 """
 
 from __future__ import annotations

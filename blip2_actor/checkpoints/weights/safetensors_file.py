@@ -19,8 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-PIECE_BYTES = 4 << 20
-"""Size of one piece."""
+from blip2_actor.checkpoints.weights.stored_tensor import PIECE_BYTES
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class SafetensorsTensor:
     """A tensor in a file, not read yet."""
 
     path: Path
@@ -51,15 +51,7 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the elements in order, in pieces.
-
-        Yields:
-            The index of the piece's first element, and the piece as a flat tensor, which the next one
-            overwrites.
-
-        Raises:
-            OSError: the file ends too early.
-        """
+        """Yield the elements in order, in pieces (see `StoredTensor.pieces`)."""
         buffer = torch.empty(min(PIECE_BYTES, self.num_bytes), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -69,7 +61,7 @@ class StoredTensor:
                 yield done // self.dtype.itemsize, piece.view(self.dtype)
 
 
-def list_tensors(path: Path) -> dict[str, StoredTensor]:
+def list_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
     """Return the tensors of a file by name.
 
     Raises:
@@ -86,7 +78,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         unsupported = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
         found = {
-            name: StoredTensor(
+            name: SafetensorsTensor(
                 path,
                 DTYPES[entry["dtype"]],
                 tuple(entry["shape"]),

@@ -1,0 +1,288 @@
+"""Fetch images from URLs that others chose: one guard for the engine, the batch job and the endpoint.
+
+A URL may name this machine, its network or the metadata service of its cloud, also through a redirect or a
+name that resolves to such an address. So each host is resolved here, its addresses are checked, and the
+connection goes to an address that was checked, never to the name again. Size, time and redirects are bounded.
+Proxies from the environment are not used, because they would resolve the name a second time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpcore
+
+from blip2_actor.status import Status
+from blip2_actor.version import __version__
+
+FetchReason = Literal["url", "host", "address", "redirects", "answer", "size", "time", "connection"]
+"""`url`: it is not a plain http or https URL. `host`, `address`: the policy does not allow it. `redirects`:
+there are too many. `answer`: not status 200, or a compressed body. `size`, `time`: more than the policy
+allows. `connection`: the server cannot be reached, or does not speak HTTP."""
+
+_STATUSES: dict[FetchReason, Status] = {
+    "url": Status.REFUSED,
+    "host": Status.REFUSED,
+    "address": Status.REFUSED,
+    "size": Status.TOO_LARGE,
+}
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's service for its virtual machines, at an address that looks public
+        "192.0.0.0/24",  # Oracle's metadata service is 192.0.0.192; Python before 3.11.10 calls it public
+        "64:ff9b:1::/48",  # translation to private IPv4 addresses (RFC 8215)
+    )
+]
+_IPV4_INSIDE = ipaddress.IPv6Network("64:ff9b::/96")
+"""Addresses that a gateway translates to the IPv4 address in their last 32 bits (RFC 6052)."""
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_.])?")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_ERROR_CHARS = 200
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchPolicy:
+    """What may be fetched, and what one image may cost.
+
+    Example:
+        >>> FetchPolicy(hosts=("images.example.com",), max_bytes=20 << 20).timeout_s
+        30.0
+    """
+
+    hosts: tuple[str, ...] | None = None
+    """Fetch only from these host names; by default, from every host with a public address."""
+    allow_networks: tuple[str, ...] = ()
+    """Networks that may be reached although they are not public, such as 10.0.0.0/8."""
+    max_bytes: int = 128 << 20
+    """Maximum number of bytes of one image."""
+    timeout_s: float = 30.0
+    """Maximum seconds for one image, redirects included; the resolver has a limit of its own."""
+    max_redirects: int = 5
+    """Maximum number of redirects."""
+
+    def __post_init__(self) -> None:
+        if self.hosts is not None:
+            object.__setattr__(self, "hosts", tuple(host.lower().rstrip(".") for host in self.hosts))
+        for network in self.allow_networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(
+                    f"allow_networks must be networks such as 10.0.0.0/8, got {network!r}: {error}"
+                ) from error
+        for name in ("max_bytes", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if self.max_redirects < 0:
+            raise ValueError(f"max_redirects must be at least 0, got {self.max_redirects}")
+
+    def allows(self, address: Address) -> bool:
+        """Return True if a connection to this address is allowed."""
+        networks = map(ipaddress.ip_network, self.allow_networks)
+        return _is_public(address) or any(address in network for network in networks)
+
+
+class FetchError(Exception):
+    """An image was not fetched; `reason` and `status` say which kind of problem, the message says why."""
+
+    def __init__(self, reason: FetchReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = _STATUSES.get(reason, Status.UNREADABLE)
+
+
+def fetch_image(url: str, policy: FetchPolicy = FetchPolicy()) -> bytes:
+    """Return the bytes behind an http or https URL; they are not yet checked to be an image. Thread-safe.
+
+    Raises:
+        FetchError: the policy does not allow it, or the server does not deliver.
+    """
+    connector = _Connector(policy, time.monotonic() + policy.timeout_s)
+    with httpcore.ConnectionPool(_ssl_context(), network_backend=connector) as pool:
+        try:
+            for _ in range(policy.max_redirects + 1):
+                body_or_url = _get(pool, _parse(url, policy), connector)
+                if isinstance(body_or_url, bytes):
+                    return body_or_url
+                url = urljoin(url, body_or_url)
+        except httpcore.TimeoutException as error:
+            raise connector.too_slow() from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+            reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or type(error).__name__
+            raise FetchError("connection", f"the server cannot be reached: {reason}") from error
+    raise FetchError("redirects", f"the URL redirects more than {policy.max_redirects} times")
+
+
+def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
+    """Take a URL apart once, so that nothing after this reads it in another way."""
+    try:
+        parts = urlsplit(url.strip())
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+        if not _is_address(host):
+            host = host.encode("idna").decode("ascii").lower()
+    except (ValueError, UnicodeError) as error:
+        raise FetchError(
+            "url", f"the URL must be valid, got one with a damaged host or port: {error}"
+        ) from error
+    if parts.scheme not in ("http", "https"):
+        raise FetchError("url", f"the URL must begin with http:// or https://, got {parts.scheme[:20]!r}")
+    if "@" in parts.netloc:
+        raise FetchError("url", "the URL must not contain a user or a password")
+    if not (_HOST.fullmatch(host) or _is_address(host)):
+        raise FetchError("url", "the URL must name a host")
+    if policy.hosts is not None and host not in policy.hosts:
+        raise FetchError("host", f"the URL must be of an allowed host, got {host}")
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    if parts.query:
+        target += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._[]|")
+    return httpcore.URL(scheme=parts.scheme, host=host, port=port, target=target)
+
+
+def _get(pool: httpcore.ConnectionPool, url: httpcore.URL, connector: _Connector) -> bytes | str:
+    """Return the body, or the URL of a redirect."""
+    host = url.host.decode()
+    headers: dict[bytes | str, bytes | str] = {
+        "Host": (f"[{host}]" if ":" in host else host) + (f":{url.port}" if url.port else ""),
+        "User-Agent": f"blip2-ray/{__version__}",
+        "Accept": "image/*, */*;q=0.1",
+        "Accept-Encoding": "identity",
+    }
+    with pool.stream("GET", url, headers=headers) as response:
+        answered = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+        if response.status in _REDIRECTS and b"location" in answered:
+            return answered[b"location"]
+        if response.status != 200:
+            raise FetchError(
+                "answer", f"the server answered with status {response.status}, not with an image"
+            )
+        if answered.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise FetchError("answer", "the server compressed the body, although it was asked not to")
+        return _read(response, answered.get(b"content-length", ""), connector)
+
+
+def _read(response: httpcore.Response, content_length: str, connector: _Connector) -> bytes:
+    max_bytes = connector.policy.max_bytes
+    if content_length.isdecimal() and int(content_length[:20]) > max_bytes:
+        raise FetchError(
+            "size", f"the image has {content_length[:20]} bytes, more than max_bytes ({max_bytes})"
+        )
+    body = bytearray()
+    for chunk in response.iter_stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise FetchError("size", f"the image has more bytes than max_bytes ({max_bytes})")
+    return bytes(body)
+
+
+class _Connector(httpcore.NetworkBackend):
+    """Connects to addresses that were checked, and to nothing after the deadline."""
+
+    def __init__(self, policy: FetchPolicy, deadline: float) -> None:
+        self.policy = policy
+        self._deadline = deadline
+        self._sockets = httpcore.SyncBackend()
+
+    def remaining_s(self) -> float:
+        if (remaining := self._deadline - time.monotonic()) <= 0:
+            raise self.too_slow()
+        return remaining
+
+    def too_slow(self) -> FetchError:
+        return FetchError("time", f"the image did not arrive within {self.policy.timeout_s:g} s")
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        error: Exception | None = None
+        for address in self._resolve(host, port):
+            try:
+                stream = self._sockets.connect_tcp(
+                    address, port, self.remaining_s(), local_address, socket_options
+                )
+                return _Stream(stream, self)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failure:
+                error = failure  # the next address may answer
+        assert error is not None  # `_resolve` returns at least one address
+        raise error
+
+    def _resolve(self, host: str, port: int) -> list[str]:
+        """Return the addresses of a host, all of which are allowed."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+        for address in addresses:
+            if not self.policy.allows(ipaddress.ip_address(address)):
+                raise FetchError(
+                    "address", f"the URL must lead to a public address, got {host}, which is {address}"
+                )
+        return addresses
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection that ends at the deadline, however slowly its bytes drip."""
+
+    def __init__(self, stream: httpcore.NetworkStream, connector: _Connector) -> None:
+        self._stream = stream
+        self._connector = connector
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._connector.remaining_s())
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._connector.remaining_s())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        remaining_s = self._connector.remaining_s()
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, remaining_s), self._connector)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _is_public(address: Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        inside = address.ipv4_mapped or address.sixtofour
+        if inside is None and address in _IPV4_INSIDE:
+            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inside is not None:
+            return _is_public(inside)
+        if address.is_site_local:
+            return False
+    if address.is_multicast or address.is_reserved or not address.is_global:
+        return False
+    return not any(address in network for network in _NOT_PUBLIC)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    return ssl.create_default_context()

@@ -1,0 +1,294 @@
+"""Compare the input of a run with what is there now: changed shards, files that are new or gone.
+
+The shards of a run stay as they were listed. A changed shard must be made again whole, because rows are
+joined by their number; new files become further shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pipeline.errors import InputError
+from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.find_files import Files, ListedFile
+from pipeline.inputs.listing import (
+    MAX_STAMPED_IMAGES,
+    ListedFiles,
+    shards_of,
+    shards_of_file,
+    stamps_now,
+    take_rows,
+)
+from pipeline.inputs.reader import ReadOptions
+from pipeline.inputs.shards import Shard, without_secrets
+from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
+from pipeline.storage.filesystems import join
+
+NO_FILES = ListedFiles({}, {}, {}, Unread())
+MAX_NAMED = 10
+"""How many files a message names; it counts the others."""
+
+
+@dataclass(frozen=True)
+class InputChanges:
+    """What has become of the input since the run listed it."""
+
+    shards: tuple[Shard, ...]
+    """The shards of the run, with the stamps of files that were not known or were only copied."""
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """How each changed shard has changed, by its name."""
+    stamps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The stamps that the files of the changed shards have now."""
+    gone: tuple[str, ...] = ()
+    """Files of the run that are no longer in the input."""
+    new: ListedFiles = field(default_factory=lambda: NO_FILES)
+    """Files of the input that are not in the run."""
+    unread: Unread = field(default_factory=Unread)
+    """Files of the input that are not read."""
+
+    @property
+    def num_new(self) -> int:
+        return sum(map(len, self.new.chosen.values()))
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a shard has changed."""
+        if self.changed:
+            raise InputError(
+                f"{self._changed_line()}; add --redo-changed to make all rows of such a shard again, restore "
+                "the input, or give another --output"
+            )
+
+    def lines(self, is_start: bool = False, is_added: bool = False) -> list[str]:
+        """Say what has changed, in a sentence for each kind of change.
+
+        Args:
+            is_start: whether a run starts now, which makes the changed shards again.
+            is_added: whether the run takes the new files.
+        """
+        lines = []
+        if self.changed:
+            lines.append(
+                f"{self._changed_line()}; "
+                + (
+                    "all their rows are made again"
+                    if is_start
+                    else "--redo-changed makes all their rows again"
+                )
+            )
+        if self.gone:
+            lines.append(
+                f"{_count(len(self.gone), 'file')} of the run can no longer be found in the input: "
+                f"{name_some(self.gone)}; rows that are finished stay"
+            )
+        if self.num_new:
+            names = sorted(file for files in self.new.chosen.values() for file in files)
+            them = "it" if len(names) == 1 else "them"
+            what = "added to the run" if is_added else f"--add-new captions {them}"
+            lines.append(f"{_count(len(names), 'new file')}: {name_some(names)}; {what}")
+        return [*lines, *self.unread.lines()]
+
+    def _changed_line(self) -> str:
+        how = [f"{name} ({how})" for name, how in self.changed.items()]
+        have = "has" if len(how) == 1 else "have"
+        return (
+            f"{_count(len(how), 'shard')} of the input {have} changed since the run began: {name_some(how)}"
+        )
+
+
+def find_changes(
+    shards: Sequence[Shard],
+    listed: ListedFiles,
+    content_of: Callable[[str], str | None],
+    known_changed: Collection[str] = (),
+) -> InputChanges:
+    """Compare the shards of a run with the files that its input has now.
+
+    Args:
+        shards: the shards of the run.
+        listed: the files of the input now; of a run with a limit, only the files of its shards matter.
+        content_of: returns the digest of the bytes from which the output file of a shard was made, if the
+            shard is finished.
+        known_changed: shards of which a read task or a commit has said that they had changed.
+    """
+    now: Files = {
+        _path(root, file): entry
+        for (root, _), files in listed.chosen.items()
+        for file, entry in files.items()
+    }
+    num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
+    kept: list[Shard] = []
+    gone: dict[str, None] = {}
+    changed: dict[str, str] = {}
+    changed_stamps: dict[str, tuple[str, ...]] = {}
+    copies: dict[str, bool] = {}
+    for shard in shards:
+        paths = [_path(shard.root, file) for file in shard.files]
+        gone |= dict.fromkeys(file for file, path in zip(shard.files, paths, strict=True) if path not in now)
+        if not shard.stamps and shard.format == "folder" and num_images > MAX_STAMPED_IMAGES:
+            kept.append(shard)
+            continue
+        entries = {file: now.get(path, ListedFile()) for file, path in zip(shard.files, paths, strict=True)}
+        stamps = stamps_now(shard.root, shard.files, entries)
+        how = _difference(shard, stamps)
+        if how and _is_copy(shard, stamps, content_of, copies):
+            how = None
+        if shard.name in known_changed and paths[0] in now:
+            how = how or "while it was read"
+        if how:
+            changed[shard.name], changed_stamps[shard.name] = how, stamps
+            kept.append(shard)
+        else:
+            known = shard.stamps or (UNKNOWN,) * len(stamps)
+            merged = (new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
+            kept.append(replace(shard, stamps=tuple(merged)))
+    return InputChanges(
+        tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, listed), listed.unread
+    )
+
+
+def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """Begin the changed shards again, as they are now.
+
+    Args:
+        options: which members of a tar are rows, for a limit.
+
+    Returns:
+        The shards of the run, and the names of those whose output is no longer valid. All ranges of a changed
+        table are made again: its row groups may have moved.
+    """
+    paths = {_path(s.root, s.files[0]) for s in changes.shards if s.name in changes.changed and _is_file(s)}
+    shards: list[Shard] = []
+    of_file: dict[str, list[Shard]] = {}
+    dropped = []
+    for shard in changes.shards:
+        path = _path(shard.root, shard.files[0])
+        if path in paths and _is_file(shard):
+            of_file.setdefault(path, []).append(shard)
+            dropped.append(shard.name)
+        elif shard.name in changes.changed:
+            stamps = changes.stamps[shard.name]
+            shards.append(replace(shard, stamps=stamps, generation=shard.generation + 1))
+            dropped.append(shard.name)
+        else:
+            shards.append(shard)
+    for parts in of_file.values():
+        stamp = next(changes.stamps[part.name][0] for part in parts if part.name in changes.stamps)
+        shards += _list_again(parts, stamp, options)
+    return tuple(sorted(shards, key=lambda shard: shard.name)), tuple(dropped)
+
+
+def add_new(shards: Sequence[Shard], new: ListedFiles) -> tuple[Shard, ...]:
+    """Return the shards of a run with new files as further shards; the others stay as they are.
+
+    Raises:
+        InputError: a new shard would have the name of another one.
+    """
+    prefixes, folder_names, num_before = dict(new.prefixes), dict(new.folder_names), dict[str, int]()
+    roots = {without_secrets(root): root for root, _ in new.chosen}
+    for shard in shards:
+        root = roots.get(without_secrets(shard.root))
+        if shard.format == "folder":
+            name = shard.name.rpartition("~")[0]
+            num_before[name] = num_before.get(name, 0) + len(shard.files)
+            if root is not None:
+                folder_names[root] = name
+        elif root is not None:
+            prefixes[root] = _name_of_file(shard).removesuffix(shard.files[0]).rstrip("/")
+    added = shards_of(replace(new, prefixes=prefixes, folder_names=folder_names), num_before=num_before)
+    names = {shard.name for shard in shards}
+    for shard in added:
+        if shard.name in names:
+            raise InputError(
+                f"the new file {shard.uri} would have the name {shard.name}, which another file of the run "
+                "has; caption it into another --output"
+            )
+    return (*shards, *added)
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Name the first of many files, and count the others."""
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _path(root: str, file: str) -> str:
+    return join(without_secrets(root), file)
+
+
+def _is_file(shard: Shard) -> bool:
+    return shard.format != "folder"
+
+
+def _name_of_file(shard: Shard) -> str:
+    """Return the name of the shard that a tar or a table would be if it were not divided."""
+    return shard.name if shard.row_groups is None else shard.name.rpartition("~")[0]
+
+
+def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
+    """Say how the files of a shard differ from its stamps, or return None."""
+    pairs = [
+        (file, known, now)
+        for file, known, now in zip(shard.files, shard.stamps, stamps, strict=False)
+        if known != now and UNKNOWN not in (known, now)
+    ]
+    if not pairs:
+        return None
+    file, known, now = pairs[0]
+    before, after = size_in(known), size_in(now)
+    how = f"{int(after):,} bytes, {int(before):,} before" if before != after else "changed at another time"
+    if _is_file(shard):
+        return how
+    return f"{file}: {how}" + (f", and {len(pairs) - 1:,} more" if len(pairs) > 1 else "")
+
+
+def _is_copy(
+    shard: Shard, stamps: Sequence[str], content_of: Callable[[str], str | None], copies: dict[str, bool]
+) -> bool:
+    """Return whether the file of a shard has another time and the bytes that the run has read.
+
+    Args:
+        copies: the answers so far, because the ranges of a table share one file.
+    """
+    if not _is_file(shard) or size_in(shard.stamps[0]) != size_in(stamps[0]):
+        return False
+    path = _path(shard.root, shard.files[0])
+    if not copies.get(path):
+        copies[path] = has_content(shard, content_of(shard.name))
+    return copies[path]
+
+
+def _not_in(shards: Iterable[Shard], listed: ListedFiles) -> ListedFiles:
+    known = {_path(shard.root, file) for shard in shards for file in shard.files}
+    new = {
+        (root, file_format): {file: entry for file, entry in files.items() if _path(root, file) not in known}
+        for (root, file_format), files in listed.chosen.items()
+    }
+    return replace(listed, chosen={key: files for key, files in new.items() if files})
+
+
+def _list_again(parts: Sequence[Shard], stamp: str, options: ReadOptions) -> list[Shard]:
+    """Return the shards of a tar or a table that has changed.
+
+    Args:
+        parts: the shards that it was.
+        stamp: the stamp that the file has now.
+    """
+    first = parts[0]
+    whole = Shard(
+        name=_name_of_file(first),
+        format=first.format,
+        root=first.root,
+        files=first.files,
+        size_bytes=int(size_in(stamp)) if size_in(stamp).isdigit() else None,
+        stamps=(stamp,),
+        generation=1 + max(part.generation for part in parts),
+    )
+    shards = shards_of_file(whole)
+    if any(part.max_rows is not None for part in parts):  # --limit has cut the file.
+        return list(take_rows(shards, sum(part.num_rows or 0 for part in parts), options))
+    return shards

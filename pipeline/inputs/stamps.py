@@ -1,0 +1,131 @@
+"""Stamps: notice that a file is no longer what the run has listed.
+
+A stamp is the size of a file and the time of its last change. Rows are joined by their number, so a file that
+was made again must not be mixed with rows of the file before it. A file that was only copied has another time
+and the same content, which a digest of a sample of its bytes shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipeline.errors import InputError
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
+from pipeline.inputs.shards import Shard
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
+from pipeline.storage.retrying_file import open_input
+
+UNKNOWN = ""
+"""The stamp of a file of which the storage tells nothing, or that is gone."""
+NUM_SAMPLES = 16
+SAMPLE_BYTES = 16 << 10
+"""The digest covers this much at equal distances, from the first byte to the last."""
+
+
+def stamp_of(info: pafs.FileInfo) -> str:
+    """Return the stamp of a file in a store.
+
+    Stores tell whole seconds in one answer and fractions in another, so fractions are left out.
+    """
+    if info.type != pafs.FileType.File:
+        return UNKNOWN
+    return f"{info.size}@{'' if info.mtime_ns is None else info.mtime_ns // 10**9}"
+
+
+def local_stamp(path: str) -> str:
+    """Return the stamp of a file on a disk."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return UNKNOWN
+    return f"{status.st_size}@{status.st_mtime_ns}"
+
+
+def local_stamps(paths: Sequence[str]) -> list[str]:
+    """Return the stamps of files on a disk, which may be a network disk that answers slowly."""
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
+        return list(threads.map(local_stamp, paths, chunksize=64))
+
+
+def size_in(stamp: str) -> str:
+    """Return the size in a stamp."""
+    return stamp.partition("@")[0]
+
+
+def read_unchanged(work: ShardWork, options: ReadOptions) -> Tables:
+    """Read a shard, and report it as changed if its file was not, or did not stay, the listed one.
+
+    A slice of a folder is not checked: each of its rows is one file, and its key is the file's name.
+    """
+    shard = work.shard
+    if shard.format == "folder":
+        report = yield from read_shard(work, options)
+        return replace(report, generation=shard.generation)
+    content = None
+    if not _is_listed(shard):
+        return _changed(shard, "has changed since the run has listed it")
+    try:
+        content = sample_digest(shard)
+    except (InputError, OSError, pa.ArrowException):
+        pass  # Reading the shard says what is wrong.
+    report = yield from read_shard(work, options)
+    if not _is_listed(shard) and not has_content(shard, content):
+        return _changed(shard, "has changed while it was read")
+    return replace(report, generation=shard.generation, content=content)
+
+
+def has_content(shard: Shard, content: str | None) -> bool:
+    """Return whether the file of a shard has the bytes that the digest stands for; False if unknown."""
+    try:
+        return content is not None and sample_digest(shard) == content
+    except (InputError, OSError, pa.ArrowException):
+        return False
+
+
+def sample_digest(shard: Shard) -> str:
+    """Return a digest of the size of a shard's only file and of a sample of its bytes."""
+    filesystem, root = open_filesystem(shard.root)
+    with open_input(filesystem, join(root, shard.files[0])) as file:
+        size = file.size()
+        digest = hashlib.sha256(str(size).encode())
+        last = max(0, size - SAMPLE_BYTES)
+        for start in sorted({last * number // (NUM_SAMPLES - 1) for number in range(NUM_SAMPLES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES) or b"")
+    return digest.hexdigest()[:32]
+
+
+def _is_listed(shard: Shard) -> bool:
+    """Return whether the file of a shard has the stamp of the listing; True if either is not known."""
+    known = shard.stamps[0] if shard.stamps else UNKNOWN
+    if known == UNKNOWN:
+        return True
+    try:
+        filesystem, root = open_filesystem(shard.root)
+        path = join(root, shard.files[0])
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            now = local_stamp(path)
+        else:
+            now = stamp_of(filesystem.get_file_info([path])[0])
+    except (InputError, OSError, pa.ArrowException):
+        return True  # Reading the shard says what is wrong.
+    return now in (UNKNOWN, known)
+
+
+def _changed(shard: Shard, how: str) -> ShardReport:
+    return ShardReport(
+        shard=shard.name,
+        num_rows=0,
+        complete=False,
+        reason=f"{shard.uri} {how}; --redo-changed makes its rows again",
+        changed=True,
+        generation=shard.generation,
+    )

@@ -1,0 +1,125 @@
+"""LoRA adapters that PEFT has written, merged while loading, against transformers with PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import Blip2ForConditionalGeneration
+
+from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoints.weights.adapter import merge_adapter
+from blip2_actor.checkpoints.weights.stored_tensor import read_whole
+from blip2_actor.checkpoints.weights.weight_files import list_weights
+from blip2_actor.testing import NUM_QUERIES, random_images
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+"""PEFT calls what transformers has renamed, and warns about fields that it leaves out."""
+
+NUM_TOKENS = 8
+IMAGES = random_images(3)
+
+
+@torch.no_grad()
+def save_adapter(base: Path, folder: Path, *, safe: bool = True, **options: Any) -> peft.PeftModel:
+    """Write an adapter of random numbers as PEFT writes it after a training; return the model with it."""
+    model = Blip2ForConditionalGeneration.from_pretrained(base)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+    adapted.save_pretrained(str(folder), safe_serialization=safe)
+    return adapted.eval()
+
+
+@torch.no_grad()
+def expected_ids(model: peft.PeftModel, is_opt: bool) -> list[tuple[int, ...]]:
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    pixel_values = (IMAGES.permute(0, 3, 1, 2) / 255 - mean) / std
+    made = model.generate(
+        pixel_values=pixel_values, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
+    )
+    return [tuple(row) for row in made[:, NUM_QUERIES + 1 if is_opt else 1 :].tolist()]
+
+
+def our_ids(model: Path, adapter: Path | None) -> list[tuple[int, ...]]:
+    config = EngineConfig(
+        model=str(model),
+        adapter=None if adapter is None else str(adapter),
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        skip_self_test=True,
+    )
+    options = GenerationOptions(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS)
+    with config.build() as engine:
+        return [r.token_ids for r in engine.generate([Request(image=i.numpy()) for i in IMAGES], options)]
+
+
+EVERYWHERE = r".*\.(qkv|projection|fc1|fc2|query|key|value|dense|q_proj|v_proj|out_proj|q|v|wi_0|wo|o)"
+PLACES: dict[str, dict[str, Any]] = {
+    "opt": {"target_modules": "all-linear"},
+    "t5": {"target_modules": "all-linear", "use_rslora": True},
+    "opt, lm_head": {"target_modules": ["lm_head", "q_proj"]},
+    "opt, embeddings": {"target_modules": ["embed_tokens"]},
+    "opt, embeddings saved": {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]},
+}
+"""Adapters for which the tokens are compared: first the language model, then what is adapted."""
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_tokens_equal_those_of_transformers_with_peft(
+    case: str, checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In OPT the head and the embeddings are one tensor, of which an adapter changes only one use."""
+    language = case.partition(",")[0]
+    base = checkpoint_folder(language)
+    adapted = save_adapter(base, tmp_path, **PLACES[case])
+    ours = our_ids(base, tmp_path)
+    assert ours == expected_ids(adapted, language == "opt")
+    assert ours != our_ids(base, None)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "fan in, fan out": {"fan_in_fan_out": True},
+    "patterns": {
+        "rank_pattern": {"q_proj|q": 2, r"layers\.1\.self_attn\.qkv": 3},
+        "alpha_pattern": {"fc1": 3, "language_model.*(v_proj|v)": 1},
+        "use_rslora": True,
+    },
+    "all biases, pickled": {"bias": "all", "safe": False},
+    "adapted biases": {"bias": "lora_only", "lora_bias": True, "target_modules": ["qkv", "value", "fc2"]},
+    "convolution, modules saved": {
+        "target_modules": ["patch_embedding"],
+        "modules_to_save": ["language_projection", "post_layernorm", "layer_norm"],
+    },
+}
+
+
+@pytest.mark.parametrize(("case", "language"), [*((case, "opt") for case in CONFIGS), ("patterns", "t5")])
+def test_merged_tensors_equal_those_of_peft(
+    case: str, language: str, checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every tensor, also those that no test image makes a difference for."""
+    base = checkpoint_folder(language)
+    adapted = save_adapter(base, tmp_path, **{"target_modules": EVERYWHERE, **CONFIGS[case]})
+    stored = list_weights(base)
+    merged = merge_adapter(stored, tmp_path)
+    expected = adapted.merge_and_unload().state_dict()
+    assert merged.keys() == stored.keys()
+    num_changed = 0
+    for name, tensor in merged.items():
+        value = read_whole(tensor)
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        num_changed += not torch.equal(value, read_whole(stored[name]))
+    assert num_changed > 1

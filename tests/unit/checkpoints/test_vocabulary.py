@@ -1,0 +1,87 @@
+"""A checkpoint without the files of its tokenizer is refused before any weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blip2_actor import EngineConfig, MatchingConfig
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
+from blip2_actor.checkpoints.vocabulary import require_vocabulary
+from blip2_actor.testing import save_tiny_checkpoint, save_tiny_retrieval_checkpoint
+
+
+def test_weights_without_a_tokenizer_are_refused_by_info_and_build(tmp_path: Path) -> None:
+    """`model.save_pretrained` writes no tokenizer: every caption was "" with status ok."""
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(DEMO_FOLDER / name, tmp_path)
+    config = EngineConfig(model=str(tmp_path), device="cpu")
+    for ask in (config.info, config.build, lambda: config.check_prompts(["a"], 3)):
+        with pytest.raises(ValueError, match=r"has no tokenizer\.json; copy them from"):
+            ask()
+
+
+def test_retrieval_needs_a_tokenizer_too(tmp_path: Path) -> None:
+    folder = save_tiny_retrieval_checkpoint(tmp_path)
+    config = MatchingConfig(model=str(folder), device="cpu")
+    config.info()
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        config.info()
+
+
+def test_a_vocabulary_without_the_end_token_is_refused(tmp_path: Path) -> None:
+    """A tokenizer of another model turns ids into other texts, or into none."""
+    folder = save_tiny_checkpoint(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {"a": 0, "b": 1}
+    tokenizer["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json must have at least 4 tokens .*, got 2"):
+        EngineConfig(model=str(folder), device="cpu").info()
+
+
+VOCABULARIES: dict[str, tuple[dict[str, str], str | None]] = {
+    "fast": ({"tokenizer.json": '{"model": {"vocab": {"a": 0, "b": 9}}}'}, None),
+    "fast, unigram": (
+        {"tokenizer.json": '{"model": {"vocab": [["a", 0]]}, "added_tokens": [{"id": 9}]}'},
+        None,
+    ),
+    "fast, too small": ({"tokenizer.json": '{"model": {"vocab": {"a": 8}}}'}, "at least 10 tokens .*, got 9"),
+    "fast, empty": ({"tokenizer.json": '{"model": {"vocab": {}}}'}, "at least 10 tokens .*, got 0"),
+    "fast, cut": ({"tokenizer.json": '{"model": {"vo'}, r"tokenizer\.json must be the vocabulary"),
+    "fast, no vocabulary": ({"tokenizer.json": "{}"}, r"tokenizer\.json must be the vocabulary"),
+    "slow": ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": 9}'}, None),
+    "slow, too small": ({"vocab.json": '{"a": 0}', "merges.txt": ""}, r"vocab\.json must .*, got 1"),
+    "slow, no merges": ({"vocab.json": '{"a": 9}'}, r"has no merges\.txt"),
+    "sentencepiece": ({"spiece.model": "…"}, None),
+    "sentencepiece, empty": ({"spiece.model": ""}, "got 0"),
+    "wordpiece": ({"vocab.txt": "a\n" * 10}, None),
+}
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_every_kind_of_vocabulary_is_counted(case: str, tmp_path: Path) -> None:
+    files, message = VOCABULARIES[case]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    check: Callable[[], None] = lambda: require_vocabulary(tmp_path, 10, [9])  # noqa: E731
+    if message is None:
+        check()
+    else:
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_rows_that_only_pad_the_embeddings_need_no_token(tmp_path: Path) -> None:
+    """blip2-opt-2.7b has 50304 rows and 50266 tokens; a tokenizer of BERT (30522) is another model's."""
+    (tmp_path / "vocab.txt").write_text("a\n" * 50266)
+    require_vocabulary(tmp_path, 50304, [2, 50118])
+    (tmp_path / "vocab.txt").write_text("a\n" * 30522)
+    with pytest.raises(ValueError, match="at least 31616 tokens for this model, got 30522"):
+        require_vocabulary(tmp_path, 32128, [1])

@@ -1,0 +1,383 @@
+"""The input of a run is the input of its resume and of its retry: no output is half old and half new."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.inputs import changes, listing
+from pipeline.inputs.reader import ReadOptions, ShardReport
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import read_run
+from pipeline.progress import Console
+from pipeline.report.status import status_lines
+from pipeline.run.run_job import run_job
+from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.placement import Placement
+from pipeline.settings.retry_settings import PlacementChanges
+from pipeline.storage.folder import Folder
+from tests.unit.inputs.formats.reading_cases import tar_bytes
+from tests.unit.inputs.run_without_ray import captions, prepare_of_retry, prepare_run, retry, run, work
+from tests.unit.ledger.test_fragments import rows as fragment_rows
+
+
+def write_tar(path: Path, *keys: str, content: str = "old", bad: tuple[str, ...] = ()) -> None:
+    """Write a tar with the given samples; each image says which sample it is of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = {key: f"{'bad' if key in bad else content} {key}".encode() for key in keys}
+    path.write_bytes(tar_bytes((f"{key}.jpg", image) for key, image in images.items()))
+
+
+def write_images(folder: Path, *names: str, content: str = "old") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"{content} {name}")
+
+
+def age(path: Path) -> None:
+    """Let a file look as if it had been written an hour later: a clock may be coarse."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 3600 * 10**9))
+
+
+def rows_of(*keys: str, content: str = "old") -> list[tuple[str, str | None]]:
+    return [(key, f"{content} {key}") for key in keys]
+
+
+# A shard that has changed --------------------------------------------------------------------------------
+
+
+def test_a_tar_made_again_with_one_more_sample_is_refused_and_made_again_whole(tmp_path):
+    """`retry` joined the rows by number: a key came twice, two samples were lost, with exit status 0."""
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c", bad=("b",))
+    write_tar(tmp_path / "in/1.tar", "x")
+    run(tmp_path)
+    untouched = (tmp_path / "out/1.tar.parquet").read_bytes()
+    write_tar(tmp_path / "in/0.tar", "new", *"abcdefghij", content="new")
+    for again in (run, retry):
+        with pytest.raises(
+            InputError, match=r"1 shard .* changed .*: 0.tar \(20,480 bytes, 10,240 before\); add --redo-"
+        ):
+            again(tmp_path)
+    assert captions(tmp_path)["0.tar"][0] == ("a", "old a"), "a refused run changes nothing"
+    assert retry(tmp_path, redo_changed=True).num_failed == 0
+    assert captions(tmp_path)["0.tar"] == rows_of("new", *"abcdefghij", content="new")
+    assert (tmp_path / "out/1.tar.parquet").read_bytes() == untouched
+    assert run(tmp_path).exit_status(0.0) == 0, "the run knows the new tar from now on"
+
+
+def test_a_resume_never_joins_fragments_of_another_tar(tmp_path):
+    """A shorter tar in its place left out 22 keys and kept rows of samples that were gone, with status 0."""
+    keys = [f"k{at}" for at in range(11)]
+    write_tar(tmp_path / "in/0.tar", *keys)
+    run(tmp_path, max_tables=1, reading=ReadOptions(table_rows=4))
+    assert Ledger(Folder(str(tmp_path / "out"))).scan().fragments["0.tar"][0].count == 4
+    write_tar(tmp_path / "in/0.tar", *keys[::2], content="new")
+    with pytest.raises(InputError, match="--redo-changed"):
+        run(tmp_path)
+    run(tmp_path, redo_changed=True)
+    assert captions(tmp_path)["0.tar"] == rows_of(*keys[::2], content="new")
+
+
+def test_fragments_that_arrive_late_do_not_join_a_shard_that_was_begun_again(tmp_path):
+    """A worker may write after its driver has died, also when the shard has been begun again since."""
+    write_tar(tmp_path / "in/0.tar", "k0", "k1")
+    straggler = prepare_run(tmp_path)
+    straggler.ledger.begin(straggler.run)
+    write_tar(tmp_path / "in/0.tar", "k0", "k1", "k2", content="new")
+    job = prepare_run(tmp_path, redo_changed=True)
+    late = fragment_rows([0, 1], shard="0.tar", word="late")
+
+    def write_late() -> None:
+        straggler.ledger.write_fragment(late)
+        straggler.ledger.store_shard_report(ShardReport(shard="0.tar", num_rows=2, complete=True))
+
+    work(job, after_table=write_late)
+    assert captions(tmp_path)["0.tar"] == rows_of("k0", "k1", "k2", content="new")
+    run(tmp_path)
+    assert [name for name in Folder(str(tmp_path / "out")).names() if "late" in name or ".rows" in name] == []
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+def test_a_tar_that_changes_while_it_is_read_gives_no_row(tmp_path, how):
+    """Its rows may be of both files. The shard is partial and says so, and `retry` reads the new file."""
+    keys = [f"k{at}" for at in range(10)]
+    tar = tmp_path / "in/0.tar"
+    write_tar(tar, *keys)
+    job = prepare_run(tmp_path, reading=ReadOptions(table_rows=4))
+
+    def change() -> None:
+        if how == "replaced":
+            tar.unlink()
+        write_tar(tar, *keys[2:], content="new")
+
+    result = work(job, after_table=change)
+    (partial,) = result.partial
+    assert "0.tar has changed while it was read; --redo-changed makes its rows again" in (
+        partial.reason or ""
+    )
+    assert captions(tmp_path) == {"0.tar": []}
+    with pytest.raises(InputError, match="1 shard of the input has changed"):
+        run(tmp_path)
+    assert retry(tmp_path).partial == []
+    assert captions(tmp_path)["0.tar"] == rows_of(*keys[2:], content="new")
+
+
+def test_a_tar_that_changed_between_listing_and_reading_is_not_read(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a")
+    job = prepare_run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c")
+    (partial,) = work(job).partial
+    assert "has changed since the run has listed it" in (partial.reason or "")
+
+
+def test_a_tar_that_changes_during_a_resume_loses_the_report_of_its_first_reading(tmp_path):
+    """The driver knew the number of rows from the first reading, and committed rows of both files."""
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c", bad=("b",))
+    run(tmp_path)
+    job = prepare_run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "new", "a", "b", "c", content="new")
+    state = job.ledger.scan()
+    changed = ShardReport(shard="0.tar", num_rows=0, complete=False, changed=True, reason="has changed")
+    job.ledger.store_shard_report(changed)
+    job.ledger.write_fragment(fragment_rows([1], shard="0.tar"))
+    summary = job.ledger.commit(ShardReport(shard="0.tar", num_rows=3, complete=True), {})
+    assert state.finished == {"0.tar"} and summary is not None
+    assert (summary.num_rows, summary.complete, summary.reason) == (3, False, "has changed")
+    assert captions(tmp_path)["0.tar"] == [("a", "old a"), ("b", None), ("c", "old c")]
+
+
+def test_a_copy_with_another_time_is_the_same_input(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a", "b")
+    run(tmp_path)
+    age(tmp_path / "in/0.tar")
+    assert run(tmp_path).exit_status(0.0) == 0
+    stored = read_run(Folder(str(tmp_path / "out")))
+    assert stored is not None
+    assert stored.shards[0].stamps[0].endswith(str((tmp_path / "in/0.tar").stat().st_mtime_ns))
+
+
+def test_other_bytes_of_the_same_size_are_another_input(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a", "b")
+    run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "a", "b", content="new")
+    age(tmp_path / "in/0.tar")
+    with pytest.raises(InputError, match=r"0.tar \(changed at another time\)"):
+        run(tmp_path)
+
+
+def test_a_partial_tar_that_was_repaired_is_made_again_by_retry_alone(tmp_path):
+    write_tar(tmp_path / "in/0.tar", *"abcdef")
+    whole = (tmp_path / "in/0.tar").read_bytes()
+    (tmp_path / "in/0.tar").write_bytes(whole[: len(whole) // 2])
+    assert len(run(tmp_path).partial) == 1
+    (tmp_path / "in/0.tar").write_bytes(whole)
+    assert retry(tmp_path).partial == []
+    assert captions(tmp_path)["0.tar"] == rows_of(*"abcdef")
+
+
+def test_all_ranges_of_a_changed_table_are_made_again(tmp_path, monkeypatch):
+    """Its row groups move: a range of the new table is not the range of the old one."""
+    monkeypatch.setitem(listing.list_input.__kwdefaults__, "range_bytes", 1)
+    monkeypatch.setattr(listing.shards_of_file, "__defaults__", (1,))
+
+    def write_table(num_rows: int, content: str) -> None:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        keys = [f"k{at}" for at in range(num_rows)]
+        images = [f"{content} {key}".encode() for key in keys]
+        pq.write_table(pa.table({"key": keys, "image": images}), tmp_path / "in/t.parquet", row_group_size=2)
+
+    write_table(6, "old")
+    run(tmp_path)
+    assert list(captions(tmp_path)) == ["t.parquet~0-1", "t.parquet~2-3", "t.parquet~4-5"]
+    write_table(3, "new")
+    with pytest.raises(InputError, match="3 shards of the input have changed"):
+        run(tmp_path)
+    run(tmp_path, redo_changed=True)
+    assert captions(tmp_path) == {
+        "t.parquet~0-1": rows_of("k0", "k1", content="new"),
+        "t.parquet~2-2": rows_of("k2", content="new"),
+    }
+
+
+def test_rows_with_other_keys_are_not_merged_when_the_listing_knew_nothing(tmp_path):
+    """Runs of version 0.1.0 have no stamps, so the keys are all that shows a change."""
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c", bad=("b",))
+    run(tmp_path)
+    forget_stamps(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "new", "a", "b", "c")
+    (partial,) = retry(tmp_path).partial
+    assert "row 1 was read as a and as b; --redo-changed makes" in (partial.reason or "")
+    assert captions(tmp_path)["0.tar"] == [("a", "old a"), ("b", None), ("c", "old c")]
+    with pytest.raises(InputError, match="1 shard of the input has changed"):
+        run(tmp_path)
+    run(tmp_path, redo_changed=True)
+    assert captions(tmp_path)["0.tar"] == rows_of("new", "a", "b", "c")
+
+
+def test_a_run_without_stamps_gets_them_at_its_next_start(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a", "b")
+    run(tmp_path)
+    forget_stamps(tmp_path)
+    assert run(tmp_path).exit_status(0.0) == 0
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c")
+    with pytest.raises(InputError, match="--redo-changed"):
+        run(tmp_path)
+
+
+def forget_stamps(root: Path) -> None:
+    """Store a run as version 0.1.0 has stored it."""
+    path = root / "out/_blip2/shards.jsonl.gz"
+    shards = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    old = [
+        {name: value for name, value in each.items() if name not in ("stamps", "generation")}
+        for each in shards
+    ]
+    path.write_bytes(gzip.compress("".join(json.dumps(each) + "\n" for each in old).encode()))
+    record = json.loads((root / "out/_blip2/run.json").read_text())
+    del record["working_folder"], record["hides_options"]
+    (root / "out/_blip2/run.json").write_text(json.dumps(record))
+
+
+# Files that are new or gone ------------------------------------------------------------------------------
+
+
+def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
+    """The folder said "0 to do" the next day, and the new photo was in no output."""
+    write_images(tmp_path / "in", *(f"{at}.jpg" for at in range(1, 12)))
+    run(tmp_path)
+    (old,) = captions(tmp_path)
+    before = (tmp_path / f"out/{old}.parquet").read_bytes()
+    begun = (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns
+    write_images(tmp_path / "in", "0.jpg")
+    job = prepare_run(tmp_path)
+    assert job.notes == ("1 new file: 0.jpg; --add-new captions it",)
+    assert job.notes[0] in status_lines(str(tmp_path / "out"))
+    assert run(tmp_path).num_rows == 11
+    assert prepare_run(tmp_path, add_new=True).notes == ("1 new file: 0.jpg; added to the run",)
+    assert run(tmp_path, add_new=True).num_rows == 12
+    assert (tmp_path / f"out/{old}.parquet").read_bytes() == before
+    assert (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns == begun, "the report tells when it began"
+    assert captions(tmp_path)["in~11-11"] == [("0.jpg", "old 0.jpg")]
+    assert run(tmp_path, add_new=True).num_rows == 12 and prepare_run(tmp_path).notes == ()
+
+
+def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
+    write_tar(tmp_path / "in/a/0.tar", "a0")
+    run(tmp_path)
+    write_tar(tmp_path / "in/a/1.tar", "a1")
+    write_tar(tmp_path / "in/b/0.tar", "b0")
+    assert prepare_run(tmp_path).notes == ("2 new files: a/1.tar, b/0.tar; --add-new captions them",)
+    run(tmp_path, add_new=True)
+    assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
+
+
+def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a")
+    write_tar(tmp_path / "in/1.tar", "b")
+    run(tmp_path)
+    (tmp_path / "in/0.tar").unlink()
+    (note,) = prepare_run(tmp_path).notes
+    assert note == "1 file of the run can no longer be found in the input: 0.tar; rows that are finished stay"
+    assert note in status_lines(str(tmp_path / "out"))
+    assert run(tmp_path).exit_status(0.0) == 0
+    shutil.rmtree(tmp_path / "in")
+    assert (
+        prepare_run(tmp_path)
+        .notes[0]
+        .startswith("the input cannot be compared with that of the run: no such")
+    )
+
+
+def test_a_photo_that_was_edited_is_a_change_unless_the_folder_is_very_large(tmp_path, monkeypatch):
+    write_images(tmp_path / "in", "0.jpg", "1.jpg")
+    run(tmp_path)
+    write_images(tmp_path / "in", "1.jpg", content="edited")
+    with pytest.raises(InputError, match=r"in~0-1 \(1.jpg: 12 bytes, 9 before\)"):
+        run(tmp_path)
+    run(tmp_path, redo_changed=True)
+    assert captions(tmp_path)["in~0-1"] == [("0.jpg", "old 0.jpg"), ("1.jpg", "edited 1.jpg")]
+    for module in (changes, listing):
+        monkeypatch.setattr(module, "MAX_STAMPED_IMAGES", 1)
+    run(tmp_path, output=str(tmp_path / "large"))
+    write_images(tmp_path / "in", "1.jpg", content="edited again")
+    assert run(tmp_path, output=str(tmp_path / "large")).exit_status(0.0) == 0
+
+
+def test_a_limit_has_no_new_files_and_add_new_is_refused_with_it(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c")
+    write_tar(tmp_path / "in/1.tar", "d")
+    run(tmp_path, limit=2)
+    assert prepare_run(tmp_path, limit=2).notes == ()
+    write_tar(tmp_path / "in/0.tar", "x", "y", "z", content="new")
+    run(tmp_path, limit=2, redo_changed=True)
+    assert captions(tmp_path) == {"0.tar": rows_of("x", "y", content="new")}
+    with pytest.raises(ValueError, match="add_new must be left out with limit"):
+        prepare_run(tmp_path, limit=2, add_new=True)
+
+
+# The same input in other words ---------------------------------------------------------------------------
+
+
+def test_order_spelling_and_a_last_slash_of_inputs_do_not_matter(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"in/{name}.tar", name)
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, input=("in/a.tar", f"{tmp_path}/in/b.tar"))
+    same = [("in/b.tar", "./in/a.tar"), (f"file://{tmp_path}/in/a.tar", f"{tmp_path}/in/../in/b.tar")]
+    for inputs in same:
+        assert run(tmp_path, input=inputs).num_rows == 2
+    monkeypatch.chdir(tmp_path / "in")
+    assert run(tmp_path, input=("a.tar", "b.tar")).num_rows == 2
+    assert retry(tmp_path).num_rows == 2
+    run(tmp_path, input=(str(tmp_path / "in"),), output=str(tmp_path / "folder"))
+    assert run(tmp_path, input=(f"{tmp_path}/in/",), output=str(tmp_path / "folder")).num_rows == 2
+
+
+def test_an_input_added_by_a_glob_of_the_shell_is_named_alone(tmp_path):
+    """The refusal printed all 1,000 names twice."""
+    tars = [tmp_path / f"in/{at:03}.tar" for at in range(40)]
+    for tar in tars:
+        write_tar(tar, tar.stem)
+    names = tuple(map(str, tars))
+    run(tmp_path, input=names[:12])
+    with pytest.raises(FingerprintMismatch) as refusal:
+        run(tmp_path, input=names)
+    message = str(refusal.value)
+    assert f"added {names[12]}, " in message and "and 18 more; run the first" in message
+    assert message.count(".tar") == 10 and "--add-new" in message
+    assert run(tmp_path, input=names[:13], add_new=True).num_rows == 13
+    assert run(tmp_path, input=names[:13]).num_rows == retry(tmp_path).num_rows == 13
+    with pytest.raises(FingerprintMismatch, match=r"left out .*000\.tar; run"):
+        run(tmp_path, input=names[1:13], add_new=True)
+
+
+def test_a_retry_keeps_the_flags_of_the_run_unless_it_has_others(tmp_path):
+    """A retry of a run with 10 % of bad images exited with 2, and ran with one actor."""
+    write_tar(tmp_path / "in/0.tar", "a", "b", bad=("b",))
+    run(tmp_path, max_failed_fraction=0.5, placement=Placement(max_actors=3, num_gpus=0.5))
+    kept = prepare_of_retry(tmp_path).settings
+    assert (kept.max_failed_fraction, kept.placement) == (0.5, Placement(max_actors=3, num_gpus=0.5))
+    other = prepare_of_retry(tmp_path, max_failed_fraction=0.0, placement=PlacementChanges(max_actors=1))
+    assert other.settings.max_failed_fraction == 0.0
+    assert other.settings.placement == Placement(max_actors=1, num_gpus=0.5)
+    with pytest.raises(ValueError, match="max_actors must be at least 1, got 0"):
+        PlacementChanges(max_actors=0)
+
+
+def test_the_job_says_what_is_new_at_its_start(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a")
+    run(tmp_path)
+    write_tar(tmp_path / "in/1.tar", "b")
+    said = io.StringIO()
+    run_job(prepare_run(tmp_path), Console(said))
+    assert "1 new file: 1.tar; --add-new captions it" in said.getvalue()

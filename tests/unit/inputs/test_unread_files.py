@@ -1,0 +1,135 @@
+"""What a run has written is never its input, and files that are not read are counted and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.errors import InputError
+from pipeline.inputs.file_kinds import Unread
+from pipeline.inputs.globs import Patterns
+from pipeline.inputs.listing import list_input, list_shards
+from pipeline.plan import stage_costs
+from pipeline.plan.plan import make_plan
+from pipeline.report.status import status_lines
+from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.plan_settings import PlanSettings
+from tests.unit.inputs.formats.reading_cases import encoded
+from tests.unit.inputs.run_without_ray import captions, prepare_run, run
+
+
+def write_table(path: Path, *keys: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"key": list(keys), "image": [key.encode() for key in keys]}), path)
+
+
+def test_an_output_inside_the_input_is_left_out_of_the_next_run(tmp_path):
+    """The second run captioned the captions of the first, or was refused for lack of an image column."""
+    write_table(tmp_path / "in/a.parquet", "a0", "a1")
+    run(tmp_path, output=str(tmp_path / "in/captions"))
+    (
+        tmp_path / "in/captions/_blip2/run.json"
+    ).unlink()  # Files of the output may be copied without its state.
+    for name in (tmp_path / "in", tmp_path / "in/**/*.parquet"):
+        listing = list_input(str(name))
+        assert [shard.name for shard in listing.shards] == ["a.parquet"]
+        assert listing.unread.lines() == ["left out: 1 file of an earlier run"]
+    run(tmp_path, prompt="a photo of")
+    assert list(captions(tmp_path)) == ["a.parquet"]
+
+
+def test_captions_next_to_photos_do_not_make_the_folder_one_of_two_kinds(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(b"a")
+    run(tmp_path, output=str(tmp_path / "in/captions"))
+    again = run(tmp_path, output=str(tmp_path / "in/captions"))
+    assert (again.num_rows, again.exit_status(0.0)) == (1, 0)
+    assert prepare_run(tmp_path).notes == ("left out: 1 file of an earlier run",)
+
+
+def test_an_output_is_read_if_its_files_are_named_one_by_one(tmp_path):
+    """A second step may score what a first one has kept."""
+    write_table(tmp_path / "in/a.parquet", "a0", "a1")
+    run(tmp_path)
+    with pytest.raises(
+        InputError, match=r"but the output of an earlier run \(1 files\); name another input, or name"
+    ):
+        list_shards(str(tmp_path / "out"))
+    assert len(list_shards([str(tmp_path / "out/a.parquet.parquet")])) == 1
+
+
+@pytest.mark.parametrize("named", ["in", "in/a.parquet", "in/*.parquet"])
+def test_an_output_that_is_the_folder_of_the_input_is_refused(tmp_path, named):
+    write_table(tmp_path / "in/a.parquet", "a0")
+    with pytest.raises(ValueError, match="output must be another folder than that of the input, got /"):
+        prepare_run(tmp_path, input=(str(tmp_path / named),), output=f"{tmp_path}/in/")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
+
+
+def test_files_that_are_not_read_are_counted_by_ending(tmp_path):
+    names = ["a.jpg", "b.JPG", "c.mp4", "d.MP4", "e.txt", "f.pdf", "g.svg", "h.psd", "i.cr2", "README"]
+    ignored = ["Thumbs/@eaDir/a.jpg", "__MACOSX/a.jpg", ".DS_Store", "._a.jpg"]
+    for name in [*names, *ignored]:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    said = "8 files not read: 2 .mp4, 1 .cr2, 1 .pdf, 1 .psd, 1 .svg, 2 others"
+    assert prepare_run(tmp_path).notes == (said,)
+    result = run(tmp_path)
+    assert result.num_rows == 2
+    record = json.loads((tmp_path / "out/_blip2/run.json").read_text())
+    assert record["unread"]["by_ending"] == {
+        ".mp4": 2, ".txt": 1, ".pdf": 1, ".svg": 1, ".psd": 1, ".cr2": 1, "without ending": 1
+    }  # fmt: skip
+    assert said in status_lines(str(tmp_path / "out"))
+    assert prepare_run(tmp_path).notes == (said,)
+    assert Unread().lines() == []
+
+
+def test_patterns_choose_the_files_of_an_input_and_are_kept_by_the_run(tmp_path):
+    for name in ("0.jpg", "0_mask.png", "masks/1.jpg", "a/masks/2.jpg", "3.jpg", "notes.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    patterns: dict[str, Any] = {"exclude": ("*_mask.png", "**/masks/**")}
+    run(tmp_path, **patterns)
+    assert [key for key, _ in captions(tmp_path)["in~0-1"]] == ["0.jpg", "3.jpg"]
+    (tmp_path / "in/4_mask.png").write_bytes(b"x")
+    notes = ("1 file not read: 1 .txt", "left out: 4 files by --include and --exclude")
+    assert prepare_run(tmp_path, **patterns).notes == notes
+    with pytest.raises(FingerprintMismatch, match=r"exclude: \['\*_mask.png', '\*\*/masks/\*\*'\] -> "):
+        prepare_run(tmp_path)
+    jpg = list_shards(str(tmp_path / "in"), patterns=Patterns(include=("*.jpg",), exclude=("a/**",)))
+    assert jpg[0].files == ("0.jpg", "3.jpg", "masks/1.jpg")
+    with pytest.raises(InputError, match="holds no file that --include and --exclude take"):
+        list_shards(str(tmp_path / "in"), patterns=Patterns(include=("*.tar",)))
+
+
+def test_a_plan_says_what_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_costs, "MIN_S", 0.01)
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    found = make_plan(PlanSettings(input=(str(tmp_path),), sample=1), FakeEngineConfig())
+    assert "          1 file not read: 1 .mp4" in list(found.lines())
+    assert found.to_dict()["unread"] == {"by_ending": {".mp4": 1}, "num_own": 0, "num_excluded": 0}
+
+
+def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
+    """Downloads are often named by a digest: a folder of them was refused, or they were left out."""
+    for format in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000"):
+        (tmp_path / format).write_bytes(encoded(format))
+    (tmp_path / "notes").write_text("BM is not always a bitmap")
+    listing = list_input(str(tmp_path))
+    assert listing.shards[0].files == ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+    assert listing.unread == Unread({"without ending": 1})
+
+
+def test_every_picture_of_a_phone_or_a_browser_is_a_row(tmp_path):
+    endings = ["jfif", "jpe", "avif", "heic", "HEIF", "jp2", "jxl"]
+    for at, ending in enumerate(endings):
+        (tmp_path / f"{at}.{ending}").write_bytes(b"x")
+    assert list_shards(str(tmp_path))[0].num_rows == len(endings)
