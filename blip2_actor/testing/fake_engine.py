@@ -1,9 +1,9 @@
 """An engine without a model, for tests and benchmarks of everything around the engine.
 
 `FakeEngineConfig` is its recipe and says what the engine costs (seconds per batch and per image) and how it
-fails: it can wait at a gate file, kill its process, report a lost device, or refuse a request. Its answers
-are in `fake_answers`. It records every caption in a trace folder, so that a test in another process counts
-captions instead of guessing from the time. It imports no torch, so that Ray starts its workers quickly.
+fails: it can wait at a gate file, kill its process, report a lost device, hang, or refuse a request. Its
+answers are in `fake_answers`. It records every caption in a trace folder, so that a test in another process
+counts captions instead of guessing from the time. It imports no torch, so that Ray starts workers quickly.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class FakeEngineConfig:
     """Path of a file: if it does not exist, the first caption creates it and kills the process by SIGKILL."""
     faults_on: tuple[str, ...] = ()
     """Captions on which the engine raises `DeviceFault`."""
+    hangs_on: tuple[str, ...] = ()
+    """Captions at which the engine stops for good, as a lost device does."""
+    hangs_on_device: str | None = None
+    """Number of the accelerator, as CUDA_VISIBLE_DEVICES has it, on which the engine stops at any caption."""
     refuses_on: tuple[str, ...] = ()
     """Captions whose result has the status `refused`."""
 
@@ -255,6 +259,9 @@ class FakeEngine:
         if config.kills_once and not os.path.exists(config.kills_once):
             Path(config.kills_once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        device = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if (device and device == config.hangs_on_device) or caption in config.hangs_on:
+            threading.Event().wait()
         if caption in config.kills_on:
             os.kill(os.getpid(), signal.SIGKILL)
 

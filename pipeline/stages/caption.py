@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from blip2_actor import (
     Blip2Actor,
+    EngineStats,
     GenerationOptions,
     ImageLike,
     Request,
@@ -24,6 +25,7 @@ from blip2_actor import (
     find_quality_flags,
     stricter_options,
 )
+from pipeline.caption_counts import REGENERATED
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
@@ -32,9 +34,6 @@ from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import RowResult, columns_of
 from pipeline.stages.worker_exit import exit_without_destructors
-
-REGENERATED = "regenerated"
-"""A flag of captions that were generated again because the first one had flags."""
 
 FinishedRows = list[tuple[int, RowResult]]
 """Positions in a table, and the results of these rows."""
@@ -71,7 +70,11 @@ class CaptionStage:
     @property
     def busy_s(self) -> float:
         """Seconds for which the engines have worked."""
-        return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
+        return sum(stats.busy_s for stats in self.stats())
+
+    def stats(self) -> list[EngineStats]:
+        """Return the counters of every engine of this stage."""
+        return [self.actor.stats(), *self._embeddings_and_scores.stats()]
 
     def close(self) -> None:
         """Finish running requests, refuse new ones, and free the device."""

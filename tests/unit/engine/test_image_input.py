@@ -27,8 +27,11 @@ def encoded(format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+LAYOUTS = {"plain": lambda a: a, "bgr": lambda a: a[..., ::-1], "flipped": lambda a: a[::-1]}
+
+
 @pytest.mark.parametrize("side_px", [SIZE_PX, SIZE_PX + 1])
-@pytest.mark.parametrize("layout", [lambda a: a, lambda a: a[..., ::-1], lambda a: a[::-1]], ids=["plain", "bgr", "flipped"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
     side_px: int, layout: Callable[[np.ndarray], np.ndarray]
 ) -> None:

@@ -262,5 +262,5 @@ def test_nothing_of_a_finished_request_is_kept(engine) -> None:
         next(engine.stream(requests[0]), None)
     del requests, futures
     engine.generate([Request(image=PICTURE)])  # a step that drops what was cancelled
-    assert num_kept() == before
+    assert num_kept() <= before  # tests before this one may still have had some in flight
     assert not engine._core._unfinished and not engine._core._arrived

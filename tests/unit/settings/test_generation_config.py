@@ -70,7 +70,7 @@ def test_a_new_run_takes_them_and_its_fingerprint_says_so(tmp_path, engine):
     begin(job)
     finish(job)
     assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (5, 30)
-    with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: 5 -> 'nothing'"):
+    with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: 5 -> nothing"):
         prepare(settings(tmp_path, ignoring(engine), generation=GenerationOptions(max_new_tokens=30)))
 
 
