@@ -7,11 +7,12 @@ new tokens. An option that is given and would have no effect is refused, never i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal
+
+from blip2_actor.inputs.field_types import require_types
 
 _MINIMA = {
     "max_new_tokens": 1,
@@ -96,7 +97,8 @@ class GenerationOptions:
     do_sample: bool = _unset(False)
     """Select tokens at random by their probability, instead of the most likely one."""
     temperature: float = _unset(1.0)
-    """Divides the logits before sampling; values above 1 make unlikely tokens more likely."""
+    """Divides the logits before sampling; values above 1 make unlikely tokens more likely. 0 is greedy
+    search, whatever the other options of sampling are."""
     top_k: int = _unset(0)
     """Sample only from this number of most likely tokens; 0 means all tokens."""
     top_p: float = _unset(1.0)
@@ -134,13 +136,17 @@ class GenerationOptions:
         return f"{name} is not an option; {remedy}"
 
     def __post_init__(self) -> None:
-        if self.stop is not None:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            object.__setattr__(self, "stop", stop)
-        if self.suppress_tokens is not None:
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.suppress_tokens, list | tuple):
             object.__setattr__(self, "suppress_tokens", tuple(map(_token_id, self.suppress_tokens)))
-        if self.bad_words_ids is not None:
+        if isinstance(self.bad_words_ids, list | tuple):
             object.__setattr__(self, "bad_words_ids", tuple(map(_token_ids, self.bad_words_ids)))
+        require_types(self)
+        if self.temperature == 0:
+            object.__setattr__(self, "do_sample", False)
+            for name in _FOR_SAMPLING:
+                object.__setattr__(self, name, _default_of(name))
         self._check_ranges()
         self._check_combinations()
 
@@ -171,8 +177,6 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None:
                 continue
-            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-            _require(is_whole, name, "a whole number", value)
             _require(value >= minimum, name, f"at least {minimum}", value)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
@@ -189,10 +193,9 @@ class GenerationOptions:
         )
         are_texts = all(isinstance(text, str) and text for text in self.stop or ())
         _require(are_texts, "stop", "texts that are not empty", self.stop)
-        _require(
-            _are_ids(self.suppress_tokens or ()), "suppress_tokens", "token ids from 0", self.suppress_tokens
-        )
-        are_sequences = all(ids and _are_ids(ids) for ids in self.bad_words_ids or ())
+        are_ids = min(self.suppress_tokens or (0,)) >= 0
+        _require(are_ids, "suppress_tokens", "token ids from 0", self.suppress_tokens)
+        are_sequences = all(ids and min(ids) >= 0 for ids in self.bad_words_ids or ())
         _require(
             are_sequences,
             "bad_words_ids",
@@ -226,7 +229,7 @@ class GenerationOptions:
         )
 
     def _require_default(self, name: str, condition: str, remedy: str) -> None:
-        default = type(self).__dataclass_fields__[name].metadata["resolved_default"]
+        default = _default_of(name)
         value = getattr(self, name)
         holds = value is None or value == default
         _require(holds, name, f"left at {default!r} {condition}", f"{value!r}; {remedy}")
@@ -237,13 +240,14 @@ def _token_id(given: Any) -> Any:
     return int(given) if isinstance(given, str) and given.isdecimal() else given
 
 
-def _token_ids(given: Any) -> tuple[Any, ...]:
+def _token_ids(given: Any) -> Any:
     """Return a sequence of ids, which a flag gives as one text with commas."""
-    return tuple(map(_token_id, given.split(",") if isinstance(given, str) else given))
+    ids = given.split(",") if isinstance(given, str) else given
+    return tuple(map(_token_id, ids)) if isinstance(ids, list | tuple) else ids
 
 
-def _are_ids(token_ids: Sequence[object]) -> bool:
-    return all(isinstance(t, Integral) and not isinstance(t, bool) and int(t) >= 0 for t in token_ids)
+def _default_of(name: str) -> Any:
+    return GenerationOptions.__dataclass_fields__[name].metadata["resolved_default"]
 
 
 def _require(holds: bool, field: str, rule: str, got: object) -> None:

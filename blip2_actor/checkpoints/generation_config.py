@@ -69,7 +69,10 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
     if options.get("do_sample"):
         options.setdefault("top_k", TOP_K_OF_SAMPLING)
     try:
-        options = {name: getattr(GenerationOptions(**{name: value}), name) for name, value in options.items()}
+        for name, value in options.items():
+            checked = GenerationOptions(**{name: value})
+            if isinstance(value, list):
+                options[name] = getattr(checked, name)
         GenerationOptions().resolve(options)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -55,7 +55,7 @@ class TextSearch:
         self.error: str | None = None
         """Why there is no text: `processor` has raised."""
         self.token_ids: list[int] = []
-        self.logprob = 0.0
+        self.token_logprobs: list[float] = []
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
@@ -83,7 +83,7 @@ class TextSearch:
     def accept(self, token_id: int, logprob: float) -> bool:
         """Append a token; return True if the text is complete."""
         self.token_ids.append(token_id)
-        self.logprob += logprob
+        self.token_logprobs.append(logprob)
         if token_id in self._end_ids or (self.options.stop and self._has_stop_text()):
             self.done, self.finish_reason = True, "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
@@ -105,7 +105,8 @@ class TextSearch:
             Completion(
                 text=text,
                 token_ids=tuple(self.token_ids),
-                logprob=self.logprob,
+                logprob=sum(self.token_logprobs),
+                token_logprobs=tuple(self.token_logprobs),
                 finish_reason=self.finish_reason,
             )
         ]

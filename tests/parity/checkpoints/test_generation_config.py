@@ -52,6 +52,15 @@ def test_info_lists_what_the_file_changes(checkpoint_folder: Callable[..., Path]
     assert config.info().generation_config == {"do_sample": True, "top_k": 50}
 
 
+def test_lists_of_the_file_are_options_and_empty_ones_are_the_defaults(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = {"suppress_tokens": [], "bad_words_ids": [[5], [6, 7]]}
+    stored = _config(checkpoint_folder("opt"), tmp_path, content).info().generation_config
+    assert stored == {"bad_words_ids": ((5,), (6, 7))}
+    assert GenerationOptions().resolve(stored).bad_words_ids == ((5,), (6, 7))
+
+
 def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -70,8 +79,8 @@ def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
         ({"suppress_tokens": [-5]}, "suppress_tokens must be token ids from 0, got (-5,)"),
         ({"max_length": 40}, "got 40; use max_new_tokens"),
         ({"eos_token_id": [3, 5]}, "must not have 'eos_token_id'"),
-        ({"temperature": 0, "do_sample": True}, "temperature must be from 1e-06 to 1e+06, got 0"),
-        ({"num_beams": "many"}, "num_beams must be a whole number, got many"),
+        ({"temperature": -1, "do_sample": True}, "temperature must be from 1e-06 to 1e+06, got -1"),
+        ({"num_beams": "many"}, "num_beams must be a whole number, got 'many'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name_before_work(
