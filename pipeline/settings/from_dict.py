@@ -18,6 +18,7 @@ NEWER_FIELDS = frozenset(
     {
         "accept_truncated",
         "adapter",
+        "allow_urls",
         "deadline",
         "ignore_generation_config",
         "image_size_px",

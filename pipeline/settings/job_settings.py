@@ -25,7 +25,7 @@ from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 
-NO_TEXT = hiding("ignore_generation_config")
+NO_TEXT = hiding("allow_urls", "ignore_generation_config")
 """Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
@@ -64,7 +64,7 @@ class JobSettings:
     """Also process files that have come to the input since the output was started; finished files stay."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the output was started."""
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
     """columns and members"""

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from blip2_actor import EngineConfig, Request, Status
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 
 SIZE_PX = 64
