@@ -48,6 +48,8 @@ class Summary:
     """Of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the input's bytes, as in the shard's report."""
+    note: str | None = None
+    """As in the shard's report."""
 
     @property
     def num_failed(self) -> int:
@@ -112,6 +114,7 @@ def _commit(
         reason=report.reason,
         generation=report.generation,
         content=report.content,
+        note=report.note,
     )
     content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
     folder.put(name, content)
@@ -196,7 +199,7 @@ def _parquet(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
     row_bytes = max(1, rows.nbytes // max(1, len(rows)))
     group_rows = min(MAX_ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES // row_bytes))
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        rows.replace_schema_metadata(dict(metadata)), sink, row_group_size=group_rows, compression="zstd"
-    )
+    with pq.ParquetWriter(sink, rows.schema.with_metadata(dict(metadata)), compression="zstd") as writer:
+        if len(rows):  # The datasets library cannot read a row group without rows.
+            writer.write_table(rows, group_rows)
     return sink.getvalue().to_pybytes()

@@ -57,6 +57,7 @@ def report_of(summary: Summary) -> ShardReport | None:
         complete=True,
         generation=summary.generation,
         content=summary.content,
+        note=summary.note,
     )
 
 

@@ -29,9 +29,17 @@ def output_rows(
         kept: columns of the input that go into the output.
         stage: the stage that has made the results.
     """
+    return pa.concat_tables(_in_schema(table, finished, _schema(table, kept, stage), stage))
+
+
+def select_output(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
+    """Return the columns of the output of rows with results, as `CaptionStage.with_results` returns them."""
+    return _select(rows, _schema(rows, kept, stage))
+
+
+def _schema(table: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Schema:
     kept_fields = (table.schema.field(name) for name in kept)
-    schema = output_schema(kept_fields, stage.named, stage.captioned, "member" in table.column_names)
-    return pa.concat_tables(_in_schema(table, finished, schema, stage))
+    return output_schema(kept_fields, stage.named, stage.captioned, "member" in table.column_names)
 
 
 def _in_schema(

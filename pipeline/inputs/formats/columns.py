@@ -40,11 +40,15 @@ class Columns:
     texts: dict[str, pa.Field]
     """The prompt and the scored texts, by the name of the column in the reader's tables."""
     kept: dict[str, pa.Field]
-    """The kept columns, by their name in the output."""
+    """The kept columns that the table has, by their name in the output."""
+    lacking: tuple[str, ...] = ()
+    """Names in the input of kept columns that the table lacks; they are null in the output."""
 
     @classmethod
     def find(cls, schema: pa.Schema, options: ReadOptions) -> Columns:
         """Find the columns that the options name, and choose image and key if they name none.
+
+        A table may lack kept columns.
 
         Raises:
             InputError: a column does not exist or has the wrong type, or the image column is in doubt.
@@ -73,8 +77,13 @@ class Columns:
             texts[name] = text = _require_column(schema, option_name(name), source)
             if not _is_text(text.type):
                 raise InputError(f"{option_name(name)} must hold text, got {text.name!r} of type {text.type}")
-        kept = {name: _require_column(schema, "keep", source) for name, source in options.kept.items()}
-        return cls(image, key, texts, kept)
+        lacking = tuple(source for source in options.kept.values() if source not in schema.names)
+        kept = {
+            name: _require_column(schema, "keep", source)
+            for name, source in options.kept.items()
+            if source not in lacking
+        }
+        return cls(image, key, texts, kept, lacking)
 
     @property
     def names(self) -> list[str]:

@@ -32,7 +32,7 @@ class ParquetRows:
         self._shard = shard
         self._offset = offset
         texts = dict.fromkeys(columns.texts, pa.string())
-        kept = {name: field.type for name, field in columns.kept.items()}
+        kept = {name: columns.kept[name].type if name in columns.kept else pa.null() for name in options.kept}
         self._schema = pa.schema(options.columns | texts | kept)
 
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
@@ -42,7 +42,9 @@ class ParquetRows:
         if self.columns.key is not None:
             keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
         others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
-        others += [batch.column(field.name) for field in self.columns.kept.values()]
+        for name in self.options.kept:
+            field = self.columns.kept.get(name)
+            others.append(pa.nulls(len(batch)) if field is None else batch.column(field.name))
         return self._table(row, keys, images, statuses, errors, others)
 
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:

@@ -109,7 +109,6 @@ def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
         ({"image": ["x.jpg"]}, {"image_column": "image"}, "image_column must hold bytes"),
         ({"image": [b"x"], "n": [1.5]}, {"key_column": "n"}, "key_column must hold text or integers"),
         ({"image": [b"x"], "n": [1]}, {"prompt_column": "n"}, "prompt_column must hold text"),
-        ({"image": [b"x"]}, {"keep": ("label",)}, "keep must be one of the columns image, got 'label'"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_before_reading(tmp_path, columns, options, message):
@@ -119,6 +118,12 @@ def test_columns_that_do_not_fit_are_refused_before_reading(tmp_path, columns, o
     rows, report = read_rows(shard, **options)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
     assert report.reason is not None and report.reason.startswith(shard.uri)
+
+
+def test_a_kept_column_that_no_table_has_is_refused(tmp_path):
+    shard = write(tmp_path, {"image": [b"x"]})
+    with pytest.raises(InputError, match=r"keep must be one of the columns image, got 'label'"):
+        check_options([shard], ReadOptions(keep=("label",)))
 
 
 def test_a_usual_name_decides_between_columns_of_bytes(tmp_path):
