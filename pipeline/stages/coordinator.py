@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.ledger.rowset import Range, RowSet
+from pipeline.rowset import Range, RowSet
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble
 

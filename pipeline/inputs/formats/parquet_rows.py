@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from blip2_actor import Status
 from pipeline.inputs.formats.columns import Columns
 from pipeline.inputs.reader import MEMBER, ReadOptions
+from pipeline.schema import plain_type, to_plain
 
 
 class ParquetRows:
@@ -32,7 +33,10 @@ class ParquetRows:
         self._shard = shard
         self._offset = offset
         texts = dict.fromkeys(columns.texts, pa.string())
-        kept = {name: columns.kept[name].type if name in columns.kept else pa.null() for name in options.kept}
+        kept = {
+            name: plain_type(columns.kept[name].type) if name in columns.kept else pa.null()
+            for name in options.kept
+        }
         self._schema = pa.schema(options.columns | texts | kept)
 
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
@@ -44,7 +48,10 @@ class ParquetRows:
         others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
         for name in self.options.kept:
             field = self.columns.kept.get(name)
-            others.append(pa.nulls(len(batch)) if field is None else batch.column(field.name))
+            if field is None:
+                others.append(pa.nulls(len(batch)))
+            else:
+                others.append(to_plain(batch.column(field.name)))
         return self._table(row, keys, images, statuses, errors, others)
 
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:

@@ -11,9 +11,10 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.formats.kept import common_type, plain_type
+from pipeline.inputs.formats.kept import common_type
 from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.run_record import read_run
+from pipeline.schema import plain_type
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.formats.reading_cases import encoded, shard_at, tar_bytes
 from tests.unit.inputs.run_without_ray import run
