@@ -144,7 +144,9 @@ def _read_group(
             use_threads=False,
         ):
             for low, high in _overlaps(wanted, position, position + len(batch)):
-                yield rows.read(batch.slice(low - position, high - low), low)
+                part = batch.slice(low - position, high - low)
+                for first, stop in rows.cut(part):
+                    yield rows.read(part.slice(first, stop - first), low + first)
             position += len(batch)
             if position >= last:
                 return None

@@ -11,6 +11,8 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats import check_options, parquet
+from pipeline.inputs.formats.columns import Columns
+from pipeline.inputs.formats.parquet_rows import ParquetRows
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
@@ -218,6 +220,27 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
     assert max(len(table) for table in tables) <= 10
     assert tables == read_tables(shard, table_bytes=10_000)[0]
     assert {table.schema.field("image").type for table in tables} == {pa.binary()}
+
+
+@pytest.mark.parametrize("column", ["image", "a.b.image", "image.", "struct"])
+def test_batches_are_small_whatever_the_name_of_the_column(tmp_path, column):
+    """A name with a dot was not found in the footer, so that a batch had 512 rows of any size."""
+    images = pa.array([b"x" * 1000] * 100)
+    cells = pa.StructArray.from_arrays([images], ["bytes"]) if column == "struct" else images
+    table = {column: cells, "image_of_another": images}
+    shard = write(tmp_path, table, compression="none", use_dictionary=False)
+    options = ReadOptions(image_column=column, table_bytes=10_000)
+    rows = ParquetRows("s", 0, Columns.find(parquet.schema_of(shard), options), options)
+    assert rows.batch_rows(pq.read_metadata(tmp_path / "0.parquet").row_group(0)) == 9
+    assert len(read_rows(shard, image_column=column)[0]) == 100
+
+
+def test_rows_that_are_larger_than_the_average_fill_tables_of_their_own(tmp_path):
+    images = [b"x"] * 500 + [b"y" * 10_000] * 5
+    shard = write(tmp_path, {"image": images}, compression="none", use_dictionary=False)
+    tables, _ = read_tables(shard, table_bytes=20_000)
+    assert [row for table in tables for row in table["image"].to_pylist()] == images
+    assert max(table["image"].nbytes for table in tables) < 22_500
 
 
 def test_an_empty_table_is_complete(tmp_path):
