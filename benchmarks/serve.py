@@ -36,7 +36,7 @@ from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.testing import save_random_checkpoint
 from pipeline import set_ray_environment
 
-MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
+MAX_NEW_TOKENS = GenerationOptions().resolve().max_new_tokens
 OFFERED = (0.25, 0.5)
 """Rates of arrivals, as fractions of the images/s of the engine alone in the first round."""
 AT_ONCE = (1, 4, 16, 64)

@@ -7,11 +7,13 @@ module imports the two engines only when it builds them; nothing else in the eng
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from blip2_actor.flags import formerly
+from blip2_actor.inputs.field_types import require_types
 from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
@@ -34,8 +36,13 @@ class ModelConfig:
     """"auto" is bfloat16 if the device computes in it, else float32."""
     num_threads: int | None = None
     """CPU threads of the engine; by default, torch chooses."""
+    allow_urls: bool = False
+    """Fetch images that are given as http or https URLs, from public addresses only."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        require_types(self)
         if not self.model:
             raise ValueError('model must be a hub name, a folder or "demo", got an empty string')
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -86,10 +93,15 @@ class EngineConfig(ModelConfig):
     start if the results differ."""
     skip_cuda_graphs: bool = False
     """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
+    image_size_px: int | None = None
+    """Size to which images are resized, if it is not the checkpoint's: a multiple of its patch size. The
+    position embeddings are interpolated; a larger size shows more detail and takes longer."""
+    ignore_generation_config: bool = False
+    """Do not take options of generation that are not given from the checkpoint's generation_config.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("max_slots", "encode_batch")
+        self._require_positive("max_slots", "encode_batch", "image_size_px")
         if self.adapter == "":
             raise ValueError("adapter must be a hub name or a folder, got an empty string")
         if self.device_map is not None:
@@ -115,6 +127,8 @@ class EngineConfig(ModelConfig):
             self.dtype,
             lambda checkpoint: checkpoint.config,
             adapter=self.adapter,
+            ignore_generation_config=self.ignore_generation_config,
+            image_size_px=self.image_size_px,
         )
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:

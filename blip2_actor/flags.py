@@ -112,18 +112,18 @@ def add_flags(
             group = parser.add_argument_group(help_of[field.name])
             add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
             continue
-        required = field.default is dataclasses.MISSING
+        default = field.metadata.get("resolved_default", field.default)
         help_text = with_flags(help_of[field.name], cls, prefix)
-        if not required and hint is not bool and field.default not in (None, (), ""):
-            help_text += f" (default: {_shown(field.default)})"
+        if hint is not bool and default not in (None, (), "", dataclasses.MISSING):
+            help_text += f" (default: {_shown(default)})"
         parser.add_argument(
             flag_of(prefix + field.name),
             *(flag_of(prefix + old) for old in former_names(field)),
             dest=prefix + field.name,
-            required=required,
+            required=default is dataclasses.MISSING,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
-            **_value_options(hint, field.name) | {k: v for k, v in field.metadata.items() if k == "metavar"},
+            **_value_options(hint, field) | {k: v for k, v in field.metadata.items() if k == "metavar"},
         )
 
 
@@ -240,12 +240,12 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _value_options(hint: Any, name: str) -> dict[str, Any]:
-    """Return the options with which argparse reads a value of this type."""
+def _value_options(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Return the options with which argparse reads a value of this type; --no-… is for what can be None."""
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if field.default is None else "store_true"}
     if typing.get_origin(hint) is tuple:
-        return {"nargs": "+", "action": "extend", "type": str, "metavar": _metavar(name)}
+        return {"nargs": "+", "action": "extend", "type": str, "metavar": _metavar(field.name)}
     choices = _choices(hint)
     if choices:
         by_text = {str(choice).lower(): choice for choice in choices}
@@ -253,9 +253,9 @@ def _value_options(hint: Any, name: str) -> dict[str, Any]:
     for kind in (int, float, str):
         if kind in (typing.get_args(hint) or (hint,)):
             if kind is str:
-                return {"type": str, "metavar": _metavar(name)}
+                return {"type": str, "metavar": _metavar(field.name)}
             return {"type": _number_reader(kind), "metavar": kind.__name__.upper()}
-    raise TypeError(f"{name} must be a bool, int, float, str, Literal or tuple to be a flag, got {hint}")
+    raise TypeError(f"{field.name} must be bool, int, float, str, Literal or tuple to be a flag, got {hint}")
 
 
 def _choices(hint: Any) -> list[Any]:

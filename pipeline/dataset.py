@@ -112,6 +112,7 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
         ValueError: as `caption`.
     """
     info = spec.engine.info()
+    spec = spec.resolved(info)
     spec.check(info)
     _check_columns(ds.schema(), spec)
     if not ray.is_initialized():

@@ -26,7 +26,7 @@ from blip2_actor.models.vision import PixelNormalizer
 Work = list[tuple[int, "str | None", int]]
 """Index of the image, prompt, and forced number of new tokens of each text; with 0 it ends by itself within
 `MAX_NEW_TOKENS`."""
-MAX_NEW_TOKENS = GenerationOptions().max_new_tokens
+MAX_NEW_TOKENS = GenerationOptions().resolve().max_new_tokens
 
 
 def smooth_noise(count: int, size_px: int) -> np.ndarray:
@@ -77,7 +77,8 @@ class ReferenceSide:
         model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=self.dtype)
         self._model = model.eval().to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        normalizer = PixelNormalizer(**Checkpoint(folder).image_processor).to(self._device)
+        processor = Checkpoint(folder).image_processor
+        normalizer = PixelNormalizer(processor.mean, processor.std, processor.rescale_factor).to(self._device)
         size_px = self._model.config.vision_config.image_size
         pixels = torch.from_numpy(smooth_noise(1 + max(image for image, *_ in work), size_px))
         self._pixel_values = normalizer(pixels.to(self._device), self.dtype)

@@ -24,12 +24,15 @@ from blip2_actor.checkpoints.download import (
     select_files,
     write_whole,
 )
+from blip2_actor.checkpoints.generation_config import fill_special_tokens, read_generation_config
+from blip2_actor.checkpoints.image_processor import ImageProcessor
 from blip2_actor.checkpoints.vocabulary import require_vocabulary
 from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
+GENERATION_CONFIG = "generation_config.json"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """Architecture of the checkpoints without a language model, such as blip2-itm-vit-g."""
 
@@ -69,8 +72,9 @@ class Checkpoint:
                 f"word_embed_proj_dim must equal hidden_size ({text.hidden_size}) in a BLIP-2 checkpoint, "
                 f"got {text.word_embed_proj_dim}"
             )
+        fill_special_tokens(text, self.folder)
         ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        special_ids = [i for i in (getattr(text, "bos_token_id", None), *ends) if i is not None]
+        special_ids = [i for i in (text.bos_token_id, *ends) if i is not None]
         require_vocabulary(self.folder, text.vocab_size, special_ids)
         return config
 
@@ -117,17 +121,30 @@ class Checkpoint:
         )
 
     @cached_property
-    def image_processor(self) -> dict[str, Any]:
-        """Mean, std and rescale factor, from either of the two files in which transformers stores them."""
-        raw = self._json("preprocessor_config.json") or (self._json("processor_config.json") or {}).get(
-            "image_processor", {}
-        )
-        return {
-            # The defaults are CLIP's, as in transformers' BlipImageProcessor.
-            "mean": raw.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),
-            "std": raw.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
-            "rescale_factor": raw.get("rescale_factor", 1 / 255),
-        }
+    def image_processor(self) -> ImageProcessor:
+        """What the checkpoint's processor does to pixels.
+
+        Raises:
+            ValueError: it does something that is not supported.
+        """
+        stored = (self._json("processor_config.json") or {}).get("image_processor")
+        name = "processor_config.json" if stored else "preprocessor_config.json"
+        return ImageProcessor.of(stored or self._json(name) or {}, self.folder / name)
+
+    def generation_config(self, ignore: bool) -> dict[str, Any]:
+        """Return the options of `generation_config.json` that are not the defaults; none to ignore the file.
+
+        Raises:
+            ValueError: the file has an option that is not supported.
+        """
+        stored = None if ignore else self._json(GENERATION_CONFIG)
+        if stored is None:
+            return {}
+        return read_generation_config(stored, self.config.text_config, self.folder / GENERATION_CONFIG)
+
+    def require_image_size(self, config: Blip2Config, asked_px: int | None = None) -> int:
+        """Return the side of the square that the vision encoder takes; see `ImageProcessor.image_size`."""
+        return self.image_processor.image_size(config.vision_config, asked_px)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -225,6 +242,8 @@ def describe(
     device: str,
     dtype: str,
     read: Callable[[Checkpoint], Blip2Config],
+    ignore_generation_config: bool = True,
+    image_size_px: int | None = None,
     adapter: str | None = None,
 ) -> ModelInfo:
     """Describe a model without loading weights (see `EngineConfig.info`).
@@ -235,6 +254,7 @@ def describe(
         device: as in `ModelConfig.device`.
         dtype: as in `ModelConfig.dtype`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
+        ignore_generation_config, image_size_px: as in `EngineConfig`.
         adapter: as in `EngineConfig.adapter`.
 
     Raises:
@@ -246,10 +266,11 @@ def describe(
     config = read(checkpoint)
     return ModelInfo(
         model=model,
-        image_size_px=config.vision_config.image_size,
+        image_size_px=checkpoint.require_image_size(config, image_size_px),
         dtype=str(resolved_dtype).removeprefix("torch."),
         digest=checkpoint.digest(),
         vision_width=config.vision_config.hidden_size,
         qformer_width=config.qformer_config.hidden_size,
         num_queries=config.num_query_tokens,
+        generation_config=checkpoint.generation_config(ignore_generation_config),
     )

@@ -22,7 +22,11 @@ HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, device_map: str | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | None = None,
+    image_size_px: int | None = None,
 ) -> Blip2:
     """Load a captioning model.
 
@@ -34,6 +38,7 @@ def load_model(
         device: of the model; if `device_map` splits the model, of its inputs.
         dtype: of the weights, except those that must keep another dtype.
         device_map: as in `EngineConfig.device_map`.
+        image_size_px: size of the images, if it is not the checkpoint's own.
 
     Raises:
         ValueError: the tensors do not match the configuration, or `device_map` names a module or a device
@@ -64,9 +69,12 @@ def load_model(
     load_weights(model, tensors, rules, str(checkpoint.folder))
     if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
         language_model.tie_weights()
+    if image_size_px is not None:
+        model.vision.resize(image_size_px)
+        config.vision_config.image_size = image_size_px  # which sizes batches and memory
     if split is not None:
         split.attach()
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
@@ -78,7 +86,7 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
     rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
     load_weights(model, _stored_tensors(checkpoint), rules, str(checkpoint.folder))
-    model.normalizer = PixelNormalizer(**checkpoint.image_processor).to(device)
+    model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
@@ -86,3 +94,8 @@ def _stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Return the weights by their names in transformers' model, with the adapter merged."""
     tensors = list_weights(checkpoint.folder)
     return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)
+
+
+def _normalizer(checkpoint: Checkpoint) -> PixelNormalizer:
+    processor = checkpoint.image_processor
+    return PixelNormalizer(processor.mean, processor.std, processor.rescale_factor)

@@ -1,5 +1,9 @@
 """Prompts and texts to token ids and back, exactly as the checkpoint's own processor converts them.
 
+A `tokenizer.json` is the whole tokenizer and is used as it stands. transformers does the same for the names
+of the published checkpoints; for their folders it builds a tokenizer of the class in `tokenizer_config.json`
+instead, and the one of T5 drops spaces and newlines at the end of a prompt.
+
 The queries come before the text in both layouts of the reference (image tokens in the prompt since
 transformers 4.47, concatenation before that), so image tokens never occur here.
 
@@ -9,25 +13,86 @@ The functions `require_…` refuse texts that the model cannot take; their error
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, Blip2Config
+from transformers import BertTokenizer, Blip2Config, GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
+
+TOKENIZER_FILE = "tokenizer.json"
+OLDER_FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    # GPT2Tokenizer has other special tokens than OPT, so their names must be stored.
+    "opt": (GPT2Tokenizer, ("vocab.json", "merges.txt", "tokenizer_config.json")),
+    "t5": (T5Tokenizer, ("spiece.model",)),
+    "bert": (BertTokenizer, ("vocab.txt",)),
+}
+"""Classes and files of tokenizers without `tokenizer.json`, by the model that reads the text."""
+
+
+def load_tokenizer(folder: Path, reader: str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a checkpoint.
+
+    Args:
+        folder: the checkpoint's files.
+        reader: model that reads the text: "opt", "t5", or "bert" for the Q-Former of a retrieval checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.
+        ValueError: a package that reads the tokenizer's files is not installed.
+    """
+    if (folder / TOKENIZER_FILE).exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer_class, files = OLDER_FILES[reader]
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} must have {TOKENIZER_FILE}, or {' and '.join(files)}, got no "
+            f"{' and no '.join(missing)}; save the checkpoint's processor into this folder"
+        )
+    if reader == "t5":
+        _require_sentencepiece(folder)
+    return tokenizer_class.from_pretrained(folder)
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    missing = [package for package in ("sentencepiece", "protobuf") if not _is_installed(package)]
+    if missing:
+        raise ValueError(
+            f"{folder} has spiece.model and no {TOKENIZER_FILE}, which needs {' and '.join(missing)}; run: "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    module = {"protobuf": "google.protobuf"}.get(package, package)
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # there is no package "google" at all
+        return False
 
 
 class PromptTokenizer:
     """The tokenizer of one checkpoint."""
 
     def __init__(self, folder: Path, config: Blip2Config) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder, config.text_config.model_type)
         self.image_token_id: int | None = config.image_token_index
         text_config = config.text_config
         self.vocab_size: int = text_config.vocab_size
-        start = text_config.bos_token_id if text_config.bos_token_id is not None else text_config.eos_token_id
-        self.empty_ids = [start]
+        bos = text_config.bos_token_id
+        # transformers' generate has no answer without the start token; its processor tokenizes an empty text.
+        self.empty_ids: list[int] = self.tokenizer("").input_ids if bos is None else [bos]
+        if not self.empty_ids:
+            raise ValueError(
+                f"text_config in {folder}/config.json must have bos_token_id, got none; add it, because the "
+                "tokenizer makes no token of an empty text"
+            )
         eos = text_config.eos_token_id
-        self.end_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.end_ids: frozenset[int] = frozenset(
+            eos if isinstance(eos, list) else [] if eos is None else [eos]
+        )
 
     def encode(self, prompt: str | None) -> list[int]:
         """Return the token ids of a prompt, which follow the queries.
@@ -55,7 +120,7 @@ class PromptTokenizer:
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
-        return [*token_ids, min(self.end_ids)]
+        return [*token_ids, *sorted(self.end_ids)[:1]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Detokenize generated ids, without end tokens and surrounding spaces."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
-from blip2_actor.generation.search import TextSearch
+from blip2_actor.generation.search import TextSearch, cut_at_stop
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -22,7 +23,15 @@ from blip2_actor.status import Status
 class InputProcessor:
     """Turns images into pixels, prompts into ids, and options into searches; runs in the caller's thread."""
 
-    def __init__(self, model: Blip2, prompts: PromptTokenizer, image_size_px: int, max_slots: int) -> None:
+    def __init__(
+        self,
+        model: Blip2,
+        prompts: PromptTokenizer,
+        image_size_px: int,
+        max_slots: int,
+        generation_config: Mapping[str, Any],
+        allow_urls: bool = False,
+    ) -> None:
         self.model = model
         self.max_positions_read = max_positions_read(model)
         """Maximum length of a text that is only read."""
@@ -30,7 +39,9 @@ class InputProcessor:
         """Maximum length of a text that is generated: all slots become as long as the longest text."""
         self.prompts = prompts
         self.image_size_px = image_size_px
+        self._generation_config = generation_config
         self.max_slots = max_slots
+        self.allow_urls = allow_urls
         self._owner = object()
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
@@ -43,7 +54,15 @@ class InputProcessor:
         """
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
-        return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+        return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
+
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """Return options with a value for each; those not given are the checkpoint's, or the defaults.
+
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return options.resolve(self._generation_config)
 
     def request_state(
         self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
@@ -52,12 +71,15 @@ class InputProcessor:
 
         Args:
             options: used if the request has none of its own.
-            on_text: called with the whole text so far after each token.
+            on_text: called with the whole text so far after each token, unless several texts are made.
 
         Raises:
-            RequestRefused: the image or the prompt cannot be served.
+            RequestRefused: the image, the prompt or the options cannot be served.
         """
-        options = request.options or options
+        try:
+            options = self.resolve(request.options or options)
+        except ValueError as error:
+            raise RequestRefused(Status.REFUSED, str(error)) from error
         image = self.image(request.image)
         try:
             prompt_ids = self.prompts.encode(request.prompt)
@@ -69,8 +91,8 @@ class InputProcessor:
         def make_searches() -> Searches:
             if options.num_beams > 1:
                 return [BeamSearch(options, prefix_ids, self.prompts)]
-            on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
+            on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
 
@@ -136,8 +158,11 @@ class InputProcessor:
 def stable_text(text: str, stop: Sequence[str]) -> str:
     """Return the part of a growing text that later tokens will not change.
 
-    An incomplete character at the end, and the beginning of a stop text, are left out.
+    An incomplete character at the end, a stop text, and the beginning of one, are left out.
     """
+    cut = cut_at_stop(text, stop)
+    if cut is not None:
+        return cut
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)].rstrip()

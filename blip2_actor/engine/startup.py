@@ -5,10 +5,11 @@ It runs in the engine's thread, like everything that computes.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
@@ -19,6 +20,8 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
+
+logger = logging.getLogger(__name__)
 
 RECORDS_FOLDER = CACHE_FOLDER / "canary"
 """Records of self-tests. The folder keeps its first name, so that an upgrade finds the records before it."""
@@ -52,6 +55,9 @@ def start_model(
     device_map: str | None,
     skip_self_test: bool,
     skip_cuda_graphs: bool,
+    allow_urls: bool,
+    ignore_generation_config: bool,
+    image_size_px: int | None,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -62,7 +68,11 @@ def start_model(
     place = resolve_device(device)
     prepare_device(place)
     checkpoint = resolve(model, revision, adapter=adapter)
-    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map)
+    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
+    generation_config = checkpoint.generation_config(ignore_generation_config)
+    if generation_config:
+        logger.info("Options of the checkpoint's generation_config.json: %s", generation_config)
+    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map, image_size_px)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
@@ -70,9 +80,8 @@ def start_model(
     has_encode_worker = is_plain_cpu and num_threads > 1
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
-    image_size_px = checkpoint.config.vision_config.image_size
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
-    input_processor = InputProcessor(loaded, prompts, image_size_px, sizes.max_slots)
+    input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = ModelRunner(
         loaded,
         sizes.max_slots,
@@ -80,19 +89,21 @@ def start_model(
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
+    # With images of another size the model writes other captions, which are compared with each other.
+    record_of = checkpoint.digest() + ("" if image_size_px is None else f" {image_size_px} px")
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         has_encode_worker=has_encode_worker,
-        self_test=_test(runner, prompts, image_size_px, checkpoint) if has_self_test else None,
+        self_test=_test(runner, prompts, size_px, record_of) if has_self_test else None,
     )
 
 
 def _test(
-    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, checkpoint: Checkpoint
+    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, record_of: str
 ) -> self_test.SelfTestRecord:
     record = self_test.check(runner, prompts.empty_ids, image_size_px)
-    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest(), runner.dtype)
+    self_test.compare_with_last(record, RECORDS_FOLDER, record_of, runner.dtype)
     return record

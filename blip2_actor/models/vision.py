@@ -8,10 +8,11 @@ Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis lette
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Blip2VisionConfig
 
 from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
@@ -60,6 +61,23 @@ class VisionEncoder(nn.Module):
         )
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
+    def resize(self, image_size_px: int) -> None:
+        """Take images of another size from now on, with interpolated positions.
+
+        They are those of the reference's `interpolate_pos_encoding=True`. Call it after loading the weights.
+
+        Args:
+            image_size_px: side of the square, a multiple of the patch size.
+        """
+        grid = image_size_px // self.patch_size_px
+        if grid != self.grid:
+            of_class, of_patches = self.position_embedding.data.tensor_split([1], dim=1)
+            square = of_patches.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+            square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+            positions = torch.cat([of_class, square.flatten(2).transpose(1, 2)], dim=1)
+            self.position_embedding = nn.Parameter(positions, requires_grad=False)
+        self.image_size_px, self.grid = image_size_px, grid
+
     def patches(self, pixel_values: Tensor) -> Tensor:
         """Cut images into flat patches, channels first as in the reference's convolution.
 
@@ -70,13 +88,13 @@ class VisionEncoder(nn.Module):
             float[B, P - 1, 3 * patch * patch], in the same dtype.
 
         Raises:
-            ValueError: the images do not have the checkpoint's size (positions are not interpolated).
+            ValueError: the images do not have the size for which the positions are.
         """
         size, grid, patch = self.image_size_px, self.grid, self.patch_size_px
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
                 f"pixel_values must be [B, 3, {size}, {size}], got {list(pixel_values.shape)}; "
-                "resize the images to the checkpoint's size (positions are not interpolated)"
+                "resize the images, or set image_size_px to interpolate the positions"
             )
         used = pixel_values[:, :, : grid * patch, : grid * patch]
         cut = used.reshape(-1, 3, grid, patch, grid, patch)
@@ -93,7 +111,7 @@ class VisionEncoder(nn.Module):
             float[B, P, Dv], after the final norm; position 0 is the class token.
 
         Raises:
-            ValueError: the images do not have the checkpoint's size.
+            ValueError: the images do not have the size for which the positions are.
         """
         embeds = self.patch_embedding(self.patches(pixel_values))
         hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
@@ -119,7 +137,7 @@ class PixelNormalizer(nn.Module):
     std: Tensor
     divisor: Tensor
 
-    def __init__(self, mean: list[float], std: list[float], rescale_factor: float) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> None:
         super().__init__()
         # The reference multiplies in float64 and rounds. A float32 division gives the same bits, a float32
         # product does not. The divisor is a tensor, because CUDA turns division by a Python number into a

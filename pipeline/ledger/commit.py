@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
+from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import Fragment, delete_fragments, list_fragments, read_fragment
 from pipeline.ledger.layout import output_name, shard_report_name
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
+CAPTIONS_KEY = b"blip2.captions"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Summary:
     """Digest of a sample of the input's bytes, as in the shard's report."""
     note: str | None = None
     """As in the shard's report."""
+    captions: CaptionCounts = field(default_factory=CaptionCounts)
+    """In a place of its own in the footer; files of version 0.1.0 have none."""
 
     @property
     def num_failed(self) -> int:
@@ -86,8 +90,7 @@ def commit_shard(
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )
-    _write(folder, name, empty_schema, [], metadata, summary)
-    return summary
+    return _write(folder, name, empty_schema, [], metadata, summary)
 
 
 def _commit(
@@ -113,8 +116,9 @@ def _commit(
         content=report.content,
         note=report.note,
     )
+    schema, row_groups = merge.schema or empty_schema, merge.row_groups(num_rows)
     try:
-        _write(folder, name, merge.schema or empty_schema, merge.row_groups(num_rows), metadata, summary)
+        summary = _write(folder, name, schema, row_groups, metadata, summary)
     except PieceGone:
         return None
     # Rows past the end of a shard that was read less far are kept for a better reading.
@@ -173,14 +177,19 @@ def _write(
     row_groups: Iterable[pa.Table],
     metadata: Mapping[bytes, bytes],
     summary: Summary,
-) -> None:
-    stored = {**metadata, SUMMARY_KEY: json.dumps(asdict(summary)).encode()}
+) -> Summary:
+    """Write the file of a shard; return its summary with the counts of its captions."""
+    counts = []
     with folder.spool() as file:
         # Without rows there is no row group: the datasets library cannot read one that is empty.
-        with pq.ParquetWriter(file, schema.with_metadata(stored), compression="zstd") as writer:
+        with pq.ParquetWriter(file, schema.with_metadata(dict(metadata)), compression="zstd") as writer:
             for rows in row_groups:
                 writer.write_table(rows, len(rows))
+                counts.append(CaptionCounts.of_rows(rows))
+            summary = replace(summary, captions=CaptionCounts.sum_of(counts))
+            writer.add_key_value_metadata(_footer(summary))
         folder.put(name, file)
+    return summary
 
 
 def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -199,4 +208,11 @@ def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) 
 def read_summary(folder: Folder, shard: str) -> Summary:
     """Return the summary in the footer of a finished shard's file."""
     metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
-    return Summary(**json.loads(metadata[SUMMARY_KEY]))
+    captions = CaptionCounts(**json.loads(metadata.get(CAPTIONS_KEY, b"{}")))
+    return Summary(**json.loads(metadata[SUMMARY_KEY]), captions=captions)
+
+
+def _footer(summary: Summary) -> dict[bytes, bytes]:
+    values = asdict(summary)
+    captions = values.pop("captions")
+    return {SUMMARY_KEY: json.dumps(values).encode(), CAPTIONS_KEY: json.dumps(captions).encode()}

@@ -27,7 +27,7 @@ from pipeline.inputs.find_files import same_place
 from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
-from pipeline.settings.fingerprint import Fingerprint, FingerprintMismatch
+from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
@@ -56,6 +56,14 @@ class Run:
     def schema_version(self) -> int:
         """The version of the row contract in which the run was begun, and is finished."""
         return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
+
+    @property
+    def uses_generation_config(self) -> bool:
+        """Whether the checkpoint's `generation_config.json` has set options of the run.
+
+        It has not in runs of the versions that did not read it, and they must go on without it.
+        """
+        return GENERATION_CONFIG in self.fingerprint.parts
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -133,6 +141,10 @@ def _places(inputs: Sequence[str]) -> list[str]:
 def write_run(folder: Folder, run: Run) -> None:
     """Begin a run in a folder."""
     _write_shards(folder, run.shards)
+    _write_record(folder, run)
+
+
+def _write_record(folder: Folder, run: Run) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "fingerprint": run.fingerprint.parts,
@@ -155,7 +167,10 @@ def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
     """
     for shard in redone:
         folder.delete(output_name(shard))
-    write_run(folder, run)
+    _write_shards(folder, run.shards)
+    stored = json.loads(folder.get(RUN_FILE) or b"{}").get("settings")
+    if stored != json.loads(json.dumps(run.settings)):  # The time of the file tells when the run began.
+        _write_record(folder, run)
 
 
 def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:

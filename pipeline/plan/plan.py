@@ -48,6 +48,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
     job = settings.job()
     engine = engine or job.builder
     info = engine.info()
+    job = job.resolved(info)
     job.spec(engine).check(info)
     listing = list_input(
         job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns

@@ -6,7 +6,7 @@ rule about these values stands here once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
@@ -23,7 +23,7 @@ class CaptionSpec:
     engine: EngineBuilder = field(default=EngineConfig())
     """Builds the engine; a `MatchingConfig` if a retrieval checkpoint makes every output."""
     options: GenerationOptions = field(default=GenerationOptions())
-    """How texts are generated."""
+    """How texts are generated; `resolved` gives every option a value."""
     image_column: str = "image"
     """Column of images; `pipeline.stages.image_column` says what it may hold."""
     prompt: str | None = None
@@ -42,6 +42,14 @@ class CaptionSpec:
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_column is not None:
             raise ValueError("prompt_column cannot be given together with prompt; give one of them")
+
+    def resolved(self, info: ModelInfo) -> CaptionSpec:
+        """Return the spec with a value for every option of generation, from the checkpoint where it has one.
+
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return replace(self, options=self.options.resolve(info.generation_config))
 
     def check(self, info: ModelInfo) -> None:
         """Refuse settings with which no row could be served, before any work begins.

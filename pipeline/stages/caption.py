@@ -14,13 +14,23 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Blip2Actor, GenerationOptions, ImageLike, Request, Result, Status
+from blip2_actor import (
+    Blip2Actor,
+    EngineStats,
+    GenerationOptions,
+    ImageLike,
+    Request,
+    Result,
+    Status,
+    find_quality_flags,
+    stricter_options,
+)
+from pipeline.caption_counts import REGENERATED
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.engine_fault import engine_faults
 from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
-from pipeline.stages.quality_flags import REGENERATED, find_flags, stricter
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import RowResult, columns_of
 from pipeline.stages.worker_exit import exit_without_destructors
@@ -35,12 +45,13 @@ class CaptionStage:
     def __init__(self, spec: CaptionSpec) -> None:
         """Start the engine that a spec names."""
         exit_without_destructors()
-        self._spec = spec
-        outputs, options = spec.outputs, spec.options
+        outputs = spec.outputs
         matching = outputs.matching(spec.engine)
         # The second engine comes first, because the captioning engine takes the memory that is still free.
         score_engine = None if matching is None or outputs.only_matches else matching.build()
-        self.actor = Blip2Actor(spec.engine, options)
+        self.actor = Blip2Actor(spec.engine, spec.options)
+        self._spec = spec = spec.resolved(self.actor.info)
+        options = spec.options
         self.named = outputs.fields(self.actor.info)
         self.captioned = outputs.caption
         self.fields = spec.fields(self.actor.info)
@@ -54,12 +65,16 @@ class CaptionStage:
         self._answer_options: GenerationOptions | None = None
         if options.num_return_sequences > 1:  # only the best text of an answer is kept
             self._answer_options = dataclasses.replace(options, num_return_sequences=1)
-        self._regenerate_options = stricter(options) if outputs.regenerate else None
+        self._regenerate_options = stricter_options(options) if outputs.regenerate else None
 
     @property
     def busy_s(self) -> float:
         """Seconds for which the engines have worked."""
-        return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
+        return sum(stats.busy_s for stats in self.stats())
+
+    def stats(self) -> list[EngineStats]:
+        """Return the counters of every engine of this stage."""
+        return [self.actor.stats(), *self._embeddings_and_scores.stats()]
 
     def close(self) -> None:
         """Finish running requests, refuse new ones, and free the device."""
@@ -189,7 +204,7 @@ class CaptionStage:
         texts = (answer.text or "" for answer in answers)
         finished.named.update(zip(self._asks, texts, strict=True))
         if self.captioned:
-            finished.flags = find_flags(finished.result.text or "", row.prompt)
+            finished.flags = find_quality_flags(finished.result.text or "", row.prompt)
         return finished
 
     def _regenerate(self, rows: Sequence[PendingRow], results: Sequence[RowResult]) -> None:
@@ -206,4 +221,4 @@ class CaptionStage:
             (regenerated,) = again.results
             if regenerated.ok:
                 result.result = regenerated
-                result.flags = [*find_flags(regenerated.text or "", again.prompt), REGENERATED]
+                result.flags = [*find_quality_flags(regenerated.text or "", again.prompt), REGENERATED]

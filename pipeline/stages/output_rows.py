@@ -29,11 +29,12 @@ def output_rows(
         kept: columns of the input that go into the output.
         stage: the stage that has made the results.
     """
-    return pa.concat_tables(_in_schema(table, finished, _schema(table, kept, stage), stage))
+    schema = _schema(table, kept, stage)
+    return pa.concat_tables(_in_schema(table, finished, schema, stage))
 
 
-def select_output(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
-    """Return the columns of the output of rows with results, as `CaptionStage.with_results` returns them."""
+def output_columns(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
+    """Return rows that `CaptionStage` has made with exactly the columns of the output."""
     return _select(rows, _schema(rows, kept, stage))
 
 

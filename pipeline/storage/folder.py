@@ -259,8 +259,8 @@ class Folder:
 
 
 def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None:
-    if isinstance(content, io.IOBase):
+    if isinstance(content, (bytes, pa.Buffer)):
+        target.write(content)
+    else:
         content.seek(0)
         shutil.copyfileobj(content, target, COPY_BYTES)
-    else:
-        target.write(content)

@@ -187,7 +187,10 @@ def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, sai
     [
         ("--num-beams 0", "--num-beams must be at least 1, got 0"),
         ("--max-failed-fraction 2", "--max-failed-fraction must be from 0 to 1"),
-        ("--temperature 0.5", "--temperature must be left at 1.0 without --do-sample"),
+        (
+            "--model demo --device cpu --temperature 0.5",
+            "--temperature must be left at 1.0 without --do-sample",
+        ),
         ("--min-actors 3 --max-actors 2", "--max-actors must be at least --min-actors"),
         ("--image-cpu-s 0", "--image-cpu-s must be"),
         ("--keep sha256", "sha256"),

@@ -15,6 +15,7 @@ from blip2_actor import ImageLimits
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -111,7 +112,7 @@ def test_another_model_is_refused_by_name(finished):
 
 
 def test_another_prompt_is_refused_by_name_and_forked_on_request(finished):
-    with pytest.raises(FingerprintMismatch, match="prompt: None -> 'a photo of'"):
+    with pytest.raises(FingerprintMismatch, match="prompt: nothing -> 'a photo of'"):
         prepare(settings(finished.root, prompt="a photo of"), FakeEngineConfig())
     forked = settings(finished.root, prompt="a photo of", fork=True)
     job = prepare(forked, FakeEngineConfig())
@@ -175,6 +176,22 @@ def test_retry_reads_a_partial_shard_again(tmp_path):
     result = run_retry(tmp_path)
     assert (result.num_rows, result.partial) == (30, [])
     check_output(tmp_path / "out", truth)
+
+
+def test_a_changed_tar_is_refused_before_work_and_made_again_whole_on_request(tmp_path, capsys):
+    """The workers must write under the new generation of the shard, and the driver must look for it there."""
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=10)
+    write_tar(tmp_path / "in/part0/00000.tar", {"old": png(99)})
+    run(settings(tmp_path))
+    write_tar(tmp_path / "in/part0/00000.tar", truth["part0/00000.tar"])
+    trace = str(tmp_path / "trace")
+    assert caption(settings(tmp_path), FakeEngineConfig(trace=trace)) == 3
+    assert "part0/00000.tar (" in capsys.readouterr().err
+    again = settings(tmp_path, redo_changed=True)
+    assert caption(again, FakeEngineConfig(trace=trace)) == 0
+    check_output(tmp_path / "out", truth)
+    assert len(captions_made(trace)) == 10, "the other shard is not made again"
+    assert set(Folder(str(tmp_path / "out")).names("_blip2")) == {RUN_FILE, SHARD_LIST}
 
 
 def test_retry_takes_new_limits_of_time_and_memory_and_keeps_the_others(tmp_path):

@@ -37,7 +37,9 @@ def make_request_states(prompt_lengths: list[int], max_new_tokens: int = 20) -> 
     pictures = random_images(len(prompt_lengths), seed=len(prompt_lengths)).numpy()
     return [
         RequestState(
-            EncodedImage(picture), [7 + i] * length, GenerationOptions(max_new_tokens=max_new_tokens)
+            EncodedImage(picture),
+            [7 + i] * length,
+            GenerationOptions(max_new_tokens=max_new_tokens).resolve(),
         )
         for i, (picture, length) in enumerate(zip(pictures, prompt_lengths, strict=True))
     ]

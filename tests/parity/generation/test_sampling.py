@@ -32,7 +32,7 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
         yield started
 
 
-MIXED = [
+_WARPS = [
     GenerationOptions(do_sample=True, temperature=0.7),
     GenerationOptions(do_sample=True, top_k=5),
     GenerationOptions(do_sample=True, top_p=0.6),
@@ -43,6 +43,7 @@ MIXED = [
         do_sample=True, repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=9, top_k=9
     ),
 ]
+MIXED = [options.resolve() for options in _WARPS]
 
 
 def reference_processors(
@@ -102,13 +103,13 @@ def test_extreme_random_numbers_select_possible_tokens() -> None:
     scores = torch.zeros(2, 300)
     scores[:, :3] = scores[:, -3:] = float("-inf")
     scores[:, 100] = 1
-    plain = GenerationOptions(do_sample=True)
+    plain = GenerationOptions(do_sample=True).resolve()
     assert sample(scores, [plain, plain], [0.0, 1 - 2**-53]).tolist() == [3, 296]
 
 
 def test_rows_without_valid_probabilities_take_the_largest_score_and_change_no_other_row() -> None:
     """Sampling from NaN gives an index beyond the vocabulary, which makes a GPU fail the whole batch."""
-    plain = GenerationOptions(do_sample=True, top_k=4, top_p=0.9)
+    plain = GenerationOptions(do_sample=True, top_k=4, top_p=0.9).resolve()
     scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
     alone = sample(scores[3:], [plain], [0.4])
     scores[0], scores[1], scores[2, 5] = torch.nan, float("-inf"), float("inf")

@@ -1,21 +1,41 @@
-"""What tokenizing a prompt writes to the terminal: nothing."""
+"""Tokenizer files that are not there, and what tokenizing a prompt writes to the terminal: nothing."""
 
 import logging
 
+import pytest
 from transformers import AutoConfig
 
+from blip2_actor.checkpoints import tokenizer
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
-from blip2_actor.checkpoints.tokenizer import PromptTokenizer
+from blip2_actor.checkpoints.tokenizer import PromptTokenizer, load_tokenizer
 
 
 def test_transformers_does_not_warn_about_a_long_prompt(caplog):
     """The engine refuses it by itself, in a sentence; the warning of transformers came before that."""
-    tokenizer = PromptTokenizer(DEMO_FOLDER, AutoConfig.from_pretrained(DEMO_FOLDER))
+    prompts = PromptTokenizer(DEMO_FOLDER, AutoConfig.from_pretrained(DEMO_FOLDER))
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        assert len(tokenizer.encode("x" * 900)) > 192
-        assert len(tokenizer.encode_text("x" * 900)) > 192
+        assert len(prompts.encode("x" * 900)) > 192
+        assert len(prompts.encode_text("x" * 900)) > 192
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.messages == []
+
+
+def test_a_folder_without_tokenizer_names_the_missing_files(tmp_path):
+    """transformers made an empty tokenizer of it."""
+    with pytest.raises(FileNotFoundError, match=r"must have tokenizer\.json, or vocab\.json and merges\.txt"):
+        load_tokenizer(tmp_path, "opt")
+    with pytest.raises(FileNotFoundError, match=r"got no spiece\.model; save the checkpoint's processor"):
+        load_tokenizer(tmp_path, "t5")
+
+
+@pytest.mark.parametrize("is_installed", [("sentencepiece",), ("google.protobuf",), ()])
+def test_a_sentencepiece_model_names_the_missing_packages(tmp_path, monkeypatch, is_installed):
+    """transformers fell back to reading the file as tiktoken's, and named tiktoken."""
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr(tokenizer, "find_spec", lambda module: module in is_installed or None)
+    missing = [p for p in ("sentencepiece", "protobuf") if not any(p in name for name in is_installed)]
+    with pytest.raises(ValueError, match=f"run: pip install {' '.join(missing)}$"):
+        load_tokenizer(tmp_path, "t5")

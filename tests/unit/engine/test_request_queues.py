@@ -23,7 +23,7 @@ class Words:
 
 
 def make_request(num_beams: int) -> RequestState:
-    options = GenerationOptions(num_beams=num_beams)
+    options = GenerationOptions(num_beams=num_beams).resolve()
 
     def searches() -> Searches:
         return [BeamSearch(options, [1], Words())]

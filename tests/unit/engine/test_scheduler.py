@@ -15,7 +15,7 @@ from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
 
-OPTIONS = GenerationOptions(max_new_tokens=2)
+OPTIONS = GenerationOptions(max_new_tokens=2).resolve()
 
 
 class Words:

@@ -26,7 +26,7 @@ REQUEST = RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)))
 
 
 def place(table: SlotTable, num_slots: int) -> RunningText:
-    search = BeamSearch(GenerationOptions(num_beams=num_slots), [1], Words())
+    search = BeamSearch(GenerationOptions(num_beams=num_slots).resolve(), [1], Words())
     return table.place(REQUEST, search, prefix_length=3)
 
 

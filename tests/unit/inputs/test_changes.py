@@ -257,6 +257,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     run(tmp_path)
     (old,) = captions(tmp_path)
     before = (tmp_path / f"out/{old}.parquet").read_bytes()
+    begun = (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns
     write_images(tmp_path / "in", "0.jpg")
     job = prepare_run(tmp_path)
     assert job.notes == ("1 new file: 0.jpg; --add-new captions it",)
@@ -265,6 +266,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     assert prepare_run(tmp_path, add_new=True).notes == ("1 new file: 0.jpg; added to the run",)
     assert run(tmp_path, add_new=True).num_rows == 12
     assert (tmp_path / f"out/{old}.parquet").read_bytes() == before
+    assert (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns == begun, "the report tells when it began"
     assert captions(tmp_path)["in~11-11"] == [("0.jpg", "old 0.jpg")]
     assert run(tmp_path, add_new=True).num_rows == 12 and prepare_run(tmp_path).notes == ()
 

@@ -110,7 +110,8 @@ def test_transparency_without_an_alpha_channel_is_laid_on_white_too() -> None:
 def test_the_first_frame_of_an_animation_is_read(image_format: str) -> None:
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     first, *others = (Image.new("RGB", (16, 16), color) for color in colors)
-    options: dict[str, Any] = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(image_format, {})
+    lossless: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    options = lossless.get(image_format, {})
     red, green, blue = flat(first, image_format, save_all=True, append_images=others, **options)
     assert abs(red - 200) <= 2 and green <= 2 and blue <= 2
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from blip2_actor import DecodePool, Status, decode_image
-from blip2_actor.preprocessing.sandbox import seccomp
+from blip2_actor.preprocessing.sandbox import landlock, libc, seccomp
 from tests.unit.preprocessing.image_corpus import encode, good_images, malformed_images, noise
 from tests.unit.preprocessing.test_decode_pool import EXPECTED, GOOD, SIZE, attack, hostile_pool
 
@@ -137,6 +137,14 @@ def test_images_are_decoded_where_a_protection_is_missing(lacking: str, missing:
     assert str(report).startswith("decode sandbox: ") and str(report).endswith(
         f"; not in force: {', '.join(missing)}"
     )
+
+
+def test_another_system_than_linux_lacks_its_protections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """System calls have other numbers there, so none must be made."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for call in (lambda: libc.prctl(libc.SET_NO_NEW_PRIVS, 1), landlock.restrict, seccomp.restrict):
+        with pytest.raises(OSError, match="this is darwin, not Linux"):
+            call()
 
 
 def test_every_format_is_read_in_the_sandbox() -> None:

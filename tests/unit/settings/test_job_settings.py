@@ -44,11 +44,20 @@ def test_stored_settings_keep_the_names_of_the_first_version():
 
 
 def test_a_newer_field_is_stored_only_if_it_is_set():
-    """`retry` captions with the stored settings, so it must find the adapter there."""
-    settings = CaptionSettings(input=("in",), output="out", engine=EngineConfig(adapter="some/adapter"))
+    """`retry` captions with the stored settings, so it must find the adapter and the image size there."""
+    engine = EngineConfig(model="demo", adapter="some/adapter", image_size_px=96)
+    settings = CaptionSettings(input=("in",), output="out", engine=engine)
     values = settings.to_dict()
     assert values["engine"]["adapter"] == "some/adapter"
+    assert values["engine"]["image_size_px"] == 96
+    assert "ignore_generation_config" not in values["engine"]
     assert from_dict(CaptionSettings, json.loads(json.dumps(values))) == settings
+
+
+def test_the_image_size_is_in_the_fingerprint():
+    engine = EngineConfig(model="demo", device="cpu", image_size_px=96)
+    settings = CaptionSettings(input=("in",), output="out", engine=engine)
+    assert settings.fingerprint(engine.info()).parts["image"]["size_px"] == 96
 
 
 def test_the_spec_has_everything_that_the_stage_needs():
