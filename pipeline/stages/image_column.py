@@ -133,8 +133,8 @@ def _read_struct(value: dict[str, Any] | None, max_file_bytes: int) -> bytes | D
         filesystem, path = open_filesystem(value["path"])
     except InputError as error:
         return DecodedImage(status=Status.UNREADABLE, error=str(error))
-    image, status, error = read_file(filesystem, path, max_file_bytes)
-    return image if status is None else DecodedImage(status=status, error=error)
+    image, status, reason = read_file(filesystem, path, max_file_bytes)
+    return image if status is None else DecodedImage(status=status, error=reason)
 
 
 def _require_image(cell: Any) -> Cell:
