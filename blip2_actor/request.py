@@ -146,6 +146,10 @@ class Features:
     """float32[P, Dv], the output of the vision encoder, on demand."""
     attention_maps: dict[str, np.ndarray] | None = None
     """float32[H, Q, P] by layer, on demand: what each query attends to in the image."""
+    hidden_states: dict[str, np.ndarray] | None = None
+    """On demand, by name: what enters the first layer of each encoder (`vision.embeddings`,
+    `qformer.embeddings`) and what each layer computes (`vision.layers.0`, …), as float32[P, Dv] for the
+    vision encoder and float32[Q, Dq] for the Q-Former."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
