@@ -169,7 +169,7 @@ def test_a_body_beyond_the_limit_is_never_read_whole(service: EngineService) -> 
 
 
 def test_an_image_beyond_the_limit_is_413(service: EngineService) -> None:
-    big = {"image": ("x.jpg", bytes(service.max_image_bytes + 1))}
+    big = {"image": ("x.jpg", bytes(service.image_policy.max_bytes + 1))}
     assert error_of(ask(service, "POST", "/v1/caption", files=big))[:2] == (413, "too_large")
 
 
