@@ -83,6 +83,7 @@ def test_a_body_that_is_no_json_object(service: EngineService, body: bytes) -> N
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": "a"}, "params": {"prompt": "a"}},
         {"files": [("image", ("x.jpg", b"x"))] * 300},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": b"\xff\xfe"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": "caf\xe9".encode("latin-1")}},
         {"files": {"image": ("x.jpg", IMAGE)}, "params": {"max_new_tokens": "5", "color": "1"}},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"options": "max_new_tokens=5"}},
         {"content": b"no boundary", "headers": {"content-type": "multipart/form-data"}},
