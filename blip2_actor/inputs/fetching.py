@@ -117,13 +117,20 @@ def fetch_image(url: str, policy: FetchPolicy = FetchPolicy()) -> bytes:
                 body_or_url = _get(pool, _parse(url, policy), connector)
                 if isinstance(body_or_url, bytes):
                     return body_or_url
-                url = urljoin(url, body_or_url)
+                url = _redirected(url, body_or_url)
         except httpcore.TimeoutException as error:
             raise connector.too_slow() from error
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or type(error).__name__
             raise FetchError("connection", f"the server cannot be reached: {reason}") from error
     raise FetchError("redirects", f"the URL redirects more than {policy.max_redirects} times")
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError("url", f"the URL must redirect to a valid one: {error}") from error
 
 
 def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:

@@ -175,7 +175,11 @@ def test_a_redirect_to_a_private_address_is_refused(target: str) -> None:
 
 
 def test_a_redirect_to_another_scheme_or_host_is_refused() -> None:
-    for target, reason in (("file:///etc/passwd", "url"), ("http://other.example/", "host")):
+    for target, reason in (
+        ("file:///etc/passwd", "url"),
+        ("http://[", "url"),
+        ("http://other.example/", "host"),
+    ):
         with server(redirect(target)) as url:
             policy = FetchPolicy(hosts=("127.0.0.1",), allow_networks=("127.0.0.0/8",))
             assert refused(url, policy).reason == reason
