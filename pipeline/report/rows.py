@@ -93,7 +93,7 @@ def json_line(row: Mapping[str, Any]) -> str:
     Bytes become hexadecimal digits, NaN and infinity null, times ISO 8601. Control characters are escaped, so
     that the line is safe in a terminal.
     """
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain_value(row), ensure_ascii=False, allow_nan=False)
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -115,15 +115,15 @@ def short_value(value: Any, max_chars: int | None = MAX_VALUE_CHARS) -> str:
     return text if max_chars is None or len(text) <= max_chars else f"{text[:max_chars]}…"
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain_value(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, (datetime, date, time)):
         return value.isoformat()
     return str(value) if isinstance(value, (Decimal, timedelta)) else value
