@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
 from blip2_actor.config import EngineConfig, MatchingConfig
+from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
 from blip2_actor.protocols import EngineBuilder, EngineLike
 from blip2_actor.request import (
@@ -33,7 +34,7 @@ from blip2_actor.version import __version__
 if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
-    from blip2_actor.fetching import FetchError, FetchPolicy, fetch_image
+    from blip2_actor.inputs.fetching import FetchError, FetchPolicy, fetch_image
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
@@ -71,8 +72,10 @@ __all__ = [
     "array_to_rgb",
     "decode_image",
     "fetch_image",
+    "find_quality_flags",
     "require_image_layout",
     "resize_image",
+    "stricter_options",
 ]
 
 _LAZY = {
@@ -80,12 +83,12 @@ _LAZY = {
     "MatchingEngine": "blip2_actor.engine.matching_engine",
     "DecodePool": "blip2_actor.preprocessing.decode_pool",
     "DecodedImage": "blip2_actor.preprocessing.images",
-    "FetchError": "blip2_actor.fetching",
-    "FetchPolicy": "blip2_actor.fetching",
+    "FetchError": "blip2_actor.inputs.fetching",
+    "FetchPolicy": "blip2_actor.inputs.fetching",
     "ImageLimits": "blip2_actor.preprocessing.images",
     "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
-    "fetch_image": "blip2_actor.fetching",
+    "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",
     "resize_image": "blip2_actor.preprocessing.arrays",

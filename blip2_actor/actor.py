@@ -6,7 +6,7 @@ number of threads, or `submit` for a future; all calls share the engine's slots.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 
 from blip2_actor.options import GenerationOptions
@@ -47,9 +47,13 @@ class Blip2Actor:
         requests = [Request(image=i, prompt=p) for i, p in zip(images, prompts, strict=True)]
         return self.engine.generate(requests, self.options)
 
-    def submit(self, request: Request) -> Future[Result]:
-        """Queue one request. Cancelling the future frees its slot."""
-        return self.engine.submit(request, self.options)
+    def submit(self, request: Request, on_text: Callable[[str], None] | None = None) -> Future[Result]:
+        """Queue one request. Cancelling the future frees its slot.
+
+        Args:
+            on_text: as in `Engine.submit`.
+        """
+        return self.engine.submit(request, self.options, on_text)
 
     def stream(self, request: Request) -> Generator[str, None, None]:
         """Yield the text in pieces as they come. Closing the generator cancels the request."""

@@ -7,11 +7,13 @@ module imports the two engines only when it builds them; nothing else in the eng
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from blip2_actor.flags import formerly
+from blip2_actor.inputs.field_types import require_types
 from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
@@ -34,8 +36,13 @@ class ModelConfig:
     """"auto" is bfloat16 if the device computes in it, else float32."""
     num_threads: int | None = None
     """CPU threads of the engine; by default, torch chooses."""
+    allow_urls: bool = False
+    """Fetch images that are given as http or https URLs, from public addresses only."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        require_types(self)
         if not self.model:
             raise ValueError('model must be a hub name, a folder or "demo", got an empty string')
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

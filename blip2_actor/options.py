@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal
+
+from blip2_actor.inputs.field_types import require_types
 
 _MINIMA = {
     "max_new_tokens": 1,
@@ -77,7 +78,8 @@ class GenerationOptions:
     do_sample: bool = _unset(False)
     """Select tokens at random by their probability, instead of the most likely one."""
     temperature: float = _unset(1.0)
-    """Divides the logits before sampling; values above 1 make unlikely tokens more likely."""
+    """Divides the logits before sampling; values above 1 make unlikely tokens more likely. 0 is greedy
+    search, whatever the other options of sampling are."""
     top_k: int = _unset(0)
     """Sample only from this number of most likely tokens; 0 means all tokens."""
     top_p: float = _unset(1.0)
@@ -90,9 +92,13 @@ class GenerationOptions:
     """Texts that end generation; they are removed from the result."""
 
     def __post_init__(self) -> None:
-        if self.stop is not None:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            object.__setattr__(self, "stop", stop)
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        require_types(self)
+        if self.temperature == 0:
+            greedy = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+            for name, value in greedy.items():
+                object.__setattr__(self, name, value)
         self._check_ranges()
         self._check_combinations()
 
@@ -123,8 +129,6 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None:
                 continue
-            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-            _require(is_whole, name, "a whole number", value)
             _require(value >= minimum, name, f"at least {minimum}", value)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)

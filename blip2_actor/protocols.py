@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +30,9 @@ class EngineLike(ModelLike, Protocol):
 
     def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
 
-    def submit(self, request: Request, options: GenerationOptions = ...) -> Future[Result]: ...
+    def submit(
+        self, request: Request, options: GenerationOptions = ..., on_text: Callable[[str], None] | None = ...
+    ) -> Future[Result]: ...
 
     def stream(self, request: Request, options: GenerationOptions = ...) -> Generator[str, None, None]: ...
 

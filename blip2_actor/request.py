@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from blip2_actor.options import GenerationOptions
@@ -16,11 +17,14 @@ from blip2_actor.status import Status
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
     from blip2_actor.engine.encoded_image import EncodedImage
 
-ImageLike = Union[bytes, "Image", "np.ndarray", "EncodedImage"]
-"""Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned."""
+ImageLike = Union[bytes, str, Path, "Image", "np.ndarray", "Tensor", "EncodedImage"]
+"""Encoded bytes; the path of a file; an http or https URL, if the engine was built with `allow_urls`; a PIL
+image; an array of a layout that `array_to_rgb` reads; a tensor of uint8[3, H, W] or uint8[H, W, 3]; or an
+image that `Engine.image` returned."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
@@ -37,12 +41,16 @@ class Request:
     """
 
     image: ImageLike | None
-    """Encoded bytes, a PIL image, uint8[H, W, 3] in RGB, or an image that `Engine.image` returned. The engine
-    keeps a copy, so an array may be overwritten after `submit`. None gives the status `missing_image`."""
+    """As in `ImageLike`. The engine keeps a copy, so an array may be overwritten after `submit`. None gives
+    the status `missing_image`."""
     prompt: str | None = None
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
     """Options of this request, in place of those of the call."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, GenerationOptions | None):
+            raise TypeError(f"options must be GenerationOptions or None, got {type(self.options).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,8 @@ class Completion:
     logprob: float
     """Sum of the tokens' log-probabilities (natural log), before any logits processor."""
     finish_reason: FinishReason
+    token_logprobs: tuple[float, ...] = ()
+    """Log-probability of each of `token_ids`; `logprob` is their sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +85,8 @@ class Result:
     status: Status = Status.OK
     error: str | None = None
     completions: tuple[Completion, ...] = field(default=())
+    num_prompt_tokens: int = 0
+    """Tokens of the prompt, without the queries of the image; a caption without a prompt has one."""
 
     @property
     def ok(self) -> bool:
@@ -91,6 +103,10 @@ class Result:
     @property
     def logprob(self) -> float | None:
         return self.completions[0].logprob if self.completions else None
+
+    @property
+    def token_logprobs(self) -> tuple[float, ...]:
+        return self.completions[0].token_logprobs if self.completions else ()
 
     @property
     def finish_reason(self) -> FinishReason | None:

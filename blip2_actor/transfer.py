@@ -28,3 +28,8 @@ def ids_to_device(sequences: Sequence[Sequence[int]], device: torch.device) -> l
     """Return token ids as tensors on a device, int64[T_i] each, in one copy."""
     flat = to_device([token_id for ids in sequences for token_id in ids], device)
     return list(flat.long().split([len(ids) for ids in sequences]))  # without any ids, torch makes floats
+
+
+def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
+    """Copy a tensor; on a CPU the array would otherwise share the engine's memory, and keep a whole batch."""
+    return None if tensor is None else tensor.float().cpu().numpy().copy()

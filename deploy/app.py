@@ -27,7 +27,6 @@ CAPTIONER: Deployment = serve.deployment(
     max_ongoing_requests=256,
     health_check_period_s=10,
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=60,
     ray_actor_options={"num_cpus": 1},
 )(Captioner)
 
@@ -40,7 +39,6 @@ GATEWAY: Deployment = serve.deployment(
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
     health_check_period_s=10,
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=60,
     ray_actor_options={"num_cpus": 1},
 )(serve.ingress()(Gateway))
 
@@ -58,7 +56,13 @@ class ServeArgs(RootModel[Settings]):
 
 
 def build(args: ServeArgs) -> Application:
-    """Build the application from the `args` of a Serve config file."""
+    """Build the application from the `args` of a Serve config file.
+
+    Raises:
+        ValueError: there are no keys, and anonymous callers are not allowed. On a cluster, other machines
+            can always reach the endpoint.
+    """
+    args.root.require_keys("a cluster")
     return compose(args.root.engine, args.root)
 
 
@@ -75,5 +79,8 @@ def compose(
         captioner: Serve's deployment options of the captioners.
         gateway: Serve's deployment options of the gateways.
     """
-    engines = CAPTIONER.options(**(captioner or {})).bind(engine, settings.options)
-    return GATEWAY.options(**(gateway or {})).bind(engines, settings)
+    drain_s = settings.longest_request_s + 10
+    engines = CAPTIONER.options(graceful_shutdown_timeout_s=drain_s, **(captioner or {})).bind(
+        engine, settings.options, settings.matching
+    )
+    return GATEWAY.options(graceful_shutdown_timeout_s=drain_s, **(gateway or {})).bind(engines, settings)

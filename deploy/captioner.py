@@ -1,4 +1,5 @@
-"""The replica on the accelerator: one engine for every request that reaches it.
+"""The replica on the accelerator: one engine for every request that reaches it, and a retrieval model if the
+service has one.
 
 The rule: a bad request is a result with a status. An exception means that the engine itself has failed, and
 the replica ends, so that Serve replaces it. `Captioner` is a plain class that imports no Ray; `deploy.app`
@@ -11,38 +12,138 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
-from blip2_actor import Blip2Actor, EngineBuilder, EngineStats, GenerationOptions, ModelInfo, Request, Result
+from blip2_actor import (
+    Blip2Actor,
+    Embedding,
+    EngineBuilder,
+    EngineStats,
+    GenerationOptions,
+    MatchingConfig,
+    ModelInfo,
+    Request,
+    Result,
+)
+from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
 """An engine that has work and makes no progress for this long is replaced; compiling takes less."""
+NUM_WAITING_THREADS = 64
+"""Threads that wait for scores and vectors; the engine computes those of all threads in one batch."""
+
+T = TypeVar("T")
 
 
 class Captioner:
     """One engine. It takes pixels only: untrusted bytes are decoded elsewhere."""
 
-    def __init__(self, engine: EngineBuilder, options: GenerationOptions) -> None:
+    def __init__(
+        self, engine: EngineBuilder, options: GenerationOptions, matching: MatchingConfig | None = None
+    ) -> None:
+        # The retrieval model comes first, because the engine takes the memory that is still free.
+        self._matching_info = None if matching is None else matching.info()
+        self._matcher: Any = None if matching is None else matching.build()
         self._actor = Blip2Actor(engine, options)
+        self._threads = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting")
         self._progress: tuple[int, ...] = ()
         self._progress_at_s = time.monotonic()
 
-    async def caption(self, pixels: np.ndarray, prompt: str | None, options: GenerationOptions) -> Result:
-        """Caption uint8[S, S, 3]; a caller that disconnects frees its slot."""
-        request = Request(image=pixels, prompt=prompt, options=options)
+    async def run(self, pixels: np.ndarray, work: ImageWork) -> ImageOutputs:
+        """Make everything that is asked of uint8[S, S, 3]; a caller that disconnects frees its slots.
+
+        Without a retrieval model, `matches` and `contrastive` must not be asked for.
+        """
+        with _end_replica_on_fault():
+            return await self._make(pixels, work)
+
+    async def stream(
+        self, pixels: np.ndarray, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+        """Yield the texts in pieces as they grow, and at the end what `run` returns.
+
+        Texts of beam search, and several texts per prompt, come in no pieces.
+        """
+        loop = asyncio.get_running_loop()
+        grown: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
+
+        def report(index: int, text: str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(grown.put_nowait, (index, text))
+
+        making = asyncio.ensure_future(self._make(pixels, work, report))
+        making.add_done_callback(lambda _: grown.put_nowait(None))
+        sent = [""] * len(work.texts)
         try:
-            return await asyncio.wrap_future(self._actor.submit(request))
-        except Exception:
-            # A replica without an engine would answer fastest, and Serve would send it all requests until
-            # the next health check.
-            logger.exception("the engine has failed; this replica ends, so that Serve replaces it")
-            os._exit(1)
+            while (item := await grown.get()) is not None:
+                index, text = item
+                if piece := _added(sent, index, text):
+                    yield piece
+            with _end_replica_on_fault():
+                outputs = await making
+            for index, result in enumerate(outputs.texts):
+                if piece := _added(sent, index, result.text or ""):
+                    yield piece
+            yield outputs
+        finally:
+            making.cancel()
+
+    async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
+        """Return the retrieval model's vectors of texts."""
+        with _end_replica_on_fault():
+            return await self._wait(texts, lambda: self._matcher.text_embeddings(texts))
+
+    async def _make(
+        self, pixels: np.ndarray, work: ImageWork, report: Callable[[int, str], None] | None = None
+    ) -> ImageOutputs:
+        engine, matcher = self._actor.engine, self._matcher
+        image = engine.image(pixels)  # encoded once, however much is asked of it
+        texts = [
+            self._submit(Request(image=image, prompt=text.prompt, options=text.options), index, report)
+            for index, text in enumerate(work.texts)
+        ]
+        wanted, prompts = [score.text for score in work.scores], [score.prompt for score in work.scores]
+        parts = await asyncio.gather(
+            asyncio.gather(*texts),
+            self._wait(wanted, lambda: engine.score([image] * len(wanted), wanted, prompts)),
+            self._wait(work.matches, lambda: matcher.score([pixels] * len(work.matches), work.matches)),
+            self._wait(work.features, lambda: engine.features([image])),
+            self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
+        )
+        results, scores, matches, features, vectors = parts
+        return ImageOutputs(
+            texts=tuple(results),
+            scores=tuple(scores),
+            matches=tuple(matches),
+            features=next(iter(features), None),
+            contrastive=next(iter(vectors), None),
+        )
+
+    def _submit(
+        self, request: Request, index: int, report: Callable[[int, str], None] | None
+    ) -> asyncio.Future[Result]:
+        on_text = None if report is None else partial(report, index)
+        return asyncio.wrap_future(self._actor.submit(request, on_text))
+
+    async def _wait(self, wanted: object, call: Callable[[], list[T]]) -> list[T]:
+        """Return what a call of an engine returns, without blocking the loop; nothing if it is not wanted."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, call) if wanted else []
 
     def info(self) -> ModelInfo:
         return self._actor.info
+
+    def matching_info(self) -> ModelInfo | None:
+        """Describe the retrieval model; None without one."""
+        return self._matching_info
 
     def stats(self) -> EngineStats:
         return self._actor.stats()
@@ -64,3 +165,28 @@ class Captioner:
         # Serve calls this after the last request; when the constructor has failed, there is no actor.
         if hasattr(self, "_actor"):
             self._actor.close()
+        if getattr(self, "_matcher", None) is not None:
+            self._matcher.close()
+
+
+def _added(sent: list[str], index: int, text: str) -> TextPiece | None:
+    """Return what a text has grown by since the last piece, and note it."""
+    before = sent[index]
+    if text == before or not text.startswith(before):  # an engine short of memory may have begun it again
+        return None
+    sent[index] = text
+    return TextPiece(index=index, text=text[len(before) :])
+
+
+@contextmanager
+def _end_replica_on_fault() -> Iterator[None]:
+    """End the process when the engine has failed.
+
+    A replica without an engine would answer fastest, and Serve would send it all requests until the next
+    health check.
+    """
+    try:
+        yield
+    except Exception:
+        logger.exception("the engine has failed; this replica ends, so that Serve replaces it")
+        os._exit(1)

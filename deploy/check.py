@@ -66,7 +66,7 @@ def check_serve_config(document: Mapping[str, Any]) -> None:
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in document["applications"]:
-        ServeArgs.model_validate(application.get("args", {}))
+        ServeArgs.model_validate(application.get("args", {})).root.require_keys("a cluster")
         for deployment in application.get("deployments", []):
             if deployment["name"] not in (CAPTIONER.name, GATEWAY.name):
                 raise ValueError(

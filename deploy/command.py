@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import socket
 import sys
+from pathlib import Path
 
 from blip2_actor.flags import WRONG_FLAGS, Parser, add_flags, build
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
+from deploy.guard.keys import read_keys
 from deploy.settings import ServeSettings
 
 PROG = "blip2 serve"
@@ -33,8 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_packages(PROG, NEEDS, "serve")
         settings = build(ServeSettings, vars(given))
+        if settings.keys_file is not None:
+            read_keys(Path(settings.keys_file))
         _refuse_taken_port(settings.host, settings.port)
-        settings.engine.info()
+        settings.check_models()
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

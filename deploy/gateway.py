@@ -6,89 +6,101 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
 
 from fastapi import FastAPI
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, DecodePool, GenerationOptions, ModelInfo, Result, Status
+from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo, Status
+from deploy.guard.access import Access
+from deploy.guard.admission import Admission
+from deploy.guard.cost import Cost
+from deploy.guard.decoding import Decoding
+from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
-from deploy.http.errors import RETRY_AFTER_S, ApiError, of_status
-from deploy.http.request_body import CaptionCall
-from deploy.settings import Settings
+from deploy.http.errors import of_status
+from deploy.readiness import Readiness
+from deploy.remote_captioner import RemoteCaptioner
+from deploy.settings import Settings, require_same_image_size
+from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
-
-READY_WITHIN_S = 2.0
 
 
 class Gateway:
     """Admits, reads and decodes requests, and hands uint8[S, S, 3] to the engine's replicas."""
 
     model: ModelInfo
+    matching: ModelInfo | None
 
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
         self.max_image_bytes = settings.image.max_file_bytes
-        self.timeout_s = settings.timeout_s
-        self._max_in_flight = settings.max_in_flight
-        self._num_in_flight = 0
-        self._captioner = captioner
+        self._access: dict[str, Any] = {
+            "allowed_hosts": settings.allowed_hosts,
+            "allowed_origins": settings.allowed_origins,
+            "keys": None if settings.keys_file is None else KeyFile(settings.keys_file),
+            "max_in_flight": max(1, settings.max_in_flight // 2),
+        }
+        self._admission = Admission(
+            slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
+        )
+        self._captioner = RemoteCaptioner(captioner)
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
-        self.model = await captioner.info.remote()
+        self.model = await self._captioner.info()
+        self.matching = await self._captioner.matching_info()
+        require_same_image_size(self.model, self.matching)
         self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
-        self._decoder = DecodePool(self.model.image_size_px, settings.image, settings.decode_children)
-        self._decoder.decode([b"-"] * settings.decode_children)  # starts the children
-        logger.info("%s", self._decoder.sandbox_report())
-        self._decode_threads = ThreadPoolExecutor(settings.decode_children, "decode")
+        self._readiness = Readiness(captioner)
+        self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
+        logger.info("%s", self._decoding.sandbox_report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self)
+        api = create_api(self)
+        api.add_middleware(Access, **self._access)
+        return api
 
-    def admit(self) -> None:
-        if self._num_in_flight >= self._max_in_flight:
-            message = f"{self._num_in_flight} requests are being served; try again in {RETRY_AFTER_S} s"
-            raise ApiError(503, "overloaded", message)
-        self._num_in_flight += 1
+    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        return self._admission.admit(cost)
 
-    def leave(self) -> None:
-        self._num_in_flight -= 1
-
-    async def caption(self, call: CaptionCall) -> tuple[Result, int | None, int | None]:
-        image = await self._decode(call.image)
-        if image.status is not Status.OK:
-            raise of_status(image.status, image.error)
-        pixels = image.array(self.model.image_size_px)
-        response = self._captioner.caption.remote(pixels, call.prompt, call.options)
-        try:
-            result: Result = await response
-        except asyncio.CancelledError:
-            # The time is over, or the client has disconnected: free the slot of the engine.
-            response.cancel()
-            raise
-        except (BackPressureError, DeploymentUnavailableError, RayActorError):
-            message = f"no engine can take the request now; try again in {RETRY_AFTER_S} s"
-            raise ApiError(503, "overloaded", message) from None
-        if result.status is not Status.OK:
-            raise of_status(result.status, result.error)
-        return result, image.width, image.height
-
-    async def check_ready(self) -> None:
-        try:
-            async with asyncio.timeout(READY_WITHIN_S):
-                await self._captioner.info.remote()
-        except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError):
-            raise ApiError(503, "not_ready", "no engine answers; one may be starting") from None
-
-    async def _decode(self, image: bytes) -> DecodedImage:
-        loop = asyncio.get_running_loop()
-        [decoded] = await loop.run_in_executor(self._decode_threads, self._decoder.decode, [image])
+    async def decode(self, image: bytes) -> DecodedImage:
+        decoded = await self._decoding.decode(image)
+        if decoded.status is not Status.OK:
+            raise of_status(decoded.status, decoded.error)
         return decoded
 
+    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
+        outputs = await self._captioner.run(image.array(self.model.image_size_px), work)
+        if outputs.failure is not None:
+            raise of_status(*outputs.failure)
+        return outputs
+
+    async def stream(
+        self, image: DecodedImage, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+        async with aclosing(self._captioner.stream(image.array(self.model.image_size_px), work)) as items:
+            async for item in items:
+                if isinstance(item, ImageOutputs) and item.failure is not None:
+                    raise of_status(*item.failure)
+                yield item
+
+    async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
+        embeddings = await self._captioner.embed_texts(texts)
+        for embedding in embeddings:
+            if embedding.status is not Status.OK:
+                raise of_status(embedding.status, embedding.error)
+        return embeddings
+
+    async def drain(self) -> None:
+        """Be unready, refuse new requests, and return when the running ones have their answers."""
+        await self._admission.drain()
+
+    async def check_ready(self) -> None:
+        self._admission.check_open()
+        await self._readiness.check()
+
     def __del__(self) -> None:
-        if hasattr(self, "_decode_threads"):
-            self._decode_threads.shutdown(wait=False, cancel_futures=True)
-            self._decoder.close()
+        if hasattr(self, "_decoding"):
+            self._decoding.close()

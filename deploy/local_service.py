@@ -14,8 +14,10 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
+from deploy.guard.front import CALLBACK
 from deploy.settings import ServeSettings
 
 APPLICATION = "blip2"
@@ -37,6 +39,9 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     # No other process knows the token of this cluster, and no token file is left behind.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.update([CALLBACK])
+    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray import serve
 
@@ -60,9 +65,28 @@ def serve_until_stopped(settings: ServeSettings) -> None:
             sys.stdout.write(_invitation(engine.model, settings.host, settings.port))
             sys.stdout.flush()
             stop.wait()
-            serve.delete(APPLICATION)
+            _drain(settings.longest_request_s + 30)
     finally:
         ray.shutdown()
+
+
+def _drain(limit_s: float) -> None:
+    """End the application when its last request has its answer; another signal ends it at once."""
+    from ray import serve
+
+    hurry = threading.Event()
+    _set_on_signal(hurry)
+    ends_at_s = time.monotonic() + limit_s
+    # Serve would stop the engine together with the gateway, whose requests would wait for it in vain.
+    drained = serve.get_deployment_handle("Gateway", APPLICATION).drain.remote()
+    while time.monotonic() < ends_at_s and not hurry.is_set():
+        with contextlib.suppress(TimeoutError):
+            drained.result(timeout_s=0.1)
+            break
+    serve.delete(APPLICATION, _blocking=False)
+    while APPLICATION in serve.status().applications and time.monotonic() < ends_at_s:
+        if hurry.wait(0.1):
+            return
 
 
 def _start_ray() -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, ClassVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
 from blip2_actor.flags import hiding, prefixed
 
+BODY_WITHIN_S = 60.0
+"""Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
 
@@ -38,28 +41,93 @@ class Settings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""
+    score_model: str | None = None
+    """Retrieval checkpoint that compares images with texts, next to the captioning model, such as
+    Salesforce/blip2-itm-vit-g."""
+    score_revision: str | None = None
+    """Commit, tag or branch of --score-model."""
     timeout_s: float = 60.0
-    """Seconds from the first byte of a request to its caption; after that the answer is 504."""
+    """Seconds from the whole request to its answer; after that the answer is 504."""
     max_in_flight: int = 512
-    """Requests that one gateway serves at once; the answer to more is 503."""
+    """Requests that one gateway serves or lets wait at once; the answer to more is 503."""
+    slots: int = 128
+    """Slots of the engines that the requests of one gateway hold at once, one per text or beam. Others wait,
+    and callers take turns. Half of the slots are for small requests. Set it to the slots of all engines
+    divided by the number of gateways."""
+    keys_file: str | None = None
+    """File with the keys of the callers, which `python -m deploy.guard.keys` makes; it is read again when it
+    changes."""
+    allow_anonymous: bool = False
+    """Serve callers without a key, beyond this machine too."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which callers may reach the endpoint, next to addresses and localhost; * allows all."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of other pages that may use the endpoint from a browser, such as https://app.example.com."""
     image: OnlineImageLimits = field(
         default=OnlineImageLimits(), metadata=prefixed("image") | hiding("accept_truncated")
     )
     """limits for one image"""
     decode_children: int = 2
-    """Processes per gateway that decode images; reserve as many CPUs for the gateway."""
+    """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
+    gateway."""
+
+    @property
+    def matching(self) -> MatchingConfig | None:
+        """The retrieval checkpoint, with the device, dtype and threads of the engine; None without one."""
+        if self.score_model is None:
+            return None
+        shared = {name: getattr(self.engine, name) for name in ("device", "dtype", "num_threads")}
+        return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
+
+    def check_models(self) -> None:
+        """Refuse models that cannot be served, without loading weights.
+
+        Raises:
+            ValueError: a checkpoint cannot be run, or the two take images of different sizes.
+            OSError: a checkpoint cannot be found or fetched.
+        """
+        require_same_image_size(self.engine.info(), None if self.matching is None else self.matching.info())
 
     def __post_init__(self) -> None:
+        if self.score_revision is not None and self.score_model is None:
+            raise ValueError("score_revision must be left out without score_model; name the checkpoint")
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight must be from 1 to {MAX_IN_FLIGHT}, got {self.max_in_flight}")
-        if self.decode_children < 1:
-            raise ValueError(f"decode_children must be at least 1, got {self.decode_children}")
+        for name in ("decode_children", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keys_file is not None and self.allow_anonymous:
+            raise ValueError(
+                f"allow_anonymous must not be given with keys_file, got {self.keys_file}; drop one of them"
+            )
+
+    @property
+    def longest_request_s(self) -> float:
+        """Seconds from the first byte of a request to its answer, at most."""
+        return BODY_WITHIN_S + self.timeout_s
+
+    def require_keys(self, host: str) -> None:
+        """Raise ValueError unless callers have keys, or may be anonymous, or can only be on this machine."""
+        if self.keys_file is None and not self.allow_anonymous and not is_loopback(host):
+            raise ValueError(
+                f"keys_file must be given to serve on {host}; make a key with python -m "
+                "deploy.guard.keys NAME, or set allow_anonymous to serve everybody who can reach the port"
+            )
+
+
+def require_same_image_size(model: ModelInfo, matching: ModelInfo | None) -> None:
+    """Raise ValueError if the retrieval model takes images of another size; an image is decoded once."""
+    if matching is not None and matching.image_size_px != model.image_size_px:
+        raise ValueError(
+            f"score_model must take images of {model.image_size_px} px as the model does, got "
+            f"{matching.image_size_px} px; name another checkpoint"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +143,12 @@ class ServeSettings(Settings):
         super().__post_init__()
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port must be from 1 to 65535, got {self.port}")
+        self.require_keys(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens on a host."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

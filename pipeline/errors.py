@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import signal
+from typing import Protocol
+
+
+class Device(Protocol):
+    """An accelerator, or the CPUs of a machine; its text is its name."""
+
+    @property
+    def node_id(self) -> str: ...
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
 
 
 class InputError(ValueError):
@@ -13,11 +24,18 @@ class Stopped(RuntimeError):
     """The run was stopped; finished work is kept."""
 
 
+def name_of(number: signal.Signals) -> str:
+    """Return what has asked a job to stop: a signal, or the alarm that `--deadline` sets."""
+    return "--deadline" if number == signal.SIGALRM else number.name
+
+
 class StoppedBySignal(Stopped):
     """A signal has asked the run to stop, and it has stopped in good order."""
 
     def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped by {number.name}; finished work is kept; run the same command to resume")
+        super().__init__(
+            f"stopped by {name_of(number)}; finished work is kept; run the same command to resume"
+        )
         self.number = number
 
 
@@ -25,8 +43,19 @@ class Interrupted(KeyboardInterrupt):
     """A signal ends the command at once, wherever it is; no handler of `Exception` may hold it up."""
 
     def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped at once by {number.name}; finished work is kept")
+        super().__init__(f"stopped at once by {name_of(number)}; finished work is kept")
         self.number = number
+
+
+class DeviceLeftOut(Stopped):
+    """A device has failed several times; the run goes on without it, if others are left."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(
+            f"{device} has failed several times, and there is no other; finished work is kept; repair it and "
+            "run the same command to resume"
+        )
+        self.device = device
 
 
 class TooManyFailures(Stopped):

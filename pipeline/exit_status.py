@@ -10,6 +10,7 @@ Every other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ class ExitStatus(IntEnum):
     FAILED = 1
     """Failed; the same command may succeed, and finished work is kept."""
     TOO_MANY_FAILURES = 2
-    """Finished or stopped early, and too many rows failed; a partial shard counts as one more failed row."""
+    """Finished or stopped early, and too many rows failed; a partial shard counts as one more failed row.
+    Or finished, and more captions are flagged than --max-flagged-fraction allows."""
     REFUSED = WRONG_FLAGS
     """Refused before work: flags, input, model or output must change first. Nothing was started."""
     HUNG_UP = 129
@@ -49,7 +51,7 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
     """Stopped by SIGINT; finished work is kept."""
     TERMINATED = 143
-    """Stopped by SIGTERM; finished work is kept."""
+    """Stopped by SIGTERM or --deadline; finished work is kept."""
 
 
 class Refused(Exception):
@@ -78,20 +80,24 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             with StopRequest().by_signals():
                 return command(*args, **kwargs)
         except Interrupted as error:
-            return _fail(error, ExitStatus(128 + error.number))
+            return _fail(error, _status_of(error.number))
         except Refused as error:
             return _fail(error, ExitStatus.REFUSED)
         except TooManyFailures as error:
             return _fail(error, ExitStatus.TOO_MANY_FAILURES)
         except StoppedBySignal as error:
-            # By convention of shells: 128 and the number of the signal.
-            return _fail(error, ExitStatus(128 + error.number))
+            return _fail(error, _status_of(error.number))
         except EngineFault as error:
             return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
         except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
             return _fail(error, ExitStatus.FAILED)
 
     return wrapped
+
+
+def _status_of(number: signal.Signals) -> ExitStatus:
+    """Return 128 and the number of the signal, by convention of shells; a deadline is like SIGTERM."""
+    return ExitStatus.TERMINATED if number == signal.SIGALRM else ExitStatus(128 + number)
 
 
 def _fail(error: object, status: ExitStatus) -> ExitStatus:

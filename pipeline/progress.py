@@ -51,6 +51,11 @@ class ProgressSnapshot:
         return " · ".join(parts)
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 shard, 2,000 shards."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def duration(seconds: float | None) -> str:
     """Return a duration in at most two units: 3 d 4 h, 5 min 6 s."""
     if seconds is None:

@@ -6,30 +6,28 @@ and hands the rest to `EngineCore`, whose thread computes.
 
 from __future__ import annotations
 
-import math
 import queue
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-from torch import Tensor
+from tqdm.auto import tqdm
 
 from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.memory import MAX_ENCODE_BATCH
 from blip2_actor.engine.own_process import CANNOT_BE_SENT
 from blip2_actor.engine.refusal import RequestRefused
-from blip2_actor.engine.request_state import NOT_FINITE, RequestState
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.results import to_features, to_score, to_text_features
 from blip2_actor.engine.startup import StartedModel, start_model
+from blip2_actor.engine.submission import Asked, OnText, submit, text_pieces
+from blip2_actor.inputs.arguments import to_list, to_options, to_request, to_requests
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
-from blip2_actor.status import Status
-
-OnText = Callable[[str], None]
 
 
 class Engine:
@@ -74,6 +72,7 @@ class Engine:
                 device_map=config.device_map,
                 skip_self_test=config.skip_self_test,
                 skip_cuda_graphs=config.skip_cuda_graphs,
+                allow_urls=config.allow_urls,
                 ignore_generation_config=config.ignore_generation_config,
                 image_size_px=config.image_size_px,
             )
@@ -91,87 +90,98 @@ class Engine:
     # Texts ----------------------------------------------------------------------------------------------
 
     def generate(
-        self, requests: Sequence[Request], options: GenerationOptions = GenerationOptions()
+        self,
+        requests: Request | ImageLike | Iterable[Request | ImageLike | None],
+        options: GenerationOptions = GenerationOptions(),
+        *,
+        prompt: str | None = None,
+        progress: bool = False,
+        **changes: Any,
     ) -> list[Result]:
-        """Serve a list of requests and wait for them.
+        """Serve requests and wait for them.
 
         Args:
+            requests: a list of requests and images, or one of them.
             options: used by requests that have none of their own. Options that are not given are those of the
                 checkpoint's `generation_config.json`, or else the defaults.
+            prompt: of images that are given without a `Request`.
+            progress: show a progress bar on standard error.
+            **changes: options to change, such as `max_new_tokens=30`.
 
         Returns:
-            One result per request, in order. A bad image or prompt is a result with a status.
+            One result per request, in order; a list also for one request. A bad image or prompt is a result
+            with a status.
+
+        Raises:
+            TypeError: an argument has another type, or a changed option does not exist.
+            ValueError: options contradict each other.
         """
         self._core.require_caller_may_wait()
-        futures = self._submit([(request, options, None) for request in requests])
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+        options = to_options(options, changes)
+        asked = to_requests(requests, prompt)
+        with tqdm(total=len(asked), unit="image", disable=not progress) as bar:
+            futures = self._submit(
+                [(request, options, None) for request in asked], lambda: bar.n < bar.total and bar.update()
+            )
+            try:
+                results = [future.result() for future in futures]
+                bar.update(bar.total - bar.n)  # the last callbacks may come after the results
+                return results
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
 
-    def submit(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Future[Result]:
+    def submit(
+        self,
+        request: Request | ImageLike,
+        options: GenerationOptions = GenerationOptions(),
+        on_text: OnText | None = None,
+        *,
+        prompt: str | None = None,
+        **changes: Any,
+    ) -> Future[Result]:
         """Queue one request from any thread. Cancelling the future frees its slots.
+
+        The other arguments are those of `generate`.
+
+        Args:
+            on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
+                return at once. Never called for several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(request, options, None)])[0]
+        return self._submit([(to_request(request, prompt), to_options(options, changes), on_text)])[0]
 
     def stream(
-        self, request: Request, options: GenerationOptions = GenerationOptions()
+        self,
+        request: Request | ImageLike,
+        options: GenerationOptions = GenerationOptions(),
+        *,
+        prompt: str | None = None,
+        **changes: Any,
     ) -> Generator[str, None, None]:
         """Yield the text in pieces as its tokens come. Closing the generator cancels the request.
+
+        The arguments are those of `generate`.
 
         Raises:
             ValueError: the request asks for several beams or texts, or was refused.
         """
         self._core.require_caller_may_wait()
+        request, options = to_request(request, prompt), to_options(options, changes)
         chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
         texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         (future,) = self._submit([(request, chosen, texts.put)])
-        future.add_done_callback(lambda _: texts.put(None))
-        sent = ""
-        try:
-            while (text := texts.get()) is not None:
-                if text.startswith(sent) and text != sent:
-                    yield text[len(sent) :]
-                    sent = text
-            result = future.result()
-            if result.text is None:
-                raise ValueError(result.error)
-            if result.text.startswith(sent) and result.text != sent:
-                yield result.text[len(sent) :]
-        finally:
-            future.cancel()
+        yield from text_pieces(texts, future)
 
     def _submit(
-        self, asked: Sequence[tuple[Request, GenerationOptions, OnText | None]]
+        self, asked: Sequence[Asked], on_done: Callable[[], object] | None = None
     ) -> list[Future[Result]]:
-        """Queue requests in groups of one encode batch, so that the first group starts while the next is
-        prepared."""
-        self._core.require_own_process()
-        futures: list[Future[Result]] = []
-        try:
-            for start in range(0, len(asked), MAX_ENCODE_BATCH):
-                group = asked[start : start + MAX_ENCODE_BATCH]
-                states: list[RequestState] = []
-                for request, options, on_text in group:
-                    try:
-                        states.append(self._input_processor.request_state(request, options, on_text))
-                        futures.append(states[-1].future)
-                    except RequestRefused as refusal:
-                        futures.append(Future())
-                        futures[-1].set_result(Result(status=refusal.status, error=str(refusal)))
-                self._core.enqueue(states, num_requests=len(group))
-        except BaseException:  # the caller never learns of the futures that are queued
-            for future in futures:
-                future.cancel()
-            raise
-        return futures
+        return submit(self._core, self._input_processor, asked, on_done)
 
     # Images ---------------------------------------------------------------------------------------------
 
@@ -197,38 +207,25 @@ class Engine:
             with_image_embeds: also return the output of the vision encoder.
             with_attention_maps: also return the weights of the Q-Former's cross-attentions.
         """
-        return [
-            Features(status=image.status, error=str(image))
-            if isinstance(image, RequestRefused)
-            else self._features(image, with_image_embeds, with_attention_maps)
-            for image in self._encode(images, with_image_embeds or with_attention_maps)
-        ]
 
-    def _features(self, image: EncodedImage, with_image_embeds: bool, with_attention_maps: bool) -> Features:
-        qformer_features, pooler_output = _to_numpy(image.qformer_features), _to_numpy(image.pooler_output)
-        if not all(np.isfinite(x).all() for x in (qformer_features, pooler_output) if x is not None):
-            return Features(status=Status.FAILED, error=NOT_FINITE)
-        attention_maps = partial(self._core.runner.attention_maps, image)
-        return Features(
-            qformer_features=qformer_features,
-            pooler_output=pooler_output,
-            image_embeds=_to_numpy(image.image_embeds) if with_image_embeds else None,
-            attention_maps=self._core.call(attention_maps) if with_attention_maps else None,
-        )
+        def attention_maps(image: EncodedImage | RequestRefused) -> dict[str, np.ndarray] | None:
+            if not with_attention_maps or isinstance(image, RequestRefused):
+                return None
+            return self._core.call(partial(self._core.runner.attention_maps, image))
+
+        encoded = self._encode(to_list("images", images), with_image_embeds or with_attention_maps)
+        return [to_features(image, with_image_embeds, attention_maps(image)) for image in encoded]
 
     def text_features(self, texts: Sequence[str]) -> list[TextFeatures]:
         """Return texts without an image as the language model (for T5: its encoder) reads them.
 
         A text that is empty or too long is an entry with a status.
         """
-        prepared = [self._input_processor.text_without_image(text) for text in texts]
+        prepared = [self._input_processor.text_without_image(text) for text in to_list("texts", texts)]
         served = [ids for ids in prepared if not isinstance(ids, RequestRefused)]
         features = iter(self._core.call(lambda: self._core.runner.text_features(served)))
         return [
-            TextFeatures(status=ids.status, error=str(ids))
-            if isinstance(ids, RequestRefused)
-            else TextFeatures(features=_to_numpy(next(features)))
-            for ids in prepared
+            to_text_features(ids if isinstance(ids, RequestRefused) else next(features)) for ids in prepared
         ]
 
     def score(
@@ -242,7 +239,8 @@ class Engine:
         A bad image or text is an entry with a status. An image of `image()` that is scored with several
         texts is encoded once.
         """
-        prompts = [None] * len(texts) if prompts is None else prompts
+        images, texts = to_list("images", images), to_list("texts", texts)
+        prompts = [None] * len(texts) if prompts is None else to_list("prompts", prompts)
         if not len(images) == len(texts) == len(prompts):
             raise ValueError(
                 f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"
@@ -255,12 +253,7 @@ class Engine:
         ]
         served = [row for row in prepared if not isinstance(row, RequestRefused)]
         logprobs = iter(self._core.call(lambda: self._core.runner.text_logprobs(served)))
-        return [
-            Score(status=row.status, error=str(row))
-            if isinstance(row, RequestRefused)
-            else _score(next(logprobs))
-            for row in prepared
-        ]
+        return [to_score(row if isinstance(row, RequestRefused) else next(logprobs)) for row in prepared]
 
     def _encode(
         self, images: Sequence[ImageLike], with_image_embeds: bool = False
@@ -300,15 +293,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _score(logprobs: list[float]) -> Score:
-    total = sum(logprobs)
-    if not math.isfinite(total):
-        return Score(status=Status.FAILED, error=NOT_FINITE)
-    return Score(logprob=total, num_tokens=len(logprobs))
-
-
-def _to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    """Copy a tensor; on a CPU the array would otherwise share the engine's memory, and keep a whole batch."""
-    return None if tensor is None else tensor.float().cpu().numpy().copy()

@@ -7,13 +7,13 @@ from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
-from blip2_actor.generation.search import TextSearch
+from blip2_actor.generation.search import TextSearch, cut_at_stop
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -30,6 +30,7 @@ class InputProcessor:
         image_size_px: int,
         max_slots: int,
         generation_config: Mapping[str, Any],
+        allow_urls: bool = False,
     ) -> None:
         self.model = model
         self.max_positions_read = max_positions_read(model)
@@ -40,6 +41,7 @@ class InputProcessor:
         self.image_size_px = image_size_px
         self._generation_config = generation_config
         self.max_slots = max_slots
+        self.allow_urls = allow_urls
         self._owner = object()
         """Marks this engine's images. It is not `self`, because an image that is held must not hold the
         model."""
@@ -52,7 +54,7 @@ class InputProcessor:
         """
         if isinstance(image, EncodedImage) and image.owner is self._owner:
             return image
-        return EncodedImage(to_pixels(image, self.image_size_px), self._owner)
+        return EncodedImage(to_pixels(image, self.image_size_px, self.allow_urls), self._owner)
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a value for each; those not given are the checkpoint's, or the defaults.
@@ -69,7 +71,7 @@ class InputProcessor:
 
         Args:
             options: used if the request has none of its own.
-            on_text: called with the whole text so far after each token.
+            on_text: called with the whole text so far after each token, unless several texts are made.
 
         Raises:
             RequestRefused: the image, the prompt or the options cannot be served.
@@ -89,8 +91,8 @@ class InputProcessor:
         def make_searches() -> Searches:
             if options.num_beams > 1:
                 return [BeamSearch(options, prefix_ids, self.prompts)]
-            on_token = None if on_text is None else self._text_sender(on_text, options.stop)
             count = options.num_return_sequences
+            on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
             return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
 
@@ -156,8 +158,11 @@ class InputProcessor:
 def stable_text(text: str, stop: Sequence[str]) -> str:
     """Return the part of a growing text that later tokens will not change.
 
-    An incomplete character at the end, and the beginning of a stop text, are left out.
+    An incomplete character at the end, a stop text, and the beginning of one, are left out.
     """
+    cut = cut_at_stop(text, stop)
+    if cut is not None:
+        return cut
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(min(len(s), len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(begun, default=0)].rstrip()

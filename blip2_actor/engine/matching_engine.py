@@ -21,12 +21,13 @@ from blip2_actor.checkpoints.loading import load_retrieval
 from blip2_actor.checkpoints.tokenizer import load_tokenizer, require_known_tokens, require_non_empty
 from blip2_actor.config import MatchingConfig
 from blip2_actor.device import prepare_device, resolve_device, resolve_dtype, set_num_threads
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.memory import full_encode_batch
 from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE
+from blip2_actor.inputs.arguments import to_list
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
 from blip2_actor.status import Status
@@ -89,6 +90,7 @@ class MatchingEngine:
 
         An image that is given several times, as the same object, is decoded and encoded once.
         """
+        images, texts = to_list("images", images), to_list("texts", texts)
         if len(images) != len(texts):
             raise ValueError(f"texts must be one per image ({len(images)}), got {len(texts)}")
         results: list[Match | None] = []
@@ -114,7 +116,7 @@ class MatchingEngine:
 
     def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
         """Return unit vectors of texts; a text that is empty or too long is an entry with a status."""
-        token_ids = [self._token_ids(text) for text in texts]
+        token_ids = [self._token_ids(text) for text in to_list("texts", texts)]
         return self._embed(self._text_batches, self._embed_texts, token_ids)
 
     def stats(self) -> EngineStats:
@@ -137,12 +139,14 @@ class MatchingEngine:
 
     def _pixels(self, images: Sequence[ImageLike] | np.ndarray) -> list[np.ndarray | RequestRefused]:
         """Return uint8[S, S, 3] of each image; one object for all entries that are the same object."""
-        images = list(images)  # each pass over a stack of arrays makes new objects, which may reuse ids
+        images = to_list(
+            "images", images
+        )  # each pass over a stack of arrays makes new objects, which may reuse ids
         known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:
                 try:
-                    known[id(image)] = to_pixels(image, self.image_size_px)
+                    known[id(image)] = to_pixels(image, self.image_size_px, self.config.allow_urls)
                 except RequestRefused as refusal:
                     known[id(image)] = refusal
         return [known[id(image)] for image in images]

@@ -61,7 +61,7 @@ class RequestState:
         if self.searches and (not completions or any(isnan(c.logprob) for c in completions)):
             self.resolve(Result(status=Status.FAILED, error=NOT_FINITE))
         else:
-            self.resolve(Result(completions=completions))
+            self.resolve(Result(completions=completions, num_prompt_tokens=len(self.prompt_ids)))
 
     def resolve(self, result: Result) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():

@@ -55,6 +55,7 @@ def start_model(
     device_map: str | None,
     skip_self_test: bool,
     skip_cuda_graphs: bool,
+    allow_urls: bool,
     ignore_generation_config: bool,
     image_size_px: int | None,
 ) -> StartedModel:
@@ -80,7 +81,7 @@ def start_model(
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
-    input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config)
+    input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = ModelRunner(
         loaded,
         sizes.max_slots,

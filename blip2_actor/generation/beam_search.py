@@ -29,8 +29,8 @@ class Hypothesis:
     score: float
     """Sum of the tokens' log-probabilities after the logits processors; with the length penalty once the
     text has ended."""
-    logprob: float
-    """Sum of the tokens' log-probabilities before any logits processor."""
+    token_logprobs: tuple[float, ...]
+    """Of each token, before any logits processor."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class BeamSearch:
         self.num_slots = options.num_beams
         self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
         self.depends_on_tokens = depends_on_tokens(options)
-        self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, 0.0) for i in range(self.num_slots)]
+        self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, ()) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
         self.is_improvable = True
         """True while a running beam could still beat the worst finished text."""
@@ -108,7 +108,7 @@ class BeamSearch:
         """Add texts that have ended, and keep the num_beams best of all that have."""
         for hypothesis in hypotheses:
             score = hypothesis.score / length**self.options.length_penalty
-            self.finished.append(Hypothesis(hypothesis.token_ids, score, hypothesis.logprob))
+            self.finished.append(Hypothesis(hypothesis.token_ids, score, hypothesis.token_logprobs))
         self.finished = sorted(self.finished, key=lambda h: h.score, reverse=True)[: self.num_slots]
 
     def _stops_early(self) -> bool:
@@ -117,7 +117,7 @@ class BeamSearch:
     def _extend(self, candidate: Candidate) -> Hypothesis:
         parent = self.beams[candidate.parent]
         token_ids = (*parent.token_ids, candidate.token_id)
-        return Hypothesis(token_ids, candidate.score, parent.logprob + candidate.logprob)
+        return Hypothesis(token_ids, candidate.score, (*parent.token_logprobs, candidate.logprob))
 
     def _has_ended(self, hypothesis: Hypothesis, length: int) -> bool:
         if hypothesis.token_ids[-1] in self.vocabulary.end_ids or length >= self.options.max_new_tokens:
@@ -145,7 +145,8 @@ class BeamSearch:
                 Completion(
                     text=cut if cut is not None else self.vocabulary.decode(hypothesis.token_ids),
                     token_ids=hypothesis.token_ids,
-                    logprob=hypothesis.logprob,
+                    logprob=sum(hypothesis.token_logprobs),
+                    token_logprobs=hypothesis.token_logprobs,
                     finish_reason="stop" if has_end_token or cut is not None else "length",
                 )
             )

@@ -50,7 +50,7 @@ class TextSearch:
         """Gives one number per token; None in greedy search."""
         self.on_token = on_token
         self.token_ids: list[int] = []
-        self.logprob = 0.0
+        self.token_logprobs: list[float] = []
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
@@ -75,7 +75,7 @@ class TextSearch:
     def accept(self, token_id: int, logprob: float) -> bool:
         """Append a token; return True if the text is complete."""
         self.token_ids.append(token_id)
-        self.logprob += logprob
+        self.token_logprobs.append(logprob)
         if token_id in self._end_ids or (self.options.stop and self._has_stop_text()):
             self.done, self.finish_reason = True, "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
@@ -97,7 +97,8 @@ class TextSearch:
             Completion(
                 text=text,
                 token_ids=tuple(self.token_ids),
-                logprob=self.logprob,
+                logprob=sum(self.token_logprobs),
+                token_logprobs=tuple(self.token_logprobs),
                 finish_reason=self.finish_reason,
             )
         ]

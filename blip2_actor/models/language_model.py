@@ -13,9 +13,9 @@ from collections.abc import Hashable
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blip2_actor.models.layers import Linear
+from blip2_actor.models.layers import Embedding, Linear
 
 
 class KVCacheProtocol(Protocol):
@@ -60,7 +60,7 @@ class LanguageModel(Protocol):
     The arguments named `cache` are KV caches from its own `new_kv_cache`.
     """
 
-    embed_tokens: nn.Embedding
+    embed_tokens: Embedding
     lm_head: Linear
     max_positions: int | None
     """Maximum number of positions of one text, prefix and new tokens together; None if there is no limit."""

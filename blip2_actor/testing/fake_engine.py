@@ -1,9 +1,9 @@
 """An engine without a model, for tests and benchmarks of everything around the engine.
 
 `FakeEngineConfig` is its recipe and says what the engine costs (seconds per batch and per image) and how it
-fails: it can wait at a gate file, kill its process, report a lost device, or refuse a request. Its answers
-are in `fake_answers`. It records every caption in a trace folder, so that a test in another process counts
-captions instead of guessing from the time. It imports no torch, so that Ray starts its workers quickly.
+fails: it can wait at a gate file, kill its process, report a lost device, hang, or refuse a request. Its
+answers are in `fake_answers`. It records every caption in a trace folder, so that a test in another process
+counts captions instead of guessing from the time. It imports no torch, so that Ray starts workers quickly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,9 @@ from blip2_actor.testing.fake_answers import (
     fake_features,
     fake_score,
 )
+
+OnText = Callable[[str], None]
+_Work = tuple[Request, GenerationOptions, OnText | None, Future[Result]]
 
 MAX_SCORED_CHARS = 100
 """`score` refuses longer texts."""
@@ -88,6 +91,10 @@ class FakeEngineConfig:
     """Path of a file: if it does not exist, the first caption creates it and kills the process by SIGKILL."""
     faults_on: tuple[str, ...] = ()
     """Captions on which the engine raises `DeviceFault`."""
+    hangs_on: tuple[str, ...] = ()
+    """Captions at which the engine stops for good, as a lost device does."""
+    hangs_on_device: str | None = None
+    """Number of the accelerator, as CUDA_VISIBLE_DEVICES has it, on which the engine stops at any caption."""
     refuses_on: tuple[str, ...] = ()
     """Captions whose result has the status `refused`."""
 
@@ -125,9 +132,7 @@ class FakeEngine:
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self._config = config
-        self._queue: queue.SimpleQueue[tuple[Request, GenerationOptions, Future[Result]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
         self._encoded: weakref.WeakSet[EncodedImage] = weakref.WeakSet()
         self._busy_s = 0.0
@@ -135,13 +140,18 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, options: GenerationOptions = GenerationOptions()) -> Future[Result]:
+    def submit(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        on_text: OnText | None = None,
+    ) -> Future[Result]:
         future: Future[Result] = Future()
         self._num_requests += 1
         if self._config.gate and self._num_requests == self._config.opens_gate_at:
             os.remove(self._config.gate)
         owned = replace(request, image=self.image(request.image))  # the caller may overwrite its array now
-        self._queue.put((owned, options, future))
+        self._queue.put((owned, (request.options or options).resolve(), on_text, future))
         return future
 
     def generate(
@@ -207,15 +217,17 @@ class FakeEngine:
             cost_s = self._config.seconds_per_batch + self._config.seconds_per_image * len(work)
             if cost_s and work:
                 time.sleep(cost_s)
-            for request, options, future in work:
+            for request, options, on_text, future in work:
                 if future.set_running_or_notify_cancel():
-                    self._finish(request, (request.options or options).resolve(), future)
+                    self._finish(request, options, on_text, future)
             self._num_batches += bool(work)
             self._busy_s += time.perf_counter() - started
             if None in batch:
                 return
 
-    def _finish(self, request: Request, options: GenerationOptions, future: Future[Result]) -> None:
+    def _finish(
+        self, request: Request, options: GenerationOptions, on_text: OnText | None, future: Future[Result]
+    ) -> None:
         config = self._config
         pixels = self._encode(request.image)
         # A model with a repetition penalty no longer repeats the prompt, and neither does this engine.
@@ -230,8 +242,11 @@ class FakeEngine:
         elif caption in config.refuses_on:
             future.set_result(Result(status=Status.REFUSED, error="the fake engine was told to refuse it"))
         else:
+            if on_text is not None and options.num_return_sequences == options.num_beams == 1:
+                for end in range(4, len(caption), 4):
+                    on_text(caption[:end])
             texts = [caption, *(f"{caption} {n}" for n in range(1, options.num_return_sequences))]
-            future.set_result(Result(completions=tuple(map(_completion, texts))))
+            future.set_result(Result(completions=tuple(map(_completion, texts)), num_prompt_tokens=1))
 
     def _wait_at_gate(self, caption: str) -> None:
         config = self._config
@@ -244,6 +259,9 @@ class FakeEngine:
         if config.kills_once and not os.path.exists(config.kills_once):
             Path(config.kills_once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        device = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if (device and device == config.hangs_on_device) or caption in config.hangs_on:
+            threading.Event().wait()
         if caption in config.kills_on:
             os.kill(os.getpid(), signal.SIGKILL)
 

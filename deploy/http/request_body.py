@@ -1,179 +1,284 @@
-"""Read the body of `POST /v1/caption`: multipart or JSON, of bounded size, with nothing ignored.
+"""Read the body of a request: a form, JSON or the bytes of an image, of bounded size, with nothing ignored.
 
-The bytes of the image are untrusted. They are not inspected here; a child process decodes them.
+A body becomes a pydantic model that names its fields. A thread parses it, so that a large body does not stop
+the other requests. The bytes of images are untrusted. They are not inspected here; a child process decodes
+them.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, get_type_hints
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qsl
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
 
-from blip2_actor import GenerationOptions
-from deploy.http.errors import ApiError, bad_request
+from deploy.http.errors import ApiError, bad_request, shorten
+from deploy.http.images import MAX_IMAGES, refuse_size
+from deploy.http.options import OPTION_NAMES
 
-FIELDS = ("image", "prompt", "options")
-MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
-"""What one caller may ask of a shared engine; more would crowd out the other requests."""
-MAX_TEXT_CHARS = 8_192
-"""Maximum length of a prompt; the model's own limit, in tokens, is lower."""
+JSON = "application/json"
+FORM = "multipart/form-data"
+RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
+MAX_TEXT_BYTES = 1 << 20
+"""Maximum size of everything in a body that is no image."""
+MAX_PARTS = 200
+MAX_COMMAS = 100_000
+"""Every value but the first follows a comma. While JSON is parsed, no other thread runs: 27 MB of empty lists
+would stop the event loop for seconds."""
 
-_OPTION_TYPES: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
-    for name, hint in get_type_hints(GenerationOptions).items()
-}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CaptionCall:
-    """One request, with the service's options filled in."""
-
-    image: bytes
-    prompt: str | None
-    options: GenerationOptions
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-async def read_call(request: Request, defaults: GenerationOptions, max_image_bytes: int) -> CaptionCall:
-    """Read one call; options that are not given are taken from `defaults`.
+async def read_body(
+    request: Request, body_type: type[BodyT], max_image_bytes: int, max_bodies: int = 1
+) -> BodyT:
+    """Read one call.
+
+    Args:
+        body_type: its fields `image` and `images`, if it has any, take forms and raw bytes too.
+        max_image_bytes: maximum size of one image.
+        max_bodies: how many of the largest images fit into the body.
 
     Raises:
         ApiError: 400, 413 or 415; the message says what is wrong.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "application/json":
-        body = await _read_bounded(request, max_image_bytes * 4 // 3 + 64 * 1024)
-        fields = _json_fields(body)
-    elif content_type == "multipart/form-data":
-        body = await _read_bounded(request, max_image_bytes + 64 * 1024)
-        fields = await _form_fields(request.headers, body)
-    else:
+    header = request.headers.get("content-type", "")
+    media = header.partition(";")[0].strip().lower()
+    fields = body_type.model_fields
+    is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
+    if not (is_raw or media == JSON or (media == FORM and {"image", "images"} & fields.keys())):
         raise ApiError(
             415,
             "unsupported_media_type",
-            f"Content-Type must be multipart/form-data or application/json, got {content_type or 'none'!r}",
+            f"Content-Type must be {_content_types(fields)}, got {media or 'none'!r}",
         )
-    return _call(fields, defaults, max_image_bytes)
+    max_bytes = max_image_bytes * max_bodies * (4 / 3 if media == JSON else 1) + MAX_TEXT_BYTES
+    body = await _read_bounded(request, int(max_bytes))
+
+    def parse() -> BodyT:
+        if is_raw:
+            given: dict[str, Any] = {"image": _raw_image(media, body)}
+        else:
+            given = _json_fields(body) if media == JSON else _form_fields(header, body, fields)
+        in_query = _from_texts(_query_texts(request.url.query), fields)
+        return validate(body_type, _merged(given, in_query), max_image_bytes)
+
+    return await asyncio.to_thread(parse)
 
 
-def parse_options(given: object, defaults: GenerationOptions) -> GenerationOptions:
-    """Return the service's options with those of the caller in their place.
-
-    Raises:
-        ApiError: 400; an option is unknown, of the wrong type, out of range or without effect.
-    """
-    if not isinstance(given, dict):
-        raise bad_request(f"options must be a JSON object, got {_short(given)}")
-    values = {name: _option(name, value) for name, value in given.items()}
+def validate(body_type: type[BodyT], fields: Mapping[str, Any], max_image_bytes: int) -> BodyT:
+    """Return the fields of a call as a model; raise ApiError 400 that names the first wrong field."""
     try:
-        return GenerationOptions(**values).resolve(asdict(defaults))
-    except ValueError as error:
-        raise bad_request(f"options: {error}") from None
+        return body_type.model_validate(dict(fields), context={"max_image_bytes": max_image_bytes})
+    except ValidationError as error:
+        raise bad_request(_explain(error, body_type)) from None
+
+
+def _explain(error: ValidationError, body_type: type[BaseModel]) -> str:
+    errors = error.errors(include_url=False, include_context=False)
+    # A misspelled name is the reason why another is missing.
+    wrong = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    path = ".".join(str(part) for part in wrong["loc"])
+    if wrong["type"] == "extra_forbidden":
+        known = f"; the fields are {', '.join(body_type.model_fields)}" if len(wrong["loc"]) == 1 else ""
+        return f"{path} is not a field{known}"
+    if wrong["type"] == "missing":
+        return f"{path} must be given"
+    if wrong["type"] == "value_error":
+        return f"{path}: {wrong['msg'].removeprefix('Value error, ')}"
+    rule = re.sub(r"^(Input|String|List|Dictionary) should ", "", wrong["msg"])
+    return f"{path} must {rule}, got {shorten(wrong['input'])}"
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        _refuse_size("body", max_bytes, int(length))
+    if length.isdecimal() and int(length) > max_bytes:
+        refuse_size("body", max_bytes, int(length))
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            _refuse_size("body", max_bytes, len(body))
+            refuse_size("body", max_bytes, len(body))
     return bytes(body)
 
 
+# JSON ---------------------------------------------------------------------------------------------------
+
+
 def _json_fields(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise bad_request(f"body must be JSON: {error}") from None
+    fields = parse_json("body", body)
     if not isinstance(fields, dict):
-        raise bad_request(f"body must be a JSON object, got {_short(fields)}")
-    image = fields.get("image")
-    if image is not None:
-        if not isinstance(image, str):
-            raise bad_request("image must be a string in base64")
-        try:
-            fields["image"] = base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError):
-            raise bad_request("image must be base64 without line breaks or a data: prefix") from None
+        raise bad_request(f"body must be a JSON object, got {shorten(fields)}")
     return fields
 
 
-async def _form_fields(headers: Headers, body: bytes) -> dict[str, Any]:
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-        yield b""
-
-    parser = MultiPartParser(headers, stream(), max_files=1, max_fields=len(FIELDS))
+def parse_json(what: str, text: bytes | str) -> Any:
+    """Parse JSON in UTF-8 whose texts are whole characters; raise ApiError 400 that says what is wrong."""
+    num_commas = text.count(b"," if isinstance(text, bytes) else ",")  # type: ignore[arg-type]
+    if num_commas > MAX_COMMAS:
+        raise bad_request(f"{what} must have at most {MAX_COMMAS} commas, got {num_commas}")
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        raise bad_request(f"body must be multipart/form-data: {error}") from None
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in fields:
-            raise bad_request(f"{name} must be given once")
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    await form.close()
-    if isinstance(fields.get("image"), str):
-        raise bad_request('image must be a file, as curl sends with -F "image=@photo.jpg"')
-    if fields.get("options") is not None:
-        try:
-            fields["options"] = json.loads(fields["options"], parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise bad_request(f"options must be JSON: {error}") from None
-    return fields
-
-
-def _call(fields: Mapping[str, Any], defaults: GenerationOptions, max_image_bytes: int) -> CaptionCall:
-    for name in fields:
-        if name not in FIELDS:
-            raise bad_request(f"{name} is not a field; the fields are {', '.join(FIELDS)}")
-    image, prompt, options = (fields.get(name) for name in FIELDS)
-    if image is None:
-        raise bad_request("image must be given")
-    if len(image) > max_image_bytes:
-        _refuse_size("image", max_image_bytes, len(image))
-    if prompt is not None and not isinstance(prompt, str):
-        raise bad_request("prompt must be a string")
-    if prompt is not None and len(prompt) > MAX_TEXT_CHARS:
-        raise bad_request(f"prompt must have at most {MAX_TEXT_CHARS} characters, got {len(prompt)}")
-    return CaptionCall(image=image, prompt=prompt or None, options=parse_options(options or {}, defaults))
-
-
-def _option(name: str, value: object) -> Any:
-    if name not in _OPTION_TYPES:
-        raise bad_request(f"{name} is not an option; the options are {', '.join(_OPTION_TYPES)}")
-    try:
-        # Through JSON, in which a list is accepted for a tuple.
-        parsed = _OPTION_TYPES[name].validate_json(json.dumps(value))
-    except ValidationError as error:
-        rule = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise bad_request(f"options: {name} must be {rule}, got {_short(value)}") from None
-    if name in MAX_OPTIONS and parsed > MAX_OPTIONS[name]:
-        raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
-    if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
-        raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
-    return parsed
+        decoded = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(decoded, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+        if re.search(r"\\u[dD][89a-fA-F]", decoded):  # half of a character may be among them
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request(f"{what} must consist of whole characters, got a lone surrogate") from None
+    except UnicodeDecodeError:
+        raise bad_request(f"{what} must be JSON in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"{what} must be JSON: {error}") from None
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _refuse_size(what: str, max_bytes: int, num_bytes: int) -> NoReturn:
-    raise ApiError(413, "too_large", f"{what} must have at most {max_bytes} bytes, got {num_bytes}")
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shorten(repeated)} is given twice")
+    return fields
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+# Forms --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Form:
+    """What the parser of a form has found."""
+
+    texts: list[tuple[bytes, bytes]] = field(default_factory=list)
+    files: list[tuple[bytes, bytes]] = field(default_factory=list)
+    is_complete: bool = False
+
+    def add_field(self, part: Field) -> None:
+        is_image = (part.content_type or "").lower().startswith("image/")
+        self._add(self.files if is_image else self.texts, part.field_name, part.value)
+
+    def add_file(self, part: File) -> None:
+        part.file_object.seek(0)
+        self._add(self.files, part.field_name, part.file_object.read())
+
+    def end(self) -> None:
+        self.is_complete = True
+
+    def _add(self, parts: list[tuple[bytes, bytes]], name: bytes | None, value: bytes | None) -> None:
+        parts.append((name or b"", value or b""))
+        if len(self.texts) + len(self.files) > MAX_PARTS:
+            raise bad_request(f"a form must have at most {MAX_PARTS} parts")
+
+
+def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> dict[str, Any]:
+    _, parameters = parse_options_header(content_type)
+    if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise bad_request("a form must be in UTF-8; leave out charset")
+    form = _Form()
+    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True}
+    try:
+        parser = FormParser(
+            FORM, form.add_field, form.add_file, form.end, parameters.get(b"boundary"), config=config
+        )
+        parser.write(body)
+    except FormParserError as error:
+        raise bad_request(f"body must be multipart/form-data: {error}") from None
+    if not form.is_complete:
+        raise bad_request("body must be multipart/form-data that ends with its boundary")
+    fields: dict[str, Any] = {}
+    for raw_name, image in form.files:
+        _add_image(fields, _text("the name of a part", raw_name), image, known)
+    texts = []
+    for raw_name, text in form.texts:
+        name = _text("the name of a part", raw_name)
+        if name in ("image", "images"):
+            raise bad_request(f'{name} must be a file, as curl sends with -F "{name}=@photo.jpg"')
+        texts.append((name, _text(name, text)))
+    return _merged(fields, _from_texts(texts, known))
+
+
+def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Mapping[str, Any]) -> None:
+    if name == "images" and name in known:
+        fields.setdefault(name, []).append(image)
+        if len(fields[name]) > MAX_IMAGES:
+            raise bad_request(f"images must be at most {MAX_IMAGES} files")
+    elif name in fields:
+        raise bad_request(f"{name} must be given once")
+    elif name in known and name != "image":
+        raise bad_request(f"{name} must be text, got a file")
+    else:
+        fields[name] = image
+
+
+def _text(what: str, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise bad_request(f"{what} must be text in UTF-8") from None
+
+
+# Texts of a form or a query ------------------------------------------------------------------------------
+
+
+def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that stand in a form or in a query, where everything is text.
+
+    A prompt is plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each option
+    may stand under its own name.
+    """
+    fields: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, text in texts:
+        is_option = name in OPTION_NAMES and "options" in known
+        place = options if is_option else fields
+        if is_option and name == "stop":
+            place.setdefault(name, []).append(text)
+        elif name in place:
+            raise bad_request(f"{name} must be given once")
+        else:
+            place[name] = text if name == "prompt" or not text else parse_json(name, text)
+    return _merged(fields, {"options": options} if options else {})
+
+
+def _merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    for name in fields.keys() & others.keys():
+        raise bad_request(f"{name} must be given once")
+    return fields | others
+
+
+def _query_texts(query: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_PARTS)
+    except ValueError:  # UnicodeDecodeError too
+        raise bad_request(f"the query must be text in UTF-8, with at most {MAX_PARTS} fields") from None
+
+
+# Raw bytes ----------------------------------------------------------------------------------------------
+
+
+def _raw_image(media: str, body: bytes) -> bytes:
+    if media == "application/x-www-form-urlencoded" and re.match(rb"[\w.%+\[\]-]+=", body):
+        raise ApiError(
+            415,
+            "unsupported_media_type",
+            "Content-Type must be multipart/form-data for a form, as curl sends with -F; with --data-binary "
+            "the body must be the bytes of an image",
+        )
+    return body
+
+
+def _content_types(fields: Mapping[str, Any]) -> str:
+    if "image" in fields:
+        return f"image/*, {FORM} or {JSON}"
+    return f"{FORM} or {JSON}" if "images" in fields else JSON

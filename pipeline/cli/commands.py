@@ -17,7 +17,7 @@ def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> i
     """Caption an input, or resume."""
     with before_work(type(settings)):
         job = prepare(settings, engine)
-    return _run(job, settings.max_failed_fraction)
+    return _run(job)
 
 
 @errors_to_exit_status
@@ -25,7 +25,7 @@ def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
     """Embed an input, or resume."""
     with before_work(type(settings)):
         job = prepare(settings.job(), engine)
-    return _run(job, settings.max_failed_fraction)
+    return _run(job)
 
 
 @errors_to_exit_status
@@ -33,7 +33,7 @@ def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
     """Score the texts of an input, or resume."""
     with before_work(type(settings)):
         job = prepare(settings.job(), engine)
-    return _run(job, settings.max_failed_fraction)
+    return _run(job)
 
 
 @errors_to_exit_status
@@ -41,12 +41,12 @@ def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
     """Run the rows again that are not ok."""
     with before_work(type(settings)):
         job = prepare_retry(settings, engine)
-    return _run(job, job.settings.max_failed_fraction)
+    return _run(job)
 
 
-def _run(job: Job, max_failed_fraction: float) -> int:
+def _run(job: Job) -> int:
     console = Console()
     result = run_job(job, console)
     for line in result.lines():
         console.say(line)
-    return result.exit_status(max_failed_fraction)
+    return result.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)

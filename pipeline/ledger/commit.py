@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
+from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
 from pipeline.ledger.layout import output_name, shard_report_name
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
+CAPTIONS_KEY = b"blip2.captions"
 ROW_GROUP_BYTES = 32 << 20
 MAX_ROW_GROUP_ROWS = 65_536
 
@@ -48,6 +50,9 @@ class Summary:
     """Of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the input's bytes, as in the shard's report."""
+
+    captions: CaptionCounts = field(default_factory=CaptionCounts)
+    """In a place of its own in the footer; files of version 0.1.0 have none."""
 
     @property
     def num_failed(self) -> int:
@@ -86,7 +91,7 @@ def commit_shard(
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )
-    folder.put(name, _parquet(empty_schema.empty_table(), {**metadata, SUMMARY_KEY: _json(summary)}))
+    folder.put(name, _parquet(empty_schema.empty_table(), {**metadata, **_footer(summary)}))
     return summary
 
 
@@ -110,10 +115,11 @@ def _commit(
         by_status=_counts(rows["status"]),
         complete=report.complete,
         reason=report.reason,
+        captions=CaptionCounts.of_rows(rows),
         generation=report.generation,
         content=report.content,
     )
-    content = _parquet(rows, {**metadata, SUMMARY_KEY: _json(summary)})
+    content = _parquet(rows, {**metadata, **_footer(summary)})
     folder.put(name, content)
     # Rows past the end of a shard that was read less far are kept for a better reading.
     finished = [f for f in fragments if f.last < num_rows or report.changed]
@@ -180,7 +186,8 @@ def read_rows(folder: Folder, shard: str) -> pa.Table | None:
 def read_summary(folder: Folder, shard: str) -> Summary:
     """Return the summary in the footer of a finished shard's file."""
     metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
-    return Summary(**json.loads(metadata[SUMMARY_KEY]))
+    captions = CaptionCounts(**json.loads(metadata.get(CAPTIONS_KEY, b"{}")))
+    return Summary(**json.loads(metadata[SUMMARY_KEY]), captions=captions)
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -188,8 +195,10 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
 
 
-def _json(summary: Summary) -> bytes:
-    return json.dumps(asdict(summary)).encode()
+def _footer(summary: Summary) -> dict[bytes, bytes]:
+    values = asdict(summary)
+    captions = values.pop("captions")
+    return {SUMMARY_KEY: json.dumps(values).encode(), CAPTIONS_KEY: json.dumps(captions).encode()}
 
 
 def _parquet(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:

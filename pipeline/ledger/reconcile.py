@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from blip2_actor import Status
+from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.changes import NO_FILES, InputChanges, find_changes
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_files
@@ -64,11 +65,16 @@ class Reconciliation:
         rows = self.num_rows + lost
         return (self.num_failed + lost) / rows if rows else 0.0
 
-    def exit_status(self, max_failed_fraction: float) -> int:
-        """Return 1 when something is missing, 2 when a larger share failed than allowed, else 0."""
+    @property
+    def captions(self) -> CaptionCounts:
+        return CaptionCounts.sum_of(summary.captions for summary in self.summaries)
+
+    def exit_status(self, max_failed_fraction: float, max_flagged_fraction: float = 1.0) -> int:
+        """Return 1 when something is missing, 2 when more failed or is flagged than allowed, else 0."""
         if self.missing or self.num_rows != sum(self.by_status.values()):
             return 1
-        return 2 if self.failed_fraction > max_failed_fraction else 0
+        is_flagged = self.captions.flagged_fraction > max_flagged_fraction
+        return 2 if self.failed_fraction > max_failed_fraction or is_flagged else 0
 
     def lines(self, is_over: bool = True) -> list[str]:
         """Return the report; while the run may be resumed, shards without a file are left and not missing."""
@@ -82,7 +88,8 @@ class Reconciliation:
             f"{'missing' if is_over else 'left'} {len(self.missing):,}",
         ]
         lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
-        return lines + (_shorten([f"missing: {shard}" for shard in self.missing]) if is_over else [])
+        lines += _shorten([f"missing: {shard}" for shard in self.missing]) if is_over else []
+        return lines + self.captions.warnings()
 
 
 def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str]) -> Reconciliation:

@@ -29,7 +29,7 @@ from pipeline.plan.sample import Sample
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
-from pipeline.stages.write import output_rows
+from pipeline.stages.output_rows import output_columns
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_S = 1.0
@@ -90,7 +90,7 @@ def measure_stage_costs(
         captioned, caption_cost = _measure_per_row(captioning, decoded)
     finally:
         captioning.close()
-    rows = output_rows(captioned, list(settings.reading.kept), captioning)
+    rows = output_columns(captioned, list(settings.reading.kept), captioning)
     with _plan_folder(settings.output) as folder:
         written = _write(folder, rows)
     costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": written.cost}

@@ -14,7 +14,7 @@ from pipeline.ledger.lease import BEAT_S, Holder
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
-from pipeline.progress import ProgressSnapshot, duration
+from pipeline.progress import ProgressSnapshot, count, duration
 from pipeline.storage.folder import Folder
 
 SILENT_AFTER_S = 4 * BEAT_S
@@ -35,11 +35,11 @@ def status_lines(uri: str) -> list[str]:
     waiting = sum(len(rows) for rows in ledger.rows_in(open_shards).values())
     lines = done.lines(is_over=not done.missing)
     if waiting:
-        lines.append(f"in progress: {waiting:,} rows finished in {len(open_shards):,} shards")
+        lines.append(f"in progress: {waiting:,} rows finished in {count(len(open_shards), 'shard')}")
     if done.missing:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
-        lines.append(f"remaining: {about}{len(done.missing):,} shards")
+        lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
     lines += _input_lines(ledger, run)
     holder = ledger.driver()
     lines.append(_driver_line(holder, bool(done.missing)) + _silence(ledger.folder, holder))

@@ -11,10 +11,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.errors import RayStartFailed
+from pipeline.errors import Device, RayStartFailed, Stopped
 from pipeline.run.signals import keeping_handlers
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.storage.secrets import hide_secrets
+
+HOLD_S = 60.0
+"""How long an actor waits for an accelerator that processes which are ending have held."""
 
 
 def set_ray_environment() -> None:
@@ -192,3 +195,32 @@ def size_of_cluster() -> ClusterSize:
         num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
         cpus_per_node=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
     )
+
+
+class _Holder:
+    """An actor that does nothing; Ray gives its accelerator to no other."""
+
+    def accelerator(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
+
+
+def hold_device(device: Device) -> list[Any]:
+    """Occupy the accelerators of a device, so that no stage gets them; return the actors that hold them.
+
+    Ray gives an actor any free accelerator of a node, so actors are started until each one is held.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    on_node = NodeAffinitySchedulingStrategy(device.node_id, soft=False)
+    actor = ray.remote(_Holder).options(num_cpus=0, num_gpus=1, scheduling_strategy=on_node)
+    held: dict[str, Any] = {}
+    while not held.keys() >= set(device.ids):
+        holder = actor.remote()
+        try:
+            held[ray.get(holder.accelerator.remote(), timeout=HOLD_S)] = holder
+        except ray.exceptions.RayError as error:
+            raise Stopped(f"{device} is broken and cannot be left out: {error}") from error
+    return [held[accelerator] for accelerator in device.ids]

@@ -11,7 +11,14 @@ from typing import Any
 
 import ray
 
-from pipeline.errors import OutputInUse, Stopped, StoppedBySignal, TooManyFailures
+from pipeline.errors import (
+    DeviceLeftOut,
+    OutputInUse,
+    Stopped,
+    StoppedBySignal,
+    TooManyFailures,
+    name_of,
+)
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.shard_progress import ShardProgress
@@ -25,6 +32,7 @@ from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.device_health import Device
 from pipeline.stages.storage_trouble import describe
 
 STEP_S = 0.2
@@ -40,13 +48,14 @@ COMMIT_S = 2.0
 class Driver:
     """The main loop of a run: it drives what is left of a job, in the main thread, on a connected Ray.
 
-    The run ends early in one of four ways:
+    The run ends early in one of five ways:
 
     - A signal: running calls write the rows they have finished (for at most `FLUSH_S`), complete shards are
       committed (for at most `COMMIT_S`), and `StoppedBySignal` is raised. A second SIGINT (Ctrl-C) ends the
       process at once.
     - Most rows fail: the same, with `TooManyFailures`.
     - Ray gives up on a stage or a commit: what can be committed is, and `Stopped` names the cause.
+    - A device has failed several times: the same as with a signal, with `DeviceLeftOut`.
     - Another driver has taken the lease: `OutputInUse` is raised at once.
 
     In each case finished work stays in the output, and the same command resumes it.
@@ -89,12 +98,14 @@ class Driver:
         self._checked = 0.0
         self._busy: dict[str, float] = {}
         self._trouble: str | None = None
+        self._broken: Device | None = None
         lease.progress = self._progress
 
     def run(self) -> None:
         """Caption what is left and commit it, until it is done or stopped.
 
         Raises:
+            DeviceLeftOut: a device has failed several times.
             Stopped: by a signal, by an error of Ray, or because most rows fail.
             OutputInUse: another driver has taken the lease.
         """
@@ -138,6 +149,10 @@ class Driver:
             self._tracker.add(receipt)
         self._busy = busy_fractions(news.loads)
         self._say_trouble(describe(news.troubles))
+        for failure in news.failures:
+            self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
+            if failure.is_last:
+                self._broken = failure.device
         with contextlib.suppress(OSError):  # A store that fails is asked again in a second.
             self._load_shard_reports(self._job.ledger)
 
@@ -178,11 +193,14 @@ class Driver:
         if self._stop.number is not None:
             limit_s = FLUSH_S + COMMIT_S
             self._console.say(
-                f"{self._stop.number.name}: writing what is finished, for at most {limit_s:.0f} s; "
+                f"{name_of(self._stop.number)}: writing what is finished, for at most {limit_s:.0f} s; "
                 "Ctrl-C ends it at once"
             )
             self._flush(stream)
             raise StoppedBySignal(self._stop.number)
+        if self._broken is not None:
+            self._flush(stream)
+            raise DeviceLeftOut(self._broken)
         if self._tracker.has_too_many_failures(self._max_failed_fraction):
             self._flush(stream)
             seen = ", ".join(f"{n:,} {status}" for status, n in self._tracker.by_status.most_common())

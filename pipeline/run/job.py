@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 import pyarrow as pa
 
@@ -26,6 +27,8 @@ class Job:
     run: Run
     is_new: bool
     """Whether the run must still be begun in its output."""
+    stop_at: datetime | None = None
+    """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
     """Whether the job runs the rows of finished shards again that are not ok."""
     redone: tuple[str, ...] = ()

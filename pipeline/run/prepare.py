@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.column_names import SCHEMA_VERSION
@@ -19,6 +20,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run, begin_run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
+from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
@@ -36,6 +38,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
         RayStartFailed: the cluster cannot be reached.
     """
+    stop_at = _stop_at(settings.deadline)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
     if run is not None and not run.uses_generation_config:
@@ -52,10 +55,19 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     if run is None:
         assert listing is not None
         run = begin_run(settings.fingerprint(info), settings, listing)
-        return Job(settings, engine, info, ledger, run, is_new=True, notes=tuple(listing.unread.lines()))
+        return Job(
+            settings,
+            engine,
+            info,
+            ledger,
+            run,
+            is_new=True,
+            stop_at=stop_at,
+            notes=tuple(listing.unread.lines()),
+        )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
-    job = Job(settings, engine, info, ledger, run, is_new=False)
+    job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
     return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
 
 
@@ -66,6 +78,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         ValueError, OSError: there is no run, or its model is no longer the same.
         RayStartFailed: the cluster cannot be reached.
     """
+    stop_at = _stop_at(settings.deadline)
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run(settings.input)
     stored = dict(run.settings)
@@ -82,14 +95,23 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
             if settings.max_failed_fraction is None
             else settings.max_failed_fraction
         ),
+        max_flagged_fraction=(
+            first.max_flagged_fraction
+            if settings.max_flagged_fraction is None
+            else settings.max_flagged_fraction
+        ),
     )
     if not run.uses_generation_config:
         first = first.without_generation_config()
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
-    job = Job(first, engine, info, ledger, run, is_new=False, is_retry=True)
+    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
     return _on_input_as_it_is(job, settings.input, settings.redo_changed)
+
+
+def _stop_at(deadline: str | None) -> datetime | None:
+    return None if deadline is None else stop_time(deadline, datetime.now(UTC))
 
 
 def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from blip2_actor import DecodePool
+from pipeline.errors import DeviceLeftOut
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.shard_progress import ShardProgress
-from pipeline.progress import LOG_EVERY_S, Console
-from pipeline.run.cluster import connected
+from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.run.cluster import connected, hold_device
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
+from pipeline.settings.placement import ClusterSize, fit, reserve
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
 
@@ -31,7 +34,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         Interrupted: a signal has come before the first row was read, or a second Ctrl-C.
         RayStartFailed: Ray could not be started.
     """
-    stop = StopRequest()
+    stop = StopRequest(job.stop_at)
     with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
         ledger = job.ledger.with_retries()
         if job.is_new:
@@ -43,11 +46,38 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         _announce(job, console, len(left))
         if left:
             with connected() as cluster:
-                Driver(job, ledger, left, cluster, lease, stop, console).run()
+                _drive(job, ledger, left, cluster, lease, stop, console)
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
         return ledger.reconcile(job.run, state)
+
+
+def _drive(
+    job: Job,
+    ledger: Ledger,
+    left: list[ShardProgress],
+    cluster: ClusterSize,
+    lease: Lease,
+    stop: StopRequest,
+    console: Console,
+) -> None:
+    """Drive what is left. When an accelerator is broken, go on with the others."""
+    held = []
+    while left:
+        try:
+            Driver(job, ledger, left, cluster, lease, stop, console).run()
+            return
+        except DeviceLeftOut as error:
+            num_gpus = cluster.num_gpus - len(error.device.ids)
+            if not error.device.ids or num_gpus < reserve(job.settings.placement, cluster).caption_gpus:
+                raise
+            held += hold_device(error.device)
+            console.say(f"{error.device} is left out; the job goes on with {num_gpus:g} others")
+            cluster = dataclasses.replace(cluster, num_gpus=num_gpus)
+            placement = fit(job.settings.placement, cluster)
+            job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
+            left = _left(job, ledger)
 
 
 @contextmanager
@@ -80,7 +110,7 @@ def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
 def _announce(job: Job, console: Console, num_left: int) -> None:
     total = len(job.run.shards)
     console.say(
-        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {total:,} shards"
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )

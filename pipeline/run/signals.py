@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import FrameType
 
 from pipeline.errors import Interrupted
@@ -32,7 +33,13 @@ class StopRequest:
     second SIGINT (Ctrl-C) raises `Interrupted`. It is noted in any case, so that other threads can stop too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at: datetime | None = None) -> None:
+        """Prepare a request.
+
+        Args:
+            stop_at: when to stop without a signal of anybody, by SIGALRM.
+        """
+        self._stop_at = stop_at
         self.number: signal.Signals | None = None
         """The first signal that has arrived."""
         self._is_deferred = False
@@ -48,11 +55,19 @@ class StopRequest:
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
         handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        if self._stop_at is not None:
+            before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+            handled.append(signal.SIGALRM)
         for number in handled:
             signal.signal(number, self._handle)
+        if self._stop_at is not None:
+            left = self._stop_at - datetime.now(UTC)
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
         try:
             yield
         finally:
+            if self._stop_at is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number in handled:
                 signal.signal(number, before[number])
 

@@ -79,6 +79,7 @@ def receipts_dataset(
                 list(settings.reading.kept),
                 ledger,
                 coordinator,
+                settings.placement.step_timeout_s,
             ),
             **caption_pool(settings.placement, reservations),
         )

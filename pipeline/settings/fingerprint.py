@@ -30,6 +30,9 @@ ADDED_LATER: Mapping[str, Any] = {
 this version makes the rows of earlier versions."""
 
 
+MAX_SHOWN, MAX_SHOWN_CHARS = 10, 200
+
+
 class FingerprintMismatch(ValueError):
     """The output was begun with other settings."""
 
@@ -66,7 +69,7 @@ class Fingerprint:
         """Return one phrase per difference: "name: value in other -> value here"."""
         theirs, ours = dict(_flat(other.parts)), dict(_flat(self.parts))
         return [
-            f"{name}: {theirs.get(name, 'nothing')!r} -> {ours.get(name, 'nothing')!r}"
+            f"{name}: {_shown(theirs.get(name))} -> {_shown(ours.get(name))}"
             for name in sorted(theirs.keys() | ours.keys())
             if theirs.get(name, _MISSING) != ours.get(name, _MISSING)
         ]
@@ -80,6 +83,9 @@ class Fingerprint:
         """
         differences = self.differences(other)
         if differences:
+            num_more = len(differences) - MAX_SHOWN
+            if num_more > 0:
+                differences = [*differences[:MAX_SHOWN], f"and {num_more} more"]
             raise FingerprintMismatch(
                 f"{output} was begun with other settings: {'; '.join(differences)}; "
                 "run the first command again, give another --output, "
@@ -88,6 +94,12 @@ class Fingerprint:
 
 
 _MISSING = object()
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; a list of a thousand inputs must not fill the screen."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
 
 
 def _without_defaults(

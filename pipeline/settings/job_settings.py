@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
@@ -18,16 +19,17 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, Fingerprint
 from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 
-NO_TEXT = hiding("ignore_generation_config")
+NO_TEXT = hiding("allow_urls", "ignore_generation_config")
 """Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
-OF_ONE_START = ("add_new", "redo_changed")
+OF_ONE_START = ("add_new", "deadline", "redo_changed")
 """Settings that are not stored, because they are meant for one start of a run."""
 
 
@@ -50,13 +52,19 @@ class JobSettings:
     max_failed_fraction: float = 0.0
     """Exit with status 2 if a larger fraction of the rows fails. The job stops early if more than half of the
     rows fail, or more than this fraction if it is above one half."""
+    max_flagged_fraction: float = 1.0
+    """Exit with status 2 if a larger fraction of the captions is flagged (empty, looping or echoing the
+    prompt), or if most captions are the same; 1 means that flags do not count."""
+    deadline: str | None = None
+    """When the job must have ended: a duration such as 2h30m, or a UTC time such as 2026-01-31T18:00. It
+    stops in time to write what is finished, and the same command resumes it."""
     fork: bool = False
     """If the output was started with other settings, start a new output next to it."""
     add_new: bool = False
     """Also process files that have come to the input since the output was started; finished files stay."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the output was started."""
-    engine: EngineConfig = field(default=EngineConfig())
+    engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
     """columns and members"""
@@ -68,7 +76,10 @@ class JobSettings:
     def __post_init__(self) -> None:
         if not self.input:
             raise ValueError("input must name at least one file or folder, got none")
-        require_fraction(self.max_failed_fraction)
+        require_fraction("max_failed_fraction", self.max_failed_fraction)
+        require_fraction("max_flagged_fraction", self.max_flagged_fraction)
+        if self.deadline is not None:
+            stop_time(self.deadline, datetime.now(UTC))
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.add_new and self.limit is not None:
@@ -266,10 +277,10 @@ class ScoreSettings(JobSettings):
         return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
 
 
-def require_fraction(max_failed_fraction: float) -> None:
+def require_fraction(name: str, value: float) -> None:
     """Raise ValueError unless the value is a fraction."""
-    if not 0 <= max_failed_fraction <= 1:
-        raise ValueError(f"max_failed_fraction must be from 0 to 1, got {max_failed_fraction}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value}")
 
 
 def _shared(settings: JobSettings) -> dict[str, Any]:

@@ -30,7 +30,13 @@ class Placement:
     """Maximum number of decoding actors, with one decoding process each; default: as many
     as fit into the cluster."""
 
+    step_timeout_s: float = 600.0
+    """Seconds without progress of an engine that has work, after which its process is replaced and its images
+    go again. The first result may take three times as long, because a model may be compiled before it."""
+
     def __post_init__(self) -> None:
+        if not self.step_timeout_s > 0:
+            raise ValueError(f"step_timeout_s must be above 0, got {self.step_timeout_s}")
         for name in ("min_actors", "max_actors", "calls_per_actor", "max_decode_actors"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -91,6 +97,17 @@ def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
         caption_gpus=num_gpus,
         max_actors=max_actors,
         num_threads=None if num_gpus else max(1, math.floor(node_cpus / per_node)),
+    )
+
+
+def fit(placement: Placement, cluster: ClusterSize) -> Placement:
+    """Return a placement with no more captioning actors than a cluster has accelerators for."""
+    num_gpus = reserve(placement, cluster).caption_gpus
+    num_fitting = max(1, math.floor(cluster.num_gpus / num_gpus)) if num_gpus else 1
+    return dataclasses.replace(
+        placement,
+        min_actors=min(placement.min_actors, num_fitting),
+        max_actors=None if placement.max_actors is None else min(placement.max_actors, num_fitting),
     )
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from blip2_actor import ImageLimits
+from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
 from pipeline.settings.placement import Placement
 
@@ -28,6 +30,9 @@ class PlacementChanges:
     """Number of calls that one actor runs at the same time; default: as in the earlier run."""
     max_decode_actors: int | None = None
     """Maximum number of decoding actors; default: as in the earlier run."""
+    step_timeout_s: float | None = None
+    """Seconds without progress of an engine, after which its process is replaced; default: as in the earlier
+    run."""
 
     def __post_init__(self) -> None:
         self.apply(Placement())
@@ -54,6 +59,12 @@ class RetrySettings:
     """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float | None = None
     """Exit with status 2 if a larger fraction of all rows still fails; default: as in the earlier run."""
+    max_flagged_fraction: float | None = None
+    """Exit with status 2 if a larger fraction of all captions is flagged, or if most are the same; default:
+    as in the earlier run."""
+    deadline: str | None = None
+    """When the job must have ended: a duration such as 2h30m, or a UTC time such as 2026-01-31T18:00. It
+    stops in time to write what is finished, and the same command resumes it."""
     image_cpu_s: float | None = None
     """Maximum CPU seconds for one image from now on; default: as in the earlier run."""
     image_wall_s: float | None = None
@@ -64,8 +75,11 @@ class RetrySettings:
     """actors"""
 
     def __post_init__(self) -> None:
-        if self.max_failed_fraction is not None:
-            require_fraction(self.max_failed_fraction)
+        for name in ("max_failed_fraction", "max_flagged_fraction"):
+            if getattr(self, name) is not None:
+                require_fraction(name, getattr(self, name))
+        if self.deadline is not None:
+            stop_time(self.deadline, datetime.now(UTC))
         self.limits(ImageLimits())
 
     def limits(self, before: ImageLimits) -> ImageLimits:

@@ -14,13 +14,23 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from blip2_actor import Blip2Actor, GenerationOptions, ImageLike, Request, Result, Status
+from blip2_actor import (
+    Blip2Actor,
+    EngineStats,
+    GenerationOptions,
+    ImageLike,
+    Request,
+    Result,
+    Status,
+    find_quality_flags,
+    stricter_options,
+)
+from pipeline.caption_counts import REGENERATED
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.engine_fault import engine_faults
 from pipeline.stages.pending_row import Deadline, Pending, PendingRow, are_done
-from pipeline.stages.quality_flags import REGENERATED, find_flags, stricter
 from pipeline.stages.result_cache import ResultCache
 from pipeline.stages.row_result import RowResult, columns_of
 from pipeline.stages.worker_exit import exit_without_destructors
@@ -55,12 +65,16 @@ class CaptionStage:
         self._answer_options: GenerationOptions | None = None
         if options.num_return_sequences > 1:  # only the best text of an answer is kept
             self._answer_options = dataclasses.replace(options, num_return_sequences=1)
-        self._regenerate_options = stricter(options) if outputs.regenerate else None
+        self._regenerate_options = stricter_options(options) if outputs.regenerate else None
 
     @property
     def busy_s(self) -> float:
         """Seconds for which the engines have worked."""
-        return self.actor.stats().busy_s + self._embeddings_and_scores.busy_s
+        return sum(stats.busy_s for stats in self.stats())
+
+    def stats(self) -> list[EngineStats]:
+        """Return the counters of every engine of this stage."""
+        return [self.actor.stats(), *self._embeddings_and_scores.stats()]
 
     def close(self) -> None:
         """Finish running requests, refuse new ones, and free the device."""
@@ -190,7 +204,7 @@ class CaptionStage:
         texts = (answer.text or "" for answer in answers)
         finished.named.update(zip(self._asks, texts, strict=True))
         if self.captioned:
-            finished.flags = find_flags(finished.result.text or "", row.prompt)
+            finished.flags = find_quality_flags(finished.result.text or "", row.prompt)
         return finished
 
     def _regenerate(self, rows: Sequence[PendingRow], results: Sequence[RowResult]) -> None:
@@ -207,4 +221,4 @@ class CaptionStage:
             (regenerated,) = again.results
             if regenerated.ok:
                 result.result = regenerated
-                result.flags = [*find_flags(regenerated.text or "", again.prompt), REGENERATED]
+                result.flags = [*find_quality_flags(regenerated.text or "", again.prompt), REGENERATED]

@@ -2,7 +2,8 @@
 
 The call runs alone in its process and in small steps, and tells the coordinator before each step which rows
 it runs. If the process dies once more, the coordinator knows the step, and the rows of that step then run one
-by one (see `coordinator`). Rows that are already in fragments do not run again.
+by one (see `coordinator`); a row that has died alone comes last. Rows that are already in fragments do not
+run again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def replay(
         call: the name of the call, by which the coordinator knows it.
         coordinator: handle of the job's `Coordinator` actor; when it is stopping, no further step begins.
     """
-    for step in steps(positions, RowSet(history.run_alone)):
+    order = [*(p for p in positions if p not in history.suspects), *sorted(history.suspects & {*positions})]
+    for step in steps(order, RowSet(history.run_alone)):
         if ray.get(coordinator.is_stopping.remote()):
             return
         if step[0] in history.failed:

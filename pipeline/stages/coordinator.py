@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from blip2_actor import Status
 from pipeline.ledger.rowset import Range, RowSet
+from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble
 
@@ -39,6 +41,8 @@ class CallHistory:
     """Positions that reached a fragment in an earlier run."""
     run_alone: tuple[Range, ...]
     """Positions of which one has killed the process: each must run alone."""
+    suspects: frozenset[int]
+    """Positions that have died alone once; they come last, so that another row shows if the device works."""
     failed: frozenset[int]
     """Positions that get the status `failed` instead of another run."""
     receipts: tuple[Receipt, ...]
@@ -70,6 +74,7 @@ class _Call:
             num_starts=self.num_starts,
             finished=tuple(self.finished),
             run_alone=tuple(self.run_alone),
+            suspects=frozenset(row for row, n in self.deaths_alone.items() if n < MAX_DEATHS_ALONE),
             failed=frozenset(row for row, n in self.deaths_alone.items() if n >= MAX_DEATHS_ALONE),
             receipts=tuple(self.receipts),
         )
@@ -93,6 +98,8 @@ class News:
     """By stage and worker."""
     troubles: list[WorkerTrouble]
     """Of the workers whose requests fail now."""
+    failures: list[DeviceFailure]
+    """Of devices, since the last news."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class Coordinator:
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
         self._troubles: dict[str, _Trouble] = {}
+        self._failures = DeviceFailures()
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
@@ -124,14 +132,30 @@ class Coordinator:
         if call in self._calls:
             self._calls[call].step = (start, stop)
 
-    def wrote(self, call: str, positions: Sequence[Range], receipts: Sequence[Receipt]) -> None:
-        """Note that these positions have reached fragments."""
+    def wrote(
+        self, call: str, positions: Sequence[Range], receipts: Sequence[Receipt], device: Device
+    ) -> None:
+        """Note that these positions have reached fragments, and on which device they were made."""
         self._new_receipts.extend(receipts)
+        if any(status == Status.OK for receipt in receipts for status, _ in receipt.by_status):
+            self._failures.has_worked(device)
         if call in self._calls:
             state = self._calls[call]
             state.step = None
             state.finished.update(positions)
             state.receipts.extend(receipts)
+
+    def device_failed(self, device: Device, reason: str, calls: Sequence[str]) -> None:
+        """Note that the engine of a process has failed while it ran these calls."""
+        alone = None
+        for call in calls:
+            step = self._calls[call].step if call in self._calls else None
+            if step is not None:
+                start, stop = step
+                if stop - start > 1:
+                    return
+                alone = (call, start)
+        self._failures.add(device, reason, alone)
 
     def end_call(self, call: str) -> None:
         """Forget a call that has returned."""
@@ -177,7 +201,7 @@ class Coordinator:
             for known in self._troubles.values()
             if now - known.told < TROUBLE_LASTS_S
         ]
-        return News(receipts, loads, troubles)
+        return News(receipts, loads, troubles, self._failures.take())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from blip2_actor import EngineLike, Features, ImageLike, Result, Status
+from blip2_actor import EngineLike, EngineStats, Features, ImageLike, Result, Status
 from pipeline.settings.outputs import CAPTION, Outputs
 from pipeline.stages.pending_row import PendingRow
 from pipeline.stages.row_result import RowResult
@@ -45,10 +45,9 @@ class EmbeddingsAndScores:
         self.are_wanted = bool(self._embeds or self._scores)
         self.share_the_encoder = bool(self._embeds or (self._scores and self._matcher is None))
 
-    @property
-    def busy_s(self) -> float:
-        """Seconds for which the second engine has worked."""
-        return self._score_engine.stats().busy_s if self._score_engine is not None else 0.0
+    def stats(self) -> list[EngineStats]:
+        """Return the counters of the second engine, if there is one."""
+        return [] if self._score_engine is None else [self._score_engine.stats()]
 
     def close(self) -> None:
         """Close the second engine."""

@@ -29,9 +29,18 @@ def output_rows(
         kept: columns of the input that go into the output.
         stage: the stage that has made the results.
     """
-    kept_fields = (table.schema.field(name) for name in kept)
-    schema = output_schema(kept_fields, stage.named, stage.captioned, "member" in table.column_names)
+    schema = _schema(table, kept, stage)
     return pa.concat_tables(_in_schema(table, finished, schema, stage))
+
+
+def output_columns(rows: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Table:
+    """Return rows that `CaptionStage` has made with exactly the columns of the output."""
+    return _select(rows, _schema(rows, kept, stage))
+
+
+def _schema(table: pa.Table, kept: Sequence[str], stage: CaptionStage) -> pa.Schema:
+    kept_fields = (table.schema.field(name) for name in kept)
+    return output_schema(kept_fields, stage.named, stage.captioned, "member" in table.column_names)
 
 
 def _in_schema(

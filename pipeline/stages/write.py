@@ -7,13 +7,14 @@ little work. A call whose process has died before goes through the careful repla
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,13 +27,14 @@ from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.careful_replay import replay
 from pipeline.stages.coordinator import CallHistory
+from pipeline.stages.device_health import Device, Watchdog
 from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.model_check import Models, require_same_models
 from pipeline.stages.output_rows import output_rows
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
-from pipeline.stages.storage_trouble import tell_coordinator
+from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -47,7 +49,13 @@ class WriteStage:
     """
 
     def __init__(
-        self, spec: CaptionSpec, models: Models, kept: Sequence[str], ledger: Ledger, coordinator: Any
+        self,
+        spec: CaptionSpec,
+        models: Models,
+        kept: Sequence[str],
+        ledger: Ledger,
+        coordinator: Any,
+        step_timeout_s: float,
     ) -> None:
         """Start an engine.
 
@@ -57,6 +65,7 @@ class WriteStage:
             kept: columns of the input that go into the output.
             ledger: the output; its requests are retried.
             coordinator: handle of the job's `Coordinator` actor.
+            step_timeout_s: seconds without progress of the engine, after which this process ends.
 
         Raises:
             ValueError: this machine finds other models.
@@ -71,32 +80,47 @@ class WriteStage:
         self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._num_held = 0
         tell_coordinator(coordinator, lambda: self._num_held)
+        self._device = Device.of_this_worker()
+        self._calls: set[str] = set()
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
+        Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Caption and write a table; return the receipts of its rows as a table."""
         call = _name_of(table)
+        self._calls.add(call)
+        try:
+            return receipts_to_table(self._run(call, table))
+        except EngineFault as error:
+            self._give_up(str(error))
+        finally:
+            self._calls.discard(call)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End this process: Ray starts a new one and runs its calls again. An exception would end the job."""
+        logger.error("The captioning engine has failed, and its process ends: %s", reason)
+        with contextlib.suppress(ray.exceptions.RayError):
+            calls = list(self._calls)
+            ray.get(self._coordinator.device_failed.remote(self._device, reason, calls), timeout=ANSWER_S)
+        os._exit(1)
+
+    def _run(self, call: str, table: pa.Table) -> list[Receipt]:
         history: CallHistory = ray.get(self._coordinator.begin_call.remote(call))
         receipts = list(history.receipts)
-        try:
-            for piece in self._finish_rows(call, table, history):
-                try:
-                    written = self._write(table, piece)
-                except OSError:
-                    if not ray.get(self._coordinator.is_stopping.remote()):
-                        raise
-                    break  # The job ends while its output fails; it makes these rows again when it resumes.
-                receipts += written
-                positions = list(ranges_of(position for position, _ in piece))
-                ray.get(self._coordinator.wrote.remote(call, positions, written))
-        except EngineFault:
-            # Ray starts a new process and runs its calls again; an exception would end the whole job.
-            logger.exception("The captioning engine has failed; its process exits and Ray starts a new one")
-            os._exit(1)
+        for piece in self._finish_rows(call, table, history):
+            try:
+                written = self._write(table, piece)
+            except OSError:
+                if not ray.get(self._coordinator.is_stopping.remote()):
+                    raise
+                break  # The job ends while its output fails; it makes these rows again when it resumes.
+            receipts += written
+            positions = list(ranges_of(position for position, _ in piece))
+            ray.get(self._coordinator.wrote.remote(call, positions, written, self._device))
         ray.get(self._coordinator.end_call.remote(call))
         self._report()
-        return receipts_to_table(receipts)
+        return receipts
 
     def _finish_rows(self, call: str, table: pa.Table, history: CallHistory) -> Iterator[FinishedRows]:
         """Caption the rows that are not finished; yield them in pieces, each of which becomes a fragment."""

@@ -159,7 +159,18 @@ def test_serve_itself_checks_the_args_of_the_builder() -> None:
     # With postponed annotations, Serve does not see the model and passes `build` an unchecked dictionary.
     with pytest.raises(ValueError, match="modle"):
         call_user_app_builder_with_args_if_necessary(build, {"engine": {"modle": "demo"}})
-    call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}})
+    call_user_app_builder_with_args_if_necessary(build, {"engine": {"model": "demo"}, "keys_file": "k"})
+
+
+def test_a_cluster_without_keys_is_refused_unless_anybody_may_ask() -> None:
+    config = load("deploy/serve_config.yaml")
+    args = config["applications"][0]["args"]
+    del args["keys_file"]
+    for refuse in (lambda: check_serve_config(config), lambda: build(ServeArgs(Settings()))):
+        with pytest.raises(ValueError, match="keys_file must be given"):
+            refuse()
+    args["allow_anonymous"] = True
+    check_serve_config(config)
 
 
 def test_a_former_name_is_still_read() -> None:

@@ -48,8 +48,10 @@ PUBLIC = [
     "array_to_rgb",
     "decode_image",
     "fetch_image",
+    "find_quality_flags",
     "require_image_layout",
     "resize_image",
+    "stricter_options",
 ]
 
 OPEN_TO_SIBLINGS = (

@@ -27,3 +27,39 @@ def test_captions_are_made_where_the_accelerator_is(tmp_path: Path, monkeypatch:
     check_output(output, truth)
     run = Ledger(Folder(str(output))).require_run()
     assert run.fingerprint.parts["dtype"] == "bfloat16"
+
+
+@pytest.mark.timeout(300)
+def test_an_accelerator_that_hangs_is_left_out_and_costs_no_row(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    truth = write_tars(tmp_path / "in", num_tars=8, rows_per_tar=40)
+    output, log = tmp_path / "out", tmp_path / "log"
+    settings = {
+        "input": [str(tmp_path / "in")],
+        "output": str(output),
+        "placement": {"min_actors": 2, "step_timeout_s": 3.0},
+    }
+    engine = {"hangs_on_device": "0", "seconds_per_image": 0.1, "max_batch": 8}
+    with cluster(num_nodes=1, num_gpus=2) as nodes:
+        driver = start_driver(nodes, settings, engine, log)
+        assert driver.wait() == 0, log.read_text()
+    check_output(output, truth)
+    said = log.read_text()
+    assert said.count("accelerator 0 of") >= 3 and "accelerator 1 of" not in said, said
+    assert "is left out; the job goes on with 1 others" in said
+
+
+@pytest.mark.timeout(300)
+def test_the_only_accelerator_that_hangs_ends_the_job_with_its_name(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=30)
+    settings = {
+        "input": [str(tmp_path / "in")],
+        "output": str(tmp_path / "out"),
+        "placement": {"step_timeout_s": 1.0},
+    }
+    with cluster(num_nodes=1, num_gpus=1) as nodes:
+        driver = start_driver(nodes, settings, {"hangs_on_device": "0"}, tmp_path / "log")
+        assert driver.wait() == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("blip2: accelerator 0 of ") and "there is no other" in last

@@ -112,7 +112,7 @@ def test_another_model_is_refused_by_name(finished):
 
 
 def test_another_prompt_is_refused_by_name_and_forked_on_request(finished):
-    with pytest.raises(FingerprintMismatch, match="prompt: None -> 'a photo of'"):
+    with pytest.raises(FingerprintMismatch, match="prompt: nothing -> 'a photo of'"):
         prepare(settings(finished.root, prompt="a photo of"), FakeEngineConfig())
     forked = settings(finished.root, prompt="a photo of", fork=True)
     job = prepare(forked, FakeEngineConfig())

@@ -4,112 +4,35 @@ from __future__ import annotations
 
 import io
 import signal
-import socket
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from ray import serve
 
-from blip2_actor import EngineBuilder, EngineConfig, EngineStats
-from blip2_actor.testing import FakeEngineConfig, fake_caption, save_tiny_checkpoint
-from deploy.app import compose
-from deploy.settings import OnlineImageLimits, Settings
+from blip2_actor import EngineConfig
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
+from tests.integration.online.endpoint import (
+    FAULTY,
+    NUM_CALLERS,
+    caption_of,
+    engine_stats,
+    png,
+    post,
+    wait_for,
+)
 from tests.integration.online.endpoint_process import free_port, poison, serving
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
 
-NUM_CALLERS = 16
-COLUMNS = ["caption", "num_tokens", "finish_reason", "status", "width", "height"]
-SIDE_PX = FakeEngineConfig().image_size_px
-
-
-def png(seed: int) -> bytes:
-    """Return a picture of the model's own size, which resizing does not change."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (SIDE_PX, SIDE_PX, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def caption_of(image: bytes, prompt: str | None = None) -> str:
-    return fake_caption(np.asarray(Image.open(io.BytesIO(image))), prompt)
-
-
-FAULTY = png(1_000)
-"""The picture for which the device of the fake engine fails."""
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file; while it exists, the fake engine finishes no request."""
-    return tmp_path_factory.mktemp("gate") / "closed"
-
-
-@pytest.fixture(scope="module")
-def real_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    model = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-    return EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
-
-
-@pytest.fixture(scope="module")
-def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    gated = FakeEngineConfig(model="demo", gate=str(gate), faults_on=(caption_of(FAULTY),))
-    limits = OnlineImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)
-    serve.run_many(
-        [
-            target("/", gated, max_in_flight=NUM_CALLERS, timeout_s=20, image=limits),
-            target("/real", real_engine),
-        ]
-    )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-
-
-def target(route: str, engine: EngineBuilder, **settings: Any) -> serve.RunTarget:
-    """One application; its actors reserve neither of the two CPUs, which the batch job needs."""
-    free = {"ray_actor_options": {"num_cpus": 0}}
-    application = compose(engine, Settings(**settings), captioner=free, gateway=free)
-    return serve.RunTarget(application, name=route, route_prefix=route)
-
-
-@pytest.fixture
-def closed_gate(gate: Path) -> Iterator[Path]:
-    gate.touch()
-    yield gate
-    gate.unlink(missing_ok=True)
-
-
-def engine_stats(app: str = "/") -> EngineStats:
-    return serve.get_deployment_handle("Captioner", app).stats.remote().result(timeout_s=10)
-
-
-def post(url: str, image: bytes, **fields: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/caption", files={"image": image}, data=fields, timeout=30)
+COLUMNS = ["caption", "num_tokens", "finish_reason", "flags", "status", "error", "width", "height"]
 
 
 def test_concurrent_requests_share_passes_and_keep_their_own_answers(url: str, closed_gate: Path) -> None:
@@ -213,6 +136,13 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert answer.json()["caption"].endswith("background")
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
+        for process in started:
+            # The port between Serve's replicas is everywhere, and asks for the token of this cluster.
+            if "ServeReplica" not in " ".join(process.cmdline()):
+                hosts = {
+                    c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                }
+                assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, process
         command.send_signal(signal.SIGTERM)
         assert command.communicate(timeout=120)[0] == "stopped\n"
         assert command.returncode == 0

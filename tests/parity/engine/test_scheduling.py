@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import random
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_stream_pieces_join_to_the_text_and_never_cut_a_character(engine) -> Non
         plain = Request(image=request.image, prompt=request.prompt)
         text = engine.generate([plain], options)[0].text
         pieces = list(engine.stream(plain, options))
-        assert "".join(pieces).strip() == text
+        assert "".join(pieces) == text
 
 
 def test_refused_requests_fail_alone(engine, asked, alone) -> None:
@@ -187,8 +188,30 @@ def test_stop_texts_end_the_text_and_are_cut(engine) -> None:
     )[0]
     assert stopped.text == whole[: whole.index(stop)].strip()
     assert stopped.finish_reason == "stop"
-    pieces = engine.stream(request, GenerationOptions(max_new_tokens=24, min_new_tokens=24, stop=(stop,)))
-    assert "".join(pieces).strip() == stopped.text
+
+
+def test_a_stream_ends_where_a_stop_text_begins(engine) -> None:
+    """A stop text that ended within a token had been streamed with the rest of that token."""
+    request = Request(image=random_images(1)[0].numpy())
+    whole = engine.generate([request], GenerationOptions(max_new_tokens=8, min_new_tokens=8))[0].text
+    stops = {whole[at : at + length] for length in (1, 2, 3) for at in range(len(whole) - length)}
+    for stop in stops:
+        options = GenerationOptions(max_new_tokens=8, min_new_tokens=8, stop=(stop,))
+        assert "".join(engine.stream(request, options)) == engine.generate([request], options)[0].text
+
+
+def test_texts_so_far_grow_into_the_result(engine) -> None:
+    """What `submit` reports while a text grows, and the number of prompt tokens at its end."""
+    request = Request(image=random_images(1)[0].numpy(), prompt="a photo of")
+    texts: list[str] = []
+    result = engine.submit(request, GenerationOptions(max_new_tokens=12), texts.append).result()
+    assert len(texts) == len(result.token_ids)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert result.text.startswith(texts[-1])
+    assert result.num_prompt_tokens == len(engine.prompts.encode("a photo of"))
+    several = GenerationOptions(num_beams=2, max_new_tokens=3)
+    assert engine.submit(request, several, texts.append).result().ok
+    assert len(texts) == len(result.token_ids)
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])

@@ -14,11 +14,14 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from blip2_actor import GenerationOptions, ModelInfo, Result, Status
+from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
 from deploy.http.errors import ApiError
-from deploy.http.request_body import CaptionCall
 from deploy.settings import Settings
+from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+
+NEVER = object()
+"""The answer of a call that does not end."""
 
 
 class Response:
@@ -29,7 +32,7 @@ class Response:
         self.cancelled = False
 
     def __await__(self) -> Any:
-        if self.answer is None:
+        if self.answer is NEVER:
             yield from asyncio.Event().wait().__await__()
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -39,18 +42,35 @@ class Response:
         self.cancelled = True
 
 
+class Stream(Response):
+    """The response of a streaming method: pieces, and then the answer."""
+
+    async def __aiter__(self) -> Any:
+        yield TextPiece(index=0, text="a")
+        yield await self
+
+
 class Method:
-    def __init__(self, answer: Any) -> None:
-        self.response = Response(answer)
+    def __init__(self, response: Response) -> None:
+        self.response = response
 
     def remote(self, *_: Any) -> Response:
         return self.response
 
 
 class Handle:
+    app_name = "app"
+    deployment_name = "Captioner"
+
     def __init__(self, answer: Any) -> None:
-        self.info = Method(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d"))
-        self.caption = Method(answer)
+        self.info = Method(Response(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")))
+        self.matching_info = Method(Response(None))
+        self.run = Method(Response(answer))
+        self.streaming = Method(Stream(answer))
+
+    def options(self, method_name: str, stream: bool) -> Method:
+        assert (method_name, stream) == ("stream", True)
+        return self.streaming
 
 
 @asynccontextmanager
@@ -61,23 +81,32 @@ async def gateway(handle: Handle, **settings: Any) -> AsyncIterator[Gateway]:
         yield made
     finally:
         made.__del__()
-        del made._decode_threads  # already closed
+        del made._decoding  # already closed
 
 
-def picture() -> CaptionCall:
+WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
+
+
+async def picture(gateway: Gateway) -> DecodedImage:
     file = io.BytesIO()
     Image.new("RGB", (10, 6)).save(file, "PNG")
-    return CaptionCall(image=file.getvalue(), prompt=None, options=GenerationOptions())
+    return await gateway.decode(file.getvalue())
 
 
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:
+    """Return how a gateway refuses, the same in a plain answer and in a stream."""
+
     async def ask() -> list[tuple[int, str]]:
         said = []
-        async with gateway(handle := Handle(None)) as made:
+        async with gateway(handle := Handle(NEVER)) as made:
+            image = await picture(made)
             for answer in answers:
-                handle.caption = Method(answer)
+                handle.run, handle.streaming = Method(Response(answer)), Method(Stream(answer))
                 with pytest.raises(ApiError) as caught:
-                    await made.caption(picture())
+                    await made.run(image, WORK)
+                with pytest.raises(ApiError) as streamed:
+                    [item async for item in made.stream(image, WORK)]
+                assert (streamed.value.code, streamed.value.type) == (caught.value.code, caught.value.type)
                 said.append((caught.value.code, caught.value.type))
         return said
 
@@ -95,18 +124,36 @@ def test_the_log_says_what_the_decode_sandbox_is(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_timeout_cancels_the_work() -> None:
-    handle = Handle(None)
+    handle = Handle(NEVER)
 
     async def ask() -> None:
         async with gateway(handle) as made:
-            decoded = await made._decode(picture().image)
-            assert (decoded.width, decoded.height) == (10, 6)
+            image = await picture(made)
+            assert (image.width, image.height) == (10, 6)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    await made.caption(picture())
+                    await made.run(image, WORK)
+            items = []
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    async for item in made.stream(image, WORK):
+                        items.append(item)
+            assert items == [TextPiece(index=0, text="a")]
 
     asyncio.run(ask())
-    assert handle.caption.response.cancelled
+    assert handle.run.response.cancelled and handle.streaming.response.cancelled
+
+
+def test_a_stream_that_ends_is_not_cancelled() -> None:
+    answer = ImageOutputs(texts=(Result(),))
+    handle = Handle(answer)
+
+    async def ask() -> list[Any]:
+        async with gateway(handle) as made:
+            return [item async for item in made.stream(await picture(made), WORK)]
+
+    assert asyncio.run(ask())[-1] is answer
+    assert not handle.streaming.response.cancelled
 
 
 def test_an_engine_that_has_died_is_503() -> None:
@@ -117,19 +164,18 @@ def test_an_engine_that_has_died_is_503() -> None:
 def test_every_status_but_ok_is_an_error_of_its_name() -> None:
     statuses = [status for status in Status if status is not Status.OK]
     codes = {Status.FAILED: 500, Status.TOO_LARGE: 413}
-    assert refusals([Result(status=status, error="why") for status in statuses]) == [
-        (codes.get(status, 422), status.value) for status in statuses
-    ]
+    answers = [ImageOutputs(texts=(Result(), Result(status=status, error="why"))) for status in statuses]
+    assert refusals(answers) == [(codes.get(status, 422), status.value) for status in statuses]
 
 
-def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
-    async def ask() -> None:
-        async with gateway(Handle(None), max_in_flight=1) as made:
-            made.admit()
-            with pytest.raises(ApiError) as caught:
-                made.admit()
-            assert (caught.value.code, caught.value.type) == (503, "overloaded")
-            made.leave()
-            made.admit()
+def test_a_retrieval_model_for_other_images_is_refused() -> None:
+    """An image is decoded once; resized twice, it would be another image."""
 
-    asyncio.run(ask())
+    async def start() -> None:
+        handle = Handle(NEVER)
+        other = ModelInfo(model="r", image_size_px=9, dtype="float32", digest="d")
+        handle.matching_info = Method(Response(other))
+        with pytest.raises(ValueError, match="8 px"):
+            await Gateway.__new__(Gateway).__init__(handle, Settings())  # type: ignore[misc]
+
+    asyncio.run(start())

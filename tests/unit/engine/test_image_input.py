@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from blip2_actor import EngineConfig, Request, Status
-from blip2_actor.engine.image_input import to_pixels
 from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 
 SIZE_PX = 64
@@ -27,8 +27,11 @@ def encoded(format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+LAYOUTS = {"plain": lambda a: a, "bgr": lambda a: a[..., ::-1], "flipped": lambda a: a[::-1]}
+
+
 @pytest.mark.parametrize("side_px", [SIZE_PX, SIZE_PX + 1])
-@pytest.mark.parametrize("layout", [lambda a: a, lambda a: a[..., ::-1], lambda a: a[::-1]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
     side_px: int, layout: Callable[[np.ndarray], np.ndarray]
 ) -> None:

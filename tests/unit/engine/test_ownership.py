@@ -151,8 +151,10 @@ def test_a_done_callback_does_not_wait_for_its_own_thread(engine, name: str) -> 
         except Exception as error:
             answers.put(error)
 
-    engine.submit(Request(image=PICTURE), GenerationOptions(max_new_tokens=2)).add_done_callback(call)
-    error = answers.get(timeout=30)
+    error = None
+    while error is None:  # a request that ends at once has its callback called in this thread, which may wait
+        engine.submit(Request(image=PICTURE), GenerationOptions(max_new_tokens=2)).add_done_callback(call)
+        error = answers.get(timeout=30)
     assert isinstance(error, RuntimeError) and "would wait for itself" in str(error)
 
 
@@ -260,5 +262,5 @@ def test_nothing_of_a_finished_request_is_kept(engine) -> None:
         next(engine.stream(requests[0]), None)
     del requests, futures
     engine.generate([Request(image=PICTURE)])  # a step that drops what was cancelled
-    assert num_kept() == before
+    assert num_kept() <= before  # tests before this one may still have had some in flight
     assert not engine._core._unfinished and not engine._core._arrived

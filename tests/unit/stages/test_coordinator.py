@@ -3,9 +3,12 @@
 from pipeline.ledger.rowset import RowSet
 from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.device_health import Device
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble
+
+DEVICE = Device("node", "host", ())
 
 
 def test_a_call_that_ends_is_forgotten():
@@ -19,7 +22,7 @@ def test_a_call_that_died_starts_again_with_what_it_had_written():
     coordinator = Coordinator()
     coordinator.begin_call("call")
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
-    coordinator.wrote("call", [(0, 2)], [receipt])
+    coordinator.wrote("call", [(0, 2)], [receipt], DEVICE)
     history = coordinator.begin_call("call")
     assert (history.num_starts, history.finished, history.receipts) == (2, ((0, 2),), (receipt,))
     assert (history.run_alone, history.failed) == ((), frozenset())
@@ -42,7 +45,7 @@ def test_rows_that_were_written_need_not_run_alone():
     coordinator = Coordinator()
     coordinator.begin_call("call")
     coordinator.begin_step("call", 0, 4)
-    coordinator.wrote("call", [(0, 4)], [])
+    coordinator.wrote("call", [(0, 4)], [], DEVICE)
     assert coordinator.begin_call("call").run_alone == ()
 
 
@@ -63,7 +66,7 @@ def run_until_done(killers: set[int], num_rows: int) -> tuple[set[int], int]:
                 coordinator.begin_step("call", step[0], step[-1] + 1)
                 if killers & set(step):
                     break
-            coordinator.wrote("call", [(step[0], step[-1] + 1)], [])
+            coordinator.wrote("call", [(step[0], step[-1] + 1)], [], DEVICE)
         else:
             return failed, deaths
     raise AssertionError("the call never ends")
@@ -86,7 +89,7 @@ def test_receipts_are_returned_once_and_a_silent_worker_ages():
     coordinator = Coordinator()
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
     coordinator.begin_call("call")
-    coordinator.wrote("call", [(0, 2)], [receipt])
+    coordinator.wrote("call", [(0, 2)], [receipt], DEVICE)
     coordinator.report("decode", "worker", 2.0, 4.0)
     news = coordinator.news()
     assert news.receipts == [receipt]

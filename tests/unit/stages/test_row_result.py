@@ -1,4 +1,4 @@
-"""Vectors become fixed-size lists, with nulls for rows that failed; other readers must find the same."""
+"""Results become columns: vectors with nulls for rows that failed; a row that fits none fails alone."""
 
 import io
 
@@ -7,7 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.stages.row_result import fixed_size_lists
+from blip2_actor import Completion, Result
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.schema import output_schema
+from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.output_rows import output_rows
+from pipeline.stages.row_result import RowResult, fixed_size_lists
+from tests.unit.stages.decoded_tables import decoded, pixels_of
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3)])
@@ -28,3 +35,31 @@ def test_vectors_and_nulls_survive_parquet_and_arrow_files(shape):
         assert read.schema == table.schema
         again = pa.concat_tables([read, read]).combine_chunks().take(pa.array([8, 0, 3, 2]))["v"].to_pylist()
         assert again == [lists[1], None, None, lists[2]]
+
+
+def result(text: str) -> RowResult:
+    return RowResult(
+        Result(completions=(Completion(text=text, token_ids=(1,), logprob=-1.0, finish_reason="stop"),))
+    )
+
+
+def test_a_text_that_is_no_utf8_fails_alone():
+    """Its surrogate made pyarrow raise in the captioning process, which ended the job."""
+    table = decoded(
+        map(pixels_of, range(5)),
+        key=pa.array("abcde"),
+        shard=pa.array(["s"] * 5),
+        row=pa.array(range(5), pa.int64()),
+        member=pa.nulls(5, pa.string()),
+        label=pa.array([7] * 5),
+    )
+    stage = CaptionStage(CaptionSpec(engine=FakeEngineConfig()))
+    texts = ["zero", "one", "\udc80", "three", "four"]
+    finished = [(n, result(text)) for n, text in enumerate(texts)]
+    rows = output_rows(table, finished, ["label"], stage)
+    assert rows.schema == output_schema([pa.field("label", pa.int64())])
+    assert rows["caption"].to_pylist() == ["zero", "one", None, "three", "four"]
+    assert rows["status"].to_pylist() == ["ok", "ok", "failed", "ok", "ok"]
+    assert rows["row"].to_pylist() == [0, 1, 2, 3, 4]
+    assert rows["label"].to_pylist() == [7, 7, None, 7, 7]
+    assert rows["error"][2].as_py().startswith("the row cannot be written: UnicodeEncodeError")

@@ -93,7 +93,7 @@ def always(fault: Callable[[Server], None], every: int) -> Callable[[Server, int
         fault(server)
         return True
 
-    return staticmethod(answer)  # type: ignore[return-value]
+    return staticmethod(answer)
 
 
 @pytest.mark.parametrize("fault", [slow_down, unavailable, cut, hang_up])

@@ -2,8 +2,7 @@
 
 import pytest
 
-from blip2_actor import GenerationOptions
-from pipeline.stages.quality_flags import find_flags, stricter
+from blip2_actor import GenerationOptions, find_quality_flags, stricter_options
 
 
 @pytest.mark.parametrize(
@@ -16,12 +15,12 @@ from pipeline.stages.quality_flags import find_flags, stricter
     ],
 )
 def test_ordinary_captions_have_no_flags(text):
-    assert find_flags(text) == find_flags(text, "a photo of") == []
+    assert find_quality_flags(text) == find_quality_flags(text, "a photo of") == []
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "...", "- -"])
 def test_a_caption_without_words_is_empty(text):
-    assert find_flags(text, "a photo of") == ["empty"]
+    assert find_quality_flags(text, "a photo of") == ["empty"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def test_a_caption_without_words_is_empty(text):
     ],
 )
 def test_words_that_are_repeated_several_times_loop(text):
-    assert find_flags(text) == ["looping"]
+    assert find_quality_flags(text) == ["looping"]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +49,19 @@ def test_words_that_are_repeated_several_times_loop(text):
     ],
 )
 def test_a_repeated_prompt_is_an_echo_but_a_short_answer_from_it_is_not(text, prompt, echoes):
-    assert find_flags(text, prompt) == (["echoes_prompt"] if echoes else [])
+    assert find_quality_flags(text, prompt) == (["echoes_prompt"] if echoes else [])
 
 
 def test_a_caption_may_have_several_flags():
-    assert find_flags("a photo of a photo of a photo of", "a photo of") == ["looping", "echoes_prompt"]
+    assert find_quality_flags("a photo of a photo of a photo of", "a photo of") == [
+        "looping",
+        "echoes_prompt",
+    ]
 
 
 def test_options_for_generating_again_are_stricter_and_never_weaker():
     first = GenerationOptions(max_new_tokens=2, repetition_penalty=2.0, no_repeat_ngram_size=2)
-    second = stricter(first.resolve())
+    second = stricter_options(first.resolve())
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (2.0, 2, 2)
-    second = stricter(GenerationOptions().resolve())
+    second = stricter_options(GenerationOptions().resolve())
     assert (second.repetition_penalty, second.no_repeat_ngram_size, second.min_new_tokens) == (1.5, 3, 3)

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections import Counter
 
-from blip2_actor import GenerationOptions
+from blip2_actor.options import GenerationOptions
 
 EMPTY = "empty"
 """The caption has no letter and no digit."""
@@ -18,8 +18,6 @@ LOOPING = "looping"
 """The same words follow each other several times."""
 ECHOES_PROMPT = "echoes_prompt"
 """The caption repeats the prompt, or repeats a part of it instead of answering."""
-REGENERATED = "regenerated"
-"""The caption was generated again because the first one had flags."""
 
 MAX_LOOP_WORDS = 16
 MIN_REPEATS = 3
@@ -31,7 +29,7 @@ MIN_ECHO_WORDS = 3
 _WORD = re.compile(r"\w+")
 
 
-def find_flags(text: str, prompt: str | None = None) -> list[str]:
+def find_quality_flags(text: str, prompt: str | None = None) -> list[str]:
     """Return what is degenerate about a caption; empty for nearly all captions."""
     words = _WORD.findall(text.lower())
     if not words:
@@ -44,7 +42,7 @@ def find_flags(text: str, prompt: str | None = None) -> list[str]:
     return flags
 
 
-def stricter(options: GenerationOptions) -> GenerationOptions:
+def stricter_options(options: GenerationOptions) -> GenerationOptions:
     """Return options for generating a caption again.
 
     They penalize repetition, forbid repeated trigrams and empty texts. No option becomes weaker than it was.

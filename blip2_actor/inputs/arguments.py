@@ -1,0 +1,91 @@
+"""The arguments of an engine's calls, in all forms in which people write them.
+
+A wrong type is a `TypeError` that names the argument; only a bad image or text becomes a status instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.options import GenerationOptions
+from blip2_actor.request import ImageLike, Request
+
+_ONE_IMAGE = (bytes, bytearray, memoryview, str, Path, Image.Image, EncodedImage)
+_OPTION_NAMES = [field.name for field in fields(GenerationOptions)]
+
+
+def to_request(asked: Request | ImageLike | None, prompt: str | None = None) -> Request:
+    """Return a request; a bare image gets the prompt.
+
+    Raises:
+        TypeError: a request and a prompt are given.
+    """
+    if not isinstance(asked, Request):
+        return Request(image=asked, prompt=prompt)
+    if prompt is not None:
+        raise TypeError("prompt must be left out with a Request, which has its own; set Request.prompt")
+    return asked
+
+
+def to_requests(
+    asked: Request | ImageLike | Iterable[Request | ImageLike | None], prompt: str | None = None
+) -> list[Request]:
+    """Return a list of requests, of one if `asked` is one request or image.
+
+    Raises:
+        TypeError: it is neither a request, an image nor a list of them.
+    """
+    if isinstance(asked, Request) or _is_one_image(asked):
+        return [to_request(cast("Request | ImageLike", asked), prompt)]
+    if isinstance(asked, Mapping) or not isinstance(asked, Iterable):
+        raise TypeError(f"requests must be a Request, an image or a list of them, got {type(asked).__name__}")
+    return [to_request(cast("Request | ImageLike | None", one), prompt) for one in asked]
+
+
+def to_list(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return images or texts as a list.
+
+    Raises:
+        TypeError: it is one image or text, or no list.
+    """
+    if isinstance(values, Mapping) or not isinstance(values, Iterable) or _is_one_image(values):
+        raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
+    return list(values)
+
+
+def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> GenerationOptions:
+    """Return options with some of them changed, as in `generate(image, max_new_tokens=30)`.
+
+    Raises:
+        TypeError: `options` are none, or a name is unknown.
+        ValueError: as from `GenerationOptions`.
+    """
+    if not isinstance(options, GenerationOptions):
+        raise TypeError(f"options must be GenerationOptions, got {type(options).__name__}")
+    for name in changes:
+        if name not in _OPTION_NAMES:
+            near = difflib.get_close_matches(name, _OPTION_NAMES, n=1)
+            hint = f"do you mean {near[0]}?" if near else f"the options are {', '.join(_OPTION_NAMES)}"
+            raise TypeError(f"{name} is not an option of generation; {hint}")
+    return replace(options, **changes) if changes else options
+
+
+def _is_one_image(value: object) -> bool:
+    """True also for an array or a tensor with the axes of one image; with four, it is a batch."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.ndim != 4 and str(value.dtype) != "object"
+    return isinstance(value, _ONE_IMAGE)
+
+
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + (f" of shape {list(shape)}" if isinstance(shape, Sequence) else "")

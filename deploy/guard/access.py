@@ -1,0 +1,126 @@
+"""Who may ask: the host by which a request came, the page that sent it, and its key.
+
+A page in a browser can reach what its user can reach. So names of hosts are a list, against DNS rebinding,
+and so are the origins of other pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from ipaddress import ip_address
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.guard.callers import CALLER, Caller
+from deploy.guard.keys import KeyFile
+from deploy.http.errors import ApiError
+
+OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/healthz", "/", "/docs", "/openapi.json")
+"""Paths that need no key to be read: probes, the page, and the description of the routes."""
+_CORS = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
+    "Access-Control-Max-Age": "600",
+}
+
+
+class Access:
+    """ASGI middleware that lets a request through, with its caller, or answers 400, 401 or 403."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        allowed_hosts: Collection[str] = (),
+        allowed_origins: Collection[str] = (),
+        keys: KeyFile | None = None,
+        max_in_flight: int | None = None,
+    ) -> None:
+        """Put the check before an application.
+
+        Args:
+            allowed_hosts: names next to localhost and addresses; "*" allows all.
+            allowed_origins: origins of other pages, such as "https://app.example.com"; "*" allows all.
+            keys: who may ask; None lets anybody.
+            max_in_flight: quota of a key that has none of its own.
+        """
+        self._app = app
+        self._allowed_hosts = {host.lower() for host in allowed_hosts}
+        self._allowed_origins = {origin.lower() for origin in allowed_origins}
+        self._keys = keys
+        self._max_in_flight = max_in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        origin = headers.get(b"origin")
+        try:
+            self._check_host(host)
+            is_other_page = origin is not None and origin.partition("://")[2].lower() != host.lower()
+            if origin is not None and is_other_page:
+                self._check_origin(origin)
+                send = _sharing_with(origin, send)
+                if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+                    await Response(status_code=204, headers=_CORS)(scope, receive, send)
+                    return
+            CALLER.set(self._caller(scope, headers.get(b"authorization")))
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check_host(self, host: str) -> None:
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if not name or "*" in self._allowed_hosts or name.lower() in self._allowed_hosts:
+            return
+        if name.lower() != "localhost" and not _is_address(name):
+            message = f"Host must be an address, localhost or one of allowed_hosts, got {name[:80]!r}"
+            raise ApiError(400, "wrong_host", message)
+
+    def _check_origin(self, origin: str) -> None:
+        if not {"*", origin.lower()} & self._allowed_origins:
+            message = f"Origin must be this endpoint or one of allowed_origins, got {origin[:80]!r}"
+            raise ApiError(403, "wrong_origin", message)
+
+    def _caller(self, scope: Scope, authorization: str | None) -> Caller:
+        address = scope["client"][0] if scope.get("client") else ""
+        is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
+        if self._keys is None or is_open:
+            return Caller(name=address)
+        scheme, _, key = (authorization or "").partition(" ")
+        caller = self._keys.caller_of(key.strip()) if scheme.lower() == "bearer" else None
+        if caller is None:
+            raise ApiError(
+                401,
+                "wrong_key",
+                "Authorization must be Bearer and a valid key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return Caller(name=caller.name, max_in_flight=caller.max_in_flight or self._max_in_flight)
+
+
+def _sharing_with(origin: str, send: Send) -> Send:
+    """Return `send` that lets the page of an allowed origin read the answer."""
+
+    async def share(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "retry-after, x-request-id"
+            headers.add_vary_header("Origin")
+        await send(message)
+
+    return share
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""Admission to a gateway: who may wait, in which order, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from deploy.guard.callers import CALLER, Caller
+from deploy.guard.cost import Cost
+from deploy.guard.fair_gate import MAX_RETRY_AFTER_S, FairGate
+from deploy.http.errors import RETRY_AFTER_S, ApiError, overloaded, unavailable
+
+SMALL_SLOT_STEPS = 1024
+"""Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
+
+
+class Admission:
+    """Lets requests share the slots of the engines, small ones ahead, callers in turn."""
+
+    def __init__(self, *, slots: int, max_in_flight: int, timeout_s: float) -> None:
+        """Open the gateway.
+
+        Args:
+            slots: slots of the engines that all requests hold at once; half of them are for small work.
+            max_in_flight: requests that are served or wait at once.
+            timeout_s: seconds from admission to the answer.
+        """
+        self._gate = FairGate(slots, small_work=SMALL_SLOT_STEPS, kept_for_small=slots // 2)
+        self._max_in_flight = max_in_flight
+        self._timeout_s = timeout_s
+        self._num_in_flight_of: Counter[str] = Counter()
+        self._is_draining = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    def check_open(self) -> None:
+        """Raise ApiError 503 when the gateway is draining."""
+        if self._is_draining:
+            raise unavailable("the service is ending")
+
+    async def drain(self) -> None:
+        """Refuse what comes from now on, and wait until everything that was admitted has its answer."""
+        self._is_draining = True
+        await self._is_idle.wait()
+
+    @asynccontextmanager
+    async def admit(self, cost: Cost) -> AsyncIterator[None]:
+        """Hold what a request costs while the block runs, and end the block when its time is over.
+
+        Raises:
+            ApiError: 429, 503 or 504.
+        """
+        caller = CALLER.get()
+        self.check_open()
+        self._refuse_too_many(caller)
+        self._num_in_flight_of[caller.name] += 1
+        self._is_idle.clear()
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._gate.hold(cost.slots, cost.slot_steps, caller.name),
+            ):
+                yield
+        except TimeoutError:
+            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
+            raise ApiError(504, "timeout", message) from None
+        finally:
+            self._num_in_flight_of[caller.name] -= 1
+            if not self._num_in_flight_of[caller.name]:
+                del self._num_in_flight_of[caller.name]
+            if not self._num_in_flight_of:
+                self._is_idle.set()
+
+    def _refuse_too_many(self, caller: Caller) -> None:
+        num_of_caller = self._num_in_flight_of[caller.name]
+        retry_after_s = min(max(self._gate.wait_s() or 0.0, RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+        if caller.max_in_flight is not None and num_of_caller >= caller.max_in_flight:
+            message = f"the key {caller.name} has {num_of_caller} requests in flight, which is its quota"
+            raise ApiError(429, "quota", message, retry_after_s=retry_after_s)
+        num_in_flight = self._num_in_flight_of.total()
+        if num_in_flight >= self._max_in_flight:
+            raise overloaded(f"{num_in_flight} requests are being served", retry_after_s)

@@ -1,0 +1,22 @@
+"""Who sends a request: set once by the check of keys, read by whatever shares something out."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Somebody with a share of the service."""
+
+    name: str
+    """Name of the key, or the address of a caller without one."""
+    max_in_flight: int | None = None
+    """Requests of this caller that one gateway serves at once; None sets no limit of its own."""
+
+
+ANYBODY = Caller(name="")
+
+CALLER: ContextVar[Caller] = ContextVar("CALLER", default=ANYBODY)
+"""The caller of the request that is being served."""

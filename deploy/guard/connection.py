@@ -1,0 +1,123 @@
+"""A connection of the server inside Serve's proxy, with the limits that uvicorn has no settings for.
+
+uvicorn waits for ever for the end of a header section, and keeps all of it. Serve makes the server itself and
+passes no limits on, so `install` names this class in uvicorn's table of protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deploy.http.errors import ApiError
+
+HEADERS_WITHIN_S = 10.0
+"""Seconds from the first byte of a request, or from the connection, to the end of its headers."""
+MESSAGE_WITHIN_S = 90.0
+"""Seconds until the whole request must be there; longer than a body may take, whose end has an answer."""
+MAX_HEADER_BYTES = 32 << 10
+MAX_HEADERS = 100
+
+
+def install() -> None:
+    """Have every server that this process starts from now on use `GuardedConnection`."""
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedConnection.__name__}"
+
+
+class GuardedConnection(HttpToolsProtocol):
+    """HTTP/1.1 with an end to headers, and no other protocol; a request that breaks a limit has an answer."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _has_headers = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._has_headers:
+            self._header_bytes += len(data)
+            if self._timer is None:  # line breaks before a request begin no message, and end no wait
+                self._expect_headers()
+        super().data_received(data)
+        # Bytes of a body may have come in the same piece; then the headers are over.
+        if not self._has_headers and self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._refuse_headers()
+
+    def on_headers_complete(self) -> None:
+        if self.transport.is_closing():
+            return
+        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
+            self._refuse_headers()
+            return
+        self._has_headers = True
+        self._header_bytes = 0
+        self._start_timer(MESSAGE_WITHIN_S, self.transport.close)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        self._has_headers = False
+        if self.transport.is_closing():
+            return
+        super().on_message_complete()
+        if self.cycle.response_complete:  # answered before its end, so that uvicorn no longer waits for it
+            self._start_timer(HEADERS_WITHIN_S, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "bad_http", "the bytes must be an HTTP/1.1 request")
+
+    def _should_upgrade(self) -> bool:
+        return False  # no WebSocket: the request is answered as the plain one that it also is
+
+    def _expect_headers(self) -> None:
+        late = f"the headers must be complete within {HEADERS_WITHIN_S:g} s"
+        self._start_timer(HEADERS_WITHIN_S, self._refuse, 408, "headers_late", late)
+
+    def _refuse_headers(self) -> None:
+        message = f"headers must be at most {MAX_HEADERS} of together {MAX_HEADER_BYTES} bytes"
+        self._refuse(431, "headers_too_large", message)
+
+    def _refuse(self, code: int, type: str, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
+                self.transport.close()  # an answer here would be taken for that of the request before
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = bytes(ApiError(code, type, message).response().body)
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[code] + head.encode() + body)
+        self.transport.close()
+
+    def _start_timer(self, seconds: float, end: Any, *arguments: Any) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, end, *arguments)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

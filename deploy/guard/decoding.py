@@ -1,0 +1,79 @@
+"""Image decoding for many callers: small pictures ahead, large ones one at a time, callers in turn.
+
+A picture of 89 million pixels is legal, needs 4 CPU-seconds and a gigabyte, and compresses to 700 kB. Eight
+of them must not take all decoding processes, nor eight gigabytes: large ones have one process between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+from blip2_actor import DecodedImage, DecodePool, ImageLimits, SandboxReport, Status
+from deploy.guard.callers import CALLER
+from deploy.guard.fair_gate import FairGate
+from deploy.guard.image_header import claimed_pixels
+
+SMALL_PIXELS = 1 << 20
+"""Pictures up to this size always find a process free of larger ones, if there are at least two."""
+LARGE_PIXELS = 16 << 20
+"""Pictures above this size, which is beyond most telephones, are decoded one at a time."""
+
+
+class Decoding:
+    """Decoding processes of one gateway: `num_children` for most pictures, and one for large ones."""
+
+    def __init__(self, size_px: int, limits: ImageLimits, num_children: int) -> None:
+        usual = dataclasses.replace(limits, max_pixels=min(LARGE_PIXELS, limits.max_pixels))
+        self._usual = _Lane(size_px, usual, num_children)
+        self._large = _Lane(size_px, limits, 1)
+        self._max_pixels = limits.max_pixels
+        self._usual.start()
+
+    async def decode(self, image: bytes) -> DecodedImage:
+        """Wait for a process, and decode untrusted bytes in it."""
+        claimed = claimed_pixels(image)
+        if claimed is None or claimed <= LARGE_PIXELS or claimed > self._max_pixels:
+            # A picture that claims too much is refused by its header, in no time.
+            decoded = await self._usual.decode(image, min(claimed or LARGE_PIXELS, LARGE_PIXELS))
+            if decoded.status is not Status.TOO_LARGE or self._max_pixels <= LARGE_PIXELS:
+                return decoded
+        return await self._large.decode(image, claimed or self._max_pixels)
+
+    def sandbox_report(self) -> SandboxReport:
+        """Say which protections are in force around the decoding processes."""
+        return self._usual.sandbox_report()
+
+    def close(self) -> None:
+        self._usual.close()
+        self._large.close()
+
+
+class _Lane:
+    """A pool of processes and the line before it."""
+
+    def __init__(self, size_px: int, limits: ImageLimits, num_children: int) -> None:
+        self._pool = DecodePool(size_px, limits, num_children)
+        self._threads = ThreadPoolExecutor(num_children, "decode")
+        self._gate = FairGate(num_children, small_work=SMALL_PIXELS, kept_for_small=int(num_children > 1))
+        self._num_children = num_children
+
+    def start(self) -> None:
+        """Start the processes now; else they start when they are first needed."""
+        self._pool.decode([b"-"] * self._num_children)
+
+    def sandbox_report(self) -> SandboxReport:
+        return self._pool.sandbox_report()
+
+    async def decode(self, image: bytes, pixels: int) -> DecodedImage:
+        leave = await self._gate.enter(1, pixels, CALLER.get().name)
+        call = asyncio.get_running_loop().run_in_executor(self._threads, self._pool.decode, [image])
+        # The process is busy until the picture is done, also when nobody waits for it any longer.
+        call.add_done_callback(lambda _: leave())
+        [decoded] = await asyncio.shield(call)
+        return decoded
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()

@@ -1,0 +1,146 @@
+"""The front of the endpoint, inside Serve's proxy: before Serve reads a header, and after it answers.
+
+Serve's proxy obeys headers of its own from anybody, holds bodies without a limit, and answers in plain text
+while the application starts, drains or has lost a replica. Ray calls `middlewares` in each proxy if the
+environment of its node says so:
+
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.guard.front.middlewares
+
+It has no settings: keys, hosts and costs are the gateway's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.guard.connection import install
+from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
+from deploy.guard.uploads import Uploads
+from deploy.http.errors import ApiError, not_ready, unavailable
+
+CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
+"""The environment variable that puts the front into Serve's proxies, and its value."""
+SERVE_PATHS = ("/-/healthz", "/-/routes")
+"""Paths that Serve's proxy answers itself, for Ray and KubeRay, which expect its plain text."""
+LIVE_PATH = "/livez"
+READY_PATHS = ("/readyz", "/healthz")
+
+logger = logging.getLogger("ray.serve")
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Ray puts around its proxy, and set limits on the connections of this process."""
+    install()
+    return [Middleware(Front)]
+
+
+class Front:
+    """Refuses what must not reach Serve, and gives each of Serve's own answers the shape of ours."""
+
+    def __init__(self, serve: ASGIApp) -> None:
+        self._serve = serve
+        self._uploads = Uploads()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in SERVE_PATHS:
+            await self._serve(scope, receive, send)
+            return
+        try:
+            check_headers(scope["headers"])
+            answer = await self._answer_here(scope)
+        except ApiError as error:
+            answer = error.response()
+        if answer is not None:
+            await answer(scope, receive, send)
+            return
+        await self._pass_on(scope, receive, send)
+
+    async def _answer_here(self, scope: Scope) -> Response | None:
+        if scope["path"] == LIVE_PATH:
+            return JSONResponse({"status": "ok"})
+        if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
+            raise not_ready("this node is starting or draining")
+        return None
+
+    async def _is_accepting(self, scope: Scope) -> bool:
+        """Ask Serve's proxy whether it has routes and is not being drained."""
+        codes: list[int] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Message) -> None:
+            codes.append(message.get("status", 0))
+
+        path = SERVE_PATHS[0]
+        asked = {"method": "GET", "path": path, "raw_path": path.encode(), "headers": [], "query_string": b""}
+        await self._serve({**scope, **asked}, receive, send)
+        return codes[0] == 200
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = for_serve(scope["headers"])
+        # Serve and the gateway know no HEAD; the server drops the body of its answer.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        declared_bytes = int(dict(headers).get(b"content-length", b"0"))
+        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes)
+        answer = Answer(send)
+        try:
+            await self._serve({**scope, "headers": headers, "method": method}, body, answer)
+        except Exception:
+            if answer.is_started:
+                raise
+            logger.exception("Serve's proxy failed on a request")
+        finally:
+            body.release()
+        if not answer.is_started:
+            response = (body.refusal or _in_place_of(answer.held_back)).response()
+            response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
+            await response(scope, receive, send)
+
+
+class Answer:
+    """ASGI `send` that holds back the plain text which Serve writes in place of an answer of the gateway."""
+
+    def __init__(self, send: Send) -> None:
+        self.is_started = False
+        """Something was sent to the client."""
+        self.held_back: int | None = None
+        """The code of Serve's own answer, which was not sent."""
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _is_plain_text_error(message):
+            self.held_back = message["status"]
+        if self.held_back is None:
+            self.is_started = True
+            await self._send(message)
+
+
+def _in_place_of(code: int | None) -> ApiError:
+    """Return the answer in place of Serve's own, or of none: 504 when its clock has run out, else 503."""
+    if code == 408:
+        return ApiError(504, "timeout", "no answer within the time that Serve's proxy allows; try again")
+    if code == 404:
+        return unavailable("no application is running here: it starts, is updated or ends")
+    if code in (429, 503):
+        return unavailable("no gateway can take the request now")
+    return unavailable("the gateway of this request has ended")
+
+
+def _is_plain_text_error(start: Message) -> bool:
+    kind: bytes = next((value for name, value in start["headers"] if name.lower() == b"content-type"), b"")
+    return start["status"] >= 400 and kind.startswith(b"text/plain")
+
+
+def _client_of(scope: dict[str, Any] | Scope) -> str:
+    """Return a name for who sends: the key, as given and unchecked, or else the address."""
+    key = dict(scope["headers"]).get(b"authorization")
+    if key is not None:
+        return hashlib.sha256(key).hexdigest()
+    return scope["client"][0] if scope.get("client") else ""

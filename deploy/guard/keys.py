@@ -1,0 +1,129 @@
+"""Keys of the callers: a file of names and hashes, read again when it changes.
+
+    python -m deploy.guard.keys alice >> keys.txt      # prints the key itself on the terminal, once
+
+A line is `NAME SHA256 [MAX_IN_FLIGHT]`, and `#` begins a comment. A name may have several lines, so that a
+new key can be handed out before the old one is taken away. A key is 256 random bits, so its plain hash tells
+nobody what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from blip2_actor.flags import Parser
+from deploy.guard.callers import Caller
+
+PROG = "python -m deploy.guard.keys"
+READ_AGAIN_AFTER_S = 1.0
+
+_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+logger = logging.getLogger("ray.serve")
+
+
+class KeyFile:
+    """The callers of a key file, as the file is now."""
+
+    def __init__(self, path: str) -> None:
+        """Read the file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it has a wrong line, or no key.
+        """
+        self._path = Path(path)
+        self._changed = _change_of(self._path)
+        self._callers = read_keys(self._path)
+        self._looked_at_s = time.monotonic()
+
+    def caller_of(self, key: str) -> Caller | None:
+        """Return who has the key, or None; takes the same time whichever characters are right."""
+        self._read_again()
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        found = None
+        for known, caller in self._callers:
+            if hmac.compare_digest(known, digest):
+                found = caller
+        return found
+
+    def _read_again(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s < READ_AGAIN_AFTER_S:
+            return
+        self._looked_at_s = now_s
+        try:
+            changed = _change_of(self._path)
+            if changed != self._changed:
+                self._callers = read_keys(self._path)
+                self._changed = changed
+        except (OSError, ValueError) as error:
+            logger.error("The keys stay as they were, because the file cannot be read again: %s", error)
+
+
+def read_keys(path: Path) -> list[tuple[str, Caller]]:
+    """Return hashes and callers.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is wrong, or there is no key.
+    """
+    keys = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if words:
+            keys.append(_key(words, f"line {number} of {path}"))
+    if not keys:
+        raise ValueError(f"{path} must have a key, got none; add one with: {PROG} NAME >> {path}")
+    return keys
+
+
+def _key(words: list[str], where: str) -> tuple[str, Caller]:
+    name, digest, *quota = [*words, ""][: max(2, len(words))]
+    right = _NAME.fullmatch(name) and _SHA256.fullmatch(digest) and len(quota) <= 1
+    if not right or not all(word.isdecimal() and int(word) > 0 for word in quota):
+        # The line is not shown: it may hold a key instead of its hash.
+        raise ValueError(f"{where} must be NAME SHA256 [MAX_IN_FLIGHT]; make one with: {PROG} NAME")
+    return digest, Caller(name=name, max_in_flight=int(quota[0]) if quota else None)
+
+
+def _change_of(path: Path) -> tuple[int, int, int]:
+    now = os.stat(path)
+    return now.st_mtime_ns, now.st_size, now.st_ino
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the line of a new key on stdout, and the key itself on stderr."""
+    parser = Parser(prog=PROG, description="Make a key for the endpoint; append the output to the key file.")
+    parser.add_argument("name", metavar="NAME", help="who gets the key")
+    parser.add_argument(
+        "--max-in-flight",
+        type=int,
+        metavar="N",
+        help="requests of this name that a gateway serves at once; default: half of the gateway's own limit",
+    )
+    given = parser.parse_args(argv)
+    if not _NAME.fullmatch(given.name):
+        parser.error(
+            f"NAME must be at most 64 letters, digits and the characters . _ @ -, got {given.name!r}"
+        )
+    if given.max_in_flight is not None and given.max_in_flight < 1:
+        parser.error(f"--max-in-flight must be at least 1, got {given.max_in_flight}")
+    key = secrets.token_urlsafe(32)
+    quota = "" if given.max_in_flight is None else f" {given.max_in_flight}"
+    sys.stdout.write(f"{given.name} {hashlib.sha256(key.encode()).hexdigest()}{quota}\n")
+    sys.stderr.write(f"the key of {given.name}, shown only now: {key}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Which headers a request may have: what is refused before anything is parsed, and what goes no further."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+
+from python_multipart.multipart import parse_options_header
+
+from deploy.http.errors import ApiError, bad_request
+
+REQUEST_ID = b"x-request-id"
+
+_SINGLE = {
+    b"authorization",
+    b"content-encoding",
+    b"content-length",
+    b"content-type",
+    b"host",
+    b"origin",
+    REQUEST_ID,
+}
+_FOR_SERVE_ONLY = re.compile(
+    rb"x[-_]request[-_](?!id$).*|(x[-_])?serve[-_].*|x[-_]session[-_]id|traceparent|tracestate"
+)
+"""Headers that steer Serve's proxy: its timeout, its watch for clients that leave, and its routing."""
+_REQUEST_ID_VALUE = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+def check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse headers that are given twice, or that name an encoding which nobody here decodes.
+
+    Raises:
+        ApiError: 400 or 415.
+    """
+    counts = Counter(name for name, _ in headers)
+    for name in _SINGLE:
+        if counts[name] > 1:
+            raise bad_request(f"{name.decode()} must be given once, got {counts[name]} times")
+    given = dict(headers)
+    if not _REQUEST_ID_VALUE.fullmatch(given.get(REQUEST_ID, b"-")):
+        raise bad_request("x-request-id must be at most 128 letters, digits and the characters . _ : -")
+    encoding = given.get(b"content-encoding", b"identity").strip().lower()
+    if encoding != b"identity":
+        raise _unsupported(f"Content-Encoding must be identity, got {_shown(encoding)}; send the plain bytes")
+    _, parameters = parse_options_header(given.get(b"content-type"))
+    charset = parameters.get(b"charset", b"utf-8").strip().lower()
+    if charset not in (b"utf-8", b"utf8"):
+        raise _unsupported(f"the charset of Content-Type must be utf-8, got {_shown(charset)}")
+
+
+def for_serve(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers without those that steer Serve's proxy, and with a request id."""
+    kept = [(name, value) for name, value in headers if not _FOR_SERVE_ONLY.fullmatch(name)]
+    if not any(name == REQUEST_ID for name, _ in kept):
+        kept.append((REQUEST_ID, secrets.token_hex(16).encode()))
+    return kept
+
+
+def _unsupported(message: str) -> ApiError:
+    return ApiError(415, "unsupported_media_type", message)
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:40].decode("latin-1"))

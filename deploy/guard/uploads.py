@@ -1,0 +1,106 @@
+"""The bytes of requests that are in this process, and how long a body may take to come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from starlette.types import Message, Receive
+
+from deploy.http.errors import ApiError, overloaded
+from deploy.settings import BODY_WITHIN_S
+
+MAX_BYTES = 256 << 20
+"""Bytes of all requests that one proxy holds at once."""
+SMALL_BYTES = 1 << 20
+"""Bodies up to this size have a quarter of the bytes to themselves."""
+BODY_PAUSE_S = 10.0
+"""Seconds between two pieces of a body."""
+
+
+class Uploads:
+    """Counts the bytes of the bodies that are held, by client.
+
+    Large bodies leave a quarter to small ones, and one client never holds more than half.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._num_bytes_of: Counter[str] = Counter()
+
+    def body_of(self, client: str, receive: Receive, declared_bytes: int = 0) -> Body:
+        """Watch the body that a client sends; `Body.release` gives its bytes back."""
+        return Body(self, client, receive, declared_bytes)
+
+    def hold(self, client: str, num_bytes: int, num_bytes_so_far: int) -> None:
+        """Count further bytes of a body.
+
+        Raises:
+            ApiError: 429 or 503; they do not fit.
+        """
+        self.check(client, num_bytes, num_bytes_so_far)
+        self._num_bytes += num_bytes
+        self._num_bytes_of[client] += num_bytes
+
+    def check(self, client: str, num_bytes: int, num_bytes_so_far: int = 0) -> None:
+        """Raise what `hold` raises, and hold nothing."""
+        is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
+        limit = self._max_bytes if is_small else self._max_bytes * 3 // 4
+        if self._num_bytes + num_bytes > limit:
+            raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
+        if not is_small and self._num_bytes_of[client] + num_bytes > self._max_bytes // 2:
+            message = f"requests of one client may hold at most {self._max_bytes // 2} bytes at once"
+            raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
+
+    def release(self, client: str, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
+        self._num_bytes_of[client] -= num_bytes
+        if not self._num_bytes_of[client]:
+            del self._num_bytes_of[client]
+
+
+class Body:
+    """ASGI `receive` with limits. A body that breaks one ends like that of a client that has left."""
+
+    def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
+        self.refusal: ApiError | None = None
+        """Why the body ended before its end."""
+        self.is_complete = False
+        self._uploads = uploads
+        self._client = client
+        self._receive = receive
+        self._num_bytes = 0
+        self._declared_bytes = declared_bytes
+        self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
+
+    async def __call__(self) -> Message:
+        if self.is_complete:
+            return await self._receive()  # waits until the client has left
+        try:
+            if not self._num_bytes:  # what cannot fit is refused before any of it is here
+                self._uploads.check(self._client, self._declared_bytes)
+            now_s = asyncio.get_running_loop().time()
+            async with asyncio.timeout_at(min(self._late_at_s, now_s + BODY_PAUSE_S)):
+                message = await self._receive()
+            if message["type"] == "http.request":
+                self._hold(len(message.get("body", b"")))
+                self.is_complete = not message.get("more_body", False)
+            return message
+        except TimeoutError:
+            self.refusal = ApiError(
+                408,
+                "body_late",
+                f"the body must come within {BODY_WITHIN_S:g} s, with pauses of at most {BODY_PAUSE_S:g} s",
+            )
+        except ApiError as refusal:
+            self.refusal = refusal
+        return {"type": "http.disconnect"}
+
+    def release(self) -> None:
+        self._uploads.release(self._client, self._num_bytes)
+        self._num_bytes = 0
+
+    def _hold(self, num_bytes: int) -> None:
+        self._uploads.hold(self._client, num_bytes, self._num_bytes)
+        self._num_bytes += num_bytes

@@ -1,0 +1,224 @@
+"""The answers of the project's own routes: models for OpenAPI, filled from what the engine has made.
+
+A caption has the columns of the batch job's output under the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from blip2_actor import (
+    DecodedImage,
+    Embedding,
+    Features,
+    FinishReason,
+    GenerationOptions,
+    Match,
+    ModelInfo,
+    Result,
+    Score,
+    find_quality_flags,
+)
+from deploy.http.wishes import Wishes
+from deploy.work import ImageOutputs, ImageWork, TextToGenerate
+
+Vector = list[float]
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class TextAnswer(Answer):
+    """An answer to one of the prompts of `ask`."""
+
+    text: str
+    logprob: float
+    num_tokens: int
+    finish_reason: FinishReason
+    flags: list[str]
+    token_ids: list[int]
+
+
+class Choice(Answer):
+    """One of the texts of `choices`."""
+
+    text: str
+    logprob: float
+    """Sum of the log-probabilities of its tokens, natural log."""
+    probability: float
+    """Its share among the choices."""
+
+
+class ScoreAnswer(Answer):
+    """How probable a text is after the image and the prompt, its end included."""
+
+    text: str
+    logprob: float
+    """Sum of the log-probabilities of its tokens, natural log."""
+    num_tokens: int
+    loss: float
+    """Mean negative log-probability of a token."""
+
+
+class MatchAnswer(Answer):
+    """How well a text fits the image, by the retrieval model."""
+
+    text: str
+    itm: float
+    """Probability that the text describes the image."""
+    itc: float
+    """Cosine of the contrastive embeddings of both."""
+
+
+class CaptionAnswer(Answer):
+    """The columns of the batch job's output, and what else was asked."""
+
+    caption: str
+    captions: list[str] | None
+    """All texts, if num_return_sequences is above 1."""
+    logprobs: list[float] | None
+    logprob: float
+    """Sum of the log-probabilities of the tokens, natural log."""
+    num_tokens: int
+    finish_reason: FinishReason
+    flags: list[str]
+    """What looks degenerate: empty, looping, echoes_prompt."""
+    status: str
+    error: str | None
+    width: int | None
+    height: int | None
+    sha256: str
+    """Of the encoded image, in hexadecimal."""
+    token_ids: list[int]
+    """Of the caption; the end token is included if there is one."""
+    model: str
+    fingerprint: str
+    """Identifies what decides the caption besides the image: checkpoint, dtype, prompt and options."""
+    answers: dict[str, TextAnswer] | None = None
+    choices: list[Choice] | None = None
+    scores: list[ScoreAnswer] | None = None
+    matches: list[MatchAnswer] | None = None
+    embeddings: dict[str, Vector | list[Vector]] | None = None
+
+
+def caption_answer(
+    model: ModelInfo,
+    wishes: Wishes,
+    work: ImageWork,
+    image: bytes,
+    decoded: DecodedImage,
+    outputs: ImageOutputs,
+) -> dict[str, Any]:
+    """Return a `CaptionAnswer` as JSON; parts that were not asked for are left out.
+
+    Args:
+        wishes: what was asked.
+        work: what it became.
+        image: the encoded bytes.
+        outputs: what was made.
+    """
+    caption, *answers = map(_text_answer, outputs.texts, work.texts)
+    completions = outputs.texts[0].completions
+    several = len(completions) > 1
+    answer = {
+        "caption": caption.pop("text"),
+        "captions": [completion.text for completion in completions] if several else None,
+        "logprobs": [completion.logprob for completion in completions] if several else None,
+        **caption,
+        "status": "ok",
+        "error": None,
+        "width": decoded.width,
+        "height": decoded.height,
+        "sha256": hashlib.sha256(image).hexdigest(),
+        "model": model.model,
+        "fingerprint": fingerprint(model, work.texts[0]),
+    }
+    choices, scored = wishes.choices or [], wishes.score or []
+    parts = {
+        "answers": dict(zip(wishes.ask or {}, answers, strict=True)),
+        "choices": _choices(choices, outputs.scores[: len(choices)]),
+        "scores": score_answers(scored, outputs.scores[len(choices) :]),
+        "matches": match_answers(wishes.match or [], outputs.matches),
+        "embeddings": vectors_of(wishes.embed or [], outputs.features, outputs.contrastive),
+    }
+    return answer | {name: part for name, part in parts.items() if part}
+
+
+def _text_answer(result: Result, asked: TextToGenerate) -> dict[str, Any]:
+    text = result.text or ""
+    return {
+        "text": text,
+        "logprob": result.logprob,
+        "num_tokens": len(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "flags": find_quality_flags(text, asked.prompt),
+        "token_ids": list(result.token_ids),
+    }
+
+
+def score_answers(texts: Sequence[str], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Return a `ScoreAnswer` for each text."""
+    return [
+        {"text": text, "logprob": score.logprob, "num_tokens": score.num_tokens, "loss": score.loss}
+        for text, score in zip(texts, scores, strict=True)
+    ]
+
+
+def match_answers(texts: Sequence[str], matches: Sequence[Match]) -> list[dict[str, Any]]:
+    """Return a `MatchAnswer` for each text."""
+    return [
+        {"text": text, "itm": match.itm, "itc": match.itc} for text, match in zip(texts, matches, strict=True)
+    ]
+
+
+def _choices(texts: Sequence[str], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    logprobs = [score.logprob if score.logprob is not None else -math.inf for score in scores]
+    weights = [math.exp(logprob - max(logprobs)) for logprob in logprobs]
+    return [
+        {"text": text, "logprob": logprob, "probability": weight / sum(weights)}
+        for text, logprob, weight in zip(texts, logprobs, weights, strict=True)
+    ]
+
+
+def vectors_of(
+    kinds: Sequence[str], features: Features | None, contrastive: Embedding | None
+) -> dict[str, Any]:
+    """Return the vectors of an image by kind, as lists."""
+    return {kind: vector_of(kind, features, contrastive).tolist() for kind in kinds}
+
+
+def vector_of(kind: str, features: Features | None, contrastive: Embedding | None) -> np.ndarray:
+    """Return float32[Dv], float32[Dq], float32[Q, Dq] or float32[Q, De], depending on the kind."""
+    if kind == "contrastive":
+        assert contrastive is not None and contrastive.vectors is not None
+        return contrastive.vectors
+    assert features is not None and features.pooler_output is not None
+    assert features.qformer_features is not None
+    if kind == "vision":
+        return features.pooler_output
+    return features.qformer_features if kind == "queries" else features.qformer_features.mean(axis=0)
+
+
+def fingerprint(model: ModelInfo, text: TextToGenerate) -> str:
+    """Return SHA-256, in hexadecimal, of everything that decides a text besides the image."""
+    parts = {
+        "model": model.digest,
+        "dtype": model.dtype,
+        "prompt": text.prompt,
+        "options": asdict(text.options),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def service_fingerprint(model: ModelInfo) -> str:
+    """Return SHA-256, in hexadecimal, of what decides every text of this service."""
+    return fingerprint(model, TextToGenerate(prompt=None, options=GenerationOptions()))

@@ -1,0 +1,107 @@
+"""What OpenAPI says of routes that read their own bodies and choose their own content types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from deploy.http.request_body import FORM, JSON
+
+_REF = "#/components/schemas/{model}"
+_documented: dict[str, type[BaseModel]] = {}
+"""Models that routes refer to and FastAPI does not see."""
+
+CODES = {
+    400: "the body or a field is wrong; the message names the field",
+    404: "the service has another model",
+    413: "the body or an image has more bytes or pixels than the limits allow",
+    415: "the content type is not one that the route reads",
+    422: "the image cannot be decoded, or the model cannot serve the request; the type is the row status",
+    429: "this caller has too much in flight; Retry-After says when to try again",
+    500: "the service failed on this request; its log has the reason",
+    503: "too much is being served, or there is no engine; Retry-After says when to try again",
+    504: "no answer within timeout_s",
+}
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    type: str
+    """A stable name, such as bad_request, undecodable or overloaded."""
+    message: str
+    """One sentence for a person."""
+    param: None
+    code: str
+    """The type once more, where clients of OpenAI look for it."""
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a success."""
+
+    error: Problem
+
+
+def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return the error answers of a route: those of every route that has work done, or only some."""
+    codes = codes or tuple(CODES.keys() - {404})
+    return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(codes)}
+
+
+def body_of(body_type: type[BaseModel], *, forms: bool = False, raw: bool = False) -> dict[str, Any]:
+    """Return the description of a body that the route reads itself.
+
+    Args:
+        forms: it may be a form too, whose fields are JSON except for images and the prompt.
+        raw: it may be the bytes of an image too, with the other fields in the query.
+    """
+    content: dict[str, Any] = {JSON: {"schema": _reference(body_type)}}
+    if forms:
+        fields = {name: _in_form(name) for name in body_type.model_fields}
+        required = [name for name in ("image", "images") if name in fields]
+        content[FORM] = {"schema": {"type": "object", "required": required, "properties": fields}}
+    if raw:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        content |= {"image/*": binary, "application/octet-stream": binary}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def answer_in(media_types: Sequence[str], *models: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the description of a successful answer in other content types than JSON."""
+    schema = {"anyOf": [_reference(model) for model in models]}
+    content = {media: {"schema": schema} for media in media_types}
+    return {200: {"description": "Successful Response", "content": content}}
+
+
+def document(api: FastAPI) -> None:
+    """Add the models of bodies and streams to the schema of an application."""
+    build = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            schema = build()
+            models = [(model, "validation") for model in _documented.values()]
+            _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            api.openapi_schema = schema
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    _documented[model.__name__] = model
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _in_form(name: str) -> dict[str, Any]:
+    binary = {"type": "string", "format": "binary"}
+    if name == "image":
+        return binary
+    if name == "images":
+        return {"type": "array", "items": binary}
+    return {"type": "string"} if name == "prompt" else {"type": "string", "contentMediaType": JSON}

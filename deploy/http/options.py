@@ -1,0 +1,58 @@
+"""Generation options in a request: checked one by one, bounded, and put in the place of the service's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from blip2_actor import GenerationOptions
+from deploy.http.errors import bad_request, shorten
+
+OPTION_NAMES = tuple(field.name for field in fields(GenerationOptions))
+MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
+"""What one caller may ask of a shared engine; more would crowd out the other requests."""
+
+_TYPES: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    for name, hint in get_type_hints(GenerationOptions).items()
+}
+
+
+def parse_options(given: dict[str, Any] | None, defaults: GenerationOptions) -> GenerationOptions:
+    """Return the service's options with those of the caller in their place.
+
+    Raises:
+        ApiError: 400; an option is unknown, of the wrong type, out of range or without effect.
+    """
+    values = {name: _option(name, value) for name, value in (given or {}).items()}
+    try:
+        return GenerationOptions(**values).resolve(asdict(defaults))
+    except ValueError as error:
+        raise bad_request(f"options: {error}") from None
+
+
+def options_schema() -> dict[str, Any]:
+    """Return the JSON schema of the options."""
+    properties = {name: adapter.json_schema() for name, adapter in _TYPES.items()}
+    for name, maximum in MAX_OPTIONS.items():
+        properties[name] |= {"minimum": 1, "maximum": maximum}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _option(name: str, value: object) -> Any:
+    if name not in _TYPES:
+        raise bad_request(f"{name} is not an option; the options are {', '.join(_TYPES)}")
+    try:
+        # Through JSON, in which a list is accepted for a tuple.
+        parsed = _TYPES[name].validate_json(json.dumps(value))
+    except ValidationError as error:
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise bad_request(f"options: {name} must be {rule}, got {shorten(value)}") from None
+    if name in MAX_OPTIONS and parsed > MAX_OPTIONS[name]:
+        raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
+    if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
+        raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
+    return parsed

@@ -1,0 +1,76 @@
+"""What the routes need of the object behind them; `Gateway` is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo
+from deploy.guard.cost import Cost, cost_of
+from deploy.work import ImageOutputs, ImageWork, TextPiece
+
+
+class Service(Protocol):
+    """Admits, decodes, and has an engine work; a status other than ok is raised as an `ApiError`."""
+
+    model: ModelInfo
+    options: GenerationOptions
+    """Options of a request that names none."""
+    matching: ModelInfo | None
+    """The retrieval model; None if the service has none."""
+    max_image_bytes: int
+
+    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Hold what a request costs while the block runs, and end the block when its time is over.
+
+        Raises:
+            ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
+                when the time is over.
+        """
+        ...
+
+    async def decode(self, image: bytes) -> DecodedImage:
+        """Decode untrusted bytes; raise ApiError unless the status is ok."""
+        ...
+
+    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
+        """Make everything that is asked of an image; raise ApiError unless every part is ok."""
+        ...
+
+    def stream(self, image: DecodedImage, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+        """Yield texts in pieces, and at the end what `run` returns; raise what `run` raises."""
+        ...
+
+    async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
+        """Return the retrieval model's vectors of texts, one each; raise ApiError unless all are ok."""
+        ...
+
+    async def check_ready(self) -> None:
+        """Raise ApiError 503 unless an engine runs or would be started for a request."""
+        ...
+
+
+async def run_each(
+    service: Service, images: Sequence[bytes], work: ImageWork
+) -> list[tuple[DecodedImage, ImageOutputs]]:
+    """Score or embed images, admitted together; the first that fails ends all.
+
+    Raises:
+        ApiError: as from `Service`.
+    """
+
+    async def run(image: bytes) -> tuple[DecodedImage, ImageOutputs]:
+        decoded = await service.decode(image)
+        return decoded, await service.run(decoded, work)
+
+    num_image_bytes = sum(map(len, images))
+    cost = cost_of(service.options, num_texts=0, num_images=len(images), num_image_bytes=num_image_bytes)
+    async with service.admit(cost):
+        tasks = [asyncio.ensure_future(run(image)) for image in images]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()

@@ -1,0 +1,1 @@
+"""OpenAI's routes, for clients that speak them: chat completions, embeddings, models."""

@@ -1,0 +1,207 @@
+"""`POST /v1/chat/completions`: one image and a text in, completions out, whole or in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from blip2_actor import Completion
+from deploy.guard.cost import Cost, cost_of
+from deploy.http.answers import Answer, service_fingerprint
+from deploy.http.errors import ApiError
+from deploy.http.event_stream import EVENTS, Emit, EventStream, event
+from deploy.http.openapi import answer_in, body_of, errors
+from deploy.http.request_body import read_body
+from deploy.http.service import Service
+from deploy.openai.chat_request import ChatBody
+from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    """Tokens of the text and queries of the image."""
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Answer):
+    index: int
+    delta: ChatDelta
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None
+
+
+class ChatCompletionChunk(Answer):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+def chat_router(service: Service) -> APIRouter:
+    """Return the route of chat completions."""
+    router = APIRouter(tags=["OpenAI"], responses=errors() | errors(404))
+
+    @router.post(
+        "/v1/chat/completions",
+        openapi_extra=body_of(ChatBody),
+        responses=answer_in((EVENTS,), ChatCompletionChunk),
+        response_model=ChatCompletion,
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Continue a text about an image, or caption it, as OpenAI's clients ask.
+
+        The image is a data URI. BLIP-2 reads one image and one text; everything else is refused by name.
+        """
+        body = await read_body(request, ChatBody, service.max_image_bytes)
+        body.check(service)
+        text = body.text(service)
+        image = await asyncio.to_thread(body.image, service)
+        chat = _Chat(service, text, image)
+        if body.stream:
+            wants_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(lambda emit: chat.stream(emit, wants_usage), _error_event)
+        return JSONResponse(await chat.complete())
+
+    return router
+
+
+class _Chat:
+    """One completion under way."""
+
+    def __init__(self, service: Service, text: TextToGenerate, image: bytes) -> None:
+        self._service = service
+        self._text = text
+        self._image = image
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model.model,
+            "system_fingerprint": service_fingerprint(service.model),
+        }
+
+    @property
+    def _cost(self) -> Cost:
+        return cost_of(self._text.options, num_image_bytes=len(self._image))
+
+    async def complete(self) -> dict[str, Any]:
+        """Return a `ChatCompletion`."""
+        service = self._service
+        async with service.admit(self._cost):
+            image = await service.decode(self._image)
+            outputs = await service.run(image, ImageWork(texts=(self._text,)))
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "finish_reason": completion.finish_reason,
+                "logprobs": None,
+            }
+            for index, completion in enumerate(_completions(outputs))
+        ]
+        usage = self._usage(outputs)
+        return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def stream(self, emit: Emit, wants_usage: bool) -> None:
+        """Emit each `ChatCompletionChunk`."""
+        service, work = self._service, ImageWork(texts=_one_by_one(self._text))
+        sent: dict[int, int] = {}
+
+        async def emit_text(index: int, text: str) -> None:
+            if index not in sent:
+                await emit(self._chunk([_delta(index, {"role": "assistant", "content": ""})], wants_usage))
+                sent[index] = 0
+            if text:
+                sent[index] += len(text)
+                await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
+
+        async with service.admit(self._cost):
+            image = await service.decode(self._image)
+            async with aclosing(service.stream(image, work)) as items:
+                async for item in items:
+                    if isinstance(item, TextPiece):
+                        await emit_text(item.index, item.text)
+                    else:
+                        outputs = item
+        for index, completion in enumerate(_completions(outputs)):
+            await emit_text(index, completion.text[sent.get(index, 0) :])
+            await emit(self._chunk([_delta(index, {}, completion.finish_reason)], wants_usage))
+        if wants_usage:
+            await emit(self._chunk([], wants_usage, self._usage(outputs)))
+        await emit(b"data: [DONE]\n\n")
+
+    def _chunk(self, choices: list[dict[str, Any]], wants_usage: bool, usage: Any = None) -> bytes:
+        chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
+        return event(chunk | {"usage": usage} if wants_usage else chunk)
+
+    def _usage(self, outputs: ImageOutputs) -> dict[str, int]:
+        prompt = self._service.model.num_queries + outputs.texts[0].num_prompt_tokens
+        completion = sum(len(one.token_ids) for one in _completions(outputs))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+def _one_by_one(text: TextToGenerate) -> tuple[TextToGenerate, ...]:
+    """Return several samples as texts of their own, which can be streamed; with the seeds of the engine."""
+    options = text.options
+    if not options.do_sample:
+        return (text,)
+    return tuple(
+        replace(text, options=replace(options, num_return_sequences=1, seed=options.seed + index))
+        for index in range(options.num_return_sequences)
+    )
+
+
+def _completions(outputs: ImageOutputs) -> Sequence[Completion]:
+    return [completion for result in outputs.texts for completion in result.completions]
+
+
+def _delta(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+
+
+def _error_event(error: ApiError) -> bytes:
+    return event(error.document)

@@ -1,0 +1,152 @@
+"""`POST /v1/caption` for one image, `POST /v1/captions` for many: texts, scores and vectors."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from deploy.http.answers import CaptionAnswer, caption_answer
+from deploy.http.errors import ApiError
+from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
+from deploy.http.images import MAX_IMAGES, ImageBytes
+from deploy.http.openapi import answer_in, body_of, errors
+from deploy.http.request_body import read_body
+from deploy.http.service import Service
+from deploy.http.wishes import Wishes
+from deploy.work import TextPiece
+
+MAX_BODIES = 4
+"""How many images of the largest size fit into one request with many images."""
+AT_ONCE = 8
+"""How many images of one request are decoded and captioned at the same time."""
+
+
+class CaptionBody(Wishes):
+    """One image, and what is asked of it."""
+
+    image: ImageBytes
+    stream: bool = False
+    """Send the texts in pieces as they grow, as server-sent events."""
+
+
+class CaptionsBody(Wishes):
+    """Several images, and what is asked of each."""
+
+    images: Annotated[list[ImageBytes], Field(min_length=1, max_length=MAX_IMAGES)]
+
+
+class PieceOfText(BaseModel):
+    """The event `text`: an output has grown. The pieces of an output join to its whole text."""
+
+    output: str
+    """`caption`, or the name of a prompt of `ask`."""
+    text: str
+
+
+class CaptionLine(CaptionAnswer):
+    """One image of several, in the order in which they are finished."""
+
+    index: int
+    """Position of the image in the request."""
+
+
+class FailedLine(BaseModel):
+    """An image that has no caption."""
+
+    index: int
+    status: str
+    error: str
+
+
+def captions_router(service: Service) -> APIRouter:
+    """Return the routes that caption."""
+    router = APIRouter(tags=["captions"], responses=errors())
+
+    @router.post(
+        "/v1/caption",
+        openapi_extra=body_of(CaptionBody, forms=True, raw=True),
+        responses=answer_in((EVENTS,), PieceOfText, CaptionAnswer),
+        response_model=CaptionAnswer,
+    )
+    async def caption(request: Request) -> Response:
+        """Caption one image, answer questions about it, and score or embed it.
+
+        The body is a form, JSON, or the image itself with everything else in the query.
+        """
+        body = await read_body(request, CaptionBody, service.max_image_bytes)
+        body.work(service)  # what cannot be done is refused before anything is decoded
+        if not body.stream:
+            return JSONResponse(await _caption(service, body, body.image))
+        return EventStream(lambda emit: _stream(service, body, emit), _error_event)
+
+    @router.post(
+        "/v1/captions",
+        openapi_extra=body_of(CaptionsBody, forms=True),
+        responses=answer_in((LINES, EVENTS), CaptionLine, FailedLine),
+        response_class=Response,
+    )
+    async def captions(request: Request) -> Response:
+        """Caption several images; each answer comes as soon as it is finished, one JSON document per line.
+
+        With `Accept: text/event-stream` the lines are the data of server-sent events.
+        """
+        body = await read_body(request, CaptionsBody, service.max_image_bytes, MAX_BODIES)
+        body.work(service)
+        wants_events = EVENTS in request.headers.get("accept", "")
+        encode = event if wants_events else line
+        return EventStream(
+            lambda emit: _caption_all(service, body, lambda answer: emit(encode(answer))),
+            lambda error: encode({"status": error.type, "error": error.message}),
+            EVENTS if wants_events else LINES,
+        )
+
+    return router
+
+
+async def _caption(service: Service, wishes: Wishes, image: bytes) -> dict[str, Any]:
+    work = wishes.work(service)
+    async with service.admit(wishes.cost(service, len(image))):
+        decoded = await service.decode(image)
+        outputs = await service.run(decoded, work)
+    return caption_answer(service.model, wishes, work, image, decoded, outputs)
+
+
+async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
+    work = body.work(service)
+    names = ["caption", *(body.ask or {})]
+    async with service.admit(body.cost(service, len(body.image))):
+        decoded = await service.decode(body.image)
+        async with aclosing(service.stream(decoded, work)) as items:
+            async for item in items:
+                if isinstance(item, TextPiece):
+                    await emit(event({"output": names[item.index], "text": item.text}, "text"))
+                else:
+                    answer = caption_answer(service.model, body, work, body.image, decoded, item)
+                    await emit(event(answer, "answer"))
+
+
+async def _caption_all(service: Service, body: CaptionsBody, send: Any) -> None:
+    """Caption every image, some at the same time; one that fails does not stop the others."""
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def caption(index: int, image: bytes) -> None:
+        async with slots:
+            try:
+                answer = {"index": index} | await _caption(service, body, image)
+            except ApiError as error:
+                answer = {"index": index, "status": error.type, "error": error.message}
+            await send(answer)
+
+    async with asyncio.TaskGroup() as tasks:
+        for index, image in enumerate(body.images):
+            tasks.create_task(caption(index, image))
+
+
+def _error_event(error: ApiError) -> bytes:
+    return event(error.document, "error")

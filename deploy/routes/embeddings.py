@@ -1,0 +1,87 @@
+"""`POST /v1/embed`: vectors of an image or of texts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from deploy.guard.cost import cost_of
+from deploy.http.answers import Answer, Vector, vectors_of
+from deploy.http.errors import bad_request
+from deploy.http.images import ImageBytes
+from deploy.http.openapi import body_of, errors
+from deploy.http.request_body import read_body
+from deploy.http.service import Service, run_each
+from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, Text, require_matching
+from deploy.work import ImageWork
+
+
+class EmbedBody(Body):
+    """An image, or texts."""
+
+    image: ImageBytes | None = None
+    embed: Annotated[list[EmbeddingKind], Field(min_length=1)] = Field(default=["qformer"])
+    """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
+    contrastive, which needs a retrieval model."""
+    texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    """Texts, embedded by the retrieval model."""
+
+
+class EmbedAnswer(Answer):
+    """Vectors of an image by kind, or of texts in order."""
+
+    embeddings: dict[str, Vector | list[Vector]] | list[Vector]
+    """Of an image, the vectors by kind; of texts, one unit vector each."""
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+    """Of the encoded image, in hexadecimal."""
+    model: str
+
+
+def embeddings_router(service: Service) -> APIRouter:
+    """Return the route that embeds."""
+    router = APIRouter(tags=["embeddings"], responses=errors())
+
+    @router.post(
+        "/v1/embed", openapi_extra=body_of(EmbedBody, forms=True, raw=True), response_model=EmbedAnswer
+    )
+    async def embed(request: Request) -> JSONResponse:
+        """Embed an image, or texts with a retrieval model.
+
+        The contrastive vectors of an image and of a text are comparable: the largest of their dot products
+        is the cosine that `/v1/match` calls itc.
+        """
+        body = await read_body(request, EmbedBody, service.max_image_bytes)
+        if (body.image is None) == (body.texts is None):
+            raise bad_request("image or texts must be given, one of them")
+        if body.texts is not None:
+            require_matching(service, "texts")
+            assert service.matching is not None
+            async with service.admit(cost_of(service.options, num_texts=0)):
+                found = await service.embed_texts(body.texts)
+            vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
+            return JSONResponse({"embeddings": vectors, "model": service.matching.model})
+        assert body.image is not None
+        if "contrastive" in body.embed:
+            require_matching(service, "embed")
+        work = ImageWork(
+            features=any(kind != "contrastive" for kind in body.embed),
+            contrastive="contrastive" in body.embed,
+        )
+        [(decoded, outputs)] = await run_each(service, [body.image], work)
+        answer = {
+            "embeddings": vectors_of(body.embed, outputs.features, outputs.contrastive),
+            "width": decoded.width,
+            "height": decoded.height,
+            "sha256": hashlib.sha256(body.image).hexdigest(),
+            "model": service.model.model,
+        }
+        return JSONResponse(answer)
+
+    return router

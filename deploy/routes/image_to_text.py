@@ -1,0 +1,61 @@
+"""`POST /`: the image-to-text task as Hugging Face's clients call it at the address of an endpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import AliasChoices, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from deploy.guard.cost import cost_of
+from deploy.http.answers import Answer
+from deploy.http.images import ImageBytes
+from deploy.http.openapi import body_of, errors
+from deploy.http.options import parse_options
+from deploy.http.request_body import read_body
+from deploy.http.service import Service
+from deploy.http.wishes import Body, Options
+from deploy.work import ImageWork, TextToGenerate
+
+
+class ImageToTextParameters(Body):
+    max_new_tokens: int | None = None
+    generation_parameters: Options | None = Field(
+        default=None, validation_alias=AliasChoices("generation_parameters", "generate_kwargs")
+    )
+    """Generation options, with the names of transformers."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        given = {name: x for name, x in (self.generation_parameters or {}).items() if x is not None}
+        return given if self.max_new_tokens is None else given | {"max_new_tokens": self.max_new_tokens}
+
+
+class ImageToTextBody(Body):
+    """The image, as `inputs` in JSON; or the body itself."""
+
+    image: ImageBytes = Field(validation_alias=AliasChoices("inputs", "image"))
+    parameters: ImageToTextParameters = ImageToTextParameters()
+
+
+class GeneratedText(Answer):
+    generated_text: str
+
+
+def image_to_text_router(service: Service) -> APIRouter:
+    """Return the route of the task."""
+    router = APIRouter(tags=["Hugging Face"], responses=errors())
+
+    @router.post("/", openapi_extra=body_of(ImageToTextBody, raw=True), response_model=list[GeneratedText])
+    async def image_to_text(request: Request) -> JSONResponse:
+        """Caption one image, as `huggingface_hub.InferenceClient.image_to_text` asks."""
+        body = await read_body(request, ImageToTextBody, service.max_image_bytes)
+        options = parse_options(body.parameters.options, service.options)
+        work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
+        async with service.admit(cost_of(options, num_image_bytes=len(body.image))):
+            outputs = await service.run(await service.decode(body.image), work)
+        return JSONResponse([{"generated_text": c.text} for c in outputs.texts[0].completions])
+
+    return router

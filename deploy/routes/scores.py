@@ -1,0 +1,177 @@
+"""`POST /v1/score`, `/v1/match` and `/v1/rerank`: how well texts and images fit."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from deploy.http.answers import Answer, MatchAnswer, ScoreAnswer, match_answers, score_answers
+from deploy.http.errors import bad_request
+from deploy.http.images import MAX_IMAGES, ImageBytes, decode_text, refuse_size
+from deploy.http.openapi import body_of, errors
+from deploy.http.request_body import read_body
+from deploy.http.service import Service, run_each
+from deploy.http.wishes import MAX_TEXTS, Body, Text, require_matching
+from deploy.work import ImageWork, TextToScore
+
+MAX_BODIES = 4
+"""How many images of the largest size fit into one request with many images."""
+
+SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
+class ScoreBody(Body):
+    """Texts to score after one image."""
+
+    image: ImageBytes
+    texts: SomeTexts
+    prompt: Text | None = None
+    """What stands before each text."""
+
+
+class MatchBody(Body):
+    """Texts to compare with one image."""
+
+    image: ImageBytes
+    texts: SomeTexts
+
+
+class ImagePart(Body):
+    """An image among texts."""
+
+    image: str
+    """In base64, or a data URI."""
+
+
+class TextPart(Body):
+    text: Text
+
+
+Part = Text | TextPart | ImagePart
+"""A text, or an image; a plain string that starts with `data:image/` is an image too."""
+
+
+class RerankBody(Body):
+    """An image and texts to rank, or a text and images to rank."""
+
+    query: Part
+    documents: Annotated[list[Part], Field(min_length=1, max_length=MAX_TEXTS)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    """How many of the best are returned; all by default."""
+    return_documents: bool = False
+    """Whether the texts are returned with their scores; images never are."""
+    model: str | None = None
+    """Accepted for clients that send it; the service has one model."""
+
+
+class ScoresAnswer(Answer):
+    scores: list[ScoreAnswer]
+    model: str
+
+
+class MatchesAnswer(Answer):
+    matches: list[MatchAnswer]
+    model: str
+
+
+class Ranked(Answer):
+    index: int
+    """Position in `documents`."""
+    relevance_score: float
+    """From 0 to 1: the probability of a match by the retrieval model; without one, the mean probability of a
+    token of the text after the image."""
+    document: TextPart | None = None
+
+
+class RerankAnswer(Answer):
+    results: list[Ranked]
+    """The best first."""
+    scored_by: Literal["itm", "likelihood"]
+    model: str
+
+
+def scores_router(service: Service) -> APIRouter:
+    """Return the routes that compare images with texts."""
+    router = APIRouter(tags=["scores"], responses=errors())
+
+    @router.post(
+        "/v1/score", openapi_extra=body_of(ScoreBody, forms=True, raw=True), response_model=ScoresAnswer
+    )
+    async def score(request: Request) -> JSONResponse:
+        """Return the log-probability of texts after an image and a prompt."""
+        body = await read_body(request, ScoreBody, service.max_image_bytes)
+        scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
+        [(_, outputs)] = await run_each(service, [body.image], ImageWork(scores=scores))
+        answer = score_answers(body.texts, outputs.scores)
+        return JSONResponse({"scores": answer, "model": service.model.model})
+
+    @router.post(
+        "/v1/match", openapi_extra=body_of(MatchBody, forms=True, raw=True), response_model=MatchesAnswer
+    )
+    async def match(request: Request) -> JSONResponse:
+        """Return whether texts describe an image (ITM) and how close they are to it (ITC).
+
+        This needs a retrieval model (--score-model).
+        """
+        body = await read_body(request, MatchBody, service.max_image_bytes)
+        require_matching(service, "match")
+        [(_, outputs)] = await run_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
+        assert service.matching is not None
+        answer = match_answers(body.texts, outputs.matches)
+        return JSONResponse({"matches": answer, "model": service.matching.model})
+
+    @router.post("/v1/rerank", openapi_extra=body_of(RerankBody), response_model=RerankAnswer)
+    async def rerank(request: Request) -> JSONResponse:
+        """Rank texts for an image, or images for a text, the best first."""
+        body = await read_body(request, RerankBody, service.max_image_bytes, MAX_BODIES)
+        query = await asyncio.to_thread(_content, service, "query", body.query)
+        documents = [
+            await asyncio.to_thread(_content, service, f"documents.{index}", part)
+            for index, part in enumerate(body.documents)
+        ]
+        relevance = await _relevance(service, query, documents)
+        order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
+        results = [{"index": index, "relevance_score": relevance[index]} for index in order]
+        if body.return_documents:
+            for result, index in zip(results, order, strict=True):
+                if isinstance(text := documents[index], str):
+                    result["document"] = {"text": text}  # type: ignore[assignment]
+        scored_by = "likelihood" if service.matching is None else "itm"
+        model = service.matching or service.model
+        return JSONResponse({"results": results, "scored_by": scored_by, "model": model.model})
+
+    return router
+
+
+def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | bytes:
+    """Return a text, or the bytes of an image."""
+    if isinstance(part, TextPart):
+        return part.text
+    if isinstance(part, str) and not part.startswith("data:image/"):
+        return part
+    image = decode_text(name, part if isinstance(part, str) else part.image)
+    if len(image) > service.max_image_bytes:
+        refuse_size(name, service.max_image_bytes, len(image))
+    return image
+
+
+async def _relevance(service: Service, query: str | bytes, documents: list[str | bytes]) -> list[float]:
+    texts = [part for part in (query, *documents) if isinstance(part, str)]
+    images = [part for part in (query, *documents) if isinstance(part, bytes)]
+    if len(images) > MAX_IMAGES:
+        raise bad_request(f"documents must be at most {MAX_IMAGES} images, got {len(images)}")
+    if any(isinstance(document, bytes) == isinstance(query, bytes) for document in documents):
+        raise bad_request("documents must be texts if query is an image, and images if query is a text")
+    if service.matching is None:
+        work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
+    else:
+        work = ImageWork(matches=tuple(texts))
+    outputs = await run_each(service, images, work)
+    likelihoods = [math.exp(-(score.loss or 0.0)) for _, output in outputs for score in output.scores]
+    return likelihoods or [match.itm or 0.0 for _, output in outputs for match in output.matches]

@@ -1,0 +1,68 @@
+"""What a gateway asks a captioner to make of one image, and what comes back: plain values that travel.
+
+Everything in one `ImageWork` shares one pass of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip2_actor import Embedding, Features, GenerationOptions, Match, Result, Score, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToGenerate:
+    """A caption, or an answer to a prompt."""
+
+    prompt: str | None
+    options: GenerationOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToScore:
+    """A text whose probability after the image and a prompt is asked."""
+
+    text: str
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageWork:
+    """Everything that one request asks of one image."""
+
+    texts: tuple[TextToGenerate, ...] = ()
+    scores: tuple[TextToScore, ...] = ()
+    matches: tuple[str, ...] = ()
+    """Texts for the retrieval model to compare with the image."""
+    features: bool = False
+    """Whether the outputs of the vision encoder and the Q-Former are wanted."""
+    contrastive: bool = False
+    """Whether the retrieval model's vectors of the image are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageOutputs:
+    """One entry for each entry of the work, in order. A part that cannot be made has a status."""
+
+    texts: tuple[Result, ...] = ()
+    scores: tuple[Score, ...] = ()
+    matches: tuple[Match, ...] = ()
+    features: Features | None = None
+    contrastive: Embedding | None = None
+
+    @property
+    def failure(self) -> tuple[Status, str | None] | None:
+        """Status and error of the first part that could not be made; it would be the status of a row."""
+        parts = (*self.texts, *self.scores, *self.matches, self.features, self.contrastive)
+        failed = (part for part in parts if part is not None and part.status is not Status.OK)
+        return next(((part.status, part.error) for part in failed), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPiece:
+    """A text of a stream has grown."""
+
+    index: int
+    """Which of `ImageWork.texts`."""
+    text: str
+    """What has been added; the pieces of a text join to the text of its result."""

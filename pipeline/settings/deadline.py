@@ -1,0 +1,44 @@
+"""`--deadline`: when a job must have ended, as a duration or as a time."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+RESERVE = timedelta(seconds=20)
+"""A job stops this long before its deadline, to write what is finished and to end its processes."""
+_DURATION = re.compile(
+    r"(?:(?P<days>\d+)d)?(?:(?P<hours>\d+)h)?(?:(?P<minutes>\d+)m(?:in)?)?(?:(?P<seconds>\d+)s)?"
+)
+
+
+def stop_time(deadline: str, now: datetime) -> datetime:
+    """Return when a job must begin to stop.
+
+    Args:
+        deadline: a duration from now, such as 2h30m, or a time in ISO 8601, in UTC unless it says otherwise.
+        now: with a time zone.
+
+    Raises:
+        ValueError: the deadline is neither, or it comes too soon.
+    """
+    at = _parse(deadline, now)
+    if at < now + RESERVE:
+        raise ValueError(
+            f"deadline must be at least {RESERVE.seconds} s from now, got {deadline} at {now:%Y-%m-%dT%H:%M}"
+        )
+    return at - RESERVE
+
+
+def _parse(deadline: str, now: datetime) -> datetime:
+    duration = _DURATION.fullmatch(deadline)
+    if duration and deadline:
+        return now + timedelta(**{unit: int(n) for unit, n in duration.groupdict(default="0").items()})
+    try:
+        at = datetime.fromisoformat(deadline)
+    except ValueError:
+        raise ValueError(
+            "deadline must be a duration such as 2h30m or a UTC time such as 2026-01-31T18:00, "
+            f"got {deadline}"
+        ) from None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)

@@ -1,0 +1,151 @@
+"""A service without Ray: the routes, the real captioner in this process, and any engine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from blip2_actor import (
+    DecodedImage,
+    Embedding,
+    EngineBuilder,
+    GenerationOptions,
+    MatchingConfig,
+    ModelInfo,
+    Status,
+    decode_image,
+)
+from blip2_actor.testing import FakeEngineConfig, fake_caption
+from deploy.captioner import Captioner
+from deploy.guard.cost import Cost
+from deploy.http.api import create_api
+from deploy.http.errors import ApiError, of_status
+from deploy.work import ImageOutputs, ImageWork, TextPiece
+
+SIDE_PX = FakeEngineConfig().image_size_px
+
+
+class EngineService:
+    """Decodes in this process, and admits everything; it notes what was admitted."""
+
+    def __init__(
+        self,
+        engine: EngineBuilder = FakeEngineConfig(model="demo"),
+        options: GenerationOptions = GenerationOptions(max_new_tokens=7),
+        matching: MatchingConfig | None = None,
+    ) -> None:
+        self.model: ModelInfo = engine.info()
+        self.matching = None if matching is None else matching.info()
+        self.options = options.resolve(self.model.generation_config)
+        self.max_image_bytes = 20_000
+        self.captioner = Captioner(engine, options, matching)
+        self.api = create_api(self)
+        self.costs: list[Cost] = []
+        self.num_in_flight = 0
+        self.full: ApiError | None = None
+        """Raised in place of admitting."""
+
+    @asynccontextmanager
+    async def admit(self, cost: Cost) -> AsyncIterator[None]:
+        if self.full is not None:
+            raise self.full
+        self.costs.append(cost)
+        self.num_in_flight += 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+
+    async def decode(self, image: bytes) -> DecodedImage:
+        assert self.num_in_flight, "a request must be admitted before it is served"
+        decoded = await asyncio.to_thread(decode_image, image, self.model.image_size_px)
+        if decoded.status is not Status.OK:
+            raise of_status(decoded.status, decoded.error)
+        return decoded
+
+    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
+        outputs = await self.captioner.run(image.array(self.model.image_size_px), work)
+        if outputs.failure is not None:
+            raise of_status(*outputs.failure)
+        return outputs
+
+    async def stream(
+        self, image: DecodedImage, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+        async with aclosing(self.captioner.stream(image.array(self.model.image_size_px), work)) as items:
+            async for item in items:
+                if isinstance(item, ImageOutputs) and item.failure is not None:
+                    raise of_status(*item.failure)
+                yield item
+
+    async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
+        return await self.captioner.embed_texts(texts)
+
+    async def check_ready(self) -> None:
+        if self.full is not None:
+            raise self.full
+
+
+def png(seed: int = 0, side_px: int = SIDE_PX) -> bytes:
+    """Return a picture of the fake engine's own size, which resizing does not change."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (side_px, side_px, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels_of(image: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image)))
+
+
+def caption_of(image: bytes, prompt: str | None = None) -> str:
+    return fake_caption(pixels_of(image), prompt)
+
+
+def base64_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def data_uri(image: bytes) -> str:
+    return f"data:image/png;base64,{base64_of(image)}"
+
+
+def ask(service: EngineService, method: str, path: str, **request: Any) -> httpx.Response:
+    """Send one request to the routes, without a network."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(send())
+
+
+def post(service: EngineService, path: str, **fields: Any) -> httpx.Response:
+    return ask(service, "POST", path, json=fields)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    error = response.json()["error"]
+    assert set(error) == {"type", "message", "param", "code"} and error["code"] == error["type"]
+    return response.status_code, error["type"], error["message"]
+
+
+def events_of(response: httpx.Response) -> list[tuple[str, Any]]:
+    """Return the server-sent events of an answer: their names, and their data as JSON if it is."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for block in response.text.removesuffix("\n\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        data = fields["data"]
+        found.append((fields.get("event", "message"), json.loads(data) if data != "[DONE]" else data))
+    return found

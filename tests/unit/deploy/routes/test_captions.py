@@ -1,0 +1,231 @@
+"""`POST /v1/caption` and `/v1/captions`: every form of a request, and the columns of the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from blip2_actor import GenerationOptions
+from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
+from deploy.guard.cost import Cost
+from deploy.http.answers import CaptionAnswer
+from deploy.http.errors import ApiError
+from tests.unit.deploy.routes.engine_service import (
+    EngineService,
+    ask,
+    base64_of,
+    caption_of,
+    data_uri,
+    error_of,
+    events_of,
+    pixels_of,
+    png,
+    post,
+)
+
+IMAGE = png(1)
+QUESTION = "Question: what color is it? Answer:"
+
+
+@pytest.fixture(scope="module")
+def service() -> EngineService:
+    return EngineService(FakeEngineConfig(model="demo", refuses_on=(caption_of(png(666)),)))
+
+
+def forms(**fields: object) -> list[dict]:
+    """The same request, in every form that clients send."""
+    as_text = {n: v if n == "prompt" else json.dumps(v) for n, v in fields.items()}
+    in_json = {"content-type": "application/json; charset=utf-8"}
+    with_line_breaks = base64_of(IMAGE)[:76] + "\r\n" + base64_of(IMAGE)[76:] + "\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/png\r\n\r\n%s\r\n'
+    return [
+        {"files": {"image": ("x.png", IMAGE)}, "data": as_text},
+        {"json": {"image": base64_of(IMAGE)} | fields},
+        {"json": {"image": with_line_breaks} | fields},
+        {"json": {"image": data_uri(IMAGE)} | fields},
+        {"content": json.dumps({"image": base64_of(IMAGE)} | fields).encode(), "headers": in_json},
+        *(
+            {"content": IMAGE, "params": as_text, "headers": {"content-type": media} if media else {}}
+            for media in ("image/png", "application/octet-stream", "application/x-www-form-urlencoded", "")
+        ),
+        {
+            "content": part % IMAGE + b"--b--\r\n",
+            "params": as_text,
+            "headers": {"content-type": "multipart/form-data; boundary=b"},
+        },
+    ]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_every_form_of_a_request_is_the_same_call(service: EngineService, number: int) -> None:
+    fields = {"prompt": "a photo of", "options": {"num_beams": 3, "num_return_sequences": 2, "stop": ["."]}}
+    response = ask(service, "POST", "/v1/caption", **forms(**fields)[number])
+    assert response.status_code == 200, response.text
+    text = caption_of(IMAGE, "a photo of")
+    assert response.json()["captions"] == [text, f"{text} 1"]
+    # What the caller leaves out takes the default of the service, not that of the engine.
+    assert service.costs[-1] == Cost(slots=3, steps=7, image_bytes=len(IMAGE))
+    assert service.num_in_flight == 0
+
+
+def test_options_may_stand_in_the_query_under_their_own_names(service: EngineService) -> None:
+    query = [("num_beams", "2"), ("num_return_sequences", "2"), ("stop", "a"), ("stop", "b"), ("prompt", "7")]
+    headers = {"content-type": "image/png"}
+    answer = ask(service, "POST", "/v1/caption", content=IMAGE, params=query, headers=headers).json()
+    assert answer["captions"][0] == caption_of(IMAGE, "7")
+
+
+def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) -> None:
+    answer = post(service, "/v1/caption", image=base64_of(IMAGE)).json()
+    fingerprint = answer.pop("fingerprint")
+    assert answer == {
+        "caption": caption_of(IMAGE),
+        "captions": None,
+        "logprobs": None,
+        "logprob": -1.5,
+        "num_tokens": 3,
+        "finish_reason": "stop",
+        "flags": [],
+        "token_ids": [1, 2, 3],
+        "status": "ok",
+        "error": None,
+        "width": 32,
+        "height": 32,
+        "sha256": hashlib.sha256(IMAGE).hexdigest(),
+        "model": "demo",
+    }
+    assert len(fingerprint) == 64
+    other = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a").json()
+    assert other["fingerprint"] != fingerprint and other["flags"] == []
+    echo = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of").json()
+    assert echo["flags"] == ["echoes_prompt"]
+
+
+def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineService) -> None:
+    before = service.captioner.stats().num_images_encoded
+    answer = post(
+        service,
+        "/v1/caption",
+        image=base64_of(IMAGE),
+        prompt="a photo of",
+        ask={"color": QUESTION, "count": "Question: how many? Answer:"},
+        choices=["a dog", "a cat", "a red circle"],
+        score=["a cat"],
+        embed=["vision", "qformer", "queries"],
+    ).json()
+    assert service.captioner.stats().num_images_encoded == before + 1
+    assert service.costs[-1].slots == 3
+    assert answer["answers"]["color"]["text"] == caption_of(IMAGE, QUESTION)
+    assert list(answer["answers"]) == ["color", "count"]
+    pixels = pixels_of(IMAGE)
+    expected = [fake_score(pixels, text, "a photo of") for text in ("a dog", "a cat", "a red circle")]
+    assert [choice["logprob"] for choice in answer["choices"]] == expected
+    probabilities = np.exp(expected) / np.exp(expected).sum()
+    assert [choice["probability"] for choice in answer["choices"]] == pytest.approx(probabilities)
+    [score] = answer["scores"]
+    assert score == {"text": "a cat", "logprob": expected[1], "num_tokens": 1, "loss": -expected[1]}
+    features = fake_features(pixels)
+    assert features.qformer_features is not None and features.pooler_output is not None
+    assert answer["embeddings"]["vision"] == features.pooler_output.tolist()
+    assert answer["embeddings"]["qformer"] == features.qformer_features.mean(axis=0).tolist()
+    assert answer["embeddings"]["queries"] == features.qformer_features.tolist()
+    CaptionAnswer.model_validate(answer, strict=True)
+
+
+def test_a_stream_joins_to_the_plain_answer(service: EngineService) -> None:
+    fields = {"image": base64_of(IMAGE), "prompt": "été ☃", "ask": {"color": QUESTION}}
+    plain = post(service, "/v1/caption", **fields).json()
+    events = events_of(post(service, "/v1/caption", stream=True, **fields))
+    assert events[-1] == ("answer", plain)
+    pieces = [data for name, data in events if name == "text"]
+    assert len(events) == len(pieces) + 1 > 3
+    for output, text in (("caption", plain["caption"]), ("color", plain["answers"]["color"]["text"])):
+        assert "".join(piece["text"] for piece in pieces if piece["output"] == output) == text
+    assert service.num_in_flight == 0
+
+
+def test_an_error_before_the_first_piece_is_an_ordinary_answer(service: EngineService) -> None:
+    response = post(service, "/v1/caption", image=base64_of(b"no image"), stream=True)
+    assert error_of(response)[:2] == (422, "undecodable")
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_an_error_after_the_first_piece_is_the_last_event(service: EngineService) -> None:
+    image = png(666)
+    fields = {"image": base64_of(image), "ask": {"a": QUESTION}, "stream": True}
+    assert error_of(post(service, "/v1/caption", image=base64_of(image)))[:2] == (422, "refused")
+    *pieces, (name, data) = events_of(post(service, "/v1/caption", **fields))
+    assert (name, data["error"]["type"]) == ("error", "refused")
+    assert pieces and service.num_in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "kind", "named"),
+    [
+        ({"ask": {"": "x"}}, 400, "bad_request", "ask"),
+        ({"ask": {"a": 5}}, 400, "bad_request", "ask.a"),
+        ({"ask": {str(n): "x" for n in range(17)}}, 400, "bad_request", "ask"),
+        ({"choices": "a"}, 400, "bad_request", "choices"),
+        ({"score": [""] * 65}, 400, "bad_request", "score"),
+        ({"score": ["x" * 101]}, 422, "refused", "too long"),
+        ({"embed": ["colors"]}, 400, "bad_request", "embed"),
+        ({"stream": "yes"}, 400, "bad_request", "stream"),
+        ({"match": ["a dog"]}, 400, "unsupported", "--score-model"),
+        ({"embed": ["contrastive"]}, 400, "unsupported", "--score-model"),
+        ({"image": "http://169.254.169.254/latest"}, 400, "url_refused", "URL"),
+        ({"image": "data:image/png,abc"}, 400, "bad_request", "data URI"),
+        ({"image": base64_of(bytes(20_001))}, 413, "too_large", "20000"),
+        ({"image": base64_of(b"")}, 422, "missing_image", "image"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    service: EngineService, fields: dict, code: int, kind: str, named: str
+) -> None:
+    response = post(service, "/v1/caption", **{"image": base64_of(IMAGE)} | fields)
+    assert error_of(response)[:2] == (code, kind)
+    assert named in error_of(response)[2]
+
+
+def test_many_images_are_answered_as_they_finish(service: EngineService) -> None:
+    images = [png(seed) for seed in range(12)]
+    images[3], images[7] = b"no image", png(666)
+    response = post(service, "/v1/captions", images=[base64_of(image) for image in images])
+    assert response.headers["content-type"] == "application/x-ndjson"
+    lines = {line["index"]: line for line in map(json.loads, response.text.splitlines())}
+    assert sorted(lines) == list(range(12))
+    assert (lines[3]["status"], lines[7]["status"]) == ("undecodable", "refused")
+    for index in set(range(12)) - {3, 7}:
+        plain = post(service, "/v1/caption", image=base64_of(images[index])).json()
+        assert lines[index] == {"index": index} | plain
+    files = [("images", ("x.png", image)) for image in images[:2]]
+    form = ask(service, "POST", "/v1/captions", files=files, headers={"accept": "text/event-stream"})
+    found = sorted(data["index"] for _, data in events_of(form))
+    assert found == [0, 1] and service.num_in_flight == 0
+
+
+def test_many_images_are_bounded(service: EngineService) -> None:
+    too_many = post(service, "/v1/captions", images=[base64_of(b"x")] * 65)
+    assert error_of(too_many)[:2] == (400, "bad_request")
+    assert error_of(post(service, "/v1/captions", images=[]))[:2] == (400, "bad_request")
+    big = [base64_of(bytes(19_000))] * 64
+    assert error_of(post(service, "/v1/captions", images=big))[:2] == (413, "too_large")
+
+
+def test_a_full_service_refuses_streams_with_a_code() -> None:
+    service = EngineService()
+    service.full = ApiError(503, "overloaded", "full")
+    for stream in (False, True):
+        response = post(service, "/v1/caption", image=base64_of(IMAGE), stream=stream)
+        assert error_of(response)[:2] == (503, "overloaded")
+        assert response.headers["retry-after"] == "1"
+
+
+def test_the_options_of_the_service_are_those_of_answers_too() -> None:
+    """Only the best text of an answer is reported, however many captions the service makes."""
+    service = EngineService(options=GenerationOptions(num_beams=4, num_return_sequences=4))
+    answer = post(service, "/v1/caption", image=base64_of(IMAGE), ask={"color": QUESTION}).json()
+    assert len(answer["captions"]) == 4
+    assert answer["answers"]["color"]["text"] == caption_of(IMAGE, QUESTION)

@@ -1,0 +1,241 @@
+"""OpenAI's routes through the `openai` client itself, and what BLIP-2 refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from blip2_actor import GenerationOptions
+from blip2_actor.testing import fake_features
+from deploy.openai.chat_request import ChatBody
+from tests.unit.deploy.routes.engine_service import (
+    EngineService,
+    ask,
+    base64_of,
+    caption_of,
+    data_uri,
+    error_of,
+    events_of,
+    pixels_of,
+    png,
+    post,
+)
+
+IMAGE = png(1)
+PROMPT = "Question: what is it? Answer:"
+MESSAGES: Any = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": PROMPT},
+            {"type": "image_url", "image_url": {"url": data_uri(IMAGE)}},
+        ],
+    }
+]
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def service() -> EngineService:
+    return EngineService()
+
+
+def with_client(service: EngineService, call: Callable[[openai.AsyncOpenAI], Awaitable[T]]) -> T:
+    async def run() -> T:
+        transport = httpx.ASGITransport(service.api, raise_app_exceptions=False)
+        async with (
+            httpx.AsyncClient(transport=transport) as http,
+            openai.AsyncOpenAI(
+                base_url="http://test/v1", api_key="any", http_client=cast(Any, http), max_retries=0
+            ) as client,
+        ):
+            return await call(client)
+
+    return asyncio.run(run())
+
+
+def chat(service: EngineService, **fields: Any) -> httpx.Response:
+    return post(service, "/v1/chat/completions", **{"model": "demo", "messages": MESSAGES} | fields)
+
+
+def test_a_completion_is_the_caption_of_the_text(service: EngineService) -> None:
+    made = with_client(
+        service, lambda client: client.chat.completions.create(model="demo", messages=MESSAGES)
+    )
+    assert made.choices[0].message.content == caption_of(IMAGE, PROMPT)
+    assert (made.choices[0].finish_reason, made.model) == ("stop", "demo")
+    assert made.usage is not None
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (2 + 1, 3)
+    assert made.usage.total_tokens == 6
+    [message] = MESSAGES
+    alone = [message | {"content": message["content"][1:]}]
+    assert chat(service, messages=alone).json()["choices"][0]["message"]["content"] == caption_of(IMAGE)
+
+
+def test_several_samples_are_choices(service: EngineService) -> None:
+    made = with_client(
+        service,
+        lambda client: client.chat.completions.create(
+            model="demo", messages=MESSAGES, n=3, temperature=0.7, seed=5, user="somebody"
+        ),
+    )
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    assert service.costs[-1].slots == 3
+
+
+def test_a_stream_joins_to_the_completion(service: EngineService) -> None:
+    async def stream(client: openai.AsyncOpenAI) -> tuple[str, Any]:
+        text, usage = "", None
+        async for chunk in await client.chat.completions.create(
+            model="demo", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+        ):
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            usage = chunk.usage or usage
+        return text, usage
+
+    text, usage = with_client(service, stream)
+    assert text == caption_of(IMAGE, PROMPT)
+    assert usage.total_tokens == 6
+    assert service.num_in_flight == 0
+
+
+def test_the_chunks_are_those_of_openai(service: EngineService) -> None:
+    events = events_of(chat(service, stream=True, n=2, temperature=1))
+    assert events.pop() == ("message", "[DONE]")
+    for index in (0, 1):
+        own = [chunk["choices"][0] for _, chunk in events if chunk["choices"][0]["index"] == index]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert own[-1]["finish_reason"] == "stop" and own[-1]["delta"] == {}
+        assert "".join(choice["delta"].get("content", "") for choice in own) == caption_of(IMAGE, PROMPT)
+    assert len({chunk["id"] for _, chunk in events}) == 1
+    beams = EngineService(options=GenerationOptions(num_beams=2))
+    whole = [choice for _, c in events_of(chat(beams, stream=True, n=2))[:-1] for choice in c["choices"]]
+    texts = ["".join(c["delta"].get("content", "") for c in whole if c["index"] == i) for i in (0, 1)]
+    assert texts == [caption_of(IMAGE, PROMPT), f"{caption_of(IMAGE, PROMPT)} 1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, GenerationOptions()),
+        ({"temperature": 0, "seed": 5, "top_p": 0.5}, GenerationOptions()),
+        ({"max_tokens": 9, "stop": "."}, GenerationOptions(max_new_tokens=9, stop=(".",))),
+        (
+            {"max_completion_tokens": 9, "stop": ["a", "b"]},
+            GenerationOptions(max_new_tokens=9, stop=("a", "b")),
+        ),
+        (
+            {"temperature": 0.5, "top_p": 0.9, "seed": -1, "n": 2},
+            GenerationOptions(
+                do_sample=True, temperature=0.5, top_p=0.9, seed=(1 << 62) - 1, num_return_sequences=2
+            ),
+        ),
+        ({"top_p": 0.5, "seed": 3}, GenerationOptions(do_sample=True, top_p=0.5, seed=3)),
+        (
+            {"min_tokens": 2, "repetition_penalty": 1.5},
+            GenerationOptions(min_new_tokens=2, repetition_penalty=1.5),
+        ),
+    ],
+)
+def test_fields_become_options(service: EngineService, fields: dict, expected: GenerationOptions) -> None:
+    body = ChatBody(model="demo", messages=MESSAGES, **fields)
+    assert body._options(GenerationOptions().resolve()) == expected.resolve()
+
+
+def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineService) -> None:
+    body = ChatBody(model="demo", messages=MESSAGES, temperature=1)
+    defaults = GenerationOptions().resolve()
+    assert body._options(defaults).seed != body._options(defaults).seed
+    greedy = ChatBody(model="demo", messages=MESSAGES, temperature=0)
+    beams = GenerationOptions(num_beams=4, length_penalty=2.0).resolve()
+    assert greedy._options(beams) == defaults
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "named"),
+    [
+        ({"model": "gpt-4"}, 404, "demo"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"logit_bias": {"50256": -100}}, 400, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"n": 2, "temperature": 0}, 400, "temperature"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),
+        ({"max_tokens": 100_000}, 400, "max_tokens"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"messages": [{"role": "system", "content": "be kind"}, *MESSAGES]}, 400, "system"),
+        ({"messages": [{"role": "user", "content": "no image"}]}, 400, "image"),
+        ({"messages": [MESSAGES[0] | {"content": MESSAGES[0]["content"] * 2}]}, 400, "image"),
+        ({"messages": []}, 400, "messages"),
+    ],
+)
+def test_what_blip2_cannot_do_is_refused_by_name(
+    service: EngineService, fields: dict, code: int, named: str
+) -> None:
+    response = chat(service, **fields)
+    assert response.status_code == code, response.text
+    assert named in error_of(response)[2]
+
+
+def test_refusals_are_errors_of_the_client(service: EngineService) -> None:
+    remote = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]}
+    ]
+
+    async def ask_for_url(client: openai.AsyncOpenAI) -> openai.BadRequestError:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(model="demo", messages=remote, stream=True)  # type: ignore[arg-type]
+        return caught.value
+
+    error = with_client(service, ask_for_url)
+    assert error.code == "url_refused" and "data URI" in error.message
+
+
+def test_models_are_listed(service: EngineService) -> None:
+    async def listed(client: openai.AsyncOpenAI) -> list[str]:
+        assert (await client.models.retrieve("demo")).id == "demo"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("org/other")
+        return [model.id async for model in client.models.list()]
+
+    assert with_client(service, listed) == ["demo"]
+
+
+def test_images_are_embedded(service: EngineService) -> None:
+    images = [IMAGE, png(2)]
+    made = with_client(
+        service, lambda client: client.embeddings.create(model="demo", input=[data_uri(x) for x in images])
+    )
+    expected = []
+    for image in images:
+        features = fake_features(pixels_of(image)).qformer_features
+        assert features is not None
+        expected.append(features.mean(axis=0))
+    assert np.array_equal(np.array([one.embedding for one in made.data], np.float32), expected)
+    assert (made.data[1].index, made.usage.total_tokens) == (1, 4)
+    messages = [{"role": "user", "content": MESSAGES[0]["content"][1:]}]
+    as_vllm = post(service, "/v1/embeddings", model="demo", messages=messages, encoding_format="base64")
+    packed = base64.b64decode(as_vllm.json()["data"][0]["embedding"])
+    assert np.array_equal(np.frombuffer(packed, "<f4"), expected[0])
+    for fields in ({"input": "a text"}, {"messages": MESSAGES}, {}):
+        assert error_of(post(service, "/v1/embeddings", model="demo", **fields))[0] == 400
+
+
+def test_the_task_of_hugging_face(service: EngineService) -> None:
+    raw = ask(service, "POST", "/", content=IMAGE)
+    assert raw.json() == [{"generated_text": caption_of(IMAGE)}]
+    parameters = {"generate_kwargs": {"num_beams": 3, "top_k": None}, "max_new_tokens": 5}
+    answer = post(service, "/", inputs=base64_of(IMAGE), parameters=parameters)
+    assert answer.json() == [{"generated_text": caption_of(IMAGE)}]
+    assert (service.costs[-1].slots, service.costs[-1].steps) == (3, 5)
+    wrong = post(
+        service, "/", inputs=base64_of(IMAGE), parameters={"generation_parameters": {"typical_p": 1}}
+    )
+    assert error_of(wrong)[:2] == (400, "bad_request")

@@ -1,0 +1,66 @@
+"""What describes the service: pages that work alone, and a schema that tells all."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from blip2_actor import ModelInfo
+from deploy.http.errors import ApiError
+from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of
+
+
+@pytest.fixture
+def service() -> EngineService:
+    return EngineService()
+
+
+def test_no_engine_is_503_with_retry_after(service: EngineService) -> None:
+    for path in ("/readyz", "/healthz", "/startupz"):
+        assert ask(service, "GET", path).json() == {"status": "ok"}
+    service.full = ApiError(503, "not_ready", "no engine answers")
+    for path in ("/readyz", "/healthz"):
+        response = ask(service, "GET", path)
+        assert error_of(response)[:2] == (503, "not_ready")
+        assert response.headers["retry-after"] == "1"
+    assert ask(service, "GET", "/startupz").status_code == 200
+
+
+def test_the_page_uses_routes_that_exist(service: EngineService) -> None:
+    page = ask(service, "GET", "/")
+    assert page.headers["content-type"].startswith("text/html")
+    for path in ("v1/model", "v1/caption", "scene.png"):
+        assert path in page.text
+        assert ask(service, "GET", f"/{path}").status_code != 404
+    scene = ask(service, "GET", "/scene.png")
+    assert scene.content.startswith(b"\x89PNG") and scene.headers["x-caption"].endswith("background")
+
+
+def test_only_the_demonstration_draws_scenes(service: EngineService) -> None:
+    service.model = ModelInfo(model="some/model", image_size_px=64, dtype="float32", digest="d")
+    assert error_of(ask(service, "GET", "/scene.png"))[0] == 404
+    assert ask(service, "GET", "/v1/model").json()["model"] == "some/model"
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_load_nothing_from_elsewhere(service: EngineService, path: str) -> None:
+    page = ask(service, "GET", path)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=.?https?:|@import|import\(", page.text)
+
+
+def test_every_route_is_documented_with_its_answers(service: EngineService) -> None:
+    schema = service.api.openapi()
+    named = set(re.findall(r"#/components/schemas/(\w+)", str(schema)))
+    assert named <= schema["components"]["schemas"].keys()
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            content = operation["responses"]["200"]["content"]
+            assert all("$ref" in str(one["schema"]) for one in content.values()), path
+            assert operation["description"], path
+            if method == "post":
+                assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys(), path
+                assert "requestBody" in operation, path
+    body = schema["components"]["schemas"]["CaptionBody"]["properties"]
+    assert all(field.get("description") for field in body.values())

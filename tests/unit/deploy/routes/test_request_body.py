@@ -1,0 +1,190 @@
+"""What is refused, with which code, and that nothing is ignored; no cluster is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+
+from tests.unit.deploy.routes.engine_service import EngineService, ask, base64_of, error_of, png
+
+IMAGE = png()
+
+
+@pytest.fixture(scope="module")
+def engine_service() -> EngineService:
+    return EngineService()
+
+
+@pytest.fixture
+def service(engine_service: EngineService) -> Iterator[EngineService]:
+    """Each test ends as it began: nothing is in flight."""
+    engine_service.costs.clear()
+    yield engine_service
+    assert engine_service.num_in_flight == 0
+
+
+def post_json(service: EngineService, body: bytes) -> httpx.Response:
+    headers = {"content-type": "application/json"}
+    return ask(service, "POST", "/v1/caption", content=body, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"options": {"temprature": 1.0}}, "temprature"),
+        ({"options": {"num_beams": "5"}}, "num_beams"),
+        ({"options": {"num_beams": True}}, "num_beams"),
+        ({"options": {"num_beams": 0}}, "num_beams"),
+        ({"options": {"num_beams": 10_000}}, "num_beams"),
+        ({"options": {"temperature": 0.5}}, "temperature"),
+        ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
+        ({"options": {"stop": "."}}, "stop"),
+        ({"options": {"stop": ["."] * 9}}, "stop"),
+        ({"options": [1]}, "options"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 9000}, "prompt"),
+        ({"image": "not base64!"}, "image"),
+        ({"image": 7}, "image"),
+        ({"image": None}, "image"),
+        ({"imgae": "x"}, "imgae"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(
+    service: EngineService, fields: dict[str, object], named: str
+) -> None:
+    # 1e999 is valid JSON, and infinity when it is read.
+    body = json.dumps({"image": base64_of(IMAGE)} | fields).replace("Infinity", "1e999")
+    code, kind, message = error_of(post_json(service, body.encode()))
+    assert (code, kind) == (400, "bad_request")
+    assert named in message
+    assert not service.costs
+
+
+COMMAS = b"[" + b"[]," * 100_001 + b"[]]"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"image": NaN}', b"[" * 100_000, COMMAS])
+def test_a_body_that_is_no_json_object(service: EngineService, body: bytes) -> None:
+    assert error_of(post_json(service, body))[:2] == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"files": {"imgae": ("x.jpg", IMAGE)}},
+        {"files": {"image": ("x.jpg", IMAGE), "prompt": ("p.txt", b"x")}},
+        {"files": [("image", ("x.jpg", IMAGE)), ("image", ("y.jpg", IMAGE))]},
+        {"files": {"other": (None, b"x")}, "data": {"image": "a string, not a file"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"max_new_tokens": "many"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"max_new_tokens": "5", "options": "{}"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": "a"}, "params": {"prompt": "a"}},
+        {"files": [("image", ("x.jpg", b"x"))] * 300},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": b"\xff\xfe"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "params": {"max_new_tokens": "5", "color": "1"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"options": "max_new_tokens=5"}},
+        {"content": b"no boundary", "headers": {"content-type": "multipart/form-data"}},
+        {"content": b"--b\r\ncut", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+    ],
+)
+def test_a_form_that_cannot_be_read_is_400(service: EngineService, request_: dict[str, object]) -> None:
+    assert error_of(ask(service, "POST", "/v1/caption", **request_))[:2] == (400, "bad_request")
+    assert not service.costs
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "body"),
+    [
+        ("/v1/caption", "text/plain", IMAGE),
+        ("/v1/caption", "multipart/mixed; boundary=b", IMAGE),
+        ("/v1/caption", "application/x-www-form-urlencoded", b"image=iVBORw0KGgo&prompt=a"),
+        ("/v1/captions", "image/png", IMAGE),
+        ("/v1/rerank", "multipart/form-data; boundary=b", IMAGE),
+        ("/v1/chat/completions", "image/png", IMAGE),
+        ("/", "text/plain", IMAGE),
+    ],
+)
+def test_another_content_type_is_415(
+    service: EngineService, path: str, content_type: str, body: bytes
+) -> None:
+    response = ask(service, "POST", path, content=body, headers={"content-type": content_type})
+    assert error_of(response)[:2] == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("charset", ["utf-7", "punycode", "zlib_codec", "klingon"])
+def test_a_form_is_in_utf8(service: EngineService, charset: str) -> None:
+    """Some charsets decode in quadratic time, and others are no charsets."""
+    body = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nab\r\n--b--\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    response = ask(service, "POST", "/v1/caption", content=body, headers=headers)
+    assert error_of(response)[:2] == (400, "bad_request") and "UTF-8" in response.text
+
+
+@pytest.mark.parametrize("text", [r'"\ud83d": 1', r'"prompt": "\ud83d"', r'"options": {"\ude00": 1}'])
+def test_half_a_character_anywhere_in_json_is_400(service: EngineService, text: str) -> None:
+    """A lone surrogate in the name of a field or option was a 500: the message could not be sent."""
+    body = f'{{"image": "{base64_of(IMAGE)}", {text}}}'.encode()
+    code, kind, message = error_of(post_json(service, body))
+    assert (code, kind) == (400, "bad_request") and "surrogate" in message
+    whole = f'{{"image": "{base64_of(IMAGE)}", "prompt": "\\ud83d\\ude00"}}'.encode()
+    assert post_json(service, whole).json()["caption"].startswith("😀")
+
+
+def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
+    """Not that the image is missing, which is only the consequence."""
+    for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):
+        [name] = files
+        assert f"{name} is not a field" in error_of(ask(service, "POST", "/v1/caption", files=files))[2]
+    as_text = {"image": (None, IMAGE)}
+    assert "-F" in error_of(ask(service, "POST", "/v1/caption", files=as_text))[2]
+
+
+def test_a_field_that_is_given_twice_is_400(service: EngineService) -> None:
+    body = f'{{"image": "{base64_of(IMAGE)}", "prompt": "a", "prompt": "b"}}'.encode()
+    assert "twice" in error_of(post_json(service, body))[2]
+
+
+def test_content_transfer_encodings_of_parts_are_read(service: EngineService) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n'
+    body = part + b"Content-Transfer-Encoding: base64\r\n\r\n" + base64_of(IMAGE).encode() + b"\r\n--b--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert ask(service, "POST", "/v1/caption", content=body, headers=headers).status_code == 200
+
+
+def test_a_body_beyond_the_limit_is_never_read_whole(service: EngineService) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 100 << 20:
+            sent += 64 * 1024
+            yield bytes(64 * 1024)
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    code, kind, _ = error_of(ask(service, "POST", "/v1/caption", content=endless(), headers=headers))
+    assert (code, kind) == (413, "too_large")
+    assert sent < 2 << 20
+
+
+def test_an_image_beyond_the_limit_is_413(service: EngineService) -> None:
+    big = {"image": ("x.jpg", bytes(service.max_image_bytes + 1))}
+    assert error_of(ask(service, "POST", "/v1/caption", files=big))[:2] == (413, "too_large")
+
+
+def test_an_internal_error_reveals_nothing(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a secret of the service")
+
+    monkeypatch.setattr(service, "run", fail)
+    code, kind, message = error_of(post_json(service, json.dumps({"image": base64_of(IMAGE)}).encode()))
+    assert (code, kind) == (500, "internal")
+    assert "secret" not in message
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(service: EngineService) -> None:
+    assert error_of(ask(service, "GET", "/v2/caption"))[:2] == (404, "not_found")
+    response = ask(service, "GET", "/v1/caption")
+    assert error_of(response)[:2] == (405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"

@@ -1,0 +1,124 @@
+"""What is refused at a gateway's door, with which code, and when another try can help."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from blip2_actor import GenerationOptions
+from deploy.guard.admission import Admission
+from deploy.guard.callers import CALLER, Caller
+from deploy.guard.cost import Cost, cost_of
+from deploy.http.errors import ApiError
+
+CAPTION = cost_of(GenerationOptions().resolve())
+HUGE = cost_of(GenerationOptions(num_beams=16, max_new_tokens=180).resolve())
+
+
+def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.0) -> Admission:
+    return Admission(slots=slots, max_in_flight=max_in_flight, timeout_s=timeout_s)
+
+
+async def hold(door: Admission, cost: Cost, release: asyncio.Event) -> None:
+    async with door.admit(cost):
+        await release.wait()
+
+
+async def refusal(door: Admission, cost: Cost = CAPTION) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        async with door.admit(cost):
+            await asyncio.Event().wait()
+    return caught.value
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
+    async def run() -> None:
+        door = admission(max_in_flight=1)
+        async with door.admit(CAPTION):
+            error = await refusal(door)
+            assert (error.code, error.type, error.headers["Retry-After"]) == (503, "overloaded", "1")
+        async with door.admit(CAPTION):
+            pass
+
+    asyncio.run(run())
+
+
+def test_a_request_that_takes_too_long_is_504_and_is_no_longer_counted() -> None:
+    async def run() -> None:
+        door = admission(max_in_flight=1, timeout_s=0.02)
+        for _ in range(2):
+            error = await refusal(door)
+            assert (error.code, error.type) == (504, "timeout")
+
+    asyncio.run(run())
+
+
+def test_a_caption_passes_two_dozen_huge_requests() -> None:
+    async def run() -> None:
+        door, release = admission(), asyncio.Event()
+        holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(24)]
+        await settle()
+        async with asyncio.timeout(1), door.admit(CAPTION):
+            pass
+        release.set()
+        await asyncio.gather(*holding)
+
+    asyncio.run(run())
+
+
+def test_a_key_at_its_quota_is_429_while_others_are_served() -> None:
+    async def run() -> None:
+        door, release = admission(), asyncio.Event()
+        CALLER.set(Caller(name="alice", max_in_flight=2))
+        holding = [asyncio.create_task(hold(door, CAPTION, release)) for _ in range(2)]
+        await settle()
+        error = await refusal(door)
+        assert (error.code, error.type) == (429, "quota")
+        assert int(error.headers["Retry-After"]) >= 1 and "alice" in error.message
+        CALLER.set(Caller(name="bob", max_in_flight=2))
+        async with door.admit(CAPTION):
+            pass
+        release.set()
+        await asyncio.gather(*holding)
+
+    asyncio.run(run())
+
+
+def test_a_drain_refuses_what_comes_and_waits_for_what_runs() -> None:
+    async def run() -> None:
+        door, release = admission(), asyncio.Event()
+        running = asyncio.create_task(hold(door, CAPTION, release))
+        await settle()
+        drained = asyncio.create_task(door.drain())
+        await settle()
+        error = await refusal(door)
+        assert (error.code, error.type, error.headers["Retry-After"]) == (503, "unavailable", "1")
+        with pytest.raises(ApiError):
+            door.check_open()
+        assert not drained.done()
+        release.set()
+        await asyncio.gather(running, drained)
+
+    asyncio.run(run())
+
+
+def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
+    async def run() -> None:
+        door, release = admission(slots=1, max_in_flight=3), asyncio.Event()
+        async with door.admit(CAPTION):
+            await asyncio.sleep(0.1)  # 30 steps in 0.1 s
+        holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(3)]
+        await settle()
+        error = await refusal(door)
+        # Two requests of 2880 slot-steps wait.
+        assert 10 <= int(error.headers["Retry-After"]) <= 60
+        release.set()
+        await asyncio.gather(*holding)
+
+    asyncio.run(run())

@@ -1,0 +1,126 @@
+"""A server with guarded connections: headers end, and what is no HTTP/1.1 request is answered in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from deploy.guard import connection
+from deploy.guard.connection import GuardedConnection
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer at once, before the body has come; under /wait, wait for it."""
+    if scope["path"] == "/wait":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def talk(talk: Talk) -> bytes:
+    """Return what the client read until the server closed the connection."""
+
+    async def run() -> bytes:
+        config = uvicorn.Config(app, http=GuardedConnection, lifespan="off", log_config=None)
+        config.load()
+        server = uvicorn.Server(config)
+
+        def make() -> GuardedConnection:
+            return GuardedConnection(config, server.server_state, {})
+
+        listening = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+        try:
+            return await asyncio.wait_for(talk(reader, writer), 5)
+        finally:
+            writer.close()
+            listening.close()
+
+    return asyncio.run(run())
+
+
+def send(data: bytes) -> bytes:
+    async def talk_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(data)
+        return await reader.read()
+
+    return talk(talk_once)
+
+
+def refusal(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head
+    return int(head.split()[1]), json.loads(body)["error"]["type"]
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_WITHIN_S", 0.05)
+    monkeypatch.setattr(connection, "MESSAGE_WITHIN_S", 0.05)
+
+
+def test_headers_that_never_end_are_408(soon: None) -> None:
+    assert refusal(send(b"")) == (408, "headers_late")
+    assert refusal(send(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ")) == (408, "headers_late")
+    assert refusal(send(b"\r\n\r\n")) == (408, "headers_late")
+
+
+def test_a_header_section_beyond_the_limit_is_431() -> None:
+    start = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    for headers in (b"X-A: " + b"a" * 40_000, b"a: b\r\n" * 101 + b"\r\n", b"X: %b\r\n" % (b"a" * 900) * 50):
+        assert refusal(send(start + headers)) == (431, "headers_too_large")
+    assert refusal(send(b"GET /" + b"a" * 40_000)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"no request\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_is_400(request_: bytes) -> None:
+    assert refusal(send(request_)) == (400, "bad_http")
+
+
+def test_a_body_that_is_no_body_is_400() -> None:
+    """The application is waiting for it, and learns that the client has left."""
+    chunked = b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert refusal(send(chunked + b"ZZ\r\n")) == (400, "bad_http")
+
+
+def test_a_body_that_never_ends_is_cut_off(soon: None) -> None:
+    answer = send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_is_kept_and_its_next_request_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_WITHIN_S", 0.3)
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def two(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        answers = b""
+        for _ in range(2):
+            writer.write(get)
+            answers += await reader.readuntil(b"ok")
+        writer.write(get[:-2])
+        return answers + await reader.read()
+
+    first, second, third = talk(two).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and second.startswith(b"200") and third.startswith(b"408")
+
+
+def test_an_upgrade_is_answered_as_the_plain_request_that_it_also_is() -> None:
+    websocket = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n"
+    assert send(websocket).startswith(b"HTTP/1.1 200")

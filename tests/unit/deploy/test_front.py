@@ -1,0 +1,202 @@
+"""The front around a stand-in for Serve's proxy: what is refused, what goes through, and in which shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from deploy.guard import uploads
+from deploy.guard.front import Front
+from deploy.guard.uploads import Uploads
+
+
+class Proxy:
+    """Reads the whole body, as Serve's proxy does, and answers what the test asks for."""
+
+    def __init__(self, code: int = 200, kind: bytes = b"application/json") -> None:
+        self.code = code
+        self.kind = kind
+        self.healthy = 200
+        self.error: Exception | None = None
+        self.scopes: list[Scope] = []
+        self.num_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/-/healthz":
+            await self._answer(self.healthy, b"text/plain", send)
+            return
+        self.scopes.append(scope)
+        while True:
+            message: Message = await receive()
+            if message["type"] == "http.disconnect":
+                return  # Serve cancels the request, and answers nothing
+            self.num_bytes += len(message["body"])
+            if not message["more_body"]:
+                break
+        if self.error is not None:
+            raise self.error
+        if self.code:
+            await self._answer(self.code, self.kind, send)
+
+    async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+        await send({"type": "http.response.start", "status": code, "headers": [[b"content-type", kind]]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+def ask(front: Front, method: str = "POST", path: str = "/v1/caption", **request: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(front)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(send())
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["type"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ([("content-type", "multipart/form-data; boundary=xx; charset=punycode")], 415),
+        ([("content-type", 'multipart/form-data; boundary=xx; charset="UTF-16"')], 415),
+        ([("content-type", "application/json; charset=latin-1")], 415),
+        ([("content-encoding", "gzip")], 415),
+        ([("x-request-id", "\xff\xfe".encode("latin-1"))], 400),
+        ([("x-request-id", "a" * 129)], 400),
+        ([("x-request-id", "a b")], 400),
+        ([("content-type", "application/json"), ("content-type", "text/plain")], 400),
+        ([("host", "a"), ("host", "b")], 400),
+        ([("authorization", "Bearer a"), ("authorization", "Bearer b")], 400),
+    ],
+)
+def test_what_would_be_read_two_ways_or_decoded_slowly_is_refused(headers: Any, code: int) -> None:
+    serve = Proxy()
+    answer = ask(Front(serve), content=b"x", headers=headers)
+    assert error_of(answer)[0] == code
+    assert not serve.scopes
+
+
+def test_utf8_may_be_named() -> None:
+    for given in ("application/json", "application/json; charset=utf-8", 'text/plain; charset="UTF8"'):
+        assert ask(Front(Proxy()), headers={"content-type": given}).status_code == 200
+
+
+def test_headers_that_steer_serves_proxy_go_no_further() -> None:
+    steering = {
+        "x-request-disconnect-disabled": "?1",
+        "X-Request-Timeout-Seconds": "0.0001",
+        "serve_multiplexed_model_id": b"\xff",
+        "serve-multiplexed-model-id": "a",
+        "x-session-id": "a",
+        "X_Session_Id": "a",
+        "x-serve-router-pick": "a",
+        "traceparent": "a",
+    }
+    serve = Proxy()
+    ask(Front(serve), headers=steering | {"x-request-id": "mine", "x-other": "kept"})
+    [scope] = serve.scopes
+    names = {name.decode() for name, _ in scope["headers"]}
+    assert not names & {name.lower() for name in steering}
+    assert {"x-request-id", "x-other", "host"} <= names
+    assert dict(scope["headers"])[b"x-request-id"] == b"mine"
+
+
+def test_head_is_get_without_a_body() -> None:
+    serve = Proxy()
+    assert ask(Front(serve), "HEAD", "/v1/model").status_code == 200
+    assert serve.scopes[0]["method"] == "GET"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (404, (503, "unavailable")),
+        (408, (504, "timeout")),
+        (429, (503, "unavailable")),
+        (500, (503, "unavailable")),
+        (503, (503, "unavailable")),
+        (0, (503, "unavailable")),
+    ],
+)
+def test_serves_own_answers_have_our_shape(code: int, expected: tuple[int, str]) -> None:
+    answer = ask(Front(Proxy(code, b"text/plain; charset=utf-8")), headers={"x-request-id": "mine"})
+    assert error_of(answer) == expected
+    assert answer.headers["x-request-id"] == "mine"
+    assert (answer.headers.get("retry-after") == "1") == (expected[0] == 503)
+
+
+def test_an_error_inside_serves_proxy_is_503() -> None:
+    serve = Proxy()
+    serve.error = RuntimeError("a secret")
+    answer = ask(Front(serve))
+    assert error_of(answer) == (503, "unavailable") and "secret" not in answer.text
+
+
+def test_answers_of_the_gateway_and_serves_probes_are_not_touched() -> None:
+    assert ask(Front(Proxy(404))).content == b"{}"
+    serve = Proxy()
+    serve.healthy = 503
+    answer = ask(Front(serve), "GET", "/-/healthz")
+    assert (answer.status_code, answer.headers["content-type"]) == (503, "text/plain")
+
+
+def test_a_draining_node_is_alive_and_not_ready() -> None:
+    serve = Proxy()
+    serve.healthy = 503
+    front = Front(serve)
+    assert ask(front, "GET", "/livez").json() == {"status": "ok"}
+    for path in ("/readyz", "/healthz"):
+        assert error_of(ask(front, "GET", path)) == (503, "not_ready")
+    assert not serve.scopes
+    serve.healthy = 200
+    assert ask(front, "GET", "/readyz").status_code == 200
+    assert serve.scopes[0]["path"] == "/readyz"
+
+
+def test_a_body_that_pauses_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "BODY_PAUSE_S", 0.02)
+    serve = Proxy()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.Event().wait()
+
+    assert error_of(ask(Front(serve), content=slow())) == (408, "body_late")
+
+
+def small_front(serve: Proxy) -> Front:
+    front = Front(serve)
+    front._uploads = Uploads(8 << 20)
+    return front
+
+
+def test_one_client_holds_at_most_half_of_the_bytes() -> None:
+    front = small_front(Proxy())
+    assert ask(front, content=bytes(4 << 20)).status_code == 200
+
+    async def undeclared() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield bytes(1 << 20)
+
+    for body in (bytes((4 << 20) + 1), undeclared()):
+        answer = ask(front, content=body)
+        assert error_of(answer) == (429, "too_many_bytes") and answer.headers["retry-after"] == "10"
+    # What was held has been given back, however the request ended.
+    assert front._uploads._num_bytes == 0 and not front._uploads._num_bytes_of
+
+
+def test_large_bodies_leave_room_for_small_ones() -> None:
+    held = Uploads(8 << 20)
+    for client in ("a", "b"):
+        held.hold(client, 3 << 20, 0)
+    front = small_front(Proxy())
+    front._uploads = held
+    assert error_of(ask(front, content=bytes(2 << 20))) == (503, "overloaded")
+    assert ask(front, content=bytes(1 << 20)).status_code == 200

@@ -1,0 +1,84 @@
+"""Readiness follows the controller's records, asks it seldom, and keeps its answer while it is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+
+from deploy import readiness
+from deploy.http.errors import ApiError
+from deploy.readiness import Readiness
+
+HANDLE: Any = SimpleNamespace(app_name="app", deployment_name="Captioner")
+
+
+def records(status: str, **replicas: int) -> SimpleNamespace:
+    engines = SimpleNamespace(status=status, replica_states=replicas)
+    return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Captioner": engines})})
+
+
+@pytest.mark.parametrize(
+    ("found", "is_ready"),
+    [
+        (records("HEALTHY", RUNNING=1), True),
+        (records("UNHEALTHY", RUNNING=1, STARTING=1), True),
+        (records("HEALTHY"), True),  # scaled to zero: a request starts one
+        (records("UNHEALTHY", STARTING=1), False),
+        (records("UPDATING", STARTING=1), False),
+        (SimpleNamespace(applications={}), False),
+    ],
+)
+def test_ready_while_an_engine_runs_or_none_is_needed(
+    monkeypatch: pytest.MonkeyPatch, found: SimpleNamespace, is_ready: bool
+) -> None:
+    calls: list[None] = []
+
+    def status() -> SimpleNamespace:
+        calls.append(None)
+        return found
+
+    monkeypatch.setattr(serve, "status", status)
+
+    async def run() -> None:
+        probe = Readiness(HANDLE)
+        await probe.check()  # an engine has just answered
+        probe._known_at_s -= 10
+        for _ in range(20):
+            try:
+                await probe.check()
+            except ApiError as error:
+                assert (error.code, error.type, is_ready) == (503, "not_ready", False)
+            else:
+                assert is_ready
+
+    asyncio.run(run())
+    assert len(calls) == 1
+
+
+def test_a_silent_controller_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_answer = threading.Event()
+
+    def status() -> SimpleNamespace:
+        may_answer.wait(10)
+        return records("UNHEALTHY")
+
+    monkeypatch.setattr(readiness, "ANSWER_WITHIN_S", 0.02)
+    monkeypatch.setattr(serve, "status", status)
+
+    async def run() -> None:
+        probe = Readiness(HANDLE)
+        probe._known_at_s -= 10
+        for _ in range(3):
+            await probe.check()
+        may_answer.set()
+        assert probe._asking is not None
+        await probe._asking
+        with pytest.raises(ApiError):
+            await probe.check()
+
+    asyncio.run(run())

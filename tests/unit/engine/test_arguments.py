@@ -1,0 +1,205 @@
+"""The engine's calls as people write them, and wrong types refused by the name of the argument."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip2_actor import Engine, EngineConfig, GenerationOptions, MatchingConfig, Request, Status
+from tests.unit.engine.random_calls import CALLS, call_at_random
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+
+def build(cls: Any, **fields: Any) -> Any:
+    """Make a value with fields of types that mypy would not let pass."""
+    return cls(**fields)
+
+
+def png(pixels: np.ndarray = PIXELS) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    config = EngineConfig(
+        model="demo",
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        max_slots=8,
+        skip_self_test=True,
+        allow_urls=True,
+    )
+    with config.build() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> Any:
+    return engine.generate([Request(image=PIXELS)], GenerationOptions(max_new_tokens=5))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        PIXELS,
+        [PIXELS],
+        PIXELS[None],
+        Request(image=PIXELS),
+        (Request(image=PIXELS),),
+        png(),
+        bytearray(png()),
+        memoryview(png()),
+        Image.fromarray(PIXELS),
+        torch.from_numpy(PIXELS),
+        torch.from_numpy(PIXELS).permute(2, 0, 1),
+        torch.from_numpy(PIXELS).permute(2, 0, 1)[None],
+    ],
+    ids=lambda asked: f"{type(asked).__name__}{list(getattr(asked, 'shape', []))}",
+)
+def test_one_image_in_any_form_gives_a_list_of_one(engine: Engine, expected: Any, asked: Any) -> None:
+    assert engine.generate(asked, max_new_tokens=5) == expected
+
+
+def test_a_generator_and_an_empty_list(engine: Engine, expected: Any) -> None:
+    assert engine.generate((PIXELS for _ in range(2)), max_new_tokens=5) == expected * 2
+    assert engine.generate([]) == []
+
+
+def test_a_file_is_read(engine: Engine, expected: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    assert engine.generate([path, str(path)], max_new_tokens=5) == expected * 2
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate((128 << 20) + 1)
+    bad: dict[Any, Status] = {
+        tmp_path / "none": Status.UNREADABLE,
+        tmp_path: Status.UNREADABLE,
+        "/dev/zero": Status.UNREADABLE,
+        "a\x00b": Status.UNREADABLE,
+        big: Status.TOO_LARGE,
+        "s3://bucket/a.png": Status.REFUSED,
+    }
+    results = engine.generate(list(bad))
+    assert [result.status for result in results] == list(bad.values())
+    assert "No such file" in str(results[0].error)
+
+
+def test_gray_arrays_and_tensors_equal_gray_bytes(engine: Engine) -> None:
+    gray = PIXELS[..., 0]
+    file = io.BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    forms: list[Any] = [file.getvalue(), gray, gray[..., None], torch.from_numpy(gray.copy())[None]]
+    first, *others = engine.generate([*forms], max_new_tokens=5)
+    assert first.ok and others == [first] * 3
+
+
+def test_urls_are_fetched_through_the_guard_if_asked_for(
+    engine: Engine, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = engine.generate("http://127.0.0.1:1/a.png")[0]
+    assert result.status is Status.REFUSED and "public address" in str(result.error)
+    monkeypatch.setattr("blip2_actor.inputs.image_input.fetch_image", lambda url, policy: png())
+    assert engine.generate("HTTPS://example.com/a.png", max_new_tokens=5) == expected
+    monkeypatch.setattr(engine._input_processor, "allow_urls", False)
+    result = engine.generate("https://example.com/a.png")[0]
+    assert result.status is Status.REFUSED and "allow_urls=True" in str(result.error)
+
+
+def test_options_are_keywords(engine: Engine) -> None:
+    beams = GenerationOptions(num_beams=2, max_new_tokens=9)
+    changed = engine.generate(PIXELS, beams, max_new_tokens=4)
+    assert changed == engine.generate(PIXELS, GenerationOptions(num_beams=2, max_new_tokens=4))
+    assert engine.submit(PIXELS, beams, max_new_tokens=4).result() == changed[0]
+    text = "".join(engine.stream(PIXELS, prompt="a red", max_new_tokens=4))
+    assert text == engine.generate(Request(image=PIXELS, prompt="a red"), max_new_tokens=4)[0].text
+    own = Request(image=PIXELS, options=beams)
+    assert engine.generate(own, max_new_tokens=1) == engine.generate(PIXELS, beams)
+
+
+def test_temperature_0_is_greedy(engine: Engine, expected: Any) -> None:
+    sampled: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 3, "seed": 7}
+    checkpoint = {"do_sample": True, "temperature": 0.6}
+    assert GenerationOptions(temperature=0, **sampled).resolve(checkpoint) == GenerationOptions().resolve()
+    assert engine.generate(PIXELS, temperature=0, max_new_tokens=5) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}], ids=str
+)
+def test_each_token_has_its_log_probability(engine: Engine, options: dict[str, Any]) -> None:
+    result = engine.generate(PIXELS, **options)[0]
+    for completion in result.completions:
+        assert len(completion.token_logprobs) == len(completion.token_ids)
+        assert sum(completion.token_logprobs) == completion.logprob
+        assert max(completion.token_logprobs) <= 0
+    assert result.token_logprobs == result.completions[0].token_logprobs
+    scored = engine.score([PIXELS], [result.text or ""])[0]
+    if result.finish_reason == "stop":
+        assert scored.logprob == pytest.approx(result.logprob, abs=1e-2)
+
+
+def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.generate([PIXELS] * 3, max_new_tokens=1)
+    assert capsys.readouterr().err == ""
+    engine.generate([PIXELS, None, PIXELS], max_new_tokens=1, progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.generate({}), "requests must be a Request, an image or a list of them, got dict"),
+        (lambda e: e.generate(None), "requests must be a Request, an image or a list of them, got NoneType"),
+        (lambda e: e.generate(PIXELS, {"num_beams": 2}), "options must be GenerationOptions, got dict"),
+        (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option .* max_new_tokens"),
+        (lambda e: e.generate(PIXELS, do_sample="yes"), "do_sample must be true or false, got 'yes'"),
+        (lambda e: e.generate(PIXELS, temperature="hot"), "temperature must be a number, got 'hot'"),
+        (lambda e: e.generate(PIXELS, stop=5), "stop must be texts, got 5"),
+        (lambda e: e.generate(Request(image=PIXELS), prompt="a"), "prompt must be left out with a Request"),
+        (lambda e: e.features(PIXELS), "images must be a list, got ndarray of shape"),
+        (lambda e: e.score(PIXELS, ["a"]), "images must be a list"),
+        (lambda e: e.score([PIXELS], "a"), "texts must be a list, got str"),
+        (lambda e: e.score([PIXELS], ["a"], "a"), "prompts must be a list, got str"),
+        (lambda e: e.text_features("a"), "texts must be a list, got str"),
+        (
+            lambda e: build(Request, image=PIXELS, options={}),
+            "options must be GenerationOptions or None, got dict",
+        ),
+        (lambda e: build(EngineConfig, model=5), "model must be a text, got 5"),
+        (lambda e: build(EngineConfig, max_slots="4"), "max_slots must be a whole number or None, got '4'"),
+        (lambda e: build(EngineConfig, skip_self_test=1), "skip_self_test must be true or false, got 1"),
+        (lambda e: EngineConfig(num_threads=True), "num_threads must be a whole number or None, got True"),
+        (lambda e: build(MatchingConfig, device=0), "device must be a text, got 0"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(engine: Engine, call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(engine)
+
+
+def test_a_model_may_be_a_path(tmp_path: Path) -> None:
+    path: Any = tmp_path
+    three: Any = np.int64(3)
+    assert EngineConfig(model=path) == EngineConfig(model=str(tmp_path))
+    assert GenerationOptions(max_new_tokens=three, repetition_penalty=2).max_new_tokens == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_random_calls_give_a_status_or_a_named_error(engine: Engine, expected: Any, tmp_path: Path) -> None:
+    """A few here, thousands in `tests/chaos/test_random_calls.py`."""
+    outcomes = call_at_random(engine, 80, seed=0, folder=tmp_path)
+    assert {"ok", "undecodable", "refused", "TypeError", "ValueError"} <= set(outcomes) and CALLS
+    assert engine.generate(PIXELS, max_new_tokens=5) == expected
+    assert engine.stats().num_running == engine.stats().num_waiting == 0

@@ -1,0 +1,81 @@
+"""A device that hangs or fails: too early a verdict costs an accelerator, too late a one the whole job."""
+
+from __future__ import annotations
+
+from blip2_actor import EngineStats
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.device_health import Device, Watchdog
+from pipeline.stages.receipts import Receipt
+
+GPU = Device("node", "host", ("3",))
+OTHER = Device("node", "host", ("4",))
+
+
+def test_an_engine_that_has_work_and_makes_no_progress_hangs():
+    now, said = [0.0], list[str]()
+    stats = [EngineStats(num_finished=1, num_waiting=1)]
+    watchdog = Watchdog(lambda: stats, 10.0, said.append, lambda: now[0])
+    for now[0] in (0.0, 9.0):
+        watchdog.check()
+    stats[:] = [EngineStats(num_finished=1, num_decode_steps=1, num_running=1)]
+    for now[0] in (10.0, 19.0):
+        watchdog.check()
+    stats[:] = [EngineStats(num_finished=2, num_decode_steps=1)]
+    for now[0] in (20.0, 99.0):  # it has nothing to do
+        watchdog.check()
+    assert said == []
+    stats[:] = [EngineStats(num_finished=2, num_decode_steps=1, num_waiting=1)]
+    for now[0] in (100.0, 111.0):
+        watchdog.check()
+    assert said == ["no progress for 12 s"]
+
+
+def test_the_first_result_may_take_longer_because_the_model_is_compiled():
+    now, said = [0.0], list[str]()
+    watchdog = Watchdog(lambda: [EngineStats(num_waiting=1)], 10.0, said.append, lambda: now[0])
+    for now[0] in (0.0, 29.0):
+        watchdog.check()
+    assert said == []
+    now[0] = 31.0
+    watchdog.check()
+    assert said == ["no progress for 31 s"]
+
+
+def fail(coordinator: Coordinator, step: tuple[int, int] | None = None, device: Device = GPU) -> list[bool]:
+    """Let a process fail in a call; return whether each new failure is the last one."""
+    coordinator.begin_call("call")
+    if step is not None:
+        coordinator.begin_step("call", *step)
+    coordinator.device_failed(device, "no progress", ["call"])
+    return [failure.is_last for failure in coordinator.news().failures]
+
+
+def test_a_device_that_fails_with_any_image_is_left_out_before_an_image_is_blamed():
+    coordinator = Coordinator()
+    assert fail(coordinator) == [False]
+    assert fail(coordinator, (0, 32)) == [], "the call that the first failure has interrupted"
+    assert fail(coordinator, (0, 1)) == [False]
+    history = coordinator.begin_call("call")
+    assert (history.suspects, history.failed) == ({0}, frozenset())
+    assert fail(coordinator, (1, 2)) == [True]
+
+
+def test_an_image_that_breaks_every_device_is_no_reason_to_leave_one_out():
+    coordinator = Coordinator()
+    assert fail(coordinator) == [False]
+    fail(coordinator, (0, 32))
+    for _ in range(2):
+        assert fail(coordinator, (0, 1)) == [False]
+    assert coordinator.begin_call("call").failed == {0}
+
+
+def test_a_row_that_was_captioned_shows_that_the_device_works():
+    coordinator = Coordinator()
+    for status, is_last in (("ok", False), ("failed", True)):
+        for _ in range(2):
+            fail(coordinator)
+        coordinator.wrote("call", [(5, 6)], [Receipt("s", ((5, 6),), ((status, 1),))], GPU)
+        assert fail(coordinator) == [is_last]
+        assert fail(coordinator, device=OTHER) == [False]
+        coordinator.wrote("call", [(7, 8)], [Receipt("s", ((7, 8),), (("ok", 1),))], GPU)
+        coordinator.wrote("call", [(7, 8)], [Receipt("s", ((7, 8),), (("ok", 1),))], OTHER)
