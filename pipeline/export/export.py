@@ -15,7 +15,7 @@ from pipeline.export.tables import write_csv, write_jsonl, write_txt
 from pipeline.export.webdataset import write_webdataset
 from pipeline.progress import Console
 from pipeline.report.rows import FinishedRows
-from pipeline.settings.export_settings import ExportSettings
+from pipeline.settings.report_settings import ExportSettings
 
 TABLES = {"csv": write_csv, "jsonl": write_jsonl, "txt": write_txt}
 

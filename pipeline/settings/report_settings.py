@@ -1,11 +1,13 @@
-"""The settings of the commands that only read an output: `blip2 report`, `blip2 status`, `blip2 show`."""
+"""The settings of the commands that only read an output: `blip2 report`, `status`, `show` and `export`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from blip2_actor import Status
 
+Target = Literal["csv", "jsonl", "txt", "imagefolder", "webdataset"]
 NOT_OK = "not_ok"
 """Stands for every status but ok."""
 
@@ -64,3 +66,23 @@ class ShowSettings:
             raise ValueError("limit must be at least 1 with sort, got 0; so many rows are kept in memory")
         if self.descending and self.sort is None:
             raise ValueError("descending must be given with sort; name a column: --sort logprob --descending")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write the rows of a run in another format, next to their images if wanted. Needs no Ray."""
+
+    output: str
+    """Folder or URI of a run, finished or in progress."""
+    to: Target
+    """csv and jsonl hold every row, txt a caption per line, imagefolder and webdataset also the images."""
+    into: str
+    """Folder on this machine to write into; the same command goes on with an export that was stopped."""
+    input: tuple[str, ...] = ()
+    """The input again, if its URIs hold passwords or options: these are not stored in the output."""
+
+    def __post_init__(self) -> None:
+        if "://" in self.into:
+            raise ValueError(
+                f"into must be a folder on this machine, got {self.into}; export there, and copy the files"
+            )
