@@ -44,7 +44,8 @@ def caption(
         ds: a dataset with a column of images.
         engine: the model and where it runs.
         options: how texts are generated.
-        image_column: encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3].
+        image_column: encoded bytes, the `datasets` library's struct of bytes and path, or arrays as
+            `blip2_actor.array_to_rgb` reads them.
         prompt: text that every caption continues; None for plain captions.
         prompt_column: column with the prompt of each row, instead of `prompt`.
         asks: new text columns, and the prompts whose answers they hold.

@@ -50,7 +50,7 @@ class DecodeStage:
         Args:
             size_px: image size of the model.
             limits: what decoding one image may cost.
-            image_column: column with encoded bytes, structs of bytes and path, or uint8[H, W, 3].
+            image_column: as in `CaptionSpec.image_column`.
             keeps_image: whether that column stays in the table.
             report: receives how busy this worker was.
         """
@@ -129,7 +129,7 @@ def _columns(decoded: Sequence[DecodedImage], hashes: Sequence[bytes | None]) ->
 
 
 def _images(column: pa.ChunkedArray) -> tuple[list[Any], list[bytes | None]]:
-    """Return the images of a column, encoded bytes or uint8[H, W, 3], and the digests of their bytes.
+    """Return the images of a column, encoded bytes or arrays of any layout, and the digests of their bytes.
 
     The column may hold binary values, the `datasets` library's struct of bytes and path, or arrays.
     """
