@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 
 REGENERATED = "regenerated"
 """The flag of a caption that was generated again, because the first one had flags; it is no fault itself."""
+NO_FAULTS = {REGENERATED, "truncated"}
+"""Flags that say something else of a row than that its caption looks wrong."""
 MIN_CAPTIONS = 20
 """Fewer captions may well be the same."""
 MAX_SAME_FRACTION = 0.5
@@ -38,7 +40,7 @@ class CaptionCounts:
         if "caption" not in rows.column_names:
             return cls()
         made = rows.filter(pc.is_valid(rows["caption"]))
-        flags = (set(of_row or ()) - {REGENERATED} for of_row in made["flags"].to_pylist())
+        flags = (set(of_row or ()) - NO_FAULTS for of_row in made["flags"].to_pylist())
         (same, num_same), *_ = Counter(made["caption"].to_pylist()).most_common(1) or [(None, 0)]
         return cls(len(made), sum(map(bool, flags)), num_same, same)
 

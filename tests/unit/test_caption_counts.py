@@ -49,7 +49,7 @@ def reconciled(folder: Folder, captions: list[str | None], flags: list[list[str]
             0.025,
             "1 of 40 captions are flagged (2.5%)",
         ),
-        ([f"{n}" for n in range(40)], [["regenerated"]] * 40, 0.0, None),
+        ([f"{n}" for n in range(40)], [["regenerated", "truncated"]] * 40, 0.0, None),
         ([None] * 40, [[]] * 40, 0.0, None),
     ],
 )
