@@ -279,11 +279,7 @@ def _is_public(address: Address) -> bool:
 
 
 def _plain_host(host: str) -> str:
-    """Return a host as it is compared and resolved: in lower case, with other letters than ASCII encoded.
-
-    Raises:
-        UnicodeError: it cannot be the name of a host.
-    """
+    """Return a host as it is compared and resolved; raises UnicodeError if it cannot be one."""
     host = host.lower().rstrip(".")
     return host if _is_address(host) else host.encode("idna").decode("ascii").lower()
 
