@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out: plain values, importable without torch.
 
 In the examples, `engine` is a running `Engine`, `matching_engine` a running `MatchingEngine`, and `picture`
-is uint8[H, W, 3].
+an RGB image, uint8[H, W, 3].
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Request:
         'length'
     """
 
-    image: ImageLike | None
+    image: ImageLike | None = field(repr=False)
     """As in `ImageLike`. The engine keeps a copy, so an array may be overwritten after `submit`. None gives
     the status `missing_image`."""
     prompt: str | None = None

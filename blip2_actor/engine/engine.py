@@ -106,7 +106,7 @@ class Engine:
                 checkpoint's `generation_config.json`, or else the defaults.
             prompt: of images that are given without a `Request`.
             progress: show a progress bar on standard error.
-            **changes: options to change, such as `max_new_tokens=30`.
+            **changes: changes of `options`, such as `max_new_tokens=30`.
 
         Returns:
             One result per request, in order; a list also for one request. A bad image or prompt is a result
@@ -147,7 +147,8 @@ class Engine:
 
         Args:
             on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
-                return at once. Never called for several beams or texts.
+                return at once. If it raises, the error is logged and it is not called again. Never called for
+                several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.

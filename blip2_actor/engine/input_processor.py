@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -19,6 +20,8 @@ from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
 
 
 class InputProcessor:
@@ -164,8 +167,17 @@ class InputProcessor:
     def _text_sender(
         self, on_text: Callable[[str], None], stop: Sequence[str]
     ) -> Callable[[Sequence[int]], None]:
+        is_broken = False
+
         def send(token_ids: Sequence[int]) -> None:
-            on_text(stable_text(self.prompts.decode(token_ids), stop))
+            nonlocal is_broken
+            if is_broken:
+                return
+            try:
+                on_text(stable_text(self.prompts.decode(token_ids), stop))
+            except Exception:  # a fault of one caller must not end the requests of all others
+                is_broken = True
+                logger.exception("on_text has raised an error; it is not called again for this request")
 
         return send
 
