@@ -75,8 +75,9 @@ def test_the_python_blocks_run(local_ray: None, folder: Path, capsys: pytest.Cap
     assert len(runnable) == 2
     for block in runnable:
         exec(compile(block.text, "README.md", "exec"), {})
-    engine_line, stage_line = capsys.readouterr().out.strip().splitlines()[-2:]
+    engine_line, continued, stage_line = capsys.readouterr().out.strip().splitlines()[-3:]
     assert engine_line.endswith(" ok")
+    assert " (-" in continued, "the log-probability of each token"
     caption = stage_line.removesuffix(" camera 1")
     assert caption in engine_line, "the engine alone and the stage must say the same of one picture"
 
