@@ -158,7 +158,9 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
         shards = add_new(shards, changes.new)
     run = job.run.with_shards(shards, inputs if takes_new else ())
     known = set(job.run.shards)
-    check_options([shard for shard in shards if shard not in known], job.settings.read_options)
+    fresh = [shard for shard in shards if shard not in known]
+    check_options(fresh, job.settings.read_options)
+    ledger.folder.require_names(name for shard in fresh for name in names_of_shard(shard))
     return dataclasses.replace(
         job,
         ledger=ledger.of(run),
@@ -184,7 +186,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
     check_options(listing.shards, settings.read_options)
-    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard.name))
+    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
     if taken:

@@ -281,6 +281,16 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
 
 
+def test_a_new_file_whose_name_leaves_no_room_for_those_of_the_output_is_refused(tmp_path):
+    """The job wrote the other rows, and then failed at the first fragment of this file."""
+    write_tar(tmp_path / "in/0.tar", "a")
+    run(tmp_path)
+    write_tar(tmp_path / f"in/{'n' * 250}.tar", "b")
+    with pytest.raises(ValueError, match="room for the names of its files, got a name of"):
+        prepare_run(tmp_path, add_new=True)
+    assert prepare_run(tmp_path).run.shards
+
+
 def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
     write_tar(tmp_path / "in/0.tar", "a")
     write_tar(tmp_path / "in/1.tar", "b")
