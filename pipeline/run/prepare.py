@@ -41,7 +41,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     stop_at = _stop_at(settings.deadline)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
-    if run is not None and not run.uses_generation_config:
+    if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
     engine = engine or settings.builder
     info = engine.info()
@@ -101,7 +101,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
             else settings.max_flagged_fraction
         ),
     )
-    if not run.uses_generation_config:
+    if run.predates_generation_config:
         first = first.without_generation_config()
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), first.placement)
