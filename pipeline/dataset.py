@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import Dataset, Schema
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.column_names import refuse_taken_names
@@ -16,6 +17,7 @@ from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement, reserve, resolve_engine
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS, TRUNCATED
+from pipeline.stages.image_column import require_images
 from pipeline.stages.pools import caption_pool, decode
 
 
@@ -44,7 +46,9 @@ def caption(
         ds: a dataset with a column of images.
         engine: the model and where it runs.
         options: how texts are generated.
-        image_column: encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3].
+        image_column: encoded bytes, the `datasets` library's struct of bytes and path, PIL images, or arrays
+            of the layouts that `blip2_actor.array_to_rgb` takes. Call `ray.data.read_images` with
+            mode="RGB": without a mode it gives a palette image as gray, and CMYK as RGBA.
         prompt: text that every caption continues; None for plain captions.
         prompt_column: column with the prompt of each row, instead of `prompt`.
         asks: new text columns, and the prompts whose answers they hold.
@@ -62,13 +66,14 @@ def caption(
 
     Returns:
         The dataset with all its columns, and the new columns caption, logprob, num_tokens, finish_reason,
-        flags, status, error, width, height and sha256, followed by the named columns. If
+        flags, status, error, width, height and sha256 (as hex digits), followed by the named columns. If
         `options.num_return_sequences` is above 1, captions and logprobs are added too. All outputs of an
         image share one pass of the vision encoder. As after every stage of Ray Data, rows may come in
         another order.
 
     Raises:
-        ValueError: the model is unknown, a column is missing, or a column has the name of a new one.
+        ValueError: the model is unknown, a column is missing or cannot hold images, or a column has the
+            name of a new one.
 
     Example:
         >>> from pathlib import Path
@@ -109,24 +114,37 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
     info = spec.engine.info()
     spec = spec.resolved(info)
     spec.check(info)
-    _check_columns(ds.columns() or [], spec)
+    _check_columns(ds.schema(), spec)
     if not ray.is_initialized():
         start_ray()
     reservations = reserve(placement, size_of_cluster())
     decoded = decode(ds, spec, info.image_size_px, placement, reservations, keeps_image=True)
     resolved = dataclasses.replace(spec, engine=resolve_engine(spec.engine, reservations))
     return decoded.map_batches(
-        CaptionStage, fn_constructor_args=(resolved,), **caption_pool(placement, reservations)
+        DatasetStage, fn_constructor_args=(resolved,), **caption_pool(placement, reservations)
     )
 
 
-def _check_columns(columns: Sequence[str], spec: CaptionSpec) -> None:
-    """Refuse a spec that reads a column that is missing, or adds one that exists."""
+class DatasetStage(CaptionStage):
+    """Captions the tables of a dataset; the digests are text, because JSON has no bytes."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = super().__call__(table)
+        digests = pa.array([digest and digest.hex() for digest in rows["sha256"].to_pylist()], pa.string())
+        return rows.set_column(rows.column_names.index("sha256"), "sha256", digests)
+
+
+def _check_columns(schema: Schema | None, spec: CaptionSpec) -> None:
+    """Refuse a spec that reads a column that is missing or of a wrong type, or adds one that exists."""
+    types = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
+    columns = list(types)
     read = [("image_column", spec.image_column), ("prompt_column", spec.prompt_column)]
     read += [("scores", name) for name in spec.outputs.text_columns]
     for argument, name in read:
         if name is not None and name not in columns:
             raise ValueError(f"{argument} must be one of {', '.join(columns)}, got {name!r}")
+    if types:
+        require_images(spec.image_column, types[spec.image_column])
     spec.outputs.refuse_taken(columns)
     added = [field.name for field in spec.result_fields]
     refuse_taken_names(columns, [*added, PIXELS, TRUNCATED], "dataset")

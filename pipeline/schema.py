@@ -83,3 +83,43 @@ def output_schema(
     left_out = (*(() if captioned else CAPTION_COLUMNS), *(() if has_member else ("member",)))
     contract = [field for field in ROW_CONTRACT if field.name not in left_out]
     return pa.schema([*contract, *named, *kept])
+
+
+def plain_type(type: pa.DataType) -> pa.DataType:
+    """Return the type in which a column is written.
+
+    Views and dictionaries, on every level, become the types that all readers of Parquet know, and that can be
+    sorted and joined.
+    """
+    types = pa.types
+    if types.is_string_view(type):
+        return pa.string()
+    if types.is_binary_view(type):
+        return pa.binary()
+    if types.is_dictionary(type):
+        return plain_type(type.value_type)
+    if types.is_list(type) or types.is_list_view(type):
+        return pa.list_(plain_type(type.value_type))
+    if types.is_large_list(type) or types.is_large_list_view(type):
+        return pa.large_list(plain_type(type.value_type))
+    if types.is_fixed_size_list(type):
+        return pa.list_(plain_type(type.value_type), type.list_size)
+    if types.is_struct(type):
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in type])
+    if types.is_map(type):
+        return pa.map_(plain_type(type.key_type), plain_type(type.item_type))
+    return type
+
+
+def to_plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return a column in its plain type."""
+    plain = plain_type(column.type)
+    if plain == column.type:
+        return column
+    try:
+        found = column.cast(plain)
+        found.validate()
+        return found
+    except pa.ArrowException:
+        # Arrow 26 cannot cast a null struct with a dictionary, and makes invalid lists of some list views.
+        return pa.array(column.to_pylist(), plain)

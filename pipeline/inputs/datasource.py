@@ -34,13 +34,20 @@ class ShardDatasource(Datasource):
         on_end: called in the worker when the last table of a shard has been taken, whether the shard
             was whole or not. It must be picklable, and a second call for a shard must do no harm.
         on_start: called in the worker before a shard is read; picklable.
+        kept: the kept columns as all files of the output have them; see `read_shard`.
     """
 
     def __init__(
-        self, work: Sequence[ShardWork], options: ReadOptions, on_end: OnEnd, on_start: OnStart | None = None
+        self,
+        work: Sequence[ShardWork],
+        options: ReadOptions,
+        on_end: OnEnd,
+        on_start: OnStart | None = None,
+        kept: pa.Schema | None = None,
     ) -> None:
         super().__init__()
         self._on_start = on_start
+        self._kept = kept
         self._work = tuple(work)
         self._options = options
         self._on_end = on_end
@@ -53,7 +60,7 @@ class ShardDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(_read, work, self._options, self._on_end, self._on_start),
+                partial(_read, work, self._options, self._kept, self._on_end, self._on_start),
                 BlockMetadata(
                     num_rows=None,
                     size_bytes=work.shard.size_bytes,
@@ -67,9 +74,9 @@ class ShardDatasource(Datasource):
 
 
 def _read(
-    work: ShardWork, options: ReadOptions, on_end: OnEnd, on_start: OnStart | None
+    work: ShardWork, options: ReadOptions, kept: pa.Schema | None, on_end: OnEnd, on_start: OnStart | None
 ) -> Iterator[pa.Table]:
     if on_start is not None:
         on_start()
-    report = yield from read_unchanged(work, options)
+    report = yield from read_unchanged(work, options, kept)
     on_end(report)

@@ -143,3 +143,5 @@ class ShardReport:
     """Of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the file's bytes (`pipeline.inputs.stamps`), if the shard is one file."""
+    note: str | None = None
+    """What a person must know of rows that are complete otherwise, such as a kept column that is null."""

@@ -60,14 +60,15 @@ def size_in(stamp: str) -> str:
     return stamp.partition("@")[0]
 
 
-def read_unchanged(work: ShardWork, options: ReadOptions) -> Tables:
+def read_unchanged(work: ShardWork, options: ReadOptions, kept: pa.Schema | None = None) -> Tables:
     """Read a shard, and report it as changed if its file was not, or did not stay, the listed one.
 
+    The arguments are those of `read_shard`.
     A slice of a folder is not checked: each of its rows is one file, and its key is the file's name.
     """
     shard = work.shard
     if shard.format == "folder":
-        report = yield from read_shard(work, options)
+        report = yield from read_shard(work, options, kept)
         return replace(report, generation=shard.generation)
     content = None
     if not _is_listed(shard):
@@ -76,7 +77,7 @@ def read_unchanged(work: ShardWork, options: ReadOptions) -> Tables:
         content = sample_digest(shard)
     except (InputError, OSError, pa.ArrowException):
         pass  # Reading the shard says what is wrong.
-    report = yield from read_shard(work, options)
+    report = yield from read_shard(work, options, kept)
     if not _is_listed(shard) and not has_content(shard, content):
         return _changed(shard, "has changed while it was read")
     return replace(report, generation=shard.generation, content=content)

@@ -7,22 +7,22 @@ file that exists. A commit may be repeated at any point, also by another process
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.fragments import delete_fragments, list_fragments, read_fragments
+from pipeline.ledger.fragments import Fragment, delete_fragments, list_fragments, read_fragment
 from pipeline.ledger.layout import output_name, shard_report_name
+from pipeline.ledger.merge import Merge, Piece, PieceGone
 from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
-ROW_GROUP_BYTES = 32 << 20
-MAX_ROW_GROUP_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Summary:
     """Of the shard; see `Shard.generation`."""
     content: str | None = None
     """Digest of a sample of the input's bytes, as in the shard's report."""
-
+    note: str | None = None
+    """As in the shard's report."""
     captions: CaptionCounts = field(default_factory=CaptionCounts)
     """In a place of its own in the footer; files of version 0.1.0 have none."""
 
@@ -91,36 +90,37 @@ def commit_shard(
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )
-    folder.put(name, _parquet(empty_schema.empty_table(), {**metadata, **_footer(summary)}))
-    return summary
+    return _write(folder, name, empty_schema, [], metadata, summary)
 
 
 def _commit(
     folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, name: str
 ) -> Summary | None:
     fragments = list_fragments(folder, report.shard, report.generation)
-    before = read_rows(folder, report.shard)
-    found = [table for table in [*read_fragments(folder, fragments), before] if table is not None]
-    report = _with_changes(folder, report, found)
-    # A shard that is read again, and can be read less far, keeps its rows.
-    num_rows = max(report.num_rows, 0 if before is None else len(before))
+    before, num_before = _pieces_of_file(folder, report.shard)
+    merge = Merge([*_pieces_of_fragments(folder, fragments), *before])
+    report = _with_changes(folder, report, merge)
     if report.changed:
-        found = [] if before is None else [before]
-    rows = merge(found).slice(0, num_rows) if found else empty_schema.empty_table()
-    if rows["row"].to_pylist() != list(range(num_rows)):
+        merge = Merge(before)
+    # A shard that is read again, and can be read less far, keeps its rows.
+    num_rows = max(report.num_rows, num_before)
+    if not np.array_equal(merge.numbers[:num_rows], np.arange(num_rows)):
         return None
     summary = Summary(
         shard=report.shard,
         num_rows=num_rows,
-        by_status=_counts(rows["status"]),
+        by_status=merge.by_status(num_rows),
         complete=report.complete,
         reason=report.reason,
-        captions=CaptionCounts.of_rows(rows),
         generation=report.generation,
         content=report.content,
+        note=report.note,
     )
-    content = _parquet(rows, {**metadata, **_footer(summary)})
-    folder.put(name, content)
+    schema, row_groups = merge.schema or empty_schema, merge.row_groups(num_rows)
+    try:
+        summary = _write(folder, name, schema, row_groups, metadata, summary)
+    except PieceGone:
+        return None
     # Rows past the end of a shard that was read less far are kept for a better reading.
     finished = [f for f in fragments if f.last < num_rows or report.changed]
     delete_fragments(folder, report.shard, finished, report.generation)
@@ -129,10 +129,27 @@ def _commit(
     return summary
 
 
-def _with_changes(folder: Folder, report: ShardReport, tables: list[pa.Table]) -> ShardReport:
+def _pieces_of_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[Piece]:
+    return [partial(read_fragment, folder, fragment.name) for fragment in fragments]
+
+
+def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
+    """Return the row groups of the file that a shard has already, and its number of rows."""
+    name = output_name(shard)
+    if not folder.exists(name):
+        return [], 0
+    metadata = folder.read(name, pq.read_metadata)
+
+    def read(group: int) -> pa.Table:
+        return folder.read(name, lambda file: pq.ParquetFile(file).read_row_group(group))
+
+    return [partial(read, group) for group in range(metadata.num_row_groups)], metadata.num_rows
+
+
+def _with_changes(folder: Folder, report: ShardReport, merge: Merge) -> ShardReport:
     """Return the report of a shard, or one without rows if the shard's input has changed.
 
-    The read task notices a change, or here two tables have the same row with different keys: then one of them
+    The read task notices a change, or here two pieces have the same row with different keys: then one of them
     was read from another input.
     """
     if report.changed:
@@ -140,47 +157,52 @@ def _with_changes(folder: Folder, report: ShardReport, tables: list[pa.Table]) -
     stored = load_shard_report(folder, report.shard, report.generation)
     if stored is not None and stored.changed:
         return stored
-    conflict = _first_conflict(tables)
+    conflict = merge.first_conflict()
     if conflict is None:
         return report
-    changed = replace(report, num_rows=0, complete=False, changed=True, content=None, reason=conflict)
+    row, first, second = conflict
+    reason = (
+        f"the input has changed since its first rows were written: row {row} was read as {first} and as "
+        f"{second}; --redo-changed makes all rows of the shard again"
+    )
+    changed = replace(report, num_rows=0, complete=False, changed=True, content=None, reason=reason)
     store_shard_report(folder, changed)
     return changed
 
 
-def _first_conflict(tables: list[pa.Table]) -> str | None:
-    """Return a sentence about the first row that has different keys in the tables, or None."""
-    if len(tables) < 2:
+def _write(
+    folder: Folder,
+    name: str,
+    schema: pa.Schema,
+    row_groups: Iterable[pa.Table],
+    metadata: Mapping[bytes, bytes],
+    summary: Summary,
+) -> Summary:
+    """Write the file of a shard; return its summary with the counts of its captions."""
+    counts = []
+    with folder.spool() as file:
+        # Without rows there is no row group: the datasets library cannot read one that is empty.
+        with pq.ParquetWriter(file, schema.with_metadata(dict(metadata)), compression="zstd") as writer:
+            for rows in row_groups:
+                writer.write_table(rows, len(rows))
+                counts.append(CaptionCounts.of_rows(rows))
+            summary = replace(summary, captions=CaptionCounts.sum_of(counts))
+            writer.add_key_value_metadata(_footer(summary))
+        folder.put(name, file)
+    return summary
+
+
+def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """Return the rows of a finished shard, or None when it has no file.
+
+    Args:
+        columns: the columns to read; default: all.
+    """
+    name = output_name(shard)
+    if not folder.exists(name):
         return None
-    rows = pa.concat_tables([table.select(["row", "key"]) for table in tables])
-    keys = rows.group_by("row").aggregate([("key", "min"), ("key", "max")]).sort_by("row")
-    conflicts = keys.filter(pc.not_equal(keys["key_min"], keys["key_max"]))
-    if not len(conflicts):
-        return None
-    row = conflicts.slice(0, 1).to_pylist()[0]
-    return (
-        f"the input has changed since its first rows were written: row {row['row']} was read as "
-        f"{row['key_min']} and as {row['key_max']}; --redo-changed makes all rows of the shard again"
-    )
-
-
-def merge(tables: list[pa.Table]) -> pa.Table:
-    """Return each row number once, in order: an ok row if there is one, else the row of the first table."""
-    rows = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    numbers = rows["row"].to_numpy()
-    not_ok = pc.not_equal(rows["status"], Status.OK.value).to_numpy()
-    order = np.lexsort((np.arange(len(numbers)), not_ok, numbers))
-    first = np.ones(len(order), bool)
-    first[1:] = numbers[order][1:] != numbers[order][:-1]
-    return rows.take(pa.array(order[first]))
-
-
-def read_rows(folder: Folder, shard: str) -> pa.Table | None:
-    """Return the rows of a finished shard, or None when it has no file."""
-    content = folder.get(output_name(shard))
-    if content is None:
-        return None
-    return pq.read_table(io.BytesIO(content)).replace_schema_metadata(None)
+    rows = folder.read(name, lambda file: pq.ParquetFile(file).read(columns))
+    return rows.replace_schema_metadata(None)
 
 
 def read_summary(folder: Folder, shard: str) -> Summary:
@@ -190,22 +212,7 @@ def read_summary(folder: Folder, shard: str) -> Summary:
     return Summary(**json.loads(metadata[SUMMARY_KEY]), captions=captions)
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    counts = pc.value_counts(column.combine_chunks()).to_pylist()
-    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
-
-
 def _footer(summary: Summary) -> dict[bytes, bytes]:
     values = asdict(summary)
     captions = values.pop("captions")
     return {SUMMARY_KEY: json.dumps(values).encode(), CAPTIONS_KEY: json.dumps(captions).encode()}
-
-
-def _parquet(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
-    row_bytes = max(1, rows.nbytes // max(1, len(rows)))
-    group_rows = min(MAX_ROW_GROUP_ROWS, max(1, ROW_GROUP_BYTES // row_bytes))
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        rows.replace_schema_metadata(dict(metadata)), sink, row_group_size=group_rows, compression="zstd"
-    )
-    return sink.getvalue().to_pybytes()

@@ -14,16 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import FRAGMENTS, output_name, parse_state_name, shard_report_name, state_name
-from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 ROWS = ".rows"
 """Ends the name of the folder with a shard's fragments."""
 DIGEST_CHARS = 16
+MAX_CHUNK_BYTES = 1 << 30
+"""A chunk of strings has room for 2 GiB."""
 _NAME = re.compile(r"^(?P<first>\d+)-(?P<last>\d+)-(?P<count>\d+)-[0-9a-f]+\.arrow$")
 
 
@@ -53,7 +56,7 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
         rows: at least one row in the output schema, all of one shard, each row number once.
         generation: of the shard that the rows were read from.
     """
-    rows = rows.sort_by("row").combine_chunks()
+    rows = _sorted(rows)
     numbers = rows["row"]
     shard = rows["shard"][0].as_py()
     sink = pa.BufferOutputStream()
@@ -65,6 +68,14 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
     name = _name(shard, generation, first, last, len(numbers), digest)
     folder.put(name, content)
     return Fragment(shard, name, first, last, len(numbers), generation)
+
+
+def _sorted(rows: pa.Table) -> pa.Table:
+    """Return rows in the order of their numbers, as one chunk if that has room for them."""
+    if rows.nbytes < MAX_CHUNK_BYTES:
+        return rows.sort_by("row").combine_chunks()
+    order = pc.sort_indices(rows["row"]).to_pylist()
+    return pa.concat_tables([rows.slice(position, 1) for position in order])
 
 
 def _name(shard: str, generation: int, first: int, last: int, count: int, digest: str) -> str:

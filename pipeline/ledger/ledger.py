@@ -26,7 +26,6 @@ from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
 from pipeline.ledger.lease import Holder, read_holder
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import require_finished, to_retry
-from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, scan_output
 from pipeline.ledger.shard_progress import (
@@ -37,6 +36,7 @@ from pipeline.ledger.shard_progress import (
     unfinished,
 )
 from pipeline.ledger.sweep import drop_markers, sweep
+from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 from pipeline.storage.retrying import RETRY_FOR_S

@@ -88,6 +88,7 @@ class Reconciliation:
             f"{'missing' if is_over else 'left'} {len(self.missing):,}",
         ]
         lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
+        lines += _shorten([f"note: {s.shard}: {s.note}" for s in self.summaries if s.note])
         lines += _shorten([f"missing: {shard}" for shard in self.missing]) if is_over else []
         return lines + self.captions.warnings()
 

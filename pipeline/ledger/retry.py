@@ -11,10 +11,10 @@ from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
 from pipeline.ledger.fragments import rows_in
-from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.ledger.shard_progress import ShardProgress, unfinished
+from pipeline.rowset import RowSet
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
@@ -57,10 +57,11 @@ def report_of(summary: Summary) -> ShardReport | None:
         complete=True,
         generation=summary.generation,
         content=summary.content,
+        note=summary.note,
     )
 
 
 def _ok_rows(folder: Folder, shard: str) -> Iterator[int]:
-    rows = read_rows(folder, shard)
+    rows = read_rows(folder, shard, ["row", "status"])
     assert rows is not None
     yield from rows.filter(pc.equal(rows["status"], Status.OK.value))["row"].to_pylist()

@@ -10,12 +10,15 @@ version is no part of the fingerprint.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import pyarrow as pa
 
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.changes import name_some
@@ -46,6 +49,8 @@ class Run:
     """Whether an input URI may have passwords or options, which are not stored."""
     unread: Unread = field(default_factory=Unread)
     """Files of the input that are not read."""
+    kept: pa.Schema | None = None
+    """The kept columns, with the types that they have in every file; None in runs of 0.1.0."""
 
     @property
     def schema_version(self) -> int:
@@ -113,7 +118,7 @@ class Run:
         return "; ".join([*phrases, *([f"left out {name_some(sorted(left_out))}"] if left_out else [])])
 
 
-def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: Listing) -> Run:
+def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: Listing, kept: pa.Schema) -> Run:
     """Return the run that a command begins."""
     return Run(
         fingerprint=fingerprint,
@@ -122,6 +127,7 @@ def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: List
         unread=listing.unread,
         working_folder=os.getcwd(),
         hides_options=_hide_options(settings.input),
+        kept=kept,
     )
 
 
@@ -148,6 +154,8 @@ def _write_record(folder: Folder, run: Run) -> None:
         "hides_options": run.hides_options,
         "unread": asdict(run.unread),
     }
+    if run.kept is not None:
+        record["kept"] = base64.b64encode(run.kept.serialize()).decode()
     folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
 
 
@@ -198,7 +206,12 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         working_folder=values.get("working_folder"),
         hides_options=values.get("hides_options", True),
         unread=Unread(**values.get("unread", {})),
+        kept=_read_schema(values.get("kept")),
         shards=tuple(
             with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
         ),
     )
+
+
+def _read_schema(stored: str | None) -> pa.Schema | None:
+    return None if stored is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored)))

@@ -14,9 +14,9 @@ from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.layout import SHARD_REPORTS, parse_shard_report_name, shard_report_name
-from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
+from pipeline.rowset import RowSet
 from pipeline.storage.folder import Folder
 
 

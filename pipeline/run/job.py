@@ -46,8 +46,9 @@ class Job:
 
     @property
     def empty_schema(self) -> pa.Schema:
-        """The schema of a shard without rows, whose kept columns have no known type."""
+        """The schema of a shard without rows."""
         outputs = self.settings.outputs
-        kept = (pa.field(name, pa.null()) for name in self.settings.reading.kept)
+        # Runs of version 0.1.0 do not know the types of kept columns.
+        kept = self.run.kept or [pa.field(name, pa.null()) for name in self.settings.reading.kept]
         has_member = self.settings.reading.schema_version > 1
         return output_schema(kept, outputs.fields(self.info), outputs.caption, has_member)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import pyarrow as pa
+
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.errors import InputError
@@ -47,14 +49,15 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     info = engine.info()
     settings = settings.resolved(info)
     settings.spec(engine).check(info)
-    listing = _list_input(settings, ledger) if run is None else None
+    new = _list_input(settings, ledger) if run is None else None
     info = info_where_it_runs(engine, info, settings.placement)
     if run is not None and settings.fork and not _continues(run, settings, info):
         settings, ledger, run = _find_fork(settings, ledger, info)
-        listing = _list_input(settings, ledger) if run is None else None
+        new = _list_input(settings, ledger) if run is None else None
     if run is None:
-        assert listing is not None
-        run = begin_run(settings.fingerprint(info), settings, listing)
+        assert new is not None
+        listing, kept = new
+        run = begin_run(settings.fingerprint(info), settings, listing, kept)
         return Job(
             settings,
             engine,
@@ -158,9 +161,10 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
         shards = add_new(shards, changes.new)
     run = job.run.with_shards(shards, inputs if takes_new else ())
     known = set(job.run.shards)
-    fresh = [shard for shard in shards if shard not in known]
-    check_options(fresh, job.settings.read_options)
-    ledger.folder.require_names(name for shard in fresh for name in names_of_shard(shard))
+    added = [shard for shard in shards if shard not in known]
+    if added:
+        check_options(added, job.settings.read_options)
+    ledger.folder.require_names(name for shard in added for name in names_of_shard(shard))
     return dataclasses.replace(
         job,
         ledger=ledger.of(run),
@@ -171,8 +175,8 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
     )
 
 
-def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
-    """Return the shards of a run that is to begin in this output."""
+def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.Schema]:
+    """Return the shards of a run that is to begin in this output, and its kept columns."""
     listing = list_input(
         settings.input,
         format=settings.format,
@@ -185,7 +189,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
         raise ValueError(
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
-    check_options(listing.shards, settings.read_options)
+    kept = check_options(listing.shards, settings.read_options)
     ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
@@ -194,4 +198,4 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> Listing:
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
-    return listing
+    return listing, kept

@@ -60,7 +60,11 @@ def receipts_dataset(
     with DataContext.current(context):
         encoded = ray.data.read_datasource(
             ShardDatasource(
-                work, settings.read_options, ledger.store_shard_report, TellCoordinator(coordinator)
+                work,
+                settings.read_options,
+                ledger.store_shard_report,
+                TellCoordinator(coordinator),
+                job.run.kept,
             ),
             override_num_blocks=len(work),
             num_cpus=reservations.read_cpus,

@@ -25,7 +25,7 @@ class CaptionSpec:
     options: GenerationOptions = field(default=GenerationOptions())
     """How texts are generated; `resolved` gives every option a value."""
     image_column: str = "image"
-    """Column with encoded bytes, the `datasets` library's struct of bytes and path, or uint8[H, W, 3]."""
+    """Column of images; `pipeline.stages.image_column` says what it may hold."""
     prompt: str | None = None
     """Text that every caption continues; None for plain captions."""
     prompt_column: str | None = None

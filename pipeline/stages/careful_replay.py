@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 
 from blip2_actor import Result, Status
-from pipeline.ledger.rowset import RowSet
+from pipeline.rowset import RowSet
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.coordinator import CallHistory
 from pipeline.stages.row_result import RowResult

@@ -6,18 +6,17 @@ Neither float images nor Python objects ever cross the object store.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL.Image import Image
 
 from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
+from pipeline.stages.image_column import Cell, digest_of, read_images
 from pipeline.stages.worker_exit import exit_without_destructors
-from pipeline.storage.filesystems import open_filesystem
 
 PIXELS = "_blip2_pixels"
 """Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
@@ -50,7 +49,7 @@ class DecodeStage:
         Args:
             size_px: image size of the model.
             limits: what decoding one image may cost.
-            image_column: column with encoded bytes, structs of bytes and path, or uint8[H, W, 3].
+            image_column: column of images; see `pipeline.stages.image_column`.
             keeps_image: whether that column stays in the table.
             report: receives how busy this worker was.
         """
@@ -58,6 +57,7 @@ class DecodeStage:
         self._size_px = size_px
         self._image_column = image_column
         self._dropped = {*DECODED} if keeps_image else {*DECODED, image_column}
+        self._max_file_bytes = limits.max_file_bytes
         self._accepts_truncated = limits.accept_truncated
         self._pool = DecodePool(size_px, limits, 1)
         self._report = report
@@ -75,10 +75,11 @@ class DecodeStage:
 
     def _decode_batch(self, table: pa.Table) -> pa.Table:
         started = time.monotonic()
-        images, hashes = _images(table[self._image_column])
+        images = read_images(table[self._image_column], self._max_file_bytes)
+        hashes = [digest_of(image) for image in images]
         failures = _failures(table)
-        readable = [None if failed else image for image, failed in zip(images, failures, strict=True)]
-        decoded = [failed or image for failed, image in zip(failures, self._decode(readable), strict=True)]
+        known = [failed or image for image, failed in zip(images, failures, strict=True)]
+        decoded = self._decode(known)
         rest = table.drop_columns([name for name in table.column_names if name in self._dropped])
         for name, column in _columns(decoded, hashes).items():
             rest = rest.append_column(name, column)
@@ -89,21 +90,22 @@ class DecodeStage:
             self._report(self._worker, self._busy_s, time.monotonic() - self._started)
         return rest
 
-    def _decode(self, images: Sequence[bytes | np.ndarray | None]) -> list[DecodedImage]:
-        encoded = [image for image in images if not isinstance(image, np.ndarray)]
-        if len(encoded) == len(images):
-            return self._pool.decode(encoded)
-        return [self._resize(image) for image in images]
+    def _decode(self, images: Sequence[Cell]) -> list[DecodedImage]:
+        encoded = iter(self._pool.decode([i for i in images if i is None or isinstance(i, bytes)]))
+        return [
+            next(encoded) if image is None or isinstance(image, bytes) else self._resize(image)
+            for image in images
+        ]
 
-    def _resize(self, image: Any) -> DecodedImage:
-        """Resize an image that is already an array."""
-        if image is None:
-            return DecodedImage(status=Status.MISSING_IMAGE, error="there is no image")
+    def _resize(self, image: np.ndarray | Image | DecodedImage) -> DecodedImage:
+        """Resize an image that is already decoded."""
+        if isinstance(image, DecodedImage):
+            return image
         try:
             pixels = resize_image(image, self._size_px)
         except ValueError as error:
             return DecodedImage(status=Status.UNDECODABLE, error=str(error))
-        height, width = image.shape[:2]
+        width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
 
 
@@ -126,43 +128,3 @@ def _columns(decoded: Sequence[DecodedImage], hashes: Sequence[bytes | None]) ->
         "sha256": pa.array(hashes, pa.binary()),
         PIXELS: pa.array([image.pixels for image in decoded], pa.binary()),
     }
-
-
-def _images(column: pa.ChunkedArray) -> tuple[list[Any], list[bytes | None]]:
-    """Return the images of a column, encoded bytes or uint8[H, W, 3], and the digests of their bytes.
-
-    The column may hold binary values, the `datasets` library's struct of bytes and path, or arrays.
-    """
-    if pa.types.is_struct(column.type):
-        images: list[Any] = [_bytes_of_struct(value) for value in column.to_pylist()]
-    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        images = column.to_pylist()
-    else:
-        images = [
-            array if array is None else np.asarray(array)
-            for chunk in column.chunks
-            for array in _arrays(chunk)
-        ]
-    return images, [None if image is None else hashlib.sha256(_bytes(image)).digest() for image in images]
-
-
-def _arrays(chunk: pa.Array) -> Sequence[Any]:
-    if isinstance(chunk, pa.ExtensionArray):
-        return chunk.to_numpy(zero_copy_only=False)
-    return [None if value is None else np.array(value, np.uint8) for value in chunk.to_pylist()]
-
-
-def _bytes(image: bytes | np.ndarray) -> bytes | memoryview:
-    return np.ascontiguousarray(image).data if isinstance(image, np.ndarray) else image
-
-
-def _bytes_of_struct(value: dict[str, Any] | None) -> bytes | None:
-    """Return the bytes of a `datasets` image; read its file if the table has only the path."""
-    if value is None or value.get("bytes") is not None or value.get("path") is None:
-        return None if value is None else value.get("bytes")
-    filesystem, path = open_filesystem(value["path"])
-    try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            return stream.readall()
-    except OSError:
-        return None

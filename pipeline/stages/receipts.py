@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.ledger.rowset import Range
+from pipeline.rowset import Range
 
 SCHEMA = pa.schema(
     [

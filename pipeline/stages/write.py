@@ -22,7 +22,7 @@ import ray
 from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.rowset import RowSet, ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
 from pipeline.stages.careful_replay import replay

@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TypeAlias, TypeVar
+from typing import IO, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -41,6 +43,9 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """On the file systems of Linux."""
 MAX_KEY_BYTES = 1024
 """In S3, Google Cloud Storage and Azure."""
+SPOOL_BYTES = 64 << 20
+"""Larger content that is prepared for `put` goes to a disk."""
+COPY_BYTES = 8 << 20
 PROBE_BYTES = 4096
 """A full disk still takes an empty file."""
 
@@ -97,9 +102,24 @@ class Folder:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write or replace a file in one step, so that no reader sees half of it."""
+    def put(self, name: str, content: bytes | IO[bytes]) -> None:
+        """Write or replace a file in one step, so that no reader sees half of it.
+
+        Args:
+            content: bytes, or a file that can be read from its beginning, such as one of `spool`.
+        """
         self._retry(lambda: self._put_once(name, content))
+
+    def spool(self) -> IO[bytes]:
+        """Return an empty file to prepare content in: in memory, or on a disk if it becomes large.
+
+        The disk is that of the output, if the output is on one: /tmp may be small.
+        """
+        where = None
+        if self.is_local:
+            where = self.path(ASIDE)
+            self._retry(lambda: os.makedirs(where, exist_ok=True))
+        return tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=where)
 
     def get(self, name: str) -> bytes | None:
         """Return the content of a file, or None when there is none."""
@@ -182,11 +202,12 @@ class Folder:
     def _retry(self, request: Callable[[], T]) -> T:
         return retry_on_oserror(request, self.retry_for_s)
 
-    def _put_once(self, name: str, content: bytes) -> None:
+    def _put_once(self, name: str, content: bytes | IO[bytes]) -> None:
         if not self.is_local:
-            # One write and one close: a PUT, or a multipart upload that exists when it is complete.
+            # Its close makes a PUT, or a multipart upload that exists when it is complete. It also closes
+            # after an error, so the content must be at hand: only the store itself can fail here.
             with self.filesystem.open_output_stream(self.path(name), compression=None) as stream:
-                stream.write(content)
+                _copy(content, stream)
             return
         aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
         target = self.path(name)
@@ -195,7 +216,7 @@ class Folder:
                 os.makedirs(os.path.dirname(aside), exist_ok=True)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with open(aside, "wb") as file:
-                    file.write(content)
+                    _copy(content, file)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(aside, target)
@@ -235,3 +256,11 @@ class Folder:
             for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.File
         ]
+
+
+def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None:
+    if isinstance(content, (bytes, pa.Buffer)):
+        target.write(content)
+    else:
+        content.seek(0)
+        shutil.copyfileobj(content, target, COPY_BYTES)

@@ -8,15 +8,20 @@ time. Each module says which rule makes a row and what damage may cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import folder, parquet, webdataset
 from pipeline.inputs.formats.columns import Columns, option_name
+from pipeline.inputs.formats.kept import join_fields, with_types
 from pipeline.inputs.formats.rows import member_type
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
 from pipeline.inputs.shards import Format, Shard
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
 OPTIONS_THAT_NEED_TEXTS = {
     "image_column": "--image-column",
@@ -28,6 +33,8 @@ OPTIONS_THAT_NEED_TEXTS = {
 MAX_CHECKED_SAMPLES = 16
 """First samples of a tar that are read to learn which members the samples have."""
 MAX_CHECKED_TARS = 4
+MAX_CHECKED_TABLES = 64
+"""Tables, from all over the input, whose columns are compared with the options."""
 
 READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
@@ -36,9 +43,16 @@ READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
 }
 
 
-def read_shard(work: ShardWork, options: ReadOptions) -> Tables:
-    """Yield tables of the rows asked for, in order. The generator's return value is a `ShardReport`."""
-    return READERS[work.shard.format](work, options)
+def read_shard(work: ShardWork, options: ReadOptions, kept: pa.Schema | None = None) -> Tables:
+    """Yield tables of the rows asked for, in order. The generator's return value is a `ShardReport`.
+
+    Args:
+        work: a shard, and which of its rows are wanted.
+        options: which columns or members are read.
+        kept: the kept columns as all files of the output have them; default: as the shard has them.
+    """
+    tables = READERS[work.shard.format](work, options)
+    return with_types(tables, kept) if kept else tables
 
 
 def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
@@ -50,11 +64,13 @@ def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
     return webdataset.count_rows(shard, max_rows, options)
 
 
-def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Field]:
+def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
     """Refuse options that the shards cannot satisfy, before any row is read.
 
+    A table that is damaged, or does not fit the options, becomes a partial shard as long as another one fits.
+
     Returns:
-        The fields of the kept columns, in order.
+        The kept columns, in order.
 
     Raises:
         InputError: a column does not exist or has the wrong type, no image column is found, or an option
@@ -68,12 +84,53 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> list[pa.Fiel
         )
     if formats == {"folder"}:
         _refuse_texts(options)
-    _check_members([shard for shard in shards if shard.format == "webdataset"], options)
-    for shard in shards:
-        if shard.format == "parquet":
-            columns = Columns.find(parquet.schema_of(shard), options)
-            return [field.with_name(name) for name, field in columns.kept.items()]
-    return [pa.field(name, member_type(source)) for name, source in options.kept.items()]
+    tars = [shard for shard in shards if shard.format == "webdataset"]
+    _check_members(tars, options)
+    tables = list({(s.root, s.files): s for s in shards if s.format == "parquet"}.values())
+    found = _find_columns(tables, options) if tables else []
+    kept = []
+    for name, source in options.kept.items():
+        types = [(tars[0].uri, member_type(source))] if tars else []
+        types += [(table.uri, columns.kept[name].type) for table, columns in found if name in columns.kept]
+        if not types and found:
+            names = parquet.schema_of(found[0][0]).names
+            raise InputError(f"keep must be one of the columns {', '.join(names)}, got {source!r}")
+        kept.append(join_fields(name, types))
+    return pa.schema(kept)
+
+
+def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[Shard, Columns]]:
+    """Return the tables that fit the options, with their columns.
+
+    Further tables are looked at until the type of every kept column is known.
+
+    Raises:
+        InputError: no table fits.
+    """
+    found: list[tuple[Shard, Columns]] = []
+    errors: list[InputError] = []
+    checked = evenly_spaced(tables, MAX_CHECKED_TABLES)
+    others = iter([table for table in tables if table not in checked])
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        while checked:
+            results = pool.map(lambda table: _columns_of(table, options), checked)
+            for table, columns in zip(checked, results, strict=True):
+                if isinstance(columns, InputError):
+                    errors.append(columns)
+                else:
+                    found.append((table, columns))
+            known = {n for _, c in found for n, field in c.kept.items() if not pa.types.is_null(field.type)}
+            checked = [] if found and known >= {*options.kept} else list(islice(others, MAX_CHECKED_TABLES))
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _columns_of(table: Shard, options: ReadOptions) -> Columns | InputError:
+    try:
+        return Columns.find(parquet.schema_of(table), options)
+    except InputError as error:
+        return error
 
 
 def _refuse_texts(options: ReadOptions) -> None:

@@ -40,11 +40,15 @@ class Columns:
     texts: dict[str, pa.Field]
     """The prompt and the scored texts, by the name of the column in the reader's tables."""
     kept: dict[str, pa.Field]
-    """The kept columns, by their name in the output."""
+    """The kept columns that the table has, by their name in the output."""
+    lacking: tuple[str, ...] = ()
+    """Names in the input of kept columns that the table lacks; they are null in the output."""
 
     @classmethod
     def find(cls, schema: pa.Schema, options: ReadOptions) -> Columns:
         """Find the columns that the options name, and choose image and key if they name none.
+
+        A table may lack kept columns.
 
         Raises:
             InputError: a column does not exist or has the wrong type, or the image column is in doubt.
@@ -62,7 +66,7 @@ class Columns:
         usual_key = next((name for name in USUAL_KEY_COLUMNS if name in schema.names), None)
         key_name = options.key_column or usual_key
         key = _require_column(schema, "key_column", key_name) if key_name else None
-        if key is not None and not (_is_text(key.type) or pa.types.is_integer(key.type)):
+        if key is not None and not (is_text(key.type) or pa.types.is_integer(key.type)):
             if options.key_column is not None:
                 raise InputError(
                     f"key_column must hold text or integers, got {key.name!r} of type {key.type}"
@@ -71,10 +75,15 @@ class Columns:
         texts = {}
         for name, source in options.texts.items():
             texts[name] = text = _require_column(schema, option_name(name), source)
-            if not _is_text(text.type):
+            if not is_text(text.type):
                 raise InputError(f"{option_name(name)} must hold text, got {text.name!r} of type {text.type}")
-        kept = {name: _require_column(schema, "keep", source) for name, source in options.kept.items()}
-        return cls(image, key, texts, kept)
+        lacking = tuple(source for source in options.kept.values() if source not in schema.names)
+        kept = {
+            name: _require_column(schema, "keep", source)
+            for name, source in options.kept.items()
+            if source not in lacking
+        }
+        return cls(image, key, texts, kept, lacking)
 
     @property
     def names(self) -> list[str]:
@@ -121,15 +130,17 @@ def _find_image(schema: pa.Schema) -> pa.Field:
 
 def _holds_images(type: pa.DataType) -> bool:
     if pa.types.is_struct(type):
-        return any(field.name == "bytes" and _is_bytes(field.type) for field in type)
-    return _is_bytes(type)
+        return any(field.name == "bytes" and is_bytes(field.type) for field in type)
+    return is_bytes(type)
 
 
-def _is_bytes(type: pa.DataType) -> bool:
+def is_bytes(type: pa.DataType) -> bool:
+    """Return whether a column of this type holds bytes."""
     type = type.value_type if pa.types.is_dictionary(type) else type
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
 
-def _is_text(type: pa.DataType) -> bool:
+def is_text(type: pa.DataType) -> bool:
+    """Return whether a column of this type holds text."""
     type = type.value_type if pa.types.is_dictionary(type) else type
     return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)

@@ -32,7 +32,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         return ShardReport(shard=shard.name, num_rows=0, complete=False, reason=str(error))
 
     def read_row(row: int) -> Content:
-        return _read_file(filesystem, join(root, shard.files[row]), options.max_image_bytes)
+        return read_file(filesystem, join(root, shard.files[row]), options.max_image_bytes)
 
     num_rows = shard.limit_rows(len(shard.files))
     rows = (row for span in work.overlaps(0, num_rows) for row in range(*span))
@@ -47,7 +47,8 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     return ShardReport(shard=shard.name, num_rows=num_rows, complete=True)
 
 
-def _read_file(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> Content:
+def read_file(filesystem: pafs.FileSystem, path: str, max_bytes: int) -> Content:
+    """Read an image file, or say why it cannot be read."""
     try:
         with open_input(filesystem, path) as file:
             num_bytes = file.size()

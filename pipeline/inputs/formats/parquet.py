@@ -32,12 +32,13 @@ _DAMAGE_ERRORS = (OSError, pa.ArrowException)
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:
     """Yield the rows asked for. A row group without such rows is not read."""
-    shard, num_rows, reasons = work.shard, 0, []
+    shard, num_rows, reasons, note = work.shard, 0, [], None
     try:
         with _open(shard) as file:
             sizes = _group_sizes(file.metadata)
             first, stop = shard.row_groups or (0, len(sizes))
             columns = Columns.find(file.schema_arrow, options)
+            note = _note(columns)
             rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options)
             num_rows = shard.limit_rows(sum(sizes[first:stop]))
             start = 0
@@ -54,7 +55,14 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         num_rows=num_rows,
         complete=not reasons,
         reason=f"{shard.uri}: {'; '.join(reasons[:3])}" if reasons else None,
+        note=note,
     )
+
+
+def _note(columns: Columns) -> str | None:
+    if not columns.lacking:
+        return None
+    return f"{', '.join(map(repr, columns.lacking))} is no column of the file, so it is null in the output"
 
 
 def split(shard: Shard, max_bytes: int) -> list[Shard]:
@@ -136,7 +144,9 @@ def _read_group(
             use_threads=False,
         ):
             for low, high in _overlaps(wanted, position, position + len(batch)):
-                yield rows.read(batch.slice(low - position, high - low), low)
+                part = batch.slice(low - position, high - low)
+                for first, stop in rows.cut(part):
+                    yield rows.read(part.slice(first, stop - first), low + first)
             position += len(batch)
             if position >= last:
                 return None

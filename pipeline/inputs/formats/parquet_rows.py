@@ -5,15 +5,17 @@ A cell without usable bytes becomes a row with a status and an error; it does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
-from pipeline.inputs.formats.columns import Columns
+from pipeline.inputs.formats.columns import Columns, is_bytes, is_text
 from pipeline.inputs.reader import MEMBER, ReadOptions
+from pipeline.schema import plain_type, to_plain
 
 
 class ParquetRows:
@@ -32,7 +34,10 @@ class ParquetRows:
         self._shard = shard
         self._offset = offset
         texts = dict.fromkeys(columns.texts, pa.string())
-        kept = {name: field.type for name, field in columns.kept.items()}
+        kept = {
+            name: plain_type(columns.kept[name].type) if name in columns.kept else pa.null()
+            for name in options.kept
+        }
         self._schema = pa.schema(options.columns | texts | kept)
 
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
@@ -42,7 +47,12 @@ class ParquetRows:
         if self.columns.key is not None:
             keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
         others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
-        others += [batch.column(field.name) for field in self.columns.kept.values()]
+        for name in self.options.kept:
+            field = self.columns.kept.get(name)
+            if field is None:
+                others.append(pa.nulls(len(batch)))
+            else:
+                others.append(to_plain(batch.column(field.name)))
         return self._table(row, keys, images, statuses, errors, others)
 
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:
@@ -59,11 +69,26 @@ class ParquetRows:
 
     def batch_rows(self, group: pq.RowGroupMetaData) -> int:
         """Return how many rows fill a table, by the average size of a row in the row group."""
-        names = set(self.columns.names)
         chunks = (group.column(index) for index in range(group.num_columns))
-        num_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in names)
+        num_bytes = sum(c.total_uncompressed_size for c in chunks if self._is_read(c.path_in_schema))
         row_bytes = max(1, num_bytes // max(1, group.num_rows))
         return max(1, min(self.options.table_rows, self.options.table_bytes // row_bytes))
+
+    def _is_read(self, path: str) -> bool:
+        """Return whether a path of the file's schema lies in a column that is read; names may have dots."""
+        return any(path == name or path.startswith(f"{name}.") for name in self.columns.names)
+
+    def cut(self, batch: pa.RecordBatch) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a batch that are tables: each ends as soon as it has `table_bytes` bytes.
+
+        Rows may be far larger than the average row of their row group, by which batches are sized.
+        """
+        start = num_bytes = 0
+        for row, row_bytes in enumerate(_row_bytes(batch).tolist()):
+            num_bytes += row_bytes
+            if num_bytes >= self.options.table_bytes or row + 1 == len(batch):
+                yield start, row + 1
+                start, num_bytes = row + 1, 0
 
     def _table(
         self,
@@ -113,3 +138,16 @@ class ParquetRows:
             else:
                 errors[index] = "the cell is null" if is_null else "the cell is empty"
         return pc.if_else(usable, images, None), statuses, errors
+
+
+def _row_bytes(batch: pa.RecordBatch) -> np.ndarray:
+    """Return the bytes of each row in columns of bytes and text, also in structs: int64[N]."""
+    num_bytes = np.zeros(len(batch), np.int64)
+    columns = list(batch.columns)
+    while columns:
+        column = columns.pop()
+        if pa.types.is_struct(column.type):
+            columns += column.flatten()
+        elif is_bytes(column.type) or is_text(column.type):
+            num_bytes += pc.fill_null(pc.binary_length(to_plain(column)), 0).to_numpy(zero_copy_only=False)
+    return num_bytes

@@ -3,8 +3,10 @@
 import doctest
 import hashlib
 import io
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,7 @@ def test_every_column_stays_and_the_result_columns_are_added():
     for row, image in zip(rows[:6], good, strict=True):
         assert row["caption"] == right_caption(image)
         assert (row["status"], row["error"], row["width"], row["height"]) == ("ok", None, 40, 40)
-        assert row["sha256"] == hashlib.sha256(image).digest()
+        assert row["sha256"] == hashlib.sha256(image).hexdigest()
         assert row["image"] == image
     assert [row["status"] for row in rows[6:]] == ["undecodable", "missing_image"]
     assert all(row["caption"] is None and row["error"] for row in rows[6:])
@@ -78,6 +80,31 @@ def test_arrays_of_one_size_and_of_several_are_read():
     ds = ray.data.from_items([{"id": n, "image": pixels} for n, pixels in enumerate(several)])
     rows = by_id(pipeline.caption(ds, engine=FakeEngineConfig()))
     assert [(row["width"], row["height"], row["status"]) for row in rows] == [(30, 20, "ok"), (6, 5, "ok")]
+
+
+def test_what_ray_reads_without_a_mode_is_captioned_and_written_as_json(tmp_path):
+    """All but one of these were undecodable, and the digest could not be written."""
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    (tmp_path / "in").mkdir()
+    for mode in ("RGB", "L", "RGBA", "LA"):
+        rgb.convert(mode).save(tmp_path / "in" / f"{mode}.png")
+    ds = ray.data.read_images(str(tmp_path / "in"), include_paths=True)
+    pipeline.caption(ds, FakeEngineConfig()).drop_columns(["image"]).write_json(str(tmp_path / "out"))
+    lines = [line for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
+    assert len(lines) == 4
+    for row in map(json.loads, lines):
+        image = Path(row["path"]).read_bytes()
+        assert (row["status"], row["width"], row["height"]) == ("ok", 30, 20)
+        assert row["caption"] == right_caption(image), row["path"]
+        assert len(bytes.fromhex(row["sha256"])) == 32
+
+
+def test_a_column_that_holds_no_images_is_refused_before_work():
+    ds = ray.data.from_items([{"image": "https://127.0.0.1/a.jpg"}])
+    with pytest.raises(
+        ValueError, match=r"image_column must hold .*, got 'image' of type string; read the files"
+    ):
+        pipeline.caption(ds, FakeEngineConfig())
 
 
 def test_prompts_from_a_column_and_several_texts():

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from blip2_actor import Status
 from blip2_actor.testing import FakeEngineConfig
-from pipeline.inputs.reader import ShardWork
 from pipeline.inputs.stamps import read_unchanged
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.run.job import Job
@@ -55,7 +54,7 @@ def work(
         ledger.begin(job.run)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
-    ledger.sweep(job.run, job.metadata)
+    ledger.sweep(job.run, job.metadata, job.empty_schema)
     state = ledger.scan()
     left = ledger.to_retry(job.run, state) if job.is_retry else ledger.unfinished(job.run, state)
     num_tables = 0
@@ -63,20 +62,20 @@ def work(
         if progress.is_complete:
             continue
         options = job.settings.read_options
-        reader = read_unchanged(ShardWork(shard=progress.shard, missing=progress.work.missing), options)
+        reader = read_unchanged(progress.work, options, job.run.kept)
         try:
             while num_tables != max_tables:
-                ledger.write_fragment(_rows(next(reader)))
+                ledger.write_fragment(_rows(next(reader), job.run.kept))
                 num_tables += 1
                 if after_table is not None:
                     after_table()
         except StopIteration as end:
             ledger.store_shard_report(end.value)
-    ledger.sweep(job.run, job.metadata)
+    ledger.sweep(job.run, job.metadata, job.empty_schema)
     return ledger.reconcile(job.run, ledger.scan())
 
 
-def _rows(table: pa.Table) -> pa.Table:
+def _rows(table: pa.Table, kept: pa.Schema | None) -> pa.Table:
     rows = []
     for row in table.select(["key", "shard", "row", "image"]).to_pylist():
         image = row.pop("image") or b""
@@ -84,7 +83,10 @@ def _rows(table: pa.Table) -> pa.Table:
         status = Status.OK if ok else Status.UNDECODABLE
         caption = image.decode(errors="replace") if ok else None
         rows.append(row | {"caption": caption, "flags": [], "status": status.value})
-    return pa.Table.from_pylist(rows, schema=ROW_CONTRACT)
+    finished = pa.Table.from_pylist(rows, schema=ROW_CONTRACT)
+    for field in kept or ():
+        finished = finished.append_column(field, table[field.name])
+    return finished
 
 
 def captions(root: Path) -> dict[str, list[tuple[str, str | None]]]:

@@ -18,9 +18,9 @@ from pipeline.ledger.fragments import (
     write_fragment,
 )
 from pipeline.ledger.layout import output_name
-from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.scan import scan_output
 from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
+from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
 
@@ -183,7 +183,7 @@ def test_a_failed_put_leaves_the_old_file_and_no_leftovers(folder, monkeypatch):
 
 
 def test_row_groups_stay_readable_in_pieces(folder, monkeypatch):
-    monkeypatch.setattr("pipeline.ledger.commit.ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("pipeline.ledger.merge.ROW_GROUP_BYTES", 1000)
     write_fragment(folder, rows(range(200)))
     commit_shard(folder, report(200), {})
     file = pq.ParquetFile(folder.path(output_name("a/0.tar")))

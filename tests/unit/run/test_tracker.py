@@ -2,8 +2,8 @@
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.rowset import RowSet
 from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.rowset import RowSet
 from pipeline.run.tracker import Tracker
 from pipeline.stages.receipts import Receipt
 

@@ -1,6 +1,6 @@
 """The row that kills its process must be found, and no row next to it may fail with it."""
 
-from pipeline.ledger.rowset import RowSet
+from pipeline.rowset import RowSet
 from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device

@@ -11,6 +11,8 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats import check_options, parquet
+from pipeline.inputs.formats.columns import Columns
+from pipeline.inputs.formats.parquet_rows import ParquetRows
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
@@ -109,7 +111,6 @@ def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
         ({"image": ["x.jpg"]}, {"image_column": "image"}, "image_column must hold bytes"),
         ({"image": [b"x"], "n": [1.5]}, {"key_column": "n"}, "key_column must hold text or integers"),
         ({"image": [b"x"], "n": [1]}, {"prompt_column": "n"}, "prompt_column must hold text"),
-        ({"image": [b"x"]}, {"keep": ("label",)}, "keep must be one of the columns image, got 'label'"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_before_reading(tmp_path, columns, options, message):
@@ -119,6 +120,12 @@ def test_columns_that_do_not_fit_are_refused_before_reading(tmp_path, columns, o
     rows, report = read_rows(shard, **options)
     assert (rows, report.num_rows, report.complete) == ([], 0, False)
     assert report.reason is not None and report.reason.startswith(shard.uri)
+
+
+def test_a_kept_column_that_no_table_has_is_refused(tmp_path):
+    shard = write(tmp_path, {"image": [b"x"]})
+    with pytest.raises(InputError, match=r"keep must be one of the columns image, got 'label'"):
+        check_options([shard], ReadOptions(keep=("label",)))
 
 
 def test_a_usual_name_decides_between_columns_of_bytes(tmp_path):
@@ -213,6 +220,27 @@ def test_tables_are_small_and_the_same_every_time(tmp_path):
     assert max(len(table) for table in tables) <= 10
     assert tables == read_tables(shard, table_bytes=10_000)[0]
     assert {table.schema.field("image").type for table in tables} == {pa.binary()}
+
+
+@pytest.mark.parametrize("column", ["image", "a.b.image", "image.", "struct"])
+def test_batches_are_small_whatever_the_name_of_the_column(tmp_path, column):
+    """A name with a dot was not found in the footer, so that a batch had 512 rows of any size."""
+    images = pa.array([b"x" * 1000] * 100)
+    cells = pa.StructArray.from_arrays([images], ["bytes"]) if column == "struct" else images
+    table = {column: cells, "image_of_another": images}
+    shard = write(tmp_path, table, compression="none", use_dictionary=False)
+    options = ReadOptions(image_column=column, table_bytes=10_000)
+    rows = ParquetRows("s", 0, Columns.find(parquet.schema_of(shard), options), options)
+    assert rows.batch_rows(pq.read_metadata(tmp_path / "0.parquet").row_group(0)) == 9
+    assert len(read_rows(shard, image_column=column)[0]) == 100
+
+
+def test_rows_that_are_larger_than_the_average_fill_tables_of_their_own(tmp_path):
+    images = [b"x"] * 500 + [b"y" * 10_000] * 5
+    shard = write(tmp_path, {"image": images}, compression="none", use_dictionary=False)
+    tables, _ = read_tables(shard, table_bytes=20_000)
+    assert [row for table in tables for row in table["image"].to_pylist()] == images
+    assert max(table["image"].nbytes for table in tables) < 22_500
 
 
 def test_an_empty_table_is_complete(tmp_path):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ledger.rowset import RowSet, ranges_of
+from pipeline.rowset import RowSet, ranges_of
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=25)
 

@@ -1,0 +1,163 @@
+"""Merge the rows of a shard from many pieces, in row order, in little memory.
+
+A piece is a fragment, or a row group of the file that the shard has already. The first pass over the pieces
+reads which rows they hold; it needs some 60 bytes a row. The second pass reads the pieces again as their rows
+come up, and yields the rows of one row group at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from blip2_actor import Status
+from pipeline.schema import to_plain
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+
+HELD_BYTES = 64 << 20
+"""Pieces of up to this size are kept from one pass, and from one row group, to the next."""
+ROW_GROUP_BYTES = 32 << 20
+MAX_ROW_GROUP_ROWS = 65_536
+
+Piece = Callable[[], "pa.Table | None"]
+"""Reads rows; returns None when they are no longer there."""
+
+
+class PieceGone(Exception):
+    """Another process has deleted a piece after the first pass: it has committed the shard."""
+
+
+class Merge:
+    """The rows of several pieces, each row number once: an ok row if there is one, else the first piece's.
+
+    Args:
+        pieces: in any order; those that are gone are left out.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        self._held: dict[int, pa.Table] = {}
+        self._row_bytes = np.ones(len(pieces))
+        schemas: dict[pa.Schema, None] = {}
+        parts = []
+        for number, table in _read(pieces, range(len(pieces))):
+            if table is None or not len(table):
+                continue
+            schemas[table.schema] = None
+            parts.append(_index(number, table))
+            self._row_bytes[number] = table.nbytes / len(table)
+            self._hold(number, table)
+        self.schema = pa.unify_schemas([*schemas], promote_options="permissive") if schemas else None
+        self._rows = pa.concat_tables(parts) if parts else _index(0, None)
+        self._order = self._find_order()
+        self.numbers: np.ndarray = self._rows["row"].to_numpy()[self._order]
+        """int64[N], the row numbers, ascending."""
+
+    def first_conflict(self) -> tuple[int, str, str] | None:
+        """Return a row that has different keys in two pieces, with both keys, or None."""
+        if len(self.numbers) == len(self._rows):
+            return None
+        keys = self._rows.group_by("row").aggregate([("key", "min"), ("key", "max")]).sort_by("row")
+        conflicts = keys.filter(pc.not_equal(keys["key_min"], keys["key_max"]))
+        if not len(conflicts):
+            return None
+        (row,) = conflicts.slice(0, 1).to_pylist()
+        return row["row"], row["key_min"], row["key_max"]
+
+    def by_status(self, num_rows: int) -> dict[str, int]:
+        """Count the statuses of the first rows."""
+        statuses = self._rows["status"].take(pa.array(self._order[:num_rows]))
+        return dict(sorted(Counter(statuses.to_pylist()).items()))
+
+    def row_groups(self, num_rows: int) -> Iterator[pa.Table]:
+        """Yield the first rows in order, a row group at a time.
+
+        Raises:
+            PieceGone: a piece that is still needed is no longer there.
+        """
+        chosen = self._rows.select(["piece", "position"]).take(pa.array(self._order[:num_rows]))
+        pieces, positions = chosen["piece"].to_numpy(), chosen["position"].to_numpy()
+        last_use = np.full(len(self._pieces), -1)
+        last_use[pieces] = np.arange(num_rows)  # The last assignment counts.
+        num_bytes = np.cumsum(self._row_bytes[pieces])
+        start = 0
+        while start < num_rows:
+            limit = ROW_GROUP_BYTES + (num_bytes[start - 1] if start else 0)
+            stop = max(start + 1, int(np.searchsorted(num_bytes, limit, "right")))
+            stop = min(stop, start + MAX_ROW_GROUP_ROWS)
+            yield self._take(pieces[start:stop], positions[start:stop])
+            self._release(last_use >= stop)
+            start = stop
+
+    def _find_order(self) -> np.ndarray:
+        """Return the places in `_rows` of the rows that count, by ascending row number."""
+        numbers = self._rows["row"].to_numpy()
+        not_ok = pc.not_equal(self._rows["status"], Status.OK.value).to_numpy()
+        order = np.lexsort((self._rows["piece"].to_numpy(), not_ok, numbers))
+        first = np.ones(len(order), bool)
+        first[1:] = numbers[order][1:] != numbers[order][:-1]
+        return order[first]
+
+    def _take(self, pieces: np.ndarray, positions: np.ndarray) -> pa.Table:
+        assert self.schema is not None
+        needed = np.unique(pieces)
+        for number, table in _read(self._pieces, [n for n in needed if n not in self._held]):
+            if table is None:
+                raise PieceGone
+            self._held[number] = table
+        parts, places = [self.schema.empty_table()], []
+        for number in needed:
+            places.append(np.flatnonzero(pieces == number))
+            parts.append(self._held[number].take(pa.array(positions[places[-1]])))
+        joined = pa.concat_tables(parts, promote_options="permissive")
+        return joined.take(pa.array(np.argsort(np.concatenate(places), kind="stable")))
+
+    def _hold(self, number: int, table: pa.Table) -> None:
+        if table.nbytes + sum(held.nbytes for held in self._held.values()) <= HELD_BYTES:
+            self._held[number] = table
+
+    def _release(self, is_needed: np.ndarray) -> None:
+        held, self._held = self._held, {}
+        for number, table in held.items():
+            if is_needed[number]:
+                self._hold(number, table)
+
+
+def _read(pieces: Sequence[Piece], numbers: Iterable[int]) -> Iterator[tuple[int, pa.Table | None]]:
+    """Read pieces, several at the same time but never all, and yield them with their numbers."""
+    numbers = list(numbers)
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        for start in range(0, len(numbers), MAX_CONCURRENT_REQUESTS):
+            some = numbers[start : start + MAX_CONCURRENT_REQUESTS]
+            for number, table in zip(some, pool.map(lambda n: pieces[n](), some), strict=True):
+                yield number, None if table is None else _plain(table)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Return a table without metadata, and without the types that cannot be joined or taken from."""
+    columns = [to_plain(column) for column in table.columns]
+    fields = zip(table.schema, columns, strict=True)
+    return pa.table(columns, pa.schema([field.with_type(column.type) for field, column in fields]))
+
+
+def _index(number: int, table: pa.Table | None) -> pa.Table:
+    """Return what the first pass keeps of a piece."""
+    schema = pa.schema(
+        {
+            "row": pa.int64(),
+            "key": pa.string(),
+            "status": pa.string(),
+            "piece": pa.int32(),
+            "position": pa.int32(),
+        }
+    )
+    if table is None:
+        return schema.empty_table()
+    places = np.arange(len(table), dtype=np.int32)
+    columns = [*table.select(["row", "key", "status"]).columns, np.full_like(places, number), places]
+    return pa.table(columns, schema=schema)

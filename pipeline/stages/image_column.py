@@ -1,0 +1,155 @@
+"""What a column of images may hold, and how its images are read from it.
+
+A column holds encoded bytes, the `datasets` library's struct of bytes and path, PIL images, or arrays of one
+of the layouts that `array_to_rgb` reads: tensors, or nested lists. The type of the column tells nearly every
+other column before work. What only a row tells, such as a path that is not there, costs that row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from ray.data.extensions import (
+    ArrowPythonObjectType,
+    ArrowTensorType,
+    ArrowTensorTypeV2,
+    ArrowVariableShapedTensorType,
+)
+
+from blip2_actor import DecodedImage, Status, require_image_layout
+from pipeline.errors import InputError
+from pipeline.inputs.formats.columns import is_bytes, is_text
+from pipeline.inputs.formats.folder import read_file
+from pipeline.schema import to_plain
+from pipeline.storage.filesystems import open_filesystem
+
+RAY_TYPES = (ArrowPythonObjectType, ArrowTensorType, ArrowTensorTypeV2, ArrowVariableShapedTensorType)
+TAKEN = "encoded bytes, structs of bytes and path, PIL images or arrays"
+
+Cell: TypeAlias = "bytes | np.ndarray | Image.Image | DecodedImage | None"
+"""An image, or why there is none."""
+
+
+def require_images(name: str, type: Any) -> None:
+    """Raise ValueError, which names a column, unless a column of this type may hold images.
+
+    Args:
+        name: the column.
+        type: its type in Arrow; of a pandas block, its dtype.
+    """
+    if not isinstance(type, pa.DataType):
+        if not isinstance(type, np.dtype) or type == np.dtype(object):
+            return  # Only the rows show what the objects are.
+        remedy = ""
+    elif is_text(type):
+        remedy = "; read the files with ray.data.read_binary_files, or decode base64 with ds.map"
+    elif pa.types.is_list(type) and _holds_bytes(type.value_type):
+        remedy = "; make a row of each image with ds.flat_map"
+    elif (layout := _layout(type)) is not None:
+        try:
+            require_image_layout(*layout)
+        except ValueError as error:
+            raise ValueError(f"image_column {name!r}: {error}") from None
+        return
+    elif _holds_bytes(type) or isinstance(type, ArrowPythonObjectType):
+        return
+    else:
+        remedy = "; convert it to bytes with ds.map" if pa.types.is_list(type) else ""
+    raise ValueError(f"image_column must hold {TAKEN}, got {name!r} of type {type}{remedy}")
+
+
+def read_images(column: pa.ChunkedArray, max_file_bytes: int) -> list[Cell]:
+    """Return the images of a column.
+
+    Args:
+        max_file_bytes: a larger file is not read, if the column names files.
+    """
+    return [
+        _require_image(cell) for chunk in column.chunks for cell in _cells_of_chunk(chunk, max_file_bytes)
+    ]
+
+
+def digest_of(cell: Cell) -> bytes | None:
+    """Return the SHA-256 of an image's bytes, or of its pixels if it is decoded; None if there is none."""
+    if cell is None or isinstance(cell, DecodedImage):
+        return None
+    return hashlib.sha256(cell if isinstance(cell, bytes) else np.ascontiguousarray(cell).data).digest()
+
+
+def _cells_of_chunk(chunk: pa.Array, max_file_bytes: int) -> list[Any]:
+    if pa.types.is_struct(chunk.type):
+        return [_read_struct(value, max_file_bytes) for value in chunk.to_pylist()]
+    if isinstance(chunk.type, (pa.FixedShapeTensorType, *RAY_TYPES)):
+        is_native = isinstance(chunk, pa.FixedShapeTensorArray)
+        cells = chunk.to_numpy_ndarray() if is_native else chunk.to_numpy(zero_copy_only=False)
+        valid = chunk.is_valid().to_pylist()
+        return [cell if is_valid else None for cell, is_valid in zip(cells, valid, strict=True)]
+    layout = _layout(chunk.type)
+    cells = to_plain(chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk).to_pylist()
+    return cells if layout is None else [_array(cell, layout[0]) for cell in cells]
+
+
+def _layout(type: pa.DataType) -> tuple[np.dtype, tuple[int | None, ...]] | None:
+    """Return dtype and shape of the arrays in a column, or None if it holds something else."""
+    shape: tuple[int | None, ...]
+    if isinstance(type, (pa.FixedShapeTensorType, ArrowTensorType, ArrowTensorTypeV2)):
+        type, shape = type.value_type, tuple(type.shape)
+    elif isinstance(type, ArrowVariableShapedTensorType):
+        type, shape = type.storage_type.field("data").type.value_type, (None,) * type.ndim
+    else:
+        type, shape = type.storage_type if isinstance(type, pa.BaseExtensionType) else type, ()
+        while pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+            shape += (type.list_size if pa.types.is_fixed_size_list(type) else None,)
+            type = type.value_type
+        if len(shape) < 2:
+            return None
+    if pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_boolean(type):
+        return np.dtype(type.to_pandas_dtype()), shape
+    return None
+
+
+def _holds_bytes(type: pa.DataType) -> bool:
+    if pa.types.is_struct(type):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in type)
+    return is_bytes(type) or pa.types.is_fixed_size_binary(type) or pa.types.is_null(type)
+
+
+def _array(value: Any, dtype: np.dtype) -> np.ndarray | DecodedImage | None:
+    try:
+        return None if value is None else np.array(value, dtype)
+    except (TypeError, ValueError) as error:  # rows of different lengths, or a null among the numbers
+        return DecodedImage(status=Status.UNDECODABLE, error=f"the lists are no array: {error}")
+
+
+def _read_struct(value: dict[str, Any] | None, max_file_bytes: int) -> bytes | DecodedImage | None:
+    """Return the bytes of a struct, or read the file that it names."""
+    if value is None or value.get("bytes") is not None or value.get("path") is None:
+        return None if value is None else value.get("bytes")
+    try:
+        filesystem, path = open_filesystem(value["path"])
+    except InputError as error:
+        return DecodedImage(status=Status.UNREADABLE, error=str(error))
+    image, status, reason = read_file(filesystem, path, max_file_bytes)
+    return image if status is None else DecodedImage(status=status, error=reason)
+
+
+def _require_image(cell: Any) -> Cell:
+    if cell is None or isinstance(cell, (bytes, DecodedImage)):
+        return cell
+    if isinstance(cell, (bytearray, memoryview)):
+        return bytes(cell)
+    try:
+        if isinstance(cell, Image.Image):
+            cell.load()
+            return cell
+        if isinstance(cell, np.ndarray):
+            require_image_layout(cell.dtype, cell.shape)
+            return cell
+    except Exception as error:  # damaged PIL images raise errors of any class
+        return DecodedImage(status=Status.UNDECODABLE, error=str(error))
+    found = type(cell).__name__
+    return DecodedImage(status=Status.UNDECODABLE, error=f"the cell must hold {TAKEN}, got {found}")

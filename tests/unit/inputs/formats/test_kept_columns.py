@@ -1,0 +1,122 @@
+"""Kept columns have one type in every file of an output, whatever the single shards know of it."""
+
+from __future__ import annotations
+
+import datasets
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options
+from pipeline.inputs.formats.kept import common_type
+from pipeline.inputs.reader import ReadOptions
+from pipeline.ledger.run_record import read_run
+from pipeline.schema import plain_type
+from pipeline.storage.folder import Folder
+from tests.unit.inputs.formats.reading_cases import encoded, shard_at, tar_bytes
+from tests.unit.inputs.run_without_ray import run
+
+
+def write_tables(root, *tables: dict) -> None:
+    (root / "in").mkdir()
+    for n, table in enumerate(tables):
+        pq.write_table(pa.table({"image": pa.array([], pa.binary())} | table), root / "in" / f"{n}.parquet")
+
+
+def output_schemas(root) -> list[pa.Schema]:
+    return [pq.read_schema(path).remove_metadata() for path in sorted((root / "out").glob("*.parquet"))]
+
+
+def of(label: list | pa.Array) -> dict:
+    return {"image": [b"x"] * len(label), "label": label}
+
+
+def test_an_empty_and_a_broken_first_table_have_the_columns_of_the_others(tmp_path):
+    """Their kept columns had the type null, so that pyarrow, datasets and DuckDB could not join the files."""
+    write_tables(tmp_path, {"label": pa.nulls(0)}, {}, of([{"a": 1}, None]))
+    (tmp_path / "in" / "1.parquet").write_bytes(b"broken")
+    assert run(tmp_path, reading=ReadOptions(keep=("label",))).num_rows == 2
+    schemas = output_schemas(tmp_path)
+    assert len(schemas) == 3 and schemas[0] == schemas[1] == schemas[2]
+    assert schemas[0].field("label").type == pa.struct([("a", pa.int64())])
+
+    out = f"{tmp_path}/out/*.parquet"
+    label = [{"a": 1}, None]
+    assert pq.read_table(tmp_path / "out")["label"].to_pylist() == label
+    assert len(pd.read_parquet(tmp_path / "out")) == 2
+    assert duckdb.sql(f"select label from '{out}' order by row").fetchall() == [({"a": 1},), (None,)]
+    loaded = datasets.load_dataset("parquet", data_files=out, split="train", cache_dir=str(tmp_path / "c"))
+    assert loaded["row"][:] == [0, 1]
+
+
+def test_a_table_that_lacks_a_kept_column_has_nulls_and_a_note(tmp_path):
+    """All its rows were lost to a partial shard."""
+    write_tables(tmp_path, of(["one"]), {"image": [b"x", b"y"]})
+    done = run(tmp_path, reading=ReadOptions(keep=("mine=label",)))
+    assert (done.num_ok, done.partial) == (3, [])
+    assert pq.read_table(tmp_path / "out" / "1.parquet.parquet")["mine"].to_pylist() == [None, None]
+    (note,) = [line for line in done.lines() if line.startswith("note: ")]
+    assert note == "note: 1.parquet: 'label' is no column of the file, so it is null in the output"
+
+
+def test_numbers_of_several_sizes_have_the_largest(tmp_path):
+    columns = [pa.array([7], type) for type in (pa.int8(), pa.int64(), pa.int32())]
+    write_tables(tmp_path, *map(of, columns))
+    run(tmp_path, reading=ReadOptions(keep=("label",)))
+    assert {schema.field("label").type for schema in output_schemas(tmp_path)} == {pa.int64()}
+    stored = read_run(Folder(str(tmp_path / "out")))
+    assert stored is not None and stored.kept == pa.schema([("label", pa.int64())])
+
+
+def test_types_that_nothing_joins_are_refused_by_both_files(tmp_path):
+    write_tables(tmp_path, of([1]), of(["one"]))
+    message = r"keep .* got 'label' of type int64 in .*/0.parquet and string in .*/1.parquet; write it"
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, reading=ReadOptions(keep=("label",)))
+
+
+def test_a_table_that_was_not_looked_at_and_does_not_fit_has_nulls_and_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.inputs.formats.MAX_CHECKED_TABLES", 1)
+    write_tables(tmp_path, of([1]), of(["one"]))
+    done = run(tmp_path, reading=ReadOptions(keep=("label",)))
+    assert done.num_ok == 2
+    assert pq.read_table(tmp_path / "out")["label"].to_pylist() == [1, None]
+    assert "has the type string, and the output int64" in done.lines()[-1]
+
+
+def test_tables_are_looked_at_until_the_type_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.inputs.formats.MAX_CHECKED_TABLES", 1)
+    write_tables(tmp_path, of(pa.nulls(1)), {"image": [b"x"]}, of(["one"]))
+    shards = [shard_at(path, "parquet") for path in sorted((tmp_path / "in").iterdir())]
+    assert check_options(shards, ReadOptions(keep=("label",))) == pa.schema([("label", pa.string())])
+
+
+def test_tars_and_tables_have_one_type(tmp_path):
+    write_tables(tmp_path, {"image": [b"x"], "txt": pa.array(["of a table"], pa.string_view())})
+    (tmp_path / "in" / "1.tar").write_bytes(tar_bytes([("a.png", encoded("PNG")), ("a.txt", b"of a tar")]))
+    run(
+        tmp_path,
+        input=(f"{tmp_path}/in/*.parquet", f"{tmp_path}/in/*.tar"),
+        reading=ReadOptions(keep=("txt",)),
+    )
+    assert pq.read_table(tmp_path / "out")["txt"].to_pylist() == ["of a table", "of a tar"]
+
+
+@pytest.mark.parametrize(
+    ("type", "plain"),
+    [
+        (pa.string_view(), pa.string()),
+        (pa.list_(pa.binary_view()), pa.list_(pa.binary())),
+        (pa.large_list_view(pa.int8()), pa.large_list(pa.int8())),
+        (pa.map_(pa.string(), pa.list_view(pa.int8())), pa.map_(pa.string(), pa.list_(pa.int8()))),
+        (pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]), pa.struct([("a", pa.string())])),
+        (pa.list_(pa.string_view(), 2), pa.list_(pa.string(), 2)),
+        (pa.uuid(), pa.uuid()),
+    ],
+)
+def test_views_and_dictionaries_become_plain_on_every_level(type, plain):
+    assert plain_type(type) == common_type(pa.null(), type) == plain
+    assert pa.nulls(2, type).cast(plain).type == plain

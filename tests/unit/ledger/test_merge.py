@@ -1,0 +1,112 @@
+"""A merge holds a few pieces at a time, and writes every type and any size that a fragment can have."""
+
+from __future__ import annotations
+
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger import merge as merge_module
+from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.merge import Merge, PieceGone
+from pipeline.storage.folder import Folder
+
+
+def piece_of(numbers: list[int], kept: pa.Array | None = None, status: str = "ok") -> pa.Table:
+    columns: dict[str, object] = {
+        "key": [f"k{n}" for n in numbers],
+        "shard": ["s"] * len(numbers),
+        "row": pa.array(numbers, pa.int64()),
+        "status": [status] * len(numbers),
+    }
+    return pa.table(columns if kept is None else columns | {"kept": kept})
+
+
+def merged(tables: list[pa.Table]) -> pa.Table:
+    merge = Merge([lambda table=table: table for table in tables])
+    return pa.concat_tables(merge.row_groups(len(merge.numbers)))
+
+
+@pytest.mark.parametrize(
+    ("type", "values"),
+    [
+        (pa.string_view(), ["a", "b" * 30]),
+        (pa.binary_view(), [b"a", None]),
+        (pa.list_view(pa.int32()), [[1], [2]]),
+        (pa.dictionary(pa.int8(), pa.string()), ["a", "b"]),
+        (pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]), [{"a": "x"}, None]),
+        (pa.map_(pa.string(), pa.int64()), [[("k", 1)], None]),
+        (pa.float16(), [1.5, None]),
+        (pa.list_(pa.float32(), 2), [[1, 2], None]),
+    ],
+)
+def test_every_type_can_be_written(tmp_path, type, values):
+    """Nothing can be taken from views, for example, which Polars writes."""
+    rows = merged([piece_of([1 - n], pa.array([value], type)) for n, value in enumerate(values)])
+    pq.write_table(rows, tmp_path / "0.parquet")
+    table = pq.read_table(tmp_path / "0.parquet")
+    assert table["row"].to_pylist() == [0, 1]
+    assert table["kept"].to_pylist() == values[::-1]
+
+
+def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):
+    monkeypatch.setattr(merge_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 500)
+    numbers = list(range(200))
+    random.Random(0).shuffle(numbers)
+    reads = 0
+    pieces = []
+    for start in range(0, 200, 20):
+
+        def read(rows: list[int] = numbers[start : start + 20]) -> pa.Table:
+            nonlocal reads
+            reads += 1
+            return piece_of(rows, pa.array([b"%d" % n for n in rows]))
+
+        pieces.append(read)
+    merge = Merge(pieces)
+    groups = list(merge.row_groups(200))
+    assert len(groups) > 10 and reads > 20
+    rows = pa.concat_tables(groups)
+    assert rows["row"].to_pylist() == list(range(200))
+    assert rows["kept"].to_pylist() == [b"%d" % n for n in range(200)]
+
+
+def test_neighboring_row_groups_share_a_piece_that_is_held(monkeypatch):
+    monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 100)
+    tables = [piece_of(list(range(start, start + 50))) for start in (0, 50)]
+    merge = Merge([lambda table=table: table for table in tables])
+    monkeypatch.setattr(merge, "_pieces", [pytest.fail] * 2)
+    assert len(list(merge.row_groups(100))) > 10
+
+
+def test_the_first_piece_wins_unless_another_is_ok():
+    tables = [
+        piece_of([0, 1], pa.array(["first", "first"]), "undecodable"),
+        piece_of([0, 1], pa.array(["second", "second"]), "undecodable"),
+        piece_of([1], pa.array(["third"])),
+    ]
+    assert merged(tables)["kept"].to_pylist() == ["first", "third"]
+
+
+def test_a_piece_that_is_gone_is_left_out_first_and_ends_the_merge_later(monkeypatch):
+    monkeypatch.setattr(merge_module, "HELD_BYTES", 0)
+    answers = [piece_of([0]), None]
+    merge = Merge([lambda: answers.pop(0), lambda: None])
+    assert merge.numbers.tolist() == [0]
+    with pytest.raises(PieceGone):
+        list(merge.row_groups(1))
+
+
+def test_more_than_a_chunk_has_room_for_is_written(tmp_path, monkeypatch):
+    """Strings of one chunk have at most 2 GiB; here the limit is 100 bytes."""
+    monkeypatch.setattr("pipeline.ledger.fragments.MAX_CHUNK_BYTES", 100)
+    folder = Folder(str(tmp_path))
+    fragment = write_fragment(folder, piece_of([2, 0, 1], pa.array(["c", "a", "b"])))
+    assert (fragment.first, fragment.last, fragment.count) == (0, 2, 3)
+    commit_shard(folder, ShardReport(shard="s", num_rows=3, complete=True), {})
+    assert pq.read_table(tmp_path / "s.parquet")["kept"].to_pylist() == ["a", "b", "c"]

@@ -1,0 +1,117 @@
+"""Every column that Ray, Arrow and the datasets library have for images is read, or refused by its name."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
+
+from blip2_actor import DecodedImage
+from pipeline.stages.image_column import digest_of, read_images, require_images
+
+GRAY = np.arange(6, dtype=np.uint8).reshape(2, 3)
+OTHER = np.arange(4, dtype=np.uint8).reshape(2, 2)
+MAX_BYTES = 1000
+
+
+def datasets_arrays() -> pa.ChunkedArray:
+    features = datasets.Features({"image": datasets.Array2D((2, 3), "uint8")})
+    return datasets.Dataset.from_dict({"image": [GRAY.tolist()]}, features=features).data.table["image"]
+
+
+ARRAYS = [
+    ArrowTensorArray.from_numpy(GRAY[None]),
+    ArrowVariableShapedTensorArray.from_numpy([GRAY, OTHER]),
+    ArrowPythonObjectArray.from_objects([GRAY, None, b"bytes"]),
+    pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([GRAY, GRAY])),
+    pa.array([GRAY.tolist(), None], pa.list_(pa.list_(pa.uint8()))),
+    pa.array([GRAY.tolist()], pa.large_list(pa.list_(pa.uint8(), 3))),
+    datasets_arrays(),
+]
+BYTES = [
+    pa.array([b"abc", None]),
+    pa.array([b"abc"], pa.large_binary()),
+    pa.array([b"abc"], pa.binary_view()),
+    pa.array([b"abc"], pa.binary(3)),
+    pa.array([b"abc"]).dictionary_encode(),
+    pa.array([{"bytes": b"abc", "path": None}]),
+    pa.array([{"bytes": b"abc"}], pa.struct([("bytes", pa.large_binary())])),
+    ArrowPythonObjectArray.from_objects([bytearray(b"abc")]),
+]
+
+
+def read(column: pa.Array | pa.ChunkedArray) -> list:
+    require_images("image", column.type)
+    return read_images(
+        column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]), MAX_BYTES
+    )
+
+
+@pytest.mark.parametrize("column", ARRAYS, ids=lambda column: str(column.type))
+def test_arrays(column):
+    images = read(column)
+    assert images[0].dtype == np.uint8 and (images[0] == GRAY).all()
+    assert len(images) == len(column) and all(image is None for image in images[1:2] if len(images) == 3)
+
+
+@pytest.mark.parametrize("column", BYTES, ids=lambda column: str(column.type))
+def test_bytes(column):
+    assert read(column) == [b"abc", None][: len(column)]
+
+
+@pytest.mark.parametrize(
+    ("type", "reason"),
+    [
+        (pa.string(), "of type string; read the files with ray.data.read_binary_files, or decode base64"),
+        (pa.string_view(), "of type string_view; read the files"),
+        (pa.int64(), "of type int64"),
+        (pa.list_(pa.binary()), "make a row of each image with ds.flat_map"),
+        (pa.list_(pa.struct([("bytes", pa.binary())])), "make a row of each image with ds.flat_map"),
+        (pa.list_(pa.uint8()), "convert it to bytes with ds.map"),
+        (pa.struct([("bytes", pa.string())]), "of type struct<bytes: string>"),
+        (np.dtype(np.float64), "of type float64"),
+        (ArrowTensorArray.from_numpy(np.zeros((1, 3, 8, 8), np.uint8)).type, "put its channels last"),
+        (ArrowTensorArray.from_numpy(np.zeros((1, 8, 8, 3), np.int64)).type, "convert it to uint8"),
+    ],
+    ids=str,
+)
+def test_other_columns_are_refused_by_name(type, reason):
+    """The job began, and ended with the bytes of an image in its message."""
+    with pytest.raises(ValueError, match="image") as error:
+        require_images("image", type)
+    assert reason in str(error.value)
+
+
+def test_a_path_that_cannot_be_read_costs_its_row_and_says_why(tmp_path):
+    (tmp_path / "large.png").write_bytes(bytes(MAX_BYTES + 1))
+    (tmp_path / "there.png").write_bytes(b"abc")
+    paths = [
+        str(tmp_path / "there.png"),
+        str(tmp_path / "absent.png"),
+        "foo://x",
+        str(tmp_path / "large.png"),
+    ]
+    column = pa.array([{"bytes": None, "path": path} for path in paths])
+    there, *failed = read(column)
+    assert there == b"abc"
+    assert [image.status.value for image in failed] == ["unreadable", "unreadable", "too_large"]
+    assert "absent.png" in failed[0].error and "foo" in failed[1].error
+
+
+def test_cells_that_hold_no_image_fail_alone():
+    ragged = pa.array([GRAY.tolist(), [[1], [2, 3]]], pa.list_(pa.list_(pa.uint8())))
+    good, bad = read(ragged)
+    assert (good == GRAY).all() and isinstance(bad, DecodedImage)
+    picture = Image.fromarray(GRAY)
+    images = read(ArrowPythonObjectArray.from_objects([picture, "text", np.zeros((3, 8, 8), np.uint8)]))
+    assert isinstance(images[0], Image.Image)
+    assert [image.status.value for image in images[1:]] == ["undecodable"] * 2
+    assert images[1].error.endswith("got str")
+
+
+def test_the_digest_is_of_bytes_or_pixels():
+    assert digest_of(b"abc") != digest_of(GRAY) == digest_of(Image.fromarray(GRAY))
+    assert digest_of(None) is None
