@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +27,12 @@ def piece_of(numbers: list[int], kept: pa.Array | None = None, status: str = "ok
     return pa.table(columns if kept is None else columns | {"kept": kept})
 
 
+def given(table: pa.Table) -> pa.Table:
+    return table
+
+
 def merged(tables: list[pa.Table]) -> pa.Table:
-    merge = Merge([lambda table=table: table for table in tables])
+    merge = Merge([partial(given, table) for table in tables])
     return pa.concat_tables(merge.row_groups(len(merge.numbers)))
 
 
@@ -79,7 +84,7 @@ def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):
 def test_neighboring_row_groups_share_a_piece_that_is_held(monkeypatch):
     monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 100)
     tables = [piece_of(list(range(start, start + 50))) for start in (0, 50)]
-    merge = Merge([lambda table=table: table for table in tables])
+    merge = Merge([partial(given, table) for table in tables])
     monkeypatch.setattr(merge, "_pieces", [pytest.fail] * 2)
     assert len(list(merge.row_groups(100))) > 10
 

@@ -47,7 +47,9 @@ def test_an_empty_and_a_broken_first_table_have_the_columns_of_the_others(tmp_pa
     label = [{"a": 1}, None]
     assert pq.read_table(tmp_path / "out")["label"].to_pylist() == label
     assert len(pd.read_parquet(tmp_path / "out")) == 2
-    assert duckdb.sql(f"select label from '{out}' order by row").fetchall() == [({"a": 1},), (None,)]
+    with duckdb.connect() as database:
+        found = database.execute(f"select label from '{out}' order by row").fetchall()
+    assert found == [({"a": 1},), (None,)]
     loaded = datasets.load_dataset("parquet", data_files=out, split="train", cache_dir=str(tmp_path / "c"))
     assert loaded["row"][:] == [0, 1]
 
