@@ -93,16 +93,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         output=settings.output,
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
-        max_failed_fraction=(
-            first.max_failed_fraction
-            if settings.max_failed_fraction is None
-            else settings.max_failed_fraction
-        ),
-        max_flagged_fraction=(
-            first.max_flagged_fraction
-            if settings.max_flagged_fraction is None
-            else settings.max_flagged_fraction
-        ),
+        **settings.fractions,
     )
     if run.predates_generation_config:
         first = first.without_generation_config()
