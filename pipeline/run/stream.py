@@ -34,7 +34,7 @@ MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
 time would start new processes."""
-CLOSE_S = 20.0
+CLOSE_S = 10.0
 """How long a stream that is closed waits for its threads; on a busy machine they need some seconds."""
 ASK_AGAIN_S = 0.2
 """A dataset that is only starting takes no notice of a request to stop, so it is asked again."""
