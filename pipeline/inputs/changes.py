@@ -231,7 +231,11 @@ def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
         return None
     file, known, now = pairs[0]
     before, after = size_in(known), size_in(now)
-    how = f"{int(after):,} bytes, {int(before):,} before" if before != after else "another time of change"
+    how = (
+        f"{int(after):,} bytes, {int(before):,} before"
+        if before != after
+        else "same size, another modification time"
+    )
     if _is_file(shard):
         return how
     return f"{file}: {how}" + (f", and {len(pairs) - 1:,} more" if len(pairs) > 1 else "")

@@ -71,7 +71,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
     job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
-    return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
+    return _with_current_input(job, settings.input, settings.redo_changed, settings.add_new)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -101,7 +101,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
-    return _on_input_as_it_is(job, settings.input, settings.redo_changed)
+    return _with_current_input(job, settings.input, settings.redo_changed)
 
 
 def _stop_at(deadline: str | None) -> datetime | None:
@@ -129,7 +129,7 @@ def _find_fork(
     return fork, of_fork, run
 
 
-def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
+def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
     """Return a job whose run has begun, on the shards that its input has now.
 
     Raises:

@@ -82,7 +82,7 @@ class RetrySettings:
         self.limits(ImageLimits())
 
     @property
-    def fractions(self) -> dict[str, float]:
+    def fractions(self) -> dict[str, Any]:
         """What may fail or be flagged, if it is given, by the name of the setting."""
         given = {name: getattr(self, name) for name in ("max_failed_fraction", "max_flagged_fraction")}
         return {name: value for name, value in given.items() if value is not None}

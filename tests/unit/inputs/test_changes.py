@@ -171,7 +171,7 @@ def test_other_bytes_of_the_same_size_are_another_input(tmp_path):
     run(tmp_path)
     write_tar(tmp_path / "in/0.tar", "a", "b", content="new")
     age(tmp_path / "in/0.tar")
-    with pytest.raises(InputError, match=r"0.tar \(another time of change\)"):
+    with pytest.raises(InputError, match=r"0.tar \(same size, another modification time\)"):
         run(tmp_path)
 
 
