@@ -76,12 +76,16 @@ class InputChanges:
         if self.gone:
             lines.append(
                 f"{count(len(self.gone), 'file')} of the run can no longer be found in the input: "
-                f"{name_some(self.gone)}; rows that are finished stay"
+                f"{name_some(self.gone)}; finished rows stay"
             )
         if self.num_new:
             names = sorted(file for files in self.new.chosen.values() for file in files)
             them = "it" if len(names) == 1 else "them"
-            what = "added to the run" if is_added else f"--add-new captions {them}"
+            what = (
+                "added to the run"
+                if is_added
+                else f"the first command with --add-new takes {them} into the run"
+            )
             lines.append(f"{count(len(names), 'new file')}: {name_some(names)}; {what}")
         return [*lines, *self.unread.lines()]
 
