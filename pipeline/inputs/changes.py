@@ -69,10 +69,9 @@ class InputChanges:
         """
         lines = []
         if self.changed:
-            lines.append(
-                f"{self._changed_line()}; "
-                + ("its rows are made again" if is_start else "--redo-changed makes its rows again")
-            )
+            rows = "its rows" if len(self.changed) == 1 else "their rows"
+            what = f"{rows} are made again" if is_start else f"--redo-changed makes {rows} again"
+            lines.append(f"{self._changed_line()}; {what}")
         if self.gone:
             lines.append(
                 f"{count(len(self.gone), 'file')} of the run can no longer be found in the input: "

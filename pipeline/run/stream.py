@@ -136,9 +136,12 @@ class ReceiptStream:
         """Stop what still runs of the dataset, and wait for its threads."""
         self._is_closed = True
         deadline = time.monotonic() + CLOSE_S
-        while (running := self._running_thread()) and time.monotonic() < deadline:
+        while True:
             if self._executor is not None:
                 self._executor.shutdown(force=True)
+            running = self._running_thread()
+            if running is None or time.monotonic() > deadline:
+                return
             running.join(ASK_AGAIN_S)
 
     def _running_thread(self) -> threading.Thread | None:
