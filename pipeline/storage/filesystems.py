@@ -30,6 +30,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     shown = without_secrets(uri)
+    if scheme in ARROW_SCHEMES and "#" in uri:  # Arrow leaves out what follows, options too.
+        raise InputError(f"{shown} must be a URI without #, which ends its path; write %23 for each #")
     try:
         if scheme in ARROW_SCHEMES:
             with contextlib.suppress(pa.ArrowNotImplementedError):  # This build of Arrow lacks the scheme.
