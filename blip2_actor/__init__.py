@@ -21,6 +21,7 @@ from blip2_actor.request import (
     Features,
     FinishReason,
     ImageLike,
+    LogitsProcessor,
     Match,
     ModelInfo,
     Request,
@@ -32,8 +33,10 @@ from blip2_actor.status import Status
 from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
+    from blip2_actor.device import resolve_device, resolve_dtype
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
+    from blip2_actor.engine.memory import free_bytes
     from blip2_actor.inputs.fetching import FetchError, FetchPolicy, fetch_image
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
@@ -58,6 +61,7 @@ __all__ = [
     "GenerationOptions",
     "ImageLike",
     "ImageLimits",
+    "LogitsProcessor",
     "Match",
     "MatchingConfig",
     "MatchingEngine",
@@ -73,8 +77,11 @@ __all__ = [
     "decode_image",
     "fetch_image",
     "find_quality_flags",
+    "free_bytes",
     "require_image_layout",
     "resize_image",
+    "resolve_device",
+    "resolve_dtype",
     "stricter_options",
 ]
 
@@ -88,6 +95,9 @@ _LAZY = {
     "ImageLimits": "blip2_actor.preprocessing.images",
     "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
+    "free_bytes": "blip2_actor.engine.memory",
+    "resolve_device": "blip2_actor.device",
+    "resolve_dtype": "blip2_actor.device",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",

@@ -40,8 +40,9 @@ class ModelConfig:
     """Fetch images that are given as http or https URLs, from public addresses only."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, os.PathLike):
-            object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("model", "adapter"):
+            if isinstance(place := getattr(self, name, None), os.PathLike):
+                object.__setattr__(self, name, os.fspath(place))
         require_types(self)
         if not self.model:
             raise ValueError('model must be a hub name, a folder or "demo", got an empty string')

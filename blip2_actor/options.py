@@ -28,14 +28,32 @@ _MINIMA = {
 _RANGES = {
     "repetition_penalty": (1e-3, 1e3),
     "temperature": (1e-6, 1e6),
+    "min_p": (0.0, 1.0),
     "length_penalty": (-50.0, 50.0),
 }
 """Outside these ranges, float32 scores become infinite or zero, and the text is meaningless."""
 
-_FOR_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 """Options without effect unless do_sample is set."""
-_FOR_BEAM_SEARCH = ("length_penalty", "early_stopping")
+_FOR_BEAM_SEARCH = ("length_penalty", "early_stopping", "renormalize_logits")
 """Options without effect unless num_beams is above 1."""
+
+_INSTEAD = {
+    "max_length": "give max_new_tokens; max_length of the reference also counts the image and the prompt, "
+    "or the start token of T5",
+    "min_length": "give min_new_tokens; min_length of the reference also counts the image and the prompt, "
+    "or the start token of T5",
+    "logits_processor": "give it to the Request",
+    "prefix_allowed_tokens_fn": "give a logits_processor to the Request",
+    "stop_strings": "give stop",
+    "stopping_criteria": "give stop",
+    "eos_token_id": "end tokens are those of the checkpoint; give stop to end at a text",
+    "force_words_ids": "constrained beam search is not supported",
+    "num_beam_groups": "diverse beam search is not supported; set do_sample with num_beams for variety",
+    "diversity_penalty": "diverse beam search is not supported; set do_sample with num_beams for variety",
+    "penalty_alpha": "contrastive search is not supported",
+}
+"""Options that users of the reference look for, and what to do instead."""
 
 
 def _unset(default: Any) -> Any:
@@ -65,7 +83,8 @@ class GenerationOptions:
     min_new_tokens: int = _unset(0)
     """Minimum number of new tokens before the end token is allowed."""
     num_beams: int = _unset(1)
-    """Number of beams in beam search; 1 means greedy search, or sampling with do_sample."""
+    """Number of beams in beam search, which selects continuations at random with do_sample; 1 means greedy
+    search, or sampling with do_sample."""
     length_penalty: float = _unset(1.0)
     """Beam search divides scores by the length to this power; a larger value favors longer texts."""
     early_stopping: bool | Literal["never"] = _unset(False)
@@ -84,21 +103,50 @@ class GenerationOptions:
     """Sample only from this number of most likely tokens; 0 means all tokens."""
     top_p: float = _unset(1.0)
     """Sample only from the most likely tokens that together reach this probability."""
+    min_p: float = _unset(0.0)
+    """Sample only from tokens that have at least this fraction of the most likely token's probability."""
+    typical_p: float = _unset(1.0)
+    """Sample only from the most typical tokens that together reach this probability: those whose information
+    is closest to the entropy."""
     num_return_sequences: int = _unset(1)
     """Number of texts per request: samples, or the best beams."""
     seed: int = _unset(0)
     """Seed of the random numbers of this request; other requests do not change them."""
     stop: tuple[str, ...] = _unset(())
     """Texts that end generation; they are removed from the result."""
+    suppress_tokens: tuple[int, ...] = _unset(())
+    """Ids of tokens that are never generated."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = _unset(())
+    """Sequences of token ids that are never generated; on the command line, ids are joined by commas."""
+    renormalize_logits: bool = _unset(False)
+    """Beam search adds log-probabilities that are normalized again after the logits processors."""
+
+    def __new__(cls, **options: Any) -> GenerationOptions:
+        """Refuse unknown options with a sentence; the generated `__init__` would only name them."""
+        known = cls.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                raise TypeError(cls.explain_unknown(name))
+        return super().__new__(cls)
+
+    @classmethod
+    def explain_unknown(cls, name: str) -> str:
+        """Return the sentence that refuses an option of this name, which does not exist."""
+        remedy = _INSTEAD.get(name, f"the options are {', '.join(cls.__dataclass_fields__)}")
+        return f"{name} is not an option; {remedy}"
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.suppress_tokens, list | tuple):
+            object.__setattr__(self, "suppress_tokens", tuple(map(_token_id, self.suppress_tokens)))
+        if isinstance(self.bad_words_ids, list | tuple):
+            object.__setattr__(self, "bad_words_ids", tuple(map(_token_ids, self.bad_words_ids)))
         require_types(self)
         if self.temperature == 0:
-            greedy = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-            for name, value in greedy.items():
-                object.__setattr__(self, name, value)
+            object.__setattr__(self, "do_sample", False)
+            for name in _FOR_SAMPLING:
+                object.__setattr__(self, name, _default_of(name))
         self._check_ranges()
         self._check_combinations()
 
@@ -134,7 +182,9 @@ class GenerationOptions:
             value = getattr(self, name)
             _require(value is None or low <= value <= high, name, f"from {low:g} to {high:g}", value)
         _require(self.seed is None or self.seed < 1 << 63, "seed", f"below {1 << 63}", self.seed)
-        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value <= 1, name, "above 0 and at most 1", value)
         _require(
             self.early_stopping in (None, True, False, "never"),
             "early_stopping",
@@ -143,6 +193,15 @@ class GenerationOptions:
         )
         are_texts = all(isinstance(text, str) and text for text in self.stop or ())
         _require(are_texts, "stop", "texts that are not empty", self.stop)
+        are_ids = min(self.suppress_tokens or (0,)) >= 0
+        _require(are_ids, "suppress_tokens", "token ids from 0", self.suppress_tokens)
+        are_sequences = all(ids and min(ids) >= 0 for ids in self.bad_words_ids or ())
+        _require(
+            are_sequences,
+            "bad_words_ids",
+            "sequences of token ids from 0, none of them empty",
+            self.bad_words_ids,
+        )
 
     def _check_combinations(self) -> None:
         """Check what is known: an option that is None can still have any value."""
@@ -159,27 +218,36 @@ class GenerationOptions:
         if self.num_beams == 1:
             for name in _FOR_BEAM_SEARCH:
                 self._require_default(name, "without beam search", "set num_beams above 1")
-        if None in (self.num_beams, self.do_sample):
+        if None in (self.num_beams, self.do_sample, self.num_return_sequences):
             return
+        samples_texts = self.do_sample and self.num_beams == 1
         _require(
-            not (self.do_sample and self.num_beams > 1),
-            "num_beams",
-            "1 with do_sample",
-            f"{self.num_beams}; choose beam search or sampling",
+            samples_texts or self.num_return_sequences <= self.num_beams,
+            "num_return_sequences",
+            f"at most num_beams ({self.num_beams}) unless do_sample is set and num_beams is 1",
+            f"{self.num_return_sequences}; raise num_beams, or set do_sample with num_beams 1",
         )
-        if self.num_return_sequences is not None:
-            _require(
-                self.do_sample or self.num_return_sequences <= self.num_beams,
-                "num_return_sequences",
-                f"at most num_beams ({self.num_beams}) without do_sample",
-                f"{self.num_return_sequences}; raise num_beams or set do_sample",
-            )
 
     def _require_default(self, name: str, condition: str, remedy: str) -> None:
-        default = type(self).__dataclass_fields__[name].metadata["resolved_default"]
+        default = _default_of(name)
         value = getattr(self, name)
         holds = value is None or value == default
         _require(holds, name, f"left at {default!r} {condition}", f"{value!r}; {remedy}")
+
+
+def _token_id(given: Any) -> Any:
+    """Return the number that a flag gives as text; anything else stays, and is checked later."""
+    return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+
+def _token_ids(given: Any) -> Any:
+    """Return a sequence of ids, which a flag gives as one text with commas."""
+    ids = given.split(",") if isinstance(given, str) else given
+    return tuple(map(_token_id, ids)) if isinstance(ids, list | tuple) else ids
+
+
+def _default_of(name: str) -> Any:
+    return GenerationOptions.__dataclass_fields__[name].metadata["resolved_default"]
 
 
 def _require(holds: bool, field: str, rule: str, got: object) -> None:

@@ -1,12 +1,12 @@
 """What goes into the engine and what comes out: plain values, importable without torch.
 
 In the examples, `engine` is a running `Engine`, `matching_engine` a running `MatchingEngine`, and `picture`
-is uint8[H, W, 3].
+an RGB image, uint8[H, W, 3].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -26,6 +26,12 @@ ImageLike = Union[bytes, str, Path, "Image", "np.ndarray", "Tensor", "EncodedIma
 image; an array of a layout that `array_to_rgb` reads; a tensor of uint8[3, H, W] or uint8[H, W, 3]; or an
 image that `Engine.image` returned."""
 
+LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
+"""A function of int64[N, T], the token ids so far, and float32[N, V], their scores, that returns new scores.
+
+N is 1, or num_beams in beam search. Image tokens and prompt are the first ids, as the reference's logits
+processors see them. The processors of `transformers.LogitsProcessorList` have this form."""
+
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
 
@@ -40,13 +46,17 @@ class Request:
         'length'
     """
 
-    image: ImageLike | None
+    image: ImageLike | None = field(repr=False)
     """As in `ImageLike`. The engine keeps a copy, so an array may be overwritten after `submit`. None gives
     the status `missing_image`."""
     prompt: str | None = None
     """Text that the answer continues; None, or an empty text, captions the image."""
     options: GenerationOptions | None = None
     """Options of this request, in place of those of the call."""
+    logits_processor: LogitsProcessor | None = None
+    """Changes the scores of each step, after the options' own logits processors and before temperature, top_k
+    and so on. It runs in the engine's thread. If it raises, the result has the status `failed`. After a lack
+    of memory, the text may begin again."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, GenerationOptions | None):
@@ -136,6 +146,10 @@ class Features:
     """float32[P, Dv], the output of the vision encoder, on demand."""
     attention_maps: dict[str, np.ndarray] | None = None
     """float32[H, Q, P] by layer, on demand: what each query attends to in the image."""
+    hidden_states: dict[str, np.ndarray] | None = None
+    """On demand, by name: what enters the first layer of each encoder (`vision.embeddings`,
+    `qformer.embeddings`) and what each layer computes (`vision.layers.0`, …), as float32[P, Dv] for the
+    vision encoder and float32[Q, Dq] for the Q-Former."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

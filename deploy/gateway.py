@@ -14,7 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Status
+from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
@@ -22,6 +23,7 @@ from deploy.guard.decoding import Decoding
 from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
 from deploy.http.errors import of_status
+from deploy.http.images import ImageSource
 from deploy.readiness import Readiness
 from deploy.remote_captioner import RemoteCaptioner
 from deploy.settings import Settings, require_same_image_size
@@ -37,7 +39,7 @@ class Gateway:
     matching: ModelInfo | None
 
     async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
-        self.max_image_bytes = settings.image.max_file_bytes
+        self.image_policy: FetchPolicy = settings.image_policy
         self._access: dict[str, Any] = {
             "allowed_hosts": settings.allowed_hosts,
             "allowed_origins": settings.allowed_origins,
@@ -55,6 +57,7 @@ class Gateway:
         self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
         self._readiness = Readiness(captioner)
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
+        self._fetching = Fetching(self.image_policy)
         logger.info("%s", self._decoding.sandbox_report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -64,6 +67,9 @@ class Gateway:
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         return self._admission.admit(cost)
+
+    async def load(self, image: ImageSource) -> bytes:
+        return image if isinstance(image, bytes) else await self._fetching.fetch(image)
 
     async def decode(self, image: bytes) -> DecodedImage:
         decoded = await self._decoding.decode(image)
@@ -104,3 +110,4 @@ class Gateway:
     def __del__(self) -> None:
         if hasattr(self, "_decoding"):
             self._decoding.close()
+            self._fetching.close()

@@ -8,17 +8,22 @@ check the `args`.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, ClassVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
+from blip2_actor import EngineConfig, FetchPolicy, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
 from blip2_actor.flags import hiding, prefixed
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
+FETCH_WITHIN_S = 15.0
+"""Seconds for fetching one image, redirects included."""
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,9 @@ class Settings:
     """Names by which callers may reach the endpoint, next to addresses and localhost; * allows all."""
     allowed_origins: tuple[str, ...] = ()
     """Origins of other pages that may use the endpoint from a browser, such as https://app.example.com."""
+    allow_image_host: tuple[str, ...] = ()
+    """Host whose images are fetched when a request names them by URL, such as images.example.com; it must
+    have a public address. By default, no URL is fetched."""
     image: OnlineImageLimits = field(
         default=OnlineImageLimits(), metadata=prefixed("image") | hiding("accept_truncated")
     )
@@ -102,10 +110,25 @@ class Settings:
         for name in ("decode_children", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for host in self.allow_image_host:
+            if not _HOST_NAME.fullmatch(host):
+                raise ValueError(
+                    f"allow_image_host must be a host name such as images.example.com, got {host!r}; leave "
+                    "out scheme, port and path"
+                )
         if self.keys_file is not None and self.allow_anonymous:
             raise ValueError(
                 f"allow_anonymous must not be given with keys_file, got {self.keys_file}; drop one of them"
             )
+
+    @property
+    def image_policy(self) -> FetchPolicy:
+        """What one image may weigh, and from which hosts and how long it may be fetched."""
+        return FetchPolicy(
+            hosts=self.allow_image_host,
+            max_bytes=self.image.max_file_bytes,
+            timeout_s=min(FETCH_WITHIN_S, self.timeout_s),
+        )
 
     @property
     def longest_request_s(self) -> float:

@@ -105,14 +105,14 @@ def _slope(start: tuple[float, int], end: tuple[float, int]) -> float:
     return (end[1] - start[1]) / seconds if seconds > 0 else 0.0
 
 
-def write(stream: TextIO | None, text: str) -> None:
-    """Write a text for people, whatever the stream can take.
+def write(stream: TextIO | None, text: str) -> bool:
+    """Write a text for people, whatever the stream can take; return whether anybody may read it.
 
     Characters that its encoding lacks are replaced. A stream whose reader has gone (`| head`, a closed
     terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on.
     """
     if stream is None:  # Python was started without it
-        return
+        return False
     try:
         try:
             stream.write(text)
@@ -124,6 +124,8 @@ def write(stream: TextIO | None, text: str) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
+        return False
+    return True
 
 
 class Console:

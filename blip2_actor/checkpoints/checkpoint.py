@@ -26,6 +26,8 @@ from blip2_actor.checkpoints.download import (
 )
 from blip2_actor.checkpoints.generation_config import fill_special_tokens, read_generation_config
 from blip2_actor.checkpoints.image_processor import ImageProcessor
+from blip2_actor.checkpoints.json_file import read_json_object
+from blip2_actor.checkpoints.model_config import read_model_config
 from blip2_actor.checkpoints.vocabulary import require_vocabulary
 from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from blip2_actor.device import resolve_device, resolve_dtype
@@ -54,7 +56,7 @@ class Checkpoint:
         Raises:
             ValueError: the folder holds something else, or no vocabulary for the model.
         """
-        config = self._blip2_config()
+        config = read_model_config(self.folder)
         if RETRIEVAL in (config.architectures or []):
             raise ValueError(
                 f"the model must have a language model, got {RETRIEVAL} in {self.folder}; "
@@ -75,7 +77,7 @@ class Checkpoint:
         fill_special_tokens(text, self.folder)
         ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
         special_ids = [i for i in (text.bos_token_id, *ends) if i is not None]
-        require_vocabulary(self.folder, text.vocab_size, special_ids)
+        require_vocabulary(self.folder, text.model_type, text.vocab_size, special_ids)
         return config
 
     @cached_property
@@ -85,40 +87,14 @@ class Checkpoint:
         Raises:
             ValueError: the folder holds something else, or no vocabulary for the model.
         """
-        config = self._blip2_config()
+        config = read_model_config(self.folder)
         if RETRIEVAL not in (config.architectures or []):
             raise ValueError(
                 f"the model must be a {RETRIEVAL}, got {config.architectures} in {self.folder}; "
                 "use EngineConfig for a model that writes text"
             )
-        require_vocabulary(self.folder, config.qformer_config.vocab_size, ())
+        require_vocabulary(self.folder, "bert", config.qformer_config.vocab_size, ())
         return config
-
-    def _blip2_config(self) -> Blip2Config:
-        raw = self._json("config.json")
-        if raw is None:
-            raise ValueError(f"{self.folder} has no config.json; name the folder of a checkpoint")
-        if raw.get("model_type") != "blip-2":
-            raise ValueError(
-                f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {self.folder}"
-            )
-        self._refuse_quantized(raw.get("quantization_config"))
-        if name := raw.get("transformers_weights"):
-            raise ValueError(
-                f"transformers_weights in {self.folder / 'config.json'} must be left out, got {name!r}; "
-                "rename that file to model.safetensors"
-            )
-        return Blip2Config.from_dict(raw)
-
-    def _refuse_quantized(self, quantization: dict[str, Any] | None) -> None:
-        if not quantization:
-            return
-        bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
-        method = f"{quantization.get('quant_method')}{bits}"
-        raise ValueError(
-            f"the weights in {self.folder} must not be quantized, got quantization_config (of {method}); "
-            "name the model that this one was made from, or save this one after transformers' dequantize()"
-        )
 
     @cached_property
     def image_processor(self) -> ImageProcessor:
@@ -127,9 +103,12 @@ class Checkpoint:
         Raises:
             ValueError: it does something that is not supported.
         """
-        stored = (self._json("processor_config.json") or {}).get("image_processor")
-        name = "processor_config.json" if stored else "preprocessor_config.json"
-        return ImageProcessor.of(stored or self._json(name) or {}, self.folder / name)
+        path = self.folder / "processor_config.json"
+        stored = (read_json_object(path) or {}).get("image_processor")
+        if not stored:
+            path = self.folder / "preprocessor_config.json"
+            stored = read_json_object(path) or {}
+        return ImageProcessor.of(stored, path)
 
     def generation_config(self, ignore: bool) -> dict[str, Any]:
         """Return the options of `generation_config.json` that are not the defaults; none to ignore the file.
@@ -137,18 +116,13 @@ class Checkpoint:
         Raises:
             ValueError: the file has an option that is not supported.
         """
-        stored = None if ignore else self._json(GENERATION_CONFIG)
-        if stored is None:
-            return {}
-        return read_generation_config(stored, self.config.text_config, self.folder / GENERATION_CONFIG)
+        path = self.folder / GENERATION_CONFIG
+        stored = None if ignore else read_json_object(path)
+        return {} if stored is None else read_generation_config(stored, self.config.text_config, path)
 
     def require_image_size(self, config: Blip2Config, asked_px: int | None = None) -> int:
         """Return the side of the square that the vision encoder takes; see `ImageProcessor.image_size`."""
         return self.image_processor.image_size(config.vision_config, asked_px)
-
-    def _json(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
 
     def digest(self) -> str:
         """Return what identifies the content: the version, or a hash of all files.

@@ -70,7 +70,9 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
         options.setdefault("top_k", TOP_K_OF_SAMPLING)
     try:
         for name, value in options.items():
-            GenerationOptions(**{name: value})
+            checked = GenerationOptions(**{name: value})
+            if isinstance(value, list):
+                options[name] = getattr(checked, name)
         GenerationOptions().resolve(options)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -86,8 +88,9 @@ def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
     A T5 starts its answers with `decoder_start_token_id`, or else with `bos_token_id`.
 
     Raises:
-        ValueError: a T5 has neither.
+        ValueError: a T5 has neither, or the model does not know the token.
     """
+    first = "bos_token_id"
     text.bos_token_id = getattr(text, "bos_token_id", None)
     if text.model_type == "t5":
         start = getattr(text, "decoder_start_token_id", None)
@@ -97,6 +100,14 @@ def fill_special_tokens(text: PreTrainedConfig, folder: Path) -> None:
                 f"text_config in {folder}/config.json must have decoder_start_token_id or bos_token_id, got "
                 "neither; T5 models usually start with their pad token, 0"
             )
+        first = "decoder_start_token_id"
+    first_id = getattr(text, first)
+    if first_id is not None and not 0 <= first_id < text.vocab_size:
+        raise ValueError(
+            f"{first} in text_config in {folder}/config.json must be a token of the model, from 0 to "
+            f"{text.vocab_size - 1}, got {first_id}; take the config.json of the model that this one was "
+            "made from"
+        )
     if text.pad_token_id is None:
         eos = text.eos_token_id
         text.pad_token_id = eos[0] if isinstance(eos, list) else eos

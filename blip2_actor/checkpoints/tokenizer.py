@@ -20,40 +20,34 @@ from typing import Any
 from transformers import BertTokenizer, Blip2Config, GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.vocabulary import TOKENIZER_FILE, find_vocabulary
 
-TOKENIZER_FILE = "tokenizer.json"
-OLDER_FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    # GPT2Tokenizer has other special tokens than OPT, so their names must be stored.
-    "opt": (GPT2Tokenizer, ("vocab.json", "merges.txt", "tokenizer_config.json")),
-    "t5": (T5Tokenizer, ("spiece.model",)),
-    "bert": (BertTokenizer, ("vocab.txt",)),
-}
-"""Classes and files of tokenizers without `tokenizer.json`, by the model that reads the text."""
+_OLDER_CLASSES: dict[str, Any] = {"opt": GPT2Tokenizer, "t5": T5Tokenizer, "bert": BertTokenizer}
+"""Classes of tokenizers without `tokenizer.json`, by the model that reads the text."""
 
 
 def load_tokenizer(folder: Path, reader: str) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a checkpoint.
 
     Args:
-        folder: the checkpoint's files.
-        reader: model that reads the text: "opt", "t5", or "bert" for the Q-Former of a retrieval checkpoint.
+        folder, reader: as for `find_vocabulary`.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer.
-        ValueError: a package that reads the tokenizer's files is not installed.
+        ValueError: the folder has no tokenizer, a file of it is damaged, or a package that reads it is not
+            installed.
     """
-    if (folder / TOKENIZER_FILE).exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer_class, files = OLDER_FILES[reader]
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} must have {TOKENIZER_FILE}, or {' and '.join(files)}, got no "
-            f"{' and no '.join(missing)}; save the checkpoint's processor into this folder"
-        )
-    if reader == "t5":
+    has_whole_file = find_vocabulary(folder, reader).name == TOKENIZER_FILE
+    if reader == "t5" and not has_whole_file:
         _require_sentencepiece(folder)
-    return tokenizer_class.from_pretrained(folder)
+    tokenizer_class = PreTrainedTokenizerFast if has_whole_file else _OLDER_CLASSES[reader]
+    try:
+        loaded: PreTrainedTokenizerFast = tokenizer_class.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise errors of many classes for damaged files
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the tokenizer in {folder} must be readable, got {reason}; fetch it again"
+        ) from error
+    return loaded
 
 
 def _require_sentencepiece(folder: Path) -> None:

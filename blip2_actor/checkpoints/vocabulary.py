@@ -12,36 +12,52 @@ from pathlib import Path
 
 MAX_PADDING = 512
 """Rows of the embeddings that stand for no token, at most: their number is rounded up."""
-_VOCABULARIES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-    ("vocab.txt",),
-)
-"""Files in which tokenizers store their vocabulary; a folder needs those of one line."""
+TOKENIZER_FILE = "tokenizer.json"
+_OLDER_FILES = {
+    # The tokenizer of GPT-2 has other special tokens than OPT, so their names must be stored.
+    "opt": ("vocab.json", "merges.txt", "tokenizer_config.json"),
+    "t5": ("spiece.model",),
+    "bert": ("vocab.txt",),
+}
+"""Files of tokenizers without `tokenizer.json`, by the model that reads the text; the first one has the
+vocabulary."""
 
 
-def require_vocabulary(folder: Path, vocab_size: int, special_ids: Collection[int]) -> None:
-    """Check that a folder has a vocabulary with a text for every token of the model.
+def find_vocabulary(folder: Path, reader: str) -> Path:
+    """Return the file with the vocabulary, in a folder that has all files of a tokenizer.
 
     Args:
         folder: folder of the checkpoint.
+        reader: model that reads the text: "opt", "t5", or "bert" for the Q-Former of a retrieval checkpoint.
+
+    Raises:
+        ValueError: the folder has no tokenizer.
+    """
+    if (folder / TOKENIZER_FILE).exists():
+        return folder / TOKENIZER_FILE
+    files = _OLDER_FILES[reader]
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{folder} must have {TOKENIZER_FILE}, or {' and '.join(files)}, got no "
+            f"{' and no '.join(missing)}; copy the files of the tokenizer from the model that this one was "
+            "made from, or write them with processor.save_pretrained"
+        )
+    return folder / files[0]
+
+
+def require_vocabulary(folder: Path, reader: str, vocab_size: int, special_ids: Collection[int]) -> None:
+    """Check that a folder has a vocabulary with a text for every token of the model.
+
+    Args:
+        folder, reader: as for `find_vocabulary`.
         vocab_size: tokens of the model, with those that pad its embeddings.
         special_ids: ids of the tokens that begin and end a text.
 
     Raises:
         ValueError: the vocabulary is missing, broken or too small; the message names the file.
     """
-    files = next((names for names in _VOCABULARIES if all((folder / n).exists() for n in names)), None)
-    if files is None:
-        parts = [names for names in _VOCABULARIES if any((folder / name).exists() for name in names)]
-        missing = [name for name in (parts or _VOCABULARIES)[0] if not (folder / name).exists()]
-        raise ValueError(
-            f"{folder} must hold the files of a tokenizer, but has no {' and no '.join(missing)}; copy "
-            "them from the model that this one was made from, or write them with processor.save_pretrained"
-        )
-    path = folder / files[0]
+    path = find_vocabulary(folder, reader)
     num_tokens = _count_tokens(path)
     needed = max(vocab_size - MAX_PADDING, max(special_ids, default=0) + 1, 1)
     if num_tokens is not None and num_tokens < needed:
@@ -68,7 +84,7 @@ def _count_tokens(path: Path) -> int | None:
             ids = list(json.loads(added.read_text(encoding="utf-8")).values()) if added.exists() else []
         ids += range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
         return max(ids, default=-1) + 1
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} must be the vocabulary of a tokenizer, got {type(error).__name__}: {error}; "
             "fetch it again"

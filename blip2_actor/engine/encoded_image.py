@@ -6,7 +6,7 @@ these requests; `EncodeQueue` does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,19 +21,19 @@ class EncodedImage:
     The tensors are None until the encoders have run. They live as long as this object is held.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray = field(repr=False)
     """uint8[S, S, 3]."""
-    owner: object = None
+    owner: object = field(default=None, repr=False)
     """Identifies the engine that made it. The tensors of another engine belong to another model."""
     keeps_image_embeds: bool = False
     """Also keep the output of the vision encoder. It is large, so it is kept only on demand."""
-    prefix: Tensor | None = None
+    prefix: Tensor | None = field(default=None, repr=False)
     """float[Q, Dw], what the language model sees of the image."""
-    qformer_features: Tensor | None = None
+    qformer_features: Tensor | None = field(default=None, repr=False)
     """float[Q, Dq]."""
-    pooler_output: Tensor | None = None
+    pooler_output: Tensor | None = field(default=None, repr=False)
     """float[Dv]."""
-    image_embeds: Tensor | None = None
+    image_embeds: Tensor | None = field(default=None, repr=False)
     """float[P, Dv]."""
 
     @property

@@ -106,7 +106,7 @@ class Engine:
                 checkpoint's `generation_config.json`, or else the defaults.
             prompt: of images that are given without a `Request`.
             progress: show a progress bar on standard error.
-            **changes: options to change, such as `max_new_tokens=30`.
+            **changes: changes of `options`, such as `max_new_tokens=30`.
 
         Returns:
             One result per request, in order; a list also for one request. A bad image or prompt is a result
@@ -147,7 +147,8 @@ class Engine:
 
         Args:
             on_text: called in the engine's thread with the whole text so far, whenever it has grown; it must
-                return at once. Never called for several beams or texts.
+                return at once. If it raises, the error is logged and it is not called again. Never called for
+                several beams or texts.
 
         Raises:
             RuntimeError: the engine is closed, or has failed.
@@ -199,6 +200,7 @@ class Engine:
         images: Sequence[ImageLike],
         with_image_embeds: bool = False,
         with_attention_maps: bool = False,
+        with_hidden_states: bool = False,
     ) -> list[Features]:
         """Return what the encoders compute of images, in order; a bad image is an entry with a status.
 
@@ -206,15 +208,18 @@ class Engine:
             images: as in `Request.image`.
             with_image_embeds: also return the output of the vision encoder.
             with_attention_maps: also return the weights of the Q-Former's cross-attentions.
+            with_hidden_states: also return what each layer of both encoders computes.
         """
+        runner = self._core.runner
 
-        def attention_maps(image: EncodedImage | RequestRefused) -> dict[str, np.ndarray] | None:
-            if not with_attention_maps or isinstance(image, RequestRefused):
-                return None
-            return self._core.call(partial(self._core.runner.attention_maps, image))
+        def read(image: EncodedImage | RequestRefused) -> list[dict[str, np.ndarray] | None]:
+            if isinstance(image, RequestRefused):
+                return [None, None]
+            wanted = {runner.attention_maps: with_attention_maps, runner.hidden_states: with_hidden_states}
+            return [self._core.call(partial(f, image)) if w else None for f, w in wanted.items()]
 
         encoded = self._encode(to_list("images", images), with_image_embeds or with_attention_maps)
-        return [to_features(image, with_image_embeds, attention_maps(image)) for image in encoded]
+        return [to_features(image, with_image_embeds, *read(image)) for image in encoded]
 
     def text_features(self, texts: Sequence[str]) -> list[TextFeatures]:
         """Return texts without an image as the language model (for T5: its encoder) reads them.

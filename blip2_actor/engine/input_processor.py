@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
@@ -18,6 +20,8 @@ from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
 from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
 
 
 class InputProcessor:
@@ -86,15 +90,19 @@ class InputProcessor:
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
+        self._check_token_ids(options)
+        processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
 
         def make_searches() -> Searches:
             if options.num_beams > 1:
-                return [BeamSearch(options, prefix_ids, self.prompts)]
+                return [BeamSearch(options, prefix_ids, self.prompts, processor)]
             count = options.num_return_sequences
             on_token = None if on_text is None or count > 1 else self._text_sender(on_text, options.stop)
             seeds = range(options.seed, options.seed + count) if options.do_sample else [None]
-            return [TextSearch(options, prefix_ids, self.prompts, seed, on_token) for seed in seeds]
+            return [
+                TextSearch(options, prefix_ids, self.prompts, seed, on_token, processor) for seed in seeds
+            ]
 
         return RequestState(image, prompt_ids, options, make_searches)
 
@@ -146,11 +154,30 @@ class InputProcessor:
                 "raise max_slots",
             )
 
+    def _check_token_ids(self, options: GenerationOptions) -> None:
+        vocabulary_size = self.model.language_model.lm_head.out_features
+        bad_ids = chain.from_iterable(options.bad_words_ids)
+        for name, ids in (("suppress_tokens", options.suppress_tokens), ("bad_words_ids", bad_ids)):
+            largest = max(ids, default=0)
+            if largest >= vocabulary_size:
+                raise RequestRefused(
+                    Status.REFUSED, f"{name} must be token ids below {vocabulary_size}, got {largest}"
+                )
+
     def _text_sender(
         self, on_text: Callable[[str], None], stop: Sequence[str]
     ) -> Callable[[Sequence[int]], None]:
+        is_broken = False
+
         def send(token_ids: Sequence[int]) -> None:
-            on_text(stable_text(self.prompts.decode(token_ids), stop))
+            nonlocal is_broken
+            if is_broken:
+                return
+            try:
+                on_text(stable_text(self.prompts.decode(token_ids), stop))
+            except Exception:  # a fault of one caller must not end the requests of all others
+                is_broken = True
+                logger.exception("on_text has raised an error; it is not called again for this request")
 
         return send
 

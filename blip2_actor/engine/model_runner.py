@@ -174,6 +174,24 @@ class ModelRunner:
         }
 
     @torch.inference_mode()
+    def hidden_states(self, image: EncodedImage) -> dict[str, np.ndarray]:
+        """Return what each layer of the encoders computes, by name: float32[P, Dv] or float32[Q, Dq] each.
+
+        The image goes through both encoders once more.
+        """
+        recorded: dict[str, Tensor] = {}
+        pixels = torch.from_numpy(image.pixels[None]).to(self.device)
+        pixel_values = self.model.normalizer(pixels, self.dtype)
+        self.model.qformer_features(
+            self.model.vision(pixel_values, recorded.__setitem__), recorded.__setitem__
+        )
+        return {
+            name: states[0].float().cpu().numpy()
+            for name, states in recorded.items()
+            if not name.endswith(".cross_attention")
+        }
+
+    @torch.inference_mode()
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` positions of slots to other slots."""
         self.slots.copy_slots(sources, targets, length)

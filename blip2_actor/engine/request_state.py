@@ -57,6 +57,10 @@ class RequestState:
 
     def finish(self) -> None:
         """Deliver the result of the searches; drop it if the request was cancelled."""
+        error = next((search.error for search in self.searches if search.error is not None), None)
+        if error is not None:
+            self.resolve(Result(status=Status.FAILED, error=error))
+            return
         completions = tuple(c for search in self.searches for c in search.completions())
         if self.searches and (not completions or any(isnan(c.logprob) for c in completions)):
             self.resolve(Result(status=Status.FAILED, error=NOT_FINITE))

@@ -19,6 +19,7 @@ def to_features(
     image: EncodedImage | RequestRefused,
     with_image_embeds: bool,
     attention_maps: dict[str, np.ndarray] | None,
+    hidden_states: dict[str, np.ndarray] | None,
 ) -> Features:
     """Return what the encoders have computed of an image."""
     if isinstance(image, RequestRefused):
@@ -31,6 +32,7 @@ def to_features(
         pooler_output=pooler_output,
         image_embeds=to_numpy(image.image_embeds) if with_image_embeds else None,
         attention_maps=attention_maps,
+        hidden_states=hidden_states,
     )
 
 

@@ -1,7 +1,8 @@
 """Beam search of one request, with the same tokens as transformers' `_beam_search`.
 
 Each step sees the 2 * num_beams best continuations of all beams (more if there are several end tokens), so
-that num_beams unfinished ones remain even if the best ones all end. A text that ends among the first
+that num_beams unfinished ones remain even if the best ones all end. With do_sample, continuations are drawn
+at random instead, without replacement. A text that ends among the first
 num_beams is a candidate for the result. Its score is its log-probability with the length penalty.
 
 Source: transformers 5.23, generation/utils.py, `GenerationMixin._beam_search` and its helpers.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
-from blip2_actor.generation.logits_processors import SequenceSoFar, depends_on_tokens
+from blip2_actor.generation.logits_processors import SequenceSoFar, has_processors
 from blip2_actor.generation.search import Vocabulary, cut_at_stop
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion
+from blip2_actor.request import Completion, LogitsProcessor
 
 IMPOSSIBLE = -1.0e9
 """The reference's score of a beam that must not be selected."""
@@ -48,17 +50,29 @@ class Candidate:
 class BeamSearch:
     """Beam search over num_beams slots with the same prefix."""
 
-    def __init__(self, options: GenerationOptions, prefix_ids: Sequence[int], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        options: GenerationOptions,
+        prefix_ids: Sequence[int],
+        vocabulary: Vocabulary,
+        processor: LogitsProcessor | None = None,
+    ) -> None:
         """
         Args:
             prefix_ids: ids that the reference's logits processors see before the first new token.
+            processor: the request's own logits processor.
         """
         self.options = options
         self.prefix_ids = list(prefix_ids)
         self.vocabulary = vocabulary
         self.num_slots = options.num_beams
         self.num_candidates = max(2, 1 + len(vocabulary.end_ids)) * options.num_beams
-        self.depends_on_tokens = depends_on_tokens(options)
+        self.has_processors = has_processors(options)
+        self.processor = processor
+        self.random = Random(options.seed) if options.do_sample else None
+        """Gives `num_candidates` numbers per token; None takes the best continuations."""
+        self.error: str | None = None
+        """Why there is no text: `processor` has raised."""
         self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, ()) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
         self.is_improvable = True
@@ -77,11 +91,15 @@ class BeamSearch:
     def sequences(self) -> list[SequenceSoFar]:
         return [SequenceSoFar(self.options, self.prefix_ids, beam.token_ids) for beam in self.beams]
 
+    def fail(self, error: str) -> None:
+        """End without a text."""
+        self.error = error
+
     def advance(self, candidates: Sequence[Candidate]) -> list[int]:
         """Advance all beams by one token.
 
         Args:
-            candidates: the `num_candidates` best continuations, best first.
+            candidates: the `num_candidates` best continuations, best first, or those drawn, as drawn.
 
         Returns:
             For each new beam, the index of the beam whose slot it continues.
@@ -101,7 +119,8 @@ class BeamSearch:
             self._finish([hypothesis for hypothesis, has_ended in best if has_ended], length)
         self.beams = [extended[i] for i in kept]
         self.is_improvable = self.is_improvable and self._can_improve(length)
-        self.done = not self.is_improvable or self._stops_early() or all(ended)
+        has_failed = self.error is not None
+        self.done = has_failed or not self.is_improvable or self._stops_early() or all(ended)
         return [candidates[i].parent for i in kept]
 
     def _finish(self, hypotheses: Sequence[Hypothesis], length: int) -> None:

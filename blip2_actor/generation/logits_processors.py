@@ -1,4 +1,4 @@
-"""Logits processors: repetition_penalty, no_repeat_ngram_size and min_new_tokens, before token selection.
+"""Logits processors: penalties and bans before token selection, and the processor of a request's own.
 
 Meaning and order are those of transformers' `LogitsProcessorList` (generation/logits_process.py), for all
 texts of a step at once. The affected scores are listed on the host and sent to the device in one piece.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.options import GenerationOptions
+from blip2_actor.request import LogitsProcessor
 from blip2_actor.transfer import to_device
 
 
@@ -27,9 +28,14 @@ class SequenceSoFar(NamedTuple):
     """New tokens."""
 
 
-def depends_on_tokens(options: GenerationOptions) -> bool:
-    """Return True if the scores depend on the tokens that the text already contains."""
-    return options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
+def has_processors(options: GenerationOptions) -> bool:
+    """Return True if the options change scores, apart from min_new_tokens."""
+    return bool(
+        options.repetition_penalty != 1.0
+        or options.no_repeat_ngram_size
+        or options.suppress_tokens
+        or options.bad_words_ids
+    )
 
 
 def process_logits(scores: Tensor, sequences: Sequence[SequenceSoFar], end_ids: Sequence[int]) -> None:
@@ -49,8 +55,11 @@ def process_logits(scores: Tensor, sequences: Sequence[SequenceSoFar], end_ids: 
             penalties += [options.repetition_penalty] * len(repeated)
         if options.no_repeat_ngram_size > 0:
             banned.add(row, _ngram_endings([*prefix_ids, *token_ids], options.no_repeat_ngram_size))
+        if options.bad_words_ids:
+            banned.add(row, _bad_word_endings([*prefix_ids, *token_ids], options.bad_words_ids, end_ids))
         if len(token_ids) < options.min_new_tokens:
             banned.add(row, end_ids)
+        banned.add(row, options.suppress_tokens)
     if penalties:
         rows, ids = penalized.to_device(scores.device)
         factors = to_device(np.array(penalties, np.float32), scores.device)
@@ -59,6 +68,20 @@ def process_logits(scores: Tensor, sequences: Sequence[SequenceSoFar], end_ids: 
     if banned.rows:
         rows, ids = banned.to_device(scores.device)
         scores[rows, ids] = float("-inf")
+
+
+def run_processor(processor: LogitsProcessor, sequences: Sequence[SequenceSoFar], scores: Tensor) -> Tensor:
+    """Return the scores of one request after its own logits processor: float32[N, V] -> float32[N, V].
+
+    Raises:
+        ValueError: the processor returns something else than scores; or whatever it raises itself.
+    """
+    token_ids = np.array([[*prefix_ids, *token_ids] for _, prefix_ids, token_ids in sequences], np.int64)
+    processed = processor(to_device(token_ids, scores.device), scores)
+    if not isinstance(processed, Tensor) or processed.shape != scores.shape:
+        got = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+        raise ValueError(f"logits_processor must return scores of shape {list(scores.shape)}, got {got}")
+    return processed.to(scores)
 
 
 class _Entries:
@@ -88,3 +111,15 @@ def _ngram_endings(token_ids: list[int], ngram_size: int) -> list[int]:
         for i in range(len(token_ids) - num_known)
         if token_ids[i] == ending[0] and token_ids[i : i + num_known] == ending
     ]
+
+
+def _bad_word_endings(
+    token_ids: list[int], bad_words_ids: Sequence[Sequence[int]], end_ids: Sequence[int]
+) -> list[int]:
+    """Return the tokens that would complete a bad word; an end token alone is none, as in the reference."""
+    endings = []
+    for *beginning, last in bad_words_ids:
+        is_begun = token_ids[len(token_ids) - len(beginning) :] == beginning
+        if is_begun and len(beginning) <= len(token_ids) and (beginning or last not in end_ids):
+            endings.append(last)
+    return endings

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Protocol
 
-from blip2_actor.generation.logits_processors import SequenceSoFar, depends_on_tokens
+from blip2_actor.generation.logits_processors import SequenceSoFar, has_processors
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import Completion, FinishReason
+from blip2_actor.request import Completion, FinishReason, LogitsProcessor
 
 
 class Vocabulary(Protocol):
@@ -36,12 +36,14 @@ class TextSearch:
         vocabulary: Vocabulary,
         seed: int | None = None,
         on_token: Callable[[Sequence[int]], None] | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> None:
         """
         Args:
             prefix_ids: ids that the reference's logits processors see before the first new token.
             seed: of this text's random numbers; None is greedy search.
             on_token: called with all new tokens, after each of them.
+            processor: the request's own logits processor.
         """
         self.options = options
         self.prefix_ids = list(prefix_ids)
@@ -49,12 +51,15 @@ class TextSearch:
         self.random = None if seed is None else Random(seed)
         """Gives one number per token; None in greedy search."""
         self.on_token = on_token
+        self.processor = processor
+        self.error: str | None = None
+        """Why there is no text: `processor` has raised."""
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.done = False
         self.finish_reason: FinishReason = "length"
         self.stop_text: str | None = None
-        self.takes_argmax = self.random is None and not depends_on_tokens(options)
+        self.takes_argmax = self.random is None and processor is None and not has_processors(options)
         """True if the next token is the largest logit, apart from end tokens while `end_is_banned`."""
         self._max_new_tokens = options.max_new_tokens
         self._end_ids = vocabulary.end_ids
@@ -68,9 +73,12 @@ class TextSearch:
         """True until the text has min_new_tokens tokens."""
         return len(self.token_ids) < self.options.min_new_tokens
 
-    @property
-    def sequence(self) -> SequenceSoFar:
-        return SequenceSoFar(self.options, self.prefix_ids, self.token_ids)
+    def sequences(self) -> list[SequenceSoFar]:
+        return [SequenceSoFar(self.options, self.prefix_ids, self.token_ids)]
+
+    def fail(self, error: str) -> None:
+        """End without a text."""
+        self.error, self.done = error, True
 
     def accept(self, token_id: int, logprob: float) -> bool:
         """Append a token; return True if the text is complete."""

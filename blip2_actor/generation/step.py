@@ -1,7 +1,7 @@
 """Token selection: from the logits of one step to the next token of every running text.
 
 Most texts take the largest logit. Texts with logits processors or sampling are handled together, before
-anything is sent to the host. Beam searches advance in groups of equal num_beams.
+anything is sent to the host. Beam searches advance in groups of equal num_beams and do_sample.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from blip2_actor.generation.beam_search import BeamSearch, Candidate
-from blip2_actor.generation.logits_processors import process_logits
-from blip2_actor.generation.sampling import sample
+from blip2_actor.generation.logits_processors import process_logits, run_processor
+from blip2_actor.generation.sampling import draw_without_replacement, sample, warp
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.transfer import to_device
 
@@ -39,10 +39,10 @@ def advance(
     """
     logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
     texts: list[tuple[TextSearch, int]] = []
-    beams: dict[int, list[tuple[int, BeamSearch, list[int]]]] = defaultdict(list)
+    beams: dict[tuple[int, bool], list[tuple[int, BeamSearch, list[int]]]] = defaultdict(list)
     for index, (search, rows) in enumerate(searches):
         if isinstance(search, BeamSearch):
-            beams[search.num_slots].append((index, search, rows))
+            beams[search.num_slots, search.random is not None].append((index, search, rows))
         else:
             texts.append((search, rows[0]))
     if texts:
@@ -73,7 +73,10 @@ def _select_processed(logits: Tensor, next_ids: Tensor, texts: TextRows) -> None
     searches = [search for search, _ in texts]
     rows = to_device([row for _, row in texts], logits.device)
     scores = logits[rows].float()
-    process_logits(scores, [search.sequence for search in searches], sorted(searches[0].vocabulary.end_ids))
+    sequences = [sequence for search in searches for sequence in search.sequences()]
+    process_logits(scores, sequences, sorted(searches[0].vocabulary.end_ids))
+    for row, search in enumerate(searches):
+        _run_own_processor(search, scores[row : row + 1])
     uniforms = [search.random.random() for search in searches if search.random is not None]
     num_sampled = len(uniforms)
     if num_sampled:
@@ -114,10 +117,20 @@ def _to_host(token_ids: Tensor, logprobs: Tensor) -> tuple[list[int], list[float
     return [int(token_id) for token_id in both[0]], both[1]
 
 
+def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor) -> None:
+    """Apply a request's own logits processor to its rows, in place; if it raises, this search alone fails."""
+    if search.processor is None or search.error is not None:
+        return
+    try:
+        scores[:] = run_processor(search.processor, search.sequences(), scores.clone())
+    except Exception as error:  # the caller's code may raise anything
+        search.fail(f"logits_processor must not raise, got {error!r}")
+
+
 def _advance_beams(
     logprobs: Tensor, beams: Sequence[BeamSearch], rows: Sequence[list[int]]
 ) -> list[list[int]]:
-    """Advance G beam searches with the same num_beams, K, by one token.
+    """Advance G beam searches with the same num_beams, K, and the same do_sample, by one token.
 
     Args:
         logprobs: float32[rows, V].
@@ -129,12 +142,15 @@ def _advance_beams(
     """
     row_of = to_device(rows, logprobs.device)
     vocabulary_size = logprobs.shape[-1]
-    scores = logprobs[row_of]  # float32[G, K, V]
-    if any(search.depends_on_tokens or search.end_is_banned for search in beams):
-        sequences = [sequence for search in beams for sequence in search.sequences()]
-        process_logits(scores.view(-1, vocabulary_size), sequences, sorted(beams[0].vocabulary.end_ids))
     so_far = to_device([[b.score for b in search.beams] for search in beams], logprobs.device)
-    totals, flat = scores.add_(so_far[..., None]).flatten(1).topk(beams[0].num_candidates)
+    all_totals = (_beam_scores(logprobs[row_of], beams) + so_far[..., None]).flatten(1)
+    randoms = [search.random for search in beams if search.random is not None]
+    if randoms:
+        uniforms = [[random.random() for _ in range(beams[0].num_candidates)] for random in randoms]
+        flat = draw_without_replacement(all_totals, uniforms)
+        totals = all_totals.gather(1, flat)
+    else:
+        totals, flat = all_totals.topk(beams[0].num_candidates)
     parents, token_ids = flat // vocabulary_size, flat % vocabulary_size
     token_logprobs = logprobs[row_of.gather(1, parents), token_ids]
     columns = torch.stack([x.double() for x in (parents, token_ids, totals, token_logprobs)], 1)
@@ -147,3 +163,22 @@ def _advance_beams(
         )
         for search, search_columns in zip(beams, columns.tolist(), strict=True)
     ]
+
+
+def _beam_scores(scores: Tensor, beams: Sequence[BeamSearch]) -> Tensor:
+    """Process the log-probabilities of the next tokens: float32[G, K, V] -> float32[G, K, V]."""
+    flat = scores.view(-1, scores.shape[-1])
+    end_ids = sorted(beams[0].vocabulary.end_ids)
+    if any(search.has_processors or search.end_is_banned for search in beams):
+        sequences = [sequence for search in beams for sequence in search.sequences()]
+        process_logits(flat, sequences, end_ids)
+    for index, search in enumerate(beams):
+        _run_own_processor(search, scores[index])
+    if beams[0].random is not None:
+        options = [search.options for search in beams for _ in search.beams]
+        scores = warp(flat, options, min_kept=1 + len(end_ids)).view_as(scores)
+    renormalized = [index for index, search in enumerate(beams) if search.options.renormalize_logits]
+    if renormalized:
+        indices = to_device(renormalized, scores.device)
+        scores[indices] = scores[indices].log_softmax(dim=-1)
+    return scores

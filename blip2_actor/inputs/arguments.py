@@ -46,9 +46,9 @@ def to_requests(
     """
     if isinstance(asked, Request) or _is_one_image(asked):
         return [to_request(cast("Request | ImageLike", asked), prompt)]
-    if isinstance(asked, Mapping) or not isinstance(asked, Iterable):
+    if not _is_list(asked):
         raise TypeError(f"requests must be a Request, an image or a list of them, got {type(asked).__name__}")
-    return [to_request(cast("Request | ImageLike | None", one), prompt) for one in asked]
+    return [to_request(one, prompt) for one in cast("Iterable[Request | ImageLike | None]", asked)]
 
 
 def to_list(name: str, values: Iterable[Any]) -> list[Any]:
@@ -57,7 +57,7 @@ def to_list(name: str, values: Iterable[Any]) -> list[Any]:
     Raises:
         TypeError: it is one image or text, or no list.
     """
-    if isinstance(values, Mapping) or not isinstance(values, Iterable) or _is_one_image(values):
+    if not _is_list(values) or _is_one_image(values):
         raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
     return list(values)
 
@@ -77,6 +77,11 @@ def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> Genera
             hint = f"do you mean {near[0]}?" if near else f"the options are {', '.join(_OPTION_NAMES)}"
             raise TypeError(f"{name} is not an option of generation; {hint}")
     return replace(options, **changes) if changes else options
+
+
+def _is_list(value: object) -> bool:
+    """False for an open file too: its lines are no images."""
+    return isinstance(value, Iterable) and not isinstance(value, Mapping) and not hasattr(value, "read")
 
 
 def _is_one_image(value: object) -> bool:

@@ -22,6 +22,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 
+from blip2_actor.inputs.field_types import require_types
 from blip2_actor.status import Status
 from blip2_actor.version import __version__
 
@@ -74,8 +75,12 @@ class FetchPolicy:
     """Maximum number of redirects."""
 
     def __post_init__(self) -> None:
+        for name in ("hosts", "allow_networks"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        require_types(self)
         if self.hosts is not None:
-            object.__setattr__(self, "hosts", tuple(host.lower().rstrip(".") for host in self.hosts))
+            object.__setattr__(self, "hosts", tuple(map(_plain_host, self.hosts)))
         for network in self.allow_networks:
             try:
                 ipaddress.ip_network(network)
@@ -117,7 +122,7 @@ def fetch_image(url: str, policy: FetchPolicy = FetchPolicy()) -> bytes:
                 body_or_url = _get(pool, _parse(url, policy), connector)
                 if isinstance(body_or_url, bytes):
                     return body_or_url
-                url = urljoin(url, body_or_url)
+                url = _redirected(url, body_or_url)
         except httpcore.TimeoutException as error:
             raise connector.too_slow() from error
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
@@ -126,13 +131,18 @@ def fetch_image(url: str, policy: FetchPolicy = FetchPolicy()) -> bytes:
     raise FetchError("redirects", f"the URL redirects more than {policy.max_redirects} times")
 
 
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError("url", f"the URL must redirect to a valid one: {error}") from error
+
+
 def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
     """Take a URL apart once, so that nothing after this reads it in another way."""
     try:
         parts = urlsplit(url.strip())
-        host, port = (parts.hostname or "").rstrip("."), parts.port
-        if not _is_address(host):
-            host = host.encode("idna").decode("ascii").lower()
+        host, port = _plain_host(parts.hostname or ""), parts.port
     except (ValueError, UnicodeError) as error:
         raise FetchError(
             "url", f"the URL must be valid, got one with a damaged host or port: {error}"
@@ -273,6 +283,12 @@ def _is_public(address: Address) -> bool:
     if address.is_multicast or address.is_reserved or not address.is_global:
         return False
     return not any(address in network for network in _NOT_PUBLIC)
+
+
+def _plain_host(host: str) -> str:
+    """Return a host as it is compared and resolved; raises UnicodeError if it cannot be one."""
+    host = host.lower().rstrip(".")
+    return host if _is_address(host) else host.encode("idna").decode("ascii").lower()
 
 
 def _is_address(host: str) -> bool:

@@ -54,5 +54,5 @@ def _described(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin is tuple:
-        return "texts"
+        return {str: "texts", int: "whole numbers"}.get(arguments[0], "sequences of whole numbers")
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

@@ -37,10 +37,10 @@ def to_pixels(image: ImageLike | None, size_px: int, allow_urls: bool = False) -
             "image must be bytes, an array or a PIL image, got an image of another engine; give the image "
             "itself",
         )
-    if isinstance(image, str) and "://" in image:
+    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
         image = _fetch(image, allow_urls)
     elif isinstance(image, str | Path):
-        image = _read(Path(image))
+        image = _read(image)
     if isinstance(image, bytes | bytearray | memoryview):
         decoded = decode_image(bytes(image), size_px)
         if decoded.status is not Status.OK:
@@ -75,24 +75,25 @@ def _fetch(url: str, allow_urls: bool) -> bytes:
         raise RequestRefused(error.status, str(error)) from error
 
 
-def _read(path: Path) -> bytes:
+def _read(place: str | Path) -> bytes:
     """Return the bytes of a file; devices and pipes may have no end."""
+    path = Path(place)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise RequestRefused(Status.UNREADABLE, f"image must be a regular file, got {_shown(path)}")
+            raise RequestRefused(Status.UNREADABLE, f"image must be a regular file, got {_shown(place)}")
         limit = ImageLimits().max_file_bytes
         if status.st_size > limit:
             raise RequestRefused(
                 Status.TOO_LARGE, f"the file has {status.st_size} bytes, more than max_file_bytes ({limit})"
             )
         return path.read_bytes()
+    except RequestRefused:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, RequestRefused):
-            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RequestRefused(
-            Status.UNREADABLE, f"image must be a file that can be read, got {_shown(path)}: {reason}"
+            Status.UNREADABLE, f"image must be a file that can be read, got {_shown(place)}: {reason}"
         ) from error
 
 

@@ -137,8 +137,8 @@ class QFormer(nn.Module):
                 alone.
             num_queries: Q; None means that there is no text.
             mask: bool[B, Q + T], False for padding; None attends to all positions.
-            record: called with names and values, for inspection: the output of each layer, and the weights
-                of each cross-attention, float[B, H, Q, P].
+            record: called with names and values, for inspection: the input of the first layer, the output of
+                each, and the weights of each cross-attention, float[B, H, Q, P].
 
         Returns:
             float[B, Q + T, Dq], in this module's dtype.
@@ -152,6 +152,8 @@ class QFormer(nn.Module):
         image_kv = iter(self.image_keys_values(image_embeds.to(dtype)) if image_embeds is not None else ())
         mask = None if mask is None else mask[:, None, None, :]
         hidden = self.layernorm(query_embeds.to(dtype))
+        if record is not None:
+            record("qformer.embeddings", hidden)
         for index, layer in enumerate(self.layers):
             kv = next(image_kv, None) if layer.reads_image else None
             hidden, cross_query = layer(hidden, num_queries, kv, mask)

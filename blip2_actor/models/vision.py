@@ -105,7 +105,8 @@ class VisionEncoder(nn.Module):
 
         Args:
             pixel_values: float[B, 3, S, S], normalized, in this module's dtype.
-            record: called with the name and the output of each block, for inspection.
+            record: called with names and values, for inspection: the input of the first block, and the output
+                of each.
 
         Returns:
             float[B, P, Dv], after the final norm; position 0 is the class token.
@@ -116,6 +117,8 @@ class VisionEncoder(nn.Module):
         embeds = self.patch_embedding(self.patches(pixel_values))
         hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
         hidden = hidden + self.position_embedding
+        if record is not None:
+            record("vision.embeddings", hidden)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden)
             if record is not None:

@@ -45,7 +45,8 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
         except MemoryError:
             raise
         except Exception as error:  # a closed or damaged image raises errors of any class
-            raise ValueError(f"image must be readable, got {describe_error(error)}") from error
+            hint = "; its file must be open until it is loaded" if isinstance(error, AssertionError) else ""
+            raise ValueError(f"{describe_error(error)}{hint}") from error
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be bytes, a PIL image or an array, got {type(image).__name__}")
     if image.dtype == np.uint8 and image.shape == (size_px, size_px, 3):
@@ -115,7 +116,8 @@ def _as_pil(array: np.ndarray) -> Image.Image:
     elif array.dtype.kind == "f" and array.ndim == 3:
         array = _from_unit_range(array)
     elif array.dtype.kind == "f":
-        return Image.fromarray(array.astype(np.float32))
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and `opaque` refuses it
+            return Image.fromarray(array.astype(np.float32))
     elif array.dtype == np.int32:
         return Image.fromarray(array)
     return Image.fromarray(array.astype(np.uint8))

@@ -7,6 +7,7 @@ other kinds of image, for which the processor has no rule.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import cast
 
@@ -69,7 +70,15 @@ def _keep_high_bytes(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Map 32-bit integers or floats, whose range no format states, from their own range to 0 to 255."""
+    """Map 32-bit integers or floats, whose range no format states, from their own range to 0 to 255.
+
+    Raises:
+        ValueError: a float is infinite or NaN, and so has no place in a range.
+    """
+    if image.mode == "F":
+        mean = cast("float", image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        if not math.isfinite(mean):  # one value is enough; the minimum and the maximum leave NaN out
+            raise ValueError("gray floats must be finite")
     low, high = cast("tuple[float, float]", image.getextrema())
     scale = 255.0 / (high - low) if high > low else 0.0
     return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")

@@ -13,23 +13,19 @@ from blip2_actor import GenerationOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The engine's share of one request, and the bytes that it holds meanwhile."""
+    """The engine's share of one request."""
 
     slots: int
     """Slots of the engine that the request holds at once; a text has one slot per beam."""
     steps: int
     """Maximum number of decode steps until its last text ends."""
-    image_bytes: int
-    """Encoded bytes of its images."""
 
     @property
     def slot_steps(self) -> int:
         return self.slots * self.steps
 
 
-def cost_of(
-    options: GenerationOptions, *, num_texts: int = 1, num_images: int = 1, num_image_bytes: int = 0
-) -> Cost:
+def cost_of(options: GenerationOptions, *, num_texts: int = 1, num_images: int = 1) -> Cost:
     """Return what a request can cost at most.
 
     Args:
@@ -37,9 +33,8 @@ def cost_of(
         num_texts: texts to generate, such as one per image and question; 0 if the request asks only for
             scores or features, which costs one step per image.
         num_images: images of the request.
-        num_image_bytes: their encoded bytes together.
     """
     if num_texts == 0:
-        return Cost(slots=num_images, steps=1, image_bytes=num_image_bytes)
+        return Cost(slots=num_images, steps=1)
     per_text = max(options.num_beams, options.num_return_sequences)
-    return Cost(slots=num_texts * per_text, steps=options.max_new_tokens, image_bytes=num_image_bytes)
+    return Cost(slots=num_texts * per_text, steps=options.max_new_tokens)

@@ -1,62 +1,91 @@
-"""Images in the fields of a request: base64, data URIs, or the bytes of a form."""
+"""Images in the fields of a request: base64, data URIs, URLs, or the bytes of a form."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
+from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
+from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request
 
 MAX_IMAGES = 64
 """Maximum number of images in one request."""
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w.+-]+=[^;,]*)*(;base64)?,", re.ASCII | re.IGNORECASE)
+_URL = re.compile(r"\s*(https?|ftp|file|s3|gs):", re.IGNORECASE)
 
 
-def _read_image(value: object, info: ValidationInfo) -> bytes:
-    """Return the bytes of an image; raise ApiError 400 or 413, with the name of the field."""
+@dataclass(frozen=True, kw_only=True)
+class ImageUrl:
+    """An image that is fetched after its request is admitted."""
+
+    field: str
+    """The field of the request, for messages."""
+    url: str
+
+
+ImageSource = bytes | ImageUrl
+"""The encoded bytes of an image, or where they are."""
+
+
+def _read_image(value: object, info: ValidationInfo) -> ImageSource:
+    """Return the image in a field; raise ApiError 400 or 413, with the name of the field."""
     name = info.field_name or "image"
-    if isinstance(value, bytes):
-        image = value
-    elif isinstance(value, str):
-        image = decode_text(name, value)
-    elif value is None:
+    policy = (info.context or {}).get("image_policy", FetchPolicy(hosts=()))
+    if isinstance(value, str):
+        return read_text(name, value, policy)
+    if value is None:
         raise bad_request(f"{name} must be given")
-    else:
-        raise bad_request(f"{name} must be a string in base64, or a data URI")
-    limit = (info.context or {}).get("max_image_bytes", len(image))
-    if len(image) > limit:
-        refuse_size(name, limit, len(image))
-    return image
+    if not isinstance(value, bytes):
+        raise bad_request(f"{name} must be a string: base64, a data URI or a URL")
+    return _bounded(name, value, policy)
 
 
-ImageBytes = Annotated[
-    bytes,
+ImageField = Annotated[
+    ImageSource,
     BeforeValidator(_read_image),
     WithJsonSchema(
         {
             "type": "string",
-            "contentEncoding": "base64",
-            "description": "The encoded image in base64, line breaks allowed, or a data URI.",
+            "description": "The encoded image in base64, line breaks allowed, or a data URI; or an http or "
+            "https URL, if the service fetches images from its host (--allow-image-host).",
         }
     ),
 ]
 """A field with an image."""
 
 
-def decode_text(name: str, text: str) -> bytes:
-    """Return the bytes of an image that is written as base64 or as a data URI; raise ApiError 400."""
-    if re.match(r"\s*(https?|ftp|file|s3|gs):", text, re.IGNORECASE):
-        raise ApiError(
-            400,
-            "url_refused",
-            f"{name} must be the image itself, in base64 or as a data URI, got a URL, and this service "
-            "fetches none",
-        )
+def read_text(name: str, text: str, policy: FetchPolicy) -> ImageSource:
+    """Return an image that is written as base64, a data URI or a URL; raise ApiError 400 or 413.
+
+    Args:
+        name: the field.
+        policy: without hosts, URLs are refused.
+    """
+    if _URL.match(text):
+        if not policy.hosts:
+            raise ApiError(
+                400,
+                "url_refused",
+                f"{name} must be the image itself, in base64 or as a data URI, got a URL, and this service "
+                "fetches none",
+            )
+        return ImageUrl(field=name, url=text)
+    return _bounded(name, _decode(name, text), policy)
+
+
+def _bounded(name: str, image: bytes, policy: FetchPolicy) -> bytes:
+    if len(image) > policy.max_bytes:
+        refuse_size(name, policy.max_bytes, len(image))
+    return image
+
+
+def _decode(name: str, text: str) -> bytes:
     if text[:5].lower() == "data:":
         uri = _DATA_URI.match(text[:1000])
         if uri is None or uri[2] is None:

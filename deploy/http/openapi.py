@@ -16,11 +16,12 @@ _documented: dict[str, type[BaseModel]] = {}
 """Models that routes refer to and FastAPI does not see."""
 
 CODES = {
-    400: "the body or a field is wrong; the message names the field",
+    400: "the body or a field is wrong, or a URL is not allowed; the message names the field",
     404: "the service has another model",
     413: "the body or an image has more bytes or pixels than the limits allow",
     415: "the content type is not one that the route reads",
-    422: "the image cannot be decoded, or the model cannot serve the request; the type is the row status",
+    422: "the image cannot be decoded, or the model cannot serve the request; the type is the row status, or "
+    "url_unreadable",
     429: "this caller has too much in flight; Retry-After says when to try again",
     500: "the service failed on this request; its log has the reason",
     503: "too much is being served, or there is no engine; Retry-After says when to try again",

@@ -12,6 +12,8 @@ from blip2_actor import GenerationOptions
 from deploy.http.errors import bad_request, shorten
 
 OPTION_NAMES = tuple(field.name for field in fields(GenerationOptions))
+MAX_TOKEN_IDS = 256
+"""Maximum number of token ids that one option names; they are looked at in every step."""
 MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
 """What one caller may ask of a shared engine; more would crowd out the other requests."""
 
@@ -44,7 +46,7 @@ def options_schema() -> dict[str, Any]:
 
 def _option(name: str, value: object) -> Any:
     if name not in _TYPES:
-        raise bad_request(f"{name} is not an option; the options are {', '.join(_TYPES)}")
+        raise bad_request(GenerationOptions.explain_unknown(name))
     try:
         # Through JSON, in which a list is accepted for a tuple.
         parsed = _TYPES[name].validate_json(json.dumps(value))
@@ -55,4 +57,8 @@ def _option(name: str, value: object) -> Any:
         raise bad_request(f"options: {name} must be at most {MAX_OPTIONS[name]}, got {parsed}")
     if name == "stop" and (len(parsed) > 8 or any(len(text) > 64 for text in parsed)):
         raise bad_request("options: stop must be at most 8 strings of at most 64 characters")
+    num_ids = len(parsed) if name == "suppress_tokens" else 0
+    num_ids += sum(map(len, parsed)) if name == "bad_words_ids" else 0
+    if num_ids > MAX_TOKEN_IDS:
+        raise bad_request(f"options: {name} must have at most {MAX_TOKEN_IDS} token ids, got {num_ids}")
     return parsed

@@ -20,6 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
 
+from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request, shorten
 from deploy.http.images import MAX_IMAGES, refuse_size
 from deploy.http.options import OPTION_NAMES
@@ -39,13 +40,13 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 async def read_body(
-    request: Request, body_type: type[BodyT], max_image_bytes: int, max_bodies: int = 1
+    request: Request, body_type: type[BodyT], image_policy: FetchPolicy, max_bodies: int = 1
 ) -> BodyT:
     """Read one call.
 
     Args:
         body_type: its fields `image` and `images`, if it has any, take forms and raw bytes too.
-        max_image_bytes: maximum size of one image.
+        image_policy: maximum size of one image, and the hosts whose images are fetched.
         max_bodies: how many of the largest images fit into the body.
 
     Raises:
@@ -61,7 +62,7 @@ async def read_body(
             "unsupported_media_type",
             f"Content-Type must be {_content_types(fields)}, got {media or 'none'!r}",
         )
-    max_bytes = max_image_bytes * max_bodies * (4 / 3 if media == JSON else 1) + MAX_TEXT_BYTES
+    max_bytes = image_policy.max_bytes * max_bodies * (4 / 3 if media == JSON else 1) + MAX_TEXT_BYTES
     body = await _read_bounded(request, int(max_bytes))
 
     def parse() -> BodyT:
@@ -70,15 +71,15 @@ async def read_body(
         else:
             given = _json_fields(body) if media == JSON else _form_fields(header, body, fields)
         in_query = _from_texts(_query_texts(request.url.query), fields)
-        return validate(body_type, _merged(given, in_query), max_image_bytes)
+        return validate(body_type, _merged(given, in_query), image_policy)
 
     return await asyncio.to_thread(parse)
 
 
-def validate(body_type: type[BodyT], fields: Mapping[str, Any], max_image_bytes: int) -> BodyT:
+def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: FetchPolicy) -> BodyT:
     """Return the fields of a call as a model; raise ApiError 400 that names the first wrong field."""
     try:
-        return body_type.model_validate(dict(fields), context={"max_image_bytes": max_image_bytes})
+        return body_type.model_validate(dict(fields), context={"image_policy": image_policy})
     except ValidationError as error:
         raise bad_request(_explain(error, body_type)) from None
 

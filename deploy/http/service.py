@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from blip2_actor import DecodedImage, Embedding, GenerationOptions, ModelInfo
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo
 from deploy.guard.cost import Cost, cost_of
+from deploy.http.images import ImageSource
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 
@@ -20,7 +21,8 @@ class Service(Protocol):
     """Options of a request that names none."""
     matching: ModelInfo | None
     """The retrieval model; None if the service has none."""
-    max_image_bytes: int
+    image_policy: FetchPolicy
+    """Maximum size of one image, and the hosts whose images are fetched; without hosts, none is."""
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         """Hold what a request costs while the block runs, and end the block when its time is over.
@@ -29,6 +31,10 @@ class Service(Protocol):
             ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
                 when the time is over.
         """
+        ...
+
+    async def load(self, image: ImageSource) -> bytes:
+        """Return the encoded bytes of an image, fetched if it is a URL; raise ApiError if they cannot be."""
         ...
 
     async def decode(self, image: bytes) -> DecodedImage:
@@ -53,22 +59,24 @@ class Service(Protocol):
 
 
 async def run_each(
-    service: Service, images: Sequence[bytes], work: ImageWork
-) -> list[tuple[DecodedImage, ImageOutputs]]:
+    service: Service, images: Sequence[ImageSource], work: ImageWork
+) -> list[tuple[bytes, DecodedImage, ImageOutputs]]:
     """Score or embed images, admitted together; the first that fails ends all.
+
+    Returns:
+        the encoded bytes, the pixels and the outputs of each image.
 
     Raises:
         ApiError: as from `Service`.
     """
 
-    async def run(image: bytes) -> tuple[DecodedImage, ImageOutputs]:
+    async def run(source: ImageSource) -> tuple[bytes, DecodedImage, ImageOutputs]:
+        image = await service.load(source)
         decoded = await service.decode(image)
-        return decoded, await service.run(decoded, work)
+        return image, decoded, await service.run(decoded, work)
 
-    num_image_bytes = sum(map(len, images))
-    cost = cost_of(service.options, num_texts=0, num_images=len(images), num_image_bytes=num_image_bytes)
-    async with service.admit(cost):
-        tasks = [asyncio.ensure_future(run(image)) for image in images]
+    async with service.admit(cost_of(service.options, num_texts=0, num_images=len(images))):
+        tasks = [asyncio.ensure_future(run(source)) for source in images]
         try:
             return await asyncio.gather(*tasks)
         finally:

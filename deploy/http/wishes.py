@@ -77,10 +77,9 @@ class Wishes(Body):
             contrastive="contrastive" in kinds,
         )
 
-    def cost(self, service: Service, num_image_bytes: int) -> Cost:
+    def cost(self, service: Service) -> Cost:
         """Return what this costs for one image."""
-        num_texts = 1 + len(self.ask or {})
-        return cost_of(self.options_of(service), num_texts=num_texts, num_image_bytes=num_image_bytes)
+        return cost_of(self.options_of(service), num_texts=1 + len(self.ask or {}))
 
 
 def require_matching(service: Service, what: str) -> None:

@@ -19,6 +19,7 @@ from deploy.guard.cost import Cost, cost_of
 from deploy.http.answers import Answer, service_fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
+from deploy.http.images import ImageSource
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
@@ -91,9 +92,10 @@ def chat_router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Continue a text about an image, or caption it, as OpenAI's clients ask.
 
-        The image is a data URI. BLIP-2 reads one image and one text; everything else is refused by name.
+        The image is a data URI, or a URL of a host that the service allows. BLIP-2 reads one image and one
+        text; everything else is refused by name.
         """
-        body = await read_body(request, ChatBody, service.max_image_bytes)
+        body = await read_body(request, ChatBody, service.image_policy)
         body.check(service)
         text = body.text(service)
         image = await asyncio.to_thread(body.image, service)
@@ -109,7 +111,7 @@ def chat_router(service: Service) -> APIRouter:
 class _Chat:
     """One completion under way."""
 
-    def __init__(self, service: Service, text: TextToGenerate, image: bytes) -> None:
+    def __init__(self, service: Service, text: TextToGenerate, image: ImageSource) -> None:
         self._service = service
         self._text = text
         self._image = image
@@ -122,13 +124,13 @@ class _Chat:
 
     @property
     def _cost(self) -> Cost:
-        return cost_of(self._text.options, num_image_bytes=len(self._image))
+        return cost_of(self._text.options)
 
     async def complete(self) -> dict[str, Any]:
         """Return a `ChatCompletion`."""
         service = self._service
         async with service.admit(self._cost):
-            image = await service.decode(self._image)
+            image = await service.decode(await service.load(self._image))
             outputs = await service.run(image, ImageWork(texts=(self._text,)))
         choices = [
             {
@@ -156,7 +158,7 @@ class _Chat:
                 await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
 
         async with service.admit(self._cost):
-            image = await service.decode(self._image)
+            image = await service.decode(await service.load(self._image))
             async with aclosing(service.stream(image, work)) as items:
                 async for item in items:
                     if isinstance(item, TextPiece):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blip2_actor import GenerationOptions
 from deploy.http.errors import ApiError, bad_request, shorten
-from deploy.http.images import decode_text, refuse_size
+from deploy.http.images import ImageSource, read_text
 from deploy.http.options import MAX_OPTIONS, parse_options
 from deploy.http.service import Service
 from deploy.http.wishes import Body, Text
@@ -49,7 +49,7 @@ GREEDY: dict[str, Any] = {
 
 class ImageUrl(Body):
     url: str
-    """A data URI such as data:image/jpeg;base64,..."""
+    """A data URI such as data:image/jpeg;base64,..., or a URL of a host that the service allows."""
     detail: Literal["auto", "low", "high"] = "auto"
     """Accepted; images always have the model's size."""
 
@@ -126,10 +126,10 @@ class ChatBody(BaseModel):
         prompt, _ = content_of(self.messages)
         return TextToGenerate(prompt=prompt, options=self._options(service.options))
 
-    def image(self, service: Service) -> bytes:
-        """Return the encoded bytes of the one image."""
+    def image(self, service: Service) -> ImageSource:
+        """Return the one image; raise ApiError 400 or 413."""
         _, url = content_of(self.messages)
-        return image_of(service, url)
+        return read_text("image_url", url, service.image_policy)
 
     def _options(self, defaults: GenerationOptions) -> GenerationOptions:
         max_tokens = self.max_completion_tokens or self.max_tokens
@@ -189,11 +189,3 @@ def content_of(messages: list[Message]) -> tuple[str | None, str]:
         raise bad_request(f"messages must contain exactly one image, got {len(images)}")
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
     return text or None, images[0]
-
-
-def image_of(service: Service, url: str) -> bytes:
-    """Return the bytes of a data URI; raise ApiError 400 or 413."""
-    image = decode_text("image_url", url)
-    if len(image) > service.max_image_bytes:
-        refuse_size("image_url", service.max_image_bytes, len(image))
-    return image

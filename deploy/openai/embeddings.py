@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,12 +19,12 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer, vector_of
 from deploy.http.errors import bad_request
-from deploy.http.images import MAX_IMAGES
+from deploy.http.images import MAX_IMAGES, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, run_each
 from deploy.http.wishes import Body
-from deploy.openai.chat_request import Message, content_of, image_of, require_model
+from deploy.openai.chat_request import Message, content_of, require_model
 from deploy.work import ImageWork
 
 MAX_BODIES = 4
@@ -33,7 +34,7 @@ Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
 class EmbeddingsBody(Body):
-    """Images as `input`, each a data URI, or one image in `messages`, as vLLM documents it."""
+    """Images as `input`, each a data URI or a URL, or one image in `messages`, as vLLM documents it."""
 
     model: str
     input: str | Inputs | None = None
@@ -43,8 +44,8 @@ class EmbeddingsBody(Body):
     user: str | None = None
     """Accepted, without effect."""
 
-    def images(self, service: Service) -> list[bytes]:
-        """Return the encoded images; raise ApiError 400, 404 or 413."""
+    def images(self, service: Service) -> list[ImageSource]:
+        """Return the images; raise ApiError 400, 404 or 413."""
         require_model(service, self.model)
         if (self.input is None) == (self.messages is None):
             raise bad_request("input or messages must be given, one of them")
@@ -52,15 +53,15 @@ class EmbeddingsBody(Body):
             text, url = content_of(self.messages)
             if text is not None:
                 raise bad_request("messages must contain an image alone; BLIP-2 embeds images without a text")
-            return [image_of(service, url)]
+            return [read_text("image_url", url, service.image_policy)]
         urls = [self.input] if isinstance(self.input, str) else self.input or []
         for url in urls:
-            if not url.lower().startswith("data:"):
+            if not re.match(r"(data|https?):", url, re.IGNORECASE):
                 raise bad_request(
-                    "input must be images as data URIs: BLIP-2 embeds no texts here; a retrieval model does, "
-                    "with /v1/embed"
+                    "input must be images as data URIs or URLs: BLIP-2 embeds no texts here; a retrieval "
+                    "model does, with /v1/embed"
                 )
-        return [image_of(service, url) for url in urls]
+        return [read_text("input", url, service.image_policy) for url in urls]
 
 
 class OneEmbedding(Answer):
@@ -89,9 +90,9 @@ def openai_embeddings_router(service: Service) -> APIRouter:
     @router.post("/v1/embeddings", openapi_extra=body_of(EmbeddingsBody), response_model=Embeddings)
     async def embeddings(request: Request) -> JSONResponse:
         """Embed images with the Q-Former."""
-        body = await read_body(request, EmbeddingsBody, service.max_image_bytes, MAX_BODIES)
+        body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
         images = await asyncio.to_thread(body.images, service)
-        outputs = [output for _, output in await run_each(service, images, ImageWork(features=True))]
+        outputs = [output for *_, output in await run_each(service, images, ImageWork(features=True))]
         vectors = [vector_of("qformer", output.features, None) for output in outputs]
         num_tokens = service.model.num_queries * len(images)
         answer = {

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
-from deploy.http.images import MAX_IMAGES, ImageBytes
+from deploy.http.images import MAX_IMAGES, ImageField, ImageSource
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
@@ -30,7 +30,7 @@ AT_ONCE = 8
 class CaptionBody(Wishes):
     """One image, and what is asked of it."""
 
-    image: ImageBytes
+    image: ImageField
     stream: bool = False
     """Send the texts in pieces as they grow, as server-sent events."""
 
@@ -38,7 +38,7 @@ class CaptionBody(Wishes):
 class CaptionsBody(Wishes):
     """Several images, and what is asked of each."""
 
-    images: Annotated[list[ImageBytes], Field(min_length=1, max_length=MAX_IMAGES)]
+    images: Annotated[list[ImageField], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
 class PieceOfText(BaseModel):
@@ -79,7 +79,7 @@ def captions_router(service: Service) -> APIRouter:
 
         The body is a form, JSON, or the image itself with everything else in the query.
         """
-        body = await read_body(request, CaptionBody, service.max_image_bytes)
+        body = await read_body(request, CaptionBody, service.image_policy)
         body.work(service)  # what cannot be done is refused before anything is decoded
         if not body.stream:
             return JSONResponse(await _caption(service, body, body.image))
@@ -96,7 +96,7 @@ def captions_router(service: Service) -> APIRouter:
 
         With `Accept: text/event-stream` the lines are the data of server-sent events.
         """
-        body = await read_body(request, CaptionsBody, service.max_image_bytes, MAX_BODIES)
+        body = await read_body(request, CaptionsBody, service.image_policy, MAX_BODIES)
         body.work(service)
         wants_events = EVENTS in request.headers.get("accept", "")
         encode = event if wants_events else line
@@ -109,9 +109,10 @@ def captions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _caption(service: Service, wishes: Wishes, image: bytes) -> dict[str, Any]:
+async def _caption(service: Service, wishes: Wishes, source: ImageSource) -> dict[str, Any]:
     work = wishes.work(service)
-    async with service.admit(wishes.cost(service, len(image))):
+    async with service.admit(wishes.cost(service)):
+        image = await service.load(source)
         decoded = await service.decode(image)
         outputs = await service.run(decoded, work)
     return caption_answer(service.model, wishes, work, image, decoded, outputs)
@@ -120,14 +121,15 @@ async def _caption(service: Service, wishes: Wishes, image: bytes) -> dict[str, 
 async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
     work = body.work(service)
     names = ["caption", *(body.ask or {})]
-    async with service.admit(body.cost(service, len(body.image))):
-        decoded = await service.decode(body.image)
+    async with service.admit(body.cost(service)):
+        image = await service.load(body.image)
+        decoded = await service.decode(image)
         async with aclosing(service.stream(decoded, work)) as items:
             async for item in items:
                 if isinstance(item, TextPiece):
                     await emit(event({"output": names[item.index], "text": item.text}, "text"))
                 else:
-                    answer = caption_answer(service.model, body, work, body.image, decoded, item)
+                    answer = caption_answer(service.model, body, work, image, decoded, item)
                     await emit(event(answer, "answer"))
 
 
@@ -135,7 +137,7 @@ async def _caption_all(service: Service, body: CaptionsBody, send: Any) -> None:
     """Caption every image, some at the same time; one that fails does not stop the others."""
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def caption(index: int, image: bytes) -> None:
+    async def caption(index: int, image: ImageSource) -> None:
         async with slots:
             try:
                 answer = {"index": index} | await _caption(service, body, image)

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from deploy.guard.cost import cost_of
 from deploy.http.answers import Answer, Vector, vectors_of
 from deploy.http.errors import bad_request
-from deploy.http.images import ImageBytes
+from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, run_each
@@ -24,7 +24,7 @@ from deploy.work import ImageWork
 class EmbedBody(Body):
     """An image, or texts."""
 
-    image: ImageBytes | None = None
+    image: ImageField | None = None
     embed: Annotated[list[EmbeddingKind], Field(min_length=1)] = Field(default=["qformer"])
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
     contrastive, which needs a retrieval model."""
@@ -57,7 +57,7 @@ def embeddings_router(service: Service) -> APIRouter:
         The contrastive vectors of an image and of a text are comparable: the largest of their dot products
         is the cosine that `/v1/match` calls itc.
         """
-        body = await read_body(request, EmbedBody, service.max_image_bytes)
+        body = await read_body(request, EmbedBody, service.image_policy)
         if (body.image is None) == (body.texts is None):
             raise bad_request("image or texts must be given, one of them")
         if body.texts is not None:
@@ -74,12 +74,12 @@ def embeddings_router(service: Service) -> APIRouter:
             features=any(kind != "contrastive" for kind in body.embed),
             contrastive="contrastive" in body.embed,
         )
-        [(decoded, outputs)] = await run_each(service, [body.image], work)
+        [(image, decoded, outputs)] = await run_each(service, [body.image], work)
         answer = {
             "embeddings": vectors_of(body.embed, outputs.features, outputs.contrastive),
             "width": decoded.width,
             "height": decoded.height,
-            "sha256": hashlib.sha256(body.image).hexdigest(),
+            "sha256": hashlib.sha256(image).hexdigest(),
             "model": service.model.model,
         }
         return JSONResponse(answer)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from deploy.guard.cost import cost_of
 from deploy.http.answers import Answer
-from deploy.http.images import ImageBytes
+from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
@@ -36,7 +36,7 @@ class ImageToTextParameters(Body):
 class ImageToTextBody(Body):
     """The image, as `inputs` in JSON; or the body itself."""
 
-    image: ImageBytes = Field(validation_alias=AliasChoices("inputs", "image"))
+    image: ImageField = Field(validation_alias=AliasChoices("inputs", "image"))
     parameters: ImageToTextParameters = ImageToTextParameters()
 
 
@@ -51,11 +51,12 @@ def image_to_text_router(service: Service) -> APIRouter:
     @router.post("/", openapi_extra=body_of(ImageToTextBody, raw=True), response_model=list[GeneratedText])
     async def image_to_text(request: Request) -> JSONResponse:
         """Caption one image, as `huggingface_hub.InferenceClient.image_to_text` asks."""
-        body = await read_body(request, ImageToTextBody, service.max_image_bytes)
+        body = await read_body(request, ImageToTextBody, service.image_policy)
         options = parse_options(body.parameters.options, service.options)
         work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
-        async with service.admit(cost_of(options, num_image_bytes=len(body.image))):
-            outputs = await service.run(await service.decode(body.image), work)
+        async with service.admit(cost_of(options)):
+            image = await service.decode(await service.load(body.image))
+            outputs = await service.run(image, work)
         return JSONResponse([{"generated_text": c.text} for c in outputs.texts[0].completions])
 
     return router

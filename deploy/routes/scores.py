@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer, MatchAnswer, ScoreAnswer, match_answers, score_answers
 from deploy.http.errors import bad_request
-from deploy.http.images import MAX_IMAGES, ImageBytes, decode_text, refuse_size
+from deploy.http.images import MAX_IMAGES, ImageField, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, run_each
@@ -29,7 +29,7 @@ SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
 class ScoreBody(Body):
     """Texts to score after one image."""
 
-    image: ImageBytes
+    image: ImageField
     texts: SomeTexts
     prompt: Text | None = None
     """What stands before each text."""
@@ -38,7 +38,7 @@ class ScoreBody(Body):
 class MatchBody(Body):
     """Texts to compare with one image."""
 
-    image: ImageBytes
+    image: ImageField
     texts: SomeTexts
 
 
@@ -46,7 +46,7 @@ class ImagePart(Body):
     """An image among texts."""
 
     image: str
-    """In base64, or a data URI."""
+    """In base64, a data URI, or a URL of a host that the service allows."""
 
 
 class TextPart(Body):
@@ -105,9 +105,9 @@ def scores_router(service: Service) -> APIRouter:
     )
     async def score(request: Request) -> JSONResponse:
         """Return the log-probability of texts after an image and a prompt."""
-        body = await read_body(request, ScoreBody, service.max_image_bytes)
+        body = await read_body(request, ScoreBody, service.image_policy)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
-        [(_, outputs)] = await run_each(service, [body.image], ImageWork(scores=scores))
+        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(scores=scores))
         answer = score_answers(body.texts, outputs.scores)
         return JSONResponse({"scores": answer, "model": service.model.model})
 
@@ -119,9 +119,9 @@ def scores_router(service: Service) -> APIRouter:
 
         This needs a retrieval model (--score-model).
         """
-        body = await read_body(request, MatchBody, service.max_image_bytes)
+        body = await read_body(request, MatchBody, service.image_policy)
         require_matching(service, "match")
-        [(_, outputs)] = await run_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
+        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
         assert service.matching is not None
         answer = match_answers(body.texts, outputs.matches)
         return JSONResponse({"matches": answer, "model": service.matching.model})
@@ -129,7 +129,7 @@ def scores_router(service: Service) -> APIRouter:
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody), response_model=RerankAnswer)
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
-        body = await read_body(request, RerankBody, service.max_image_bytes, MAX_BODIES)
+        body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
         query = await asyncio.to_thread(_content, service, "query", body.query)
         documents = [
             await asyncio.to_thread(_content, service, f"documents.{index}", part)
@@ -149,29 +149,28 @@ def scores_router(service: Service) -> APIRouter:
     return router
 
 
-def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | bytes:
-    """Return a text, or the bytes of an image."""
+def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | ImageSource:
+    """Return a text, or an image."""
     if isinstance(part, TextPart):
         return part.text
     if isinstance(part, str) and not part.startswith("data:image/"):
         return part
-    image = decode_text(name, part if isinstance(part, str) else part.image)
-    if len(image) > service.max_image_bytes:
-        refuse_size(name, service.max_image_bytes, len(image))
-    return image
+    return read_text(name, part if isinstance(part, str) else part.image, service.image_policy)
 
 
-async def _relevance(service: Service, query: str | bytes, documents: list[str | bytes]) -> list[float]:
+async def _relevance(
+    service: Service, query: str | ImageSource, documents: list[str | ImageSource]
+) -> list[float]:
     texts = [part for part in (query, *documents) if isinstance(part, str)]
-    images = [part for part in (query, *documents) if isinstance(part, bytes)]
+    images = [part for part in (query, *documents) if not isinstance(part, str)]
     if len(images) > MAX_IMAGES:
         raise bad_request(f"documents must be at most {MAX_IMAGES} images, got {len(images)}")
-    if any(isinstance(document, bytes) == isinstance(query, bytes) for document in documents):
+    if any(isinstance(document, str) == isinstance(query, str) for document in documents):
         raise bad_request("documents must be texts if query is an image, and images if query is a text")
     if service.matching is None:
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
     outputs = await run_each(service, images, work)
-    likelihoods = [math.exp(-(score.loss or 0.0)) for _, output in outputs for score in output.scores]
-    return likelihoods or [match.itm or 0.0 for _, output in outputs for match in output.matches]
+    likelihoods = [math.exp(-(score.loss or 0.0)) for *_, output in outputs for score in output.scores]
+    return likelihoods or [match.itm or 0.0 for *_, output in outputs for match in output.matches]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.progress import Console
+from pipeline.report.outcome import outcome_lines
 from pipeline.run.job import Job
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
@@ -47,6 +48,6 @@ def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
 def _run(job: Job) -> int:
     console = Console()
     result = run_job(job, console)
-    for line in result.lines():
+    for line in [*result.lines(), *outcome_lines(job.ledger.folder, result)]:
         console.say(line)
     return result.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)

@@ -19,9 +19,10 @@ from blip2_actor.version_flag import add_version_flag
 from pipeline.cli.serve import become_deployment
 from pipeline.exit_status import ExitStatus
 from pipeline.settings.demo_settings import DemoSettings
+from pipeline.settings.doctor_settings import DoctorSettings
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.settings.report_settings import ReportSettings, StatusSettings
+from pipeline.settings.report_settings import ExportSettings, ReportSettings, ShowSettings, StatusSettings
 from pipeline.settings.retry_settings import RetrySettings
 
 
@@ -57,6 +58,9 @@ COMMANDS = {
     "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
     "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
     "report": Command(ReportSettings, "pipeline.report.report:report", needs=NO_RAY),
+    "doctor": Command(DoctorSettings, "pipeline.doctor.doctor:doctor", needs=NO_RAY),
+    "export": Command(ExportSettings, "pipeline.export.export:export", needs=NO_RAY),
+    "show": Command(ShowSettings, "pipeline.report.show:show", needs=("pyarrow", "rich")),
     "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }

@@ -13,13 +13,12 @@ from typing import Any
 
 from blip2_actor import Status
 from pipeline.report.model import Report
-from pipeline.schema import ROW_CONTRACT
+from pipeline.report.rows import is_own_column, short_value
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.outputs import Outputs
 
 MAX_REASONS = 20
 MAX_CAPTIONS = 20
-MAX_VALUE_CHARS = 200
 STYLE = """
 :root { color-scheme: light; --ink: #1d2433; --soft: #5a6475; --line: #dfe3ea; --bar: #3467b8;
   --bad: #b3261e; }
@@ -144,22 +143,12 @@ def _sample(report: Report, row: dict[str, Any]) -> str:
     else:
         parts.append(f'<p class="bad">{escape(row["status"])}: {escape(row["error"] or "")}</p>')
     parts += [f'<p class="bad">{escape(flag)}</p>' for flag in row["flags"]]
-    parts += [f"<p>{escape(name)}: {escape(_short(row[name]))}</p>" for name in row if _is_user_column(name)]
+    parts += [
+        f"<p>{escape(name)}: {escape(short_value(row[name]))}</p>" for name in row if is_own_column(name)
+    ]
     size = "" if row["width"] is None else f", {row['width']:,} × {row['height']:,}"
     parts.append(f'<p class="key">{escape(row["key"])}<br>{escape(row["shard"])}{size}</p>')
     return f"<li>{''.join(parts)}</li>"
-
-
-def _is_user_column(name: str) -> bool:
-    """Whether the user asked for the column: an answer, an embedding, a score or a kept column."""
-    return name not in ROW_CONTRACT.names
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, bytes)):
-        return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}…"
 
 
 def _bar_chart(title: str, column: str, counts: Sequence[tuple[object, int]]) -> str:

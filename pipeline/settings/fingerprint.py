@@ -25,6 +25,11 @@ ADDED_LATER: Mapping[str, Any] = {
     "include": [],
     "exclude": [],
     GENERATION_CONFIG: {},
+    "options.min_p": 0.0,
+    "options.typical_p": 1.0,
+    "options.suppress_tokens": [],
+    "options.bad_words_ids": [],
+    "options.renormalize_logits": False,
 }
 """Fields that are newer than version 0.1.0: dotted name, such as "options.num_beams", to the value with which
 this version makes the rows of earlier versions."""

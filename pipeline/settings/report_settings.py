@@ -1,8 +1,15 @@
-"""The settings of the commands that only read an output: `blip2 report` and `blip2 status`."""
+"""The settings of the commands that only read an output: `blip2 report`, `status`, `show` and `export`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from blip2_actor import Status
+
+Target = Literal["csv", "jsonl", "txt", "imagefolder", "webdataset"]
+NOT_OK = "not_ok"
+"""Stands for every status but ok."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +34,55 @@ class StatusSettings:
 
     output: str
     """Folder or URI of a run, finished or in progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowSettings:
+    """Show rows of a run in the terminal: keys, captions, and why rows failed. Needs no Ray."""
+
+    output: str
+    """Folder or URI of a run, finished or in progress."""
+    status: tuple[str, ...] = ()
+    """Show only rows with one of these statuses; not_ok means every status but ok."""
+    grep: str | None = None
+    """Show only rows with a text that matches this regular expression: key, caption, error, named columns."""
+    sort: str | None = None
+    """Show the rows with the lowest values of this column first, such as logprob."""
+    descending: bool = False
+    """With --sort: the highest values first."""
+    limit: int = 20
+    """Maximum number of rows; 0 shows all."""
+    json: bool = False
+    """Print every column, one JSON object per line."""
+
+    def __post_init__(self) -> None:
+        known = [*(status.value for status in Status), NOT_OK]
+        for status in self.status:
+            if status not in known:
+                raise ValueError(f"status must be one of {', '.join(known)}, got {status}")
+        if self.limit < 0:
+            raise ValueError(f"limit must be at least 0, got {self.limit}")
+        if self.sort is not None and not self.limit:
+            raise ValueError("limit must be at least 1 with sort, got 0; so many rows are kept in memory")
+        if self.descending and self.sort is None:
+            raise ValueError("descending must be given with sort; name a column: --sort logprob --descending")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write the rows of a run in another format, next to their images if wanted. Needs no Ray."""
+
+    output: str
+    """Folder or URI of a run, finished or in progress."""
+    to: Target
+    """csv and jsonl hold every row, txt a caption per line, imagefolder and webdataset also the images."""
+    into: str
+    """Folder on this machine to write into; the same command goes on with an export that was stopped."""
+    input: tuple[str, ...] = ()
+    """The input again, if its URIs hold passwords or options: these are not stored in the output."""
+
+    def __post_init__(self) -> None:
+        if "://" in self.into:
+            raise ValueError(
+                f"into must be a folder on this machine, got {self.into}; export there, and copy the files"
+            )

@@ -34,6 +34,7 @@ PUBLIC = [
     "GenerationOptions",
     "ImageLike",
     "ImageLimits",
+    "LogitsProcessor",
     "Match",
     "MatchingConfig",
     "MatchingEngine",
@@ -49,8 +50,11 @@ PUBLIC = [
     "decode_image",
     "fetch_image",
     "find_quality_flags",
+    "free_bytes",
     "require_image_layout",
     "resize_image",
+    "resolve_device",
+    "resolve_dtype",
     "stricter_options",
 ]
 

@@ -175,10 +175,22 @@ def test_a_redirect_to_a_private_address_is_refused(target: str) -> None:
 
 
 def test_a_redirect_to_another_scheme_or_host_is_refused() -> None:
-    for target, reason in (("file:///etc/passwd", "url"), ("http://other.example/", "host")):
+    for target, reason in (
+        ("file:///etc/passwd", "url"),
+        ("http://[", "url"),
+        ("http://other.example/", "host"),
+    ):
         with server(redirect(target)) as url:
             policy = FetchPolicy(hosts=("127.0.0.1",), allow_networks=("127.0.0.0/8",))
             assert refused(url, policy).reason == reason
+
+
+def test_a_host_with_other_letters_can_be_allowed() -> None:
+    """The name in the URL was encoded and the one in the policy was not."""
+    policy = FetchPolicy(hosts=("Bücher.invalid.",))
+    assert policy.hosts == ("xn--bcher-kva.invalid",)
+    assert refused("http://bücher.invalid/", policy).reason == "connection"
+    assert refused("http://xn--bcher-kva.invalid/", policy).reason == "connection"
 
 
 def test_redirects_are_followed_up_to_a_number() -> None:
@@ -283,6 +295,9 @@ def test_other_answers_are_unreadable() -> None:
         ({"max_bytes": 0}, "max_bytes must be above 0"),
         ({"timeout_s": float("inf")}, "timeout_s must be above 0 and finite"),
         ({"max_redirects": -1}, "max_redirects must be at least 0"),
+        ({"hosts": "example.com"}, "hosts must be texts or None, got 'example.com'"),  # a text has letters
+        ({"allow_networks": "10.0.0.0/8"}, "allow_networks must be texts, got '10.0.0.0/8'"),
+        ({"max_bytes": "1"}, "max_bytes must be a whole number, got '1'"),
     ],
 )
 def test_a_policy_names_the_field_that_is_wrong(settings: dict[str, Any], message: str) -> None:

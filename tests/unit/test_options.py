@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
-from typing import Any
+import pickle
+from typing import Any, cast
 
 import pytest
 
@@ -41,8 +43,8 @@ def test_stored_options_without_effect_next_to_given_ones_are_left_out() -> None
 
 
 def test_options_that_contradict_stored_ones_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_beams must be 1 with do_sample, got 5"):
-        GenerationOptions(do_sample=True).resolve({"num_beams": 5})
+    with pytest.raises(ValueError, match=r"num_return_sequences must be at most num_beams \(5\) unless"):
+        GenerationOptions(do_sample=True, num_return_sequences=6).resolve({"num_beams": 5})
     with pytest.raises(ValueError, match=r"min_new_tokens must be at most max_new_tokens \(5\), got 8"):
         GenerationOptions(max_new_tokens=5).resolve({"min_new_tokens": 8})
 
@@ -53,3 +55,55 @@ def test_a_switch_that_a_checkpoint_may_set_can_be_switched_off_on_the_command_l
     given = vars(parser.parse_args(["--no-do-sample"]))
     assert flags.build(GenerationOptions, given) == GenerationOptions(do_sample=False)
     assert flags.build(GenerationOptions, vars(parser.parse_args([]))) == GenerationOptions()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("max_length", "give max_new_tokens; max_length of the reference also counts"),
+        ("min_length", "give min_new_tokens; min_length of the reference also counts"),
+        ("logits_processor", "give it to the Request"),
+        ("num_beam", "the options are max_new_tokens, min_new_tokens, num_beams"),
+    ],
+)
+def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> None:
+    """max_length as another name of max_new_tokens would give texts of another length than the reference."""
+    with pytest.raises(TypeError, match=f"{name} is not an option; {remedy}"):
+        GenerationOptions(**cast("dict[str, Any]", {name: 20}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"typical_p": 0.0}, "typical_p must be above 0 and at most 1, got 0"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
+        ({"suppress_tokens": [-1]}, r"suppress_tokens must be token ids from 0, got \(-1,\)"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must be sequences of token ids"),
+        ({"do_sample": False, "min_p": 0.1}, "min_p must be left at 0.0 without do_sample"),
+        (
+            {"num_beams": 1, "renormalize_logits": True},
+            "renormalize_logits must be left at False without beam",
+        ),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**options)
+
+
+def test_token_ids_are_read_from_the_command_line_and_from_stored_lists() -> None:
+    parser = flags.Parser(prog="x")
+    flags.add_flags(parser, GenerationOptions)
+    arguments = ["--suppress-tokens", "3", "5", "--bad-words-ids", "7", "8,9"]
+    expected = GenerationOptions(suppress_tokens=(3, 5), bad_words_ids=((7,), (8, 9)))
+    assert flags.build(GenerationOptions, vars(parser.parse_args(arguments))) == expected
+    assert GenerationOptions(suppress_tokens=[3, 5], bad_words_ids=[[7], [8, 9]]) == expected  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--suppress-tokens must be whole numbers, got \('x',\)"):
+        flags.build(GenerationOptions, vars(parser.parse_args(["--suppress-tokens", "x"])))
+    assert GenerationOptions(suppress_tokens=()).resolve({"suppress_tokens": [3]}).suppress_tokens == ()
+
+
+def test_options_can_be_copied_and_sent_to_workers() -> None:
+    options = GenerationOptions(num_beams=3, bad_words_ids=((7, 8),))
+    assert pickle.loads(pickle.dumps(options)) == options
+    assert dataclasses.replace(options, num_beams=4).bad_words_ids == ((7, 8),)

@@ -87,6 +87,8 @@ def merge_adapter(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str
         else:
             replaced[_WRAPPERS.sub(".", plain)] = stored
     changed = {f"{module}.weight" for module in matrices} | replaced.keys()
+    if not changed:
+        raise ValueError(f"{path} must hold the tensors of an adapter, got none; fetch the adapter again")
     changed |= {f"{module}.bias" for module, parts in matrices.items() if "bias" in parts}
     merged = _untied(dict(tensors), changed)
     _require_known(changed, merged, folder)

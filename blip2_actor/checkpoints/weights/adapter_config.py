@@ -7,13 +7,14 @@ its name, because leaving it out would silently give other captions.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blip2_actor.checkpoints.json_file import read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _READ = {
@@ -53,16 +54,11 @@ class AdapterConfig:
             ValueError: the file is broken, or the adapter cannot be merged; the message names the field.
         """
         path = folder / ADAPTER_CONFIG
-        if not path.exists():
+        fields = read_json_object(path)
+        if fields is None:
             raise FileNotFoundError(
                 f"adapter must be the folder of a PEFT adapter, got {folder}, which has no {path.name}"
             )
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} must be JSON, got {error}; fetch it again") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} must be a JSON object, got a {type(fields).__name__}; fetch it again")
         config = cls(folder, fields)
         config._require_mergeable()
         return config
@@ -90,7 +86,7 @@ class AdapterConfig:
             rank: rows of its matrix A.
 
         Raises:
-            ValueError: the configuration gives it another rank.
+            ValueError: the configuration gives it another rank, or no factor.
         """
         expected = self._for_module("rank_pattern", module, self.fields.get("r", 8))
         if rank != expected:
@@ -99,12 +95,23 @@ class AdapterConfig:
                 "save the adapter again with save_pretrained"
             )
         alpha = self._for_module("alpha_pattern", module, self.fields.get("lora_alpha", 8))
+        if type(alpha) not in (int, float):
+            raise ValueError(
+                f"lora_alpha and alpha_pattern in {self.folder / ADAPTER_CONFIG} must give a number for "
+                f"{module}, got {alpha!r}; save the adapter again with save_pretrained"
+            )
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def _for_module(self, field: str, module: str, default: Any) -> Any:
         """Return the value of the first pattern that matches the end of a module's name, as PEFT does."""
         patterns = self.fields.get(field) or {}
-        return next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", module)), default)
+        try:
+            return next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", module)), default)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{field} in {self.folder / ADAPTER_CONFIG} must be an object with regular expressions as "
+                f"its names, got {patterns!r}; save the adapter again with save_pretrained"
+            ) from error
 
     def _require_mergeable(self) -> None:
         path = self.folder / ADAPTER_CONFIG

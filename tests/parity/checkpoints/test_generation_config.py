@@ -52,6 +52,15 @@ def test_info_lists_what_the_file_changes(checkpoint_folder: Callable[..., Path]
     assert config.info().generation_config == {"do_sample": True, "top_k": 50}
 
 
+def test_lists_of_the_file_are_options_and_empty_ones_are_the_defaults(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = {"suppress_tokens": [], "bad_words_ids": [[5], [6, 7]]}
+    stored = _config(checkpoint_folder("opt"), tmp_path, content).info().generation_config
+    assert stored == {"bad_words_ids": ((5,), (6, 7))}
+    assert GenerationOptions().resolve(stored).bad_words_ids == ((5,), (6, 7))
+
+
 def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -65,13 +74,13 @@ def test_an_option_of_the_file_waits_for_the_search_that_it_is_for(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"suppress_tokens": [5]}, "must not have 'suppress_tokens', which is not supported, got [5]"),
+        ({"epsilon_cutoff": 0.5}, "must not have 'epsilon_cutoff', which is not supported, got 0.5"),
         ({"num_beam_groups": 2, "num_beams": 2}, "must not have 'num_beam_groups'"),
-        ({"typical_p": 0.9}, "must not have 'typical_p'"),
+        ({"suppress_tokens": [-5]}, "suppress_tokens must be token ids from 0, got (-5,)"),
         ({"max_length": 40}, "got 40; use max_new_tokens"),
         ({"eos_token_id": [3, 5]}, "must not have 'eos_token_id'"),
-        ({"temperature": 0, "do_sample": True}, "temperature must be from 1e-06 to 1e+06, got 0"),
-        ({"num_beams": "many"}, "num_beams must be a whole number, got many"),
+        ({"temperature": -1, "do_sample": True}, "temperature must be from 1e-06 to 1e+06, got -1"),
+        ({"num_beams": "many"}, "num_beams must be a whole number, got 'many'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name_before_work(
@@ -109,7 +118,8 @@ def test_a_request_that_contradicts_the_file_is_a_row_with_a_status(
 ) -> None:
     config = _config(checkpoint_folder("opt"), tmp_path, BEAMS, num_threads=1, skip_self_test=True)
     with config.build() as engine:
-        bad = Request(image=IMAGES[0], options=GenerationOptions(do_sample=True))
+        bad = Request(image=IMAGES[0], options=GenerationOptions(num_return_sequences=4))
         refused, good = engine.generate([bad, Request(image=IMAGES[1])])
     assert (refused.status, good.status) == (Status.REFUSED, Status.OK)
-    assert refused.error == "num_beams must be 1 with do_sample, got 3; choose beam search or sampling"
+    assert refused.error is not None
+    assert "num_return_sequences must be at most num_beams (3)" in refused.error

@@ -105,6 +105,28 @@ def test_attention_maps_equal_the_references(engine, checkpoint_folder, language
             assert_close(torch.from_numpy(weights), wanted[row], atol=1e-5, rtol=1e-5)
 
 
+def test_hidden_states_equal_the_references(engine, checkpoint_folder, language) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(checkpoint_folder(language)).eval()
+    pictures = random_images(2)
+    pixel_values = engine.model.normalizer(pictures, torch.float32)
+    vision = model.vision_model(pixel_values, output_hidden_states=True)
+    queries = model.query_tokens.expand(2, -1, -1)
+    qformer = model.qformer(
+        queries, encoder_hidden_states=vision.last_hidden_state, output_hidden_states=True
+    )
+    found = engine.features([*(p.numpy() for p in pictures), b"junk"], with_hidden_states=True)
+    assert found.pop().hidden_states is None
+    for row, features in enumerate(found):
+        names = [f"vision.layers.{i}" for i in range(len(vision.hidden_states) - 1)]
+        names = ["vision.embeddings", *names, "qformer.embeddings"]
+        names += [f"qformer.layers.{i}" for i in range(len(qformer.hidden_states) - 1)]
+        assert list(features.hidden_states) == names
+        expected = (*vision.hidden_states, *qformer.hidden_states)
+        for states, wanted in zip(features.hidden_states.values(), expected, strict=True):
+            assert_close(torch.from_numpy(states), wanted[row], atol=1e-5, rtol=1e-5)
+        assert features.attention_maps is None
+
+
 def test_the_score_of_a_generated_text_is_its_logprob(engine, language) -> None:
     """Two ways through the model, slots and teacher forcing, must agree on the same tokens."""
     shared = engine.image(random_images(1)[0].numpy())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "", "this is a photo of"]
@@ -112,6 +114,9 @@ def test_greedy_search_equals_the_reference_in_a_mixed_batch(engine, reference, 
         {"min_new_tokens": 8},
         {"repetition_penalty": 1.8},
         {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(5, 150))},
+        {"num_beams": 3, "suppress_tokens": list(range(5, 150)), "renormalize_logits": True},
+        {"num_beams": 3, "repetition_penalty": 2.5, "renormalize_logits": True, "length_penalty": 0.2},
     ],
     ids=str,
 )
@@ -129,6 +134,128 @@ def test_search_options_equal_the_reference(engine, reference, language, options
             do_sample=False,
             **options,
         )
+        assert [list(c.token_ids) for c in result.completions] == expected
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_bad_words_equal_the_reference(engine, reference, language, num_beams) -> None:
+    """Bad words come from each image's own text: one token, pairs, and an end token, which stays allowed."""
+    requests = make_requests(4)
+    free = engine(language).generate(requests, GenerationOptions(max_new_tokens=12, num_beams=num_beams))
+    options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": num_beams}
+    bad = [
+        [[t[0]], [EOS_TOKEN_ID], *map(list, pairwise(t[1:]))] for t in (result.token_ids for result in free)
+    ]
+    results = engine(language).generate(
+        [
+            replace(request, options=GenerationOptions(**options, bad_words_ids=tuple(map(tuple, words))))
+            for request, words in zip(requests, bad, strict=True)
+        ]
+    )
+    for request, words, before, result in zip(requests, bad, free, results, strict=True):
+        image = torch.from_numpy(request.image)
+        (expected,) = reference_ids(
+            reference(language),
+            language,
+            image,
+            request.prompt,
+            bad_words_ids=words,
+            do_sample=False,
+            **options,
+        )
+        assert list(result.token_ids) == expected != list(before.token_ids)
+
+
+class PreferRareIds(LogitsProcessor):
+    """Subtract from each token how often the text and prompt have it, and 1 from even ids at even lengths."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype)
+        )
+        is_even = torch.arange(scores.shape[1]) % 2 == 0
+        return scores - counts - is_even * float(input_ids.shape[1] % 2 == 0)
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_logits_processor_of_a_request_equals_the_reference(engine, reference, language, num_beams) -> None:
+    """It sees the ids that the reference's processors see, after the options' own, for its request alone."""
+    options = {"max_new_tokens": 12, "num_beams": num_beams, "repetition_penalty": 1.2}
+    plain = make_requests(4)
+    own = [replace(request, logits_processor=LogitsProcessorList([PreferRareIds()])) for request in plain]
+    results = engine(language).generate([*own, *plain], GenerationOptions(**options))
+    alone = engine(language).generate(plain, GenerationOptions(**options))
+    assert [r.token_ids for r in results[4:]] == [r.token_ids for r in alone]
+    for request, before, result in zip(plain, alone, results[:4], strict=True):
+        (expected,) = reference_ids(
+            reference(language),
+            language,
+            torch.from_numpy(request.image),
+            request.prompt,
+            logits_processor=LogitsProcessorList([PreferRareIds()]),
+            do_sample=False,
+            **options,
+        )
+        assert list(result.token_ids) == expected != list(before.token_ids)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_logits_processor_that_raises_fails_its_own_request(engine, num_beams) -> None:
+    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > NUM_QUERIES + 4:
+            raise KeyError("no such token")
+        return scores
+
+    good, other = make_requests(2, prompts=["a"])
+    options = GenerationOptions(max_new_tokens=8, num_beams=num_beams, min_new_tokens=8)
+    bad = replace(good, logits_processor=broken)
+    wrong_shape = replace(good, logits_processor=lambda _, scores: scores[:, 1:])
+    failed, misshapen, served = engine().generate([bad, wrong_shape, other], options)
+    assert (failed.status, misshapen.status, served.status) == (Status.FAILED, Status.FAILED, Status.OK)
+    assert failed.error == "logits_processor must not raise, got KeyError('no such token')"
+    assert "logits_processor must return scores of shape" in misshapen.error
+    assert served.token_ids == engine().generate([other], options)[0].token_ids
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(engine) -> None:
+    (request,) = make_requests(1)
+    for name, options in (
+        ("suppress_tokens", GenerationOptions(suppress_tokens=(10**6,))),
+        ("bad_words_ids", GenerationOptions(bad_words_ids=((5, 10**6),))),
+    ):
+        (result,) = engine().generate([request], options)
+        assert result.status is Status.REFUSED
+        assert f"{name} must be token ids below" in result.error
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.5},
+        {"top_k": 20, "top_p": 0.9, "renormalize_logits": True},
+        {"min_p": 0.3, "typical_p": 0.9, "length_penalty": -1.0, "num_return_sequences": 2},
+    ],
+    ids=str,
+)
+def test_beam_sampling_equals_the_reference_apart_from_chance(
+    engine, reference, language, options, monkeypatch
+) -> None:
+    """Both draw continuations from scores. If both take the most likely ones instead, the texts are equal."""
+    options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": True} | options
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: p.topk(num_samples).indices)
+    monkeypatch.setattr(
+        "blip2_actor.generation.step.draw_without_replacement",
+        lambda totals, uniforms: totals.softmax(-1).topk(len(uniforms[0])).indices,
+    )
+    requests = make_requests(4)
+    results = engine(language).generate(requests, GenerationOptions(**options))
+    for request, result in zip(requests, results, strict=True):
+        image = torch.from_numpy(request.image)
+        given = {"top_k": 0} | options  # the reference samples from the top 50 if nobody says otherwise
+        expected = reference_ids(reference(language), language, image, request.prompt, **given)
         assert [list(c.token_ids) for c in result.completions] == expected
 
 

@@ -12,16 +12,18 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.generation.logits_processors import SequenceSoFar, process_logits
-from blip2_actor.generation.sampling import sample, warp
+from blip2_actor.generation.sampling import draw_without_replacement, sample, warp
 from blip2_actor.testing import random_images
 
 
@@ -37,6 +39,9 @@ _WARPS = [
     GenerationOptions(do_sample=True, top_k=5),
     GenerationOptions(do_sample=True, top_p=0.6),
     GenerationOptions(do_sample=True, temperature=1.7, top_k=20, top_p=0.8),
+    GenerationOptions(do_sample=True, min_p=0.2),
+    GenerationOptions(do_sample=True, typical_p=0.3),
+    GenerationOptions(do_sample=True, top_k=30, min_p=0.05, typical_p=0.8),
     GenerationOptions(do_sample=True, repetition_penalty=0.7, top_k=1000),
     GenerationOptions(do_sample=True, no_repeat_ngram_size=1, top_p=0.01),
     GenerationOptions(
@@ -47,7 +52,7 @@ MIXED = [options.resolve() for options in _WARPS]
 
 
 def reference_processors(
-    options: GenerationOptions, prompt_length: int, end_ids: list[int]
+    options: GenerationOptions, prompt_length: int, end_ids: list[int], kept: int = 1
 ) -> LogitsProcessorList:
     reference = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -58,10 +63,45 @@ def reference_processors(
         reference.append(MinNewTokensLengthLogitsProcessor(prompt_length, options.min_new_tokens, end_ids))
     reference.append(TemperatureLogitsWarper(options.temperature))
     if options.top_k:
-        reference.append(TopKLogitsWarper(options.top_k))
+        reference.append(TopKLogitsWarper(options.top_k, min_tokens_to_keep=kept))
     if options.top_p < 1:
-        reference.append(TopPLogitsWarper(options.top_p))
+        reference.append(TopPLogitsWarper(options.top_p, min_tokens_to_keep=kept))
+    if options.min_p > 0:
+        reference.append(MinPLogitsWarper(options.min_p, min_tokens_to_keep=kept))
+    if options.typical_p < 1:
+        reference.append(TypicalLogitsWarper(options.typical_p, min_tokens_to_keep=kept))
     return reference
+
+
+def test_beams_keep_as_many_tokens_as_in_the_reference() -> None:
+    """With fewer, a beam whose best tokens end would have no continuation."""
+    strict = GenerationOptions(do_sample=True, top_k=1).resolve()
+    loose = replace(strict, top_k=0)
+    options = [strict, replace(loose, top_p=0.01), replace(loose, min_p=1.0), replace(loose, typical_p=0.01)]
+    logits = torch.randn(len(options), 50, generator=torch.Generator().manual_seed(4))
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    expected = [
+        reference_processors(o, 0, [], kept=3)(ids, x[None])[0] for o, x in zip(options, logits, strict=True)
+    ]
+    warped = warp(logits, options, min_kept=3)
+    torch.testing.assert_close(warped, torch.stack(expected), rtol=0, atol=0)
+    assert (warped > -torch.inf).sum(dim=1).min() >= 3
+
+
+def test_drawing_without_replacement_follows_the_probabilities() -> None:
+    """Over evenly spread numbers, each ordered pair comes as often as two draws in a row give it."""
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0], dtype=torch.float64)
+    count = 80
+    numbers = [[(i + 0.5) / count, (j + 0.5) / count] for i in range(count) for j in range(count)]
+    pairs = draw_without_replacement(p.log().float().expand(count**2, -1), numbers)
+    found = torch.zeros(5, 5, dtype=torch.float64).index_put_(
+        tuple(pairs.T), torch.tensor(1 / count**2, dtype=torch.float64), accumulate=True
+    )
+    expected = p[:, None] * p / (1 - p[:, None]) * (1 - torch.eye(5))
+    assert (found - expected).abs().max() < 2 / count
+    few = draw_without_replacement(p.log().float()[None], [[0.3] * 5])
+    assert sorted(few[0].tolist()) == [0, 1, 2, 3, 4]
+    assert few[0, 4] == 4
 
 
 def test_logits_processors_equal_the_reference_in_a_mixed_batch() -> None:
@@ -171,6 +211,10 @@ def test_texts_of_all_kinds_are_the_same_alone_and_together(
         GenerationOptions(num_beams=3),
         GenerationOptions(num_beams=2, no_repeat_ngram_size=2),
         GenerationOptions(do_sample=True, num_return_sequences=3, seed=2),
+        GenerationOptions(do_sample=True, num_beams=3, seed=4, temperature=2.0),
+        GenerationOptions(do_sample=True, num_beams=3, seed=5, top_p=0.9, num_return_sequences=2),
+        GenerationOptions(num_beams=3, renormalize_logits=True, bad_words_ids=((40,), (50, 60))),
+        GenerationOptions(suppress_tokens=tuple(range(100, 200))),
     ]
     image = engine.image(random_images(1)[0].numpy())
     requests = [

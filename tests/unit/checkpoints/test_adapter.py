@@ -152,6 +152,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         ),
         r"changes 1 tensors that it does not have, such as language_model\.lm_head\.bias",
     ),
+    "nothing": (lambda t: {}, "must hold the tensors of an adapter, got none"),
     "one matrix": (lambda t: dict(list(t.items())[:1]), "matrices A and B of"),
     "not gathered": (lambda t: {k: torch.empty(0) for k in t}, r"matrices A and B of .*\[\[0\], \[0\]\]"),
 }
@@ -162,6 +163,24 @@ def test_matrices_that_do_not_fit_are_refused_by_name(case: str, base: Path, tmp
     change, message = TENSORS[case]
     tensors = {name: tensor.contiguous() for name, tensor in change(MATRICES).items()}
     adapter = write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(ValueError, match=message):
+        query_weight(str(base), str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": None}, r"must give a number for .*q_proj, got None"),
+        ({"alpha_pattern": {"q_proj": "8"}}, r"must give a number for .*q_proj, got '8'"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern in .*adapter_config\.json must be an object .*, got \{"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern in .* must be an object .*, got \['q_proj'\]"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_used_are_refused_by_name(
+    fields: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", **fields)
     with pytest.raises(ValueError, match=message):
         query_weight(str(base), str(adapter))
 
@@ -185,7 +204,7 @@ def test_a_folder_that_is_no_adapter_is_named(base: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="adapter must be a hub name or a folder"):
         EngineConfig(adapter="")
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json must be JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json must be a JSON file"):
         AdapterConfig.read(tmp_path)
     lost = write_adapter(tmp_path / "lost", base_model_name_or_path="/train/base")
     with pytest.raises(FileNotFoundError, match=r"base_model_name_or_path in .*got '/train/base'"):

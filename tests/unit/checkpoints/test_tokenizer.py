@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from blip2_actor.checkpoints import tokenizer
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, load_tokenizer
+from blip2_actor.testing import save_tiny_checkpoint
 
 
 def test_transformers_does_not_warn_about_a_long_prompt(caplog):
@@ -25,9 +26,9 @@ def test_transformers_does_not_warn_about_a_long_prompt(caplog):
 
 def test_a_folder_without_tokenizer_names_the_missing_files(tmp_path):
     """transformers made an empty tokenizer of it."""
-    with pytest.raises(FileNotFoundError, match=r"must have tokenizer\.json, or vocab\.json and merges\.txt"):
+    with pytest.raises(ValueError, match=r"must have tokenizer\.json, or vocab\.json and merges\.txt"):
         load_tokenizer(tmp_path, "opt")
-    with pytest.raises(FileNotFoundError, match=r"got no spiece\.model; save the checkpoint's processor"):
+    with pytest.raises(ValueError, match=r"got no spiece\.model; copy the files"):
         load_tokenizer(tmp_path, "t5")
 
 
@@ -39,3 +40,12 @@ def test_a_sentencepiece_model_names_the_missing_packages(tmp_path, monkeypatch,
     missing = [p for p in ("sentencepiece", "protobuf") if not any(p in name for name in is_installed)]
     with pytest.raises(ValueError, match=f"run: pip install {' '.join(missing)}$"):
         load_tokenizer(tmp_path, "t5")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null"])
+def test_a_damaged_tokenizer_names_its_folder(tmp_path, content):
+    """transformers raises a TypeError, or an error without the name of a file."""
+    save_tiny_checkpoint(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} must be readable, got"):
+        load_tokenizer(tmp_path, "opt")

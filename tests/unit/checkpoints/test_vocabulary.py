@@ -21,7 +21,7 @@ def test_weights_without_a_tokenizer_are_refused_by_info_and_build(tmp_path: Pat
         shutil.copy(DEMO_FOLDER / name, tmp_path)
     config = EngineConfig(model=str(tmp_path), device="cpu")
     for ask in (config.info, config.build, lambda: config.check_prompts(["a"], 3)):
-        with pytest.raises(ValueError, match=r"has no tokenizer\.json; copy them from"):
+        with pytest.raises(ValueError, match=r"must have tokenizer\.json, .* copy the files"):
             ask()
 
 
@@ -31,7 +31,7 @@ def test_retrieval_needs_a_tokenizer_too(tmp_path: Path) -> None:
     config.info()
     for path in folder.glob("*token*"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"must have tokenizer\.json, or vocab\.txt"):
         config.info()
 
 
@@ -46,31 +46,34 @@ def test_a_vocabulary_without_the_end_token_is_refused(tmp_path: Path) -> None:
         EngineConfig(model=str(folder), device="cpu").info()
 
 
-VOCABULARIES: dict[str, tuple[dict[str, str], str | None]] = {
-    "fast": ({"tokenizer.json": '{"model": {"vocab": {"a": 0, "b": 9}}}'}, None),
+FAST, WORDS, MERGES = "tokenizer.json", "vocab.json", {"merges.txt": "", "tokenizer_config.json": "{}"}
+VOCABULARIES: dict[str, tuple[str, dict[str, str], str | None]] = {
+    "fast": ("opt", {FAST: '{"model": {"vocab": {"a": 0, "b": 9}}}'}, None),
     "fast, unigram": (
-        {"tokenizer.json": '{"model": {"vocab": [["a", 0]]}, "added_tokens": [{"id": 9}]}'},
+        "t5",
+        {FAST: '{"model": {"vocab": [["a", 0]]}, "added_tokens": [{"id": 9}]}'},
         None,
     ),
-    "fast, too small": ({"tokenizer.json": '{"model": {"vocab": {"a": 8}}}'}, "at least 10 tokens .*, got 9"),
-    "fast, empty": ({"tokenizer.json": '{"model": {"vocab": {}}}'}, "at least 10 tokens .*, got 0"),
-    "fast, cut": ({"tokenizer.json": '{"model": {"vo'}, r"tokenizer\.json must be the vocabulary"),
-    "fast, no vocabulary": ({"tokenizer.json": "{}"}, r"tokenizer\.json must be the vocabulary"),
-    "slow": ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": 9}'}, None),
-    "slow, too small": ({"vocab.json": '{"a": 0}', "merges.txt": ""}, r"vocab\.json must .*, got 1"),
-    "slow, no merges": ({"vocab.json": '{"a": 9}'}, r"has no merges\.txt"),
-    "sentencepiece": ({"spiece.model": "…"}, None),
-    "sentencepiece, empty": ({"spiece.model": ""}, "got 0"),
-    "wordpiece": ({"vocab.txt": "a\n" * 10}, None),
+    "fast, too small": ("opt", {FAST: '{"model": {"vocab": {"a": 8}}}'}, "at least 10 tokens .*, got 9"),
+    "fast, empty": ("opt", {FAST: '{"model": {"vocab": {}}}'}, "at least 10 tokens .*, got 0"),
+    "fast, cut": ("opt", {FAST: '{"model": {"vo'}, r"tokenizer\.json must be the vocabulary"),
+    "fast, no vocabulary": ("opt", {FAST: "{}"}, r"tokenizer\.json must be the vocabulary"),
+    "slow": ("opt", {WORDS: '{"a": 0}', "added_tokens.json": '{"b": 9}', **MERGES}, None),
+    "slow, too small": ("opt", {WORDS: '{"a": 0}', **MERGES}, r"vocab\.json must .*, got 1"),
+    "slow, no merges": ("opt", {WORDS: '{"a": 9}'}, r"got no merges\.txt and no tokenizer_config\.json;"),
+    "slow, of another model": ("t5", {WORDS: '{"a": 9}', **MERGES}, r"got no spiece\.model;"),
+    "sentencepiece": ("t5", {"spiece.model": "…"}, None),
+    "sentencepiece, empty": ("t5", {"spiece.model": ""}, "got 0"),
+    "wordpiece": ("bert", {"vocab.txt": "a\n" * 10}, None),
 }
 
 
 @pytest.mark.parametrize("case", VOCABULARIES)
 def test_every_kind_of_vocabulary_is_counted(case: str, tmp_path: Path) -> None:
-    files, message = VOCABULARIES[case]
+    reader, files, message = VOCABULARIES[case]
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    check: Callable[[], None] = lambda: require_vocabulary(tmp_path, 10, [9])  # noqa: E731
+    check: Callable[[], None] = lambda: require_vocabulary(tmp_path, reader, 10, [9])  # noqa: E731
     if message is None:
         check()
     else:
@@ -81,7 +84,7 @@ def test_every_kind_of_vocabulary_is_counted(case: str, tmp_path: Path) -> None:
 def test_rows_that_only_pad_the_embeddings_need_no_token(tmp_path: Path) -> None:
     """blip2-opt-2.7b has 50304 rows and 50266 tokens; a tokenizer of BERT (30522) is another model's."""
     (tmp_path / "vocab.txt").write_text("a\n" * 50266)
-    require_vocabulary(tmp_path, 50304, [2, 50118])
+    require_vocabulary(tmp_path, "bert", 50304, [2, 50118])
     (tmp_path / "vocab.txt").write_text("a\n" * 30522)
     with pytest.raises(ValueError, match="at least 31616 tokens for this model, got 30522"):
-        require_vocabulary(tmp_path, 32128, [1])
+        require_vocabulary(tmp_path, "bert", 32128, [1])

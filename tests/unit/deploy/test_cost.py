@@ -15,5 +15,5 @@ def test_beams_samples_and_texts_are_slots() -> None:
 
 
 def test_scores_and_features_cost_a_step_per_image() -> None:
-    cost = cost_of(GenerationOptions().resolve(), num_texts=0, num_images=5, num_image_bytes=99)
-    assert cost == Cost(slots=5, steps=1, image_bytes=99)
+    cost = cost_of(GenerationOptions().resolve(), num_texts=0, num_images=5)
+    assert cost == Cost(slots=5, steps=1)

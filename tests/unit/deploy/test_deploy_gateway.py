@@ -16,6 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
+from deploy.guard.cost import cost_of
 from deploy.http.errors import ApiError
 from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
@@ -179,3 +180,24 @@ def test_a_retrieval_model_for_other_images_is_refused() -> None:
             await Gateway.__new__(Gateway).__init__(handle, Settings())  # type: ignore[misc]
 
     asyncio.run(start())
+
+
+def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
+    """An orchestrator that took a busy gateway away would only make the others busier."""
+
+    async def run() -> None:
+        async with gateway(Handle(None), max_in_flight=1) as made:
+            cost = cost_of(made.options)
+            async with made.admit(cost):
+                with pytest.raises(ApiError) as refused:
+                    async with made.admit(cost):
+                        pass
+                assert (refused.value.code, refused.value.type) == (503, "overloaded")
+                await made.check_ready()
+            await made.drain()
+            for call in (made.check_ready(), made.admit(cost).__aenter__()):
+                with pytest.raises(ApiError) as ending:
+                    await call
+                assert (ending.value.code, ending.value.type) == (503, "unavailable")
+
+    asyncio.run(run())

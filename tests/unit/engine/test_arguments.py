@@ -90,10 +90,13 @@ def test_a_file_is_read(engine: Engine, expected: Any, tmp_path: Path) -> None:
         "a\x00b": Status.UNREADABLE,
         big: Status.TOO_LARGE,
         "s3://bucket/a.png": Status.REFUSED,
+        "data:image/png;base64,AAAA": Status.REFUSED,
+        "": Status.UNREADABLE,
     }
     results = engine.generate(list(bad))
     assert [result.status for result in results] == list(bad.values())
     assert "No such file" in str(results[0].error)
+    assert "got ''" in str(results[-1].error)
 
 
 def test_gray_arrays_and_tensors_equal_gray_bytes(engine: Engine) -> None:
@@ -162,6 +165,8 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
     [
         (lambda e: e.generate({}), "requests must be a Request, an image or a list of them, got dict"),
         (lambda e: e.generate(None), "requests must be a Request, an image or a list of them, got NoneType"),
+        (lambda e: e.generate(io.BytesIO(png())), "or a list of them, got BytesIO"),  # which has lines
+        (lambda e: e.features(io.BytesIO(png())), "images must be a list, got BytesIO"),
         (lambda e: e.generate(PIXELS, {"num_beams": 2}), "options must be GenerationOptions, got dict"),
         (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option .* max_new_tokens"),
         (lambda e: e.generate(PIXELS, do_sample="yes"), "do_sample must be true or false, got 'yes'"),
@@ -193,7 +198,29 @@ def test_a_model_may_be_a_path(tmp_path: Path) -> None:
     path: Any = tmp_path
     three: Any = np.int64(3)
     assert EngineConfig(model=path) == EngineConfig(model=str(tmp_path))
+    assert EngineConfig(adapter=path) == EngineConfig(adapter=str(tmp_path))
     assert GenerationOptions(max_new_tokens=three, repetition_penalty=2).max_new_tokens == 3
+
+
+def test_a_callback_that_raises_ends_nothing(
+    engine: Engine, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine's thread died of it, and with it the requests of all other callers."""
+    texts: list[str] = []
+
+    def fail(text: str) -> None:
+        texts.append(text)
+        raise KeyError(text)
+
+    assert [engine.submit(PIXELS, on_text=fail, max_new_tokens=5).result()] == expected
+    assert len(texts) == 1 and "on_text has raised" in caplog.text
+    assert engine.generate(PIXELS, max_new_tokens=5) == expected
+
+
+def test_no_representation_shows_pixels(engine: Engine) -> None:
+    """Requests and images appear in logs and tracebacks."""
+    assert repr(Request(image=png(), prompt="a")) == "Request(prompt='a', options=None)"
+    assert len(repr(engine.image(PIXELS))) < 80
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -123,7 +123,7 @@ def test_an_image_that_cannot_be_loaded_is_undecodable(
     make: Callable[[Path], Image.Image], tmp_path: Path
 ) -> None:
     """Whatever Pillow raises; a closed file raises AssertionError or ValueError, AVIF a RuntimeError."""
-    with pytest.raises(RequestRefused, match="image must be readable") as refused:
+    with pytest.raises(RequestRefused, match="the image cannot be decoded: ") as refused:
         to_pixels(make(tmp_path), SIZE_PX)
     assert refused.value.status is Status.UNDECODABLE
     assert str(refused.value).isprintable()

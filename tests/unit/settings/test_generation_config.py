@@ -107,8 +107,8 @@ def test_a_run_that_ignores_them_needs_the_flag_again(tmp_path, engine):
 
 
 def test_a_job_without_texts_does_not_read_the_file(tmp_path, engine):
-    Path(engine.model, "generation_config.json").write_text(json.dumps({"suppress_tokens": [5]}))
-    with pytest.raises(ValueError, match="'suppress_tokens', which is not supported"):
+    Path(engine.model, "generation_config.json").write_text(json.dumps({"epsilon_cutoff": 0.5}))
+    with pytest.raises(ValueError, match="'epsilon_cutoff', which is not supported"):
         prepare(settings(tmp_path, engine))
     source, output = (str(tmp_path / "input"),), str(tmp_path / "output")
     job = prepare(EmbedSettings(input=source, output=output, engine=engine).job())
@@ -117,5 +117,5 @@ def test_a_job_without_texts_does_not_read_the_file(tmp_path, engine):
 
 
 def test_options_that_contradict_the_file_are_refused_before_work(tmp_path, engine):
-    with pytest.raises(ValueError, match="num_beams must be 1 with do_sample, got 5"):
-        prepare(settings(tmp_path, engine, generation=GenerationOptions(do_sample=True)))
+    with pytest.raises(ValueError, match="must be at most num_beams"):
+        prepare(settings(tmp_path, engine, generation=GenerationOptions(num_return_sequences=6)))

@@ -18,6 +18,7 @@ from blip2_actor import (
     DecodedImage,
     Embedding,
     EngineBuilder,
+    FetchPolicy,
     GenerationOptions,
     MatchingConfig,
     ModelInfo,
@@ -26,9 +27,11 @@ from blip2_actor import (
 )
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 from deploy.captioner import Captioner
+from deploy.fetching import Fetching
 from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
+from deploy.http.images import ImageSource
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 SIDE_PX = FakeEngineConfig().image_size_px
@@ -42,11 +45,13 @@ class EngineService:
         engine: EngineBuilder = FakeEngineConfig(model="demo"),
         options: GenerationOptions = GenerationOptions(max_new_tokens=7),
         matching: MatchingConfig | None = None,
+        image_policy: FetchPolicy = FetchPolicy(hosts=(), max_bytes=20_000),
     ) -> None:
         self.model: ModelInfo = engine.info()
         self.matching = None if matching is None else matching.info()
         self.options = options.resolve(self.model.generation_config)
-        self.max_image_bytes = 20_000
+        self.image_policy = image_policy
+        self.fetching = Fetching(image_policy)
         self.captioner = Captioner(engine, options, matching)
         self.api = create_api(self)
         self.costs: list[Cost] = []
@@ -64,6 +69,10 @@ class EngineService:
             yield
         finally:
             self.num_in_flight -= 1
+
+    async def load(self, image: ImageSource) -> bytes:
+        assert self.num_in_flight, "a request must be admitted before an image is fetched for it"
+        return image if isinstance(image, bytes) else await self.fetching.fetch(image)
 
     async def decode(self, image: bytes) -> DecodedImage:
         assert self.num_in_flight, "a request must be admitted before it is served"

@@ -39,6 +39,9 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
         ({"options": {"num_beams": True}}, "num_beams"),
         ({"options": {"num_beams": 0}}, "num_beams"),
         ({"options": {"num_beams": 10_000}}, "num_beams"),
+        ({"options": {"max_length": 20}}, "give max_new_tokens"),
+        ({"options": {"bad_words_ids": [["cat"]]}}, "bad_words_ids"),
+        ({"options": {"bad_words_ids": [list(range(300))]}}, "bad_words_ids must have at most 256 token ids"),
         ({"options": {"temperature": 0.5}}, "temperature"),
         ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
         ({"options": {"stop": "."}}, "stop"),
@@ -83,6 +86,7 @@ def test_a_body_that_is_no_json_object(service: EngineService, body: bytes) -> N
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": "a"}, "params": {"prompt": "a"}},
         {"files": [("image", ("x.jpg", b"x"))] * 300},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": b"\xff\xfe"}},
+        {"files": {"image": ("x.jpg", IMAGE)}, "data": {"prompt": "caf\xe9".encode("latin-1")}},
         {"files": {"image": ("x.jpg", IMAGE)}, "params": {"max_new_tokens": "5", "color": "1"}},
         {"files": {"image": ("x.jpg", IMAGE)}, "data": {"options": "max_new_tokens=5"}},
         {"content": b"no boundary", "headers": {"content-type": "multipart/form-data"}},
@@ -169,7 +173,7 @@ def test_a_body_beyond_the_limit_is_never_read_whole(service: EngineService) -> 
 
 
 def test_an_image_beyond_the_limit_is_413(service: EngineService) -> None:
-    big = {"image": ("x.jpg", bytes(service.max_image_bytes + 1))}
+    big = {"image": ("x.jpg", bytes(service.image_policy.max_bytes + 1))}
     assert error_of(ask(service, "POST", "/v1/caption", files=big))[:2] == (413, "too_large")
 
 

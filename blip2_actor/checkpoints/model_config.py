@@ -1,0 +1,73 @@
+"""The config.json of a BLIP-2 checkpoint, refused if no model can be built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Blip2Config
+
+from blip2_actor.checkpoints.json_file import read_json_object
+
+
+def read_model_config(folder: Path) -> Blip2Config:
+    """Return the configuration in a checkpoint's folder.
+
+    Raises:
+        ValueError: it is missing, broken, of another model or of quantized weights, or its sizes contradict
+            each other; the message names the field.
+    """
+    path = folder / "config.json"
+    raw = read_json_object(path)
+    if raw is None:
+        raise ValueError(f"{folder} has no config.json; name the folder of a checkpoint")
+    if raw.get("model_type") != "blip-2":
+        raise ValueError(f"the model must be BLIP-2, got model_type {raw.get('model_type')!r} in {folder}")
+    _refuse_quantized(raw.get("quantization_config"), folder)
+    if name := raw.get("transformers_weights"):
+        raise ValueError(
+            f"transformers_weights in {path} must be left out, got {name!r}; rename that file to "
+            "model.safetensors"
+        )
+    try:
+        config = Blip2Config.from_dict(raw)
+    except Exception as error:  # transformers raises errors of many classes for a value that it cannot use
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must describe a BLIP-2, got {reason}; fetch it again") from error
+    _require_sizes(config, path)
+    return config
+
+
+def _refuse_quantized(quantization: dict[str, Any] | None, folder: Path) -> None:
+    if not quantization:
+        return
+    bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
+    method = f"{quantization.get('quant_method')}{bits}"
+    raise ValueError(
+        f"the weights in {folder} must not be quantized, got quantization_config (of {method}); "
+        "name the model that this one was made from, or save this one after transformers' dequantize()"
+    )
+
+
+def _require_sizes(config: Blip2Config, path: Path) -> None:
+    """Check the numbers that no shape of a tensor shows."""
+
+    def require(holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            part, _, field = name.rpartition(".")
+            got = getattr(getattr(config, part), field)
+            raise ValueError(f"{name} in {path} must be {rule}, got {got!r}; fetch the file again")
+
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    patch_px = vision.patch_size
+    require(type(patch_px) is int and patch_px > 0, "vision_config.patch_size", "a number of pixels")
+    has_patches = type(vision.image_size) is int and vision.image_size >= patch_px
+    require(has_patches, "vision_config.image_size", f"a number of pixels, at least patch_size ({patch_px})")
+    require(qformer.cross_attention_frequency > 0, "qformer_config.cross_attention_frequency", "at least 1")
+    parts = {"vision_config": vision, "qformer_config": qformer}
+    if text.model_type == "opt":  # the heads of a T5 have a width of their own
+        parts["text_config"] = text
+    for name, part in parts.items():
+        heads, width = part.num_attention_heads, part.hidden_size
+        fits = heads > 0 and width % heads == 0
+        require(fits, f"{name}.num_attention_heads", f"a divisor of hidden_size ({width})")

@@ -1,0 +1,32 @@
+"""A finding: what one check has found, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "warn", "fail"]
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor."""
+
+    subject: str
+    verdict: Verdict
+    """`warn`: a run works, but slowly or not for everything. `fail`: a run cannot work."""
+    found: str
+    remedy: str | None = None
+    """What to do; given for everything that is not ok."""
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.verdict:4}  {self.subject}: {self.found}"
+        if self.remedy is not None:
+            yield f"      {self.remedy}"
+
+
+def gib(num_bytes: float) -> str:
+    """Return a number of bytes in GiB."""
+    return f"{num_bytes / GIB:,.1f} GiB"

@@ -1,0 +1,70 @@
+"""Checks of an input and an output: what can be listed, read, written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import pyarrow as pa
+
+from blip2_actor import DecodePool
+from pipeline.doctor.finding import Finding
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.layout import STATE
+from pipeline.ledger.ledger import Ledger
+from pipeline.storage.folder import ASIDE, Folder
+
+NUM_TRIED = 16
+"""Rows of the first shard of which one must have an image that can be decoded."""
+SIZE_PX = 32
+
+
+def check_input(inputs: Sequence[str]) -> Finding:
+    """List an input, and read and decode one of its first images."""
+    try:
+        shards = list_shards(inputs)
+        error = _first_error(shards[0]) if shards else "no file that is read"
+    except (ValueError, OSError, pa.ArrowException) as raised:
+        return Finding("input", "fail", str(raised), "give another --input, or the missing permission")
+    if error is not None:
+        return Finding("input", "fail", f"{len(shards):,} shards, but {error}", "look at these files")
+    return Finding("input", "ok", f"{len(shards):,} shards, the first images can be read")
+
+
+def _first_error(shard: Shard) -> str | None:
+    """Return why none of the first rows of a shard has a usable image, or None if one has."""
+    first_error = f"{shard.uri} has no rows"
+    work = ShardWork(shard=shard, missing=((0, NUM_TRIED),))
+    with closing(read_shard(work, ReadOptions())) as tables, DecodePool(SIZE_PX) as pool:
+        for number, row in enumerate(row for table in tables for row in table.to_pylist()):
+            error = row["error"] or _decoding_error(pool, row["image"])
+            if error is None:
+                return None
+            if not number:
+                first_error = f"the first rows of {shard.uri} have no usable image: {error}"
+    return first_error
+
+
+def _decoding_error(pool: DecodePool, image: bytes | dict[str, bytes] | None) -> str | None:
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if not content:
+        return "there is no image"
+    (decoded,) = pool.decode([content])
+    return None if decoded.pixels is not None else decoded.error
+
+
+def check_output(output: str) -> Finding:
+    """Write, read and delete a small file, and say which run is there."""
+    try:
+        folder = Folder(output)
+        folder.require_writable()
+        for name in (ASIDE, STATE):
+            folder.drop_if_empty(name)
+        run = Ledger(folder).load()
+    except (ValueError, OSError) as error:
+        return Finding("output", "fail", str(error), "give another --output, or the missing permission")
+    holds = "no run yet" if run is None else f"a run of {len(run.shards):,} shards"
+    return Finding("output", "ok", f"{folder} can be written, and holds {holds}")

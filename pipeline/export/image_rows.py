@@ -1,0 +1,105 @@
+"""The ok rows of a shard together with their images, which are read again from the input.
+
+An image must still have the SHA-256 digest that its row stores. So a caption is never written next to another
+image, whatever has happened to the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from blip2_actor import Status
+from pipeline.errors import InputError
+from pipeline.export.tables import rows_of
+from pipeline.inputs.changes import name_some
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
+from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.ledger import Ledger
+from pipeline.report.rows import FinishedRows
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+
+BEGINNINGS = {b"\x89PNG": "png", b"GIF8": "gif", b"II*\x00": "tiff", b"MM\x00*": "tiff", b"BM": "bmp"}
+BRANDS = {b"avif": "avif", b"avis": "avif"}
+
+
+def require_same_input(found: FinishedRows, inputs: Sequence[str]) -> None:
+    """Check that the files of the input are those that the run has read.
+
+    Raises:
+        InputError: files of finished shards have changed, or the input cannot be listed.
+    """
+    changes = Ledger(found.folder).of(found.run).compare_input(found.run, inputs)
+    wrong = {name: how for name, how in changes.changed.items() if name in found.shards}
+    if wrong:
+        names = [f"{name} ({how})" for name, how in wrong.items()]
+        raise InputError(
+            f"the input must hold the images of the run, got other files: {name_some(names)}; restore "
+            "them, or export to csv, jsonl or txt, which need no images"
+        )
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """The ok rows of one finished shard, and where their images are."""
+
+    found: FinishedRows
+    shard: Shard
+    options: ReadOptions
+
+    @classmethod
+    def of(cls, found: FinishedRows, name: str) -> ImageRows:
+        settings = from_dict(CaptionSettings, found.run.settings)
+        options = ReadOptions(
+            image_column=settings.reading.image_column,
+            max_image_bytes=settings.limits.max_file_bytes,
+            schema_version=found.run.schema_version,
+        )
+        (shard,) = (shard for shard in found.run.shards if shard.name == name)
+        return cls(found, shard, options)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yield each row with its encoded image, in order.
+
+        Raises:
+            InputError: an image cannot be read, or is not the one of its row.
+        """
+        with closing(self._images()) as images:
+            for row in rows_of(self.found, self.shard.name):
+                if row["status"] != Status.OK.value:
+                    continue
+                image = next((image for number, image in images if number == row["row"]), None)
+                if image is None or hashlib.sha256(image).digest() != row["sha256"]:
+                    how = "can no longer be read" if image is None else "is another one than in the run"
+                    raise InputError(
+                        f"the image of row {row['row']} of {self.shard.uri} ({row['key']}) {how}; restore "
+                        "the input, and run the same command to go on"
+                    )
+                yield row, image
+
+    def _images(self) -> Generator[tuple[int, bytes | None], None, None]:
+        """Yield number and encoded image of all rows of the shard."""
+        with closing(read_shard(ShardWork(shard=self.shard), self.options)) as reader:
+            for table in reader:
+                for batch in table.select(["row", "image"]).to_batches(max_chunksize=1):
+                    (cell,) = batch.to_pylist()
+                    image = cell["image"]
+                    yield cell["row"], image.get("bytes") if isinstance(image, dict) else image
+
+
+def extension_of(name: str, image: bytes) -> str:
+    """Return the ending for an image's file: that of its name in the input, else by its first bytes."""
+    ending = name.rpartition(".")[2].lower()
+    if ending in IMAGE_EXTENSIONS:
+        return ending
+    if image[:4] == b"RIFF":
+        return "webp"
+    if image[4:8] == b"ftyp":
+        return BRANDS.get(image[8:12], "heic")
+    return next((kind for start, kind in BEGINNINGS.items() if image.startswith(start)), "jpg")

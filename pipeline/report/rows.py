@@ -1,0 +1,129 @@
+"""Read the rows of an output in constant memory: one row group of one finished file at a time.
+
+Rows come in the order of the run's shards, and in the order of the input inside each. Only finished shards
+have a file; the rows of the others are not shown before their shard is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.ledger.layout import output_name
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
+from pipeline.schema import ROW_CONTRACT
+from pipeline.storage.folder import Folder
+
+MAX_VALUE_CHARS = 200
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that move the cursor, change colors, or reverse the direction of a text in a terminal."""
+
+
+@dataclass(frozen=True)
+class FinishedRows:
+    """The finished shards of a run."""
+
+    folder: Folder
+    run: Run
+    shards: tuple[str, ...]
+    """Names of the finished shards, in the order of the run."""
+
+    @classmethod
+    def find(cls, uri: str, inputs: Sequence[str] = ()) -> FinishedRows:
+        """Find the finished shards in an output folder.
+
+        Args:
+            uri: the output folder.
+            inputs: the inputs of the run with the passwords and options that its record leaves out.
+
+        Raises:
+            ValueError: the folder holds no run, or the run has not finished a shard yet.
+        """
+        folder = Folder(uri)
+        ledger = Ledger(folder)
+        run = ledger.require_run(inputs)
+        finished = ledger.of(run).scan().finished
+        shards = tuple(shard.name for shard in run.shards if shard.name in finished)
+        if not shards:
+            raise ValueError(f"{folder} has no finished shard yet; wait until the run has finished one")
+        return cls(folder, run, shards)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all shards of the run are finished."""
+        return len(self.shards) == len(self.run.shards)
+
+    def schema(self) -> pa.Schema:
+        """Return the schema of the first file."""
+        with self.folder.open(output_name(self.shards[0])) as file:
+            return pq.read_schema(file)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows of all finished shards; see `tables_of`."""
+        for shard in self.shards:
+            yield from tables_of(self.folder, shard, columns)
+
+
+def tables_of(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the rows of one finished shard in order, a row group at a time.
+
+    Args:
+        columns: names of the columns to read; default: all. A column that the file lacks is left out.
+    """
+    with folder.open(output_name(shard)) as file:
+        parquet = pq.ParquetFile(file)
+        found = columns and [name for name in columns if name in parquet.schema_arrow.names]
+        for group in range(parquet.num_row_groups):
+            yield parquet.read_row_group(group, columns=found)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON without its line end.
+
+    Bytes become hexadecimal digits, NaN and infinity null, times ISO 8601. Control characters are escaped, so
+    that the line is safe in a terminal.
+    """
+    text = json.dumps(plain_value(row), ensure_ascii=False, allow_nan=False)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """Return a text that stays on one line of a terminal: blanks for line ends, escapes for control codes."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.splitlines()).replace("\t", " "))
+
+
+def is_own_column(name: str) -> bool:
+    """Whether the user asked for the column: an answer, an embedding, a score or a kept column."""
+    return name not in ROW_CONTRACT.names
+
+
+def short_value(value: Any, max_chars: int | None = MAX_VALUE_CHARS) -> str:
+    """Return a value of a row on one line: of lists and bytes only the size, of long texts the beginning."""
+    if isinstance(value, (list, bytes)):
+        return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'values'}"
+    text = one_line(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return text if max_chars is None or len(text) <= max_chars else f"{text[:max_chars]}…"
+
+
+def plain_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {str(name): plain_value(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    if isinstance(value, (datetime, date, time)):
+        return value.isoformat()
+    return str(value) if isinstance(value, (Decimal, timedelta)) else value

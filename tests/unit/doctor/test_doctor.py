@@ -1,0 +1,251 @@
+"""`blip2 doctor`: each problem is provoked, and found with a remedy."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import socket
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from blip2_actor import ModelInfo
+from pipeline.cli.main import main
+from pipeline.doctor import accelerator, doctor, machine, model, packages, stores
+from pipeline.doctor.finding import GIB, Finding
+from pipeline.settings.doctor_settings import DoctorSettings
+from tests.integration.inputs import BROKEN, png, write_tar
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def require(finding: Finding, verdict: str, found: str) -> None:
+    assert (finding.verdict, finding.remedy is None) == (verdict, verdict == "ok"), finding
+    assert found in finding.found
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port at which nothing answers."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def test_python_elsewhere(monkeypatch):
+    require(machine.check_python(), "ok", "on Linux")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    require(machine.check_python(), "warn", "on Darwin")
+
+
+@pytest.mark.parametrize(("free_gib", "verdict"), [(0.5, "fail"), (2, "warn"), (64, "ok")])
+def test_memory(monkeypatch, tmp_path, free_gib, verdict):
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{3 << 20}\n")
+    monkeypatch.setattr(machine, "free_bytes", lambda device: free_gib * GIB)
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (tmp_path / "missing", limit))
+    require(machine.check_memory(), verdict, f"{free_gib:.1f} GiB free")
+    assert machine.container_limit() == 3 << 20
+    limit.write_text("max\n")
+    assert machine.container_limit() is None
+
+
+def test_shared_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
+    require(machine.check_shared_memory(), "warn", "0.1 GiB free")
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "missing")
+    require(machine.check_shared_memory(), "warn", "is missing")
+
+
+def test_open_files(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 8192))
+    finding = machine.check_open_files()
+    require(finding, "warn", "may open 1,024 files")
+    assert finding.remedy == "run ulimit -n 8192 in the shell of the run"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    require(machine.check_open_files(), "ok", "unlimited")
+
+
+def test_disks(monkeypatch, tmp_path):
+    require(machine.check_disk("x", tmp_path / "not" / "there", 1), "ok", "free for")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, GIB))
+    require(machine.check_temporary_disk(), "warn", "1.0 GiB free")
+    require(model.check_cache_disk(), "warn", "1.0 GiB free")
+
+
+def test_a_build_of_torch_that_does_not_fit_the_driver(monkeypatch, tmp_path):
+    monkeypatch.setattr(accelerator, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    require(accelerator.check_torch(), "fail", "built for the CPU, and this machine has an NVIDIA driver")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    require(accelerator.check_torch(), "fail", "sees no device of the NVIDIA driver")
+    monkeypatch.setattr(accelerator, "NVIDIA_DRIVER", tmp_path / "missing")
+    require(accelerator.check_torch(), "ok", "13.0")
+
+
+def test_the_device_that_auto_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    require(accelerator.check_device(), "ok", "CPU with")
+
+
+def test_ray_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    finding = packages.check_ray()
+    require(finding, "fail", "cannot be imported: ModuleNotFoundError")
+    assert finding.remedy == "run: pip install 'blip2-ray[batch]'"
+
+
+def test_files_that_hide_packages(monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    require(packages.check_hidden_packages(tmp_path), "ok", "none")  # a folder without code hides nothing
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "ray.py").touch()
+    require(packages.check_hidden_packages(tmp_path), "warn", f"{tmp_path}/ray.py, {tmp_path}/torch/")
+    monkeypatch.syspath_prepend(tmp_path)
+    require(packages.check_hidden_packages(tmp_path), "fail", "ray.py")
+
+
+def test_image_formats(monkeypatch):
+    require(packages.check_image_formats(), "ok", "JPEG2000, HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    finding = packages.check_image_formats()
+    require(finding, "warn", "; not HEIF")
+    assert finding.remedy == "run: pip install 'blip2-ray[heic]'"
+    monkeypatch.setattr(packages, "FORMATS", ("JPEG", "PNG", "no such format"))
+    monkeypatch.setattr(packages, "NEEDED_FORMATS", ("no such format",))
+    require(packages.check_image_formats(), "fail", "JPEG, PNG; not no such format")
+
+
+def test_what_is_sent(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    require(packages.check_what_is_sent(), "ok", "nothing")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    require(packages.check_what_is_sent(), "ok", "requests to the hub name the versions")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    require(packages.check_what_is_sent(), "warn", "Ray sends usage statistics")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setattr(model, "get_token", lambda: "hf_secret")
+    require(model.check_hub(is_needed=True), "fail", "does not answer")
+    require(model.check_hub(is_needed=False), "warn", f"http://127.0.0.1:{closed_port} does not answer")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    finding = model.check_hub(is_needed=True)
+    require(finding, "ok", "offline by HF_HUB_OFFLINE, with a token")
+    assert "hf_secret" not in str(finding)
+
+
+def test_whether_the_model_fits(monkeypatch, tmp_path):
+    finding = model.check_model("demo", None)
+    require(finding, "ok", ": fits")
+    assert model.count_parameters("demo", None) > 100_000
+    monkeypatch.setattr(model, "free_bytes", lambda device: 1 << 10)
+    require(model.check_model("demo", None), "warn", "needs --device-map")
+    require(model.check_model(str(tmp_path), None), "fail", str(tmp_path))
+    info = ModelInfo(model="x", image_size_px=64, dtype="float32", digest="")
+    monkeypatch.setattr(model.EngineConfig, "info", lambda self: info)
+    require(model.check_model(str(tmp_path), None), "fail", "holds no weights")
+    (tmp_path / "pytorch_model-1.bin").write_bytes(bytes(4000))
+    assert model.count_parameters(str(tmp_path), None) == 1000
+
+
+def test_the_size_of_a_model_on_the_hub(monkeypatch):
+    """The client raises errors of its HTTP library, which ended the command with a traceback."""
+
+    def ask(found: object) -> None:
+        def model_info(self, *args, **options):
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(model.HfApi, "model_info", model_info)
+
+    def not_cached(*args, **options):
+        raise FileNotFoundError
+
+    info = ModelInfo(model="x", image_size_px=64, dtype="bfloat16", digest="")
+    monkeypatch.setattr(model.EngineConfig, "info", lambda self: info)
+    monkeypatch.setattr(model, "snapshot_download", not_cached)
+    monkeypatch.setattr(model, "free_bytes", lambda device: 8 * GIB)
+    ask(RuntimeError("no route"))
+    require(model.check_model("who/knows", None), "fail", "does not tell the size of who/knows: no route")
+    ask(SimpleNamespace(safetensors=SimpleNamespace(total=3_745_000_000)))
+    require(
+        model.check_model("who/knows", None), "warn", "3.75 billion parameters in bfloat16: needs about 8.7"
+    )
+    files = [SimpleNamespace(rfilename="pytorch_model-1.bin", size=4_000_000_000)]
+    ask(SimpleNamespace(safetensors=None, siblings=files))
+    require(model.check_model("who/knows", None), "ok", "1.00 billion parameters")
+    monkeypatch.setattr(model, "snapshot_download", lambda *args, **options: str(model.DEMO))
+    assert model.count_parameters("who/knows", None) == model.count_parameters("demo", None)
+
+
+def test_inputs(tmp_path):
+    write_tar(tmp_path / "good.tar", {"a": BROKEN, "b": png(0)})
+    write_tar(tmp_path / "bad.tar", {"a": BROKEN})
+    require(stores.check_input([str(tmp_path / "good.tar")]), "ok", "1 shards")
+    require(stores.check_input([str(tmp_path / "bad.tar")]), "fail", "have no usable image")
+    require(stores.check_input([str(tmp_path / "none")]), "fail", str(tmp_path / "none"))
+
+
+def test_outputs(tmp_path):
+    require(stores.check_output(str(tmp_path / "new")), "ok", "can be written, and holds no run yet")
+    assert not [*(tmp_path / "new").iterdir()]
+    (tmp_path / "file").touch()
+    require(stores.check_output(str(tmp_path / "file")), "fail", "must be a folder that can be written")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_exits_with_1_if_a_check_fails(monkeypatch, capsys, as_json):
+    found = [Finding("a", "ok", "fine"), Finding("b", "warn", "slow", "wait")]
+    monkeypatch.setattr(doctor, "examine", lambda settings: found)
+    flags = ["--json"] * as_json
+    assert main(["doctor", *flags]) == 0
+    found.append(Finding("c", "fail", "s3://me:secret@host/x is gone", "look for it"))
+    capsys.readouterr()
+    assert main(["doctor", *flags]) == 1
+    said = capsys.readouterr().out
+    assert "secret" not in said
+    if as_json:
+        assert [entry["verdict"] for entry in json.loads(said)] == ["ok", "warn", "fail"]
+        assert json.loads(said)[1]["remedy"] == "wait"
+    else:
+        assert said.splitlines()[:3] == ["ok    a: fine", "warn  b: slow", "      wait"]
+        assert said.splitlines()[-1] == "      look for it"
+
+
+def test_everything_is_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    write_tar(tmp_path / "good.tar", {"b": png(0)})
+    settings = DoctorSettings(model="demo", input=(str(tmp_path / "good.tar"),), output=str(tmp_path / "out"))
+    subjects = [finding.subject for finding in doctor.examine(settings)]
+    assert subjects == [
+        "Python",
+        "memory",
+        "shared memory",
+        "open files",
+        "temporary disk",
+        "torch",
+        "device",
+        "Ray",
+        "hidden packages",
+        "image formats",
+        "hub",
+        "model cache",
+        "what is sent",
+        "model",
+        "input",
+        "output",
+    ]

@@ -1,0 +1,279 @@
+"""`blip2 export`: what is written is read back by other programs, row for row."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from pipeline.cli.main import main
+from pipeline.export.webdataset import sample_key
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.fragments import write_fragment
+from pipeline.storage.folder import Folder
+from tests.integration.inputs import as_table, png, write_tars
+from tests.unit.export.finished_run import SCHEMA, write_run
+
+FAILED = (2, 5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run over two tars of seven rows, of which two have failed, and its rows."""
+    root = tmp_path_factory.mktemp("run")
+    write_tars(root / "in", 2, 7)
+    return root / "out", write_run(root / "in", root / "out", FAILED)
+
+
+def export(output: Path, to: str, into: Path) -> int:
+    return main(["export", "--output", str(output), "--to", to, "--into", str(into)])
+
+
+def exported(output: Path, to: str, into: Path) -> Path:
+    assert export(output, to, into) == 0
+    return into
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every visible file of an export with its inode and its content."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".blip2_export" not in path.parts)
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.read_bytes()) for path in files}
+
+
+def query(sql: str) -> duckdb.DuckDBPyRelation:
+    found = duckdb.sql(sql)
+    assert found is not None
+    return found
+
+
+def read_webdataset(*tars: Path) -> list[dict[str, Any]]:
+    """Return the samples of tars as the `webdataset` library groups them."""
+    samples: list[dict[str, Any]] = []
+    for tar in tars:
+        with tar.open("rb") as file:
+            samples += group_by_keys(dict(member, __url__=str(tar)) for member in tar_file_iterator(file))
+    return samples
+
+
+def hexed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"sha256": row["sha256"] and row["sha256"].hex()} for row in rows]
+
+
+def test_json_lines(run, tmp_path):
+    output, rows = run
+    into = exported(output, "jsonl", tmp_path / "made")
+    assert sorted(state_of(into)) == ["part0/00000.tar.jsonl", "part1/00001.tar.jsonl"]
+    lines = b"".join(content for _, (_, content) in sorted(state_of(into).items())).splitlines()
+    assert [json.loads(line) for line in lines] == hexed(rows)
+    found = query(f"select key, caption, vector, error from '{into}/*/*.jsonl' order by shard, row")
+    assert found.fetchall() == [(row["key"], row["caption"], row["vector"], row["error"]) for row in rows]
+
+
+def test_csv(run, tmp_path):
+    """Quotes, commas, line ends, null and the empty text survive."""
+    output, rows = run
+    into = exported(output, "csv", tmp_path / "made")
+    options = "all_varchar=true, allow_quoted_nulls=false"
+    found = query(f"select * from read_csv('{into}/*/*.csv', {options}) order by shard, row")
+    assert found.columns == SCHEMA.names
+    made = [dict(zip(found.columns, values, strict=True)) for values in found.fetchall()]
+    for row, (there, back) in enumerate(zip(hexed(rows), made, strict=True)):
+        for name in ("key", "shard", "member", "caption", "status", "error", "sha256", "color"):
+            assert there[name] == back[name], (row, name)
+        assert back["vector"] == (there["vector"] and json.dumps(there["vector"]))
+        assert int(back["row"]) == there["row"]
+
+
+def test_text_has_a_line_per_row(run, tmp_path):
+    import datasets
+
+    output, rows = run
+    into = exported(output, "txt", tmp_path / "made")
+    files = [str(into / name) for name in sorted(state_of(into))]
+    found = datasets.load_dataset("text", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["text"] == [(row["caption"] or "").replace("\n", " ") for row in rows]
+
+
+def test_an_image_folder_is_read_by_datasets(run, tmp_path):
+    import datasets
+
+    output, rows = run
+    into = exported(output, "imagefolder", tmp_path / "made")
+    found = datasets.load_dataset(
+        "imagefolder", data_dir=str(into), split="train", cache_dir=str(tmp_path / "cache")
+    ).cast_column("image", datasets.Image(decode=False))
+    ok = [row for row in rows if row["status"] == "ok"]
+    names = ["key", "shard", "row", "caption", "logprob", "color", "vector"]
+    assert [[row[name] for name in names] for row in found] == [[row[name] for name in names] for row in ok]
+    images = [Path(row["image"]["path"]).read_bytes() for row in found]
+    assert images == [png(int(row["key"][-6:])) for row in ok]
+
+
+def test_the_output_itself_is_a_dataset(run, tmp_path):
+    """The README's line for pushing it to the hub, up to the push."""
+    import datasets
+
+    output, rows = run
+    files = f"{output}/**/*.parquet"
+    found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert found.to_list() == rows
+
+
+def test_tars_are_read_by_webdataset(run, tmp_path):
+    output, rows = run
+    into = exported(output, "webdataset", tmp_path / "made")
+    tars = [into / "part0" / "00000.tar", into / "part1" / "00001.tar"]
+    assert set(state_of(into)) == {str(tar.relative_to(into)) for tar in tars}
+    samples = read_webdataset(*tars)
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in ok]
+    assert [sample["txt"].decode() for sample in samples] == [row["caption"] for row in ok]
+    assert [json.loads(sample["json"]) for sample in samples] == hexed(ok)
+    assert [sample["png"] for sample in samples] == [png(int(row["key"][-6:])) for row in ok]
+
+
+def test_the_images_of_a_sample_stay_together(tmp_path):
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as tar:
+        for seed, name in enumerate(["x/0.left.png", "x/0.right.png", "1.png", "1.png"]):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(seed))
+            tar.addfile(member, io.BytesIO(png(seed)))
+    rows = write_run(tmp_path / "in", tmp_path / "out")
+    into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
+    left_right, first, again = read_webdataset(into / "a.tar")
+    assert left_right["__key__"] == "x/0"
+    assert (left_right["left.png"], left_right["right.png"]) == (png(0), png(1))
+    assert left_right["right.txt"].decode() == rows[1]["caption"]
+    assert (first["__key__"], first["png"], again["png"]) == ("1", png(2), png(3))
+    assert again["txt"].decode() == rows[3]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("cat/1.jpg", "cat/1"),
+        ("cat.d/a.b.c.jpg", "cat.d/a_b_c"),
+        ("../../etc/passwd", "etc/passwd"),
+        ("/etc/x", "etc/x"),
+        ("https://a.org/b.png?x=1", "https:/a.org/b_png?x=1"),
+        ("__notes__", "_notes_"),
+        (".hidden", "_hidden"),
+        ("", "7"),
+        ("17", "17"),
+    ],
+)
+def test_keys_are_safe_paths_with_one_dot_less(key, expected):
+    assert sample_key({"key": key, "row": 7, "member": None}) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_images_of_folders_and_tables(tmp_path, kind):
+    images = {f"{seed}.v2.png": png(seed) for seed in range(3)}
+    (tmp_path / "in").mkdir()
+    if kind == "folder":
+        for name, image in images.items():
+            (tmp_path / "in" / name).write_bytes(image)
+    else:
+        pq.write_table(as_table(images), tmp_path / "in" / "table.parquet")
+    write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
+    into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
+    (tar,) = state_of(into)
+    samples = read_webdataset(into / tar)
+    assert [(sample["__key__"], sample["png"]) for sample in samples] == [("0_v2", png(0)), ("2_v2", png(2))]
+    assert [json.loads(sample["json"])["key"] for sample in samples] == ["0.v2.png", "2.v2.png"]
+
+
+@pytest.mark.parametrize("to", ["jsonl", "imagefolder", "webdataset"])
+def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, capsys, to):
+    write_tars(tmp_path / "in", 2, 4)
+    rows = write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
+    into = exported(tmp_path / "out", to, tmp_path / "made")
+    first = state_of(into)
+    exported(tmp_path / "out", to, into)
+    again = state_of(into)
+    assert {name: content for name, (_, content) in again.items()} == {n: c for n, (_, c) in first.items()}
+    assert {n for n in first if again[n] != first[n]} <= {"metadata.jsonl"}
+    assert "2 shards, 2 of them were up to date" in capsys.readouterr().out
+    folder = Folder(str(tmp_path / "out"))
+    fixed = rows[0] | {name: rows[1][name] for name in ("key", "row", "member")}
+    fixed |= {"caption": "now it has one", "sha256": sha256(png(1)).digest()}
+
+    fixed["sha256"] = sha256(png(1)).digest()
+    write_fragment(folder, pa.Table.from_pylist([fixed], schema=SCHEMA))
+    commit_shard(folder, ShardReport(shard=fixed["shard"], num_rows=4, complete=True), {}, SCHEMA)
+    exported(tmp_path / "out", to, into)
+    assert "2 shards, 1 of them were up to date" in capsys.readouterr().out
+    assert any(b"now it has one" in content for _, content in state_of(into).values())
+
+
+@pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
+def test_an_image_that_has_changed_is_refused(tmp_path, capsys, to):
+    """Its caption must not stand next to another image."""
+    write_tars(tmp_path / "in", 2, 3)
+    write_run(tmp_path / "in", tmp_path / "out")
+    path = tmp_path / "in" / "part1" / "00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(png(4), png(4)[:-1] + b"x"))
+    assert export(tmp_path / "out", to, tmp_path / "made") == 3
+    assert (
+        "the input must hold the images of the run, got other files: part1/00001.tar"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_damaged_input_stops_the_export_and_leaves_no_half(tmp_path, capsys, monkeypatch):
+    write_tars(tmp_path / "in", 2, 3)
+    write_run(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr("pipeline.export.export.require_same_input", lambda *_: None)
+    path = tmp_path / "in" / "part1" / "00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2500])
+    assert export(tmp_path / "out", "webdataset", tmp_path / "made") == 1
+    said = capsys.readouterr().err
+    assert "the image of row 1" in said and "can no longer be read" in said
+    assert sorted(state_of(tmp_path / "made")) == ["part0/00000.tar"]
+    assert not (tmp_path / "made" / ".blip2_export" / "tmp").exists()
+    path.write_bytes(whole)
+    exported(tmp_path / "out", "webdataset", tmp_path / "made")
+    assert len(state_of(tmp_path / "made")) == 2
+
+
+def test_other_folders_are_refused(run, tmp_path, capsys):
+    output, _ = run
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").write_text("mine")
+    assert export(output, "csv", tmp_path / "own") == 3
+    assert "--into must be a new or empty folder" in capsys.readouterr().err
+    exported(output, "csv", tmp_path / "made")
+    assert export(output, "jsonl", tmp_path / "made") == 3
+    assert "--into must be a new folder, or hold an export of the same run" in capsys.readouterr().err
+    assert main(["export", "--output", str(output), "--to", "csv", "--into", "s3://bucket/x"]) == 3
+    assert "--into must be a folder on this machine" in capsys.readouterr().err
+    assert export(tmp_path / "none", "csv", tmp_path / "new") == 3
+
+
+def test_a_whole_export_needs_no_ray(run, tmp_path):
+    output, _ = run
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from pipeline.cli.main import main\n"
+        f"sys.exit(main(['export', '--output', {str(output)!r}, '--to', 'webdataset', '--into', "
+        f"{str(tmp_path / 'made')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
