@@ -79,6 +79,6 @@ class CaptionCounts:
         if self.are_the_same and self.same:
             lines.append(
                 f"warning: {self.num_same:,} of {self.num_captions:,} captions are the same "
-                f"({(self.same or '')[:MAX_SHOWN_CHARS]!r}); check the checkpoint, --dtype and --prompt"
+                f"({self.same[:MAX_SHOWN_CHARS]!r}); check the checkpoint, --dtype and --prompt"
             )
         return lines

@@ -38,7 +38,7 @@ class ProgressSnapshot:
         if not self.num_rows:
             return " · ".join(["starting", f"shards {self.shards_done:,}/{self.num_shards:,}", *trouble])
         parts = [
-            f"{self.num_rows:,} images",
+            count(self.num_rows, "image"),
             f"{self.images_per_s:,.1f}/s",
             f"{self.num_failed:,} failed",
             f"shards {self.shards_done:,}/{self.num_shards:,}",

@@ -23,6 +23,7 @@ from pipeline.inputs.listing import (
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
+from pipeline.progress import count
 from pipeline.storage.filesystems import join
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
@@ -68,32 +69,29 @@ class InputChanges:
         """
         lines = []
         if self.changed:
-            lines.append(
-                f"{self._changed_line()}; "
-                + (
-                    "all their rows are made again"
-                    if is_start
-                    else "--redo-changed makes all their rows again"
-                )
-            )
+            rows = "its rows" if len(self.changed) == 1 else "their rows"
+            what = f"{rows} are made again" if is_start else f"--redo-changed makes {rows} again"
+            lines.append(f"{self._changed_line()}; {what}")
         if self.gone:
             lines.append(
-                f"{_count(len(self.gone), 'file')} of the run can no longer be found in the input: "
-                f"{name_some(self.gone)}; rows that are finished stay"
+                f"{count(len(self.gone), 'file')} of the run can no longer be found in the input: "
+                f"{name_some(self.gone)}; finished rows stay"
             )
         if self.num_new:
             names = sorted(file for files in self.new.chosen.values() for file in files)
             them = "it" if len(names) == 1 else "them"
-            what = "added to the run" if is_added else f"--add-new captions {them}"
-            lines.append(f"{_count(len(names), 'new file')}: {name_some(names)}; {what}")
+            what = (
+                "added to the run"
+                if is_added
+                else f"the first command with --add-new takes {them} into the run"
+            )
+            lines.append(f"{count(len(names), 'new file')}: {name_some(names)}; {what}")
         return [*lines, *self.unread.lines()]
 
     def _changed_line(self) -> str:
         how = [f"{name} ({how})" for name, how in self.changed.items()]
         have = "has" if len(how) == 1 else "have"
-        return (
-            f"{_count(len(how), 'shard')} of the input {have} changed since the run began: {name_some(how)}"
-        )
+        return f"{count(len(how), 'shard')} of the input {have} changed since the run began: {name_some(how)}"
 
 
 def find_changes(
@@ -212,10 +210,6 @@ def name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _path(root: str, file: str) -> str:
     return join(without_secrets(root), file)
 
@@ -240,7 +234,11 @@ def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
         return None
     file, known, now = pairs[0]
     before, after = size_in(known), size_in(now)
-    how = f"{int(after):,} bytes, {int(before):,} before" if before != after else "changed at another time"
+    how = (
+        f"{int(after):,} bytes, {int(before):,} before"
+        if before != after
+        else "same size, another modification time"
+    )
     if _is_file(shard):
         return how
     return f"{file}: {how}" + (f", and {len(pairs) - 1:,} more" if len(pairs) > 1 else "")

@@ -25,6 +25,7 @@ from pipeline.inputs.formats import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
 from pipeline.inputs.shards import Format, Shard
+from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 
@@ -60,11 +61,11 @@ class Unread:
         lines = []
         if self.by_ending:
             total = sum(self.by_ending.values())
-            lines.append(f"{_count_files(total)} not read: {_most_frequent(self.by_ending)}")
+            lines.append(f"{count(total, 'file')} not read: {_most_frequent(self.by_ending)}")
         if self.num_own:
-            lines.append(f"left out: {_count_files(self.num_own)} of an earlier run")
+            lines.append(f"left out: {count(self.num_own, 'file')} of an earlier run")
         if self.num_excluded:
-            lines.append(f"left out: {_count_files(self.num_excluded)} by --include and --exclude")
+            lines.append(f"left out: {count(self.num_excluded, 'file')} by --include and --exclude")
         return lines
 
 
@@ -243,10 +244,6 @@ def _without_ending(file: str) -> str:
             if file.lower().endswith(ending):
                 return file[: -len(ending)]
     return file
-
-
-def _count_files(number: int) -> str:
-    return "1 file" if number == 1 else f"{number:,} files"
 
 
 def _count_endings(files: Iterable[str]) -> dict[str, int]:

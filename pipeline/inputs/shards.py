@@ -62,14 +62,15 @@ class Shard:
 
 
 def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
-    """Give a shard that was stored without secrets those of the input that it lies below.
+    """Give a shard that was stored without secrets those of the input that names its file, or lies around it.
 
     Args:
         shard: a shard whose root holds no secrets.
         inputs: the inputs as the user named them.
     """
-    for uri in inputs:
-        plain = without_secrets(uri)
-        if plain != uri and plain.startswith(shard.root.rstrip("/")):
-            return replace(shard, root=with_secrets_of(uri, shard.root))
-    return shard
+    root = shard.root.rstrip("/")
+    secret = {plain: uri for uri in inputs if (plain := without_secrets(uri).rstrip("/")) != uri.rstrip("/")}
+    of_file = secret.get(f"{root}/{shard.files[0]}")
+    of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)
+    given = of_file or of_folder
+    return shard if given is None else replace(shard, root=with_secrets_of(given, shard.root))

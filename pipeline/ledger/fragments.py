@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import FRAGMENTS, output_name, parse_state_name, shard_report_name, state_name
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
@@ -81,9 +82,11 @@ def _name(shard: str, generation: int, first: int, last: int, count: int, digest
     return f"{_folder_of(shard, generation)}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
 
 
-def names_of_shard(shard: str) -> tuple[str, ...]:
+def names_of_shard(shard: Shard) -> tuple[str, ...]:
     """Return the longest names that files of a shard have in the output."""
-    return output_name(shard), shard_report_name(shard), _name(shard, 0, 0, 0, 10**9, "0" * DIGEST_CHARS)
+    name, generation = shard.name, shard.generation
+    fragment = _name(name, generation, 0, 0, 10**9, "0" * DIGEST_CHARS)
+    return output_name(name), shard_report_name(name, generation), fragment
 
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:

@@ -21,6 +21,7 @@ from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.ledger.shard_progress import load_shard_report
+from pipeline.progress import count
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
@@ -82,10 +83,10 @@ class Reconciliation:
             f"{n:,} {status}" for status, n in sorted(self.by_status.items()) if status != "ok"
         )
         lines = [
-            f"rows in {self.num_rows:,} = ok {self.num_ok:,} + failed {self.num_failed:,}"
+            f"{count(self.num_rows, 'row')} = {self.num_ok:,} ok + {self.num_failed:,} failed"
             + (f" ({failed})" if failed else ""),
-            f"shards {self.num_shards:,} = written {len(self.summaries):,} + "
-            f"{'missing' if is_over else 'left'} {len(self.missing):,}",
+            f"{count(self.num_shards, 'shard')} = {len(self.summaries):,} written + "
+            f"{len(self.missing):,} {'missing' if is_over else 'left'}",
         ]
         lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
         lines += _shorten([f"note: {s.shard}: {s.note}" for s in self.summaries if s.note])

@@ -14,6 +14,7 @@ from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.ledger.shard_progress import ShardProgress, unfinished
+from pipeline.progress import count
 from pipeline.rowset import RowSet
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
@@ -41,9 +42,9 @@ def require_finished(folder: Folder, run: Run, state: OutputState) -> None:
     """Raise ValueError if a shard has no file, unless an earlier retry has begun it again."""
     left = [s.name for s in run.shards if s.name not in state.finished and not s.generation]
     if left:
-        count = "1 unfinished shard" if len(left) == 1 else f"{len(left):,} unfinished shards"
         raise ValueError(
-            f"output must hold a finished run, got {folder} with {count}; run the caption command again first"
+            f"output must hold a finished run, got {folder} with {count(len(left), 'unfinished shard')}; "
+            "run the caption command again first"
         )
 
 

@@ -58,12 +58,13 @@ class Run:
         return int(self.fingerprint.parts.get("schema", {}).get("version", SCHEMA_VERSION))
 
     @property
-    def uses_generation_config(self) -> bool:
-        """Whether the checkpoint's `generation_config.json` has set options of the run.
+    def predates_generation_config(self) -> bool:
+        """Whether the run may be of a version that did not read the checkpoint's `generation_config.json`.
 
-        It has not in runs of the versions that did not read it, and they must go on without it.
+        Such a run must go on without it. A run that was begun with `--ignore-generation-config` says so.
         """
-        return GENERATION_CONFIG in self.fingerprint.parts
+        is_ignored = self.settings.get("engine", {}).get("ignore_generation_config", False)
+        return GENERATION_CONFIG not in self.fingerprint.parts and not is_ignored
 
     @property
     def inputs(self) -> tuple[str, ...]:

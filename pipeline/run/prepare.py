@@ -43,7 +43,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     stop_at = _stop_at(settings.deadline)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
-    if run is not None and not run.uses_generation_config:
+    if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
     engine = engine or settings.builder
     info = engine.info()
@@ -71,7 +71,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
     job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
-    return _on_input_as_it_is(job, settings.input, settings.redo_changed, settings.add_new)
+    return _with_current_input(job, settings.input, settings.redo_changed, settings.add_new)
 
 
 def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> Job:
@@ -93,24 +93,15 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         output=settings.output,
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
-        max_failed_fraction=(
-            first.max_failed_fraction
-            if settings.max_failed_fraction is None
-            else settings.max_failed_fraction
-        ),
-        max_flagged_fraction=(
-            first.max_flagged_fraction
-            if settings.max_flagged_fraction is None
-            else settings.max_flagged_fraction
-        ),
+        **settings.fractions,
     )
-    if not run.uses_generation_config:
+    if run.predates_generation_config:
         first = first.without_generation_config()
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
-    return _on_input_as_it_is(job, settings.input, settings.redo_changed)
+    return _with_current_input(job, settings.input, settings.redo_changed)
 
 
 def _stop_at(deadline: str | None) -> datetime | None:
@@ -138,7 +129,7 @@ def _find_fork(
     return fork, of_fork, run
 
 
-def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
+def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
     """Return a job whose run has begun, on the shards that its input has now.
 
     Raises:
@@ -164,6 +155,7 @@ def _on_input_as_it_is(job: Job, inputs: Sequence[str], redo_changed: bool, take
     added = [shard for shard in shards if shard not in known]
     if added:
         check_options(added, job.settings.read_options)
+    ledger.folder.require_names(name for shard in added for name in names_of_shard(shard))
     return dataclasses.replace(
         job,
         ledger=ledger.of(run),
@@ -189,7 +181,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
     kept = check_options(listing.shards, settings.read_options)
-    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard.name))
+    ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
     if taken:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,10 @@ MIN_BLOCK_BYTES = 1 << 20
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
 time would start new processes."""
-CLOSE_S = 2.0
-"""How long a stream that is closed waits for its thread."""
+CLOSE_S = 10.0
+"""How long a stream that is closed waits for its threads; on a busy machine they need some seconds."""
+ASK_AGAIN_S = 0.2
+"""A dataset that is only starting takes no notice of a request to stop, so it is asked again."""
 
 
 def receipts_dataset(
@@ -132,9 +135,19 @@ class ReceiptStream:
     def close(self) -> None:
         """Stop what still runs of the dataset, and wait for its threads."""
         self._is_closed = True
-        if self._executor is not None:
-            self._executor.shutdown(force=True)
-        self._thread.join(CLOSE_S)
+        deadline = time.monotonic() + CLOSE_S
+        while True:
+            if self._executor is not None:
+                self._executor.shutdown(force=True)
+            running = self._running_thread()
+            if running is None or time.monotonic() > deadline:
+                return
+            running.join(ASK_AGAIN_S)
+
+    def _running_thread(self) -> threading.Thread | None:
+        """Return a thread that may still call Ray: the one that pulls, or the one that runs the dataset."""
+        threads = (self._thread, self._executor)
+        return next((thread for thread in threads if thread is not None and thread.is_alive()), None)
 
     def _create_and_keep_executor(self) -> StreamingExecutor:
         self._executor = self._create_executor()

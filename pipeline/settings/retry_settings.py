@@ -75,12 +75,17 @@ class RetrySettings:
     """actors"""
 
     def __post_init__(self) -> None:
-        for name in ("max_failed_fraction", "max_flagged_fraction"):
-            if getattr(self, name) is not None:
-                require_fraction(name, getattr(self, name))
+        for name, value in self.fractions.items():
+            require_fraction(name, value)
         if self.deadline is not None:
             stop_time(self.deadline, datetime.now(UTC))
         self.limits(ImageLimits())
+
+    @property
+    def fractions(self) -> dict[str, Any]:
+        """What may fail or be flagged, if it is given, by the name of the setting."""
+        given = {name: getattr(self, name) for name in ("max_failed_fraction", "max_flagged_fraction")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def limits(self, before: ImageLimits) -> ImageLimits:
         """Return the limits of the earlier run, with the changes that are given here.

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from pipeline.progress import duration
+from pipeline.progress import count, duration
 from pipeline.storage.retrying import Trouble, listen
 
 SAID_AFTER_S = 2.0
@@ -68,4 +68,4 @@ def describe(reports: Sequence[WorkerTrouble]) -> str | None:
         return None
     phrase = f"{worst.place} has been {worst.state} for {duration(worst.seconds)}; waiting"
     num_held = sum(report.num_held for report in reports)
-    return f"{phrase}, {num_held:,} rows held" if num_held else phrase
+    return f"{phrase}, {count(num_held, 'row')} held" if num_held else phrase

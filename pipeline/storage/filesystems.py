@@ -15,6 +15,7 @@ from pipeline.storage.fsspec_errors import HandlerWithOSErrors
 from pipeline.storage.secrets import hide_secrets, without_secrets
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+WEB_SCHEMES = ("http", "https")
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
@@ -29,11 +30,14 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     shown = without_secrets(uri)
+    if scheme in ARROW_SCHEMES and "#" in uri:  # Arrow leaves out what follows, options too.
+        raise InputError(f"{shown} must be a URI without #, which ends its path; write %23 for each #")
     try:
         if scheme in ARROW_SCHEMES:
             with contextlib.suppress(pa.ArrowNotImplementedError):  # This build of Arrow lacks the scheme.
                 return pafs.FileSystem.from_uri(_with_single_puts(uri) if scheme == "s3" else uri)
         filesystem, path = url_to_fs(uri)
+        path, query = _split_query(scheme, path)
     except ImportError as error:
         hint = install_hint(scheme)
         raise InputError(f"{scheme}:// needs a package that is not installed: {error}{hint}") from error
@@ -46,7 +50,15 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(
             f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}{hint}"
         ) from None
-    return pafs.PyFileSystem(HandlerWithOSErrors(filesystem)), path
+    return pafs.PyFileSystem(HandlerWithOSErrors(filesystem, query)), path
+
+
+def _split_query(scheme: str, path: str) -> tuple[str, str]:
+    """Split the query off a path of a web server, where it is not the end of a folder's name."""
+    if scheme not in WEB_SCHEMES:
+        return path, ""
+    path, mark, query = path.partition("?")
+    return path, mark + query
 
 
 def _with_single_puts(uri: str) -> str:

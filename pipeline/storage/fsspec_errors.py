@@ -88,8 +88,14 @@ def _raising_oserrors(method: Method) -> Method:
 class HandlerWithOSErrors(pafs.FSSpecHandler):
     """Gives Arrow an fsspec filesystem; every method raises OSErrors."""
 
-    def __init__(self, fs: AbstractFileSystem) -> None:
+    def __init__(self, fs: AbstractFileSystem, query: str = "") -> None:
+        """Wrap a filesystem.
+
+        Args:
+            query: follows the path of each file that is read, such as the signature of a URL.
+        """
         super().__init__(fs)
+        self._query = query
 
     get_file_info_selector = _raising_oserrors(pafs.FSSpecHandler.get_file_info_selector)
     create_dir = _raising_oserrors(pafs.FSSpecHandler.create_dir)
@@ -102,7 +108,7 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     def _file_info(self, path: str) -> pafs.FileInfo:
         try:
             with oserrors():
-                return self._create_file_info(path, self.fs.info(path))
+                return self._create_file_info(path, self.fs.info(path + self._query))
         except FileNotFoundError:
             return pafs.FileInfo(path, pafs.FileType.NotFound)
 
@@ -113,7 +119,7 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     @_raising_oserrors
     def open_input_file(self, path: str) -> pa.PythonFile:
         # Without the question of the parent class whether the file exists: HTTP answers "no" to a 503.
-        return pa.PythonFile(_InputFile(self.fs, path), mode="r")
+        return pa.PythonFile(_InputFile(self.fs, path + self._query), mode="r")
 
     @_raising_oserrors
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:

@@ -61,7 +61,7 @@ def test_a_run_finished_before_is_retried_with_its_own_settings(
     unpack(tmp_path, "finished")
     monkeypatch.chdir(tmp_path)
     assert main(["retry", "--output", "output", "--max-failed-fraction", "0.1"]) == 0, capsys.readouterr()
-    assert "rows in 18 = ok 17 + failed 1" in capsys.readouterr().out
+    assert "18 rows = 17 ok + 1 failed" in capsys.readouterr().out
 
 
 def test_another_prompt_is_still_refused_by_name(
@@ -79,4 +79,4 @@ def test_status_reads_it(
     unpack(tmp_path, "half_done")
     monkeypatch.chdir(tmp_path)
     assert main(["status", "--output", "output"]) == 0
-    assert "rows in 6 = ok 6 + failed 0" in capsys.readouterr().out
+    assert "6 rows = 6 ok + 0 failed" in capsys.readouterr().out

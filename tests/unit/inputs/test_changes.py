@@ -171,7 +171,7 @@ def test_other_bytes_of_the_same_size_are_another_input(tmp_path):
     run(tmp_path)
     write_tar(tmp_path / "in/0.tar", "a", "b", content="new")
     age(tmp_path / "in/0.tar")
-    with pytest.raises(InputError, match=r"0.tar \(changed at another time\)"):
+    with pytest.raises(InputError, match=r"0.tar \(same size, another modification time\)"):
         run(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     begun = (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns
     write_images(tmp_path / "in", "0.jpg")
     job = prepare_run(tmp_path)
-    assert job.notes == ("1 new file: 0.jpg; --add-new captions it",)
+    assert job.notes == ("1 new file: 0.jpg; the first command with --add-new takes it into the run",)
     assert job.notes[0] in status_lines(str(tmp_path / "out"))
     assert run(tmp_path).num_rows == 11
     assert prepare_run(tmp_path, add_new=True).notes == ("1 new file: 0.jpg; added to the run",)
@@ -276,9 +276,21 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     run(tmp_path)
     write_tar(tmp_path / "in/a/1.tar", "a1")
     write_tar(tmp_path / "in/b/0.tar", "b0")
-    assert prepare_run(tmp_path).notes == ("2 new files: a/1.tar, b/0.tar; --add-new captions them",)
+    assert prepare_run(tmp_path).notes == (
+        "2 new files: a/1.tar, b/0.tar; the first command with --add-new takes them into the run",
+    )
     run(tmp_path, add_new=True)
     assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
+
+
+def test_a_new_file_whose_name_leaves_no_room_for_those_of_the_output_is_refused(tmp_path):
+    """The job wrote the other rows, and then failed at the first fragment of this file."""
+    write_tar(tmp_path / "in/0.tar", "a")
+    run(tmp_path)
+    write_tar(tmp_path / f"in/{'n' * 250}.tar", "b")
+    with pytest.raises(ValueError, match="room for the names of its files, got a name of"):
+        prepare_run(tmp_path, add_new=True)
+    assert prepare_run(tmp_path).run.shards
 
 
 def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
@@ -287,7 +299,7 @@ def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
     run(tmp_path)
     (tmp_path / "in/0.tar").unlink()
     (note,) = prepare_run(tmp_path).notes
-    assert note == "1 file of the run can no longer be found in the input: 0.tar; rows that are finished stay"
+    assert note == "1 file of the run can no longer be found in the input: 0.tar; finished rows stay"
     assert note in status_lines(str(tmp_path / "out"))
     assert run(tmp_path).exit_status(0.0) == 0
     shutil.rmtree(tmp_path / "in")
@@ -380,4 +392,4 @@ def test_the_job_says_what_is_new_at_its_start(tmp_path):
     write_tar(tmp_path / "in/1.tar", "b")
     said = io.StringIO()
     run_job(prepare_run(tmp_path), Console(said))
-    assert "1 new file: 1.tar; --add-new captions it" in said.getvalue()
+    assert "1 new file: 1.tar; the first command with --add-new takes it into the run" in said.getvalue()

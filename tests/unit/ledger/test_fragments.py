@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     list_fragments,
@@ -222,7 +223,8 @@ def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
 @pytest.mark.parametrize(("length", "is_refused"), [(236, False), (250, True)])
 def test_a_shard_whose_file_would_have_too_long_a_name_is_refused(folder, length, is_refused):
     """Writing it was tried for a quarter of an hour, after captioning all its images."""
-    names = names_of_shard("a" * length + ".tar")
+    name = "a" * length + ".tar"
+    names = names_of_shard(Shard(name=name, format="webdataset", root="in", files=(name,)))
     if is_refused:
         with pytest.raises(ValueError, match=r"output must have room .* got a name of 262 bytes"):
             folder.require_names(names)

@@ -137,7 +137,7 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
     assert main(["report", "--output", folder.uri, "--html", str(html)]) == 0
     said = capsys.readouterr().out
     assert all(line in said for line in make_report(folder.uri).lines())
-    assert "rows in 60 = ok 54 + failed 6" in said and "10 flagged looping" in said
+    assert "60 rows = 54 ok + 6 failed" in said and "10 flagged looping" in said
     assert html.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", "--output", str(tmp_path)]) == 3
     assert "holds no run; pass the folder given as --output" in capsys.readouterr().err

@@ -54,8 +54,8 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_a_run_without_a_driver(folder):
     assert status_lines(folder.uri) == [
-        "rows in 100 = ok 97 + failed 3 (3 too_large)",
-        "shards 5 = written 1 + left 4",
+        "100 rows = 97 ok + 3 failed (3 too_large)",
+        "5 shards = 1 written + 4 left",
         "in progress: 50 rows finished in 1 shard",
         "remaining: about 200 rows, 4 shards",  # 40 + 3 * 70, less the 50 in progress
         "no driver is running; run the same command to resume",
@@ -102,8 +102,8 @@ def test_a_finished_run(folder):
         write_rows(folder, shard, 100)
         finish(folder, shard)
     assert status_lines(folder.uri) == [
-        "rows in 500 = ok 497 + failed 3 (3 too_large)",
-        "shards 5 = written 5 + missing 0",
+        "500 rows = 497 ok + 3 failed (3 too_large)",
+        "5 shards = 5 written + 0 missing",
         "finished",
     ]
 
@@ -112,7 +112,7 @@ def test_a_run_that_has_only_started(tmp_path):
     folder = Folder(str(tmp_path))
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
     Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
-    assert status_lines(folder.uri)[1:3] == ["shards 1 = written 0 + left 1", "remaining: 1 shard"]
+    assert status_lines(folder.uri)[1:3] == ["1 shard = 0 written + 1 left", "remaining: 1 shard"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

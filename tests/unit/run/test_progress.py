@@ -41,7 +41,7 @@ def test_trouble_comes_first_because_a_terminal_cuts_lines():
         num_rows=0, num_failed=0, images_per_s=0, shards_done=0, num_shards=9, left_s=None, trouble="full"
     )
     assert now.line() == "starting · shards 0/9 · full"
-    assert replace(now, num_rows=1).line().startswith("full · 1 images")
+    assert replace(now, num_rows=1).line().startswith("full · 1 image")
 
 
 def test_a_terminal_without_the_characters_of_a_line_gets_others():

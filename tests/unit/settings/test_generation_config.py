@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -74,11 +75,15 @@ def test_a_new_run_takes_them_and_its_fingerprint_says_so(tmp_path, engine):
         prepare(settings(tmp_path, ignoring(engine), generation=GenerationOptions(max_new_tokens=30)))
 
 
-def test_a_run_begun_without_them_goes_on_without_them(tmp_path, engine):
+def test_a_run_of_a_version_without_them_goes_on_without_them(tmp_path, engine):
     """Earlier versions did not read the file; half of the rows would have other options than the rest."""
     first = prepare(settings(tmp_path, ignoring(engine)))
     assert "generation_config" not in first.run.fingerprint.parts
-    begin(first)
+    stored = dict(first.run.settings)
+    stored["engine"] = {
+        name: value for name, value in stored["engine"].items() if name != "ignore_generation_config"
+    }
+    begin(dataclasses.replace(first, run=dataclasses.replace(first.run, settings=stored)))
     for again in (settings(tmp_path, engine), settings(tmp_path, ignoring(engine))):
         job = prepare(again)
         assert not job.is_new
@@ -88,6 +93,17 @@ def test_a_run_begun_without_them_goes_on_without_them(tmp_path, engine):
     assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (1, 30)
     with pytest.raises(FingerprintMismatch, match=r"options\.num_beams: 1 -> 2"):
         prepare(settings(tmp_path, engine, generation=GenerationOptions(num_beams=2)))
+
+
+def test_a_run_that_ignores_them_needs_the_flag_again(tmp_path, engine):
+    """Without it the command continued the run, and did not take the options that it had promised."""
+    first = prepare(settings(tmp_path, ignoring(engine)))
+    begin(first)
+    with pytest.raises(FingerprintMismatch, match=r"generation_config\.num_beams: nothing -> 5"):
+        prepare(settings(tmp_path, engine))
+    assert chosen(prepare(settings(tmp_path, ignoring(engine)))) == (1, 30)
+    finish(first)
+    assert chosen(prepare_retry(RetrySettings(output=str(tmp_path / "output")))) == (1, 30)
 
 
 def test_a_job_without_texts_does_not_read_the_file(tmp_path, engine):

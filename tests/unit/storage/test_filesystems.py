@@ -40,6 +40,8 @@ def test_s3_options_travel_in_the_uri():
         ("nosuch://x/y", "must be a local path, s3://, gs:// or a URI that fsspec knows: Protocol not known"),
         ("az://container/x", "needs a package that is not installed: Install adlfs"),
         ("s3://bucket/trip data/x", "write %20 for each blank"),
+        ("s3://bucket/out#1?region=eu-west-1", "without #, which ends its path; write %23 for each #"),
+        ("file:///tmp/out#1", "write %23 for each #"),
         ("s3://bucket/x?region=us-east-1&nope=1", "fsspec knows: Unexpected query parameter"),
     ],
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
 import pytest
 
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.storage import retrying, retrying_file
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
@@ -127,3 +129,26 @@ def test_a_definite_answer_is_not_asked_for_again(shard, monkeypatch, status):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
     rows, report = read_rows(shard)
     assert (rows, report.complete) == ([], False)
+
+
+def test_each_url_is_read_with_its_own_signature(shard, monkeypatch):
+    """The query stood before the name of the file; and a resume gave all files the query of the first."""
+
+    def refuse(server: Server, number: int = 0) -> bool:
+        file, _, signature = server.path.strip("/").partition("?")
+        if signature == f"signature=of/{file}":
+            return False
+        server.send(403, b"")
+        return True
+
+    answer_head = Server.do_HEAD
+    monkeypatch.setattr(Server, "answer", staticmethod(refuse))
+    monkeypatch.setattr(Server, "do_HEAD", lambda server: refuse(server) or answer_head(server))
+    urls = [f"{shard.root}/{name}?signature=of/{name}" for name in ("a.tar", "b.tar")]
+    shards = list_shards(urls)
+    assert [listed.name for listed in shards] == ["a.tar", "b.tar"]
+    for listed in shards:
+        rows, report = read_rows(listed)
+        assert (len(rows), report.complete) == (16, True)
+    stored = [replace(listed, root=without_secrets(listed.root)) for listed in shards]
+    assert [with_secrets(plain, urls) for plain in stored] == shards
