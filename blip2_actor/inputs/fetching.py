@@ -22,6 +22,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 
+from blip2_actor.inputs.addresses import Address, is_address, is_public, plain_host
 from blip2_actor.inputs.field_types import require_types
 from blip2_actor.status import Status
 from blip2_actor.version import __version__
@@ -37,21 +38,9 @@ _STATUSES: dict[FetchReason, Status] = {
     "address": Status.REFUSED,
     "size": Status.TOO_LARGE,
 }
-_NOT_PUBLIC = [
-    ipaddress.ip_network(network)
-    for network in (
-        "168.63.129.16/32",  # Azure's service for its virtual machines, at an address that looks public
-        "192.0.0.0/24",  # Oracle's metadata service is 192.0.0.192; Python before 3.11.10 calls it public
-        "64:ff9b:1::/48",  # translation to private IPv4 addresses (RFC 8215)
-    )
-]
-_IPV4_INSIDE = ipaddress.IPv6Network("64:ff9b::/96")
-"""Addresses that a gateway translates to the IPv4 address in their last 32 bits (RFC 6052)."""
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_.])?")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_ERROR_CHARS = 200
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +69,7 @@ class FetchPolicy:
                 object.__setattr__(self, name, tuple(value))
         require_types(self)
         if self.hosts is not None:
-            object.__setattr__(self, "hosts", tuple(map(_plain_host, self.hosts)))
+            object.__setattr__(self, "hosts", tuple(map(plain_host, self.hosts)))
         for network in self.allow_networks:
             try:
                 ipaddress.ip_network(network)
@@ -97,7 +86,7 @@ class FetchPolicy:
     def allows(self, address: Address) -> bool:
         """Return True if a connection to this address is allowed."""
         networks = map(ipaddress.ip_network, self.allow_networks)
-        return _is_public(address) or any(address in network for network in networks)
+        return is_public(address) or any(address in network for network in networks)
 
 
 class FetchError(Exception):
@@ -142,7 +131,7 @@ def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
     """Take a URL apart once, so that nothing after this reads it in another way."""
     try:
         parts = urlsplit(url.strip())
-        host, port = _plain_host(parts.hostname or ""), parts.port
+        host, port = plain_host(parts.hostname or ""), parts.port
     except (ValueError, UnicodeError) as error:
         raise FetchError(
             "url", f"the URL must be valid, got one with a damaged host or port: {error}"
@@ -151,7 +140,7 @@ def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
         raise FetchError("url", f"the URL must begin with http:// or https://, got {parts.scheme[:20]!r}")
     if "@" in parts.netloc:
         raise FetchError("url", "the URL must not contain a user or a password")
-    if not (_HOST.fullmatch(host) or _is_address(host)):
+    if not (_HOST.fullmatch(host) or is_address(host)):
         raise FetchError("url", "the URL must name a host")
     if policy.hosts is not None and host not in policy.hosts:
         raise FetchError("host", f"the URL must be of an allowed host, got {host}")
@@ -269,34 +258,6 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-def _is_public(address: Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        inside = address.ipv4_mapped or address.sixtofour
-        if inside is None and address in _IPV4_INSIDE:
-            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inside is not None:
-            return _is_public(inside)
-        if address.is_site_local:
-            return False
-    if address.is_multicast or address.is_reserved or not address.is_global:
-        return False
-    return not any(address in network for network in _NOT_PUBLIC)
-
-
-def _plain_host(host: str) -> str:
-    """Return a host as it is compared and resolved; raises UnicodeError if it cannot be one."""
-    host = host.lower().rstrip(".")
-    return host if _is_address(host) else host.encode("idna").decode("ascii").lower()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 @cache
