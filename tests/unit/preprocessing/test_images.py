@@ -137,11 +137,6 @@ def test_32_bit_gray_is_stretched_from_minimum_to_maximum(dtype: str) -> None:
     assert np.abs(gray - (values + 3000.0) * 255 / 93000).max() <= 1
 
 
-def test_nan_pixels_still_make_a_picture() -> None:
-    values = np.full((8, 8), np.nan, np.float32)
-    assert flat(Image.fromarray(values), "TIFF") == [0, 0, 0]
-
-
 def test_cmyk_jpegs_keep_their_colors() -> None:
     """Adobe inverts CMYK JPEGs: without a second inversion, red becomes its complement."""
     red, green, blue = flat(Image.new("RGB", (16, 16), (220, 30, 40)).convert("CMYK"), "JPEG", quality=95)

@@ -236,6 +236,6 @@ def test_the_task_of_hugging_face(service: EngineService) -> None:
     assert answer.json() == [{"generated_text": caption_of(IMAGE)}]
     assert (service.costs[-1].slots, service.costs[-1].steps) == (3, 5)
     wrong = post(
-        service, "/", inputs=base64_of(IMAGE), parameters={"generation_parameters": {"typical_p": 1}}
+        service, "/", inputs=base64_of(IMAGE), parameters={"generation_parameters": {"eta_cutoff": 1}}
     )
     assert error_of(wrong)[:2] == (400, "bad_request")
