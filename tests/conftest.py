@@ -14,8 +14,7 @@ def _one_thread() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Split the tests that need Ray between two workers of pytest-xdist, each with one local Ray."""
+    """Keep the tests of a file that need Ray in one process of pytest-xdist: they share finished jobs."""
     for item in items:
         if "tests/integration/" in item.nodeid:
-            group = "job" if "tests/integration/job/" in item.nodeid else "integration"
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
