@@ -45,7 +45,7 @@ def store() -> Iterator[FaultyStore]:
 
 def test_a_small_file_is_one_request(store):
     """By default Arrow makes three requests, and a job writes thousands of fragments."""
-    folder = Folder(store.uri("bucket/small"))
+    folder = Folder(store.uri("bucket/small"), retry_for_s=30)
     store.fail(each=1)
     folder.put("_blip2/fragments/a", b"1")
     assert store.failures() == {"PUT _blip2/fragments": 1}
