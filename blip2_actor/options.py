@@ -7,6 +7,7 @@ new tokens. An option that is given and would have no effect is refused, never i
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -132,7 +133,10 @@ class GenerationOptions:
     @classmethod
     def explain_unknown(cls, name: str) -> str:
         """Return the sentence that refuses an option of this name, which does not exist."""
-        remedy = _INSTEAD.get(name, f"the options are {', '.join(cls.__dataclass_fields__)}")
+        known = cls.__dataclass_fields__
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"do you mean {near[0]}?" if near else f"the options are {', '.join(known)}"
+        remedy = _INSTEAD.get(name, hint)
         return f"{name} is not an option; {remedy}"
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ def test_a_switch_that_a_checkpoint_may_set_can_be_switched_off_on_the_command_l
         ("max_length", "give max_new_tokens; max_length of the reference also counts"),
         ("min_length", "give min_new_tokens; min_length of the reference also counts"),
         ("logits_processor", "give it to the Request"),
-        ("num_beam", "the options are max_new_tokens, min_new_tokens, num_beams"),
+        ("num_beam", r"do you mean num_beams\?"),
+        ("wind", "the options are max_new_tokens, min_new_tokens, num_beams"),
     ],
 )
 def test_unknown_options_are_refused_with_what_to_do(name: str, remedy: str) -> None:

@@ -168,7 +168,8 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: e.generate(io.BytesIO(png())), "or a list of them, got BytesIO"),  # which has lines
         (lambda e: e.features(io.BytesIO(png())), "images must be a list, got BytesIO"),
         (lambda e: e.generate(PIXELS, {"num_beams": 2}), "options must be GenerationOptions, got dict"),
-        (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option .* max_new_tokens"),
+        (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option; .* max_new_tokens"),
+        (lambda e: e.submit(PIXELS, max_length=2), "max_length is not an option; give max_new_tokens"),
         (lambda e: e.generate(PIXELS, do_sample="yes"), "do_sample must be true or false, got 'yes'"),
         (lambda e: e.generate(PIXELS, temperature="hot"), "temperature must be a number, got 'hot'"),
         (lambda e: e.generate(PIXELS, stop=5), "stop must be texts, got 5"),
