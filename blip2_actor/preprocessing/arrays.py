@@ -120,7 +120,7 @@ def _as_pil(array: np.ndarray) -> Image.Image:
             return Image.fromarray(array.astype(np.float32))
     elif array.dtype == np.int32:
         return Image.fromarray(array)
-    return Image.fromarray(array.astype(np.uint8))
+    return Image.fromarray(array.astype(np.uint8, copy=False))
 
 
 def _from_unit_range(array: np.ndarray) -> np.ndarray:

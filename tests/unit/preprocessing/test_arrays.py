@@ -48,6 +48,16 @@ def test_the_array_of_a_pil_image_has_the_pixels_of_its_bytes(mode: str) -> None
         assert (resize_image(whole, SIZE) == pixels(image)).all()
 
 
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (SIZE, SIZE, 2), (SIZE, SIZE, 4), (40, 30), (40, 30, 4)])
+def test_results_are_in_memory_of_their_own(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = resize_image(array.copy(), SIZE), array_to_rgb(array.copy())
+    results = resize_image(array, SIZE), array_to_rgb(array)
+    array[:] = 0
+    for result, one in zip(results, expected, strict=True):
+        assert (result == one).all()
+
+
 def test_alpha_is_laid_on_white() -> None:
     assert array_to_rgb(np.array([[[255, 0, 0, 128]]], np.uint8)).tolist() == [[[255, 127, 127]]]
     assert array_to_rgb(np.array([[[0, 51]]], np.uint8)).tolist() == [[[204, 204, 204]]]
