@@ -46,7 +46,7 @@ class Task:
             return
         try:
             self.future.set_result(self.work())
-        except Exception as error:  # the caller in the other thread gets it
+        except BaseException as error:  # the caller in the other thread gets it
             self.future.set_exception(error)
 
     def fail(self, error: BaseException) -> None:

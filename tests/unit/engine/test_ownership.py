@@ -182,6 +182,18 @@ def test_a_done_callback_may_submit_and_close(checkpoint_folder) -> None:
         engine.submit(Request(image=PICTURE))
 
 
+def test_a_task_that_exits_ends_nothing(engine) -> None:
+    """The thread died of it while it failed the others, and every caller waited for ever."""
+
+    def leave() -> None:
+        raise SystemExit(3)
+
+    task = Task(leave)
+    engine._core.enqueue([task])
+    assert isinstance(task.future.exception(30), SystemExit)
+    assert engine.submit(Request(image=PICTURE)).result(30).ok
+
+
 @pytest.fixture
 def no_garbage_collection() -> Iterator[None]:
     gc.collect()
