@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from blip2_actor.checkpoints.checkpoint import resolve
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
@@ -89,21 +89,21 @@ def start_model(
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
-    # With images of another size the model writes other captions, which are compared with each other.
-    record_of = checkpoint.digest() + ("" if image_size_px is None else f" {image_size_px} px")
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         has_encode_worker=has_encode_worker,
-        self_test=_test(runner, prompts, size_px, record_of) if has_self_test else None,
+        self_test=_test(runner, input_processor, checkpoint, image_size_px) if has_self_test else None,
     )
 
 
 def _test(
-    runner: ModelRunner, prompts: PromptTokenizer, image_size_px: int, record_of: str
+    runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, asked_size_px: int | None
 ) -> self_test.SelfTestRecord:
-    record = self_test.check(runner, prompts.empty_ids, image_size_px)
+    record = self_test.check(runner, input_processor.prompts.empty_ids, input_processor.image_size_px)
+    # With images of another size the model writes other captions, which are compared with each other.
+    record_of = checkpoint.digest() + ("" if asked_size_px is None else f" {asked_size_px} px")
     self_test.compare_with_last(record, RECORDS_FOLDER, record_of, runner.dtype)
     return record

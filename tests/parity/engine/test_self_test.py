@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig
+from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.self_test import SelfTestFailure, SelfTestRecord, check, compare_with_last
 from tests.parity.engine.tape import Tape
@@ -27,6 +28,13 @@ def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
 def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None:
     again = check(engine._core.runner, engine.prompts.empty_ids, engine.image_size_px)
     assert engine.self_test == again
+
+
+def test_without_the_self_test_the_weights_are_not_hashed(engine, monkeypatch) -> None:
+    """The digest of a folder is that of its weights, which are gigabytes; only the self-test needs it."""
+    monkeypatch.setattr(Checkpoint, "digest", lambda checkpoint: pytest.fail("the weights were hashed"))
+    with replace(engine.config, skip_self_test=True).build() as started:
+        assert started.self_test is None
 
 
 def test_rows_that_leak_into_each_other_are_refused(engine, monkeypatch) -> None:
