@@ -76,7 +76,7 @@ def _select_processed(logits: Tensor, next_ids: Tensor, texts: TextRows) -> None
     sequences = [sequence for search in searches for sequence in search.sequences()]
     process_logits(scores, sequences, sorted(searches[0].vocabulary.end_ids))
     for row, search in enumerate(searches):
-        _run_own_processor(search, scores[row : row + 1])
+        _run_own_processor(search, scores, slice(row, row + 1))
     uniforms = [search.random.random() for search in searches if search.random is not None]
     num_sampled = len(uniforms)
     if num_sampled:
@@ -117,12 +117,12 @@ def _to_host(token_ids: Tensor, logprobs: Tensor) -> tuple[list[int], list[float
     return [int(token_id) for token_id in both[0]], both[1]
 
 
-def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor) -> None:
+def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor, rows: slice | int) -> None:
     """Apply a request's own logits processor to its rows, in place; if it raises, this search alone fails."""
     if search.processor is None or search.error is not None:
         return
     try:
-        scores[:] = run_processor(search.processor, search.sequences(), scores.clone())
+        scores[rows] = run_processor(search.processor, search.sequences(), scores[rows].clone())
     except Exception as error:  # the caller's code may raise anything
         search.fail(f"logits_processor must not raise, got {error!r}")
 
@@ -143,7 +143,7 @@ def _advance_beams(
     row_of = to_device(rows, logprobs.device)
     vocabulary_size = logprobs.shape[-1]
     so_far = to_device([[b.score for b in search.beams] for search in beams], logprobs.device)
-    all_totals = (_beam_scores(logprobs[row_of], beams) + so_far[..., None]).flatten(1)
+    all_totals = _beam_scores(logprobs[row_of], beams).add_(so_far[..., None]).flatten(1)
     randoms = [search.random for search in beams if search.random is not None]
     if randoms:
         uniforms = [[random.random() for _ in range(beams[0].num_candidates)] for random in randoms]
@@ -173,7 +173,7 @@ def _beam_scores(scores: Tensor, beams: Sequence[BeamSearch]) -> Tensor:
         sequences = [sequence for search in beams for sequence in search.sequences()]
         process_logits(flat, sequences, end_ids)
     for index, search in enumerate(beams):
-        _run_own_processor(search, scores[index])
+        _run_own_processor(search, scores, index)
     if beams[0].random is not None:
         options = [search.options for search in beams for _ in search.beams]
         scores = warp(flat, options, min_kept=1 + len(end_ids)).view_as(scores)
