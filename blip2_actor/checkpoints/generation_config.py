@@ -74,7 +74,7 @@ def read_generation_config(stored: Mapping[str, Any], text: PreTrainedConfig, fi
             if isinstance(value, list):
                 options[name] = getattr(checked, name)
         GenerationOptions().resolve(options)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{file} must have options that can be used: {error}; correct the file, or set "
             "ignore_generation_config"

@@ -76,7 +76,7 @@ def _count_tokens(path: Path) -> int | None:
         if path.suffix == ".txt":
             return len(text.splitlines())
         stored = json.loads(text)
-        if path.name == "tokenizer.json":
+        if path.name == TOKENIZER_FILE:
             vocabulary = stored["model"]["vocab"]
             ids = [token["id"] for token in stored.get("added_tokens") or []]
         else:

@@ -139,9 +139,7 @@ class MatchingEngine:
 
     def _pixels(self, images: Sequence[ImageLike] | np.ndarray) -> list[np.ndarray | RequestRefused]:
         """Return uint8[S, S, 3] of each image; one object for all entries that are the same object."""
-        images = to_list(
-            "images", images
-        )  # each pass over a stack of arrays makes new objects, which may reuse ids
+        images = to_list("images", images)  # a pass over a stack of arrays makes objects that may reuse ids
         known: dict[int, np.ndarray | RequestRefused] = {}
         for image in images:
             if id(image) not in known:

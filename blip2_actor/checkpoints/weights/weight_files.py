@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG
 from blip2_actor.checkpoints.weights.pytorch_file import list_pytorch_tensors
 from blip2_actor.checkpoints.weights.safetensors_file import list_safetensors
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
@@ -106,7 +107,7 @@ def _without_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
 def _no_weights(folder: Path, names: list[str]) -> str:
     """Return what to say about a folder without weights, after the files that it holds instead."""
     message = f"{folder} must hold weights ({', '.join(patterns[0] for patterns in _KINDS)}), got none"
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return (
             f"{message}, but an adapter; set --model to the model that it adapts, and --adapter to {folder}"
         )
