@@ -1,0 +1,51 @@
+"""Requests handed over in groups: each is counted once, and none runs on for a caller who is gone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blip2_actor import GenerationOptions, Request, Result, Status
+from blip2_actor.engine import submission
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.refusal import RequestRefused
+from blip2_actor.engine.request_state import RequestState
+
+
+@pytest.fixture
+def enqueued(monkeypatch: pytest.MonkeyPatch) -> list[RequestState]:
+    """Requests that the engine's thread would have, in groups of one."""
+    monkeypatch.setattr(submission, "MAX_ENCODE_BATCH", 1)
+    return []
+
+
+def submit(enqueued: list[RequestState], images: list[Any], on_done: Any = None) -> Any:
+    def prepare(request: Request, *rest: object) -> RequestState:
+        if isinstance(request.image, Exception):
+            raise request.image
+        return RequestState(EncodedImage(request.image))  # type: ignore[arg-type]
+
+    core: Any = SimpleNamespace(
+        require_own_process=lambda: None, enqueue=lambda states, num_requests: enqueued.extend(states)
+    )
+    asked: Any = [(Request(image=image), GenerationOptions(), None) for image in images]
+    return submission.submit(core, SimpleNamespace(request_state=prepare), asked, on_done)  # type: ignore[arg-type]
+
+
+def test_each_request_is_reported_done_once(enqueued: list[RequestState]) -> None:
+    done: list[int] = []
+    refusal = RequestRefused(Status.REFUSED, "not this one")
+    futures = submit(enqueued, [b"a", refusal, b"b"], lambda: done.append(1))
+    assert len(done) == 1 and futures[1].result().error == "not this one"
+    for state in enqueued:
+        state.resolve(Result())
+    assert len(done) == 3
+
+
+def test_an_error_cancels_what_is_queued_already(enqueued: list[RequestState]) -> None:
+    """The caller gets the error and no future, so nobody could ever cancel them."""
+    with pytest.raises(TypeError, match="wrong"):
+        submit(enqueued, [b"a", b"b", TypeError("wrong")])
+    assert [state.future.cancelled() for state in enqueued] == [True, True]
