@@ -33,7 +33,7 @@ def test_a_bad_word_may_begin_in_the_prompt() -> None:
 def test_beam_sampling_keeps_a_token_that_goes_on_next_to_each_that_ends() -> None:
     """With the end token alone, no beam could go on; the reference keeps one token more."""
     for limits in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"typical_p": 0.01}):
-        options = GenerationOptions(num_beams=2, do_sample=True, **limits).resolve()  # type: ignore[arg-type]
+        options = GenerationOptions(num_beams=2, do_sample=True, **limits).resolve()
         search = BeamSearch(options, [0], Vocabulary())
         scores = torch.linspace(-3, 0, NUM_TOKENS).expand(1, 2, -1).log_softmax(-1)
         assert step._beam_scores(scores, [search]).isfinite().sum(-1).tolist() == [[2, 2]], limits
@@ -43,7 +43,12 @@ def test_the_scores_that_a_processor_keeps_do_not_change() -> None:
     """People record them; the step goes on to compute in its own memory."""
     kept: list[Tensor] = []
     options = GenerationOptions(num_beams=2, max_new_tokens=5).resolve()
-    search = BeamSearch(options, [0], Vocabulary(), lambda token_ids, scores: kept.append(scores) or scores)
+
+    def record(token_ids: Tensor, scores: Tensor) -> Tensor:
+        kept.append(scores)
+        return scores
+
+    search = BeamSearch(options, [0], Vocabulary(), record)
     logits = torch.randn(2, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         step.advance(logits, [(search, [0, 1])])
