@@ -136,7 +136,12 @@ def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypat
         (tmp_path / "in" / name).write_bytes(encoded("PNG"))
     run(tmp_path)
     opened: list[str] = []
-    monkeypatch.setattr(file_kinds, "_head", lambda filesystem, path: opened.append(path) or b"")
+
+    def head(filesystem: object, path: str) -> bytes:
+        opened.append(path)
+        return b""
+
+    monkeypatch.setattr(file_kinds, "_head", head)
     (tmp_path / "in/2").write_bytes(b"x")
     assert prepare_run(tmp_path).notes == ("1 file not read: 1 without ending",)
     assert "1 file not read: 1 without ending" in status_lines(str(tmp_path / "out"))
