@@ -3,17 +3,6 @@
 from __future__ import annotations
 
 import signal
-from typing import Protocol
-
-
-class Device(Protocol):
-    """An accelerator, or the CPUs of a machine; its text is its name."""
-
-    @property
-    def node_id(self) -> str: ...
-
-    @property
-    def ids(self) -> tuple[str, ...]: ...
 
 
 class InputError(ValueError):
@@ -45,17 +34,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped at once by {name_of(number)}; finished work is kept")
         self.number = number
-
-
-class DeviceLeftOut(Stopped):
-    """A device has failed several times; the run goes on without it, if others are left."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__(
-            f"{device} has failed several times, and there is no other; finished work is kept; repair it and "
-            "run the same command to resume"
-        )
-        self.device = device
 
 
 class TooManyFailures(Stopped):

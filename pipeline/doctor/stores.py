@@ -15,6 +15,7 @@ from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import STATE
 from pipeline.ledger.ledger import Ledger
+from pipeline.progress import count
 from pipeline.storage.folder import ASIDE, Folder
 
 NUM_TRIED = 16
@@ -30,8 +31,8 @@ def check_input(inputs: Sequence[str]) -> Finding:
     except (ValueError, OSError, pa.ArrowException) as raised:
         return Finding("input", "fail", str(raised), "give another --input, or the missing permission")
     if error is not None:
-        return Finding("input", "fail", f"{len(shards):,} shards, but {error}", "look at these files")
-    return Finding("input", "ok", f"{len(shards):,} shards, the first images can be read")
+        return Finding("input", "fail", f"{count(len(shards), 'shard')}, but {error}", "look at these files")
+    return Finding("input", "ok", f"{count(len(shards), 'shard')}, the first images can be read")
 
 
 def _first_error(shard: Shard) -> str | None:
@@ -66,5 +67,5 @@ def check_output(output: str) -> Finding:
         run = Ledger(folder).load()
     except (ValueError, OSError) as error:
         return Finding("output", "fail", str(error), "give another --output, or the missing permission")
-    holds = "no run yet" if run is None else f"a run of {len(run.shards):,} shards"
+    holds = "no run yet" if run is None else f"a run of {count(len(run.shards), 'shard')}"
     return Finding("output", "ok", f"{folder} can be written, and holds {holds}")

@@ -13,7 +13,8 @@ from pipeline.export.image_rows import ImageRows, require_same_input
 from pipeline.export.imagefolder import finish_imagefolder, write_imagefolder
 from pipeline.export.tables import write_csv, write_jsonl, write_txt
 from pipeline.export.webdataset import write_webdataset
-from pipeline.progress import Console
+from pipeline.inputs.shards import Shard
+from pipeline.progress import Console, count
 from pipeline.report.rows import FinishedRows
 from pipeline.settings.report_settings import ExportSettings
 
@@ -29,20 +30,21 @@ def export(settings: ExportSettings) -> int:
         if settings.to not in TABLES:
             require_same_input(found, settings.input)
         destination = Destination.begin(settings.into, settings.to, found)
-    num_left = 0
+    shards = {shard.name: shard for shard in found.run.shards}
+    num_written = 0
     with destination:
         for shard in found.shards:
             if destination.is_up_to_date(shard):
                 continue
-            num_rows = _write(settings.to, destination, found, shard)
+            num_rows = _write(settings.to, destination, found, shards[shard])
             destination.finish(shard)
-            num_left += 1
-            console.say(f"{destination.name_of(shard)}: {num_rows:,} rows")
+            num_written += 1
+            console.say(f"{destination.name_of(shard)}: {count(num_rows, 'row')}")
         if settings.to == "imagefolder":
             finish_imagefolder(destination, found.shards)
-    num_kept = len(found.shards) - num_left
+    num_kept = len(found.shards) - num_written
     console.say(
-        f"{settings.into}: {len(found.shards):,} shards"
+        f"{settings.into}: {count(len(found.shards), 'shard')}"
         + (f", {num_kept:,} of them were up to date" if num_kept else "")
     )
     if not found.is_whole:
@@ -51,14 +53,14 @@ def export(settings: ExportSettings) -> int:
     return ExitStatus.DONE
 
 
-def _write(to: str, destination: Destination, found: FinishedRows, shard: str) -> int:
+def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard) -> int:
     """Write one shard, and return the number of its rows."""
     if to in TABLES:
-        with destination.file(shard) as file:
-            return TABLES[to](file, found, shard)
+        with destination.file(shard.name) as file:
+            return TABLES[to](file, found, shard.name)
     rows = ImageRows.of(found, shard)
     if to == "webdataset":
-        with destination.file(shard) as file:
+        with destination.file(shard.name) as file:
             return write_webdataset(file, rows)
-    with destination.folder(shard) as folder:
-        return write_imagefolder(folder, destination.name_of(shard), rows)
+    with destination.folder(shard.name) as folder:
+        return write_imagefolder(folder, destination.name_of(shard.name), rows)

@@ -54,14 +54,13 @@ class ImageRows:
     options: ReadOptions
 
     @classmethod
-    def of(cls, found: FinishedRows, name: str) -> ImageRows:
+    def of(cls, found: FinishedRows, shard: Shard) -> ImageRows:
         settings = from_dict(CaptionSettings, found.run.settings)
         options = ReadOptions(
             image_column=settings.reading.image_column,
             max_image_bytes=settings.limits.max_file_bytes,
             schema_version=found.run.schema_version,
         )
-        (shard,) = (shard for shard in found.run.shards if shard.name == name)
         return cls(found, shard, options)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:

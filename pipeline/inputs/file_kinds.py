@@ -24,7 +24,7 @@ from pipeline.inputs.find_files import Files, FoundFiles
 from pipeline.inputs.formats import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
-from pipeline.inputs.shards import Format, Shard
+from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
@@ -101,7 +101,9 @@ def choose_files(
     all_files = found.files
     found = replace(found, files={file: listed for file, listed in all_files.items() if patterns.take(file)})
     known_format = _only_format(known)
-    by_format, others = _sort_by_format(found, known_format if wanted == "auto" else wanted)
+    root = without_secrets(found.root)
+    known_files = {file for shard in known if without_secrets(shard.root) == root for file in shard.files}
+    by_format, others = _sort_by_format(found, known_format if wanted == "auto" else wanted, known_files)
     own: list[str] = []
     if found.one_by_one:
         chosen = _choose_named_files(found, wanted, by_format, others)
@@ -112,7 +114,6 @@ def choose_files(
             by_format = {known_format: by_format[known_format]}
         elif len(by_format) > 1 and "parquet" in by_format:
             by_format["parquet"] = _without_metadata(by_format)
-        known_files = {file for shard in known for file in shard.files}
         own = _own_outputs(found.root, by_format.get("parquet", ()), known_files)
         chosen = {name: sorted(set(files).difference(own)) for name, files in by_format.items()}
         chosen = {name: files for name, files in chosen.items() if files}
@@ -129,8 +130,10 @@ def _only_format(shards: Iterable[Shard]) -> Format | None:
     return formats.pop() if len(formats) == 1 else None
 
 
-def _sort_by_format(found: FoundFiles, wanted: str | None) -> tuple[FilesByFormat, list[str]]:
-    """Return the files of each format, and those of none."""
+def _sort_by_format(
+    found: FoundFiles, wanted: str | None, known: Collection[str]
+) -> tuple[FilesByFormat, list[str]]:
+    """Return the files of each format, and those of none; of the known ones none is opened."""
     by_format: FilesByFormat = {}
     others, unnamed = [], []
     for file in found.files:
@@ -138,7 +141,10 @@ def _sort_by_format(found: FoundFiles, wanted: str | None) -> tuple[FilesByForma
         if file_format is not None:
             by_format.setdefault(file_format, []).append(file)
         elif wanted in (None, "folder") and not posixpath.splitext(file)[1]:
-            unnamed.append(file)
+            if file in known:
+                by_format.setdefault("folder", []).append(file)
+            else:
+                unnamed.append(file)
         else:
             others.append(file)
     if unnamed:

@@ -42,6 +42,7 @@ class Merge:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._held: dict[int, pa.Table] = {}
+        self._held_bytes = 0
         self._row_bytes = np.ones(len(pieces))
         schemas: dict[pa.Schema, None] = {}
         parts = []
@@ -118,11 +119,13 @@ class Merge:
         return joined.take(pa.array(np.argsort(np.concatenate(places), kind="stable")))
 
     def _hold(self, number: int, table: pa.Table) -> None:
-        if table.nbytes + sum(held.nbytes for held in self._held.values()) <= HELD_BYTES:
+        num_bytes = table.nbytes
+        if self._held_bytes + num_bytes <= HELD_BYTES:
             self._held[number] = table
+            self._held_bytes += num_bytes
 
     def _release(self, is_needed: np.ndarray) -> None:
-        held, self._held = self._held, {}
+        held, self._held, self._held_bytes = self._held, {}, 0
         for number, table in held.items():
             if is_needed[number]:
                 self._hold(number, table)

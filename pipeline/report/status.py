@@ -1,7 +1,7 @@
-"""The lines that `blip2 status` prints, read from the output folder alone.
+"""The lines that `blip2 status` prints: what the output folder holds, and what has changed in the input.
 
 The command works while a driver writes to the output, and at any time afterwards. It takes no lease,
-and it needs no Ray and no model.
+and it needs no Ray and no model. It lists the input, but opens none of the files that the run knows.
 """
 
 from __future__ import annotations

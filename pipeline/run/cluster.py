@@ -8,13 +8,16 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.errors import Device, RayStartFailed, Stopped
+from pipeline.errors import RayStartFailed, Stopped
 from pipeline.run.signals import keeping_handlers
 from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.storage.secrets import hide_secrets
+
+if TYPE_CHECKING:
+    from pipeline.stages.device_health import Device
 
 HOLD_S = 60.0
 """How long an actor waits for an accelerator that processes which are ending have held."""

@@ -12,7 +12,6 @@ from typing import Any
 import ray
 
 from pipeline.errors import (
-    DeviceLeftOut,
     OutputInUse,
     Stopped,
     StoppedBySignal,
@@ -32,7 +31,7 @@ from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
-from pipeline.stages.device_health import Device
+from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
 
 STEP_S = 0.2

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from blip2_actor import DecodePool
-from pipeline.errors import DeviceLeftOut
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -19,6 +18,7 @@ from pipeline.run.driver import Driver
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.settings.placement import ClusterSize, fit, reserve
+from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
 

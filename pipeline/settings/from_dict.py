@@ -16,16 +16,19 @@ from blip2_actor.flags import former_names, with_current_names
 T = TypeVar("T")
 NEWER_FIELDS = frozenset(
     {
-        *(
-            "accept_truncated",
-            "adapter",
-            "allow_urls",
-            "deadline",
-            "ignore_generation_config",
-            "image_size_px",
-        ),
-        *("max_flagged_fraction", "step_timeout_s"),
-        *("min_p", "typical_p", "suppress_tokens", "bad_words_ids", "renormalize_logits"),
+        "accept_truncated",
+        "adapter",
+        "allow_urls",
+        "bad_words_ids",
+        "deadline",
+        "ignore_generation_config",
+        "image_size_px",
+        "max_flagged_fraction",
+        "min_p",
+        "renormalize_logits",
+        "step_timeout_s",
+        "suppress_tokens",
+        "typical_p",
     }
 )
 """Fields that version 0.1.0 does not know."""

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from blip2_actor import EngineStats
+from pipeline.errors import Stopped
 
 MAX_FAILURES = 3
 FIRST_TIMES = 3
@@ -43,6 +44,17 @@ class Device:
 
     def __str__(self) -> str:
         return f"accelerator {', '.join(self.ids)} of {self.node}" if self.ids else f"the CPU of {self.node}"
+
+
+class DeviceLeftOut(Stopped):
+    """A device has failed several times; the run goes on without it, if others are left."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(
+            f"{device} has failed several times, and there is no other; finished work is kept; repair it and "
+            "run the same command to resume"
+        )
+        self.device = device
 
 
 @dataclass(frozen=True)

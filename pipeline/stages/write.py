@@ -82,6 +82,7 @@ class WriteStage:
         tell_coordinator(coordinator, lambda: self._num_held)
         self._device = Device.of_this_worker()
         self._calls: set[str] = set()
+        self._giving_up = threading.Lock()
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
@@ -99,6 +100,8 @@ class WriteStage:
 
     def _give_up(self, reason: str) -> NoReturn:
         """End this process: Ray starts a new one and runs its calls again. An exception would end the job."""
+        # Never released: every running call meets the failure, and it must count once.
+        self._giving_up.acquire()
         logger.error("The captioning engine has failed, and its process ends: %s", reason)
         with contextlib.suppress(ray.exceptions.RayError):
             calls = list(self._calls)

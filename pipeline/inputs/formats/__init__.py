@@ -110,7 +110,8 @@ def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[S
     found: list[tuple[Shard, Columns]] = []
     errors: list[InputError] = []
     checked = evenly_spaced(tables, MAX_CHECKED_TABLES)
-    others = iter([table for table in tables if table not in checked])
+    first = {*checked}
+    others = (table for table in tables if table not in first)
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         while checked:
             results = pool.map(lambda table: _columns_of(table, options), checked)

@@ -156,6 +156,16 @@ def test_what_fails_after_work_has_begun_may_be_tried_again(error, status, tmp_p
     assert capsys.readouterr().err == f"blip2: {error}\n"
 
 
+def test_no_sentence_holds_the_password_of_a_uri(monkeypatch, capsys):
+    def fail(*_):
+        raise Stopped("s3://key:secret@bucket/a.tar?session_token=secret cannot be read")
+
+    monkeypatch.setattr("pipeline.cli.commands.prepare", fail)
+    assert caption(CaptionSettings(input=("a",), output="b"), FakeEngineConfig()) == 1
+    said = capsys.readouterr().err
+    assert "bucket/a.tar" in said and "secret" not in said
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("a bug")

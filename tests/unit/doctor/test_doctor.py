@@ -195,7 +195,7 @@ def test_the_size_of_a_model_on_the_hub(monkeypatch):
 def test_inputs(tmp_path):
     write_tar(tmp_path / "good.tar", {"a": BROKEN, "b": png(0)})
     write_tar(tmp_path / "bad.tar", {"a": BROKEN})
-    require(stores.check_input([str(tmp_path / "good.tar")]), "ok", "1 shards")
+    require(stores.check_input([str(tmp_path / "good.tar")]), "ok", "1 shard")
     require(stores.check_input([str(tmp_path / "bad.tar")]), "fail", "have no usable image")
     require(stores.check_input([str(tmp_path / "none")]), "fail", str(tmp_path / "none"))
 

@@ -22,11 +22,9 @@ from pipeline.progress import Console
 from pipeline.report.status import status_lines
 from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.settings.placement import Placement
-from pipeline.settings.retry_settings import PlacementChanges
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.formats.reading_cases import tar_bytes
-from tests.unit.inputs.run_without_ray import captions, prepare_of_retry, prepare_run, retry, run, work
+from tests.unit.inputs.run_without_ray import captions, prepare_run, retry, run, work
 from tests.unit.ledger.test_fragments import rows as fragment_rows
 
 
@@ -337,6 +335,15 @@ def test_a_limit_has_no_new_files_and_add_new_is_refused_with_it(tmp_path):
         prepare_run(tmp_path, limit=2, add_new=True)
 
 
+def test_the_job_says_what_is_new_at_its_start(tmp_path):
+    write_tar(tmp_path / "in/0.tar", "a")
+    run(tmp_path)
+    write_tar(tmp_path / "in/1.tar", "b")
+    said = io.StringIO()
+    run_job(prepare_run(tmp_path), Console(said))
+    assert "1 new file: 1.tar; the first command with --add-new takes it into the run" in said.getvalue()
+
+
 # The same input in other words ---------------------------------------------------------------------------
 
 
@@ -371,25 +378,3 @@ def test_an_input_added_by_a_glob_of_the_shell_is_named_alone(tmp_path):
     assert run(tmp_path, input=names[:13]).num_rows == retry(tmp_path).num_rows == 13
     with pytest.raises(FingerprintMismatch, match=r"left out .*000\.tar; run"):
         run(tmp_path, input=names[1:13], add_new=True)
-
-
-def test_a_retry_keeps_the_flags_of_the_run_unless_it_has_others(tmp_path):
-    """A retry of a run with 10 % of bad images exited with 2, and ran with one actor."""
-    write_tar(tmp_path / "in/0.tar", "a", "b", bad=("b",))
-    run(tmp_path, max_failed_fraction=0.5, placement=Placement(max_actors=3, num_gpus=0.5))
-    kept = prepare_of_retry(tmp_path).settings
-    assert (kept.max_failed_fraction, kept.placement) == (0.5, Placement(max_actors=3, num_gpus=0.5))
-    other = prepare_of_retry(tmp_path, max_failed_fraction=0.0, placement=PlacementChanges(max_actors=1))
-    assert other.settings.max_failed_fraction == 0.0
-    assert other.settings.placement == Placement(max_actors=1, num_gpus=0.5)
-    with pytest.raises(ValueError, match="max_actors must be at least 1, got 0"):
-        PlacementChanges(max_actors=0)
-
-
-def test_the_job_says_what_is_new_at_its_start(tmp_path):
-    write_tar(tmp_path / "in/0.tar", "a")
-    run(tmp_path)
-    write_tar(tmp_path / "in/1.tar", "b")
-    said = io.StringIO()
-    run_job(prepare_run(tmp_path), Console(said))
-    assert "1 new file: 1.tar; the first command with --add-new takes it into the run" in said.getvalue()

@@ -12,6 +12,7 @@ import pytest
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.errors import InputError
+from pipeline.inputs import file_kinds
 from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
@@ -126,6 +127,25 @@ def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):
     listing = list_input(str(tmp_path))
     assert listing.shards[0].files == ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
     assert listing.unread == Unread({"without ending": 1})
+
+
+def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypatch):
+    """Each start and each status read the first bytes of every image without an ending."""
+    (tmp_path / "in").mkdir()
+    for name in ("0", "1"):
+        (tmp_path / "in" / name).write_bytes(encoded("PNG"))
+    run(tmp_path)
+    opened: list[str] = []
+
+    def head(filesystem: object, path: str) -> bytes:
+        opened.append(path)
+        return b""
+
+    monkeypatch.setattr(file_kinds, "_head", head)
+    (tmp_path / "in/2").write_bytes(b"x")
+    assert prepare_run(tmp_path).notes == ("1 file not read: 1 without ending",)
+    assert "1 file not read: 1 without ending" in status_lines(str(tmp_path / "out"))
+    assert opened == [str(tmp_path / "in/2")] * 2
 
 
 def test_every_picture_of_a_phone_or_a_browser_is_a_row(tmp_path):

@@ -81,6 +81,21 @@ def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):
     assert rows["kept"].to_pylist() == [b"%d" % n for n in range(200)]
 
 
+def test_pieces_are_held_up_to_the_limit_and_make_room_for_others(monkeypatch):
+    monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 100)
+    tables = [piece_of(list(range(start, start + 10))) for start in range(0, 100, 10)]
+    monkeypatch.setattr(merge_module, "HELD_BYTES", 3 * tables[-1].nbytes)
+    reads = [0] * 10
+
+    def read(number: int) -> pa.Table:
+        reads[number] += 1
+        return tables[number]
+
+    merge = Merge([partial(read, number) for number in range(10)])
+    assert pa.concat_tables(merge.row_groups(100))["row"].to_pylist() == list(range(100))
+    assert reads == [1] * 3 + [2] * 7
+
+
 def test_neighboring_row_groups_share_a_piece_that_is_held(monkeypatch):
     monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 100)
     tables = [piece_of(list(range(start, start + 50))) for start in (0, 50)]

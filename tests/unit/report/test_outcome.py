@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.caption_counts import CaptionCounts
 from pipeline.cli.commands import _run
 from pipeline.cli.main import make_parser
 from pipeline.ledger.ledger import Ledger
@@ -63,6 +64,20 @@ def test_a_command_ends_with_them(finished, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: done)
     assert _run(job) == 0
     assert capsys.readouterr().out.splitlines()[-13:] == outcome_lines(folder, done)
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(1.0, 0), (0.5, 2)])
+def test_the_share_of_flagged_captions_decides_the_exit_status_of_a_command(
+    finished, monkeypatch, allowed, status
+):
+    folder, done = finished
+    flagged = CaptionCounts(num_captions=10, num_flagged=6)
+    summaries = tuple(dataclasses.replace(summary, captions=flagged) for summary in done.summaries)
+    settings = SimpleNamespace(max_failed_fraction=1.0, max_flagged_fraction=allowed)
+    job: Any = SimpleNamespace(ledger=Ledger(folder), settings=settings)
+    result = dataclasses.replace(done, summaries=summaries)
+    monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: result)
+    assert _run(job) == status
 
 
 def test_a_run_without_failures_needs_no_retry(finished):

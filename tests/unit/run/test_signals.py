@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -40,6 +41,16 @@ def test_at_work_the_first_signal_is_noted_and_a_second_ctrl_c_ends_the_process(
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
     assert stop.number == signal.SIGTERM, "the first signal decides the exit status"
+
+
+def test_a_deadline_is_a_signal_of_its_own():
+    stop = StopRequest(datetime.now(UTC) + timedelta(milliseconds=20))
+    with stop.by_signals(), pytest.raises(Interrupted, match="stopped at once by --deadline"):
+        threading.Event().wait(10)
+    assert stop.number == signal.SIGALRM
+    with StopRequest(datetime.now(UTC) + timedelta(hours=1)).by_signals():
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 3000
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0, "it must not ring after the run"
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 from blip2_actor import EngineStats
+from pipeline.stages import write
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device, Watchdog
 from pipeline.stages.receipts import Receipt
@@ -67,6 +71,23 @@ def test_an_image_that_breaks_every_device_is_no_reason_to_leave_one_out():
     for _ in range(2):
         assert fail(coordinator, (0, 1)) == [False]
     assert coordinator.begin_call("call").failed == {0}
+
+
+def test_a_failure_that_several_calls_meet_counts_once(monkeypatch):
+    """An engine that failed once under eight calls was left out as if it had failed eight times."""
+    coordinator = Coordinator()
+    has_exited = threading.Event()
+    stage = write.WriteStage.__new__(write.WriteStage)
+    stage._giving_up, stage._device, stage._calls = threading.Lock(), GPU, {"a", "b"}
+    stage._coordinator = SimpleNamespace(device_failed=SimpleNamespace(remote=coordinator.device_failed))
+    monkeypatch.setattr(write.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(write.os, "_exit", lambda status: has_exited.set())
+    calls = [threading.Thread(target=stage._give_up, args=("no progress",), daemon=True) for _ in range(3)]
+    for call in calls:
+        call.start()
+    assert has_exited.wait(10)
+    calls[-1].join(0.1)
+    assert [failure.number for failure in coordinator.news().failures] == [1]
 
 
 def test_a_row_that_was_captioned_shows_that_the_device_works():
