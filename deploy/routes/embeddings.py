@@ -63,7 +63,7 @@ def embeddings_router(service: Service) -> APIRouter:
         if body.texts is not None:
             require_matching(service, "texts")
             assert service.matching is not None
-            async with service.admit(cost_of(service.options, num_texts=0)):
+            async with service.admit(cost_of(ImageWork())):
                 found = await service.embed_texts(body.texts)
             vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
             return JSONResponse({"embeddings": vectors, "model": service.matching.model})

@@ -6,14 +6,13 @@ import asyncio
 
 import pytest
 
-from blip2_actor import GenerationOptions
 from deploy.guard.admission import Admission
 from deploy.guard.callers import CALLER, Caller
-from deploy.guard.cost import Cost, cost_of
+from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
 
-CAPTION = cost_of(GenerationOptions().resolve())
-HUGE = cost_of(GenerationOptions(num_beams=16, max_new_tokens=180).resolve())
+CAPTION = Cost(slots=1, steps=30)
+HUGE = Cost(slots=16, steps=180)
 
 
 def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.0) -> Admission:
