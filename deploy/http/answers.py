@@ -20,7 +20,6 @@ from blip2_actor import (
     Embedding,
     Features,
     FinishReason,
-    GenerationOptions,
     Match,
     ModelInfo,
     Result,
@@ -217,8 +216,3 @@ def fingerprint(model: ModelInfo, text: TextToGenerate) -> str:
         "options": asdict(text.options),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def service_fingerprint(model: ModelInfo) -> str:
-    """Return SHA-256, in hexadecimal, of what decides every text of this service."""
-    return fingerprint(model, TextToGenerate(prompt=None, options=GenerationOptions()))

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from blip2_actor import Completion
 from deploy.guard.cost import cost_of
-from deploy.http.answers import Answer, service_fingerprint
+from deploy.http.answers import Answer, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
 from deploy.http.images import ImageSource
@@ -115,11 +115,12 @@ class _Chat:
         self._service = service
         self._text = text
         self._image = image
+        by_default = TextToGenerate(prompt=None, options=service.options)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.model.model,
-            "system_fingerprint": service_fingerprint(service.model),
+            "system_fingerprint": fingerprint(service.model, by_default),
         }
 
     async def complete(self) -> dict[str, Any]:
