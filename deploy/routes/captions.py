@@ -15,15 +15,13 @@ from deploy.guard.cost import cost_of
 from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
-from deploy.http.images import MAX_IMAGES, ImageField, ImageSource
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
 from deploy.http.wishes import Wishes
 from deploy.work import ImageWork, TextPiece
 
-MAX_BODIES = 4
-"""How many images of the largest size fit into one request with many images."""
 AT_ONCE = 8
 """How many images of one request are decoded and captioned at the same time."""
 
