@@ -119,6 +119,8 @@ def caption_answer(
 ) -> dict[str, Any]:
     """Return a `CaptionAnswer` as JSON; parts that were not asked for are left out.
 
+    Call it in a thread: the hash of a large image takes long enough to hold up other requests.
+
     Args:
         wishes: what was asked.
         work: what it became.

@@ -113,7 +113,7 @@ async def _caption(service: Service, wishes: Wishes, work: ImageWork, source: Im
         image = await service.load(source)
         decoded = await service.decode(image)
         outputs = await service.run(decoded, work)
-    return caption_answer(service.model, wishes, work, image, decoded, outputs)
+    return await asyncio.to_thread(caption_answer, service.model, wishes, work, image, decoded, outputs)
 
 
 async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Emit) -> None:
@@ -126,7 +126,9 @@ async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Em
                 if isinstance(item, TextPiece):
                     await emit(event({"output": names[item.index], "text": item.text}, "text"))
                 else:
-                    answer = caption_answer(service.model, body, work, image, decoded, item)
+                    answer = await asyncio.to_thread(
+                        caption_answer, service.model, body, work, image, decoded, item
+                    )
                     await emit(event(answer, "answer"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Annotated
 
@@ -79,7 +80,7 @@ def embeddings_router(service: Service) -> APIRouter:
             "embeddings": vectors_of(body.embed, outputs.features, outputs.contrastive),
             "width": decoded.width,
             "height": decoded.height,
-            "sha256": hashlib.sha256(image).hexdigest(),
+            "sha256": (await asyncio.to_thread(hashlib.sha256, image)).hexdigest(),
             "model": service.model.model,
         }
         return JSONResponse(answer)
