@@ -119,6 +119,9 @@ def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineSe
     assert service.captioner.stats().num_images_encoded == before + 1
     assert service.costs[-1].slots == 3
     assert answer["answers"]["color"]["text"] == caption_of(IMAGE, QUESTION)
+    samples = {"do_sample": True, "num_return_sequences": 3}
+    post(service, "/v1/caption", image=base64_of(IMAGE), ask={"color": QUESTION}, options=samples)
+    assert service.costs[-1].slots == 3 + 1  # an answer is one text
     assert list(answer["answers"]) == ["color", "count"]
     pixels = pixels_of(IMAGE)
     expected = [fake_score(pixels, text, "a photo of") for text in ("a dog", "a cat", "a red circle")]
