@@ -73,6 +73,8 @@ def serve_until_stopped(settings: ServeSettings) -> None:
 def _drain(limit_s: float) -> None:
     """End the application when its last request has its answer; another signal ends it at once."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     hurry = threading.Event()
     _set_on_signal(hurry)
@@ -80,9 +82,13 @@ def _drain(limit_s: float) -> None:
     # Serve would stop the engine together with the gateway, whose requests would wait for it in vain.
     drained = serve.get_deployment_handle("Gateway", APPLICATION).drain.remote()
     while time.monotonic() < ends_at_s and not hurry.is_set():
-        with contextlib.suppress(TimeoutError):
+        try:
             drained.result(timeout_s=0.1)
-            break
+        except TimeoutError:
+            continue
+        except (RayError, RayServeException):
+            pass  # the gateway has ended, and with it every request that could be waited for
+        break
     serve.delete(APPLICATION, _blocking=False)
     while APPLICATION in serve.status().applications and time.monotonic() < ends_at_s:
         if hurry.wait(0.1):

@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import Embedding, ModelInfo
-from deploy.http.errors import RETRY_AFTER_S, ApiError
+from deploy.http.errors import overloaded
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 
@@ -76,5 +76,4 @@ def _no_engine_is_503() -> Iterator[None]:
     try:
         yield
     except (BackPressureError, DeploymentUnavailableError, RayActorError):
-        message = f"no engine can take the request now; try again in {RETRY_AFTER_S} s"
-        raise ApiError(503, "overloaded", message) from None
+        raise overloaded("no engine can take the request now") from None

@@ -37,7 +37,7 @@ class OnlineImageLimits(ImageLimits):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.accept_truncated:
-            raise ValueError("accept_truncated must be false, as an answer has no flags; send a whole image")
+            raise ValueError("accept_truncated must be false for the endpoint; its callers send whole images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip2_actor import GenerationOptions
+from deploy.work import ImageWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,14 @@ class Cost:
         return self.slots * self.steps
 
 
-def cost_of(options: GenerationOptions, *, num_texts: int = 1, num_images: int = 1) -> Cost:
+def cost_of(work: ImageWork, *, num_images: int = 1) -> Cost:
     """Return what a request can cost at most.
 
     Args:
-        options: how each text is generated.
-        num_texts: texts to generate, such as one per image and question; 0 if the request asks only for
-            scores or features, which costs one step per image.
-        num_images: images of the request.
+        work: what is made of each image; without texts, such as scores alone, it costs one step.
+        num_images: images that are worked on at once.
     """
-    if num_texts == 0:
-        return Cost(slots=num_images, steps=1)
-    per_text = max(options.num_beams, options.num_return_sequences)
-    return Cost(slots=num_texts * per_text, steps=options.max_new_tokens)
+    options = [text.options for text in work.texts]
+    slots = sum(max(one.num_beams, one.num_return_sequences) for one in options) or 1
+    steps = max((one.max_new_tokens for one in options), default=1)
+    return Cost(slots=num_images * slots, steps=steps)

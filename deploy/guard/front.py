@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -138,7 +137,7 @@ def _is_plain_text_error(start: Message) -> bool:
     return start["status"] >= 400 and kind.startswith(b"text/plain")
 
 
-def _client_of(scope: dict[str, Any] | Scope) -> str:
+def _client_of(scope: Scope) -> str:
     """Return a name for who sends: the key, as given and unchecked, or else the address."""
     key = dict(scope["headers"]).get(b"authorization")
     if key is not None:

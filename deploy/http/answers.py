@@ -20,7 +20,6 @@ from blip2_actor import (
     Embedding,
     Features,
     FinishReason,
-    GenerationOptions,
     Match,
     ModelInfo,
     Result,
@@ -120,6 +119,8 @@ def caption_answer(
 ) -> dict[str, Any]:
     """Return a `CaptionAnswer` as JSON; parts that were not asked for are left out.
 
+    Call it in a thread: the hash of a large image takes long enough to hold up other requests.
+
     Args:
         wishes: what was asked.
         work: what it became.
@@ -217,8 +218,3 @@ def fingerprint(model: ModelInfo, text: TextToGenerate) -> str:
         "options": asdict(text.options),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def service_fingerprint(model: ModelInfo) -> str:
-    """Return SHA-256, in hexadecimal, of what decides every text of this service."""
-    return fingerprint(model, TextToGenerate(prompt=None, options=GenerationOptions()))

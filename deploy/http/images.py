@@ -15,6 +15,8 @@ from deploy.http.errors import ApiError, bad_request
 
 MAX_IMAGES = 64
 """Maximum number of images in one request."""
+MAX_BODIES = 4
+"""How many images of the largest size fit into one request with many images."""
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w.+-]+=[^;,]*)*(;base64)?,", re.ASCII | re.IGNORECASE)
 _URL = re.compile(r"\s*(https?|ftp|file|s3|gs):", re.IGNORECASE)

@@ -75,7 +75,7 @@ async def run_each(
         decoded = await service.decode(image)
         return image, decoded, await service.run(decoded, work)
 
-    async with service.admit(cost_of(service.options, num_texts=0, num_images=len(images))):
+    async with service.admit(cost_of(work, num_images=len(images))):
         tasks = [asyncio.ensure_future(run(source)) for source in images]
         try:
             return await asyncio.gather(*tasks)

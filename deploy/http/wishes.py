@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from blip2_actor import GenerationOptions
-from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError
 from deploy.http.options import options_schema, parse_options
 from deploy.http.service import Service
@@ -52,12 +50,9 @@ class Wishes(Body):
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
     contrastive, which needs a retrieval model."""
 
-    def options_of(self, service: Service) -> GenerationOptions:
-        return parse_options(self.options, service.options)
-
     def work(self, service: Service) -> ImageWork:
         """Return what the engine has to do for each image; raise ApiError 400 if it cannot."""
-        options = self.options_of(service)
+        options = parse_options(self.options, service.options)
         answer_options = replace(options, num_return_sequences=1)  # only the best answer is reported
         kinds = self.embed or []
         if self.match or "contrastive" in kinds:
@@ -76,10 +71,6 @@ class Wishes(Body):
             features=any(kind != "contrastive" for kind in kinds),
             contrastive="contrastive" in kinds,
         )
-
-    def cost(self, service: Service) -> Cost:
-        """Return what this costs for one image."""
-        return cost_of(self.options_of(service), num_texts=1 + len(self.ask or {}))
 
 
 def require_matching(service: Service, what: str) -> None:

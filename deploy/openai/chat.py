@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from blip2_actor import Completion
-from deploy.guard.cost import Cost, cost_of
-from deploy.http.answers import Answer, service_fingerprint
+from deploy.guard.cost import cost_of
+from deploy.http.answers import Answer, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
 from deploy.http.images import ImageSource
@@ -115,23 +115,20 @@ class _Chat:
         self._service = service
         self._text = text
         self._image = image
+        by_default = TextToGenerate(prompt=None, options=service.options)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.model.model,
-            "system_fingerprint": service_fingerprint(service.model),
+            "system_fingerprint": fingerprint(service.model, by_default),
         }
-
-    @property
-    def _cost(self) -> Cost:
-        return cost_of(self._text.options)
 
     async def complete(self) -> dict[str, Any]:
         """Return a `ChatCompletion`."""
-        service = self._service
-        async with service.admit(self._cost):
+        service, work = self._service, ImageWork(texts=(self._text,))
+        async with service.admit(cost_of(work)):
             image = await service.decode(await service.load(self._image))
-            outputs = await service.run(image, ImageWork(texts=(self._text,)))
+            outputs = await service.run(image, work)
         choices = [
             {
                 "index": index,
@@ -157,7 +154,7 @@ class _Chat:
                 sent[index] += len(text)
                 await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
 
-        async with service.admit(self._cost):
+        async with service.admit(cost_of(work)):
             image = await service.decode(await service.load(self._image))
             async with aclosing(service.stream(image, work)) as items:
                 async for item in items:

@@ -19,16 +19,13 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer, vector_of
 from deploy.http.errors import bad_request
-from deploy.http.images import MAX_IMAGES, ImageSource, read_text
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, run_each
 from deploy.http.wishes import Body
 from deploy.openai.chat_request import Message, content_of, require_model
 from deploy.work import ImageWork
-
-MAX_BODIES = 4
-"""How many images of the largest size fit into one request."""
 
 Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]
 

@@ -11,18 +11,17 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from deploy.guard.cost import cost_of
 from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
-from deploy.http.images import MAX_IMAGES, ImageField, ImageSource
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
 from deploy.http.wishes import Wishes
-from deploy.work import TextPiece
+from deploy.work import ImageWork, TextPiece
 
-MAX_BODIES = 4
-"""How many images of the largest size fit into one request with many images."""
 AT_ONCE = 8
 """How many images of one request are decoded and captioned at the same time."""
 
@@ -80,10 +79,10 @@ def captions_router(service: Service) -> APIRouter:
         The body is a form, JSON, or the image itself with everything else in the query.
         """
         body = await read_body(request, CaptionBody, service.image_policy)
-        body.work(service)  # what cannot be done is refused before anything is decoded
+        work = body.work(service)  # what cannot be done is refused before anything is decoded
         if not body.stream:
-            return JSONResponse(await _caption(service, body, body.image))
-        return EventStream(lambda emit: _stream(service, body, emit), _error_event)
+            return JSONResponse(await _caption(service, body, work, body.image))
+        return EventStream(lambda emit: _stream(service, body, work, emit), _error_event)
 
     @router.post(
         "/v1/captions",
@@ -97,11 +96,11 @@ def captions_router(service: Service) -> APIRouter:
         With `Accept: text/event-stream` the lines are the data of server-sent events.
         """
         body = await read_body(request, CaptionsBody, service.image_policy, MAX_BODIES)
-        body.work(service)
+        work = body.work(service)
         wants_events = EVENTS in request.headers.get("accept", "")
         encode = event if wants_events else line
         return EventStream(
-            lambda emit: _caption_all(service, body, lambda answer: emit(encode(answer))),
+            lambda emit: _caption_all(service, body, work, lambda answer: emit(encode(answer))),
             lambda error: encode({"status": error.type, "error": error.message}),
             EVENTS if wants_events else LINES,
         )
@@ -109,19 +108,17 @@ def captions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _caption(service: Service, wishes: Wishes, source: ImageSource) -> dict[str, Any]:
-    work = wishes.work(service)
-    async with service.admit(wishes.cost(service)):
+async def _caption(service: Service, wishes: Wishes, work: ImageWork, source: ImageSource) -> dict[str, Any]:
+    async with service.admit(cost_of(work)):
         image = await service.load(source)
         decoded = await service.decode(image)
         outputs = await service.run(decoded, work)
-    return caption_answer(service.model, wishes, work, image, decoded, outputs)
+    return await asyncio.to_thread(caption_answer, service.model, wishes, work, image, decoded, outputs)
 
 
-async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
-    work = body.work(service)
+async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Emit) -> None:
     names = ["caption", *(body.ask or {})]
-    async with service.admit(body.cost(service)):
+    async with service.admit(cost_of(work)):
         image = await service.load(body.image)
         decoded = await service.decode(image)
         async with aclosing(service.stream(decoded, work)) as items:
@@ -129,18 +126,20 @@ async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
                 if isinstance(item, TextPiece):
                     await emit(event({"output": names[item.index], "text": item.text}, "text"))
                 else:
-                    answer = caption_answer(service.model, body, work, image, decoded, item)
+                    answer = await asyncio.to_thread(
+                        caption_answer, service.model, body, work, image, decoded, item
+                    )
                     await emit(event(answer, "answer"))
 
 
-async def _caption_all(service: Service, body: CaptionsBody, send: Any) -> None:
+async def _caption_all(service: Service, body: CaptionsBody, work: ImageWork, send: Any) -> None:
     """Caption every image, some at the same time; one that fails does not stop the others."""
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def caption(index: int, image: ImageSource) -> None:
         async with slots:
             try:
-                answer = {"index": index} | await _caption(service, body, image)
+                answer = {"index": index} | await _caption(service, body, work, image)
             except ApiError as error:
                 answer = {"index": index, "status": error.type, "error": error.message}
             await send(answer)

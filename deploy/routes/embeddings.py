@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Annotated
 
@@ -63,7 +64,7 @@ def embeddings_router(service: Service) -> APIRouter:
         if body.texts is not None:
             require_matching(service, "texts")
             assert service.matching is not None
-            async with service.admit(cost_of(service.options, num_texts=0)):
+            async with service.admit(cost_of(ImageWork())):
                 found = await service.embed_texts(body.texts)
             vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
             return JSONResponse({"embeddings": vectors, "model": service.matching.model})
@@ -79,7 +80,7 @@ def embeddings_router(service: Service) -> APIRouter:
             "embeddings": vectors_of(body.embed, outputs.features, outputs.contrastive),
             "width": decoded.width,
             "height": decoded.height,
-            "sha256": hashlib.sha256(image).hexdigest(),
+            "sha256": (await asyncio.to_thread(hashlib.sha256, image)).hexdigest(),
             "model": service.model.model,
         }
         return JSONResponse(answer)

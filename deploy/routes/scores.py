@@ -13,15 +13,12 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer, MatchAnswer, ScoreAnswer, match_answers, score_answers
 from deploy.http.errors import bad_request
-from deploy.http.images import MAX_IMAGES, ImageField, ImageSource, read_text
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, run_each
 from deploy.http.wishes import MAX_TEXTS, Body, Text, require_matching
 from deploy.work import ImageWork, TextToScore
-
-MAX_BODIES = 4
-"""How many images of the largest size fit into one request with many images."""
 
 SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
 
@@ -68,6 +65,11 @@ class RerankBody(Body):
     """Whether the texts are returned with their scores; images never are."""
     model: str | None = None
     """Accepted for clients that send it; the service has one model."""
+
+    def contents(self, service: Service) -> tuple[str | ImageSource, list[str | ImageSource]]:
+        """Return the query and the documents, each a text or an image; raise ApiError 400 or 413."""
+        documents = [_content(service, f"documents.{i}", part) for i, part in enumerate(self.documents)]
+        return _content(service, "query", self.query), documents
 
 
 class ScoresAnswer(Answer):
@@ -130,11 +132,7 @@ def scores_router(service: Service) -> APIRouter:
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
         body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
-        query = await asyncio.to_thread(_content, service, "query", body.query)
-        documents = [
-            await asyncio.to_thread(_content, service, f"documents.{index}", part)
-            for index, part in enumerate(body.documents)
-        ]
+        query, documents = await asyncio.to_thread(body.contents, service)
         relevance = await _relevance(service, query, documents)
         order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
         results = [{"index": index, "relevance_score": relevance[index]} for index in order]

@@ -1,8 +1,9 @@
-"""What is refused at a gateway's door, with which code, and when another try can help."""
+"""What a request costs, what is refused at a gateway's door, and when another try can help."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,10 @@ from deploy.guard.admission import Admission
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError
+from deploy.work import ImageWork, TextToGenerate, TextToScore
 
-CAPTION = cost_of(GenerationOptions().resolve())
-HUGE = cost_of(GenerationOptions(num_beams=16, max_new_tokens=180).resolve())
+CAPTION = Cost(slots=1, steps=30)
+HUGE = Cost(slots=16, steps=180)
 
 
 def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.0) -> Admission:
@@ -122,3 +124,20 @@ def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
         await asyncio.gather(*holding)
 
     asyncio.run(run())
+
+
+def texts(*options: dict[str, Any]) -> ImageWork:
+    made = (GenerationOptions(**given).resolve() for given in options)
+    return ImageWork(texts=tuple(TextToGenerate(prompt=None, options=one) for one in made))
+
+
+def test_beams_samples_and_texts_are_slots() -> None:
+    assert cost_of(texts({"max_new_tokens": 10})).slot_steps == 10
+    assert cost_of(texts({"max_new_tokens": 180, "num_beams": 16})).slot_steps == 16 * 180
+    sampled = {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 4}
+    assert cost_of(texts(sampled, {"max_new_tokens": 12, "num_beams": 3})) == Cost(slots=7, steps=12)
+
+
+def test_scores_and_features_cost_a_step_per_image() -> None:
+    for work in (ImageWork(scores=(TextToScore(text="a dog"),)), ImageWork(features=True), ImageWork()):
+        assert cost_of(work, num_images=5) == Cost(slots=5, steps=1)

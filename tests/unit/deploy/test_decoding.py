@@ -56,6 +56,12 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoding]:
     made.close()
 
 
+def test_only_the_usual_processes_start_with_the_service(lanes: Decoding) -> None:
+    """A first request should not wait for a process; most services never meet a large picture."""
+    assert all(process.sandbox for process in lanes._usual._pool._processes)
+    assert not any(process.sandbox for process in lanes._large._pool._processes)
+
+
 def test_large_and_small_are_decoded_alike(lanes: Decoding) -> None:
     async def run() -> None:
         for width, height in ((10, 6), (200, 100)):

@@ -35,7 +35,7 @@ def test_an_unknown_model_is_refused_by_name(tmp_path: Path, free_port: int, cap
 
 
 def test_the_endpoint_accepts_no_truncated_images() -> None:
-    """Its answers have no flags, so nobody would know."""
+    """A caller can send the image again; a batch job only finds what is there."""
     with pytest.raises(ValueError, match="accept_truncated must be false"):
         OnlineImageLimits(accept_truncated=True)
 

@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
-from deploy.guard.cost import cost_of
+from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
 from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
@@ -187,7 +187,7 @@ def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
 
     async def run() -> None:
         async with gateway(Handle(None), max_in_flight=1) as made:
-            cost = cost_of(made.options)
+            cost = Cost(slots=1, steps=30)
             async with made.admit(cost):
                 with pytest.raises(ApiError) as refused:
                     async with made.admit(cost):

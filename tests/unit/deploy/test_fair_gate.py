@@ -128,6 +128,19 @@ def test_who_gives_up_in_line_holds_nothing() -> None:
     asyncio.run(run())
 
 
+def test_a_request_that_gives_up_lets_those_behind_it_in() -> None:
+    async def run() -> None:
+        line = Line(FairGate(3, small_work=SMALL, kept_for_small=2))
+        await line.ask("running", SMALL, units=2)
+        await line.ask("too many units for now", SMALL, units=2)
+        await line.ask("behind", SMALL, units=1)
+        assert line.let_in == ["running"]
+        await line.give_up("too many units for now")
+        assert line.let_in == ["running", "behind"]
+
+    asyncio.run(run())
+
+
 def test_those_who_give_up_at_the_same_time_are_not_let_in() -> None:
     async def run() -> None:
         line = Line(FairGate(1, small_work=SMALL))

@@ -1,4 +1,4 @@
-"""A service without Ray: the routes, the real captioner in this process, and any engine."""
+"""A gateway without a cluster, whose engine and decoding run in this process: what the routes answer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -16,7 +16,6 @@ from PIL import Image
 
 from blip2_actor import (
     DecodedImage,
-    Embedding,
     EngineBuilder,
     FetchPolicy,
     GenerationOptions,
@@ -28,16 +27,16 @@ from blip2_actor import (
 from blip2_actor.testing import FakeEngineConfig, fake_caption
 from deploy.captioner import Captioner
 from deploy.fetching import Fetching
+from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
-from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 SIDE_PX = FakeEngineConfig().image_size_px
 
 
-class EngineService:
+class EngineService(Gateway):
     """Decodes in this process, and admits everything; it notes what was admitted."""
 
     def __init__(
@@ -51,8 +50,9 @@ class EngineService:
         self.matching = None if matching is None else matching.info()
         self.options = options.resolve(self.model.generation_config)
         self.image_policy = image_policy
-        self.fetching = Fetching(image_policy)
+        self._fetching = Fetching(image_policy)
         self.captioner = Captioner(engine, options, matching)
+        self._captioner = self.captioner  # type: ignore[assignment]
         self.api = create_api(self)
         self.costs: list[Cost] = []
         self.num_in_flight = 0
@@ -72,7 +72,7 @@ class EngineService:
 
     async def load(self, image: ImageSource) -> bytes:
         assert self.num_in_flight, "a request must be admitted before an image is fetched for it"
-        return image if isinstance(image, bytes) else await self.fetching.fetch(image)
+        return await super().load(image)
 
     async def decode(self, image: bytes) -> DecodedImage:
         assert self.num_in_flight, "a request must be admitted before it is served"
@@ -80,24 +80,6 @@ class EngineService:
         if decoded.status is not Status.OK:
             raise of_status(decoded.status, decoded.error)
         return decoded
-
-    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
-        outputs = await self.captioner.run(image.array(self.model.image_size_px), work)
-        if outputs.failure is not None:
-            raise of_status(*outputs.failure)
-        return outputs
-
-    async def stream(
-        self, image: DecodedImage, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        async with aclosing(self.captioner.stream(image.array(self.model.image_size_px), work)) as items:
-            async for item in items:
-                if isinstance(item, ImageOutputs) and item.failure is not None:
-                    raise of_status(*item.failure)
-                yield item
-
-    async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
-        return await self.captioner.embed_texts(texts)
 
     async def check_ready(self) -> None:
         if self.full is not None:

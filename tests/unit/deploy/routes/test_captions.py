@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 
@@ -13,6 +14,7 @@ from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
 from deploy.guard.cost import Cost
 from deploy.http.answers import CaptionAnswer
 from deploy.http.errors import ApiError
+from deploy.routes.captions import AT_ONCE
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -119,6 +121,9 @@ def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineSe
     assert service.captioner.stats().num_images_encoded == before + 1
     assert service.costs[-1].slots == 3
     assert answer["answers"]["color"]["text"] == caption_of(IMAGE, QUESTION)
+    samples = {"do_sample": True, "num_return_sequences": 3}
+    post(service, "/v1/caption", image=base64_of(IMAGE), ask={"color": QUESTION}, options=samples)
+    assert service.costs[-1].slots == 3 + 1  # an answer is one text
     assert list(answer["answers"]) == ["color", "count"]
     pixels = pixels_of(IMAGE)
     expected = [fake_score(pixels, text, "a photo of") for text in ("a dog", "a cat", "a red circle")]
@@ -204,6 +209,27 @@ def test_many_images_are_answered_as_they_finish(service: EngineService) -> None
     form = ask(service, "POST", "/v1/captions", files=files, headers={"accept": "text/event-stream"})
     found = sorted(data["index"] for _, data in events_of(form))
     assert found == [0, 1] and service.num_in_flight == 0
+
+
+def test_the_images_of_one_request_come_a_few_at_a_time(
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request must not fill the line in front of all others."""
+    running: list[int] = []
+    most = 0
+
+    async def caption(*ignored: object) -> dict[str, object]:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        running.pop()
+        return {}
+
+    monkeypatch.setattr("deploy.routes.captions._caption", caption)
+    post(service, "/v1/captions", images=[base64_of(IMAGE)] * 20)
+    assert most == AT_ONCE
 
 
 def test_many_images_are_bounded(service: EngineService) -> None:

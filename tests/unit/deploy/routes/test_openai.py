@@ -79,6 +79,16 @@ def test_a_completion_is_the_caption_of_the_text(service: EngineService) -> None
     assert chat(service, messages=alone).json()["choices"][0]["message"]["content"] == caption_of(IMAGE)
 
 
+def test_the_system_fingerprint_follows_the_options_of_the_service(
+    service: EngineService,
+) -> None:
+    """A request that leaves them out gets other texts then."""
+    others = EngineService(options=GenerationOptions(max_new_tokens=8))
+    asked = [(service, {}), (service, {"max_tokens": 3}), (others, {})]
+    first, same, other = (chat(one, **fields).json()["system_fingerprint"] for one, fields in asked)
+    assert first == same != other
+
+
 def test_several_samples_are_choices(service: EngineService) -> None:
     made = with_client(
         service,

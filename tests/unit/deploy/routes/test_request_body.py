@@ -136,6 +136,16 @@ def test_half_a_character_anywhere_in_json_is_400(service: EngineService, text: 
     assert post_json(service, whole).json()["caption"].startswith("😀")
 
 
+def test_json_of_a_great_many_values_is_400(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing takes memory and time by the value, not by the byte."""
+    body = f'{{"image": "{base64_of(IMAGE)}", "prompt": "a, b, c"}}'.encode()
+    monkeypatch.setattr("deploy.http.request_body.MAX_COMMAS", 3)
+    assert post_json(service, body).status_code == 200
+    monkeypatch.setattr("deploy.http.request_body.MAX_COMMAS", 2)
+    code, kind, message = error_of(post_json(service, body))
+    assert (code, kind) == (400, "bad_request") and "at most 2 commas" in message
+
+
 def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
     """Not that the image is missing, which is only the consequence."""
     for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):

@@ -1,0 +1,91 @@
+"""A replica that is no longer of use ends or says so, and one whose caller has left stops working for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blip2_actor import GenerationOptions
+from blip2_actor.testing import FakeEngineConfig
+from deploy import captioner
+from deploy.captioner import Captioner
+from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+
+PIXELS = np.zeros((32, 32, 3), np.uint8)
+WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def replica() -> Iterator[Captioner]:
+    made = Captioner(FakeEngineConfig(), GenerationOptions())
+    yield made
+    made._actor.close()
+
+
+def test_an_engine_that_fails_ends_the_process(replica: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would send all requests to a replica that fails fastest."""
+
+    def end(status: int) -> None:
+        assert status == 1
+        raise Ended
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the engine has failed")
+
+    monkeypatch.setattr(captioner.os, "_exit", end)
+    monkeypatch.setattr(replica._actor, "submit", fail)
+
+    async def stream() -> None:
+        async for _ in replica.stream(PIXELS, WORK):
+            pass
+
+    for work in (replica.run(PIXELS, WORK), stream()):
+        with pytest.raises(Ended):
+            asyncio.run(work)
+
+
+def test_only_an_engine_with_work_and_without_progress_is_unhealthy(
+    replica: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = replica.stats()
+    busy = replace(idle, num_running=1)
+    advanced = replace(busy, num_decode_steps=1)
+    for stats, late in ((idle, False), (advanced, False), (busy, False), (busy, True)):
+        monkeypatch.setattr(replica._actor, "stats", lambda stats=stats: stats)
+        replica._progress_at_s -= 2 * captioner.STALLED_AFTER_S
+        if late:
+            with pytest.raises(RuntimeError, match="no progress for 240 s with 1 running"):
+                replica.check_health()
+        else:
+            replica.check_health()
+
+
+def test_a_stream_that_is_left_stops_its_work(replica: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        stopped = asyncio.Event()
+
+        async def make(pixels: Any, work: Any, report: Callable[[int, str], None]) -> ImageOutputs:
+            report(0, "a")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+            raise AssertionError("unreachable")
+
+        monkeypatch.setattr(replica, "_make", make)
+        items = replica.stream(PIXELS, WORK)
+        assert await anext(items) == TextPiece(index=0, text="a")
+        await items.aclose()
+        async with asyncio.timeout(5):
+            await stopped.wait()
+
+    asyncio.run(run())
