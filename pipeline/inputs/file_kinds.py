@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.find_files import Files, FoundFiles
-from pipeline.inputs.formats import parquet
+from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
 from pipeline.inputs.shards import Format, Shard, without_secrets

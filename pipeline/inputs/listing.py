@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
 from pipeline.inputs.find_files import Files, ListedFile, find_files
-from pipeline.inputs.formats import count_rows, parquet
+from pipeline.inputs.formats import count_rows
+from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard
@@ -88,7 +89,7 @@ def list_input(
         raise InputError(f"limit must be at least 1, got {limit}")
     inputs = [input_uri] if isinstance(input_uri, str) else input_uri
     listed = list_files(inputs, format, patterns=patterns)
-    shards = shards_of(listed, files_per_shard, range_bytes)
+    shards = shards_of(listed, files_per_shard, range_bytes, options=options)
     return Listing(shards if limit is None else list(take_rows(shards, limit, options)), listed.unread)
 
 
@@ -133,6 +134,7 @@ def shards_of(
     files_per_shard: int = FILES_PER_SHARD,
     range_bytes: int = RANGE_BYTES,
     num_before: Mapping[str, int] | None = None,
+    options: ReadOptions = ReadOptions(),
 ) -> list[Shard]:
     """Make the shards of files, sorted by name.
 
@@ -141,6 +143,7 @@ def shards_of(
         files_per_shard: images of a folder in one shard.
         range_bytes: Parquet files above this size are cut into ranges of about this size.
         num_before: for each name of a folder, the number of its images that are in shards already.
+        options: which column of a table holds the images.
     """
     shards: list[Shard] = []
     for (root, file_format), files in listed.chosen.items():
@@ -148,15 +151,15 @@ def shards_of(
             name = listed.folder_names[root]
             shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
         else:
-            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes)
+            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes, options)
     _refuse_duplicates(shard.name for shard in shards)
     _refuse_unwritable(shards)
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def shards_of_file(shard: Shard, range_bytes: int = RANGE_BYTES) -> list[Shard]:
+def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_BYTES) -> list[Shard]:
     """Return a shard of a whole tar or Parquet file, or its ranges if it is a large table."""
-    return parquet.split(shard, range_bytes) if shard.format == "parquet" else [shard]
+    return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
 
 
 def stamps_now(root: str, files: Sequence[str], listed: Files) -> tuple[str, ...]:
@@ -201,7 +204,9 @@ def _join_name(prefix: str, file: str) -> str:
     return f"{prefix}/{file}" if prefix else file
 
 
-def _file_shards(root: str, prefix: str, file_format: Format, files: Files, range_bytes: int) -> list[Shard]:
+def _file_shards(
+    root: str, prefix: str, file_format: Format, files: Files, range_bytes: int, options: ReadOptions
+) -> list[Shard]:
     """Make one shard of each tar or Parquet file, and several of a large Parquet file."""
     shards = []
     for file, stamp in zip(files, stamps_now(root, list(files), files), strict=True):
@@ -219,7 +224,7 @@ def _file_shards(root: str, prefix: str, file_format: Format, files: Files, rang
             )
         )
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        parts = threads.map(lambda shard: shards_of_file(shard, range_bytes), shards)
+        parts = threads.map(lambda shard: shards_of_file(shard, options, range_bytes), shards)
         return list(chain.from_iterable(parts))
 
 
