@@ -195,7 +195,7 @@ def add_new(shards: Sequence[Shard], new: ListedFiles, options: ReadOptions) -> 
             if root is not None:
                 folder_names[root] = name
         elif root is not None:
-            prefixes[root] = _name_of_file(shard).removesuffix(shard.files[0]).rstrip("/")
+            prefixes[root] = shard.file_name.removesuffix(shard.files[0]).rstrip("/")
     named = replace(new, prefixes=prefixes, folder_names=folder_names)
     added = shards_of(named, num_before=num_before, options=options)
     names = {shard.name for shard in shards}
@@ -220,11 +220,6 @@ def _path(root: str, file: str) -> str:
 
 def _is_file(shard: Shard) -> bool:
     return shard.format != "folder"
-
-
-def _name_of_file(shard: Shard) -> str:
-    """Return the name of the shard that a tar or a table would be if it were not divided."""
-    return shard.name if shard.row_groups is None else shard.name.rpartition("~")[0]
 
 
 def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
@@ -282,7 +277,7 @@ def _list_again(parts: Sequence[Shard], stamp: str, options: ReadOptions) -> lis
     """
     first = parts[0]
     whole = Shard(
-        name=_name_of_file(first),
+        name=first.file_name,
         format=first.format,
         root=first.root,
         files=first.files,

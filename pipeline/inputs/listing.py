@@ -14,8 +14,10 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
-from pipeline.inputs.find_files import Files, ListedFile, find_files
+from pipeline.inputs.find_files import Files, ListedFile
 from pipeline.inputs.formats import count_rows
+from pipeline.inputs.formats.manifests import manifest
+from pipeline.inputs.formats.manifests.named_files import find_input
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
@@ -74,7 +76,7 @@ def list_input(
 
     Args:
         input_uri: files, folders, globs (`*`, `**`, `[ab]`; `?` in local paths only) and braces
-            (`{00000..01023}.tar`, `{train,val}`). Each is a local path or a URI.
+            (`{00000..01023}.tar`, `{train,val}`). Each is a local path or a URI. `@FILE` is a manifest.
         format: "auto", or "webdataset", "parquet" or "folder" if the names of the files leave doubt.
         limit: maximum number of rows, taken from the shards in their order. Tars are scanned to count them.
         files_per_shard: images of a folder in one shard.
@@ -114,8 +116,11 @@ def list_files(
     chosen: dict[tuple[str, Format], Files] = {}
     addresses: dict[str, tuple[str, ...]] = {}
     unread = Unread()
-    for found in map(find_files, inputs):
+    for found, is_manifest in chain.from_iterable(map(find_input, inputs)):
         addresses[found.root] = found.address
+        if is_manifest:
+            chosen.setdefault((found.root, "manifest"), {}).update(found.files)
+            continue
         choice = choose_files(found, format, known, patterns)
         unread += choice.unread
         for file_format, files in choice.files.items():
@@ -158,7 +163,9 @@ def shards_of(
 
 
 def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_BYTES) -> list[Shard]:
-    """Return a shard of a whole tar or Parquet file, or its ranges if it is a large table."""
+    """Return the shard of a whole tar or Parquet file, the ranges of a large table, or a manifest's parts."""
+    if shard.format == "manifest":
+        return manifest.split(shard)
     return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
 
 

@@ -39,7 +39,8 @@ class JobSettings:
     """Settings that every job over an input has: input, output, model and actors."""
 
     input: tuple[str, ...]
-    """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://."""
+    """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://.
+    @FILE is a text file, CSV or JSON lines that names images, or a text file that names tars or tables."""
     output: str
     """Folder or URI for the results; the state of the run is kept in its subfolder _blip2."""
     format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"

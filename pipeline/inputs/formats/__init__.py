@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import folder, webdataset
 from pipeline.inputs.formats.base64_text import HEAD_CHARS, looks_like_base64_image
+from pipeline.inputs.formats.manifests import manifest
 from pipeline.inputs.formats.rows import member_type
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.formats.tables.columns import Columns, is_text, option_name
@@ -46,6 +47,7 @@ READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
     "parquet": parquet.read,
     "folder": folder.read,
+    "manifest": manifest.read,
 }
 
 
@@ -83,10 +85,10 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
             has no meaning for these shards.
     """
     formats = {shard.format for shard in shards}
-    if options.key_column is not None and "parquet" not in formats:
+    if options.key_column is not None and not formats & {"parquet", "manifest"}:
         raise InputError(
-            f"--key-column needs Parquet tables, got {options.key_column!r} and no table; leave it out, "
-            "because the key of a file is its path"
+            f"--key-column needs Parquet tables or manifests, got {options.key_column!r} and none of them; "
+            "leave it out, because the key of a file is its path"
         )
     if options.image_encoding == "base64" and "parquet" not in formats:
         raise InputError("--image-encoding base64 needs Parquet tables, got none; leave it out")
@@ -101,13 +103,14 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
     tables = list({(s.root, s.files): s for s in shards if s.format == "parquet"}.values())
     found = _find_columns(tables, options) if tables else []
     _require_base64(found, options)
+    found += [(shard, manifest.columns_of(shard, options)) for shard in _first_parts(shards)]
     kept = []
     for name, source in options.kept.items():
         types = [(tars[0].uri, member_type(source))] if tars else []
         types += [(table.uri, columns.kept[name].type) for table, columns in found if name in columns.kept]
         if not types and found:
-            names = parquet.schema_of(found[0][0]).names
-            raise InputError(f"keep must be one of the columns {', '.join(names)}, got {source!r}")
+            names = ", ".join(found[0][1].all_names)
+            raise InputError(f"keep must be one of the columns {names}, got {source!r}")
         kept.append(join_fields(name, types))
     return pa.schema(kept)
 
@@ -138,6 +141,11 @@ def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[S
     if not found:
         raise errors[0]
     return found
+
+
+def _first_parts(shards: Sequence[Shard]) -> list[Shard]:
+    """Return one shard of each manifest."""
+    return list({(s.root, s.files): s for s in reversed(shards) if s.format == "manifest"}.values())
 
 
 def _require_base64(found: Sequence[tuple[Shard, Columns]], options: ReadOptions) -> None:

@@ -1,4 +1,4 @@
-"""A job whose rows name their images by URL: fetched by the decoding actors, each failure one row."""
+"""A job whose rows name their images by address: loaded by the decoding actors, each failure one row."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def test_a_column_of_urls_is_captioned_and_a_retry_fetches_again_what_has_failed
     with web_server(answers) as site:
         urls = [site.url + path for path in answers]
         pq.write_table(pa.table({"url": urls, "key": list("abcde")}), tmp_path / "urls.parquet")
+        (tmp_path / "5.png").write_bytes(png(5))
+        (tmp_path / "list.csv").write_text(f"path\n5.png\n{site.url}/0\n")
         settings = CaptionSettings(
-            input=(str(tmp_path / "urls.parquet"),),
+            input=(str(tmp_path / "urls.parquet"), f"@{tmp_path / 'list.csv'}"),
             output=str(tmp_path / "out"),
             reading=ReadOptions(image_column="url", fetch=True),
             fetching=FetchSettings(allow_private_hosts=("127.0.0.1",)),
@@ -54,9 +56,11 @@ def test_a_column_of_urls_is_captioned_and_a_retry_fetches_again_what_has_failed
         assert [row["caption"] for row in rows[:2]] == [right_caption(png(0)), right_caption(png(1))]
         assert "status 404" in rows[2]["error"] and "public address" in rows[4]["error"]
         assert site.num_requests["/2"] == 1
+        listed = pq.read_table(tmp_path / "out" / "list.csv~0-1.parquet").to_pylist()
+        assert [row["caption"] for row in listed] == [right_caption(png(5)), right_caption(png(0))]
 
         retry = RetrySettings(output=str(tmp_path / "out"))
         result = run_job(prepare_retry(retry, FakeEngineConfig()), Console(io.StringIO()))
-        assert result.by_status == {"ok": 3, "undecodable": 1, "refused": 1}
+        assert result.by_status == {"ok": 5, "undecodable": 1, "refused": 1}
         assert rows_of(tmp_path)[2]["caption"] == right_caption(png(2))
-        assert site.num_requests["/0"] == 1, "a finished row is not fetched again"
+        assert site.num_requests["/0"] == 2, "a finished row is not fetched again"

@@ -63,6 +63,8 @@ class Columns:
     """The kept columns that the table has, by their name in the output."""
     lacking: tuple[str, ...] = ()
     """Names in the input of kept columns that the table lacks; they are null in the output."""
+    all_names: tuple[str, ...] = ()
+    """Names of all columns of the table."""
 
     @classmethod
     def find(cls, schema: pa.Schema, options: ReadOptions) -> Columns:
@@ -95,7 +97,7 @@ class Columns:
             for name, source in options.kept.items()
             if source not in lacking
         }
-        return cls(image, key, texts, kept, lacking)
+        return cls(image, key, texts, kept, lacking, tuple(schema.names))
 
     @property
     def names(self) -> list[str]:
