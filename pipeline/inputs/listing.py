@@ -6,6 +6,7 @@ are unique, and they are sorted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -130,8 +131,25 @@ def list_files(
         _refuse_duplicates(
             _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
         )
-    names = {root: prefixes[root] or address[-1] for root, address in addresses.items()}
-    return ListedFiles(chosen, prefixes, names, unread)
+    return ListedFiles(chosen, prefixes, _folder_names(chosen, prefixes, addresses), unread)
+
+
+def _folder_names(
+    chosen: Mapping[tuple[str, Format], Files],
+    prefixes: Mapping[str, str],
+    addresses: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
+    """Return what names the slices of a folder, by root.
+
+    Signed URLs of several images of a folder are several roots, of one image each, which names its slice.
+    """
+    num_roots = Counter(addresses.values())
+    names = {}
+    for root, address in addresses.items():
+        names[root] = prefixes[root] or address[-1]
+        if num_roots[address] > 1:
+            names[root] = join(names[root], min(chosen.get((root, "folder"), {}), default=""))
+    return names
 
 
 def shards_of(

@@ -156,7 +156,8 @@ def test_two_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
     )
     pq.write_table(made, tmp_path / "0.parquet")
     shard = shard_at(tmp_path / "0.parquet", "parquet")
-    for options in ({}, {"image_column": "image"}):
+    variants: list[dict[str, Any]] = [{}, {"image_column": "image"}]
+    for options in variants:
         with pytest.raises(
             InputError, match="image_column must be one column, got 'image', the name of several"
         ):
