@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types coverage chaos wheel ci clean
+.PHONY: help demo test lint types docs coverage chaos wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: $(STAMP)  ## check style and formatting with ruff
 types: $(STAMP)  ## check types with mypy
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation site in build/site; a broken link or reference fails
+	$(BIN)/zensical build --clean --strict
+
 coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract tests
 	$(BIN)/python -m pytest tests/unit tests/parity tests/contracts \
 		--cov=blip2_actor --cov=pipeline --cov=deploy --cov-report=term:skip-covered
@@ -44,7 +47,7 @@ wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh enviro
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	$(BIN)/python -m tests.contracts.installed_wheel dist/*.whl
 
-ci: lint types test  ## run what continuous integration runs
+ci: lint types docs test  ## run what continuous integration runs
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo_output .coverage
