@@ -19,6 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
     assert caption_folder.main(["--output", "captions"]) == 0
     shown = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("scene-")]
@@ -27,6 +28,7 @@ def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
     assert sum(truth[Path(key).name] == caption for key, caption in shown) >= 8
 
 
+@pytest.mark.slow
 def test_the_stage_runs_in_a_dataset(local_ray, capsys):
     assert stage_in_a_dataset.main(["--output", "captioned"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "24 rows written"
