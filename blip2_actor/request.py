@@ -235,6 +235,12 @@ class EngineStats:
     """Seconds that the engine's thread spent in `step()`."""
 
 
+DEMO_CAVEAT = (
+    "the demonstration checkpoint knows drawn scenes of colored shapes only; its texts about other images "
+    "mean nothing"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a host must know about a model before it starts it; no weights are read."""
@@ -256,3 +262,8 @@ class ModelInfo:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
     give them has these values."""
+
+    @property
+    def caveat(self) -> str | None:
+        """What a user must know before reading this model's texts; None for published models."""
+        return DEMO_CAVEAT if self.model == "demo" else None
