@@ -30,7 +30,7 @@ _TRANSIENT_ANSWERS = (408, 425, 429, 500, 502, 503, 504)
 class FetchPolicy:
     """What may be fetched, and what one image may cost.
 
-    Example:
+    Examples:
         >>> FetchPolicy(hosts=("images.example.com",), max_bytes=20 << 20).timeout_s
         30.0
     """
