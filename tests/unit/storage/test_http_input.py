@@ -124,7 +124,7 @@ def test_a_server_that_cannot_send_parts_of_a_file_sends_it_whole(shard, monkeyp
 def test_a_server_that_cannot_send_parts_of_a_file_sends_it_once(shard, monkeypatch, says_so):
     """It was sent for the digest of the shard and again for its rows, and begun four times more."""
     sent = []
-    send, answer_head = Server.send, Server.do_HEAD
+    send = Server.send
 
     def count(server: Server, status: int, body: bytes, headers: list[tuple[str, str]] | None = None) -> None:
         sent.append(len(body))
@@ -132,8 +132,7 @@ def test_a_server_that_cannot_send_parts_of_a_file_sends_it_once(shard, monkeypa
 
     if says_so:
         headers = [("Content-Length", str(len(CONTENT))), ("Accept-Ranges", "none")]
-        answer_head = lambda server: send(server, 200, b"", headers)  # noqa: E731
-    monkeypatch.setattr(Server, "do_HEAD", answer_head)
+        monkeypatch.setattr(Server, "do_HEAD", lambda server: send(server, 200, b"", headers))
     monkeypatch.setattr(Server, "send", count)
     monkeypatch.setattr(Server, "knows_ranges", False)
     (listed,) = list_shards(f"{shard.root}/once.tar")
@@ -150,6 +149,7 @@ def test_whole_files_make_room_for_others(shard, monkeypatch):
     fs = fsspec.filesystem("http")
     first = kept.open(fs, f"{shard.root}/first.tar")
     second = kept.open(fs, f"{shard.root}/second.tar")
+    assert first is not None and second is not None
     assert first.read() == second.read() == CONTENT
     first.close()
     assert len(kept._kept) == 1
