@@ -18,7 +18,7 @@ from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
 from pipeline.cli.serve import become_deployment
 from pipeline.exit_status import ExitStatus
-from pipeline.maintenance.settings import VerifySettings
+from pipeline.maintenance.settings import CleanSettings, VerifySettings
 from pipeline.settings.demo_settings import DemoSettings
 from pipeline.settings.doctor_settings import DoctorSettings
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
@@ -64,6 +64,7 @@ COMMANDS = {
     "show": Command(ShowSettings, "pipeline.report.show:show", needs=("pyarrow", "rich")),
     "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "verify": Command(VerifySettings, "pipeline.maintenance.verify:verify", needs=NO_RAY),
+    "clean": Command(CleanSettings, "pipeline.maintenance.clean:clean", needs=NO_RAY),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }
 SERVE = "serve"

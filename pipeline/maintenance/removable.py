@@ -13,8 +13,6 @@ from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.storage.folder import Folder
 
-OF_PLANS = "files of plans that were killed"
-
 
 @dataclass(frozen=True)
 class Removable:
@@ -29,12 +27,15 @@ class Removable:
         return list(chain.from_iterable(self.by_reason.values()))
 
 
-def find_removable(run: Run | None, state: OutputState, summaries: Mapping[str, Summary]) -> Removable:
+def find_removable(
+    run: Run | None, state: OutputState, summaries: Mapping[str, Summary], has_dead_lease: bool
+) -> Removable:
     """Sort the state files of an output.
 
     Args:
         run: the run in the output; None if there is none, and then only temporary files are of no use.
         summaries: of the finished shards that have fragments. A shard without one keeps them.
+        has_dead_lease: whether the lease in the output is that of a driver that has died.
     """
     of_state = (FRAGMENTS, SHARD_REPORTS)
     outdated = [name for name in state.leftovers if name.startswith(of_state)]
@@ -61,9 +62,10 @@ def find_removable(run: Run | None, state: OutputState, summaries: Mapping[str, 
                 waiting[shard] = len(names)
     by_reason = {
         "temporary files of processes that have died": temporary,
-        OF_PLANS: plans,
+        "files of plans that were killed": plans,
         "rows of shards that were begun again": outdated,
         "rows that are also in the files of finished shards": merged,
+        "the lease of a driver that has died": [LEASE] if has_dead_lease else [],
     }
     return Removable({reason: tuple(sorted(names)) for reason, names in by_reason.items() if names}, waiting)
 

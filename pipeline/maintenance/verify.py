@@ -92,7 +92,7 @@ def examine(
     yield from check_fragments(folder, run, state)
     yield from check_strays(folder.names(), run)
     if holder is None:  # Files of a driver at work are no leftovers.
-        yield from check_leftovers(run, state, summaries)
+        yield from check_leftovers(folder, run, state, summaries)
     yield from check_input(ledger, run, settings.input, summaries)
 
 
