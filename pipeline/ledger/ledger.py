@@ -29,7 +29,7 @@ from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
 from pipeline.ledger.lease import Holder, read_holder
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
-from pipeline.ledger.retry import require_finished, to_retry
+from pipeline.ledger.retry import RowChoice, require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, scan_output
 from pipeline.ledger.shard_progress import (
@@ -127,9 +127,9 @@ class Ledger:
         finished = self.scan().finished
         return not any(read_summary(self.folder, s).complete for s in shards if s in finished)
 
-    def to_retry(self, run: Run, state: OutputState) -> list[ShardProgress]:
-        """Return the shards of a finished run with rows that are not ok."""
-        return to_retry(self.folder, run, state)
+    def to_retry(self, run: Run, state: OutputState, choice: RowChoice) -> list[ShardProgress]:
+        """Return the shards of a finished run with rows to run again."""
+        return to_retry(self.folder, run, state, choice)
 
     def rows_in(self, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
         """Return which rows have reached a fragment, by shard."""
