@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
@@ -20,6 +21,7 @@ from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
+from pipeline.maintenance.endpoint import compare_with_endpoint, connect
 from pipeline.maintenance.input_files import check_input
 from pipeline.maintenance.removable import driver_at_work
 from pipeline.maintenance.settings import VerifySettings
@@ -40,9 +42,14 @@ def verify(settings: VerifySettings) -> int:
     with before_work(type(settings)):
         ledger = Ledger(Folder(settings.output))
         run = ledger.require_run(settings.input)
+        endpoint = None if settings.url is None else connect(settings.url, settings.key_file, run)
     findings: list[Finding] = []
     summaries: dict[str, Summary] = {}
-    for finding in examine(ledger.of(run), run, settings, summaries, console):
+    found = examine(ledger.of(run), run, settings, summaries, console)
+    if endpoint is not None:
+        captions = compare_with_endpoint(endpoint, ledger.folder, run, summaries, settings.sample)
+        found = chain(found, captions)
+    for finding in found:
         findings.append(finding)
         if not settings.json:
             for line in finding.lines():
