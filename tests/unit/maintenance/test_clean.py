@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import Holder, Lease
 from pipeline.ledger.shard_progress import store_shard_report
+from pipeline.maintenance.clean import clean
+from pipeline.maintenance.settings import CleanSettings
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.run_without_ray import retry
 from tests.unit.ledger.test_fragments import rows
@@ -43,9 +44,13 @@ def folder(tmp_path: Path) -> Folder:
     return folder
 
 
+def cleaned(folder: Folder, yes: bool = False) -> int:
+    return clean(CleanSettings(output=folder.uri, yes=yes))
+
+
 def test_it_only_lists_unless_it_is_told_to_delete(folder, capsys):
     before = sorted(folder.names())
-    assert main(["clean", "--output", folder.uri]) == 0
+    assert cleaned(folder) == 0
     assert sorted(folder.names()) == before
     said = capsys.readouterr().out
     for line in (
@@ -63,7 +68,7 @@ def test_it_only_lists_unless_it_is_told_to_delete(folder, capsys):
 
 def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, tmp_path, capsys):
     table = pq.read_table(folder.path(TAR))
-    assert main(["clean", "--output", folder.uri, "--yes"]) == 0
+    assert cleaned(folder, yes=True) == 0
     assert "deleted: 8 files, " in capsys.readouterr().out
     left = {name for name in folder.names("_blip2") if "/fragments/in/1.tar.rows/" not in name}
     assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz", PLANS[1]}
@@ -77,16 +82,16 @@ def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, 
     retry(tmp_path)
     rows_of_other = pq.read_table(folder.path("in/1.tar.parquet")).to_pylist()
     assert rows_of_other[1]["caption"] == "retried 1"
-    assert main(["clean", "--output", folder.uri]) == 0
+    assert cleaned(folder) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "there is nothing to delete"
 
 
-@pytest.mark.parametrize("flags", [[], ["--yes"]])
-def test_it_is_refused_while_a_driver_is_at_work(folder, flags, capsys):
+@pytest.mark.parametrize("yes", [False, True])
+def test_it_is_refused_while_a_driver_is_at_work(folder, yes, capsys):
     folder.delete(LEASE)
     with Lease(folder):
         before = sorted(folder.names())
-        assert main(["clean", "--output", folder.uri, *flags]) == 1
+        assert cleaned(folder, yes) == 1
         assert sorted(folder.names()) == before
     assert "output must have no driver while it is cleaned" in capsys.readouterr().err
 
@@ -94,25 +99,25 @@ def test_it_is_refused_while_a_driver_is_at_work(folder, flags, capsys):
 def test_a_driver_of_another_machine_counts_while_its_heartbeat_is_young(folder, capsys):
     other = dataclasses.replace(Holder.of_this_process(), machine="another")
     folder.put(LEASE, json.dumps(dataclasses.asdict(other)).encode())
-    assert main(["clean", "--output", folder.uri]) == 1
+    assert cleaned(folder) == 1
     os.utime(folder.path(LEASE), (0, 0))
-    assert main(["clean", "--output", folder.uri]) == 0
+    assert cleaned(folder) == 0
     assert "the lease of a driver that has died" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_finished_keeps_its_rows(folder, capsys):
     Path(folder.path(TAR)).unlink()
-    assert main(["clean", "--output", folder.uri, "--yes"]) == 0
+    assert cleaned(folder, yes=True) == 0
     assert [name for name in folder.names() if "/fragments/in/0.tar.rows/" in name]
 
 
 def test_a_folder_without_a_run_loses_only_what_a_plan_has_left(tmp_path, capsys):
     (tmp_path / "mine").write_text("mine")
-    assert main(["clean", "--output", str(tmp_path), "--yes"]) == 3
+    assert cleaned(Folder(str(tmp_path)), yes=True) == 3
     assert "holds no run" in capsys.readouterr().err
     folder = Folder(str(tmp_path))
     folder.put(PLANS[0], b"1234")
     os.utime(folder.path(PLANS[0]), (0, 0))
-    assert main(["clean", "--output", str(tmp_path), "--yes"]) == 0
+    assert cleaned(Folder(str(tmp_path)), yes=True) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine", "_blip2"]
     assert folder.names("_blip2") == []

@@ -14,10 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli.main import main
+from pipeline.cli.status import status
 from pipeline.ledger.commit import RUN_KEY, SUMMARY_KEY
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.lease import Lease
+from pipeline.maintenance.settings import VerifySettings
+from pipeline.maintenance.verify import verify
 from pipeline.schema import FINGERPRINT_KEY
+from pipeline.settings.report_settings import StatusSettings
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.run_without_ray import retry, run
 from tests.unit.ledger.test_fragments import rows
@@ -41,8 +45,8 @@ def root(finished: Path, tmp_path: Path) -> Path:
 
 
 def verified(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    status = main(["verify", "--output", str(root / "out"), "--json"])
-    return status, json.loads(capsys.readouterr().out)
+    code = verify(VerifySettings(output=str(root / "out"), json=True))
+    return code, json.loads(capsys.readouterr().out)
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -174,9 +178,9 @@ def test_an_output_without_a_fault(root, capsys):
 )
 def test_a_faulty_file_is_named_with_the_fault_and_the_remedy(root, capsys, file, damage, found, remedy):
     damage(root / "out" / file)
-    status, document = verified(root, capsys)
+    code, document = verified(root, capsys)
     (finding,) = document["findings"]
-    assert (status, finding["subject"], finding["verdict"]) == (1, file, "fail")
+    assert (code, finding["subject"], finding["verdict"]) == (1, file, "fail")
     assert found in finding["found"]
     assert remedy in finding["remedy"]
 
@@ -186,8 +190,8 @@ def test_swapped_files_are_told_the_names_that_they_had(root, capsys):
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(kept)
-    status, document = verified(root, capsys)
-    assert (status, document["num_faults"]) == (1, 2)
+    code, document = verified(root, capsys)
+    assert (code, document["num_faults"]) == (1, 2)
     remedies = {finding["subject"]: finding["remedy"] for finding in document["findings"]}
     assert remedies[TAR].startswith(f"give it the name {OTHER} again")
     assert remedies[OTHER].startswith(f"give it the name {TAR} again")
@@ -195,13 +199,13 @@ def test_swapped_files_are_told_the_names_that_they_had(root, capsys):
 
 def test_a_missing_file_is_a_fault_unless_a_driver_is_at_work(root, capsys):
     (root / "out" / TAR).unlink()
-    status, document = verified(root, capsys)
-    assert (status, document["num_left"]) == (1, 1)
+    code, document = verified(root, capsys)
+    assert (code, document["num_left"]) == (1, 1)
     assert document["findings"][0]["found"] == "1 shard of 3 have no file: in/0.tar"
     assert AGAIN in document["findings"][0]["remedy"]
     with Lease(Folder(str(root / "out"))):
-        status, document = verified(root, capsys)
-    assert (status, document["num_faults"]) == (0, 0)
+        code, document = verified(root, capsys)
+    assert (code, document["num_faults"]) == (0, 0)
     assert document["findings"][0]["found"].startswith("is at work: process ")
 
 
@@ -227,9 +231,9 @@ def test_a_damaged_fragment_and_leftovers_are_told(root, capsys):
     write_fragment(folder, rows([1], shard="in/1.tar"))
     (root / "out" / "notes.txt").write_text("mine")
     (root / "out" / "_SUCCESS").write_text("")
-    status, document = verified(root, capsys)
+    code, document = verified(root, capsys)
     faults = [finding for finding in document["findings"] if finding["verdict"] == "fail"]
-    assert status == 1
+    assert code == 1
     assert [finding["subject"] for finding in faults] == ["run", fragment.name]
     told = "\n".join(f"{finding['found']}: {finding['remedy']}" for finding in document["findings"])
     assert "1 file of no use: temporary files of processes that have died" in told
@@ -250,11 +254,11 @@ def test_an_input_that_has_changed_is_a_fault_and_one_that_is_gone_is_told(tmp_p
     picture.unlink()
     (tmp_path / "in/1.tar").write_bytes(b"another tar")
     (tmp_path / "pictures/new.jpg").write_text("new")
-    status, document = verified(tmp_path, capsys)
+    code, document = verified(tmp_path, capsys)
     found = {
         (f["subject"], f["verdict"]): f["found"] for f in document["findings"] if f["subject"] != "input"
     }
-    assert status == 1
+    assert code == 1
     assert found["in/1.tar", "fail"].startswith("its input has changed since the run began: 11 bytes, ")
     assert found["in/0.tar", "fail"].endswith("other bytes than the run has read, and the same size and time")
     told = [f["found"] for f in document["findings"] if f["subject"] == "input"]
@@ -266,10 +270,10 @@ def test_an_output_is_verified_without_its_input(root, capsys, finished):
     moved = finished.with_name("moved")
     finished.rename(moved)
     try:
-        status, document = verified(root, capsys)
+        code, document = verified(root, capsys)
     finally:
         moved.rename(finished)
-    assert (status, [finding["verdict"] for finding in document["findings"]]) == (0, ["warn"])
+    assert (code, [finding["verdict"] for finding in document["findings"]]) == (0, ["warn"])
 
 
 def test_retried_rows_are_verified_like_others(tmp_path, capsys):
@@ -278,18 +282,26 @@ def test_retried_rows_are_verified_like_others(tmp_path, capsys):
     assert verified(tmp_path, capsys)[0] == 0
 
 
+def test_an_output_of_an_older_version_has_no_fault(tmp_path, capsys):
+    """Its footers lack what is newer, and its pages have no checksums."""
+    stored = Path(__file__).parents[2] / "fixtures/stored_run"
+    assert verify(VerifySettings(output=str(stored / "finished"))) == 0
+    assert "3 files of" in capsys.readouterr().out
+    assert verify(VerifySettings(output=str(stored / "half_done"))) == 1
+    assert "2 shards of 3 have no file: scenes-1.tar, scenes-2.tar" in capsys.readouterr().out
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert main(["verify", "--output", str(tmp_path)]) == 3
+    assert verify(VerifySettings(output=str(tmp_path))) == 3
     assert "holds no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["run.json", "shards.jsonl.gz"])
-@pytest.mark.parametrize("command", ["verify", "status"])
-def test_a_damaged_record_is_refused_by_name(root, capsys, name, command):
+def test_a_damaged_record_is_refused_by_name(root, capsys, name):
     """A record that was cut ended in a traceback."""
     record = root / "out/_blip2" / name
     record.write_bytes(record.read_bytes()[:-20])
-    assert main([command, "--output", str(root / "out")]) == 3
+    assert status(StatusSettings(output=str(root / "out"))) == 3
     said = capsys.readouterr().err
     assert (
         f"the record of the run in {root / 'out'} is damaged: " in said and "restore _blip2/run.json" in said
