@@ -8,9 +8,9 @@ from contextlib import closing
 import pyarrow as pa
 
 from blip2_actor import DecodePool
-from pipeline.doctor.finding import Finding
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
+from pipeline.finding import Finding
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
