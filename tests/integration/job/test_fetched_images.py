@@ -41,7 +41,7 @@ def test_a_column_of_urls_is_captioned_and_a_retry_fetches_again_what_has_failed
         urls = [site.url + path for path in answers]
         pq.write_table(pa.table({"url": urls, "key": list("abcde")}), tmp_path / "urls.parquet")
         (tmp_path / "5.png").write_bytes(png(5))
-        (tmp_path / "list.csv").write_text(f"path\n5.png\n{site.url}/0\n")
+        (tmp_path / "list.csv").write_text(f"url\n5.png\n{site.url}/0\n")
         settings = CaptionSettings(
             input=(str(tmp_path / "urls.parquet"), f"@{tmp_path / 'list.csv'}"),
             output=str(tmp_path / "out"),
