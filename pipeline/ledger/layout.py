@@ -7,8 +7,11 @@ import re
 STATE = "_blip2"
 RUN_FILE = f"{STATE}/run.json"
 SHARD_LIST = f"{STATE}/shards.jsonl.gz"
-SHARD_REPORTS = f"{STATE}/ends"
 FRAGMENTS = f"{STATE}/fragments"
+ROWS = ".rows"
+"""Ends the name of the folder in which an unfinished shard has its fragments and its report."""
+OLD_SHARD_REPORTS = f"{STATE}/ends"
+"""Where version 0.1.0 kept shard reports."""
 LEASE = f"{STATE}/lease.json"
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
@@ -38,10 +41,30 @@ def parse_state_name(name: str) -> tuple[str, int]:
     return (name[: match.start()], int(match[1])) if match else (name, 0)
 
 
-def shard_report_name(shard: str, generation: int = 0) -> str:
-    return f"{SHARD_REPORTS}/{state_name(shard, generation)}.json"
+def folder_of_shard(shard: str, generation: int = 0) -> str:
+    """Return the name of the folder with all files of an unfinished shard."""
+    return f"{FRAGMENTS}/{state_name(shard, generation)}{ROWS}"
 
 
-def parse_shard_report_name(name: str) -> tuple[str, int]:
-    """Return the shard that a report file is about, and the generation."""
-    return parse_state_name(name.removeprefix(f"{SHARD_REPORTS}/").removesuffix(".json"))
+def parse_folder_of_shard(folder: str) -> tuple[str, int] | None:
+    """Return the shard and the generation of a folder, or None if it is no such folder."""
+    if not (folder.startswith(f"{FRAGMENTS}/") and folder.endswith(ROWS)):
+        return None
+    return parse_state_name(folder[len(FRAGMENTS) + 1 : -len(ROWS)])
+
+
+def shard_report_name(shard: str, generation: int = 0, changed: bool = False) -> str:
+    """Return the name of a shard's report.
+
+    Args:
+        changed: whether the report says that the input has changed; a listing then shows it.
+    """
+    return f"{folder_of_shard(shard, generation)}/{'changed' if changed else 'report'}.json"
+
+
+def parse_shard_report_name(name: str) -> tuple[str, int] | None:
+    """Return the shard that a report file is about and the generation, or None if it is no report."""
+    if name.startswith(f"{OLD_SHARD_REPORTS}/"):
+        return parse_state_name(name.removeprefix(f"{OLD_SHARD_REPORTS}/").removesuffix(".json"))
+    folder, _, last = name.rpartition("/")
+    return parse_folder_of_shard(folder) if last in ("report.json", "changed.json") else None

@@ -3,8 +3,8 @@
     <output>/<shard>.parquet           one file per finished shard, complete or not there
     <output>/_blip2/run.json           fingerprint and settings, written last: when it exists, a run has begun
     <output>/_blip2/shards.jsonl.gz    the list of shards, made once
-    <output>/_blip2/ends/              shard reports: how reading a shard ended, until the shard is committed
-    <output>/_blip2/fragments/         finished rows that wait for the other rows of their shard's file
+    <output>/_blip2/fragments/         a folder for each unfinished shard: finished rows that wait for the
+                                       others, and the report of how reading the shard ended
     <output>/_blip2/lease.json         the driver at work
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
@@ -22,19 +22,19 @@ import pyarrow as pa
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, commit_shard, read_summary
-from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
+from pipeline.ledger.fragments import (
+    Fragment,
+    load_shard_report,
+    read_shard_reports,
+    rows_in,
+    store_shard_report,
+    write_fragment,
+)
 from pipeline.ledger.lease import Holder, read_holder
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
-from pipeline.ledger.scan import OutputState, scan_output
-from pipeline.ledger.shard_progress import (
-    ShardProgress,
-    load_shard_report,
-    shards_with_a_report,
-    store_shard_report,
-    unfinished,
-)
+from pipeline.ledger.scan import OutputState, ShardProgress, scan_output, unfinished
 from pipeline.ledger.sweep import drop_markers, sweep
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT
@@ -129,14 +129,20 @@ class Ledger:
         """Return the stored report of a shard, or None when there is none."""
         return load_shard_report(self.folder, shard, self.generations.get(shard, 0))
 
-    def shards_with_a_report(self) -> set[str]:
-        return shards_with_a_report(self.folder, self.generations)
+    def load_shard_reports(self, shards: Iterable[str]) -> list[ShardReport]:
+        """Return the reports of these shards that are stored, read at the same time."""
+        files = self.scan().shard_reports
+        return read_shard_reports(self.folder, [files[name] for name in shards if name in files])
 
     def commit(
-        self, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT
+        self,
+        report: ShardReport,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema = ROW_CONTRACT,
+        may_have_file: bool = True,
     ) -> Summary | None:
         """Merge the file and the fragments of a shard into its file; see `commit_shard`."""
-        return commit_shard(self.folder, report, metadata, empty_schema)
+        return commit_shard(self.folder, report, metadata, empty_schema, may_have_file=may_have_file)
 
     def sweep(
         self, run: Run, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT

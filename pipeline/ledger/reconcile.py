@@ -18,9 +18,9 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.fragments import read_shard_reports
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import load_shard_report
 from pipeline.progress import count
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
@@ -119,9 +119,8 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
     def content_of(shard: str) -> str | None:
         return read_summary(folder, shard).content if shard in state.finished else None
 
-    generations = {shard.name: shard.generation for shard in run.shards}
-    reports = (load_shard_report(folder, name, generations.get(name, 0)) for name in state.shard_reports)
-    known_changed = {report.shard for report in reports if report is not None and report.changed}
+    reports = read_shard_reports(folder, state.shard_reports.values())
+    known_changed = {report.shard for report in reports if report.changed}
     changes = find_changes(run.shards, listed, content_of, known_changed)
     return changes if limit is None else replace(changes, new=NO_FILES)
 

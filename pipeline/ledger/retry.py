@@ -12,8 +12,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, read_rows, read_summary
 from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.run_record import Run
-from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import ShardProgress, unfinished
+from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
 from pipeline.progress import count
 from pipeline.rowset import RowSet
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS

@@ -30,9 +30,14 @@ class Committer:
         tell_coordinator(coordinator)
 
     def commit(
-        self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+        self,
+        ledger: Ledger,
+        report: ShardReport,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema,
+        may_have_file: bool,
     ) -> None:
-        ledger.commit(report, metadata, empty_schema)
+        ledger.commit(report, metadata, empty_schema, may_have_file)
 
 
 class Committers:
@@ -43,6 +48,7 @@ class Committers:
         ledger: Ledger,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
+        may_have_file: bool,
         cluster: ClusterSize,
         coordinator: Any,
     ) -> None:
@@ -52,9 +58,10 @@ class Committers:
             ledger: the output; its requests are retried.
             metadata: for the footer of every file.
             empty_schema: the schema of a shard without rows.
+            may_have_file: whether shards may have a file already, as in a retry.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (metadata, empty_schema)
+        self._arguments = (metadata, empty_schema, may_have_file)
         self._ledger = ledger
         actor = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"

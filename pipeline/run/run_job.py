@@ -11,7 +11,7 @@ from blip2_actor import DecodePool
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.run.cluster import connected, hold_device
 from pipeline.run.driver import Driver

@@ -22,7 +22,7 @@ from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
 from pipeline.run.job import Job
 from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
-from pipeline.stages.coordinator import ReportLoad
+from pipeline.stages.coordinator import ReportLoad, ReportShard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
@@ -62,7 +62,7 @@ def receipts_dataset(
             ShardDatasource(
                 work,
                 settings.read_options,
-                ledger.store_shard_report,
+                ReportShard(coordinator, ledger),
                 TellCoordinator(coordinator),
                 job.run.kept,
             ),

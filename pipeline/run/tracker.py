@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
@@ -56,9 +56,9 @@ class Tracker:
             self._open[report.shard].report = report
             self._changed.add(report.shard)
 
-    def needs_report(self, shard: str) -> bool:
-        """Return whether a shard is open and its report has not arrived."""
-        return shard in self._open and self._open[shard].report is None
+    def without_report(self) -> list[str]:
+        """Return the open shards whose report has not arrived."""
+        return [name for name, progress in self._open.items() if progress.report is None]
 
     def take_complete(self) -> list[ShardReport]:
         """Drop the shards whose rows have all arrived, and return their reports."""

@@ -144,9 +144,12 @@ class Folder:
         """Delete a file; do nothing when there is none."""
         self._retry(lambda: self._delete_once(name))
 
-    def erase(self) -> None:
-        """Delete the folder itself with all its files."""
-        self._retry(self._erase_once)
+    def erase(self, under: str = "") -> None:
+        """Delete this folder, or one inside it, with all its files; do nothing when there is none.
+
+        An object store deletes a thousand files in one request, and no empty object stays for the folder.
+        """
+        self._retry(lambda: self._erase_once(under))
 
     def drop_if_empty(self, name: str) -> None:
         """Remove a folder of a disk when it is empty; for object stores see `ledger.sweep.drop_markers`."""
@@ -244,9 +247,9 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
 
-    def _erase_once(self) -> None:
+    def _erase_once(self, under: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_dir(self.root)
+            self.filesystem.delete_dir(self.path(under).rstrip("/"))
 
     def _list_once(self, under: str) -> list[tuple[str, datetime]]:
         base = self.path(under).rstrip("/")

@@ -88,7 +88,7 @@ def test_the_same_command_again_does_nothing_and_reports_the_same(finished):
 def test_only_results_and_the_record_are_left(finished):
     folder = Folder(str(finished.root / "out"))
     state = Ledger(folder).scan()
-    assert (dict(state.fragments), state.shard_reports, state.leftovers) == ({}, frozenset(), ())
+    assert (dict(state.fragments), state.shard_reports, state.leftovers) == ({}, {}, ())
     assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
 
 
@@ -239,7 +239,7 @@ def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_message(tmp_
     """The job ended in a traceback, in which a second error hid the first; and no caption may be lost."""
 
     class Failing(Committer):
-        def commit(self, ledger, report, metadata, empty_schema):
+        def commit(self, ledger, report, metadata, empty_schema, may_have_file):
             raise pa.ArrowInvalid(f"a fragment of {report.shard[:5]} is damaged")
 
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=5)

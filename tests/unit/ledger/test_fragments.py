@@ -12,14 +12,15 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     list_fragments,
+    load_shard_report,
     names_of_shard,
     parse_fragment,
     rows_in,
+    store_shard_report,
     write_fragment,
 )
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.scan import scan_output
-from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
@@ -108,7 +109,7 @@ def test_a_commit_cleans_up_after_itself(folder):
     store_shard_report(folder, report(3))
     commit_shard(folder, report(3), {})
     state = scan_output(folder)
-    assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, frozenset())
+    assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, {})
 
 
 def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folder):
