@@ -59,6 +59,10 @@ class Summary:
     """As in the shard's report."""
     captions: CaptionCounts = field(default_factory=CaptionCounts)
     """In a place of its own in the footer; files of version 0.1.0 have none."""
+    num_bytes: int | None = field(default=None, compare=False)
+    """Size of the file, if known; not in the footer."""
+    written: float | None = field(default=None, compare=False)
+    """When the file was written, if known, as in `WrittenFile`; not in the footer."""
 
     @property
     def num_failed(self) -> int:
@@ -209,8 +213,9 @@ def _write(
                 counts.append(CaptionCounts.of_rows(rows))
             summary = replace(summary, captions=CaptionCounts.sum_of(counts))
             writer.add_key_value_metadata(_footer(summary))
+        num_bytes = file.tell()
         folder.put(name, file)
-    return summary
+    return replace(summary, num_bytes=num_bytes)
 
 
 def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -236,4 +241,5 @@ def read_summary(folder: Folder, shard: str) -> Summary:
 def _footer(summary: Summary) -> dict[bytes, bytes]:
     values = asdict(summary)
     captions = values.pop("captions")
+    del values["num_bytes"], values["written"]
     return {SUMMARY_KEY: json.dumps(values).encode(), CAPTIONS_KEY: json.dumps(captions).encode()}

@@ -13,6 +13,7 @@ ROWS = ".rows"
 OLD_SHARD_REPORTS = f"{STATE}/ends"
 """Where version 0.1.0 kept shard reports."""
 LEASE = f"{STATE}/lease.json"
+SUMMARIES = f"{STATE}/summaries"
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _GENERATION = re.compile(r"~again(\d+)$")

@@ -5,6 +5,7 @@
     <output>/_blip2/shards.jsonl.gz    the list of shards, made once
     <output>/_blip2/fragments/         a folder for each unfinished shard: finished rows that wait for the
                                        others, and the report of how reading the shard ended
+    <output>/_blip2/summaries/         what the footers of finished files say, a thousand to a file
     <output>/_blip2/lease.json         the driver at work
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
@@ -35,6 +36,7 @@ from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, ShardProgress, scan_output, unfinished
+from pipeline.ledger.summaries import keep_summaries, tidy_summaries
 from pipeline.ledger.sweep import drop_markers, sweep
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT
@@ -156,7 +158,15 @@ class Ledger:
 
     def reconcile(self, run: Run, state: OutputState) -> Reconciliation:
         """Compare the shards of the run with their files."""
-        return reconcile(self.folder, run.shards, state.finished)
+        return reconcile(self.folder, run.shards, state)
+
+    def keep_summaries(self, summaries: Iterable[Summary]) -> None:
+        """Store summaries of shards that were just committed, for `reconcile`."""
+        keep_summaries(self.folder, summaries)
+
+    def tidy_summaries(self, state: OutputState, done: Reconciliation) -> None:
+        """Keep the summaries of all finished shards in few files; see `tidy_summaries`."""
+        tidy_summaries(self.folder, state, done.summaries)
 
     def compare_input(self, run: Run, inputs: Sequence[str] = ()) -> InputChanges:
         """Compare the shards of the run with what its input holds now; see `reconcile.compare_input`."""

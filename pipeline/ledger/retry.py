@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.compute as pc
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import Summary, read_rows, read_summary
+from pipeline.ledger.commit import Summary, read_rows
 from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
+from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.rowset import RowSet
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 
@@ -25,8 +24,7 @@ def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress
     Shards that were begun again have no file, and all their rows are run.
     """
     by_name = {shard.name: shard for shard in run.shards if shard.name in state.finished}
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        summaries = list(pool.map(lambda name: read_summary(folder, name), by_name))
+    summaries = load_summaries(folder, state, list(by_name))
     faulty = [s for s in summaries if s.num_failed or not s.complete]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
     progress = unfinished(folder, run, state)

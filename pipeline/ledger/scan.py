@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from pipeline.inputs.reader import ShardReport, ShardWork
@@ -13,20 +13,19 @@ from pipeline.ledger.layout import (
     OLD_SHARD_REPORTS,
     PLAN_FOLDERS,
     SUFFIX,
+    SUMMARIES,
     is_result,
     parse_shard_report_name,
 )
 from pipeline.ledger.run_record import Run
 from pipeline.rowset import RowSet
-from pipeline.storage.folder import ASIDE, PROBE, Folder
+from pipeline.storage.folder import ASIDE, PROBE, Folder, WrittenFile
 
 
 @dataclass(frozen=True)
 class OutputState:
     """What one listing of the output shows."""
 
-    finished: frozenset[str]
-    """Shards that have their file."""
     fragments: Mapping[str, Sequence[Fragment]]
     """Fragments by shard."""
     shard_reports: Mapping[str, str]
@@ -34,6 +33,15 @@ class OutputState:
     leftovers: tuple[str, ...]
     """Half-written files of drivers and workers that died, the files of a `plan` that was killed, and what
     was made of a shard's content before the shard was begun again."""
+    written: Mapping[str, WrittenFile]
+    """The file of each finished shard."""
+    summaries: tuple[WrittenFile, ...]
+    """The files with kept summaries; see `pipeline.ledger.summaries`."""
+
+    @property
+    def finished(self) -> Set[str]:
+        """Shards that have their file."""
+        return self.written.keys()
 
 
 def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) -> OutputState:
@@ -43,11 +51,13 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
         generations: of the shards that were begun again; all others have generation 0.
     """
     generations = generations or {}
-    finished: set[str] = set()
+    written: dict[str, WrittenFile] = {}
+    summaries: list[WrittenFile] = []
     shard_reports: dict[str, str] = {}
     leftovers: list[str] = []
     fragments: dict[str, list[Fragment]] = {}
-    for name in folder.names():
+    for file in folder.files():
+        name = file.name
         if name.startswith((f"{FRAGMENTS}/", f"{OLD_SHARD_REPORTS}/")):
             fragment, about = parse_fragment(name), parse_shard_report_name(name)
             if fragment is not None:
@@ -63,9 +73,11 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
                 shard_reports[shard] = name
         elif name.startswith((f"{ASIDE}/", PLAN_FOLDERS, PROBE)):
             leftovers.append(name)
+        elif name.startswith(f"{SUMMARIES}/"):
+            summaries.append(file)
         elif is_result(name):
-            finished.add(name.removesuffix(SUFFIX))
-    return OutputState(frozenset(finished), fragments, shard_reports, tuple(leftovers))
+            written[name.removesuffix(SUFFIX)] = file
+    return OutputState(fragments, shard_reports, tuple(leftovers), written, tuple(summaries))
 
 
 @dataclass

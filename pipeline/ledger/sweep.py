@@ -15,6 +15,7 @@ from pipeline.ledger.layout import FRAGMENTS, OLD_SHARD_REPORTS
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
+from pipeline.ledger.summaries import keep_summaries
 from pipeline.storage.folder import Folder
 
 MAX_CONCURRENT_COMMITS = 8
@@ -36,7 +37,7 @@ def sweep(
             reports.append(report)
     commit = partial(commit_shard, folder, metadata=metadata, empty_schema=empty_schema)
     with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
-        list(pool.map(commit, reports))
+        keep_summaries(folder, filter(None, pool.map(commit, reports)))
 
 
 def _move_old_reports(folder: Folder, state: OutputState) -> None:

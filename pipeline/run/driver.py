@@ -183,6 +183,7 @@ class Driver:
             self._step(stream)
             self._committers.collect(STEP_S)
             self._stop_if_needed(stream)
+        self._committers.keep_summaries()
 
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
@@ -228,6 +229,7 @@ class Driver:
             self._commit()
             while self._committers.num_under_way and time.monotonic() < deadline:
                 self._committers.collect(STEP_S)
+            self._committers.keep_summaries()
 
     def _progress(self) -> dict[str, Any]:
         """Return the last progress shown, for the heartbeat."""

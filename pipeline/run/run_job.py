@@ -50,7 +50,9 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
-        return ledger.reconcile(job.run, state)
+        done = ledger.reconcile(job.run, state)
+        ledger.tidy_summaries(state, done)
+        return done
 
 
 def _drive(

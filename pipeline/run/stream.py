@@ -58,17 +58,18 @@ def receipts_dataset(
     # Loading a model of tens of gigabytes may take longer than Ray Data waits for progress.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
+        source = ShardDatasource(
+            work,
+            settings.read_options,
+            ReportShard(coordinator, ledger),
+            TellCoordinator(coordinator),
+            job.run.kept,
+        )
         encoded = ray.data.read_datasource(
-            ShardDatasource(
-                work,
-                settings.read_options,
-                ReportShard(coordinator, ledger),
-                TellCoordinator(coordinator),
-                job.run.kept,
-            ),
-            override_num_blocks=len(work),
+            source,
+            override_num_blocks=source.num_tasks,
             num_cpus=reservations.read_cpus,
-            concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
+            concurrency=min(source.num_tasks, max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
         )
         decoded = decode(
             encoded,
