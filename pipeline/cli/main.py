@@ -47,7 +47,7 @@ class Command:
         return getattr(import_module(module), name)
 
 
-ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed"})
+ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice"})
 NO_RAY = ("pyarrow",)
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo.demo:demo"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from pipeline.inputs.shards import RunSlice
+
 STATE = "_blip2"
 RUN_FILE = f"{STATE}/run.json"
 SHARD_LIST = f"{STATE}/shards.jsonl.gz"
@@ -13,9 +15,12 @@ ROWS = ".rows"
 OLD_SHARD_REPORTS = f"{STATE}/ends"
 """Where version 0.1.0 kept shard reports."""
 LEASE = f"{STATE}/lease.json"
+SLICE_LEASES = f"{STATE}/leases"
+"""The folder with the leases of drivers that work on a slice of the run."""
 SUMMARIES = f"{STATE}/summaries"
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
+_SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")
 _GENERATION = re.compile(r"~again(\d+)$")
 SUFFIX = ".parquet"
 """Ends the names of finished shards; no name of the state may, or globs would find it."""
@@ -40,6 +45,17 @@ def parse_state_name(name: str) -> tuple[str, int]:
     """Return the shard and the generation that `state_name` has joined."""
     match = _GENERATION.search(name)
     return (name[: match.start()], int(match[1])) if match else (name, 0)
+
+
+def lease_name(run_slice: RunSlice | None = None) -> str:
+    """Return the name of the lease of a driver for a whole run, or for a slice of it."""
+    return LEASE if run_slice is None else f"{SLICE_LEASES}/{run_slice.number}-of-{run_slice.total}.json"
+
+
+def parse_lease_name(name: str) -> RunSlice | None:
+    """Return the slice that a lease is for, or None for a whole run."""
+    match = _SLICE_LEASE.search(name)
+    return None if match is None else RunSlice(int(match[1]), int(match[2]))
 
 
 def folder_of_shard(shard: str, generation: int = 0) -> str:

@@ -6,7 +6,7 @@
     <output>/_blip2/fragments/         a folder for each unfinished shard: finished rows that wait for the
                                        others, and the report of how reading the shard ended
     <output>/_blip2/summaries/         what the footers of finished files say, a thousand to a file
-    <output>/_blip2/lease.json         the driver at work
+    <output>/_blip2/lease.json         the driver at work; with --slice, one in _blip2/leases/ for each slice
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     Fragment,
@@ -31,7 +32,8 @@ from pipeline.ledger.fragments import (
     store_shard_report,
     write_fragment,
 )
-from pipeline.ledger.lease import Holder, read_holder
+from pipeline.ledger.layout import parse_lease_name
+from pipeline.ledger.lease import Holder, read_holders
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
@@ -147,10 +149,14 @@ class Ledger:
         return commit_shard(self.folder, report, metadata, empty_schema, may_have_file=may_have_file)
 
     def sweep(
-        self, run: Run, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT
+        self,
+        run: Run,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema = ROW_CONTRACT,
+        is_slice: bool = False,
     ) -> None:
-        """Delete half-written files, and commit the shards that lack no row."""
-        sweep(self.folder, run, self.scan(), metadata, empty_schema)
+        """Delete half-written files, and commit the shards that lack no row; see `sweep`."""
+        sweep(self.folder, run, self.scan(), metadata, empty_schema, is_slice)
 
     def drop_markers(self, run: Run, state: OutputState) -> None:
         """Delete the empty objects that a store keeps for emptied folders, when all shards are finished."""
@@ -172,6 +178,11 @@ class Ledger:
         """Compare the shards of the run with what its input holds now; see `reconcile.compare_input`."""
         return compare_input(self.folder, run, self.scan(), inputs)
 
+    def drivers(self) -> dict[RunSlice | None, Holder]:
+        """Return the drivers that hold a lease, dead or alive, by the slice of the run; None is the whole."""
+        return {parse_lease_name(name): holder for name, holder in read_holders(self.folder).items()}
+
     def driver(self) -> Holder | None:
-        """Return the driver that holds the lease, dead or alive, or None."""
-        return read_holder(self.folder)
+        """Return a driver that holds a lease, one that may live if there is one, or None."""
+        holders = sorted(self.drivers().values(), key=lambda holder: holder.is_known_dead)
+        return next(iter(holders), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -22,16 +22,27 @@ MAX_CONCURRENT_COMMITS = 8
 
 
 def sweep(
-    folder: Folder, run: Run, state: OutputState, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
+    folder: Folder,
+    run: Run,
+    state: OutputState,
+    metadata: Mapping[bytes, bytes],
+    empty_schema: pa.Schema,
+    is_slice: bool = False,
 ) -> None:
     """Delete half-written files, and commit the shards that lack no row.
 
     A finished shard with fragments is committed again: a straggler or a retry wrote them after its file.
+
+    Args:
+        is_slice: whether `run` has only the shards of a slice. Then other drivers may be writing: no file is
+            deleted that may be theirs.
     """
-    delete_files(folder, state.leftovers)
-    _move_old_reports(folder, state)
+    names = {shard.name for shard in run.shards}
+    if not is_slice:
+        delete_files(folder, state.leftovers)
+    _move_old_reports(folder, state, names)
     reports = [p.report for p in unfinished(folder, run, state) if p.report is not None and p.is_complete]
-    for shard in sorted(state.finished & (state.fragments.keys() | state.shard_reports)):
+    for shard in sorted(names & state.finished & (state.fragments.keys() | state.shard_reports.keys())):
         report = _report_of_finished(folder, shard)
         if report is not None:
             reports.append(report)
@@ -40,9 +51,10 @@ def sweep(
         keep_summaries(folder, filter(None, pool.map(commit, reports)))
 
 
-def _move_old_reports(folder: Folder, state: OutputState) -> None:
-    """Put shard reports that version 0.1.0 has stored next to the fragments of their shards."""
-    old = [name for name in state.shard_reports.values() if name.startswith(f"{OLD_SHARD_REPORTS}/")]
+def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> None:
+    """Put reports of these shards that version 0.1.0 has stored next to the fragments."""
+    reports = (state.shard_reports[shard] for shard in state.shard_reports.keys() & shards)
+    old = [name for name in reports if name.startswith(f"{OLD_SHARD_REPORTS}/")]
     for report in read_shard_reports(folder, old):
         store_shard_report(folder, report)
     delete_files(folder, old)

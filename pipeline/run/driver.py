@@ -238,7 +238,7 @@ class Driver:
     def _show(self) -> None:
         rows_left = self._tracker.estimate_rows_left()
         rate = self._rate.mean
-        num_shards = len(self._job.run.shards)
+        num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
             num_failed=self._tracker.num_failed,
