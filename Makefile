@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types coverage chaos wheel ci clean
+.PHONY: help demo test slow lint types docs coverage chaos wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## caption drawn scenes end to end on a local Ray and grade the 
 test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
+slow: $(STAMP)  ## run the tests that the default suite leaves to continuous integration
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m slow
+
 lint: $(STAMP)  ## check style and formatting with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,19 +35,22 @@ lint: $(STAMP)  ## check style and formatting with ruff
 types: $(STAMP)  ## check types with mypy
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation site in build/site; a broken link or reference fails
+	$(BIN)/zensical build --clean --strict
+
 coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract tests
 	$(BIN)/python -m pytest tests/unit tests/parity tests/contracts \
 		--cov=blip2_actor --cov=pipeline --cov=deploy --cov-report=term:skip-covered
 
 chaos: $(STAMP)  ## run the tests that kill processes or start clusters of their own; not in the default suite
-	$(BIN)/python -m pytest tests/chaos --timeout=900
+	$(BIN)/python -m pytest tests/chaos --timeout=900 -m ''
 
 wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	$(BIN)/python -m tests.contracts.installed_wheel dist/*.whl
 
-ci: lint types test  ## run what continuous integration runs
+ci: lint types docs test slow  ## run what continuous integration runs
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo_output .coverage

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import blip2_actor
+import pipeline
 from blip2_actor import Status
 from blip2_actor.generation import quality_flags
 from pipeline.caption_counts import NO_FAULTS
@@ -13,6 +15,8 @@ from pipeline.caption_counts import NO_FAULTS
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+NOT_DESCRIBED = {"blip2_actor.__version__", "pipeline.ROW_CONTRACT", "pipeline.SCHEMA_VERSION"}
+"""Constants; docs/python_api.md says nothing about them."""
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -62,6 +66,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), f"{page.name} links to {target}, which does not exist"
         if anchor:
             assert anchor in _anchors(file), f"{page.name} links to #{anchor}, which {file.name} lacks"
+
+
+def test_the_site_has_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:", 1)[1]
+    assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_reference_describes_every_public_name() -> None:
+    described = re.findall(r"^::: (\S+)$", (DOCS / "python_api.md").read_text(), re.MULTILINE)
+    public = [f"{module.__name__}.{name}" for module in (blip2_actor, pipeline) for name in module.__all__]
+    assert sorted(described) == sorted(set(public) - NOT_DESCRIBED)
 
 
 def _flags() -> dict[str, set[str]]:
