@@ -53,6 +53,18 @@ class Listing:
     """Sorted by name."""
     unread: Unread
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know of the input, in a sentence each."""
+        num_images = sum(len(shard.files) for shard in self.shards if not shard.stamps)
+        if not num_images:
+            return self.unread.lines()
+        return [
+            *self.unread.lines(),
+            f"a folder on a disk has {num_images:,} images, more than {MAX_STAMPED_IMAGES:,}: an image that "
+            "is replaced under its own name before it is read is not noticed",
+        ]
+
 
 def list_shards(input_uri: str | Sequence[str], **options: Any) -> list[Shard]:
     """List the shards of an input as `list_input` does."""

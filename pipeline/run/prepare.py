@@ -67,7 +67,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             is_new=True,
             stop_at=stop_at,
             run_slice=settings.run_slice,
-            notes=tuple(listing.unread.lines()),
+            notes=tuple(listing.notes),
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)

@@ -31,9 +31,12 @@ def opened(monkeypatch):
     """Return the list of the shards whose footers are read."""
     seen = []
     original = summaries.read_summary
-    monkeypatch.setattr(
-        summaries, "read_summary", lambda folder, name: seen.append(name) or original(folder, name)
-    )
+
+    def read(folder, name):
+        seen.append(name)
+        return original(folder, name)
+
+    monkeypatch.setattr(summaries, "read_summary", read)
     return seen
 
 
