@@ -25,11 +25,11 @@ from pipeline.ledger.fragments import (
     delete_files,
     delete_shard_files,
     list_shard_files,
-    load_shard_report,
     read_fragment,
+    read_shard_report,
     store_shard_report,
 )
-from pipeline.ledger.layout import output_name, shard_report_name
+from pipeline.ledger.layout import is_report_of_change, output_name, shard_report_name
 from pipeline.ledger.merge import Merge, Piece, PieceGone
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
@@ -118,7 +118,7 @@ def _commit(
     files = list_shard_files(folder, report.shard, report.generation)
     before, num_before = _pieces_of_file(folder, report.shard) if may_have_file else ([], 0)
     merge = Merge([*_pieces_of_fragments(folder, files.fragments), *before])
-    report = _with_changes(folder, report, merge, files.has_changed)
+    report = _with_changes(folder, report, merge, files.report)
     if report.changed:
         merge = Merge(before)
     # A shard that is read again, and can be read less far, keeps its rows.
@@ -168,20 +168,19 @@ def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
     return [partial(read, group) for group in range(metadata.num_row_groups)], metadata.num_rows
 
 
-def _with_changes(folder: Folder, report: ShardReport, merge: Merge, has_changed: bool) -> ShardReport:
+def _with_changes(folder: Folder, report: ShardReport, merge: Merge, stored_name: str | None) -> ShardReport:
     """Return the report of a shard, or one without rows if the shard's input has changed.
 
     The read task notices a change, or here two pieces have the same row with different keys: then one of them
     was read from another input.
 
     Args:
-        has_changed: whether a stored report says so.
+        stored_name: file with the latest stored report.
     """
     if report.changed:
         return report
-    stored = load_shard_report(folder, report.shard, report.generation) if has_changed else None
-    if stored is not None:
-        return stored
+    if stored_name is not None and is_report_of_change(stored_name):
+        return read_shard_report(folder, stored_name) or report
     conflict = merge.first_conflict()
     if conflict is None:
         return report

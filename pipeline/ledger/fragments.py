@@ -24,6 +24,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import (
     folder_of_shard,
+    is_report_of_change,
     output_name,
     parse_folder_of_shard,
     parse_shard_report_name,
@@ -31,7 +32,7 @@ from pipeline.ledger.layout import (
 )
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, WrittenFile
 
 DIGEST_CHARS = 16
 MAX_CHUNK_BYTES = 1 << 30
@@ -128,8 +129,8 @@ class ShardFiles:
     """What the folder of an unfinished shard holds."""
 
     fragments: tuple[Fragment, ...] = ()
-    has_changed: bool = False
-    """Whether a report says that the input has changed."""
+    report: str | None = None
+    """Name of the latest report."""
     is_shared: bool = False
     """Whether it holds the folder of another shard: those of "a" and "a.rows/b", for example."""
 
@@ -137,15 +138,20 @@ class ShardFiles:
 def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
     """List the folder of an unfinished shard."""
     own = (shard, generation)
-    names = folder.names(folder_of_shard(shard, generation))
-    found = [fragment for name in names if (fragment := parse_fragment(name)) is not None]
+    files = folder.files(folder_of_shard(shard, generation))
+    found = [fragment for file in files if (fragment := parse_fragment(file.name)) is not None]
     fragments = tuple(f for f in found if (f.shard, f.generation) == own)
-    num_reports = sum(parse_shard_report_name(name) == own for name in names)
+    reports = [file for file in files if parse_shard_report_name(file.name) == own]
     return ShardFiles(
         fragments,
-        has_changed=shard_report_name(shard, generation, changed=True) in names,
-        is_shared=len(names) > len(fragments) + num_reports,
+        report=max(reports, key=report_order).name if reports else None,
+        is_shared=len(files) > len(fragments) + len(reports),
     )
+
+
+def report_order(file: WrittenFile) -> tuple[float, bool]:
+    """Return the order of a shard's reports: the last one counts, and of two at once the one of a change."""
+    return file.written, is_report_of_change(file.name)
 
 
 def list_fragments(folder: Folder, shard: str, generation: int = 0) -> list[Fragment]:
@@ -198,7 +204,7 @@ def store_shard_report(folder: Folder, report: ShardReport) -> None:
     unless the input has changed.
     """
     if not (report.complete or report.changed):
-        known = load_shard_report(folder, report.shard, report.generation)
+        known = read_shard_report(folder, shard_report_name(report.shard, report.generation))
         if known is not None and (known.complete or known.num_rows > report.num_rows):
             return
     name = shard_report_name(report.shard, report.generation, report.changed)
@@ -206,9 +212,9 @@ def store_shard_report(folder: Folder, report: ShardReport) -> None:
 
 
 def load_shard_report(folder: Folder, shard: str, generation: int = 0) -> ShardReport | None:
-    """Return the stored report of a shard, or None when there is none."""
-    changed = read_shard_report(folder, shard_report_name(shard, generation, changed=True))
-    return changed or read_shard_report(folder, shard_report_name(shard, generation))
+    """Return the latest report of a shard, or None when there is none."""
+    name = list_shard_files(folder, shard, generation).report
+    return None if name is None else read_shard_report(folder, name)
 
 
 def read_shard_report(folder: Folder, name: str) -> ShardReport | None:

@@ -79,6 +79,11 @@ def shard_report_name(shard: str, generation: int = 0, changed: bool = False) ->
     return f"{folder_of_shard(shard, generation)}/{'changed' if changed else 'report'}.json"
 
 
+def is_report_of_change(name: str) -> bool:
+    """Return whether a report file says that the input of its shard has changed."""
+    return name.endswith("/changed.json")
+
+
 def parse_shard_report_name(name: str) -> tuple[str, int] | None:
     """Return the shard that a report file is about and the generation, or None if it is no report."""
     if name.startswith(f"{OLD_SHARD_REPORTS}/"):

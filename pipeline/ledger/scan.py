@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.fragments import Fragment, parse_fragment, read_shard_reports, rows_in
+from pipeline.ledger.fragments import Fragment, parse_fragment, read_shard_reports, report_order, rows_in
 from pipeline.ledger.layout import (
     FRAGMENTS,
     OLD_SHARD_REPORTS,
@@ -53,7 +53,7 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
     generations = generations or {}
     written: dict[str, WrittenFile] = {}
     summaries: list[WrittenFile] = []
-    shard_reports: dict[str, str] = {}
+    reports: dict[str, WrittenFile] = {}
     leftovers: list[str] = []
     fragments: dict[str, list[Fragment]] = {}
     for file in folder.files():
@@ -69,14 +69,15 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
                 leftovers.append(name)
             elif fragment is not None:
                 fragments.setdefault(shard, []).append(fragment)
-            elif shard not in shard_reports or name.endswith("/changed.json"):
-                shard_reports[shard] = name
+            else:
+                reports[shard] = max(reports.get(shard, file), file, key=report_order)
         elif name.startswith((f"{ASIDE}/", PLAN_FOLDERS, PROBE)):
             leftovers.append(name)
         elif name.startswith(f"{SUMMARIES}/"):
             summaries.append(file)
         elif is_result(name):
             written[name.removesuffix(SUFFIX)] = file
+    shard_reports = {shard: file.name for shard, file in reports.items()}
     return OutputState(fragments, shard_reports, tuple(leftovers), written, tuple(summaries))
 
 
