@@ -46,6 +46,8 @@ def write_shards(work: Path, count: int, num_rows: int) -> Path:
                 content.seek(0)
                 tar.addfile(member, content)
     folder = work / f"shards-{count}-of-{num_rows}"
+    if folder.exists():
+        return folder
     folder.mkdir()
     link_often(first, [folder / f"{index:06d}.tar" for index in range(count)])
     return folder

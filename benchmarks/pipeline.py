@@ -11,6 +11,7 @@
     shards       an engine that costs nothing, 1,000 to 100,000 shards of 10 rows: seconds from the command to
                  the first rows of a new run, and of a resume with 100 shards to do; the driver's memory;
                  seconds of `blip2 status`. The finished shards of the resume are stand-ins: links to one file
+    books        1,000 to 100,000 shards, without Ray: the driver's own part of the case shards
     resume       1,000 shards of which 990 are finished: seconds from the command to the first new rows
 
 Every run has processes and a Ray of its own; the runs of the two sides alternate.
@@ -35,6 +36,7 @@ from benchmarks.command_line import add_models, check_cases, make_parser
 from benchmarks.inputs import link_often, write_photographs, write_shards
 from benchmarks.measure import report
 from benchmarks.sides.contender import Contender
+from benchmarks.sides.driver_books import DriverBooks
 from benchmarks.sides.engine_alone import EngineAlone
 from benchmarks.sides.job_side import JobSide
 from benchmarks.sides.map_batches import MapBatchesSide
@@ -58,7 +60,7 @@ THEIRS = {"defaults": (64, None, None), "equal": (160, "bfloat16", NUM_THREADS)}
 SCALE_SHARD_ROWS, RESUME_SHARD_ROWS = 1000, 20
 RESUME_SHARDS, RESUME_UNFINISHED = 1000, 10
 GROWTH_SHARD_ROWS, GROWTH_UNFINISHED = 10, 100
-CASES = ("engine", "map-batches", "scale", "shards", "resume")
+CASES = ("engine", "map-batches", "scale", "shards", "books", "resume")
 
 
 def compare_with_engine(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, Any]:
@@ -158,6 +160,27 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
     }
 
 
+def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
+    """Time the driver's own part of `measure_shards`."""
+    runs = {}
+    for num_shards in sizes:
+        shards = write_shards(work, num_shards, GROWTH_SHARD_ROWS)
+        settings = CaptionSettings(input=(str(shards),), output=str(work / f"books-{num_shards}"))
+        side = Contender(DriverBooks)
+        side.call("begin", settings)
+        finish_by_stand_ins(settings, GROWTH_UNFINISHED)
+        parts = side.call("resume", settings)
+        runs[num_shards] = {"parts": parts, "driver_peak_mib": side.call("peak_mib")}
+        side.close()
+        print(f"  {num_shards:,} shards: " + ", ".join(f"{n} {p['cpu_s']:.1f} s" for n, p in parts.items()))
+    return {
+        "runs": runs,
+        "shard_rows": GROWTH_SHARD_ROWS,
+        "num_left": GROWTH_UNFINISHED,
+        "stand_ins": "no Ray runs; finished shards of the resume are links to the file of one shard",
+    }
+
+
 def finish_by_stand_ins(settings: CaptionSettings, num_left: int) -> None:
     """Give all shards of a run but the last ones a file: that of one shard, with the same number of rows."""
     ledger = Ledger(Folder(settings.output))
@@ -246,7 +269,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1000, 10_000, 100_000],
-        help="job sizes of the case shards",
+        help="job sizes of the cases shards and books",
     )
     parser.add_argument("--rounds", type=int, default=2)
     add_models(parser)
@@ -265,6 +288,8 @@ def main() -> None:
                 results[name] = measure_scale(work, arguments.rows)
             elif name == "shards":
                 results[name] = measure_shards(work, arguments.shards)
+            elif name == "books":
+                results[name] = measure_books(work, arguments.shards)
             else:
                 results[name] = measure_resume(work, RESUME_SHARDS, RESUME_UNFINISHED, arguments.rounds)
             report({"benchmark": "pipeline", "cases": results}, arguments.output)
