@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
 from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
@@ -33,6 +34,8 @@ class Job:
     """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
     """Whether the job runs the rows of finished shards again that are not ok."""
+    choice: RowChoice = field(default=RowChoice())
+    """Which rows a retry runs."""
     redone: tuple[str, ...] = ()
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False

@@ -57,7 +57,10 @@ def work(
     is_slice = job.run_slice is not None
     ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
     state = ledger.scan()
-    left = ledger.to_retry(job.part, state) if job.is_retry else ledger.unfinished(job.part, state)
+    if job.is_retry:
+        left = ledger.to_retry(job.part, state, job.choice)
+    else:
+        left = ledger.unfinished(job.part, state)
     num_tables = 0
     for progress in left:
         if progress.is_complete:
