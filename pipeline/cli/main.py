@@ -54,7 +54,7 @@ class Command:
 SUBMIT = "submit"
 JOB = frozenset({"job", "job_settings"})
 """What `blip2 submit` takes from the rest of its command line."""
-ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed"})
+ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice"})
 NO_RAY = ("pyarrow",)
 COMMANDS = {
     "demo": Command(DemoSettings, "pipeline.demo.demo:demo"),

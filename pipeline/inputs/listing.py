@@ -22,7 +22,7 @@ from pipeline.inputs.formats.manifests.named_files import find_input
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import Format, Shard
+from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
 
@@ -56,6 +56,18 @@ class Listing:
     shards: list[Shard]
     """Sorted by name."""
     unread: Unread
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know of the input, in a sentence each."""
+        num_images = sum(len(shard.files) for shard in self.shards if not shard.stamps)
+        if not num_images:
+            return self.unread.lines()
+        return [
+            *self.unread.lines(),
+            f"a folder on a disk has {num_images:,} images, more than {MAX_STAMPED_IMAGES:,}: an image that "
+            "is replaced under its own name before it is read is not noticed",
+        ]
 
 
 def list_shards(input_uri: str | Sequence[str], **options: Any) -> list[Shard]:
@@ -194,6 +206,28 @@ def stamps_now(root: str, files: Sequence[str], listed: Files) -> tuple[str, ...
     return tuple(listed.get(file, ListedFile()).stamp for file in files)
 
 
+def stamps_by_path(shards: Iterable[Shard], now: Files) -> dict[str, str]:
+    """Return the stamps that the files of shards have now; a disk is asked for all at once.
+
+    Args:
+        now: the files of the input, by the same paths as the result: those of `path_of`.
+    """
+    stamps: dict[str, str] = {}
+    local: dict[str, None] = {}
+    for shard in shards:
+        paths = [path_of(shard.root, file) for file in shard.files]
+        if is_local(shard.root):
+            local.update(dict.fromkeys(paths))
+        else:
+            stamps.update((path, now.get(path, ListedFile()).stamp) for path in paths)
+    return stamps | dict(zip(local, local_stamps(list(local)), strict=True))
+
+
+def path_of(root: str, file: str) -> str:
+    """Return the path of a file below a root, without secrets."""
+    return join(without_secrets(root), file)
+
+
 def is_local(root: str) -> bool:
     """Return whether files below a root are asked for their stamps one by one."""
     return "://" not in root
@@ -248,6 +282,8 @@ def _file_shards(
                 stamps=(stamp,),
             )
         )
+    if file_format != "parquet":
+        return shards
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
         parts = threads.map(lambda shard: shards_of_file(shard, options, range_bytes), shards)
         return list(chain.from_iterable(parts))

@@ -7,6 +7,8 @@ user's inputs back. This module needs only the standard library.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -69,6 +71,39 @@ class Shard:
     def limit_rows(self, num_rows: int) -> int:
         """Return how many of the `num_rows` rows of its files belong to the shard."""
         return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
+
+
+_SLICE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class RunSlice:
+    """One of the parts into which several drivers divide the shards of a run (`--slice 2/8`)."""
+
+    number: int
+    """From 1 to `total`."""
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> RunSlice:
+        """Return the slice that a text such as "2/8" names.
+
+        Raises:
+            ValueError: the text does not name one.
+        """
+        match = _SLICE.fullmatch(text)
+        number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= total:
+            raise ValueError(f"slice must be I/N with I from 1 to N, such as 2/8, got {text}")
+        return cls(number, total)
+
+    def has(self, shard: str) -> bool:
+        """Return whether a shard is in the slice; this depends on its name alone."""
+        digest = hashlib.sha256(shard.encode()).digest()
+        return int.from_bytes(digest[:8]) % self.total == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
 
 
 def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:

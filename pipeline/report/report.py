@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     for shard in done.summaries:
         for rows in _read_counted(folder, shard.shard, sampled, statistics.num_rows, samples):
             statistics.add(rows)
-    changes = dict(folder.changes())
-    written = [changed for name, changed in changes.items() if is_result(name)]
+    files = {file.name: file for file in folder.files()}
+    last_written = max(file.written for file in files.values() if is_result(file.name))
     return Report(
         output=str(folder),
         run=run,
@@ -78,8 +79,8 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         statistics=statistics,
         samples=samples,
         thumbnails=_thumbnails(run, evenly_spaced(samples, num_thumbnails)) if num_thumbnails else {},
-        begun=changes[RUN_FILE],
-        last_written=max(written),
+        begun=datetime.fromtimestamp(files[RUN_FILE].written, UTC),
+        last_written=datetime.fromtimestamp(last_written, UTC),
     )
 
 

@@ -13,7 +13,9 @@ import pyarrow as pa
 import ray
 
 from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.summaries import SUMMARIES_PER_FILE
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.storage_trouble import tell_coordinator
 
@@ -30,9 +32,14 @@ class Committer:
         tell_coordinator(coordinator)
 
     def commit(
-        self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
-    ) -> None:
-        ledger.commit(report, metadata, empty_schema)
+        self,
+        ledger: Ledger,
+        report: ShardReport,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema,
+        may_have_file: bool,
+    ) -> Summary | None:
+        return ledger.commit(report, metadata, empty_schema, may_have_file)
 
 
 class Committers:
@@ -43,6 +50,7 @@ class Committers:
         ledger: Ledger,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
+        may_have_file: bool,
         cluster: ClusterSize,
         coordinator: Any,
     ) -> None:
@@ -52,9 +60,10 @@ class Committers:
             ledger: the output; its requests are retried.
             metadata: for the footer of every file.
             empty_schema: the schema of a shard without rows.
+            may_have_file: whether shards may have a file already, as in a retry.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (metadata, empty_schema)
+        self._arguments = (metadata, empty_schema, may_have_file)
         self._ledger = ledger
         actor = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
@@ -63,6 +72,8 @@ class Committers:
         self.actors = [actor.remote(coordinator) for _ in range(number)]
         self._next = itertools.cycle(self.actors)
         self._under_way: list[Any] = []
+        self._summaries: list[Summary] = []
+        self._keep_at = SUMMARIES_PER_FILE
 
     @property
     def num_under_way(self) -> int:
@@ -89,4 +100,17 @@ class Committers:
             if done and number > 1:  # those that are done as well
                 done, _ = ray.wait(self._under_way, num_returns=number, timeout=0)
             self._under_way = [commit for commit in self._under_way if commit not in set(done)]
-            ray.get(done)
+            self._summaries += filter(None, ray.get(done))
+        if len(self._summaries) >= self._keep_at:
+            self.keep_summaries()
+
+    def keep_summaries(self) -> None:
+        """Store the summaries of the shards that were committed since the last call.
+
+        A store that fails does not hold the driver up: who needs a summary finds it in the footer.
+        """
+        try:
+            self._ledger.with_retries(0.0).keep_summaries(self._summaries)
+            self._summaries, self._keep_at = [], SUMMARIES_PER_FILE
+        except OSError:
+            self._keep_at = len(self._summaries) + SUMMARIES_PER_FILE

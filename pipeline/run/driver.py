@@ -20,7 +20,7 @@ from pipeline.errors import (
 )
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
@@ -37,7 +37,7 @@ from pipeline.stages.storage_trouble import describe
 STEP_S = 0.2
 """How long one step waits for receipts."""
 CHECK_EVERY_S = 1.0
-"""Seconds between two visits to the coordinator and to the shard reports."""
+"""Seconds between two visits to the coordinator."""
 FLUSH_S = 5.0
 """How long running calls may write finished rows after a signal. They look for it about every two seconds."""
 COMMIT_S = 2.0
@@ -89,7 +89,9 @@ class Driver:
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, cluster, self._coordinator)
+        self._committers = Committers(
+            ledger, job.metadata, job.empty_schema, job.is_retry, cluster, self._coordinator
+        )
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
@@ -142,18 +144,18 @@ class Driver:
             self._show()
 
     def _check(self) -> None:
-        """Ask the coordinator what unfinished calls have written, and the output which shards were read."""
+        """Ask the coordinator what unfinished calls have written, and which shards were read to their end."""
         news = ray.get(self._coordinator.news.remote())
         for receipt in news.receipts:
             self._tracker.add(receipt)
+        for report in news.shard_reports:
+            self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
             if failure.is_last:
                 self._broken = failure.device
-        with contextlib.suppress(OSError):  # A store that fails is asked again in a second.
-            self._load_shard_reports(self._job.ledger)
 
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""
@@ -162,13 +164,6 @@ class Driver:
         if self._trouble and not trouble:
             self._console.say(f"{self._trouble.split(';')[0]}, and works again")
         self._trouble = trouble
-
-    def _load_shard_reports(self, ledger: Ledger) -> None:
-        for shard in ledger.shards_with_a_report():
-            if self._tracker.needs_report(shard):
-                report = ledger.load_shard_report(shard)
-                if report is not None:
-                    self._tracker.add_report(report)
 
     def _commit(self) -> None:
         """Start commits of the shards that are complete now, and collect those that are done."""
@@ -179,12 +174,16 @@ class Driver:
     def _commit_rest(self, stream: ReceiptStream) -> None:
         """Commit every complete shard, however long the output fails; a signal ends it."""
         self._check()
-        self._load_shard_reports(self._ledger)
+        unread = self._tracker.without_report()
+        if unread:  # The coordinator has died and forgotten them.
+            for report in self._ledger.load_shard_reports(unread):
+                self._tracker.add_report(report)
         self._commit()
         while self._committers.num_under_way:
             self._step(stream)
             self._committers.collect(STEP_S)
             self._stop_if_needed(stream)
+        self._committers.keep_summaries()
 
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
@@ -230,6 +229,7 @@ class Driver:
             self._commit()
             while self._committers.num_under_way and time.monotonic() < deadline:
                 self._committers.collect(STEP_S)
+            self._committers.keep_summaries()
 
     def _progress(self) -> dict[str, Any]:
         """Return the last progress shown, for the heartbeat."""
@@ -238,7 +238,7 @@ class Driver:
     def _show(self) -> None:
         rows_left = self._tracker.estimate_rows_left()
         rate = self._rate.mean
-        num_shards = len(self._job.run.shards)
+        num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
             num_failed=self._tracker.num_failed,

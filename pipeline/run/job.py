@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice
@@ -38,8 +40,18 @@ class Job:
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False
     """Whether `run` has other shards than its stored record."""
+    run_slice: RunSlice | None = None
+    """The part of the shards that this job works on, next to other drivers; None means all."""
     notes: tuple[str, ...] = ()
     """What a person must know of the input, said at the start."""
+
+    @cached_property
+    def part(self) -> Run:
+        """The run with the shards that this job works on."""
+        part = self.run_slice
+        if part is None:
+            return self.run
+        return self.run.with_shards(shard for shard in self.run.shards if part.has(shard.name))
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

@@ -67,11 +67,14 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             run,
             is_new=True,
             stop_at=stop_at,
-            notes=tuple(listing.unread.lines()),
+            run_slice=settings.run_slice,
+            notes=tuple(listing.notes),
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
-    job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
+    job = Job(
+        settings, engine, info, ledger, run, is_new=False, stop_at=stop_at, run_slice=settings.run_slice
+    )
     return _with_current_input(job, settings.input, settings.redo_changed, settings.add_new)
 
 
@@ -165,7 +168,8 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         ledger=ledger.of(run),
         run=run,
         redone=redone,
-        is_revised=run != job.run,
+        # The slices would write one record at the same time; only stamps can differ.
+        is_revised=run != job.run and job.run_slice is None,
         notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
     )
 
@@ -188,7 +192,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
     ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
-    if taken:
+    if taken and ledger.load() is None:  # Otherwise the driver of another slice has begun the run.
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"

@@ -12,7 +12,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.run.cluster import connected, hold_device
 from pipeline.run.driver import Driver
@@ -36,13 +36,14 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         RayStartFailed: Ray could not be started.
     """
     stop = StopRequest(job.stop_at)
-    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
+    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder, job.run_slice) as lease:
         ledger = job.ledger.with_retries()
         if job.is_new:
-            ledger.begin(job.run)
+            job = _begin(job, ledger)
         elif job.is_revised:
             ledger.revise(job.run, job.redone)
-        ledger.sweep(job.run, job.metadata, job.empty_schema)
+        is_slice = job.run_slice is not None
+        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         left = _left(job, ledger)
         _announce(job, console, len(left))
         if job.is_retry:
@@ -50,10 +51,23 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         if left:
             with connected() as cluster:
                 _drive(job, ledger, left, cluster, lease, stop, console)
-        ledger.sweep(job.run, job.metadata, job.empty_schema)
+        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
-        return ledger.reconcile(job.run, state)
+        done = ledger.reconcile(job.part, state)
+        if not is_slice:
+            ledger.tidy_summaries(state, done)
+        return done
+
+
+def _begin(job: Job, ledger: Ledger) -> Job:
+    """Begin a run, or join it if the driver of another slice has begun it meanwhile."""
+    begun = ledger.load(job.settings.input) if job.run_slice is not None else None
+    if begun is None:
+        ledger.begin(job.run)
+        return job
+    begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
+    return dataclasses.replace(job, run=begun, is_new=False)
 
 
 def _drive(
@@ -106,14 +120,18 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
 def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     state = ledger.scan()
-    found = ledger.to_retry(job.run, state, job.choice) if job.is_retry else ledger.unfinished(job.run, state)
+    if job.is_retry:
+        found = ledger.to_retry(job.part, state, job.choice)
+    else:
+        found = ledger.unfinished(job.part, state)
     return [progress for progress in found if not progress.is_complete]
 
 
 def _announce(job: Job, console: Console, num_left: int) -> None:
-    total = len(job.run.shards)
+    total = len(job.part.shards)
+    of_run = "" if job.run_slice is None else f" of slice {job.run_slice}"
     console.say(
-        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}"
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}{of_run}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )

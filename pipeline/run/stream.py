@@ -22,7 +22,7 @@ from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
 from pipeline.run.job import Job
 from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
-from pipeline.stages.coordinator import ReportLoad
+from pipeline.stages.coordinator import ReportLoad, ReportShard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
@@ -58,17 +58,18 @@ def receipts_dataset(
     # Loading a model of tens of gigabytes may take longer than Ray Data waits for progress.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
+        source = ShardDatasource(
+            work,
+            settings.read_options,
+            ReportShard(coordinator, ledger),
+            TellCoordinator(coordinator),
+            job.run.kept,
+        )
         encoded = ray.data.read_datasource(
-            ShardDatasource(
-                work,
-                settings.read_options,
-                ledger.store_shard_report,
-                TellCoordinator(coordinator),
-                job.run.kept,
-            ),
-            override_num_blocks=len(work),
+            source,
+            override_num_blocks=source.num_tasks,
             num_cpus=reservations.read_cpus,
-            concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
+            concurrency=min(source.num_tasks, max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
         )
         decoded = decode(
             encoded,

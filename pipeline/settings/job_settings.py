@@ -18,7 +18,7 @@ from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
-from pipeline.inputs.shards import without_secrets
+from pipeline.inputs.shards import RunSlice, without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, STATUSES, Fingerprint
@@ -30,7 +30,7 @@ NO_TEXT = hiding("allow_urls", "ignore_generation_config")
 """Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
-OF_ONE_START = ("add_new", "deadline", "redo_changed")
+OF_ONE_START = ("add_new", "deadline", "redo_changed", "slice")
 """Settings that are not stored, because they are meant for one start of a run."""
 
 
@@ -66,6 +66,8 @@ class JobSettings:
     """Also process files that have come to the input since the output was started; finished files stay."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the output was started."""
+    slice: str | None = None
+    """Work on one part of the shards, such as 2/8, while other commands work on the others of this output."""
     engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
@@ -90,7 +92,14 @@ class JobSettings:
             raise ValueError(
                 "add_new must be left out with limit, which takes the first rows of a fixed input"
             )
+        if self.run_slice is not None and (self.add_new or self.redo_changed or self.fork):
+            raise ValueError("slice must be left out with add_new, redo_changed and fork; run these alone")
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
+
+    @property
+    def run_slice(self) -> RunSlice | None:
+        """The part of the shards that is worked on; None means all."""
+        return None if self.slice is None else RunSlice.parse(self.slice)
 
 
 @dataclass(frozen=True, kw_only=True)

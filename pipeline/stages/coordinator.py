@@ -5,8 +5,9 @@ runs alone in its process and in small steps, and says here which step begins. I
 row of that step is to blame, so each of them then runs alone. A row on which the process has died
 `MAX_DEATHS_ALONE` times while it ran alone gets the status `failed`; otherwise it would kill forever.
 
-The coordinator also keeps the receipts of fragments that such a call has written, collects how busy the
-stages are and which workers have trouble with a store, and passes on the request to stop.
+The coordinator also keeps the receipts of fragments that such a call has written, collects which shards were
+read to their end, how busy the stages are and which workers have trouble with a store, and passes on the
+request to stop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
+
 from blip2_actor import Status
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.ledger import Ledger
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
@@ -94,6 +99,8 @@ class News:
 
     receipts: list[Receipt]
     """Since the last news; they appear here long before the captioning calls that wrote them end."""
+    shard_reports: list[ShardReport]
+    """Since the last news: how reading some shards ended."""
     loads: dict[str, dict[str, Load]]
     """By stage and worker."""
     troubles: list[WorkerTrouble]
@@ -119,6 +126,7 @@ class Coordinator:
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
+        self._new_reports: list[ShardReport] = []
         self._troubles: dict[str, _Trouble] = {}
         self._failures = DeviceFailures()
         self._stopping = False
@@ -144,6 +152,10 @@ class Coordinator:
             state.step = None
             state.finished.update(positions)
             state.receipts.extend(receipts)
+
+    def was_read(self, report: ShardReport) -> None:
+        """Note how reading a shard ended."""
+        self._new_reports.append(report)
 
     def device_failed(self, device: Device, reason: str, calls: Sequence[str]) -> None:
         """Note that the engine of a process has failed while it ran these calls."""
@@ -191,6 +203,7 @@ class Coordinator:
     def news(self) -> News:
         """Return what is new since the last call of this method."""
         receipts, self._new_receipts = self._new_receipts, []
+        reports, self._new_reports = self._new_reports, []
         now = time.monotonic()
         loads = {
             stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
@@ -201,7 +214,23 @@ class Coordinator:
             for known in self._troubles.values()
             if now - known.told < TROUBLE_LASTS_S
         ]
-        return News(receipts, loads, troubles, self._failures.take())
+        return News(receipts, reports, loads, troubles, self._failures.take())
+
+
+@dataclass(frozen=True)
+class ReportShard:
+    """Stores how reading a shard ended, and tells the coordinator; sent to the workers that read.
+
+    The driver learns it from the coordinator. The stored report is for the next driver.
+    """
+
+    coordinator: Any
+    ledger: Ledger
+    """The output; its requests are retried."""
+
+    def __call__(self, report: ShardReport) -> None:
+        self.ledger.store_shard_report(report)
+        ray.get(self.coordinator.was_read.remote(report))
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def test_a_plan_takes_the_flags_of_its_command(command):
     planned = set(commands()["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
     flags = set(commands()[command]._option_string_actions)
     assert planned - flags == {"--sample", "--json"}
-    assert flags - planned == {"--fork", "--add-new", "--redo-changed"}
+    assert flags - planned == {"--fork", "--add-new", "--redo-changed", "--slice"}
 
 
 def test_the_endpoint_takes_the_flags_of_the_engine():
