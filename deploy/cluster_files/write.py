@@ -7,12 +7,16 @@ in the source tree: its nodes install the wheel from the folder instead of the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from blip2_actor import __version__
 
 FROM_SOURCE = "-e '.[ray]'"
+SERVE_CONFIG = Path("kubernetes/rayservice/serve_config.yaml")
+"""Kustomize reads files below its own folders alone; `serve_config.yaml` is a link to this one."""
 FROM_WHEEL = f"--find-links . 'blip2-ray[ray]=={__version__}'"
 
 
@@ -24,13 +28,14 @@ def write_cluster_files(folder: Path) -> list[Path]:
         OSError: the folder cannot be made or written.
     """
     texts = _texts()
-    there = [name for name in texts if (folder / name).exists()]
+    there = [name for name in (*texts, SERVE_CONFIG.name) if (folder / name).exists()]
     if there:
         raise ValueError(f"{folder / there[0]} exists; name another folder, or delete the file")
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    (folder / SERVE_CONFIG.name).symlink_to(SERVE_CONFIG)
+    return [folder / name for name in (*texts, SERVE_CONFIG.name)]
 
 
 def _texts() -> dict[str, str]:
@@ -39,13 +44,19 @@ def _texts() -> dict[str, str]:
     found = {
         "ray_cluster.yaml": here / "ray_cluster.yaml",
         "constraints.txt": here / "constraints.txt",
-        "serve_config.yaml": deploy / "serve_config.yaml",
     }
-    manifests = (file for file in (deploy / "kubernetes").iterdir() if file.name.endswith(".yaml"))
-    found |= {f"kubernetes/{file.name}": file for file in manifests}
+    found |= dict(_files_below(deploy / "kubernetes", "kubernetes"))
     texts = {name: file.read_text(encoding="utf-8") for name, file in found.items()}
     texts["ray_cluster.yaml"] = _installing_the_wheel(texts["ray_cluster.yaml"])
     return texts
+
+
+def _files_below(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files_below(entry, f"{name}/{entry.name}")
+        else:
+            yield f"{name}/{entry.name}", entry
 
 
 def _installing_the_wheel(cluster: str) -> str:
