@@ -1,8 +1,7 @@
 """Write what a cluster needs, from the installed package to a folder.
 
 In a source tree these files are at hand; an installed wheel carries them: the cluster of `ray up`, the Serve
-configuration, the Kubernetes manifests, and the exact versions. Only `ray_cluster.yaml` differs from the one
-in the source tree: its nodes install the wheel from the folder instead of the source.
+configuration, the Kubernetes manifests, the Dockerfile and the exact versions.
 """
 
 from __future__ import annotations
@@ -12,12 +11,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from blip2_actor import __version__
-
-FROM_SOURCE = "-e '.[ray]'"
 SERVE_CONFIG = Path("kubernetes/rayservice/serve_config.yaml")
 """Kustomize reads files below its own folders alone; `serve_config.yaml` is a link to this one."""
-FROM_WHEEL = f"--find-links . 'blip2-ray[ray]=={__version__}'"
 
 
 def write_cluster_files(folder: Path) -> list[Path]:
@@ -44,11 +39,11 @@ def _texts() -> dict[str, str]:
     found = {
         "ray_cluster.yaml": here / "ray_cluster.yaml",
         "constraints.txt": here / "constraints.txt",
+        "constraints-cuda.txt": deploy / "constraints-cuda.txt",
+        "Dockerfile": deploy / "Dockerfile",
     }
     found |= dict(_files_below(deploy / "kubernetes", "kubernetes"))
-    texts = {name: file.read_text(encoding="utf-8") for name, file in found.items()}
-    texts["ray_cluster.yaml"] = _installing_the_wheel(texts["ray_cluster.yaml"])
-    return texts
+    return {name: file.read_text(encoding="utf-8") for name, file in found.items()}
 
 
 def _files_below(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
@@ -57,9 +52,3 @@ def _files_below(folder: Traversable, name: str) -> Iterator[tuple[str, Traversa
             yield from _files_below(entry, f"{name}/{entry.name}")
         else:
             yield f"{name}/{entry.name}", entry
-
-
-def _installing_the_wheel(cluster: str) -> str:
-    if cluster.count(FROM_SOURCE) != 1:
-        raise ValueError(f"ray_cluster.yaml must install the project with {FROM_SOURCE} exactly once")
-    return cluster.replace(FROM_SOURCE, FROM_WHEEL)

@@ -45,6 +45,7 @@ def test_it_holds_what_the_modules_read_at_run_time(names):
     expected = {file.relative_to(ROOT).as_posix() for file in checkpoint.iterdir()}
     expected |= {f"{package}/py.typed" for package in PACKAGES}
     expected |= {f"deploy/{name}" for name in ("http/page.html", "http/docs.html", "serve_config.yaml")}
+    expected |= {"deploy/Dockerfile", "deploy/constraints-cuda.txt"}
     assert expected <= names
 
 

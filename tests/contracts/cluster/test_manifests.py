@@ -151,6 +151,9 @@ def test_job_endpoint_and_permanent_cluster_are_one_cluster() -> None:
     pod = accelerators["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod["tolerations"] and pod["nodeSelector"]
+    assert pod["containers"][0]["image"] == "YOUR_REGISTRY/blip2:0.1.0-cuda"
+    head = clusters["cluster"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["image"] == "YOUR_REGISTRY/blip2:0.1.0-cpu"
 
 
 def test_every_pod_meets_the_restricted_security_standard_with_a_read_only_root() -> None:
