@@ -14,6 +14,7 @@ import ray
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import COMMIT_S, timed
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.storage_trouble import tell_coordinator
 
@@ -32,7 +33,8 @@ class Committer:
     def commit(
         self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
     ) -> None:
-        ledger.commit(report, metadata, empty_schema)
+        with timed(COMMIT_S):
+            ledger.commit(report, metadata, empty_schema)
 
 
 class Committers:

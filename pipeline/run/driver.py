@@ -21,6 +21,7 @@ from pipeline.errors import (
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.metrics import SHARDS
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
@@ -147,6 +148,7 @@ class Driver:
         for receipt in news.receipts:
             self._tracker.add(receipt)
         self._busy = busy_fractions(news.loads)
+        self._export()
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
@@ -154,6 +156,13 @@ class Driver:
                 self._broken = failure.device
         with contextlib.suppress(OSError):  # A store that fails is asked again in a second.
             self._load_shard_reports(self._job.ledger)
+
+    def _export(self) -> None:
+        """Set the metrics that only the driver knows."""
+        num_open, num_committing = self._tracker.num_open, self._committers.num_under_way
+        SHARDS.set(num_open, {"state": "open"})
+        SHARDS.set(num_committing, {"state": "committing"})
+        SHARDS.set(len(self._job.run.shards) - num_open - num_committing, {"state": "done"})
 
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""

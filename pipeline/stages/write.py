@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import FRAGMENTS, MODEL_LOAD_S, ROWS, timed
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
@@ -71,13 +71,13 @@ class WriteStage:
             ValueError: this machine finds other models.
         """
         require_same_models(models, Models.of(spec, spec.engine.info()))
-        self._stage = CaptionStage(spec)
+        with timed(MODEL_LOAD_S):
+            self._stage = CaptionStage(spec)
         self._kept = list(kept)
         self._ledger = ledger
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
         self._counting = threading.Lock()
-        self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._num_held = 0
         tell_coordinator(coordinator, lambda: self._num_held)
         self._device = Device.of_this_worker()
@@ -159,11 +159,12 @@ class WriteStage:
         for shard in pc.unique(rows["shard"]).to_pylist():
             of_shard = rows.filter(pc.equal(rows["shard"], shard))
             self._ledger.write_fragment(of_shard)
+            FRAGMENTS.inc()
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
-                self._rows.inc(count, {"status": status})
+                ROWS.inc(count, {"status": status})
         return receipts
 
     def _report(self) -> None:
