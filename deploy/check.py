@@ -65,7 +65,14 @@ def check_manifests(documents: list[dict[str, Any]]) -> None:
     for manifest in documents:
         if manifest["kind"] == "Kustomization":
             raise ValueError("a kustomization must be built first: kubectl kustomize FOLDER > FILE")
-        for complaint in complaints(manifest):
+        try:
+            found = list(complaints(manifest))
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(
+                f"{manifest['kind']}: a field has a value of the wrong type; "
+                "kubectl apply --dry-run=server names it"
+            ) from None
+        for complaint in found:
             raise ValueError(f"{manifest['kind']}: {complaint}")
         if manifest["kind"] == "RayService":
             check_serve_config(yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {})

@@ -77,6 +77,8 @@ def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
         ("a: [", "the file must be YAML: while parsing"),
         ("kind: Kustomization\n", "must be built first: kubectl kustomize"),
         ("- 1\n", "the file must be a Serve config"),
+        ("kind: RayJob\nspec: [1]\n", "RayJob: a field has a value of the wrong type"),
+        ("kind: RayService\nmetadata: {name: a}\n", "containers must hold at least one container"),
         (None, "wrong.yaml: No such file or directory\n"),
     ],
 )
