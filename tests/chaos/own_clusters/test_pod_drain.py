@@ -25,9 +25,6 @@ def hook(cluster: Cluster, raylet: int) -> subprocess.Popen:
     return subprocess.Popen(
         [shell, flag, script.replace("/proc/[0-9]*/", f"/proc/{raylet}/")],
         env={**os.environ, "PATH": path, "RAY_ADDRESS": cluster.address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
 
 
@@ -49,6 +46,7 @@ def test_a_worker_ends_when_its_work_has_and_the_hook_of_one_that_has_ended_retu
         assert ray.get(answer, timeout=60) == "done"
         raylet.wait(timeout=60)
         draining.kill()  # the end of the container does this
+        draining.wait()
         again = hook(cluster, os.getpid())
         assert again.wait(timeout=60) != 0, "no node to drain: the hook must not hold the pod"
     finally:
