@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from blip2_actor import ImageLimits
+from blip2_actor import ImageLimits, Status
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
 from pipeline.settings.placement import Placement
@@ -55,6 +56,12 @@ class RetrySettings:
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
+    status: tuple[str, ...] = ()
+    """Run only rows with one of these statuses again; default: every status but ok. A partial shard that has
+    such rows is read to its end again."""
+    keys: str | None = None
+    """File with one key a line: run only rows with these keys again, and of them those that are not ok unless
+    --status says which."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float | None = None
@@ -71,15 +78,27 @@ class RetrySettings:
     """Maximum wall-clock seconds for one image from now on; default: as in the earlier run."""
     image_memory_bytes: int | None = None
     """Address space of a decoding process from now on; default: as in the earlier run."""
+    fetch_timeout_s: float | None = None
+    """Maximum seconds for one try to fetch an image from now on; default: as in the earlier run."""
+    fetch_patience_s: float | None = None
+    """Seconds for which a fetch is tried again from now on; default: as in the earlier run."""
+    allow_private_hosts: tuple[str, ...] = ()
+    """Further hosts that may be asked for images although their addresses are private."""
     placement: PlacementChanges = field(default=PlacementChanges())
     """actors"""
 
     def __post_init__(self) -> None:
+        for status in self.status:
+            if status not in list(Status):
+                raise ValueError(f"status must be one of {', '.join(Status)}, got {status}")
+        if Status.OK in self.status and self.keys is None:
+            raise ValueError("status must not be ok without keys, or every row runs again; name the rows")
         for name, value in self.fractions.items():
             require_fraction(name, value)
         if self.deadline is not None:
             stop_time(self.deadline, datetime.now(UTC))
         self.limits(ImageLimits())
+        self.fetching(FetchSettings())
 
     @property
     def fractions(self) -> dict[str, Any]:
@@ -102,3 +121,14 @@ class RetrySettings:
         }
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(before, **changes)
+
+    def fetching(self, before: FetchSettings) -> FetchSettings:
+        """Return how images are fetched, with the changes that are given here.
+
+        Raises:
+            ValueError: a number is out of range, or a host is none.
+        """
+        given = {"fetch_timeout_s": self.fetch_timeout_s, "fetch_patience_s": self.fetch_patience_s}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        hosts = (*before.allow_private_hosts, *self.allow_private_hosts)
+        return dataclasses.replace(before, **changes, allow_private_hosts=tuple(dict.fromkeys(hosts)))
