@@ -16,6 +16,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.summaries import SUMMARIES_PER_FILE
+from pipeline.metrics import COMMIT_S, timed
 from pipeline.settings.placement import ClusterSize
 from pipeline.stages.storage_trouble import tell_coordinator
 
@@ -39,7 +40,8 @@ class Committer:
         empty_schema: pa.Schema,
         may_have_file: bool,
     ) -> Summary | None:
-        return ledger.commit(report, metadata, empty_schema, may_have_file)
+        with timed(COMMIT_S):
+            return ledger.commit(report, metadata, empty_schema, may_have_file)
 
 
 class Committers:

@@ -21,6 +21,7 @@ from pipeline.errors import (
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
+from pipeline.metrics import SHARDS
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
@@ -151,11 +152,19 @@ class Driver:
         for report in news.shard_reports:
             self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
+        self._export()
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
             if failure.is_last:
                 self._broken = failure.device
+
+    def _export(self) -> None:
+        """Set the metrics that only the driver knows."""
+        num_open, num_committing = self._tracker.num_open, self._committers.num_under_way
+        SHARDS.set(num_open, {"state": "open"})
+        SHARDS.set(num_committing, {"state": "committing"})
+        SHARDS.set(len(self._job.run.shards) - num_open - num_committing, {"state": "done"})
 
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""

@@ -22,6 +22,7 @@ import ray
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
@@ -133,7 +134,10 @@ class Coordinator:
 
     def begin_call(self, call: str) -> CallHistory:
         """Note that a call starts. If it has started before and not ended, its process has died."""
-        return self._calls.setdefault(call, _Call()).start()
+        history = self._calls.setdefault(call, _Call()).start()
+        if history.num_starts > 1:
+            REPLAYED_CALLS.inc()
+        return history
 
     def begin_step(self, call: str, start: int, stop: int) -> None:
         """Note that the positions from start (included) to stop (excluded) now run alone in their process."""
@@ -159,6 +163,7 @@ class Coordinator:
 
     def device_failed(self, device: Device, reason: str, calls: Sequence[str]) -> None:
         """Note that the engine of a process has failed while it ran these calls."""
+        DEVICE_FAILURES.inc()
         alone = None
         for call in calls:
             step = self._calls[call].step if call in self._calls else None
@@ -187,7 +192,12 @@ class Coordinator:
 
     def report(self, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
         """Note how busy a worker was; it counts as alive while it reports nothing new."""
-        self._loads.setdefault(stage, {})[worker] = (busy_s, time.monotonic() - alive_s)
+        workers = self._loads.setdefault(stage, {})
+        before_s, _ = workers.get(worker, (0.0, 0.0))
+        workers[worker] = (busy_s, time.monotonic() - alive_s)
+        if busy_s > before_s:
+            STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
+        STAGE_WORKERS.set(len(workers), {"stage": stage})
 
     def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""

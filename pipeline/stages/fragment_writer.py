@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import FRAGMENTS
 
 FRAGMENT_ROWS = 512
 """A fragment with this many rows waits for no more."""
@@ -120,6 +121,7 @@ class FragmentWriter:
         try:
             for rows in _joined(batch.tables):
                 self._ledger.write_fragment(rows)
+                FRAGMENTS.inc()
         except BaseException as error:  # Raised by each call that has rows in it.
             batch.error = error
         finally:

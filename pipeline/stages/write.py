@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
-from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
@@ -72,13 +72,13 @@ class WriteStage:
             ValueError: this machine finds other models.
         """
         require_same_models(models, Models.of(spec, spec.engine.info()))
-        self._stage = CaptionStage(spec)
+        with timed(MODEL_LOAD_S):
+            self._stage = CaptionStage(spec)
         self._kept = list(kept)
         self._writer = FragmentWriter(ledger)
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
         self._counting = threading.Lock()
-        self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._num_held = 0
         tell_coordinator(coordinator, lambda: self._num_held)
         self._device = Device.of_this_worker()
@@ -162,7 +162,7 @@ class WriteStage:
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
-                self._rows.inc(count, {"status": status})
+                ROWS.inc(count, {"status": status})
         return receipts
 
     def _report(self) -> None:

