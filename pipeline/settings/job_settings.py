@@ -87,6 +87,7 @@ class JobSettings:
                 "add_new must be left out with limit, which takes the first rows of a fixed input"
             )
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
+        self.placement.check(self.engine.device)
 
 
 @dataclass(frozen=True, kw_only=True)
