@@ -21,6 +21,7 @@ from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run, begin_run
 from pipeline.placement.first_worker import describe_without_device, leaves_dtype_open, with_dtype
+from pipeline.placement.storage_check import refuse_relative
 from pipeline.run.cluster import is_cluster
 from pipeline.run.job import Job
 from pipeline.settings.deadline import stop_time
@@ -39,6 +40,8 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             or was begun with other settings; the message says what to do.
     """
     stop_at = _stop_at(settings.deadline)
+    refuse_relative("input", settings.input)
+    refuse_relative("output", [settings.output])
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
     if run is not None and run.predates_generation_config:
@@ -80,6 +83,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         ValueError, OSError: there is no run, or its model is no longer the same.
     """
     stop_at = _stop_at(settings.deadline)
+    refuse_relative("output", [settings.output])
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run(settings.input)
     stored = dict(run.settings)

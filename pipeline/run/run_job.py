@@ -17,6 +17,7 @@ from pipeline.placement.cluster import Cluster, look_at_cluster
 from pipeline.placement.first_worker import ask_first_worker
 from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
+from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
@@ -44,7 +45,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         if job.is_new or job.is_revised or _left(job, ledger):
             with connected() as cluster:
-                job = _place(job, cluster, console)
+                job = _place(job, ledger, cluster, console)
                 left = _begin(job, ledger, console)
                 _drive(job, ledger, left, cluster, lease, stop, console)
         else:
@@ -55,13 +56,16 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         return ledger.reconcile(job.run, state)
 
 
-def _place(job: Job, cluster: Cluster, console: Console) -> Job:
-    """Refuse what the cluster cannot run, and ask it what only its workers know.
+def _place(job: Job, ledger: Ledger, cluster: Cluster, console: Console) -> Job:
+    """Refuse what the cluster cannot run or does not see, and ask it what only its workers know.
 
     Raises:
         RefusedByCluster: no node has, or will have, what the job needs; nothing is written.
     """
     reservations = reserve(job.settings.placement, cluster, job.engine)
+    if not cluster.is_local:
+        shards = [progress.shard for progress in _left(job, ledger)] or job.run.shards
+        check_storage(ledger.folder, shards, reservations.read, console.say)
     if job.asks_dtype:
         job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
     return job
