@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 QUIET = "raised in its creation task|retries remaining|infeasible resource requests"
 """What Ray says on the terminal of every driver, and the job says in its own words."""
+
+
+CONNECT_S = 10.0
+"""How long the head of a cluster may take to accept a connection."""
 
 
 def set_ray_environment() -> None:
@@ -86,6 +91,7 @@ def start_ray(**options: Any) -> None:
     import ray
 
     try:
+        _require_listener(os.environ.get("RAY_ADDRESS", ""))
         # Ray's own handlers end the process with status 15, or abort it.
         with keeping_handlers(), _entrypoint_without_secrets():
             ray.init(**options)
@@ -93,7 +99,7 @@ def start_ray(**options: Any) -> None:
         _kill_started_processes(error)
         if not isinstance(error, Exception):
             raise  # a signal
-        reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+        reason = _reason(error)
         address = os.environ.get("RAY_ADDRESS")
         if address:
             raise RayStartFailed(
@@ -104,6 +110,33 @@ def start_ray(**options: Any) -> None:
             f"Ray did not start on this machine: {reason}; when the machine is busy or short of memory or "
             "disk space, wait or free some, and run the same command again"
         ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Raise unless the head of a cluster listens at an address; Ray itself tries for two minutes.
+
+    Args:
+        address: as in RAY_ADDRESS; "auto" and the like are left to Ray.
+    """
+    if address.startswith("ray://"):
+        raise ConnectionError(
+            "the job runs as a driver of the cluster and not through Ray Client, so the address is that of "
+            "the head, such as 10.0.0.1:6379; or use ray job submit"
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing listens there ({error})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of an error of Ray; of two versions that differ, both."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Version mismatch"):
+        return " ".join(lines)
+    return (lines[0] if lines else "").rstrip(".") or type(error).__name__
 
 
 @contextmanager

@@ -50,7 +50,11 @@ def wait(condition: Callable[[], Any]) -> Any:
 def raylet_of(node: dict[str, Any]) -> int:
     """Return the process of a node: the parent of its workers."""
     on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.get(ray.remote(os.getppid).options(num_cpus=0, scheduling_strategy=on_node).remote())
+    return ray.get(ray.remote(_parent).options(num_cpus=0, scheduling_strategy=on_node).remote())
+
+
+def _parent() -> int:
+    return os.getppid()
 
 
 @pytest.mark.timeout(600)
@@ -59,14 +63,18 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
 ) -> None:
     truth = write_tars(tmp_path / "in", num_tars=8, rows_per_tar=60)
     settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
-    log = tmp_path / "log"
+    log, trace, gate = tmp_path / "log", tmp_path / "trace", tmp_path / "gate"
+    gate.touch()
+    trace.mkdir()
     assert not cluster.nodes("GPU")
-    driver = start_driver(cluster, settings, SLOW | {"trace": str(tmp_path / "trace")}, log)
+    engine = {"dtype": "auto", "trace": str(trace), "gate": str(gate), "gate_after": 20}
+    driver = start_driver(cluster, settings, engine, log)
     nodes = wait_until(
         lambda: found if len(found := cluster.nodes("GPU")) == MAX_ACCELERATORS else None, driver, log
     )
-    wait_until(lambda: " images · " in log.read_text(), driver, log)
+    wait_until(lambda: any(path.stat().st_size for path in trace.iterdir()), driver, log)
     kill(raylet_of(nodes[0]))
+    gate.unlink()
     assert driver.wait() == 0, log.read_text()
     check_output(tmp_path / "out", truth)
     dtype = Ledger(Folder(str(tmp_path / "out"))).require_run().fingerprint.parts["dtype"]
