@@ -43,9 +43,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     stop = StopRequest(job.stop_at)
     with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
         ledger = job.ledger.with_retries()
-        if job.is_new or job.is_revised or _left(job, ledger):
+        left = _left(job, ledger)
+        if left or job.is_revised:
             with connected() as cluster:
-                job = _place(job, ledger, cluster, console)
+                job = _place(job, left, cluster, console)
                 left = _begin(job, ledger, console)
                 _drive(job, ledger, left, cluster, lease, stop, console)
         else:
@@ -56,7 +57,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         return ledger.reconcile(job.run, state)
 
 
-def _place(job: Job, ledger: Ledger, cluster: Cluster, console: Console) -> Job:
+def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
     """Refuse what the cluster cannot run or does not see, and ask it what only its workers know.
 
     Raises:
@@ -64,8 +65,8 @@ def _place(job: Job, ledger: Ledger, cluster: Cluster, console: Console) -> Job:
     """
     reservations = reserve(job.settings.placement, cluster, job.engine)
     if not cluster.is_local:
-        shards = [progress.shard for progress in _left(job, ledger)] or job.run.shards
-        check_storage(ledger.folder, shards, reservations.read, console.say)
+        shards = [progress.shard for progress in left] or job.run.shards
+        check_storage(job.ledger.folder, shards, reservations.read, console.say)
     if job.asks_dtype:
         job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
     return job
