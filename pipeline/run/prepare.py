@@ -19,6 +19,7 @@ from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
 from pipeline.placement.first_worker import describe_without_device, leaves_dtype_open, with_dtype
 from pipeline.placement.storage_check import refuse_relative
@@ -84,6 +85,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     """
     stop_at = _stop_at(settings.deadline)
     refuse_relative("output", [settings.output])
+    keys = None if settings.keys is None else read_keys(settings.keys)
+    choice = RowChoice(frozenset(settings.status), keys)
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run(settings.input)
     stored = dict(run.settings)
@@ -101,7 +104,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         first = first.without_generation_config()
     engine, info = _describe(engine or first.builder, run)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
-    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
+    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
 
 
