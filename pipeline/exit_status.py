@@ -22,6 +22,7 @@ from pipeline.errors import (
     Interrupted,
     OutputInUse,
     RayStartFailed,
+    RefusedByCluster,
     Stopped,
     StoppedBySignal,
     TooManyFailures,
@@ -81,7 +82,7 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
                 return command(*args, **kwargs)
         except Interrupted as error:
             return _fail(error, _status_of(error.number))
-        except Refused as error:
+        except (Refused, RefusedByCluster) as error:
             return _fail(error, ExitStatus.REFUSED)
         except TooManyFailures as error:
             return _fail(error, ExitStatus.TOO_MANY_FAILURES)

@@ -22,6 +22,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS
+from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
@@ -30,7 +31,6 @@ from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
-from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
@@ -66,7 +66,7 @@ class Driver:
         job: Job,
         ledger: Ledger,
         left: Sequence[ShardProgress],
-        cluster: ClusterSize,
+        reservations: Reservations,
         lease: Lease,
         stop: StopRequest,
         console: Console,
@@ -76,6 +76,7 @@ class Driver:
         Args:
             ledger: the output of the job, with retries: for work that must not be lost.
             left: the shards with rows to do.
+            reservations: what each stage reserves.
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
         """
@@ -86,13 +87,11 @@ class Driver:
         self._console = console
         self._work = [progress.work for progress in left]
         self._tracker = Tracker(left)
-        self._cluster = cluster
+        self._reservations = reservations
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(
-            ledger, job.metadata, job.empty_schema, job.is_retry, cluster, self._coordinator
-        )
+        self._committers = Committers(ledger, job.metadata, job.empty_schema, job.is_retry, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
@@ -111,10 +110,11 @@ class Driver:
             Stopped: by a signal, by an error of Ray, or because most rows fail.
             OutputInUse: another driver has taken the lease.
         """
-        dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._cluster)
+        dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._reservations)
         with (
             self._stop.deferred(),
-            _killed_after(self._coordinator, *self._committers.actors),
+            _killed_after(self._coordinator),
+            contextlib.closing(self._committers),
             contextlib.closing(ReceiptStream(dataset)) as stream,
         ):
             try:
@@ -158,6 +158,7 @@ class Driver:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
             if failure.is_last:
                 self._broken = failure.device
+        self._committers.resize()
 
     def _export(self) -> None:
         """Set the metrics that only the driver knows."""
@@ -262,10 +263,9 @@ class Driver:
 
 
 @contextmanager
-def _killed_after(*actors: Any) -> Iterator[None]:
-    """Kill actors at the end of the session, because Ray may live on."""
+def _killed_after(actor: Any) -> Iterator[None]:
+    """Kill an actor at the end of the session, because Ray may live on."""
     try:
         yield
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        ray.kill(actor)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from blip2_actor import DecodePool
 from pipeline.ledger.lease import Lease
@@ -13,12 +14,16 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
 from pipeline.ledger.scan import ShardProgress
+from pipeline.placement.cluster import Cluster, look_at_cluster
+from pipeline.placement.first_worker import ask_first_worker
+from pipeline.placement.held_device import hold_device
+from pipeline.placement.reservations import fit, reserve
+from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
-from pipeline.run.cluster import connected, hold_device
+from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
-from pipeline.settings.placement import ClusterSize, fit, reserve
 from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
@@ -34,23 +39,20 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         Stopped: a signal has stopped the run, or most rows fail; finished work is kept.
         Interrupted: a signal has come before the first row was read, or a second Ctrl-C.
         RayStartFailed: Ray could not be started.
+        RefusedByCluster: no node has, or will have, what the job needs.
     """
     stop = StopRequest(job.stop_at)
     with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder, job.run_slice) as lease:
         ledger = job.ledger.with_retries()
-        if job.is_new:
-            job = _begin(job, ledger)
-        elif job.is_revised:
-            ledger.revise(job.run, job.redone)
         is_slice = job.run_slice is not None
-        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         left = _left(job, ledger)
-        _announce(job, console, len(left))
-        if job.is_retry:
-            console.say(describe_work(left, job.choice))
-        if left:
+        if left or job.is_revised:
             with connected() as cluster:
+                job = _place(job, left, cluster, console)
+                job, left = _begin(job, ledger, console)
                 _drive(job, ledger, left, cluster, lease, stop, console)
+        else:
+            job, _ = _begin(job, ledger, console)
         ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
@@ -60,7 +62,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         return done
 
 
-def _begin(job: Job, ledger: Ledger) -> Job:
+def _begin_or_join(job: Job, ledger: Ledger) -> Job:
     """Begin a run, or join it if the driver of another slice has begun it meanwhile."""
     begun = ledger.load(job.settings.input) if job.run_slice is not None else None
     if begun is None:
@@ -70,29 +72,61 @@ def _begin(job: Job, ledger: Ledger) -> Job:
     return dataclasses.replace(job, run=begun, is_new=False)
 
 
+def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
+    """Refuse what the cluster cannot run or does not see, and ask it what only its workers know.
+
+    Raises:
+        RefusedByCluster: no node has, or will have, what the job needs; nothing is written.
+    """
+    reservations = reserve(job.settings.placement, cluster, job.engine)
+    if not cluster.is_local:
+        shards = [progress.shard for progress in left] or job.part.shards
+        check_storage(job.ledger.folder, shards, reservations.read, console.say)
+    if job.asks_dtype:
+        job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
+    return job
+
+
+def _begin(job: Job, ledger: Ledger, console: Console) -> tuple[Job, list[ShardProgress]]:
+    """Write what this start changes, commit what is complete, and return the shards with rows to do."""
+    if job.is_new:
+        job = _begin_or_join(job, ledger)
+    elif job.is_revised:
+        ledger.revise(job.run, job.redone)
+    ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
+    left = _left(job, ledger)
+    _announce(job, console, len(left))
+    if job.is_retry:
+        console.say(describe_work(left, job.choice))
+    return job, left
+
+
 def _drive(
     job: Job,
     ledger: Ledger,
     left: list[ShardProgress],
-    cluster: ClusterSize,
+    cluster: Cluster,
     lease: Lease,
     stop: StopRequest,
     console: Console,
 ) -> None:
     """Drive what is left. When an accelerator is broken, go on with the others."""
-    held = []
+    held: list[Any] = []
     while left:
+        reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
         try:
-            Driver(job, ledger, left, cluster, lease, stop, console).run()
+            Driver(job, ledger, left, reservations, lease, stop, console).run()
             return
         except DeviceLeftOut as error:
-            num_gpus = cluster.num_gpus - len(error.device.ids)
-            if not error.device.ids or num_gpus < reserve(job.settings.placement, cluster).caption_gpus:
+            resource, ids = error.device.resource, error.device.ids
+            cluster = look_at_cluster()
+            num_others = cluster.total(resource) - len(held) - len(ids)
+            per_actor = reservations.caption.accelerators.get(resource, 1.0)
+            if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_gpus:g} others")
-            cluster = dataclasses.replace(cluster, num_gpus=num_gpus)
-            placement = fit(job.settings.placement, cluster)
+            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger)
 

@@ -20,8 +20,8 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
+from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
-from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
 from pipeline.stages.coordinator import ReportLoad, ReportShard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
@@ -31,9 +31,6 @@ from pipeline.stages.write import WriteStage
 
 MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_BYTES = 1 << 20
-MIN_OPEN_SHARDS = 2
-"""Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
-time would start new processes."""
 CLOSE_S = 10.0
 """How long a stream that is closed waits for its threads; on a busy machine they need some seconds."""
 ASK_AGAIN_S = 0.2
@@ -41,15 +38,15 @@ ASK_AGAIN_S = 0.2
 
 
 def receipts_dataset(
-    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, cluster: ClusterSize
+    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, reservations: Reservations
 ) -> Dataset:
     """Return the job as a lazy dataset of receipts; nothing runs yet.
 
     Args:
         ledger: where the workers write; its requests are retried.
+        reservations: what each stage reserves.
     """
     settings, info = job.settings, job.info
-    reservations = reserve(settings.placement, cluster)
     spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -68,8 +65,8 @@ def receipts_dataset(
         encoded = ray.data.read_datasource(
             source,
             override_num_blocks=source.num_tasks,
-            num_cpus=reservations.read_cpus,
-            concurrency=min(source.num_tasks, max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
+            concurrency=min(source.num_tasks, reservations.max_open_shards or source.num_tasks),
+            **reservations.read.options,
         )
         decoded = decode(
             encoded,
@@ -88,6 +85,7 @@ def receipts_dataset(
                 ledger,
                 coordinator,
                 settings.placement.step_timeout_s,
+                reservations.caption.accelerators,
             ),
             **caption_pool(settings.placement, reservations),
         )

@@ -95,6 +95,7 @@ class JobSettings:
         if self.run_slice is not None and (self.add_new or self.redo_changed or self.fork):
             raise ValueError("slice must be left out with add_new, redo_changed and fork; run these alone")
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
+        self.placement.check(self.engine.device)
 
     @property
     def run_slice(self) -> RunSlice | None:

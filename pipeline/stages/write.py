@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ import ray
 
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
+from pipeline.placement.own_accelerator import use_own_accelerator
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
@@ -57,6 +58,7 @@ class WriteStage:
         ledger: Ledger,
         coordinator: Any,
         step_timeout_s: float,
+        accelerators: Mapping[str, float],
     ) -> None:
         """Start an engine.
 
@@ -67,10 +69,12 @@ class WriteStage:
             ledger: the output; its requests are retried.
             coordinator: handle of the job's `Coordinator` actor.
             step_timeout_s: seconds without progress of the engine, after which this process ends.
+            accelerators: what this worker has reserved, by names in Ray; empty on CPUs.
 
         Raises:
-            ValueError: this machine finds other models.
+            ValueError: this machine finds other models, or torch cannot use the accelerator.
         """
+        use_own_accelerator(spec.engine, accelerators)
         require_same_models(models, Models.of(spec, spec.engine.info()))
         with timed(MODEL_LOAD_S):
             self._stage = CaptionStage(spec)

@@ -9,7 +9,7 @@ from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.layout import lease_name, parse_lease_name
 from pipeline.ledger.lease import Lease, read_holders
 from pipeline.report.status import status_lines
-from pipeline.run.run_job import _begin
+from pipeline.run.run_job import _begin_or_join
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
@@ -75,7 +75,7 @@ def test_two_slices_that_start_together_are_one_run(tmp_path):
     assert all(job.is_new for job in jobs)
     first = work(jobs[0])
     write_tar(tmp_path / "in/g.tar", "late")
-    joined = _begin(jobs[1], jobs[1].ledger)
+    joined = _begin_or_join(jobs[1], jobs[1].ledger)
     assert joined.run.shards == jobs[0].run.shards and not joined.is_new
     second = work(joined)
     assert first.num_shards + second.num_shards == 6 and first.num_shards in range(1, 6)
@@ -93,7 +93,7 @@ def test_a_slice_with_another_prompt_does_not_join(tmp_path):
     ]
     work(jobs[0])
     with pytest.raises(FingerprintMismatch, match="prompt"):
-        _begin(jobs[1], jobs[1].ledger)
+        _begin_or_join(jobs[1], jobs[1].ledger)
 
 
 def test_a_slice_leaves_files_alone_that_another_driver_may_be_writing(tmp_path):
