@@ -25,8 +25,19 @@ class ModelLike(Protocol):
     def close(self) -> None: ...
 
 
+class Detokenizer(Protocol):
+    """What a host asks of a model's tokenizer."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return what each token adds to the text of generated ids; together they are the text."""
+        ...
+
+
 class EngineLike(ModelLike, Protocol):
     """A loaded model that generates texts; `Engine` is the real one."""
+
+    @property
+    def prompts(self) -> Detokenizer: ...
 
     def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -119,13 +120,16 @@ class Captioner:
             self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
         )
         results, scores, matches, features, vectors = parts
-        return ImageOutputs(
+        outputs = ImageOutputs(
             texts=tuple(results),
             scores=tuple(scores),
             matches=tuple(matches),
             features=next(iter(features), None),
             contrastive=next(iter(vectors), None),
         )
+        ids = [completion.token_ids for completion in outputs.completions] if work.token_texts else []
+        token_texts = await self._wait(ids, lambda: [tuple(engine.prompts.token_texts(one)) for one in ids])
+        return replace(outputs, token_texts=tuple(token_texts))
 
     def _submit(
         self, request: Request, index: int, report: Callable[[int, str], None] | None

@@ -34,11 +34,6 @@ class OnlineImageLimits(ImageLimits):
     cpu_s: float = 10.0
     wall_s: float = 30.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.accept_truncated:
-            raise ValueError("accept_truncated must be false for the endpoint; its callers send whole images")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -75,9 +70,7 @@ class Settings:
     allow_image_host: tuple[str, ...] = ()
     """Host whose images are fetched when a request names them by URL, such as images.example.com; it must
     have a public address. By default, no URL is fetched."""
-    image: OnlineImageLimits = field(
-        default=OnlineImageLimits(), metadata=prefixed("image") | hiding("accept_truncated")
-    )
+    image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
     decode_children: int = 2
     """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the

@@ -127,10 +127,18 @@ class FakeEngineConfig:
         return FakeEngine(self)
 
 
+class FakeDetokenizer:
+    """Shows token ids as they are; they have nothing to do with the text."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"<{token_id}>" for token_id in token_ids]
+
+
 class FakeEngine:
     """One thread that takes the waiting requests, at most `max_batch` at once, and sleeps for their cost."""
 
     def __init__(self, config: FakeEngineConfig) -> None:
+        self.prompts = FakeDetokenizer()
         self._config = config
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
@@ -278,4 +286,6 @@ def _open_trace(trace: str) -> TextIO:
 
 
 def _completion(text: str) -> Completion:
-    return Completion(text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop")
+    return Completion(
+        text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop", token_logprobs=(-0.5,) * 3
+    )

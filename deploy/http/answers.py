@@ -90,7 +90,7 @@ class CaptionAnswer(Answer):
     num_tokens: int
     finish_reason: FinishReason
     flags: list[str]
-    """What looks degenerate: empty, looping, echoes_prompt."""
+    """What looks degenerate: empty, looping, echoes_prompt; and truncated if the image lacks its end."""
     status: str
     error: str | None
     width: int | None
@@ -128,6 +128,8 @@ def caption_answer(
         outputs: what was made.
     """
     caption, *answers = map(_text_answer, outputs.texts, work.texts)
+    if decoded.is_truncated:
+        caption["flags"].append("truncated")
     completions = outputs.texts[0].completions
     several = len(completions) > 1
     answer = {

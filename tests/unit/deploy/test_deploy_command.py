@@ -12,7 +12,7 @@ import ray
 from blip2_actor import EngineConfig
 from deploy import local_service
 from deploy.command import main
-from deploy.settings import OnlineImageLimits, ServeSettings
+from deploy.settings import ServeSettings
 
 
 @pytest.fixture
@@ -32,12 +32,6 @@ def test_a_taken_port_is_refused_by_number(capsys) -> None:
 def test_an_unknown_model_is_refused_by_name(tmp_path: Path, free_port: int, capsys) -> None:
     assert main(["--model", str(tmp_path / "nothing"), "--port", str(free_port)]) == 3
     assert str(tmp_path / "nothing") in capsys.readouterr().err
-
-
-def test_the_endpoint_accepts_no_truncated_images() -> None:
-    """A caller can send the image again; a batch job only finds what is there."""
-    with pytest.raises(ValueError, match="accept_truncated must be false"):
-        OnlineImageLimits(accept_truncated=True)
 
 
 def test_an_empty_model_is_refused(free_port: int, capsys) -> None:
