@@ -11,7 +11,16 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import EngineStats, Features, ImageLike, ModelInfo, Request, Result, Score
+from blip2_actor.request import (
+    EngineStats,
+    Features,
+    ImageLike,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+    StepWatcher,
+)
 
 if TYPE_CHECKING:
     from blip2_actor.engine.encoded_image import EncodedImage
@@ -38,6 +47,9 @@ class EngineLike(ModelLike, Protocol):
 
     @property
     def prompts(self) -> Detokenizer: ...
+
+    @property
+    def step_watchers(self) -> list[StepWatcher]: ...
 
     def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
 

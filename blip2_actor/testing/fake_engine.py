@@ -35,6 +35,7 @@ from blip2_actor.request import (
     Request,
     Result,
     Score,
+    StepWatcher,
 )
 from blip2_actor.status import Status
 from blip2_actor.testing.fake_answers import (
@@ -139,6 +140,7 @@ class FakeEngine:
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self.prompts = FakeDetokenizer()
+        self.step_watchers: list[StepWatcher] = []
         self._config = config
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
@@ -229,7 +231,10 @@ class FakeEngine:
                 if future.set_running_or_notify_cancel():
                     self._finish(request, options, on_text, future)
             self._num_batches += bool(work)
-            self._busy_s += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._busy_s += seconds
+            for watch in self.step_watchers if work else ():
+                watch(seconds, len(work), len(work))
             if None in batch:
                 return
 

@@ -147,8 +147,7 @@ class _Chat:
         """Return a `ChatCompletion`."""
         service, work = self._service, self._work(self._text)
         async with service.admit(cost_of(work)):
-            image = await service.decode(await service.load(self._image))
-            outputs = await service.run(image, work)
+            outputs = (await service.make(self._image, work, needs_tokens=True)).outputs
         choices = [
             {
                 "index": index,

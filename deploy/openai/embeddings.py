@@ -22,7 +22,7 @@ from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, run_each
+from deploy.http.service import Service, make_each
 from deploy.http.wishes import Body
 from deploy.openai.chat_request import Message, content_of, require_model
 from deploy.work import ImageWork
@@ -89,8 +89,8 @@ def openai_embeddings_router(service: Service) -> APIRouter:
         """Embed images with the Q-Former."""
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
         images = await asyncio.to_thread(body.images, service)
-        outputs = [output for *_, output in await run_each(service, images, ImageWork(features=True))]
-        vectors = [vector_of("qformer", output.features, None) for output in outputs]
+        found = await make_each(service, images, ImageWork(features=True))
+        vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = service.model.num_queries * len(images)
         answer = {
             "object": "list",

@@ -16,7 +16,7 @@ from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, read_text
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, run_each
+from deploy.http.service import Service, make_each
 from deploy.http.wishes import MAX_TEXTS, Body, Text, require_matching
 from deploy.work import ImageWork, TextToScore
 
@@ -109,8 +109,8 @@ def scores_router(service: Service) -> APIRouter:
         """Return the log-probability of texts after an image and a prompt."""
         body = await read_body(request, ScoreBody, service.image_policy)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
-        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(scores=scores))
-        answer = score_answers(body.texts, outputs.scores)
+        [made] = await make_each(service, [body.image], ImageWork(scores=scores))
+        answer = score_answers(body.texts, made.outputs.scores)
         return JSONResponse({"scores": answer, "model": service.model.model})
 
     @router.post(
@@ -123,9 +123,9 @@ def scores_router(service: Service) -> APIRouter:
         """
         body = await read_body(request, MatchBody, service.image_policy)
         require_matching(service, "match")
-        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
+        [made] = await make_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
         assert service.matching is not None
-        answer = match_answers(body.texts, outputs.matches)
+        answer = match_answers(body.texts, made.outputs.matches)
         return JSONResponse({"matches": answer, "model": service.matching.model})
 
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody), response_model=RerankAnswer)
@@ -169,6 +169,6 @@ async def _relevance(
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
-    outputs = await run_each(service, images, work)
-    likelihoods = [math.exp(-(score.loss or 0.0)) for *_, output in outputs for score in output.scores]
-    return likelihoods or [match.itm or 0.0 for *_, output in outputs for match in output.matches]
+    outputs = [made.outputs for made in await make_each(service, images, work)]
+    likelihoods = [math.exp(-(score.loss or 0.0)) for output in outputs for score in output.scores]
+    return likelihoods or [match.itm or 0.0 for output in outputs for match in output.matches]
