@@ -25,6 +25,7 @@ from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
 from deploy.http.errors import of_status
 from deploy.http.images import ImageSource
+from deploy.http.lanes import in_lane
 from deploy.observe.fleet import Fleet
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
@@ -98,7 +99,7 @@ class Gateway:
 
     async def make(self, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False) -> Made:
         image = await self.load(source)
-        digest = await asyncio.to_thread(sha256_of, image)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
         if self._finished_run is not None and not needs_tokens:
             stored = await asyncio.to_thread(self._finished_run.find, digest, work)
             if stored is not None:

@@ -44,6 +44,8 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
+    # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import ray
     from ray import serve
 

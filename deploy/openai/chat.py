@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from deploy.http.answers import Answer, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
 from deploy.http.images import ImageSource
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
@@ -115,7 +115,7 @@ def chat_router(service: Service) -> APIRouter:
         body = await read_body(request, ChatBody, service.image_policy)
         body.check(service)
         text = body.text(service)
-        image = await asyncio.to_thread(body.image, service)
+        image = await in_lane(body.num_chars, lambda: body.image(service))
         chat = _Chat(service, text, image, bool(body.logprobs))
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage

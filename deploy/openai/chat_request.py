@@ -132,6 +132,11 @@ class ChatBody(BaseModel):
                 "log-probabilities"
             )
 
+    @property
+    def num_chars(self) -> int:
+        """Length of the image as it is written."""
+        return len(content_of(self.messages)[1])
+
     def text(self, service: Service) -> TextToGenerate:
         """Return the prompt, and how its answer is generated."""
         prompt, _ = content_of(self.messages)

@@ -16,6 +16,7 @@ from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
@@ -119,7 +120,7 @@ async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Em
     names = ["caption", *(body.ask or {})]
     async with service.admit(cost_of(work)):
         image = await service.load(body.image)
-        digest = await asyncio.to_thread(sha256_of, image)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
         decoded = await service.decode(image)
         async with aclosing(service.stream(decoded, work)) as items:
             async for item in items:

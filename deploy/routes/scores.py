@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from starlette.responses import JSONResponse
 from deploy.http.answers import Answer, MatchAnswer, ScoreAnswer, match_answers, score_answers
 from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, read_text
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, make_each
@@ -65,6 +65,11 @@ class RerankBody(Body):
     """Whether the texts are returned with their scores; images never are."""
     model: str | None = None
     """Accepted for clients that send it; the service has one model."""
+
+    @property
+    def num_chars(self) -> int:
+        """Length of texts and images as they are written."""
+        return sum(len(_written(part)) for part in (self.query, *self.documents))
 
     def contents(self, service: Service) -> tuple[str | ImageSource, list[str | ImageSource]]:
         """Return the query and the documents, each a text or an image; raise ApiError 400 or 413."""
@@ -132,7 +137,7 @@ def scores_router(service: Service) -> APIRouter:
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
         body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
-        query, documents = await asyncio.to_thread(body.contents, service)
+        query, documents = await in_lane(body.num_chars, lambda: body.contents(service))
         relevance = await _relevance(service, query, documents)
         order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
         results = [{"index": index, "relevance_score": relevance[index]} for index in order]
@@ -147,13 +152,19 @@ def scores_router(service: Service) -> APIRouter:
     return router
 
 
+def _written(part: str | TextPart | ImagePart) -> str:
+    if isinstance(part, str):
+        return part
+    return part.text if isinstance(part, TextPart) else part.image
+
+
 def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | ImageSource:
     """Return a text, or an image."""
     if isinstance(part, TextPart):
         return part.text
     if isinstance(part, str) and not part.startswith("data:image/"):
         return part
-    return read_text(name, part if isinstance(part, str) else part.image, service.image_policy)
+    return read_text(name, _written(part), service.image_policy)
 
 
 async def _relevance(
