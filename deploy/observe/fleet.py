@@ -7,11 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from deploy.observe.logs import LogLevel
 
 GATEWAYS, CAPTIONERS = "Gateway", "Captioner"
 """The deployments of an application."""
+ATTEMPTS, PAUSE_S = 20, 0.1
+"""A new handle learns after a moment which replicas run."""
 
 
 class Fleet:
@@ -19,6 +23,7 @@ class Fleet:
 
     def __init__(self, application: str) -> None:
         self._application = application
+        self._handles: dict[str, DeploymentHandle] = {}
 
     async def set_draining(self, is_draining: bool) -> None:
         """Have every gateway refuse new requests, or take them again."""
@@ -38,6 +43,14 @@ class Fleet:
         return {"gateways": gateways, "engines": [asdict(stats) for stats in engines]}
 
     async def _everywhere(self, deployment: str, method: str, *arguments: Any) -> list[Any]:
-        replicas = serve.get_deployment_handle(deployment, self._application)
-        answers: list[Any] = await replicas.broadcast(method, *arguments).results_async()
-        return answers
+        """Call a method of every replica; none is started, so the list is empty if none runs."""
+        if deployment not in self._handles:
+            self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
+        for _ in range(ATTEMPTS):
+            try:
+                call = self._handles[deployment].broadcast(method, *arguments)
+                answers: list[Any] = await call.results_async()
+                return answers
+            except DeploymentUnavailableError:
+                await asyncio.sleep(PAUSE_S)
+        return []

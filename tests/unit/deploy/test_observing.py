@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.util.metrics import Counter, Histogram
 
 from blip2_actor import Completion, EngineStats, ModelInfo, Result
@@ -20,7 +23,7 @@ from deploy.guard.cost import Cost
 from deploy.guard.front import Front
 from deploy.guard.keys import KeyFile
 from deploy.http.errors import ApiError
-from deploy.observe import metrics
+from deploy.observe import fleet, metrics
 from deploy.observe.request_record import AccessLog
 from deploy.work import ImageOutputs
 from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of, png
@@ -152,9 +155,34 @@ class Fleet:
         return {"gateways": [{"num_in_flight": 3}], "engines": [{"num_tokens": 5}]}
 
 
+class Replicas:
+    """Like a handle of Serve that knows of no replica at first, or never."""
+
+    def __init__(self, num_unknown: float, answers: list[Any]) -> None:
+        self.num_unknown, self.answers = num_unknown, answers
+
+    def broadcast(self, method: str, *arguments: Any) -> Replicas:
+        self.num_unknown -= 1
+        return self
+
+    async def results_async(self) -> list[Any]:
+        if self.num_unknown >= 0:
+            raise DeploymentUnavailableError("Captioner")
+        return self.answers
+
+
+def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled to zero, there are no engines, and asking for their counters must start none."""
+    known = {"Gateway": Replicas(2, [{"num_in_flight": 0}]), "Captioner": Replicas(math.inf, [])}
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: known[name])
+    monkeypatch.setattr(fleet, "PAUSE_S", 0.0)
+    stats = asyncio.run(fleet.Fleet("blip2").stats())
+    assert stats == {"gateways": [{"num_in_flight": 0}], "engines": []}
+
+
 def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) -> None:
     service = EngineService()
-    service.fleet = fleet = Fleet()  # type: ignore[assignment]
+    service.fleet = replicas = Fleet()  # type: ignore[assignment]
     admins = KeyFile(str(key_file(tmp_path / "admins.txt", "op", OPERATOR)))
     routes = service.api
 
@@ -167,10 +195,10 @@ def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) 
     for path in ("/admin/drain", "/admin/resume", "/admin/log-level", "/admin/anything"):
         assert error_of(call("POST", path, KEY))[:2] == (401, "wrong_key")
     assert error_of(call("POST", "/v1/caption", OPERATOR, content=png()))[:2] == (401, "wrong_key")
-    assert not fleet.calls
+    assert not replicas.calls
     assert call("POST", "/admin/drain", OPERATOR).json() == {"status": "draining"}
     assert call("POST", "/admin/resume", OPERATOR).json() == {"status": "serving"}
     assert call("POST", "/admin/log-level", OPERATOR, json={"level": "debug"}).json() == {"level": "debug"}
     assert error_of(call("POST", "/admin/log-level", OPERATOR, json={"level": "all"}))[0] == 400
-    assert fleet.calls == [True, False, "debug"]
+    assert replicas.calls == [True, False, "debug"]
     assert call("GET", "/admin/stats", OPERATOR).json()["engines"] == [{"num_tokens": 5}]
