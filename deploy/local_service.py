@@ -17,7 +17,6 @@ import threading
 import time
 from pathlib import Path
 
-from deploy.guard.front import CALLBACK
 from deploy.observe.logs import serve_logging
 from deploy.settings import ServeSettings
 
@@ -40,16 +39,19 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     # No other process knows the token of this cluster, and no token file is left behind.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.update([CALLBACK])
     # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
     # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ray reads its environment when it is imported, and these import it.
     import ray
     from ray import serve
 
     from deploy.app import compose
+    from deploy.guard.front import CALLBACK
+
+    os.environ.update([CALLBACK])
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     engine = dataclasses.replace(settings.engine, num_threads=settings.engine.num_threads or os.cpu_count())

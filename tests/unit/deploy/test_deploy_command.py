@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,10 @@ def test_all_settings_reach_the_service(monkeypatch: pytest.MonkeyPatch, free_po
     assert settings.engine == EngineConfig(model="demo", max_slots=3, num_threads=1)
     assert (settings.options.max_new_tokens, settings.timeout_s, settings.port) == (7, 9.0, free_port)
     assert settings.image == dataclasses.replace(ServeSettings().image, max_pixels=99)
+
+
+def test_nothing_imports_ray_before_its_token_is_set() -> None:
+    """Ray reads the token when it is imported; imported earlier, it waits for its own processes in vain."""
+    modules = "deploy.command, deploy.local_service, deploy.reuse.finished_run"
+    code = f"import sys, {modules}; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
