@@ -82,10 +82,10 @@ class Engine:
         weakref.finalize(self, self._core.release).atexit = False
         started = self._core.started
         self._input_processor = started.input_processor
-        self.model = started.runner.model
+        self.model, self.self_test = started.runner.model, started.self_test
         self.prompts = started.input_processor.prompts
         self.image_size_px = started.input_processor.image_size_px
-        self.self_test = started.self_test
+        self.step_watchers = self._core.step_watchers
 
     # Texts ----------------------------------------------------------------------------------------------
 

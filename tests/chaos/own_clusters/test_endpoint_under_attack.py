@@ -52,14 +52,16 @@ def head(num_bytes: int, *more: str, media: str = "multipart/form-data; boundary
 
 def hostile_requests() -> list[tuple[bytes, float]]:
     """Return what is sent, and how long the client waits before it leaves."""
-    heavy, picture = form(PNG, json.dumps(SLOW)), form(bomb())
+    picture = form(bomb())
+    # Different requests, because equal ones would share their work.
+    heavies = [form(PNG, json.dumps(SLOW | {"no_repeat_ngram_size": size})) for size in range(50, 66)]
     punycode = (
         b'--xx\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-' + b"b" * 300_000 + b"\r\n--xx--\r\n"
     )
     lists = b'{"options":[' + b"[]," * (4 << 20) + b"[]]}"
     return [
-        *[(head(len(heavy)) + heavy, 60.0)] * 8,
-        *[(head(len(heavy), "x-request-disconnect-disabled: ?1") + heavy, 0.5)] * 8,
+        *[(head(len(heavy)) + heavy, 60.0) for heavy in heavies[:8]],
+        *[(head(len(heavy), "x-request-disconnect-disabled: ?1") + heavy, 0.5) for heavy in heavies[8:]],
         *[(head(len(picture)) + picture, 60.0)] * 6,
         *[(head(len(punycode), media="multipart/form-data; boundary=xx; charset=punycode") + punycode, 5.0)]
         * 2,
