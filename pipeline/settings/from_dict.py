@@ -25,6 +25,7 @@ NEWER_FIELDS = frozenset(
         "image_size_px",
         "max_flagged_fraction",
         "min_p",
+        "quantize",
         "renormalize_logits",
         "step_timeout_s",
         "suppress_tokens",
