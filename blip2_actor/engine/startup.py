@@ -99,7 +99,8 @@ def start_model(
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
     # With images of another size, or quantized, the model writes other captions.
-    variant = ("" if image_size_px is None else f" {image_size_px} px") + f" {quantize or ''}".rstrip()
+    variant = "" if image_size_px is None else f" {image_size_px} px"
+    variant += "" if quantization is None else f" {quantization.method} {quantization.weight_bits} bits"
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
     return StartedModel(
         runner=runner,
