@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, start):
     truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=60, broken_every=11)
     gate, trace, output = tmp_path / "gate", tmp_path / "trace", tmp_path / "out"
