@@ -75,6 +75,7 @@ class Engine:
                 allow_urls=config.allow_urls,
                 ignore_generation_config=config.ignore_generation_config,
                 image_size_px=config.image_size_px,
+                quantize=config.quantize,
             )
 
         self._core = EngineCore(start, config.num_threads)
@@ -85,7 +86,7 @@ class Engine:
         self.model, self.self_test = started.runner.model, started.self_test
         self.prompts = started.input_processor.prompts
         self.image_size_px = started.input_processor.image_size_px
-        self.step_watchers = self._core.step_watchers
+        self.step_watchers, self.quantization = self._core.step_watchers, started.quantization
 
     # Texts ----------------------------------------------------------------------------------------------
 
@@ -269,8 +270,7 @@ class Engine:
         for image in images:
             try:
                 shared = self._input_processor.image(image)
-                if with_image_embeds:
-                    shared.keeps_image_embeds = True
+                shared.keeps_image_embeds |= with_image_embeds
                 encoded.append(shared)
             except RequestRefused as refusal:
                 encoded.append(refusal)

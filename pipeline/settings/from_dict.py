@@ -32,6 +32,7 @@ NEWER_FIELDS = frozenset(
         "image_size_px",
         "max_flagged_fraction",
         "min_p",
+        "quantize",
         "read_label",
         "renormalize_logits",
         "step_timeout_s",

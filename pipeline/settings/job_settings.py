@@ -198,6 +198,7 @@ class CaptionSettings(JobSettings):
             "exclude": self.exclude,
             "model": info.digest,
             "dtype": info.dtype,
+            "quantize": self.engine.quantize,
             "prompt": self.prompt,
             "options": dataclasses.asdict(self.generation.resolve(info.generation_config)),
             GENERATION_CONFIG: info.generation_config,
