@@ -10,6 +10,8 @@ SHARD_LIST = f"{STATE}/shards.jsonl.gz"
 SHARD_REPORTS = f"{STATE}/ends"
 FRAGMENTS = f"{STATE}/fragments"
 LEASE = f"{STATE}/lease.json"
+ATTEMPTS = f"{STATE}/attempts"
+"""Records of what each start of the run did; nothing that a resume needs."""
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _GENERATION = re.compile(r"~again(\d+)$")

@@ -6,6 +6,7 @@
     <output>/_blip2/ends/              shard reports: how reading a shard ended, until the shard is committed
     <output>/_blip2/fragments/         finished rows that wait for the other rows of their shard's file
     <output>/_blip2/lease.json         the driver at work
+    <output>/_blip2/attempts/          what each start did, for the report (`pipeline.attempts`)
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
 

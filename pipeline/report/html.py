@@ -13,6 +13,7 @@ from typing import Any
 
 from blip2_actor import Status
 from pipeline.report.model import Report
+from pipeline.report.pace import attempt_lines
 from pipeline.report.rows import is_own_column, short_value
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.outputs import Outputs
@@ -91,7 +92,7 @@ def _head(report: Report) -> Iterator[str]:
     prompt = settings.get("prompt")
     yield f"<h1>{escape(report.output)}</h1>"
     yield f"<p>{escape(_models(settings))}" + (f", prompt “{escape(prompt)}”</p>" if prompt else "</p>")
-    yield f'<p class="soft">{escape(report.pace)}</p>'
+    yield f'<p class="soft">{escape(" · ".join(attempt_lines(report.attempts)))}</p>'
     facts = (
         ("rows", f"{done.num_rows:,}"),
         ("ok", f"{done.num_ok:,}"),

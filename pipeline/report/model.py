@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.attempts.attempt import Attempts
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
-from pipeline.progress import duration
+from pipeline.report.pace import attempt_lines
 from pipeline.report.statistics import Statistics
 from pipeline.report.thumbnails import RowAddress
 
@@ -31,28 +30,13 @@ class Report:
     """Output rows at equal distances over the whole output."""
     thumbnails: Mapping[RowAddress, bytes]
     """JPEG files for some of the samples."""
-    begun: datetime
-    last_written: datetime
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from the start of the run to its last file, pauses included."""
-        return (self.last_written - self.begun).total_seconds()
-
-    @property
-    def pace(self) -> str:
-        """When the run worked, and how fast, as one sentence."""
-        rate = self.statistics.num_rows / self.seconds if self.seconds > 0 else 0.0
-        return (
-            f"started {_local_time(self.begun)}, last file {_local_time(self.last_written)}: "
-            f"{self.statistics.num_rows:,} rows in {duration(self.seconds)}, {rate:,.1f}/s, pauses included"
-        )
+    attempts: Attempts
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the summary for the terminal."""
         statistics = self.statistics
         yield from self.reconciliation.lines(is_over=not self.reconciliation.missing)
-        yield self.pace
+        yield from attempt_lines(self.attempts)
         reasons = statistics.most_frequent_reasons()
         for (status, reason), rows in reasons[:MAX_LINES]:
             yield f"{rows.count:,} {status}: {reason} (for example {rows.examples[0]})"
@@ -62,7 +46,3 @@ class Report:
             yield f"{rows.count:,} flagged {flag} (for example {', '.join(rows.examples)})"
         for text, count in statistics.captions.top(MAX_LINES):
             yield f"{count:,} times: {text}"
-
-
-def _local_time(moment: datetime) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment.astimezone(UTC).timestamp()))

@@ -14,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.attempts.store import read_attempts
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.reader import ReadOptions
-from pipeline.ledger.layout import RUN_FILE, is_result, output_name
+from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import Console
@@ -69,8 +70,6 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     for shard in done.summaries:
         for rows in _read_counted(folder, shard.shard, sampled, statistics.num_rows, samples):
             statistics.add(rows)
-    changes = dict(folder.changes())
-    written = [changed for name, changed in changes.items() if is_result(name)]
     return Report(
         output=str(folder),
         run=run,
@@ -78,8 +77,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         statistics=statistics,
         samples=samples,
         thumbnails=_thumbnails(run, evenly_spaced(samples, num_thumbnails)) if num_thumbnails else {},
-        begun=changes[RUN_FILE],
-        last_written=max(written),
+        attempts=read_attempts(folder),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from pipeline.attempts.recorder import AttemptRecorder
 from pipeline.errors import (
     OutputInUse,
     Stopped,
@@ -69,6 +70,7 @@ class Driver:
         lease: Lease,
         stop: StopRequest,
         console: Console,
+        attempt: AttemptRecorder,
     ) -> None:
         """Start the actors that are not stages.
 
@@ -77,12 +79,14 @@ class Driver:
             left: the shards with rows to do.
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
+            attempt: its record gets the progress too.
         """
         self._job = job
         self._ledger = ledger
         self._lease = lease
         self._stop = stop
         self._console = console
+        self._attempt = attempt
         self._work = [progress.work for progress in left]
         self._tracker = Tracker(left)
         self._cluster = cluster
@@ -147,6 +151,7 @@ class Driver:
         for receipt in news.receipts:
             self._tracker.add(receipt)
         self._busy = busy_fractions(news.loads)
+        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")

@@ -6,8 +6,10 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from blip2_actor import DecodePool
+from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -35,7 +37,12 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         RayStartFailed: Ray could not be started.
     """
     stop = StopRequest(job.stop_at)
-    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
+    with (
+        stop.by_signals(),
+        _said_to(console, stop),
+        Lease(job.ledger.folder) as lease,
+        recorded(job.ledger.folder, **_known_at_the_start(job)) as attempt,
+    ):
         ledger = job.ledger.with_retries()
         if job.is_new:
             ledger.begin(job.run)
@@ -45,12 +52,26 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         left = _left(job, ledger)
         _announce(job, console, len(left))
         if left:
+            attempt.end_phase("open the output")
             with connected() as cluster:
-                _drive(job, ledger, left, cluster, lease, stop, console)
+                attempt.connected()
+                _drive(job, ledger, left, cluster, lease, stop, console, attempt)
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
-        return ledger.reconcile(job.run, state)
+        done = ledger.reconcile(job.run, state)
+        status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
+        attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        return done
+
+
+def _known_at_the_start(job: Job) -> dict[str, Any]:
+    return {
+        "run": job.run.fingerprint.digest,
+        "is_retry": job.is_retry,
+        "model": job.info.model,
+        "dtype": job.info.dtype,
+    }
 
 
 def _drive(
@@ -61,12 +82,13 @@ def _drive(
     lease: Lease,
     stop: StopRequest,
     console: Console,
+    attempt: AttemptRecorder,
 ) -> None:
     """Drive what is left. When an accelerator is broken, go on with the others."""
     held = []
     while left:
         try:
-            Driver(job, ledger, left, cluster, lease, stop, console).run()
+            Driver(job, ledger, left, cluster, lease, stop, console, attempt).run()
             return
         except DeviceLeftOut as error:
             num_gpus = cluster.num_gpus - len(error.device.ids)
@@ -78,6 +100,7 @@ def _drive(
             placement = fit(job.settings.placement, cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger)
+            attempt.begin_driver()
 
 
 @contextmanager

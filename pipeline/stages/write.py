@@ -35,6 +35,7 @@ from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
+from pipeline.stages.worker_warnings import tell_warnings
 
 FRAGMENT_S = 2.0
 """A fragment is also written when this many seconds have passed: a death costs at most this much work."""
@@ -85,6 +86,8 @@ class WriteStage:
         self._giving_up = threading.Lock()
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started, self._write_s = time.monotonic(), 0.0
+        tell_warnings(coordinator, self._worker)
+        self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
     def __call__(self, table: pa.Table) -> pa.Table:
