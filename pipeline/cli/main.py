@@ -60,7 +60,7 @@ COMMANDS = {
     "report": Command(ReportSettings, "pipeline.report.report:report", needs=NO_RAY),
     "doctor": Command(DoctorSettings, "pipeline.doctor.doctor:doctor", needs=NO_RAY),
     "export": Command(ExportSettings, "pipeline.export.export:export", needs=NO_RAY),
-    "show": Command(ShowSettings, "pipeline.report.show:show", needs=("pyarrow", "rich")),
+    "show": Command(ShowSettings, "pipeline.show.show:show", needs=("pyarrow", "rich")),
     "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "retry": Command(RetrySettings, "pipeline.cli.commands:retry"),
 }

@@ -19,9 +19,13 @@ class ReportSettings:
     output: str
     """Folder or URI of a run."""
     html: str | None = None
-    """Also write a self-contained HTML page with the report and sample rows to this file."""
-    thumbnails: int = 24
-    """Maximum number of sample rows with a picture on the page; pictures are read again from the input."""
+    """Also write a self-contained HTML page with the report and a contact sheet to this file."""
+    thumbnails: int = 400
+    """Maximum number of rows with a picture on the page; pictures are read again from the input."""
+    json: bool = False
+    """Print the report as one JSON object."""
+    card: str | None = None
+    """Also write a dataset card for the Hugging Face hub to this file, such as README.md."""
 
     def __post_init__(self) -> None:
         if self.thumbnails < 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -22,9 +22,9 @@ from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 
-SIZE_PX = 192
+SIZE_PX = 256
 """The longer side of a thumbnail."""
-JPEG_QUALITY = 80
+JPEG_QUALITY = 75
 
 RowAddress = tuple[str, int]
 """Name of a shard, and number of a row in it."""
@@ -35,8 +35,8 @@ def make_thumbnails(
     shards: Mapping[str, Shard],
     options: ReadOptions,
     limits: ImageLimits,
-) -> dict[RowAddress, bytes]:
-    """Make a JPEG file for each row whose image is still the one that the run has read.
+) -> Generator[tuple[RowAddress, bytes], None, None]:
+    """Yield a JPEG file for each row whose image is still the one that the run has read.
 
     Args:
         rows: rows of the output.
@@ -48,7 +48,6 @@ def make_thumbnails(
     for row in rows:
         if row["width"] is not None and row["shard"] in shards:
             wanted[row["shard"]][row["row"]] = row
-    made = {}
     with DecodePool(SIZE_PX, limits) as pool:
         for shard, rows_by_number in wanted.items():
             for number, image in _read_images(shards[shard], sorted(rows_by_number), options):
@@ -57,8 +56,7 @@ def make_thumbnails(
                     continue
                 (decoded,) = pool.decode([image])
                 if decoded.pixels is not None:
-                    made[shard, number] = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
-    return made
+                    yield (shard, number), _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
 
 
 def _read_images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tuple[int, bytes | None]]:
