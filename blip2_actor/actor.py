@@ -17,7 +17,7 @@ from blip2_actor.request import EngineStats, ImageLike, Request, Result
 class Blip2Actor:
     """A running engine, and the options that its host was configured with.
 
-    Example:
+    Examples:
         >>> actor = Blip2Actor(EngineConfig(model="demo", device="cpu"))
         >>> actor.caption([picture])[0].text
         'a red circle on a white background'

@@ -63,7 +63,7 @@ class EngineConfig(ModelConfig):
 
     `info()` describes the model without loading it, `build()` loads it and starts an engine.
 
-    Example:
+    Examples:
         >>> config = EngineConfig(model="demo", device="cpu", dtype="float32")
         >>> config.info().image_size_px
         64
@@ -175,7 +175,7 @@ def _check_device_map(device_map: str) -> None:
 class MatchingConfig(ModelConfig):
     """Which retrieval checkpoint (`Blip2ForImageTextRetrieval`), and where it runs.
 
-    Example:
+    Examples:
         >>> with MatchingConfig(model=retrieval_folder, device="cpu").build() as engine:
         ...     matches = engine.score([picture, picture], ["a dog", "a cat"])
         >>> [0 <= match.itm <= 1 for match in matches]

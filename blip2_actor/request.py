@@ -40,7 +40,7 @@ FinishReason = Literal["stop", "length"]
 class Request:
     """One image, and what to do with it.
 
-    Example:
+    Examples:
         >>> request = Request(image=picture, options=GenerationOptions(max_new_tokens=3))
         >>> engine.generate([request])[0].finish_reason
         'length'
@@ -83,7 +83,7 @@ class Result:
 
     The token ids are those of the reference model, and do not depend on other requests in the batch.
 
-    Example:
+    Examples:
         >>> result = engine.generate([Request(image=picture)])[0]
         >>> result.status, result.text, result.finish_reason
         (<Status.OK: 'ok'>, 'a red circle on a white background', 'stop')
@@ -127,7 +127,7 @@ class Result:
 class Features:
     """What the encoders compute of one image; the arrays are None if `status` is not ok.
 
-    Example:
+    Examples:
         >>> features = engine.features([picture], with_attention_maps=True)[0]
         >>> features.qformer_features.shape, features.pooler_output.shape
         ((8, 128), (128,))
@@ -166,7 +166,7 @@ class TextFeatures:
 class Score:
     """How probable a given text is after an image.
 
-    Example:
+    Examples:
         >>> score = engine.score([picture], ["a red circle on a white background"])[0]
         >>> score.loss == -score.logprob / score.num_tokens
         True
@@ -188,7 +188,7 @@ class Score:
 class Match:
     """How well a text fits an image, by a retrieval checkpoint.
 
-    Example:
+    Examples:
         >>> match = matching_engine.score([picture], ["a dog"])[0]
         >>> 0 <= match.itm <= 1 and -1 <= match.itc <= 1
         True
@@ -235,6 +235,12 @@ class EngineStats:
     """Seconds that the engine's thread spent in `step()`."""
 
 
+DEMO_CAVEAT = (
+    "the demonstration checkpoint knows drawn scenes of colored shapes only; its texts about other images "
+    "mean nothing"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a host must know about a model before it starts it; no weights are read."""
@@ -256,3 +262,8 @@ class ModelInfo:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
     give them has these values."""
+
+    @property
+    def caveat(self) -> str | None:
+        """What a user must know before reading this model's texts; None for published models."""
+        return DEMO_CAVEAT if self.model == "demo" else None

@@ -75,7 +75,7 @@ def caption(
         ValueError: the model is unknown, a column is missing or cannot hold images, or a column has the
             name of a new one.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import ray, pipeline
         >>> from blip2_actor import EngineConfig

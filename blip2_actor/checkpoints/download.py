@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import filelock
 import fsspec
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -28,6 +30,8 @@ from huggingface_hub.errors import (
 from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = ("*.json", "*.txt", "*.model")
 """Patterns of the files that describe a checkpoint: configurations and tokenizers."""
 SAFETENSORS = ("*.safetensors",)
@@ -35,8 +39,14 @@ PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 """Patterns of older weights, which count only without safetensors."""
 WEIGHTS = (*SAFETENSORS, *PICKLES)
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
+SMALL_BYTES = 100_000_000
+"""Downloads up to this size are not announced."""
 _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
 """Names of a file's version in the listings of different stores, the most specific first."""
+
+
+class NotEnoughDisk(OSError):
+    """A checkpoint is larger than the free space of the disk that it must be stored on."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -71,13 +81,12 @@ def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tupl
         OSError: there is no such repository or revision, or it cannot be fetched.
     """
     try:
-        patterns = (*DESCRIPTION, *SAFETENSORS) if with_weights else DESCRIPTION
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        folder = _download(model, revision, (*DESCRIPTION, *SAFETENSORS) if with_weights else DESCRIPTION)
         if with_weights and not has_safetensors(path.name for path in folder.iterdir()):
-            snapshot_download(model, revision=folder.name, allow_patterns=list(PICKLES))
+            _download(model, folder.name, PICKLES)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the hub has no model {model!r}, or it is private; check its spelling or log in"
+            f"the hub has no model {model!r}, or it is private; check its spelling, or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
@@ -85,15 +94,52 @@ def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tupl
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
-            f"{model!r} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
-            'set --model to a folder, an s3:// or gs:// folder, or "demo", or connect this machine to the hub'
+            f"{model!r} is not on this machine and {_hub()} cannot be reached ({type(error).__name__}); "
+            "connect this machine to the hub, set HF_ENDPOINT to a mirror, or set --model to a folder, an "
+            's3:// or gs:// folder, or "demo"'
         ) from error
+    except NotEnoughDisk:
+        raise
     except OSError as error:
         raise OSError(
             f"{model!r} cannot be stored on this machine ({error}); free disk space, or set HF_HOME to a "
             "larger disk"
         ) from error
     return folder, folder.name
+
+
+def _hub() -> str:
+    return (
+        "the hub (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else f"the hub ({constants.ENDPOINT})"
+    )
+
+
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Bring files of a hub repository into the hub's cache; say so first if they are large.
+
+    Raises:
+        NotEnoughDisk: they do not fit there.
+        OSError: as from the hub's own function.
+    """
+    if not constants.HF_HUB_OFFLINE:
+        files = snapshot_download(model, revision=revision, allow_patterns=list(patterns), dry_run=True)
+        missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
+        if missing_bytes > SMALL_BYTES:
+            _announce(model, missing_bytes)
+    return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+
+
+def _announce(model: str, missing_bytes: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(disk).free
+    if missing_bytes > free_bytes:
+        raise NotEnoughDisk(
+            f"{model!r} needs {missing_bytes / 1e9:.1f} GB in {cache}, where {free_bytes / 1e9:.1f} GB are "
+            "free; free disk space, or set HF_HOME to a larger disk"
+        )
+    sizes = (missing_bytes / 1e9, cache, free_bytes / 1e9)
+    logger.warning("fetching %s: %.1f GB to %s (%.0f GB free)", model, *sizes)
 
 
 def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:

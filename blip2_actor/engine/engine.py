@@ -36,7 +36,7 @@ class Engine:
     The token ids of a request do not depend on the requests that run next to it. An engine that nobody holds
     any longer closes itself. It belongs to the process that built it.
 
-    Example:
+    Examples:
         >>> engine = Engine(EngineConfig(model="demo", device="cpu"))
         >>> engine.generate([Request(image=picture)])[0].text
         'a red circle on a white background'

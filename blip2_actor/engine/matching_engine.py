@@ -40,7 +40,7 @@ ImageWithTexts = tuple[np.ndarray, list[list[int]]]
 class MatchingEngine:
     """A loaded retrieval model. Close it, or use it as a context manager.
 
-    Example:
+    Examples:
         >>> engine = MatchingConfig(model=retrieval_folder, device="cpu", dtype="float32").build()
         >>> match = engine.score([picture], ["a dog"])[0]
         >>> image, text = engine.image_embeddings([picture])[0], engine.text_embeddings(["a dog"])[0]

@@ -47,7 +47,7 @@ _MAX_ERROR_CHARS = 200
 class FetchPolicy:
     """What may be fetched, and what one image may cost.
 
-    Example:
+    Examples:
         >>> FetchPolicy(hosts=("images.example.com",), max_bytes=20 << 20).timeout_s
         30.0
     """

@@ -28,6 +28,14 @@ _OPT_IMAGE_TOKEN_ID = 50265
 _T5_IMAGE_TOKEN_ID = 32100
 _NUM_QUERIES = 32
 _FIRST_BYTE_ID = 100
+_OPT_SIZES = {
+    "blip2-opt-2.7b": {"hidden_size": 2560, "num_layers": 32, "num_heads": 32},
+    "blip2-opt-6.7b": {"hidden_size": 4096, "num_layers": 32, "num_heads": 32},
+}
+_T5_SIZES = {
+    "blip2-flan-t5-xl": {"d_model": 2048, "d_ff": 5120, "num_heads": 32},
+    "blip2-flan-t5-xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64},
+}
 
 
 def random_config(size: str) -> Blip2Config:
@@ -35,46 +43,52 @@ def random_config(size: str) -> Blip2Config:
 
     Args:
         size: "midsize" (12 layers of 768 in the vision encoder and in OPT), or the name of a published model:
-            "blip2-opt-2.7b" or "blip2-flan-t5-xl".
+            "blip2-opt-2.7b", "blip2-opt-6.7b", "blip2-flan-t5-xl" or "blip2-flan-t5-xxl".
 
     Raises:
         ValueError: there is no such size.
     """
     vision, qformer, image_token_id = Blip2VisionConfig(), Blip2QFormerConfig(), _OPT_IMAGE_TOKEN_ID
+    text: OPTConfig | T5Config
     if size == "midsize":
         vision = Blip2VisionConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
         )
         qformer = Blip2QFormerConfig(encoder_hidden_size=768)
-        text = OPTConfig(
-            hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, **_OPT_IDS
-        )
-    elif size == "blip2-opt-2.7b":
-        text = OPTConfig(
-            hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, **_OPT_IDS
-        )
-    elif size == "blip2-flan-t5-xl":
+        text = _opt(hidden_size=768, num_layers=12, num_heads=12)
+    elif size in _OPT_SIZES:
+        text = _opt(**_OPT_SIZES[size])
+    elif size in _T5_SIZES:
         image_token_id = _T5_IMAGE_TOKEN_ID
         text = T5Config(
             vocab_size=32128,
-            d_model=2048,
             d_kv=64,
-            d_ff=5120,
             num_layers=24,
-            num_heads=32,
             feed_forward_proj="gated-gelu",
             tie_word_embeddings=False,
             bos_token_id=1,
             decoder_start_token_id=0,
+            **_T5_SIZES[size],
         )
     else:
-        raise ValueError(f"size must be midsize, blip2-opt-2.7b or blip2-flan-t5-xl, got {size!r}")
+        sizes = ", ".join(["midsize", *_OPT_SIZES, *_T5_SIZES])
+        raise ValueError(f"size must be one of {sizes}; got {size!r}")
     return Blip2Config(
         vision_config=vision,
         qformer_config=qformer,
         text_config=text,
         num_query_tokens=_NUM_QUERIES,
         image_token_index=image_token_id,
+    )
+
+
+def _opt(*, hidden_size: int, num_layers: int, num_heads: int) -> OPTConfig:
+    return OPTConfig(
+        hidden_size=hidden_size,
+        ffn_dim=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        **_OPT_IDS,
     )
 
 

@@ -137,6 +137,8 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    if job.info.caveat:
+        console.say(f"note: {job.info.caveat}")
     if job.info.generation_config:
         listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
         console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")

@@ -24,6 +24,7 @@ USED_WITHOUT_AN_IMPORT = {
     "s3fs": "fsspec loads it for s3://",
     "python-multipart": "starlette loads it to read forms",
     "build": "make wheel",
+    "mkdocstrings": "make docs",
     "mypy": "make types",
     "pytest-cov": "make coverage",
     "pytest-timeout": "--timeout in pyproject.toml",
@@ -31,6 +32,7 @@ USED_WITHOUT_AN_IMPORT = {
     "ruff": "make lint",
     "setuptools": "builds the wheel",
     "types-pyyaml": "mypy reads it",
+    "zensical": "make docs",
 }
 
 

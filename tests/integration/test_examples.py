@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from examples import caption_folder, filter_by_match, stage_in_a_dataset
+from examples import (
+    ask_about_folder,
+    caption_folder,
+    filter_by_match,
+    import_files,
+    search_by_text,
+    stage_in_a_dataset,
+)
 from examples.drawn_pictures import draw_pictures
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
     assert caption_folder.main(["--output", "captions"]) == 0
     shown = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("scene-")]
@@ -27,6 +39,7 @@ def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
     assert sum(truth[Path(key).name] == caption for key, caption in shown) >= 8
 
 
+@pytest.mark.slow
 def test_the_stage_runs_in_a_dataset(local_ray, capsys):
     assert stage_in_a_dataset.main(["--output", "captioned"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "24 rows written"
@@ -39,6 +52,44 @@ def test_pairs_are_filtered_by_their_match(folder, capsys):
     model = filter_by_match.write_demonstration(folder)
     pairs = filter_by_match.matching_pairs(folder / "pairs", model, scores[2] - 0.0005)
     assert len(pairs) < 6 and all(score >= scores[2] - 0.0005 for _, _, score in pairs)
+
+
+def test_images_are_searched_by_a_text(folder, capsys):
+    assert search_by_text.main(["a blue square"]) == 0
+    cosines = [float(line.split("  ")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(cosines) == 6 and cosines == sorted(cosines, reverse=True)
+
+
+def test_each_image_of_a_folder_is_asked(folder, capsys):
+    truth = draw_pictures(folder / "pictures", 6)
+    (folder / "pictures" / "broken.png").write_bytes(b"\x89PNG")
+    assert ask_about_folder.main(["pictures"]) == 0
+    rows = {row["file"]: row["caption"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    assert rows.pop("broken.png").startswith("(the bytes are not a readable")
+    # The prompt "a" is the beginning of the caption, and the answer is its rest.
+    assert sum(truth[name].removeprefix("a").strip() == rest.strip() for name, rest in rows.items()) >= 3
+    assert len(rows) == 6
+
+
+def test_an_output_becomes_import_files(folder, capsys):
+    (folder / "captions").mkdir()
+    columns = {
+        "key": ["a.png", "b.png"],
+        "caption": ["a red circle", None],
+        "logprob": [-0.5, None],
+        "status": ["ok", "undecodable"],
+        "error": [None, "not an image"],
+    }
+    pq.write_table(pa.table(columns), folder / "captions" / "part.parquet")
+    assert import_files.main(["captions", "--images", "photos", "--to", "label-studio"]) == 0
+    good, bad = json.loads(capsys.readouterr().out)
+    assert good["data"] == {"image": "/data/local-files/?d=photos/a.png", "key": "a.png"}
+    assert good["predictions"][0]["result"][0]["value"] == {"text": ["a red circle"]}
+    assert bad["predictions"] == []
+    assert import_files.main(["captions", "--images", "photos", "--to", "fiftyone"]) == 0
+    samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert samples[0]["filepath"] == str(folder.resolve() / "photos" / "a.png")
+    assert samples[1]["tags"] == ["undecodable"]
 
 
 def test_every_example_is_run_by_a_test():

@@ -70,6 +70,7 @@ def test_the_runnable_commands_run(local_ray: None, folder: Path) -> None:
     assert list((folder / "captions").rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run(local_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runnable = [block for block in blocks("python") if block.runs]
     assert len(runnable) == 2

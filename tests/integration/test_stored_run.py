@@ -55,6 +55,7 @@ def test_a_run_begun_before_resumes_with_the_same_rows(
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
 def test_a_run_finished_before_is_retried_with_its_own_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def test_two_kinds_of_prompt_are_refused():
         pipeline.caption(ds, engine=FakeEngineConfig(), prompt="a photo of", prompt_column="question")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "noise.png").write_bytes(png(0, side=64))
@@ -160,6 +161,7 @@ def test_several_calls_run_at_once_in_one_actor(tmp_path):
     assert not gate.exists()
 
 
+@pytest.mark.slow
 def test_the_pool_grows_while_there_is_work_and_shrinks_when_it_ends(tmp_path):
     """1 -> 2 -> 1 actors: a busy pool takes what the cluster has, and an idle one gives accelerators back."""
     gate, trace = tmp_path / "gate", tmp_path / "trace"

@@ -111,6 +111,7 @@ def test_another_model_is_refused_by_name(finished):
         prepare(settings(finished.root), FakeEngineConfig(model="other"))
 
 
+@pytest.mark.slow
 def test_another_prompt_is_refused_by_name_and_forked_on_request(finished):
     with pytest.raises(FingerprintMismatch, match="prompt: nothing -> 'a photo of'"):
         prepare(settings(finished.root, prompt="a photo of"), FakeEngineConfig())
@@ -166,6 +167,7 @@ def test_retry_runs_the_rows_that_are_not_ok_and_merges_them_in_place(tmp_path, 
     assert other.stat().st_mtime_ns == untouched
 
 
+@pytest.mark.slow
 def test_retry_reads_a_partial_shard_again(tmp_path):
     truth = write_tars(tmp_path / "in", num_tars=1, rows_per_tar=30)
     tar = tmp_path / "in" / "part0" / "00000.tar"
@@ -235,6 +237,7 @@ def test_an_engine_that_cannot_be_built_ends_the_job_with_its_own_message(tmp_pa
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_committed_ends_the_job_with_its_own_message(tmp_path, capsys, monkeypatch):
     """The job ended in a traceback, in which a second error hid the first; and no caption may be lost."""
 

@@ -83,6 +83,7 @@ def dashboard(environment: dict[str, str]) -> Iterator[str]:
     psutil.wait_procs(started[:-1], timeout=30)
 
 
+@pytest.mark.slow
 def test_the_tree_is_submitted_and_captions_its_input(
     dashboard: str, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def check_attempts(folder: Folder, number: signal.Signals) -> None:
     assert attempt_lines(read_attempts(Folder(copy))) == attempt_lines(attempts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, start):
     truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=60, broken_every=11)
     gate, trace, output = tmp_path / "gate", tmp_path / "trace", tmp_path / "out"

@@ -106,6 +106,7 @@ def by_status(tmp_path) -> list[str]:
     return pq.read_table(tmp_path / "out" / "a.parquet.parquet")["status"].to_pylist()
 
 
+@pytest.mark.slow
 def test_embed_writes_vectors_and_no_text(tmp_path):
     images = {f"{n}": png(n) for n in range(4)} | {"x": BROKEN}
     write_tar(tmp_path / "in" / "a.tar", images)
@@ -142,6 +143,7 @@ def test_embed_writes_vectors_and_no_text(tmp_path):
     assert not captions_made(trace)
 
 
+@pytest.mark.slow
 def test_score_writes_the_score_of_each_rows_text(tmp_path, table):
     asked = ScoreSettings(
         input=(str(tmp_path / "in" / "a.parquet"),),

@@ -14,7 +14,7 @@ from tests.integration.inputs import read_output, right_caption, write_tars
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize("how", ["kills_on", "faults_on"])
+@pytest.mark.parametrize("how", ["kills_on", pytest.param("faults_on", marks=pytest.mark.slow)])
 def test_the_row_that_kills_gets_a_status_and_the_others_their_captions(tmp_path, how):
     truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=50)
     poison = right_caption(truth["part0/00000.tar"]["image-000017"])

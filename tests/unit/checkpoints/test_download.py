@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from blip2_actor.checkpoints import download
@@ -23,8 +24,8 @@ RESPONSE: Any = SimpleNamespace(headers={}, request=None)
     [
         (RepositoryNotFoundError("404", response=RESPONSE), "hub has no model 'some/model'"),
         (RevisionNotFoundError("404", response=RESPONSE), "revision must be a commit, tag or branch .*'v9'"),
-        (LocalEntryNotFoundError("no network"), "the hub cannot be reached"),
-        (ConnectionResetError("reset"), "the hub cannot be reached"),
+        (LocalEntryNotFoundError("no network"), r"the hub \(.*\) cannot be reached"),
+        (ConnectionResetError("reset"), r"the hub \(.*\) cannot be reached"),
         (
             OSError(errno.ENOSPC, "No space left on device"),
             "cannot be stored .*No space left.*free disk space",
@@ -70,7 +71,11 @@ def test_older_weights_are_fetched_only_without_safetensors(
     """Many repositories hold both: 15 GB in each format."""
     fetched: list[str] = []
 
-    def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        model: str, revision: str | None, allow_patterns: list[str], dry_run: bool = False
+    ) -> str | list[DryRunFileInfo]:
+        if dry_run:
+            return []
         for name in ("config.json", stored, "pytorch_model.bin", "training.bin"):
             if any(Path(name).match(pattern) for pattern in allow_patterns):
                 (tmp_path / name).touch()
@@ -82,3 +87,32 @@ def test_older_weights_are_fetched_only_without_safetensors(
     assert fetched == ["config.json"]
     fetch_from_hub("some/model", "v9", with_weights=True)
     assert set(fetched) == {"config.json", stored}
+
+
+def _dry_run(num_bytes: int, folder: Path) -> Any:
+    """Return a stand-in for `snapshot_download` with one file that is not in the cache."""
+    missing = DryRunFileInfo("c0ffee", num_bytes, "model.safetensors", str(folder), False, True)
+
+    def snapshot_download(*_: object, dry_run: bool = False, **__: object) -> str | list[DryRunFileInfo]:
+        (folder / "model.safetensors").touch()
+        return [missing] if dry_run else str(folder)
+
+    return snapshot_download
+
+
+def test_a_large_download_is_announced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "snapshot_download", _dry_run(200_000_000, tmp_path))
+    fetch_from_hub("some/model", None, with_weights=True)
+    assert caplog.messages[0].startswith(f"fetching some/model: 0.2 GB to {tmp_path}/cache (")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_download(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "snapshot_download", _dry_run(10**18, tmp_path))
+    with pytest.raises(OSError, match=r"needs 1000000000\.0 GB in .*HF_HOME to a larger disk"):
+        fetch_from_hub("some/model", None, with_weights=True)

@@ -1,0 +1,105 @@
+"""Documents repeat lists and messages of the code; here they are compared with it."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import blip2_actor
+import pipeline
+from blip2_actor import Status
+from blip2_actor.generation import quality_flags
+from pipeline.caption_counts import NO_FAULTS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+NOT_DESCRIBED = {"blip2_actor.__version__", "pipeline.ROW_CONTRACT", "pipeline.SCHEMA_VERSION"}
+"""Constants; docs/python_api.md says nothing about them."""
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def _first_cells(page: str, heading: str) -> list[str]:
+    """Return the first cells of the first table below a heading, without its head."""
+    text = (DOCS / page).read_text().split(heading, 1)[1]
+    rows = [line for line in text.split("\n\n|", 1)[1].split("\n\n", 1)[0].splitlines() if "`" in line]
+    return [row.lstrip("|").split("|")[0].strip(" `") for row in rows]
+
+
+def test_statuses_lists_every_status() -> None:
+    assert _first_cells("statuses.md", "# Statuses") == [status.value for status in Status]
+
+
+def test_statuses_lists_every_flag() -> None:
+    found = {quality_flags.EMPTY, quality_flags.LOOPING, quality_flags.ECHOES_PROMPT}
+    assert set(_first_cells("statuses.md", "## Flags")) == found | NO_FAULTS
+
+
+def _messages() -> list[str]:
+    return _first_cells("troubleshooting.md", "# Troubleshooting")
+
+
+@pytest.mark.parametrize("message", _messages())
+def test_the_code_says_each_message_of_troubleshooting(message: str) -> None:
+    assert message in _strings_of_the_code(), "the message has changed; correct docs/troubleshooting.md"
+
+
+@cache
+def _strings_of_the_code() -> str:
+    packages = ("blip2_actor", "pipeline", "deploy")
+    text = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    return re.sub(r'"\s*\n\s*f?"', "", text)  # literals that stand in several lines
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in _anchors(file), f"{page.name} links to #{anchor}, which {file.name} lacks"
+
+
+def test_the_site_has_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:", 1)[1]
+    assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_reference_describes_every_public_name() -> None:
+    described = re.findall(r"^::: (\S+)$", (DOCS / "python_api.md").read_text(), re.MULTILINE)
+    public = [f"{module.__name__}.{name}" for module in (blip2_actor, pipeline) for name in module.__all__]
+    assert sorted(described) == sorted(set(public) - NOT_DESCRIBED)
+
+
+def _flags() -> dict[str, set[str]]:
+    """Return the flags of each command, from the frozen command line."""
+    flags: dict[str, set[str]] = {}
+    command = ""
+    for line in (ROOT / "tests" / "contracts" / "cli.txt").read_text().splitlines():
+        if line.startswith(" "):
+            flags[command].add(line.split()[0])
+        else:
+            command = line.strip()
+            flags[command] = set()
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_flags_that_pages_give_them(page: Path) -> None:
+    known = _flags()
+    for line in re.findall(r"^(?:\.venv/bin/)?blip2 (.+)$", page.read_text(), re.MULTILINE):
+        words = line.split("#")[0].split()
+        command = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+        given = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)} - {"--help", "--version"}
+        if command.startswith("-"):
+            continue
+        assert command in known, f"{page.name} names the command {command}"
+        assert given <= known[command], f"{page.name}: {command} has no {given - known[command]}"
