@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -21,6 +21,10 @@ from pipeline.errors import InputError
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.run_record import Run
+from pipeline.page.render import MAX_IMAGE_BYTES
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
 
 SIZE_PX = 256
 """The longer side of a thumbnail."""
@@ -28,6 +32,34 @@ JPEG_QUALITY = 75
 
 RowAddress = tuple[str, int]
 """Name of a shard, and number of a row in it."""
+
+
+def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) -> dict[RowAddress, bytes]:
+    """Return JPEG files for at most `number` rows of a run's output, and no more bytes than a page can hold.
+
+    Args:
+        rows: the rows that matter most first.
+        number: 0 leaves the input alone.
+    """
+    wanted = [row for row in rows if row["width"] is not None][:number]
+    if not wanted:
+        return {}
+    settings = from_dict(CaptionSettings, run.settings)
+    options = ReadOptions(
+        image_column=settings.reading.image_column,
+        schema_version=run.schema_version,
+        max_image_bytes=settings.limits.max_file_bytes,
+        table_rows=1,
+    )
+    shards = {shard.name: shard for shard in run.shards}
+    made, num_bytes = dict[RowAddress, bytes](), 0
+    with closing(make_thumbnails(wanted, shards, options, settings.limits)) as thumbnails:
+        for address, jpeg in thumbnails:
+            num_bytes += len(jpeg)
+            if num_bytes > MAX_IMAGE_BYTES:
+                break
+            made[address] = jpeg
+    return made
 
 
 def make_thumbnails(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,9 @@ import pyarrow.parquet as pq
 
 from pipeline.attempts.store import read_attempts
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
-from pipeline.page.render import MAX_IMAGE_BYTES
-from pipeline.page.thumbnails import RowAddress, make_thumbnails
+from pipeline.page.thumbnails import thumbnails_of_run
 from pipeline.progress import Console, write
 from pipeline.report.as_json import report_json
 from pipeline.report.card import dataset_card
@@ -35,8 +31,6 @@ from pipeline.report.model import Report, Sample, outputs_of
 from pipeline.report.page import render_page
 from pipeline.report.samples import SampleChooser
 from pipeline.report.statistics import COUNTED_COLUMNS, Statistics
-from pipeline.settings.from_dict import from_dict
-from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.report_settings import ReportSettings
 from pipeline.storage.folder import Folder
 
@@ -92,7 +86,7 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
         statistics=reading.statistics,
         samples=samples,
         norms=norms,
-        thumbnails=_thumbnails(run, samples, num_thumbnails) if num_thumbnails else {},
+        thumbnails=thumbnails_of_run(run, [sample.row for sample in samples], num_thumbnails),
         attempts=read_attempts(folder),
     )
 
@@ -166,24 +160,3 @@ def _norms(column: pa.ChunkedArray) -> dict[float, int]:
             sums = squares.reshape(len(vectors), -1).sum(axis=1)
             norms.update(np.round(np.sqrt(sums[np.isfinite(sums)]), 2).tolist())
     return norms
-
-
-def _thumbnails(run: Run, samples: list[Sample], number: int) -> dict[RowAddress, bytes]:
-    """Make thumbnails of at most `number` samples, and of no more than a page can hold."""
-    settings = from_dict(CaptionSettings, run.settings)
-    options = ReadOptions(
-        image_column=settings.reading.image_column,
-        schema_version=run.schema_version,
-        max_image_bytes=settings.limits.max_file_bytes,
-        table_rows=1,
-    )
-    rows = [sample.row for sample in samples if sample.row["width"] is not None][:number]
-    shards = {shard.name: shard for shard in run.shards}
-    made, num_bytes = dict[RowAddress, bytes](), 0
-    with closing(make_thumbnails(rows, shards, options, settings.limits)) as thumbnails:
-        for address, jpeg in thumbnails:
-            num_bytes += len(jpeg)
-            if num_bytes > MAX_IMAGE_BYTES:
-                break
-            made[address] = jpeg
-    return made

@@ -13,9 +13,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from pipeline.cli.main import main
 from pipeline.report.page import render_page
 from pipeline.report.report import make_report
-from tests.unit.report.test_report import write_run
+from tests.unit.compare.test_compare import AFTER, BEFORE, REFERENCES, ok, write_output
+from tests.unit.report.test_report import HOSTILE, write_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -37,7 +39,16 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("run")
     report = root / "report.html"
     report.write_text(render_page(make_report(write_run(root).uri, 100)), encoding="utf-8")
-    return {"report": report}
+    compare = root / "compare.html"
+    sides = [
+        write_output(
+            root / name,
+            {"0.tar": [ok(f"{HOSTILE}{n}", text, truth=REFERENCES[n]) for n, text in enumerate(texts)]},
+        )
+        for name, texts in (("a", BEFORE), ("b", AFTER))
+    ]
+    assert main(["compare", *sides, "--reference", "truth", "--html", str(compare)]) == 0
+    return {"report": report, "compare": compare}
 
 
 class Opened:
@@ -80,7 +91,7 @@ def opened(browser, pages) -> Iterator[Opened]:
     shown.context.close()
 
 
-@pytest.mark.parametrize("name", ["report"])
+@pytest.mark.parametrize("name", ["report", "compare"])
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
 def test_a_page_fits_and_has_no_serious_fault(browser, pages, name, size, scheme):
     """Nothing is wider than the screen, nothing is loaded, hostile texts do nothing, axe-core is content."""
@@ -170,3 +181,13 @@ def test_what_is_printed_has_no_controls(opened):
     opened.page.emulate_media(media="print")
     assert not opened.page.locator(".controls").is_visible()
     assert opened.page.locator("#sheet > li").first.is_visible()
+
+
+def test_a_comparison_marks_words_and_is_filtered_by_its_bars(browser, pages):
+    shown = Opened(browser, pages["compare"])
+    assert shown.page.locator("#sheet mark", has_text="sleeps").count() == 1
+    shown.page.select_option("#order", "distance up")
+    assert shown.number("distance") == sorted(shown.number("distance"))
+    shown.page.locator("g[data-field=distance]").first.click()
+    assert len(set(shown.number("distance"))) == 1
+    shown.context.close()
