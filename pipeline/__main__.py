@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pipeline.errors import Interrupted
 from pipeline.progress import write
-from pipeline.run.signals import StopRequest
 from pipeline.storage.secrets import hide_secrets
 
 WRONG_INSTALLATION = 3
@@ -23,6 +22,12 @@ BUG = 1
 
 def main() -> int:
     """Run the command line, unless another `blip2_actor` hides ours."""
+    if sys.platform == "win32":
+        write(
+            sys.stderr,
+            "blip2: Windows is not supported, got win32; run it in WSL 2 or in a Linux container\n",
+        )
+        return WRONG_INSTALLATION
     hidden_by = file_that_hides("blip2_actor")
     if hidden_by is not None:
         write(
@@ -31,6 +36,8 @@ def main() -> int:
             "rename it, run from another folder, or take its folder out of PYTHONPATH\n",
         )
         return WRONG_INSTALLATION
+    from pipeline.run.signals import StopRequest
+
     try:
         with StopRequest().by_signals():
             from pipeline.cli.main import main

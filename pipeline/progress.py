@@ -69,6 +69,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds} s"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format a number of bytes with three digits, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"
+
+
 class Rate:
     """Images per second, recently and on average; the time before the first image is not counted."""
 

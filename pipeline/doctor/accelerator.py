@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from blip2_actor import free_bytes, resolve_device, resolve_dtype
-from pipeline.doctor.finding import Finding, gib
+from pipeline.finding import Finding, gib
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 

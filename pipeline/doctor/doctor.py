@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.doctor.accelerator import check_device, check_torch
-from pipeline.doctor.finding import Finding
 from pipeline.doctor.machine import (
     check_memory,
     check_open_files,
@@ -20,6 +19,7 @@ from pipeline.doctor.model import check_cache_disk, check_hub, check_model, is_o
 from pipeline.doctor.packages import check_hidden_packages, check_image_formats, check_ray, check_what_is_sent
 from pipeline.doctor.stores import check_input, check_output
 from pipeline.exit_status import ExitStatus, errors_to_exit_status
+from pipeline.finding import Finding
 from pipeline.progress import Console
 from pipeline.settings.doctor_settings import DoctorSettings
 from pipeline.storage.secrets import hide_secrets

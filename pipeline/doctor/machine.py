@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from blip2_actor import free_bytes
-from pipeline.doctor.finding import GIB, Finding, gib
+from pipeline.finding import GIB, Finding, gib
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_FREE_BYTES, ENOUGH_FREE_BYTES = 1 * GIB, 4 * GIB

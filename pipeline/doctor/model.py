@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, get_token, snapshot_download
 
 import blip2_actor.demo
 from blip2_actor import EngineConfig, free_bytes, resolve_device
-from pipeline.doctor.finding import GIB, Finding, gib
 from pipeline.doctor.machine import check_disk
+from pipeline.finding import GIB, Finding, gib
 from pipeline.storage.folder import Folder, OpenFile
 
 ENOUGH_CACHE_BYTES = 20 * GIB

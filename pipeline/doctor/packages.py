@@ -13,7 +13,7 @@ from PIL import Image
 
 from blip2_actor import decode_image
 from blip2_actor.installation import pip_install
-from pipeline.doctor.finding import Finding, Verdict
+from pipeline.finding import Finding, Verdict
 
 IMPORTED = (
     "accelerate",

@@ -8,7 +8,7 @@ from contextlib import closing
 import pyarrow as pa
 
 from blip2_actor import DecodePool
-from pipeline.doctor.finding import Finding
+from pipeline.finding import Finding
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork

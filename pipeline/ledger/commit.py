@@ -182,7 +182,9 @@ def _write(
     counts = []
     with folder.spool() as file:
         # Without rows there is no row group: the datasets library cannot read one that is empty.
-        with pq.ParquetWriter(file, schema.with_metadata(dict(metadata)), compression="zstd") as writer:
+        with pq.ParquetWriter(
+            file, schema.with_metadata(dict(metadata)), compression="zstd", write_page_checksum=True
+        ) as writer:
             for rows in row_groups:
                 writer.write_table(rows, len(rows))
                 counts.append(CaptionCounts.of_rows(rows))
@@ -207,7 +209,11 @@ def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) 
 
 def read_summary(folder: Folder, shard: str) -> Summary:
     """Return the summary in the footer of a finished shard's file."""
-    metadata = folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {})
+    return summary_in(folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {}))
+
+
+def summary_in(metadata: Mapping[bytes, bytes]) -> Summary:
+    """Return the summary in the metadata of a footer."""
     captions = CaptionCounts(**json.loads(metadata.get(CAPTIONS_KEY, b"{}")))
     return Summary(**json.loads(metadata[SUMMARY_KEY]), captions=captions)
 

@@ -63,11 +63,20 @@ def write_fragment(folder: Folder, rows: pa.Table, generation: int = 0) -> Fragm
     with pa.ipc.new_file(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(rows)
     content = sink.getvalue()
-    digest = hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
+    digest = _digest(content)
     first, last = numbers[0].as_py(), numbers[-1].as_py()
     name = _name(shard, generation, first, last, len(numbers), digest)
     folder.put(name, content)
     return Fragment(shard, name, first, last, len(numbers), generation)
+
+
+def _digest(content: bytes | pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
+
+
+def is_intact(fragment: Fragment, content: bytes) -> bool:
+    """Return whether a fragment's file has the content that its name promises."""
+    return fragment.name.endswith(f"-{_digest(content)}.arrow")
 
 
 def _sorted(rows: pa.Table) -> pa.Table:

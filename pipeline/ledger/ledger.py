@@ -15,8 +15,11 @@ This class says what can be done with an output. How it is done is in the module
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from gzip import BadGzipFile
+from json import JSONDecodeError
 
 import pyarrow as pa
 
@@ -24,9 +27,10 @@ from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
 from pipeline.ledger.lease import Holder, read_holder
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
-from pipeline.ledger.retry import require_finished, to_retry
+from pipeline.ledger.retry import RowChoice, require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
 from pipeline.ledger.scan import OutputState, scan_output
 from pipeline.ledger.shard_progress import (
@@ -78,9 +82,23 @@ class Ledger:
             inputs: the input URIs of the command, with the passwords and options that the record leaves out.
 
         Raises:
-            ValueError: a newer version of this program has written the record.
+            ValueError: a newer version of this program has written the record, or it is damaged.
         """
-        return read_run(self.folder, inputs)
+        try:
+            return read_run(self.folder, inputs)
+        except (
+            JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            EOFError,
+            BadGzipFile,
+            zlib.error,
+        ) as e:
+            raise ValueError(
+                f"the record of the run in {self} is damaged: {e}; restore {RUN_FILE} and {SHARD_LIST} "
+                "from a copy, or give another --output"
+            ) from e
 
     def require_run(self, inputs: Sequence[str] = ()) -> Run:
         """Return the run that was begun here, as `load` does.
@@ -110,9 +128,9 @@ class Ledger:
         finished = self.scan().finished
         return not any(read_summary(self.folder, s).complete for s in shards if s in finished)
 
-    def to_retry(self, run: Run, state: OutputState) -> list[ShardProgress]:
-        """Return the shards of a finished run with rows that are not ok."""
-        return to_retry(self.folder, run, state)
+    def to_retry(self, run: Run, state: OutputState, choice: RowChoice) -> list[ShardProgress]:
+        """Return the shards of a finished run with rows to run again."""
+        return to_retry(self.folder, run, state, choice)
 
     def rows_in(self, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
         """Return which rows have reached a fragment, by shard."""

@@ -1,10 +1,16 @@
-"""Which rows of a finished run `retry` runs again: rows that are not ok, and what a partial shard lacks."""
+"""Which rows of a finished run `retry` runs again: those that are not ok, or those that are chosen.
+
+What a partial shard lacks is read again with its rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from blip2_actor import Status
@@ -20,22 +26,88 @@ from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 
-def to_retry(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress]:
-    """Return the shards with rows to run again; their rows that are ok count as done.
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows of the finished shards are run again; the default is every row that is not ok."""
+
+    statuses: frozenset[str] = frozenset()
+    """Only rows with one of these; empty means every status but ok."""
+    keys: frozenset[str] | None = None
+    """Only rows with one of these keys; None means any key."""
+
+    @property
+    def is_all(self) -> bool:
+        """Whether all rows that are not ok are chosen, and so what partial shards lack."""
+        return not self.statuses and self.keys is None
+
+    def concerns(self, summary: Summary) -> bool:
+        """Return whether a finished shard may have chosen rows."""
+        if self.statuses:
+            return any(summary.by_status.get(status) for status in self.statuses)
+        return bool(summary.num_failed) or (self.is_all and not summary.complete)
+
+    def others(self, rows: pa.Table) -> RowSet:
+        """Return the rows of a table that are not chosen.
+
+        Args:
+            rows: with the columns row, key and status.
+        """
+        if self.statuses:
+            is_chosen = pc.is_in(rows["status"], pa.array(sorted(self.statuses)))
+        else:
+            is_chosen = pc.not_equal(rows["status"], Status.OK.value)
+        if self.keys is not None:
+            is_chosen = pc.and_(is_chosen, pc.is_in(rows["key"], pa.array(sorted(self.keys), pa.string())))
+        return RowSet.of_rows(rows.filter(pc.invert(is_chosen))["row"].to_pylist())
+
+
+def read_keys(path: str) -> frozenset[str]:
+    """Read a file with one key a line; empty lines do not count.
+
+    Raises:
+        ValueError: the file has no key, or is not UTF-8.
+        OSError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # Keys may hold other line ends.
+    except UnicodeDecodeError as error:
+        raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
+    keys = frozenset(filter(None, lines))
+    if not keys:
+        raise ValueError(f"keys must be a file with one key a line, got {path}, which has none")
+    return keys
+
+
+def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) -> list[ShardProgress]:
+    """Return the shards with rows to run again; their other rows count as done.
 
     Shards that were begun again have no file, and all their rows are run.
     """
     by_name = {shard.name: shard for shard in run.shards if shard.name in state.finished}
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         summaries = list(pool.map(lambda name: read_summary(folder, name), by_name))
-    faulty = [s for s in summaries if s.num_failed or not s.complete]
-    in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in faulty})
+    concerned = [summary for summary in summaries if choice.concerns(summary)]
+    in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in concerned})
     progress = unfinished(folder, run, state)
-    for summary in faulty:
-        done = RowSet.of_rows(_ok_rows(folder, summary.shard))
+    for summary in concerned:
+        rows = read_rows(folder, summary.shard, ["row", "key", "status"])
+        assert rows is not None
+        done = choice.others(rows)
+        if not choice.is_all and done.covers(summary.num_rows):
+            continue
         done.update(in_fragments[summary.shard])
         progress.append(ShardProgress(by_name[summary.shard], done, report_of(summary)))
     return progress
+
+
+def describe_work(left: Sequence[ShardProgress], choice: RowChoice) -> str:
+    """Say how many rows are run again."""
+    spans = [span for progress in left for span in progress.work.missing or ()]
+    num_rows = sum(stop - start for start, stop in spans if stop is not None)
+    is_open = any(stop is None for _, stop in spans)
+    of_keys = "" if choice.keys is None else f", of {count(len(choice.keys), 'key')}"
+    rest = ", and what partial shards lack" if is_open else ""
+    return f"{count(num_rows, 'row')} to run again in {count(len(left), 'shard')}{rest}{of_keys}"
 
 
 def require_finished(folder: Folder, run: Run, state: OutputState) -> None:
@@ -60,9 +132,3 @@ def report_of(summary: Summary) -> ShardReport | None:
         content=summary.content,
         note=summary.note,
     )
-
-
-def _ok_rows(folder: Folder, shard: str) -> Iterator[int]:
-    rows = read_rows(folder, shard, ["row", "status"])
-    assert rows is not None
-    yield from rows.filter(pc.equal(rows["status"], Status.OK.value))["row"].to_pylist()

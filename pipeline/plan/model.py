@@ -13,7 +13,7 @@ from pipeline.inputs.size_estimate import SizeEstimate
 from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample
 from pipeline.plan.stage_costs import StageCosts
-from pipeline.progress import duration
+from pipeline.progress import duration, format_bytes
 from pipeline.run.bottleneck import REMEDIES
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -132,15 +132,6 @@ class Plan:
             "start_s": self.stage_costs.start_s,
             "num_cpus": self.num_cpus,
         }
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Format a number of bytes with three digits, in powers of 1000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"
 
 
 def _format_rows(size: SizeEstimate) -> str:

@@ -63,5 +63,12 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         sample=sample,
         unread=listing.unread,
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
-        num_cpus=len(os.sched_getaffinity(0)),
+        num_cpus=_num_cpus(),
     )
+
+
+def _num_cpus() -> int:
+    """Return the cores that this process may use; on macOS those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow as pa
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
 from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
@@ -31,6 +32,8 @@ class Job:
     """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
     """Whether the job runs the rows of finished shards again that are not ok."""
+    choice: RowChoice = field(default=RowChoice())
+    """Which rows a retry runs."""
     redone: tuple[str, ...] = ()
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False

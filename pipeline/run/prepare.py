@@ -19,6 +19,7 @@ from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
 from pipeline.run.cluster import info_where_it_runs
 from pipeline.run.job import Job
@@ -82,6 +83,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         RayStartFailed: the cluster cannot be reached.
     """
     stop_at = _stop_at(settings.deadline)
+    keys = None if settings.keys is None else read_keys(settings.keys)
+    choice = RowChoice(frozenset(settings.status), keys)
     ledger = Ledger(Folder(settings.output))
     run = ledger.require_run(settings.input)
     stored = dict(run.settings)
@@ -100,7 +103,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     engine = engine or first.builder
     info = info_where_it_runs(engine, engine.info(), first.placement)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
-    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True)
+    job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
 
 

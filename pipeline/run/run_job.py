@@ -13,6 +13,7 @@ from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
+from pipeline.ledger.retry import describe_work
 from pipeline.ledger.shard_progress import ShardProgress
 from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.run.cluster import connected, hold_device
@@ -51,6 +52,8 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger.sweep(job.run, job.metadata, job.empty_schema)
         left = _left(job, ledger)
         _announce(job, console, len(left))
+        if job.is_retry:
+            console.say(describe_work(left, job.choice))
         if left:
             attempt.end_phase("open the output")
             with connected() as cluster:
@@ -126,7 +129,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
 def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     state = ledger.scan()
-    found = ledger.to_retry(job.run, state) if job.is_retry else ledger.unfinished(job.run, state)
+    found = ledger.to_retry(job.run, state, job.choice) if job.is_retry else ledger.unfinished(job.run, state)
     return [progress for progress in found if not progress.is_complete]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from blip2_actor import ImageLimits
+from blip2_actor import ImageLimits, Status
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
 from pipeline.settings.placement import Placement
@@ -55,6 +55,12 @@ class RetrySettings:
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
+    status: tuple[str, ...] = ()
+    """Run only rows with one of these statuses again; default: every status but ok. A partial shard that has
+    such rows is read to its end again."""
+    keys: str | None = None
+    """File with one key a line: run only rows with these keys again, and of them those that are not ok unless
+    --status says which."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float | None = None
@@ -75,6 +81,11 @@ class RetrySettings:
     """actors"""
 
     def __post_init__(self) -> None:
+        for status in self.status:
+            if status not in list(Status):
+                raise ValueError(f"status must be one of {', '.join(Status)}, got {status}")
+        if Status.OK in self.status and self.keys is None:
+            raise ValueError("status must not be ok without keys, or every row runs again; name the rows")
         for name, value in self.fractions.items():
             require_fraction(name, value)
         if self.deadline is not None:

@@ -11,6 +11,7 @@ import pipeline
 from blip2_actor import Status
 from blip2_actor.generation import quality_flags
 from pipeline.caption_counts import NO_FAULTS
+from pipeline.submit.settings import split_arguments
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -96,10 +97,13 @@ def _flags() -> dict[str, set[str]]:
 def test_commands_have_the_flags_that_pages_give_them(page: Path) -> None:
     known = _flags()
     for line in re.findall(r"^(?:\.venv/bin/)?blip2 (.+)$", page.read_text(), re.MULTILINE):
-        words = line.split("#")[0].split()
-        command = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
-        given = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)} - {"--help", "--version"}
-        if command.startswith("-"):
-            continue
-        assert command in known, f"{page.name} names the command {command}"
-        assert given <= known[command], f"{page.name}: {command} has no {given - known[command]}"
+        given = line.split("#")[0].split()
+        # The flags of a submitted command follow it.
+        for words in filter(None, split_arguments(given) if given[0] == "submit" else [given]):
+            command = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+            flags = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            flags -= {"--help", "--version"}
+            if command.startswith("-"):
+                continue
+            assert command in known, f"{page.name} names the command {command}"
+            assert flags <= known[command], f"{page.name}: {command} has no {flags - known[command]}"

@@ -12,6 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from blip2_actor.testing import FakeEngineConfig, captions_made
+from pipeline.cli.main import main
 from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease
@@ -102,7 +103,7 @@ def test_a_bucket_that_cannot_be_written_is_refused_without_the_password(bucket)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
+def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path, capsys):
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
     filesystem, root = open_filesystem(bucket.format("in"))
     pafs.copy_files(
@@ -130,3 +131,12 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path):
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)
     assert "secret" not in said.getvalue() + "".join(status_lines(settings.output))
+    verify = ["verify", "--output", settings.output, "--input", *settings.input]
+    assert main(verify) == 0, capsys.readouterr()
+    shard = next(iter(truth))
+    content = folder.get(f"{shard}.parquet") or b""
+    folder.put(f"{shard}.parquet", content[:-100])
+    assert main(verify) == 1
+    printed = capsys.readouterr()
+    assert f"fail  {shard}.parquet: cannot be read: " in printed.out
+    assert "secret" not in printed.out + printed.err

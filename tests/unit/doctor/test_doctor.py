@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from blip2_actor import ModelInfo
 from pipeline.cli.main import main
 from pipeline.doctor import accelerator, doctor, machine, model, packages, stores
-from pipeline.doctor.finding import GIB, Finding
+from pipeline.finding import GIB, Finding
 from pipeline.settings.doctor_settings import DoctorSettings
 from tests.integration.inputs import BROKEN, png, write_tar
 

@@ -56,7 +56,7 @@ def work(
         ledger.revise(job.run, job.redone)
     ledger.sweep(job.run, job.metadata, job.empty_schema)
     state = ledger.scan()
-    left = ledger.to_retry(job.run, state) if job.is_retry else ledger.unfinished(job.run, state)
+    left = ledger.to_retry(job.run, state, job.choice) if job.is_retry else ledger.unfinished(job.run, state)
     num_tables = 0
     for progress in left:
         if progress.is_complete:

@@ -24,10 +24,10 @@ from pipeline.inputs.size_estimate import estimate_size
 from pipeline.ledger.scan import scan_output
 from pipeline.plan import cost, sample, stage_costs
 from pipeline.plan.cost import Cost
-from pipeline.plan.model import format_bytes
 from pipeline.plan.plan import make_plan, plan
 from pipeline.plan.prediction import predict
 from pipeline.plan.sample import take_sample
+from pipeline.progress import format_bytes
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
 from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings

@@ -12,11 +12,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor."""
+    """One line of `blip2 doctor` or `blip2 verify`."""
 
     subject: str
     verdict: Verdict
-    """`warn`: a run works, but slowly or not for everything. `fail`: a run cannot work."""
+    """`warn`: works, but slowly or not for everything; or must be known. `fail`: cannot work, or is wrong."""
     found: str
     remedy: str | None = None
     """What to do; given for everything that is not ok."""

@@ -1,0 +1,128 @@
+"""The command `blip2 clean`: list which files of an output are of no use, and delete them with --yes.
+
+Results, the record of the run, and rows that a resume or a retry goes on with are never deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipeline.errors import OutputInUse
+from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
+from pipeline.inputs.changes import name_some
+from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.layout import LEASE, PLAN_FOLDERS, STATE
+from pipeline.ledger.lease import Lease
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
+from pipeline.maintenance.removable import Removable, driver_at_work, find_removable
+from pipeline.maintenance.settings import CleanSettings
+from pipeline.progress import Console, count, format_bytes
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.folder import ASIDE, Folder
+
+MIN_PLAN_AGE = timedelta(hours=1)
+"""Younger files of a plan may belong to one that is at work: a plan takes no lease."""
+
+
+@errors_to_exit_status
+def clean(settings: CleanSettings) -> int:
+    """Print what is of no use, and delete it if that is asked for."""
+    console = Console()
+    with before_work(type(settings)):
+        ledger = Ledger(Folder(settings.output))
+        run = ledger.load()
+        if run is not None:
+            ledger = ledger.of(run)
+        elif not ledger.scan().leftovers:
+            ledger.require_run()
+    holder = driver_at_work(ledger.folder)
+    if holder is not None:
+        raise OutputInUse(
+            f"output must have no driver while it is cleaned, got {ledger} while {holder} works on it; "
+            "wait for it, or stop it"
+        )
+    has_dead_lease = ledger.driver() is not None
+    if settings.yes:
+        with Lease(ledger.folder):  # Its end deletes the lease, and so that of a dead driver.
+            found = _find(ledger, run, has_dead_lease)
+            _delete(ledger, run, found.removable.names)
+        ledger.folder.drop_if_empty(ASIDE)
+    else:
+        found = _find(ledger, run, has_dead_lease)
+    for line in _lines(found, settings.yes):
+        console.say(line)
+    return ExitStatus.DONE
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is of no use in an output now."""
+
+    removable: Removable
+    sizes: Mapping[str, int]
+    """Bytes of each file."""
+
+
+def _find(ledger: Ledger, run: Run | None, has_dead_lease: bool) -> Found:
+    """List the output, and find what is of no use."""
+    state = ledger.scan()
+    infos = _state_files(ledger.folder)
+    before = datetime.now(UTC) - MIN_PLAN_AGE
+    young = {name for name, info in infos.items() if name.startswith(PLAN_FOLDERS) and info.mtime > before}
+    state = replace(state, leftovers=tuple(name for name in state.leftovers if name not in young))
+    summaries = _summaries(ledger.folder, state.finished & state.fragments.keys())
+    removable = find_removable(run, state, summaries, has_dead_lease)
+    return Found(removable, {name: infos[name].size for name in removable.names if name in infos})
+
+
+def _state_files(folder: Folder, kind: pafs.FileType = pafs.FileType.File) -> dict[str, pafs.FileInfo]:
+    """Return size and time of each file of the state, or each folder in it, by its name."""
+    selector = pafs.FileSelector(folder.path(STATE), recursive=True, allow_not_found=True)
+    infos = folder.filesystem.get_file_info(selector)
+    return {info.path[len(folder.root) + 1 :]: info for info in infos if info.type == kind}
+
+
+def _summaries(folder: Folder, shards: Iterable[str]) -> dict[str, Summary]:
+    """Read the footers of some finished shards; a file that cannot be read has none."""
+    found = {}
+    for shard in shards:
+        try:
+            found[shard] = read_summary(folder, shard)
+        except (OSError, pa.ArrowException, ValueError, KeyError):
+            continue
+    return found
+
+
+def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
+    """Delete files, and the folders of a disk that are empty then."""
+    folder = ledger.folder
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        list(pool.map(folder.delete, [name for name in names if name != LEASE]))
+    for name in sorted(_state_files(folder, pafs.FileType.Directory), reverse=True):
+        folder.drop_if_empty(name)  # A folder comes after those inside it.
+    if run is not None:
+        ledger.drop_markers(run, ledger.scan())
+
+
+def _lines(found: Found, is_deleted: bool) -> Iterator[str]:
+    for reason, names in found.removable.by_reason.items():
+        num_bytes = sum(found.sizes.get(name, 0) for name in names)
+        yield f"{reason}: {count(len(names), 'file')}, {format_bytes(num_bytes)}"
+        yield f"    {name_some(names)}"
+    waiting = sum(found.removable.waiting.values())
+    if waiting:
+        yield f"kept: {count(waiting, 'fragment')} of a retry that was stopped; blip2 retry goes on with them"
+    total = f"{count(len(found.removable.names), 'file')}, {format_bytes(sum(found.sizes.values()))}"
+    if is_deleted:
+        yield f"deleted: {total}"
+    elif found.removable.names:
+        yield f"to be deleted: {total}; give --yes to delete them"
+    else:
+        yield "there is nothing to delete"

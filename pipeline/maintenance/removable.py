@@ -1,0 +1,80 @@
+"""Which files of an output are of no use any more, and why. Results and the record of a run never are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+
+from pipeline.ledger.commit import Summary
+from pipeline.ledger.layout import FRAGMENTS, LEASE, PLAN_FOLDERS, SHARD_REPORTS, shard_report_name
+from pipeline.ledger.lease import DEAD_AFTER_S, Holder, read_holder
+from pipeline.ledger.run_record import Run
+from pipeline.ledger.scan import OutputState
+from pipeline.storage.folder import Folder
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Files of no use, by the reason."""
+
+    by_reason: Mapping[str, tuple[str, ...]]
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of fragments by finished shard that a `retry` which was stopped goes on with."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(chain.from_iterable(self.by_reason.values()))
+
+
+def find_removable(
+    run: Run | None, state: OutputState, summaries: Mapping[str, Summary], has_dead_lease: bool
+) -> Removable:
+    """Sort the state files of an output.
+
+    Args:
+        run: the run in the output; None if there is none, and then only temporary files are of no use.
+        summaries: of the finished shards that have fragments. A shard without one keeps them.
+        has_dead_lease: whether the lease in the output is that of a driver that has died.
+    """
+    of_state = (FRAGMENTS, SHARD_REPORTS)
+    outdated = [name for name in state.leftovers if name.startswith(of_state)]
+    plans = [name for name in state.leftovers if name.startswith(PLAN_FOLDERS)]
+    temporary = [name for name in state.leftovers if not name.startswith((*of_state, PLAN_FOLDERS))]
+    merged: list[str] = []
+    waiting: dict[str, int] = {}
+    if run is None:
+        outdated = []
+    else:
+        listed = {shard.name for shard in run.shards}
+        # A report without a generation is of generation 0: one of another would be a leftover.
+        outdated += [shard_report_name(shard) for shard in state.shard_reports - listed]
+        for shard, fragments in state.fragments.items():
+            names = [fragment.name for fragment in fragments]
+            summary = summaries.get(shard)
+            if shard not in listed:
+                outdated += names
+            elif summary is None:
+                continue
+            elif summary.complete and not summary.num_failed:
+                merged += names
+            else:
+                waiting[shard] = len(names)
+    by_reason = {
+        "temporary files of processes that have died": temporary,
+        "files of plans that were killed": plans,
+        "rows of shards that were begun again": outdated,
+        "rows that are also in the files of finished shards": merged,
+        "the lease of a driver that has died": [LEASE] if has_dead_lease else [],
+    }
+    return Removable({reason: tuple(sorted(names)) for reason, names in by_reason.items() if names}, waiting)
+
+
+def driver_at_work(folder: Folder) -> Holder | None:
+    """Return the driver that holds the lease, unless it is known to be dead or has long sent no heartbeat."""
+    holder = read_holder(folder)
+    if holder is None or holder.is_known_dead:
+        return None
+    silent_s = folder.seconds_since_write(LEASE)
+    is_silent = silent_s is not None and silent_s > DEAD_AFTER_S
+    return None if is_silent and not holder.is_on_this_machine else holder

@@ -1,0 +1,118 @@
+"""A sample of an output's ok rows, each with its image, which is read again from the input."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from blip2_actor import Status
+from pipeline.errors import InputError
+from pipeline.inputs.evenly_spaced import evenly_spaced
+from pipeline.inputs.formats import read_shard
+from pipeline.inputs.reader import PROMPT, ReadOptions, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.commit import Summary
+from pipeline.ledger.run_record import Run
+from pipeline.report.rows import tables_of
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.storage.folder import Folder
+
+COLUMNS = ("key", "row", "status", "flags", "caption", "captions", "num_tokens", "finish_reason", "sha256")
+REGENERATED = "regenerated"
+"""Flag of a caption that was made with other options than those of the run."""
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """One row with what it was made from."""
+
+    name: str
+    """For people: shard, number and key."""
+    columns: Mapping[str, Any]
+    image: bytes | None = None
+    """The encoded image; None if it is no longer there."""
+    prompt: str | None = None
+    problem: str | None = None
+    """Why there is no image."""
+
+
+def sample_rows(
+    folder: Folder, run: Run, summaries: Mapping[str, Summary], size: int
+) -> Iterator[SampledRow]:
+    """Yield ok rows at equal distances over the finished shards.
+
+    Args:
+        summaries: what the footers of the finished shards say, by shard.
+        size: maximum number of rows. Rows that were made with other options do not count.
+    """
+    settings = from_dict(CaptionSettings, run.settings).in_version(run.schema_version)
+    options = dataclasses.replace(settings.read_options, keep=(), text_columns=(), table_rows=1)
+    num_ok = [
+        (shard, summaries[shard.name].by_status.get(Status.OK.value, 0))
+        for shard in run.shards
+        if shard.name in summaries
+    ]
+    chosen = evenly_spaced(range(sum(number for _, number in num_ok)), size)
+    start = 0
+    for shard, number in num_ok:
+        positions = [position - start for position in chosen if start <= position < start + number]
+        start += number
+        if positions:
+            rows = [row for row in _ok_rows(folder, shard, positions) if REGENERATED not in row["flags"]]
+            yield from _with_images(shard, rows, options, settings.prompt)
+
+
+def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the ok rows of a shard at some positions, counted among its ok rows."""
+    start = 0
+    for table in tables_of(folder, shard.name, COLUMNS):
+        table = table.filter(pc.equal(table["status"], Status.OK.value))
+        here = [position - start for position in positions if start <= position < start + len(table)]
+        yield from table.take(here).to_pylist()
+        start += len(table)
+        if start > positions[-1]:
+            return
+
+
+def _with_images(
+    shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, prompt: str | None
+) -> Iterator[SampledRow]:
+    images = _read_images(shard, [row["row"] for row in rows], options)
+    for row in rows:
+        name = f"{shard.name} row {row['row']} ({row['key']})"
+        image, own_prompt, problem = images[row["row"]]
+        if image is None:
+            yield SampledRow(name, row, problem=f"its image cannot be read: {problem}")
+        elif hashlib.sha256(image).digest() != row["sha256"]:
+            yield SampledRow(name, row, problem="its image is no longer the one that was captioned")
+        else:
+            yield SampledRow(name, row, image, prompt if options.prompt_column is None else own_prompt)
+
+
+def _read_images(
+    shard: Shard, numbers: list[int], options: ReadOptions
+) -> Mapping[int, tuple[bytes | None, str | None, str | None]]:
+    """Return image, own prompt, and why there is no image, by the number of the row."""
+    found: dict[int, tuple[bytes | None, str | None, str | None]] = {}
+    work = ShardWork(shard=shard, missing=tuple((number, number + 1) for number in numbers))
+    reason = "the row is no longer there"
+    try:
+        with closing(read_shard(work, options)) as reader:
+            for table in reader:
+                for row in table.to_pylist():
+                    image = row["image"].get("bytes") if isinstance(row["image"], dict) else row["image"]
+                    found[row["row"]] = (image, row.get(PROMPT), row["error"] or reason)
+                if len(found) == len(numbers):
+                    break
+    except (InputError, OSError, pa.ArrowException) as error:
+        reason = str(error)
+    return defaultdict(lambda: (None, None, reason), found)

@@ -1,0 +1,1 @@
+"""`blip2 submit`: run a command as a Ray job on a cluster that exists."""

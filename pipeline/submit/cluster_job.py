@@ -1,0 +1,119 @@
+"""A job on a cluster: begin it or find the one that runs, follow its log, and learn how it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from pipeline.errors import RayStartFailed, Stopped
+from pipeline.submit.job_command import JobCommand
+from pipeline.submit.package import Package
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+CONNECT_S = 10.0
+STOP_WAIT_S = 30
+"""How long `ray job stop` waits before it kills the driver, which needs about ten seconds to write what is
+finished. Ray's default is three."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+POLL_S = 1.0
+LOST_AFTER_S = 60.0
+"""How long a connection that breaks is tried again."""
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Return a client of the cluster; raise RayStartFailed if it cannot be reached."""
+    from ray.job_submission import JobSubmissionClient
+
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), CONNECT_S).close()
+        return JobSubmissionClient(address)
+    except (OSError, RuntimeError) as error:
+        raise RayStartFailed(
+            f"cannot reach the dashboard of a Ray cluster at {address}: {_first_line(error)}; start the "
+            "cluster, keep `ray dashboard` open, or correct --address"
+        ) from error
+
+
+def running_job(client: JobSubmissionClient, command: JobCommand) -> JobDetails | None:
+    """Return the job that works on the output of a command, or None."""
+    jobs = [job for job in client.list_jobs() if _is_of(job.submission_id, command)]
+    return next((job for job in jobs if job.status.value not in ENDED), None)
+
+
+def begin(client: JobSubmissionClient, command: JobCommand, package: Package) -> str:
+    """Submit a command, and return the id of its job: that of its output, with the number of the attempt."""
+    attempts = [job.submission_id for job in client.list_jobs() if _is_of(job.submission_id, command)]
+    number = 1 + len(attempts)
+    submission_id = command.submission_id if number == 1 else f"{command.submission_id}-{number}"
+    return client.submit_job(
+        entrypoint=command.entrypoint,
+        submission_id=submission_id,
+        runtime_env={
+            "working_dir": str(package.folder),
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        },
+        metadata={"output": command.output},
+    )
+
+
+def _is_of(submission_id: str | None, command: JobCommand) -> bool:
+    ours = command.submission_id
+    if submission_id is None or not submission_id.startswith(ours):
+        return False
+    rest = submission_id.removeprefix(ours)
+    return not rest or (rest[0] == "-" and rest[1:].isdigit())
+
+
+def follow(client: JobSubmissionClient, submission_id: str, write: Callable[[str], object]) -> JobDetails:
+    """Write the log of a job as it grows, until the job has ended; return how.
+
+    Raises:
+        Stopped: the cluster can no longer be reached.
+    """
+    log = _Log(write)
+    lost_at: float | None = None
+    while True:
+        try:
+            asyncio.run(log.tail(client, submission_id))
+            job = client.get_job_info(submission_id)
+            lost_at = None
+            if job.status.value in ENDED:
+                return job
+        except (OSError, RuntimeError) as error:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > LOST_AFTER_S:
+                raise Stopped(
+                    f"the cluster can no longer be reached: {_first_line(error)}; the job may go on; the "
+                    "same command follows it again"
+                ) from error
+        time.sleep(POLL_S)
+
+
+class _Log:
+    """The log of a job, which each connection sends from its beginning; each part is written once."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._num_written = 0
+
+    async def tail(self, client: JobSubmissionClient, submission_id: str) -> None:
+        """Write what comes until the job ends or the connection does."""
+        seen = 0
+        async for text in client.tail_job_logs(submission_id):
+            new = text[max(0, self._num_written - seen) :]
+            seen += len(text)
+            if new:
+                self._write(new)
+                self._num_written = seen
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

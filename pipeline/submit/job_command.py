@@ -1,0 +1,82 @@
+"""The command of a job, checked before it is sent: what cannot work on a cluster is refused here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from pipeline.storage.secrets import hide_secrets
+
+MAX_SLUG_CHARS = 40
+SAFE_OPTIONS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "anonymous"}
+"""Options of URIs that hold no secret."""
+
+
+@dataclass(frozen=True)
+class JobCommand:
+    """A command line that a job can run."""
+
+    arguments: tuple[str, ...]
+    """The command and its flags."""
+    output: str
+
+    @property
+    def entrypoint(self) -> str:
+        """What a shell on the head runs."""
+        return shlex.join(["python", "-m", "pipeline", *self.arguments])
+
+    @property
+    def submission_id(self) -> str:
+        """A name that says which output it is, and the same one for the same output."""
+        output = self.output.rstrip("/")
+        slug = re.sub(r"[^a-z0-9]+", "-", output.rpartition("/")[2].lower()).strip("-")[:MAX_SLUG_CHARS]
+        return f"blip2-{slug or 'output'}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
+
+
+def check_command(arguments: Sequence[str], settings: Any) -> JobCommand:
+    """Check a command that is to run on a cluster.
+
+    Args:
+        arguments: the command and its flags.
+        settings: what they mean.
+
+    Raises:
+        ValueError: a path is relative, or a URI holds a password.
+    """
+    given = {name: getattr(settings, name, None) for name in ("input", "output", "keys")}
+    model = getattr(getattr(settings, "engine", None), "model", None)
+    if isinstance(model, str) and ("://" in model or Path(model).is_dir()):
+        given["model"] = model
+    for name, value in given.items():
+        for path in (value,) if isinstance(value, str) else value or ():
+            _require_same_everywhere(name, path)
+            _require_no_secret(name, path)
+    return JobCommand(tuple(arguments), settings.output)
+
+
+def _require_same_everywhere(name: str, path: str) -> None:
+    """Refuse a path that is relative to a folder."""
+    if "://" not in path and not path.startswith("/"):
+        raise ValueError(
+            f"{name} must be a URI or an absolute path in a submitted job, got {path}: the job runs in a "
+            "folder on the cluster that Ray deletes after it; name a bucket, or a disk that all nodes share"
+        )
+
+
+def _require_no_secret(name: str, uri: str) -> None:
+    """Refuse a URI with a password, or with an option that may be one."""
+    if "://" not in uri:
+        return
+    parts = urlsplit(uri)
+    options = {option for option, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    if parts.password is not None or options - SAFE_OPTIONS:
+        raise ValueError(
+            f"{name} must hold no password in a submitted job, got one in {hide_secrets(uri)}: Ray shows the "
+            "command to every user of the cluster; give the nodes a role or environment variables instead"
+        )

@@ -1,0 +1,38 @@
+"""The settings of `blip2 submit`, and where the command that it submits begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+JOBS = ("caption", "embed", "score", "retry")
+"""Commands that run as a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitSettings:
+    """Run caption, embed, score or retry on a cluster: blip2 submit [--address ADDRESS] caption ..."""
+
+    address: str | None = None
+    """Address of the cluster's dashboard, such as http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS."""
+    no_wait: bool = False
+    """Return as soon as the job is submitted, and do not follow its log."""
+    job: tuple[str, ...] = field(default=())
+    """Command line of the job, as in a terminal."""
+    job_settings: Any = field(default=None)
+    """What the command line of the job means."""
+
+    def __post_init__(self) -> None:
+        if not self.job:
+            raise ValueError(f"a command must come last, one of {', '.join(JOBS)}, with its flags")
+        if self.address is not None and not self.address.startswith(("http://", "https://")):
+            raise ValueError(
+                f"address must be that of the dashboard, such as http://127.0.0.1:8265, got {self.address}"
+            )
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return `submit` with its own flags, and the command line of the job, which follows them."""
+    start = next((n for n, word in enumerate(arguments) if word in JOBS), len(arguments))
+    return [word for word in arguments[:start] if word != "--"], list(arguments[start:])

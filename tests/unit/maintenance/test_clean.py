@@ -1,0 +1,123 @@
+"""`blip2 clean` deletes what is of no use, and never a row that is nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.layout import LEASE
+from pipeline.ledger.lease import Holder, Lease
+from pipeline.ledger.shard_progress import store_shard_report
+from pipeline.maintenance.clean import clean
+from pipeline.maintenance.settings import CleanSettings
+from pipeline.storage.folder import Folder
+from tests.unit.inputs.run_without_ray import retry
+from tests.unit.ledger.test_fragments import rows
+from tests.unit.maintenance.runs import TAR, finished_run
+
+PLANS = ("_blip2/plan-old/0.arrow", "_blip2/plan-new/0.arrow")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """A finished run after many deaths."""
+    folder = Folder(str(finished_run(tmp_path)))
+    for name in ("_blip2/tmp/half", "_blip2/probe-1", *PLANS):
+        folder.put(name, b"1234")
+    os.utime(folder.path(PLANS[0]), (0, 0))
+    write_fragment(folder, rows([0], shard="in/0.tar"))  # of a straggler: its rows are in the file
+    write_fragment(folder, rows([1], shard="in/0.tar"), generation=2)
+    write_fragment(folder, rows([0], shard="gone"))
+    store_shard_report(folder, ShardReport(shard="gone", num_rows=1, complete=True))
+    retried = rows([1], shard="in/1.tar", word="retried")  # of a retry: better than the row in the file
+    write_fragment(folder, retried.set_column(0, retried.schema.field("key"), pa.array(["y"])))
+    dead = dataclasses.replace(Holder.of_this_process(), process_start="1")
+    folder.put(LEASE, json.dumps(dataclasses.asdict(dead)).encode())
+    return folder
+
+
+def cleaned(folder: Folder, yes: bool = False) -> int:
+    return clean(CleanSettings(output=folder.uri, yes=yes))
+
+
+def test_it_only_lists_unless_it_is_told_to_delete(folder, capsys):
+    before = sorted(folder.names())
+    assert cleaned(folder) == 0
+    assert sorted(folder.names()) == before
+    said = capsys.readouterr().out
+    for line in (
+        "temporary files of processes that have died: 2 files, 8 bytes",
+        "files of plans that were killed: 1 file, 4 bytes",
+        "rows of shards that were begun again: 3 files, ",
+        "rows that are also in the files of finished shards: 1 file, ",
+        "the lease of a driver that has died: 1 file, ",
+        "    _blip2/probe-1, _blip2/tmp/half",
+        "kept: 1 fragment of a retry that was stopped; blip2 retry goes on with them",
+        "to be deleted: 8 files, ",
+    ):
+        assert line in said
+
+
+def test_what_is_of_no_use_is_deleted_and_a_retry_goes_on_with_the_rest(folder, tmp_path, capsys):
+    table = pq.read_table(folder.path(TAR))
+    assert cleaned(folder, yes=True) == 0
+    assert "deleted: 8 files, " in capsys.readouterr().out
+    left = {name for name in folder.names("_blip2") if "/fragments/in/1.tar.rows/" not in name}
+    assert left == {"_blip2/run.json", "_blip2/shards.jsonl.gz", PLANS[1]}
+    assert sorted(path.name for path in Path(folder.path("_blip2")).iterdir()) == [
+        "fragments",
+        "plan-new",
+        "run.json",
+        "shards.jsonl.gz",
+    ]
+    assert pq.read_table(folder.path(TAR)).equals(table)
+    retry(tmp_path)
+    rows_of_other = pq.read_table(folder.path("in/1.tar.parquet")).to_pylist()
+    assert rows_of_other[1]["caption"] == "retried 1"
+    assert cleaned(folder) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "there is nothing to delete"
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_it_is_refused_while_a_driver_is_at_work(folder, yes, capsys):
+    folder.delete(LEASE)
+    with Lease(folder):
+        before = sorted(folder.names())
+        assert cleaned(folder, yes) == 1
+        assert sorted(folder.names()) == before
+    assert "output must have no driver while it is cleaned" in capsys.readouterr().err
+
+
+def test_a_driver_of_another_machine_counts_while_its_heartbeat_is_young(folder, capsys):
+    other = dataclasses.replace(Holder.of_this_process(), machine="another")
+    folder.put(LEASE, json.dumps(dataclasses.asdict(other)).encode())
+    assert cleaned(folder) == 1
+    os.utime(folder.path(LEASE), (0, 0))
+    assert cleaned(folder) == 0
+    assert "the lease of a driver that has died" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_finished_keeps_its_rows(folder, capsys):
+    Path(folder.path(TAR)).unlink()
+    assert cleaned(folder, yes=True) == 0
+    assert [name for name in folder.names() if "/fragments/in/0.tar.rows/" in name]
+
+
+def test_a_folder_without_a_run_loses_only_what_a_plan_has_left(tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    assert cleaned(Folder(str(tmp_path)), yes=True) == 3
+    assert "holds no run" in capsys.readouterr().err
+    folder = Folder(str(tmp_path))
+    folder.put(PLANS[0], b"1234")
+    os.utime(folder.path(PLANS[0]), (0, 0))
+    assert cleaned(Folder(str(tmp_path)), yes=True) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine", "_blip2"]
+    assert folder.names("_blip2") == []
