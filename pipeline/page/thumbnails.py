@@ -11,6 +11,7 @@ import io
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,8 @@ from PIL import Image
 
 from blip2_actor import DecodePool, ImageLimits
 from pipeline.errors import InputError
-from pipeline.inputs.formats import read_shard
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.run_record import Run
@@ -45,15 +47,13 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
     if not wanted:
         return {}
     settings = from_dict(CaptionSettings, run.settings)
-    options = ReadOptions(
-        image_column=settings.reading.image_column,
-        schema_version=run.schema_version,
-        max_image_bytes=settings.limits.max_file_bytes,
-        table_rows=1,
-    )
+    options = settings.in_version(run.schema_version).read_options.images_only
     shards = {shard.name: shard for shard in run.shards}
     made, num_bytes = dict[RowAddress, bytes](), 0
-    with closing(make_thumbnails(wanted, shards, options, settings.limits)) as thumbnails:
+    making = make_thumbnails(
+        wanted, shards, replace(options, table_rows=1), settings.limits, settings.fetching
+    )
+    with closing(making) as thumbnails:
         for address, jpeg in thumbnails:
             num_bytes += len(jpeg)
             if num_bytes > MAX_IMAGE_BYTES:
@@ -67,6 +67,7 @@ def make_thumbnails(
     shards: Mapping[str, Shard],
     options: ReadOptions,
     limits: ImageLimits,
+    fetching: FetchSettings,
 ) -> Generator[tuple[RowAddress, bytes], None, None]:
     """Yield a JPEG file for each row whose image is still the one that the run has read.
 
@@ -75,6 +76,7 @@ def make_thumbnails(
         shards: the run's shards by name.
         options: tells which column or member of the input is the image.
         limits: limits for the decoding of each image.
+        fetching: how images are fetched that the input names by their addresses.
     """
     wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -82,7 +84,7 @@ def make_thumbnails(
             wanted[row["shard"]][row["row"]] = row
     with DecodePool(SIZE_PX, limits) as pool:
         for shard, rows_by_number in wanted.items():
-            for number, image in _read_images(shards[shard], sorted(rows_by_number), options):
+            for number, image in _images_of(shards[shard], sorted(rows_by_number), options, fetching):
                 row = rows_by_number[number]
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     continue
@@ -91,16 +93,17 @@ def make_thumbnails(
                     yield (shard, number), _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
 
 
-def _read_images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tuple[int, bytes | None]]:
+def _images_of(
+    shard: Shard, rows: list[int], options: ReadOptions, fetching: FetchSettings
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield number and encoded image of some rows, given in order; stop where the input cannot be read."""
     work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
-    with closing(read_shard(work, options)) as reader:
+    with closing(read_images(work, options, fetching)) as images:
         try:
-            for table in reader:
-                for number, image in zip(table["row"].to_pylist(), table["image"].to_pylist(), strict=True):
-                    yield number, image.get("bytes") if isinstance(image, dict) else image
-                    if number == rows[-1]:
-                        return
+            for number, image, _ in images:
+                yield number, image
+                if number == rows[-1]:
+                    return
         except (InputError, OSError, pa.ArrowException):
             return
 

@@ -7,6 +7,7 @@ from blip2_actor import Status
 REMEDIES = {
     Status.MISSING_IMAGE: "Nothing to caption: the row or sample has no image. Check --image-column.",
     Status.UNREADABLE: "The storage did not deliver the bytes. Check the file, then retry.",
+    Status.FETCH_FAILED: "The address gave no image. Check it and its server, then retry.",
     Status.UNDECODABLE: (
         "The file is damaged, cut off or of another format. Replace it, or accept cut-off images with "
         "--image-accept-truncated in a new run."
