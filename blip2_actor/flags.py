@@ -116,11 +116,12 @@ def add_flags(
         help_text = with_flags(help_of[field.name], cls, prefix)
         if hint is not bool and default not in (None, (), "", dataclasses.MISSING):
             help_text += f" (default: {_shown(default)})"
+        names = [flag_of(prefix + name) for name in (field.name, *former_names(field))]
+        place: dict[str, Any] = {"dest": prefix + field.name, "required": default is dataclasses.MISSING}
+        is_positional = "positional" in field.metadata
         parser.add_argument(
-            flag_of(prefix + field.name),
-            *(flag_of(prefix + old) for old in former_names(field)),
-            dest=prefix + field.name,
-            required=default is dataclasses.MISSING,
+            *([field.name] if is_positional else names),
+            **({} if is_positional else place),
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
             **_value_options(hint, field) | {k: v for k, v in field.metadata.items() if k == "metavar"},
@@ -169,7 +170,7 @@ def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
             inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
             flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
         else:
-            flags[field.name] = flag_of(prefix + field.name)
+            flags[field.name] = field.metadata.get("positional", flag_of(prefix + field.name))
     return flags
 
 
@@ -211,9 +212,9 @@ def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def written_as(metavar: str) -> dict[str, Any]:
-    """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT."""
-    return {"metavar": metavar}
+def written_as(metavar: str, positional: bool = False) -> dict[str, Any]:
+    """Return metadata for a value with a form of its own, such as NAME=PROMPT, or one without a flag."""
+    return {"metavar": metavar} | ({"positional": metavar} if positional else {})
 
 
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:
@@ -242,10 +243,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def _value_options(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
     """Return the options with which argparse reads a value of this type; --no-… is for what can be None."""
+    metavar = field.name.rpartition("_")[2].upper()
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction if field.default is None else "store_true"}
     if typing.get_origin(hint) is tuple:
-        return {"nargs": "+", "action": "extend", "type": str, "metavar": _metavar(field.name)}
+        return {"nargs": "+", "action": "extend", "type": str, "metavar": metavar}
     choices = _choices(hint)
     if choices:
         by_text = {str(choice).lower(): choice for choice in choices}
@@ -253,7 +255,7 @@ def _value_options(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
     for kind in (int, float, str):
         if kind in (typing.get_args(hint) or (hint,)):
             if kind is str:
-                return {"type": str, "metavar": _metavar(field.name)}
+                return {"type": str, "metavar": metavar}
             return {"type": _number_reader(kind), "metavar": kind.__name__.upper()}
     raise TypeError(f"{field.name} must be bool, int, float, str, Literal or tuple to be a flag, got {hint}")
 
@@ -274,10 +276,6 @@ def _shown(default: object) -> str:
     if isinstance(default, tuple):
         return " ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def _metavar(name: str) -> str:
-    return name.rpartition("_")[2].upper()
 
 
 def _number_reader(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -23,7 +23,13 @@ from pipeline.settings.demo_settings import DemoSettings
 from pipeline.settings.doctor_settings import DoctorSettings
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.plan_settings import PlanEmbedSettings, PlanScoreSettings, PlanSettings
-from pipeline.settings.report_settings import ExportSettings, ReportSettings, ShowSettings, StatusSettings
+from pipeline.settings.report_settings import (
+    CompareSettings,
+    ExportSettings,
+    ReportSettings,
+    ShowSettings,
+    StatusSettings,
+)
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.submit.settings import SubmitSettings, split_arguments
 
@@ -65,9 +71,10 @@ COMMANDS = {
     "plan embed": Command(PlanEmbedSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
     "plan score": Command(PlanScoreSettings, "pipeline.plan.plan:plan", ONLY_FOR_RUNS),
     "report": Command(ReportSettings, "pipeline.report.report:report", needs=NO_RAY),
+    "compare": Command(CompareSettings, "pipeline.compare.command:command", needs=NO_RAY),
     "doctor": Command(DoctorSettings, "pipeline.doctor.doctor:doctor", needs=NO_RAY),
     "export": Command(ExportSettings, "pipeline.export.export:export", needs=NO_RAY),
-    "show": Command(ShowSettings, "pipeline.report.show:show", needs=("pyarrow", "rich")),
+    "show": Command(ShowSettings, "pipeline.show.show:show", needs=("pyarrow", "rich")),
     "status": Command(StatusSettings, "pipeline.cli.status:status", needs=NO_RAY),
     "verify": Command(VerifySettings, "pipeline.maintenance.verify:verify", needs=NO_RAY),
     "clean": Command(CleanSettings, "pipeline.maintenance.clean:clean", needs=NO_RAY),

@@ -18,6 +18,8 @@ LEASE = f"{STATE}/lease.json"
 SLICE_LEASES = f"{STATE}/leases"
 """The folder with the leases of drivers that work on a slice of the run."""
 SUMMARIES = f"{STATE}/summaries"
+ATTEMPTS = f"{STATE}/attempts"
+"""Records of what each start of the run did; nothing that a resume needs."""
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")

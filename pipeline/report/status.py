@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from pipeline.attempts.store import read_attempts
 from pipeline.errors import InputError
 from pipeline.ledger.layout import lease_name
 from pipeline.ledger.lease import BEAT_S, Holder
@@ -15,6 +16,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
 from pipeline.progress import ProgressSnapshot, count, duration
+from pipeline.report.pace import attempt_lines
 from pipeline.storage.folder import Folder
 
 SILENT_AFTER_S = 4 * BEAT_S
@@ -40,6 +42,7 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
+    lines += attempt_lines(read_attempts(ledger.folder))
     lines += _input_lines(ledger, run)
     return lines + _driver_lines(ledger, bool(done.missing))
 

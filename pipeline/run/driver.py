@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from pipeline.attempts.recorder import AttemptRecorder
 from pipeline.errors import (
     OutputInUse,
     Stopped,
@@ -70,6 +71,7 @@ class Driver:
         lease: Lease,
         stop: StopRequest,
         console: Console,
+        attempt: AttemptRecorder,
     ) -> None:
         """Start the actors that are not stages.
 
@@ -79,12 +81,14 @@ class Driver:
             reservations: what each stage reserves.
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
+            attempt: its record gets the progress too.
         """
         self._job = job
         self._ledger = ledger
         self._lease = lease
         self._stop = stop
         self._console = console
+        self._attempt = attempt
         self._work = [progress.work for progress in left]
         self._tracker = Tracker(left)
         self._reservations = reservations
@@ -153,6 +157,7 @@ class Driver:
             self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
         self._export()
+        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")

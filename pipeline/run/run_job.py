@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from blip2_actor import DecodePool
+from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -42,24 +43,42 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         RefusedByCluster: no node has, or will have, what the job needs.
     """
     stop = StopRequest(job.stop_at)
-    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder, job.run_slice) as lease:
+    with (
+        stop.by_signals(),
+        _said_to(console, stop),
+        Lease(job.ledger.folder, job.run_slice) as lease,
+        recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
+    ):
         ledger = job.ledger.with_retries()
         is_slice = job.run_slice is not None
         left = _left(job, ledger)
         if left or job.is_revised:
+            attempt.end_phase("open the output")
             with connected() as cluster:
+                attempt.connected()
                 job = _place(job, left, cluster, console)
-                job, left = _begin(job, ledger, console)
-                _drive(job, ledger, left, cluster, lease, stop, console)
+                job, left = _begin(job, ledger, console, attempt)
+                _drive(job, ledger, left, cluster, lease, stop, console, attempt)
         else:
-            job, _ = _begin(job, ledger, console)
+            job, _ = _begin(job, ledger, console, attempt)
         ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
         done = ledger.reconcile(job.part, state)
         if not is_slice:
             ledger.tidy_summaries(state, done)
+        status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
+        attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
         return done
+
+
+def _known_at_the_start(job: Job) -> dict[str, Any]:
+    return {
+        "run": job.run.fingerprint.digest,
+        "is_retry": job.is_retry,
+        "model": job.info.model,
+        "dtype": job.info.dtype,
+    }
 
 
 def _begin_or_join(job: Job, ledger: Ledger) -> Job:
@@ -87,12 +106,15 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
     return job
 
 
-def _begin(job: Job, ledger: Ledger, console: Console) -> tuple[Job, list[ShardProgress]]:
+def _begin(
+    job: Job, ledger: Ledger, console: Console, attempt: AttemptRecorder
+) -> tuple[Job, list[ShardProgress]]:
     """Write what this start changes, commit what is complete, and return the shards with rows to do."""
     if job.is_new:
         job = _begin_or_join(job, ledger)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
+    attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
     ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
     left = _left(job, ledger)
     _announce(job, console, len(left))
@@ -109,13 +131,14 @@ def _drive(
     lease: Lease,
     stop: StopRequest,
     console: Console,
+    attempt: AttemptRecorder,
 ) -> None:
     """Drive what is left. When an accelerator is broken, go on with the others."""
     held: list[Any] = []
     while left:
         reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
         try:
-            Driver(job, ledger, left, reservations, lease, stop, console).run()
+            Driver(job, ledger, left, reservations, lease, stop, console, attempt).run()
             return
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids
@@ -129,6 +152,7 @@ def _drive(
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger)
+            attempt.begin_driver()
 
 
 @contextmanager

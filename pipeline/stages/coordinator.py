@@ -13,6 +13,7 @@ request to stop.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,8 @@ MAX_DEATHS_ALONE = 2
 may have been taken away."""
 
 
+MAX_WARNINGS = 1_000
+"""Different warnings of different workers that are counted."""
 TROUBLE_LASTS_S = 60.0
 """A worker that has told of trouble and then nothing for this long has died; one request may take as long."""
 
@@ -108,6 +111,8 @@ class News:
     """Of the workers whose requests fail now."""
     failures: list[DeviceFailure]
     """Of devices, since the last news."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    """Warnings of workers, and how often each was given since the start."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Coordinator:
         self._new_reports: list[ShardReport] = []
         self._troubles: dict[str, _Trouble] = {}
         self._failures = DeviceFailures()
+        self._warnings: dict[tuple[str, str], int] = {}
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
@@ -199,6 +205,11 @@ class Coordinator:
             STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
         STAGE_WORKERS.set(len(workers), {"stage": stage})
 
+    def warned(self, worker: str, text: str, number: int) -> None:
+        """Note that a worker has given a warning `number` times; of too many, the first are kept."""
+        if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
+            self._warnings[worker, text] = number
+
     def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
         before = self._troubles.pop(worker, None)
@@ -224,7 +235,10 @@ class Coordinator:
             for known in self._troubles.values()
             if now - known.told < TROUBLE_LASTS_S
         ]
-        return News(receipts, reports, loads, troubles, self._failures.take())
+        warnings: Counter[str] = Counter()
+        for (_, text), number in self._warnings.items():
+            warnings[text] += number
+        return News(receipts, reports, loads, troubles, self._failures.take(), dict(warnings))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
+from pipeline.stages.worker_warnings import tell_warnings
 
 PIECE_S = 1.0
 """A call writes what it has finished after this many seconds, and waits up to `HOLD_S` for other calls: a
@@ -90,6 +91,8 @@ class WriteStage:
         self._giving_up = threading.Lock()
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started = time.monotonic()
+        tell_warnings(coordinator, self._worker)
+        self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -42,7 +42,8 @@ def surface() -> Iterator[str]:
             default = help_text.rpartition("(default: ")[2].rstrip(")") if "(default: " in help_text else "-"
             required = " required" if action.required else ""
             many = " many" if action.nargs == "+" else ""
-            yield f"  {action.option_strings[0]} {action.metavar or 'switch'}{many}{required} {default}"
+            name = (action.option_strings or [action.dest])[0]
+            yield f"  {name} {action.metavar or 'switch'}{many}{required} {default}"
 
 
 def run_command(arguments: str) -> int:
@@ -147,7 +148,7 @@ def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command,
     flags = commands()[command]._option_string_actions
     pairs = zip(*[iter(others.split())] * 2, strict=True)
     others = " ".join(f"{flag} {value}" for flag, value in pairs if flag in flags)
-    right = next(flag for flag in ("--model", "--output", "--no-wait") if flag in flags)
+    right = next(flag for flag in ("--model", "--output", "--html", "--no-wait") if flag in flags)
     wrong = right[:-2] + right[:-3:-1]
     assert run_command(f"{command} {wrong} x {others}") == 3
     said = capsys.readouterr().err

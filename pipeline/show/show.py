@@ -14,10 +14,10 @@ from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import write
-from pipeline.report.choice import check_choice, chosen
 from pipeline.report.rows import FinishedRows, json_line
-from pipeline.report.table import pages, tabbed_lines
 from pipeline.settings.report_settings import ShowSettings
+from pipeline.show.choice import check_choice, chosen
+from pipeline.show.table import pages, tabbed_lines
 
 
 @errors_to_exit_status

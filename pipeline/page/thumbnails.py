@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,13 +23,43 @@ from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.run_record import Run
+from pipeline.page.render import MAX_IMAGE_BYTES
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
 
-SIZE_PX = 192
+SIZE_PX = 256
 """The longer side of a thumbnail."""
-JPEG_QUALITY = 80
+JPEG_QUALITY = 75
 
 RowAddress = tuple[str, int]
 """Name of a shard, and number of a row in it."""
+
+
+def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) -> dict[RowAddress, bytes]:
+    """Return JPEG files for at most `number` rows of a run's output, and no more bytes than a page can hold.
+
+    Args:
+        rows: the rows that matter most first.
+        number: 0 leaves the input alone.
+    """
+    wanted = [row for row in rows if row["width"] is not None][:number]
+    if not wanted:
+        return {}
+    settings = from_dict(CaptionSettings, run.settings)
+    options = settings.in_version(run.schema_version).read_options.images_only
+    shards = {shard.name: shard for shard in run.shards}
+    made, num_bytes = dict[RowAddress, bytes](), 0
+    making = make_thumbnails(
+        wanted, shards, replace(options, table_rows=1), settings.limits, settings.fetching
+    )
+    with closing(making) as thumbnails:
+        for address, jpeg in thumbnails:
+            num_bytes += len(jpeg)
+            if num_bytes > MAX_IMAGE_BYTES:
+                break
+            made[address] = jpeg
+    return made
 
 
 def make_thumbnails(
@@ -37,8 +68,8 @@ def make_thumbnails(
     options: ReadOptions,
     limits: ImageLimits,
     fetching: FetchSettings,
-) -> dict[RowAddress, bytes]:
-    """Make a JPEG file for each row whose image is still the one that the run has read.
+) -> Generator[tuple[RowAddress, bytes], None, None]:
+    """Yield a JPEG file for each row whose image is still the one that the run has read.
 
     Args:
         rows: rows of the output.
@@ -51,7 +82,6 @@ def make_thumbnails(
     for row in rows:
         if row["width"] is not None and row["shard"] in shards:
             wanted[row["shard"]][row["row"]] = row
-    made = {}
     with DecodePool(SIZE_PX, limits) as pool:
         for shard, rows_by_number in wanted.items():
             for number, image in _images_of(shards[shard], sorted(rows_by_number), options, fetching):
@@ -60,8 +90,7 @@ def make_thumbnails(
                     continue
                 (decoded,) = pool.decode([image])
                 if decoded.pixels is not None:
-                    made[shard, number] = _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
-    return made
+                    yield (shard, number), _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
 
 
 def _images_of(

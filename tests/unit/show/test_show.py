@@ -20,12 +20,12 @@ from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.report.choice import chosen
 from pipeline.report.rows import FinishedRows
-from pipeline.report.table import pages
 from pipeline.schema import output_schema
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.report_settings import ShowSettings
+from pipeline.show.choice import chosen
+from pipeline.show.table import pages
 from pipeline.storage.folder import Folder
 
 SCHEMA = output_schema([pa.field("color", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
@@ -175,7 +175,7 @@ def test_a_closed_pipe_ends_the_reading_and_ray_is_not_imported(tmp_path):
     write_output(folder, num_shards=1, rows_per_shard=100)
     code = (
         "import sys\n"
-        "from pipeline.report import show\n"
+        "from pipeline.show import show\n"
         "from pipeline.cli.main import main\n"
         "taken = []\n"
         "line = show.json_line\n"

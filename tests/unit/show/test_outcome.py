@@ -15,9 +15,9 @@ from pipeline.cli.commands import _run
 from pipeline.cli.main import make_parser
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
-from pipeline.report.outcome import outcome_lines
+from pipeline.show.outcome import outcome_lines
 from pipeline.storage.folder import Folder
-from tests.unit.report.test_show import write_output
+from tests.unit.show.test_show import write_output
 
 
 @pytest.fixture
