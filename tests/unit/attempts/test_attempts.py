@@ -170,7 +170,7 @@ def test_a_record_survives_the_way_through_json():
 
 
 def test_a_new_run_that_is_refused_leaves_no_record(tmp_path):
-    with pytest.raises(ValueError), recorded(Folder(str(tmp_path)), is_begun=False, run="digest"):  # noqa: PT011
+    with pytest.raises(ValueError), recorded(Folder(str(tmp_path)), is_begun=False, run="digest"):
         raise ValueError("no node has an accelerator")
     assert list(tmp_path.iterdir()) == []
     with recorded(Folder(str(tmp_path)), is_begun=False, run="before") as record:
