@@ -170,7 +170,7 @@ class Driver:
         num_open, num_committing = self._tracker.num_open, self._committers.num_under_way
         SHARDS.set(num_open, {"state": "open"})
         SHARDS.set(num_committing, {"state": "committing"})
-        SHARDS.set(len(self._job.run.shards) - num_open - num_committing, {"state": "done"})
+        SHARDS.set(len(self._job.part.shards) - num_open - num_committing, {"state": "done"})
 
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""

@@ -15,7 +15,7 @@ from blip2_actor import ImageLimits
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
-from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, SUMMARIES
+from pipeline.ledger.layout import ATTEMPTS, RUN_FILE, SHARD_LIST, SUMMARIES
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -36,6 +36,9 @@ from tests.integration.inputs import (
     write_tar,
     write_tars,
 )
+
+RECORDS = (ATTEMPTS, SUMMARIES)
+"""What finished runs keep besides the run itself."""
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -89,7 +92,8 @@ def test_only_results_and_the_record_are_left(finished):
     folder = Folder(str(finished.root / "out"))
     state = Ledger(folder).scan()
     assert (dict(state.fragments), state.shard_reports, state.leftovers) == ({}, {}, ())
-    assert set(folder.names("_blip2")) == {"_blip2/run.json", "_blip2/shards.jsonl.gz"}
+    kept = [name for name in folder.names("_blip2") if not name.startswith(RECORDS)]
+    assert set(kept) == {RUN_FILE, SHARD_LIST}
 
 
 def test_the_footer_names_the_run(finished):
@@ -193,7 +197,7 @@ def test_a_changed_tar_is_refused_before_work_and_made_again_whole_on_request(tm
     assert caption(again, FakeEngineConfig(trace=trace)) == 0
     check_output(tmp_path / "out", truth)
     assert len(captions_made(trace)) == 10, "the other shard is not made again"
-    left = {name for name in Folder(str(tmp_path / "out")).names("_blip2") if not name.startswith(SUMMARIES)}
+    left = {name for name in Folder(str(tmp_path / "out")).names("_blip2") if not name.startswith(RECORDS)}
     assert left == {RUN_FILE, SHARD_LIST}
 
 

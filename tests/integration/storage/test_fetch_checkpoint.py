@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3
 import pytest
+from huggingface_hub import DryRunFileInfo
 from moto.server import ThreadedMotoServer
 
 from blip2_actor import EngineConfig
@@ -115,7 +116,11 @@ def test_a_hub_model_is_described_without_its_weights(
     """Uses the hub's client without its downloads. The digest is the commit, with and without weights."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 
-    def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        model: str, revision: str | None, allow_patterns: list[str], dry_run: bool = False
+    ) -> str | list[DryRunFileInfo]:
+        if dry_run:
+            return []
         folder = tmp_path / "snapshots" / commit
         folder.mkdir(parents=True, exist_ok=True)
         for path in DEMO_FOLDER.iterdir():
