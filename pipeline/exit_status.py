@@ -9,13 +9,15 @@ Every other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS, with_flags
 from pipeline.errors import (
@@ -32,6 +34,7 @@ from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.secrets import hide_secrets
 
 P = ParamSpec("P")
+logger = logging.getLogger(__name__)
 
 
 class ExitStatus(IntEnum):
@@ -90,9 +93,15 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
         except EngineFault as error:
             return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
         except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
-            return _fail(error, ExitStatus.FAILED)
+            return _fail(_naming_flags(error, args), ExitStatus.FAILED)
 
     return wrapped
+
+
+def _naming_flags(error: Exception, args: tuple[Any, ...]) -> str:
+    """Return the message of an error, with flags in place of the fields of the command's settings."""
+    is_settings = bool(args) and dataclasses.is_dataclass(args[0])
+    return with_flags(str(error), type(args[0])) if is_settings else str(error)
 
 
 def _status_of(number: signal.Signals) -> ExitStatus:
@@ -101,5 +110,6 @@ def _status_of(number: signal.Signals) -> ExitStatus:
 
 
 def _fail(error: object, status: ExitStatus) -> ExitStatus:
+    logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
     write(sys.stderr, f"blip2: {hide_secrets(str(error))}\n")
     return status
