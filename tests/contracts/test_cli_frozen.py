@@ -254,7 +254,7 @@ def test_settings_of_the_endpoint_that_cannot_work_are_refused(arguments, said, 
 
 
 def test_help_takes_little_time():
-    """In CPU seconds from the start of Python: 0.1 alone, 0.4 if the settings of all commands are imported."""
+    """In CPU seconds from the start of Python: 0.1 alone, 0.4 if all settings are imported."""
     code = (
         "import sys, time\n"
         "from pipeline.cli.main import main\n"
