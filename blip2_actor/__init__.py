@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
     from blip2_actor.engine.memory import free_bytes
-    from blip2_actor.inputs.fetching import FetchError, FetchPolicy, fetch_image
+    from blip2_actor.inputs.fetch_policy import FetchError, FetchPolicy
+    from blip2_actor.inputs.fetching import fetch_image
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
@@ -90,8 +91,8 @@ _LAZY = {
     "MatchingEngine": "blip2_actor.engine.matching_engine",
     "DecodePool": "blip2_actor.preprocessing.decode_pool",
     "DecodedImage": "blip2_actor.preprocessing.images",
-    "FetchError": "blip2_actor.inputs.fetching",
-    "FetchPolicy": "blip2_actor.inputs.fetching",
+    "FetchError": "blip2_actor.inputs.fetch_policy",
+    "FetchPolicy": "blip2_actor.inputs.fetch_policy",
     "ImageLimits": "blip2_actor.preprocessing.images",
     "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",

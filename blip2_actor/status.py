@@ -18,6 +18,9 @@ class Status(StrEnum):
     UNREADABLE = "unreadable"
     """Storage did not deliver the bytes: the file vanished, the row group is damaged, or it is a link in a
     tar."""
+    FETCH_FAILED = "fetch_failed"
+    """The server of the image's URL did not deliver it: it cannot be reached, is too slow, or answers with an
+    error."""
     UNDECODABLE = "undecodable"
     """The bytes are not a readable image: they are damaged, truncated, or of an unknown format."""
     TOO_LARGE = "too_large"

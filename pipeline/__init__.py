@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.column_names import SCHEMA_VERSION
     from pipeline.dataset import caption
+    from pipeline.fetching.fetch_settings import FetchSettings
     from pipeline.inputs.reader import ReadOptions
     from pipeline.progress import Console, ProgressSnapshot
     from pipeline.run.cluster import set_ray_environment
@@ -27,6 +28,7 @@ __all__ = [
     "CaptionSettings",
     "Console",
     "EmbedSettings",
+    "FetchSettings",
     "Outputs",
     "Placement",
     "ProgressSnapshot",
@@ -46,6 +48,7 @@ _MODULES = {
     "CaptionSettings": "pipeline.settings.job_settings",
     "Console": "pipeline.progress",
     "EmbedSettings": "pipeline.settings.job_settings",
+    "FetchSettings": "pipeline.fetching.fetch_settings",
     "Outputs": "pipeline.settings.outputs",
     "Placement": "pipeline.settings.placement",
     "ProgressSnapshot": "pipeline.progress",

@@ -11,6 +11,7 @@ from ray.data import Dataset, Schema
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.column_names import refuse_taken_names
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.run.cluster import size_of_cluster, start_ray
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
@@ -39,6 +40,7 @@ def caption(
     reuse_identical: bool = False,
     placement: Placement = Placement(),
     limits: ImageLimits = ImageLimits(),
+    fetch: FetchSettings | None = None,
 ) -> Dataset:
     """Add captions to a dataset, lazily. Every row is kept; a bad image gets a status instead of a caption.
 
@@ -63,6 +65,9 @@ def caption(
         reuse_identical: generate the texts of byte-identical images once per actor.
         placement: how many actors run, and on what.
         limits: what decoding one image may cost.
+        fetch: how images are fetched; the column may then hold URLs or paths as text. By default, web
+            addresses are refused. A host is asked only if its address is public, or if it is one of
+            `allow_private_hosts`.
 
     Returns:
         The dataset with all its columns, and the new columns caption, logprob, num_tokens, finish_reason,
@@ -101,6 +106,7 @@ def caption(
         outputs=outputs,
         reuse_identical=reuse_identical,
         limits=limits,
+        fetch=fetch,
     )
     return add_results(ds, spec, placement)
 
@@ -144,7 +150,7 @@ def _check_columns(schema: Schema | None, spec: CaptionSpec) -> None:
         if name is not None and name not in columns:
             raise ValueError(f"{argument} must be one of {', '.join(columns)}, got {name!r}")
     if types:
-        require_images(spec.image_column, types[spec.image_column])
+        require_images(spec.image_column, types[spec.image_column], spec.fetch is not None)
     spec.outputs.refuse_taken(columns)
     added = [field.name for field in spec.result_fields]
     refuse_taken_names(columns, [*added, PIXELS, TRUNCATED], "dataset")

@@ -9,93 +9,26 @@ Proxies from the environment are not used, because they would resolve the name a
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 
-from blip2_actor.inputs.addresses import Address, is_address, is_public, plain_host
-from blip2_actor.inputs.field_types import require_types
-from blip2_actor.status import Status
+from blip2_actor.inputs.addresses import is_address, plain_host
+from blip2_actor.inputs.fetch_policy import FetchError, FetchPolicy
 from blip2_actor.version import __version__
 
-FetchReason = Literal["url", "host", "address", "redirects", "answer", "size", "time", "connection"]
-"""`url`: it is not a plain http or https URL. `host`, `address`: the policy does not allow it. `redirects`:
-there are too many. `answer`: not status 200, or a compressed body. `size`, `time`: more than the policy
-allows. `connection`: the server cannot be reached, or does not speak HTTP."""
-
-_STATUSES: dict[FetchReason, Status] = {
-    "url": Status.REFUSED,
-    "host": Status.REFUSED,
-    "address": Status.REFUSED,
-    "size": Status.TOO_LARGE,
-}
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_.])?")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_ERROR_CHARS = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchPolicy:
-    """What may be fetched, and what one image may cost.
-
-    Examples:
-        >>> FetchPolicy(hosts=("images.example.com",), max_bytes=20 << 20).timeout_s
-        30.0
-    """
-
-    hosts: tuple[str, ...] | None = None
-    """Fetch only from these host names; by default, from every host with a public address."""
-    allow_networks: tuple[str, ...] = ()
-    """Networks that may be reached although they are not public, such as 10.0.0.0/8."""
-    max_bytes: int = 128 << 20
-    """Maximum number of bytes of one image."""
-    timeout_s: float = 30.0
-    """Maximum seconds for one image, redirects included; the resolver has a limit of its own."""
-    max_redirects: int = 5
-    """Maximum number of redirects."""
-
-    def __post_init__(self) -> None:
-        for name in ("hosts", "allow_networks"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        require_types(self)
-        if self.hosts is not None:
-            object.__setattr__(self, "hosts", tuple(map(plain_host, self.hosts)))
-        for network in self.allow_networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(
-                    f"allow_networks must be networks such as 10.0.0.0/8, got {network!r}: {error}"
-                ) from error
-        for name in ("max_bytes", "timeout_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if self.max_redirects < 0:
-            raise ValueError(f"max_redirects must be at least 0, got {self.max_redirects}")
-
-    def allows(self, address: Address) -> bool:
-        """Return True if a connection to this address is allowed."""
-        networks = map(ipaddress.ip_network, self.allow_networks)
-        return is_public(address) or any(address in network for network in networks)
-
-
-class FetchError(Exception):
-    """An image was not fetched; `reason` and `status` say which kind of problem, the message says why."""
-
-    def __init__(self, reason: FetchReason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.status = _STATUSES.get(reason, Status.UNREADABLE)
 
 
 def fetch_image(url: str, policy: FetchPolicy = FetchPolicy()) -> bytes:
@@ -165,11 +98,25 @@ def _get(pool: httpcore.ConnectionPool, url: httpcore.URL, connector: _Connector
             return answered[b"location"]
         if response.status != 200:
             raise FetchError(
-                "answer", f"the server answered with status {response.status}, not with an image"
+                "answer",
+                f"the server answered with status {response.status}, not with an image",
+                response.status,
+                _retry_after_s(answered),
             )
         if answered.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise FetchError("answer", "the server compressed the body, although it was asked not to")
         return _read(response, answered.get(b"content-length", ""), connector)
+
+
+def _retry_after_s(headers: Mapping[bytes, str]) -> float | None:
+    """Return the seconds that a server asks its client to wait; it writes a number or a date."""
+    text = headers.get(b"retry-after", "").strip()
+    if text.isdecimal():
+        return float(text[:9])
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without a time zone
+        return None
 
 
 def _read(response: httpcore.Response, content_length: str, connector: _Connector) -> bytes:
@@ -226,6 +173,8 @@ class _Connector(httpcore.NetworkBackend):
         """Return the addresses of a host, all of which are allowed."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+        if host in self.policy.private_hosts:
+            return addresses
         for address in addresses:
             if not self.policy.allows(ipaddress.ip_address(address)):
                 raise FetchError(

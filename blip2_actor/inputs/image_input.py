@@ -14,7 +14,8 @@ import torch
 
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.refusal import RequestRefused
-from blip2_actor.inputs.fetching import FetchError, FetchPolicy, fetch_image
+from blip2_actor.inputs.fetch_policy import FetchError, FetchPolicy
+from blip2_actor.inputs.fetching import fetch_image
 from blip2_actor.preprocessing.arrays import resize_image
 from blip2_actor.preprocessing.images import ImageLimits, decode_image
 from blip2_actor.request import ImageLike

@@ -8,8 +8,9 @@ from contextlib import closing
 import pyarrow as pa
 
 from blip2_actor import DecodePool
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.images_of_rows import read_images
 from pipeline.finding import Finding
-from pipeline.inputs.formats import read_shard
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
@@ -39,9 +40,10 @@ def _first_error(shard: Shard) -> str | None:
     """Return why none of the first rows of a shard has a usable image, or None if one has."""
     first_error = f"{shard.uri} has no rows"
     work = ShardWork(shard=shard, missing=((0, NUM_TRIED),))
-    with closing(read_shard(work, ReadOptions())) as tables, DecodePool(SIZE_PX) as pool:
-        for number, row in enumerate(row for table in tables for row in table.to_pylist()):
-            error = row["error"] or _decoding_error(pool, row["image"])
+    images = read_images(work, ReadOptions(), FetchSettings())
+    with closing(images), DecodePool(SIZE_PX) as pool:
+        for number, (_, image, error) in enumerate(images):
+            error = error or _decoding_error(pool, image)
             if error is None:
                 return None
             if not number:
@@ -49,11 +51,10 @@ def _first_error(shard: Shard) -> str | None:
     return first_error
 
 
-def _decoding_error(pool: DecodePool, image: bytes | dict[str, bytes] | None) -> str | None:
-    content = image.get("bytes") if isinstance(image, dict) else image
-    if not content:
+def _decoding_error(pool: DecodePool, image: bytes | None) -> str | None:
+    if not image:
         return "there is no image"
-    (decoded,) = pool.decode([content])
+    (decoded,) = pool.decode([image])
     return None if decoded.pixels is not None else decoded.error
 
 

@@ -7,7 +7,7 @@ image, whatever has happened to the input.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.export.tables import rows_of
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.changes import name_some
-from pipeline.inputs.formats import read_shard
 from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
@@ -52,16 +53,13 @@ class ImageRows:
     found: FinishedRows
     shard: Shard
     options: ReadOptions
+    fetching: FetchSettings
 
     @classmethod
     def of(cls, found: FinishedRows, shard: Shard) -> ImageRows:
         settings = from_dict(CaptionSettings, found.run.settings)
-        options = ReadOptions(
-            image_column=settings.reading.image_column,
-            max_image_bytes=settings.limits.max_file_bytes,
-            schema_version=found.run.schema_version,
-        )
-        return cls(found, shard, options)
+        options = settings.in_version(found.run.schema_version).read_options.images_only
+        return cls(found, shard, options, settings.fetching)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yield each row with its encoded image, in order.
@@ -69,11 +67,11 @@ class ImageRows:
         Raises:
             InputError: an image cannot be read, or is not the one of its row.
         """
-        with closing(self._images()) as images:
+        with closing(read_images(ShardWork(shard=self.shard), self.options, self.fetching)) as images:
             for row in rows_of(self.found, self.shard.name):
                 if row["status"] != Status.OK.value:
                     continue
-                image = next((image for number, image in images if number == row["row"]), None)
+                image = next((image for number, image, _ in images if number == row["row"]), None)
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     how = "can no longer be read" if image is None else "is another one than in the run"
                     raise InputError(
@@ -81,15 +79,6 @@ class ImageRows:
                         "the input, and run the same command to go on"
                     )
                 yield row, image
-
-    def _images(self) -> Generator[tuple[int, bytes | None], None, None]:
-        """Yield number and encoded image of all rows of the shard."""
-        with closing(read_shard(ShardWork(shard=self.shard), self.options)) as reader:
-            for table in reader:
-                for batch in table.select(["row", "image"]).to_batches(max_chunksize=1):
-                    (cell,) = batch.to_pylist()
-                    image = cell["image"]
-                    yield cell["row"], image.get("bytes") if isinstance(image, dict) else image
 
 
 def extension_of(name: str, image: bytes) -> str:

@@ -176,8 +176,11 @@ def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...]
     return tuple(sorted(shards, key=lambda shard: shard.name)), tuple(dropped)
 
 
-def add_new(shards: Sequence[Shard], new: ListedFiles) -> tuple[Shard, ...]:
+def add_new(shards: Sequence[Shard], new: ListedFiles, options: ReadOptions) -> tuple[Shard, ...]:
     """Return the shards of a run with new files as further shards; the others stay as they are.
+
+    Args:
+        options: which column of a table holds the images.
 
     Raises:
         InputError: a new shard would have the name of another one.
@@ -192,8 +195,9 @@ def add_new(shards: Sequence[Shard], new: ListedFiles) -> tuple[Shard, ...]:
             if root is not None:
                 folder_names[root] = name
         elif root is not None:
-            prefixes[root] = _name_of_file(shard).removesuffix(shard.files[0]).rstrip("/")
-    added = shards_of(replace(new, prefixes=prefixes, folder_names=folder_names), num_before=num_before)
+            prefixes[root] = shard.file_name.removesuffix(shard.files[0]).rstrip("/")
+    named = replace(new, prefixes=prefixes, folder_names=folder_names)
+    added = shards_of(named, num_before=num_before, options=options)
     names = {shard.name for shard in shards}
     for shard in added:
         if shard.name in names:
@@ -216,11 +220,6 @@ def _path(root: str, file: str) -> str:
 
 def _is_file(shard: Shard) -> bool:
     return shard.format != "folder"
-
-
-def _name_of_file(shard: Shard) -> str:
-    """Return the name of the shard that a tar or a table would be if it were not divided."""
-    return shard.name if shard.row_groups is None else shard.name.rpartition("~")[0]
 
 
 def _difference(shard: Shard, stamps: Sequence[str]) -> str | None:
@@ -278,7 +277,7 @@ def _list_again(parts: Sequence[Shard], stamp: str, options: ReadOptions) -> lis
     """
     first = parts[0]
     whole = Shard(
-        name=_name_of_file(first),
+        name=first.file_name,
         format=first.format,
         root=first.root,
         files=first.files,
@@ -286,7 +285,7 @@ def _list_again(parts: Sequence[Shard], stamp: str, options: ReadOptions) -> lis
         stamps=(stamp,),
         generation=1 + max(part.generation for part in parts),
     )
-    shards = shards_of_file(whole)
+    shards = shards_of_file(whole, options)
     if any(part.max_rows is not None for part in parts):  # --limit has cut the file.
         return list(take_rows(shards, sum(part.num_rows or 0 for part in parts), options))
     return shards

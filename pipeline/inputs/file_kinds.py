@@ -14,14 +14,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import get_args
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.find_files import Files, FoundFiles
-from pipeline.inputs.formats import parquet
+from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
 from pipeline.inputs.shards import Format, Shard, without_secrets
@@ -36,7 +35,8 @@ FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
 }
 """The endings of file names that tell the format of a file. Upper and lower case are the same."""
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
+"""The formats that `--format` may name."""
 
 FilesByFormat = dict[Format, list[str]]
 
@@ -137,7 +137,7 @@ def _sort_by_format(
     by_format: FilesByFormat = {}
     others, unnamed = [], []
     for file in found.files:
-        file_format = _format_of(file) if found.one_by_one or not _belongs_to_a_tool(file) else None
+        file_format = format_of(file) if found.one_by_one or not _belongs_to_a_tool(file) else None
         if file_format is not None:
             by_format.setdefault(file_format, []).append(file)
         elif wanted in (None, "folder") and not posixpath.splitext(file)[1]:
@@ -182,7 +182,8 @@ def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> li
         return [table for table, own in zip(tables, threads.map(is_own, tables), strict=True) if own]
 
 
-def _format_of(file: str) -> Format | None:
+def format_of(file: str) -> Format | None:
+    """Return the format of a file by the ending of its name, or None."""
     name = file.lower()
     return next((format for format, endings in FILE_ENDINGS.items() if name.endswith(endings)), None)
 
@@ -192,7 +193,7 @@ def _belongs_to_a_tool(file: str) -> bool:
 
     An image is not, because cameras call their files `_DSC0001.JPG`.
     """
-    return (file.startswith("_") or "/_" in file) and _format_of(file) != "folder"
+    return (file.startswith("_") or "/_" in file) and format_of(file) != "folder"
 
 
 def _choose_named_files(

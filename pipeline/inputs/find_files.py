@@ -7,7 +7,7 @@ page by page, so that an input of 10^8 files can be listed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -77,12 +77,40 @@ def find_files(name: str) -> FoundFiles:
     return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
+def find_named(name: str, root: str, files: Sequence[str]) -> FoundFiles:
+    """Find files that something names one by one.
+
+    Args:
+        name: what names them, for messages.
+        root: URI of their folder.
+        files: their paths below it.
+
+    Raises:
+        InputError: one of them does not exist, or they cannot be looked up.
+    """
+    filesystem, base = open_filesystem(root)
+    try:
+        infos = filesystem.get_file_info([join(base, file) for file in files])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{name} names files that cannot be looked up: {error}") from error
+    absent = [f for f, info in zip(files, infos, strict=True) if info.type != pafs.FileType.File]
+    if absent:
+        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        raise InputError(
+            f"{name} names a file that is not there: {join(without_secrets(root), absent[0])}{more}"
+        )
+    listed = {file: _listed(filesystem, info) for file, info in zip(files, infos, strict=True)}
+    return FoundFiles(name=name, root=root, files=listed, one_by_one=True)
+
+
 def same_place(name: str, folder: str) -> str:
     """Return one spelling for all names of the same input: absolute, without secrets and a last slash.
 
     Args:
         folder: the working folder in which the name was given.
     """
+    if name.startswith("@"):
+        return "@" + same_place(name.removeprefix("@"), folder)
     name = _without_file_scheme(name)
     if "://" in name:
         return without_secrets(name).rstrip("/")

@@ -6,6 +6,7 @@ are unique, and they are sorted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,8 +15,11 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
-from pipeline.inputs.find_files import Files, ListedFile, find_files
-from pipeline.inputs.formats import count_rows, parquet
+from pipeline.inputs.find_files import Files, ListedFile
+from pipeline.inputs.formats import count_rows
+from pipeline.inputs.formats.manifests import manifest
+from pipeline.inputs.formats.manifests.named_files import find_input
+from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard
@@ -73,7 +77,7 @@ def list_input(
 
     Args:
         input_uri: files, folders, globs (`*`, `**`, `[ab]`; `?` in local paths only) and braces
-            (`{00000..01023}.tar`, `{train,val}`). Each is a local path or a URI.
+            (`{00000..01023}.tar`, `{train,val}`). Each is a local path or a URI. `@FILE` is a manifest.
         format: "auto", or "webdataset", "parquet" or "folder" if the names of the files leave doubt.
         limit: maximum number of rows, taken from the shards in their order. Tars are scanned to count them.
         files_per_shard: images of a folder in one shard.
@@ -88,7 +92,7 @@ def list_input(
         raise InputError(f"limit must be at least 1, got {limit}")
     inputs = [input_uri] if isinstance(input_uri, str) else input_uri
     listed = list_files(inputs, format, patterns=patterns)
-    shards = shards_of(listed, files_per_shard, range_bytes)
+    shards = shards_of(listed, files_per_shard, range_bytes, options=options)
     return Listing(shards if limit is None else list(take_rows(shards, limit, options)), listed.unread)
 
 
@@ -113,8 +117,11 @@ def list_files(
     chosen: dict[tuple[str, Format], Files] = {}
     addresses: dict[str, tuple[str, ...]] = {}
     unread = Unread()
-    for found in map(find_files, inputs):
+    for found, is_manifest in chain.from_iterable(map(find_input, inputs)):
         addresses[found.root] = found.address
+        if is_manifest:
+            chosen.setdefault((found.root, "manifest"), {}).update(found.files)
+            continue
         choice = choose_files(found, format, known, patterns)
         unread += choice.unread
         for file_format, files in choice.files.items():
@@ -124,8 +131,25 @@ def list_files(
         _refuse_duplicates(
             _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
         )
-    names = {root: prefixes[root] or address[-1] for root, address in addresses.items()}
-    return ListedFiles(chosen, prefixes, names, unread)
+    return ListedFiles(chosen, prefixes, _folder_names(chosen, prefixes, addresses), unread)
+
+
+def _folder_names(
+    chosen: Mapping[tuple[str, Format], Files],
+    prefixes: Mapping[str, str],
+    addresses: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
+    """Return what names the slices of a folder, by root.
+
+    Signed URLs of several images of a folder are several roots, of one image each, which names its slice.
+    """
+    num_roots = Counter(addresses.values())
+    names = {}
+    for root, address in addresses.items():
+        names[root] = prefixes[root] or address[-1]
+        if num_roots[address] > 1:
+            names[root] = join(names[root], min(chosen.get((root, "folder"), {}), default=""))
+    return names
 
 
 def shards_of(
@@ -133,6 +157,7 @@ def shards_of(
     files_per_shard: int = FILES_PER_SHARD,
     range_bytes: int = RANGE_BYTES,
     num_before: Mapping[str, int] | None = None,
+    options: ReadOptions = ReadOptions(),
 ) -> list[Shard]:
     """Make the shards of files, sorted by name.
 
@@ -141,6 +166,7 @@ def shards_of(
         files_per_shard: images of a folder in one shard.
         range_bytes: Parquet files above this size are cut into ranges of about this size.
         num_before: for each name of a folder, the number of its images that are in shards already.
+        options: which column of a table holds the images.
     """
     shards: list[Shard] = []
     for (root, file_format), files in listed.chosen.items():
@@ -148,15 +174,17 @@ def shards_of(
             name = listed.folder_names[root]
             shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
         else:
-            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes)
+            shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes, options)
     _refuse_duplicates(shard.name for shard in shards)
     _refuse_unwritable(shards)
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def shards_of_file(shard: Shard, range_bytes: int = RANGE_BYTES) -> list[Shard]:
-    """Return a shard of a whole tar or Parquet file, or its ranges if it is a large table."""
-    return parquet.split(shard, range_bytes) if shard.format == "parquet" else [shard]
+def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_BYTES) -> list[Shard]:
+    """Return the shard of a whole tar or Parquet file, the ranges of a large table, or a manifest's parts."""
+    if shard.format == "manifest":
+        return manifest.split(shard)
+    return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
 
 
 def stamps_now(root: str, files: Sequence[str], listed: Files) -> tuple[str, ...]:
@@ -201,7 +229,9 @@ def _join_name(prefix: str, file: str) -> str:
     return f"{prefix}/{file}" if prefix else file
 
 
-def _file_shards(root: str, prefix: str, file_format: Format, files: Files, range_bytes: int) -> list[Shard]:
+def _file_shards(
+    root: str, prefix: str, file_format: Format, files: Files, range_bytes: int, options: ReadOptions
+) -> list[Shard]:
     """Make one shard of each tar or Parquet file, and several of a large Parquet file."""
     shards = []
     for file, stamp in zip(files, stamps_now(root, list(files), files), strict=True):
@@ -219,7 +249,7 @@ def _file_shards(root: str, prefix: str, file_format: Format, files: Files, rang
             )
         )
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        parts = threads.map(lambda shard: shards_of_file(shard, range_bytes), shards)
+        parts = threads.map(lambda shard: shards_of_file(shard, options, range_bytes), shards)
         return list(chain.from_iterable(parts))
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.shards import Shard
@@ -27,12 +27,15 @@ READ_COLUMNS = {
     "image": "binary",  # encoded bytes as they were read; null if there are none
     "status": "string",  # a blip2_actor.Status if the row has already failed, else null
     "error": "string",  # one sentence if status is not null
-    "member": "string",  # name of the image's member in a tar; null for other inputs
+    "member": "string",  # name of the image's member in a tar, or its place in a list; null if it has none
 }
 """The first columns of every table, with their Arrow types. The columns of `ReadOptions.texts`, which are
 strings, and the kept columns follow."""
 
 MEMBER = "member"
+ADDRESS = "_blip2_address"
+"""Column with the address of an image that is not in the shard; null if the row has its image or has failed.
+It follows the first columns of a table, in shards that name images by their addresses."""
 PROMPT = "prompt"
 TEXT = "_blip2_text_"
 """Prefix of the names of columns with text that is scored."""
@@ -47,6 +50,11 @@ class ReadOptions:
 
     image_column: str | None = None
     """Column with the image, or extension of the image member (`jpg`, `left.png`); found if not given."""
+    fetch: bool = False
+    """The image column of tables, or the image member of tars, holds the address of an image: an http(s) URL,
+    a URI such as s3://bucket/key, or a path, relative to the folder of the table."""
+    image_encoding: Literal["auto", "base64"] = "auto"
+    """How a table writes its images: auto finds encoded bytes and base64; base64 if auto does not see it."""
     key_column: str | None = None
     """Parquet column with each row's key; default: `__key__` or `key`, else the row's number in the file."""
     prompt_column: str | None = None
@@ -70,6 +78,8 @@ class ReadOptions:
         for name in ("max_image_bytes", "table_rows", "table_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fetch and self.image_encoding != "auto":
+            raise ValueError("image_encoding must be left out with fetch, got base64; an address is no image")
         names = list(self.kept)
         taken = sorted({*READ_COLUMNS, PROMPT}.intersection(names))
         if taken:
@@ -81,11 +91,20 @@ class ReadOptions:
             raise ValueError(f"keep must name each column once, got {', '.join(self.keep)}")
 
     @property
+    def images_only(self) -> ReadOptions:
+        """The same options without texts and kept columns."""
+        return replace(self, prompt_column=None, text_columns=(), keep=())
+
+    @property
     def columns(self) -> dict[str, str]:
-        """The first columns of every table, as `READ_COLUMNS`; version 1 has no `member`."""
-        return {
+        """The first columns of every table, as `READ_COLUMNS`; version 1 has no `member`.
+
+        If images are named by their addresses, these follow.
+        """
+        columns = {
             name: kind for name, kind in READ_COLUMNS.items() if self.schema_version > 1 or name != MEMBER
         }
+        return columns | ({ADDRESS: "string"} if self.fetch else {})
 
     @property
     def texts(self) -> dict[str, str]:

@@ -13,12 +13,13 @@ from typing import Literal
 
 from pipeline.storage.secrets import with_secrets_of, without_secrets
 
-Format = Literal["webdataset", "parquet", "folder"]
+Format = Literal["webdataset", "parquet", "folder", "manifest"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A tar, a Parquet file or a range of its row groups, or a slice of a folder's sorted listing."""
+    """A tar, a Parquet file or a range of its row groups, a slice of a folder's sorted listing, or a part of
+    a manifest."""
 
     name: str
     """Path relative to the input's root, unique in a run. A part of a file or folder ends in
@@ -28,9 +29,11 @@ class Shard:
     root: str
     """URI of the folder that holds the files, as `open_filesystem` takes it."""
     files: tuple[str, ...]
-    """Paths below `root`: one for a tar or a Parquet file, one per row for a folder."""
+    """Paths below `root`: one per row for a folder, else one."""
     row_groups: tuple[int, int] | None = None
     """Half-open range of the Parquet file's row groups; None means all of them."""
+    span: tuple[int, int] | None = None
+    """Half-open range of the manifest's bytes; None means all of them."""
     num_rows: int | None = None
     """Number of rows if the listing knows it. For most shards it is known only after reading."""
     max_rows: int | None = None
@@ -46,9 +49,16 @@ class Shard:
     def __post_init__(self) -> None:
         for name in ("files", "stamps"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.row_groups is not None:
-            first, stop = self.row_groups
-            object.__setattr__(self, "row_groups", (first, stop))
+        for name in ("row_groups", "span"):
+            if getattr(self, name) is not None:
+                first, stop = getattr(self, name)
+                object.__setattr__(self, name, (first, stop))
+
+    @property
+    def file_name(self) -> str:
+        """The name that the shard of its whole file would have."""
+        is_part = self.row_groups is not None or self.span is not None
+        return self.name.rpartition("~")[0] if is_part else self.name
 
     @property
     def uri(self) -> str:
@@ -69,6 +79,7 @@ def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
         inputs: the inputs as the user named them.
     """
     root = shard.root.rstrip("/")
+    inputs = [name.removeprefix("@") for name in inputs]
     secret = {plain: uri for uri in inputs if (plain := without_secrets(uri).rstrip("/")) != uri.rstrip("/")}
     of_file = secret.get(f"{root}/{shard.files[0]}")
     of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)

@@ -15,9 +15,11 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 from pipeline.errors import InputError
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import read_shard
-from pipeline.inputs.reader import PROMPT, ReadOptions, ShardWork
+from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.run_record import Run
@@ -68,7 +70,7 @@ def sample_rows(
         start += number
         if positions:
             rows = [row for row in _ok_rows(folder, shard, positions) if REGENERATED not in row["flags"]]
-            yield from _with_images(shard, rows, options, settings.prompt)
+            yield from _with_images(shard, rows, options, settings)
 
 
 def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dict[str, Any]]:
@@ -84,9 +86,9 @@ def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dic
 
 
 def _with_images(
-    shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, prompt: str | None
+    shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, settings: CaptionSettings
 ) -> Iterator[SampledRow]:
-    images = _read_images(shard, [row["row"] for row in rows], options)
+    images = _read_images(shard, [row["row"] for row in rows], options, settings.fetching)
     for row in rows:
         name = f"{shard.name} row {row['row']} ({row['key']})"
         image, own_prompt, problem = images[row["row"]]
@@ -95,22 +97,29 @@ def _with_images(
         elif hashlib.sha256(image).digest() != row["sha256"]:
             yield SampledRow(name, row, problem="its image is no longer the one that was captioned")
         else:
-            yield SampledRow(name, row, image, prompt if options.prompt_column is None else own_prompt)
+            yield SampledRow(
+                name, row, image, settings.prompt if options.prompt_column is None else own_prompt
+            )
 
 
 def _read_images(
-    shard: Shard, numbers: list[int], options: ReadOptions
+    shard: Shard, numbers: list[int], options: ReadOptions, fetching: FetchSettings
 ) -> Mapping[int, tuple[bytes | None, str | None, str | None]]:
     """Return image, own prompt, and why there is no image, by the number of the row."""
     found: dict[int, tuple[bytes | None, str | None, str | None]] = {}
     work = ShardWork(shard=shard, missing=tuple((number, number + 1) for number in numbers))
     reason = "the row is no longer there"
     try:
-        with closing(read_shard(work, options)) as reader:
+        with (
+            closing(read_shard(work, options)) as reader,
+            closing(ImageLoader(fetching, options.max_image_bytes)) as loader,
+        ):
             for table in reader:
                 for row in table.to_pylist():
-                    image = row["image"].get("bytes") if isinstance(row["image"], dict) else row["image"]
-                    found[row["row"]] = (image, row.get(PROMPT), row["error"] or reason)
+                    image, error = row["image"], row["error"]
+                    if row.get(ADDRESS) is not None:
+                        ((image, _, error),) = loader.load([row[ADDRESS]])
+                    found[row["row"]] = (image, row.get(PROMPT), error or reason)
                 if len(found) == len(numbers):
                     break
     except (InputError, OSError, pa.ArrowException) as error:

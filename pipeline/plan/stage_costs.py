@@ -98,7 +98,7 @@ def measure_stage_costs(
 
 
 def _decode(settings: CaptionSettings, size_px: int, sample: Sample) -> tuple[pa.Table, Cost]:
-    with closing(DecodeStage(size_px, settings.limits, "image")) as decoding:
+    with closing(DecodeStage(size_px, settings.limits, "image", fetch=settings.fetching)) as decoding:
 
         def decode(table: pa.Table) -> pa.Table:
             return pa.concat_tables(decoding(table))

@@ -8,6 +8,7 @@ and no model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.layout import RUN_FILE, is_result, output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
@@ -108,10 +108,6 @@ def _read_counted(
 
 def _thumbnails(run: Run, rows: list[dict[str, Any]]) -> dict[RowAddress, bytes]:
     settings = from_dict(CaptionSettings, run.settings)
-    options = ReadOptions(
-        image_column=settings.reading.image_column,
-        schema_version=run.schema_version,
-        max_image_bytes=settings.limits.max_file_bytes,
-        table_rows=1,
-    )
-    return make_thumbnails(rows, {shard.name: shard for shard in run.shards}, options, settings.limits)
+    options = settings.in_version(run.schema_version).read_options.images_only
+    shards = {shard.name: shard for shard in run.shards}
+    return make_thumbnails(rows, shards, replace(options, table_rows=1), settings.limits, settings.fetching)

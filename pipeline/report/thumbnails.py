@@ -18,7 +18,8 @@ from PIL import Image
 
 from blip2_actor import DecodePool, ImageLimits
 from pipeline.errors import InputError
-from pipeline.inputs.formats import read_shard
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 
@@ -35,6 +36,7 @@ def make_thumbnails(
     shards: Mapping[str, Shard],
     options: ReadOptions,
     limits: ImageLimits,
+    fetching: FetchSettings,
 ) -> dict[RowAddress, bytes]:
     """Make a JPEG file for each row whose image is still the one that the run has read.
 
@@ -43,6 +45,7 @@ def make_thumbnails(
         shards: the run's shards by name.
         options: tells which column or member of the input is the image.
         limits: limits for the decoding of each image.
+        fetching: how images are fetched that the input names by their addresses.
     """
     wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -51,7 +54,7 @@ def make_thumbnails(
     made = {}
     with DecodePool(SIZE_PX, limits) as pool:
         for shard, rows_by_number in wanted.items():
-            for number, image in _read_images(shards[shard], sorted(rows_by_number), options):
+            for number, image in _images_of(shards[shard], sorted(rows_by_number), options, fetching):
                 row = rows_by_number[number]
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     continue
@@ -61,16 +64,17 @@ def make_thumbnails(
     return made
 
 
-def _read_images(shard: Shard, rows: list[int], options: ReadOptions) -> Iterator[tuple[int, bytes | None]]:
+def _images_of(
+    shard: Shard, rows: list[int], options: ReadOptions, fetching: FetchSettings
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield number and encoded image of some rows, given in order; stop where the input cannot be read."""
     work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
-    with closing(read_shard(work, options)) as reader:
+    with closing(read_images(work, options, fetching)) as images:
         try:
-            for table in reader:
-                for number, image in zip(table["row"].to_pylist(), table["image"].to_pylist(), strict=True):
-                    yield number, image.get("bytes") if isinstance(image, dict) else image
-                    if number == rows[-1]:
-                        return
+            for number, image, _ in images:
+                yield number, image
+                if number == rows[-1]:
+                    return
         except (InputError, OSError, pa.ArrowException):
             return
 

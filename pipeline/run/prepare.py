@@ -96,6 +96,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         output=settings.output,
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
+        fetching=settings.fetching(first.fetching),
         **settings.fractions,
     )
     if run.predates_generation_config:
@@ -152,7 +153,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         changes.require_unchanged()
     shards, redone = redo(changes, job.settings.read_options)
     if takes_new:
-        shards = add_new(shards, changes.new)
+        shards = add_new(shards, changes.new, job.settings.read_options)
     run = job.run.with_shards(shards, inputs if takes_new else ())
     known = set(job.run.shards)
     added = [shard for shard in shards if shard not in known]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class CaptionSpec:
     """Whether the texts of byte-identical images are generated once per actor."""
     limits: ImageLimits = field(default=ImageLimits())
     """What decoding one image may cost."""
+    fetch: FetchSettings | None = None
+    """How images are fetched that the column names by web addresses; None refuses these."""
     text_prefix: str = ""
     """Starts the names of the columns whose texts are scored."""
 

@@ -18,10 +18,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blip2_actor import Status
+
 GENERATION_CONFIG = "generation_config"
 """Field with the options that the checkpoint's `generation_config.json` sets; a run without it uses none."""
+STATUSES = tuple(status.value for status in Status if status is not Status.FETCH_FAILED)
+"""The statuses that the schema of every run has. Only a run that fetches gives `fetch_failed`, and its input
+or its columns say that it fetches."""
 ADDED_LATER: Mapping[str, Any] = {
     "image.accept_truncated": False,
+    "columns.fetch": False,
+    "columns.encoding": "auto",
     "include": [],
     "exclude": [],
     GENERATION_CONFIG: {},

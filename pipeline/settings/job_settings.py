@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo, Status
+from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
 from blip2_actor.flags import hiding, positional, prefixed, written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
 from pipeline.inputs.shards import without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.deadline import stop_time
-from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, Fingerprint
+from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, STATUSES, Fingerprint
 from pipeline.settings.from_dict import to_dict
 from pipeline.settings.outputs import FORMS, SHARED_WITH_SCORE_MODEL, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
@@ -38,7 +39,8 @@ class JobSettings:
     """Settings that every job over an input has: input, output, model and actors."""
 
     input: tuple[str, ...] = field(metadata=positional())
-    """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://."""
+    """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://.
+    @FILE is a text file, CSV or JSON lines that names images, or a text file that names tars or tables."""
     output: str
     """Folder or URI for the results; the state of the run is kept in its subfolder _blip2."""
     format: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
@@ -70,6 +72,8 @@ class JobSettings:
     """columns and members"""
     limits: ImageLimits = field(default=ImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
+    fetching: FetchSettings = field(default=FetchSettings())
+    """fetching images by address"""
     placement: Placement = field(default=Placement())
     """actors"""
 
@@ -137,6 +141,7 @@ class CaptionSettings(JobSettings):
             outputs=self.outputs,
             reuse_identical=self.reuse_identical,
             limits=self.limits,
+            fetch=self.fetching,
             text_prefix=TEXT,
         )
 
@@ -197,11 +202,13 @@ class CaptionSettings(JobSettings):
             },
             "columns": {
                 "image": reading.image_column,
+                "fetch": reading.fetch,
+                "encoding": reading.image_encoding,
                 "key": reading.key_column,
                 "prompt": reading.prompt_column,
                 "keep": reading.keep,
             },
-            "schema": {"version": reading.schema_version, "statuses": [status.value for status in Status]},
+            "schema": {"version": reading.schema_version, "statuses": list(STATUSES)},
         }
         return Fingerprint.of(parts, ADDED_LATER)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from blip2_actor import ImageLimits, Status
 from blip2_actor.flags import positional
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
 from pipeline.settings.placement import Placement
@@ -78,6 +79,12 @@ class RetrySettings:
     """Maximum wall-clock seconds for one image from now on; default: as in the earlier run."""
     image_memory_bytes: int | None = None
     """Address space of a decoding process from now on; default: as in the earlier run."""
+    fetch_timeout_s: float | None = None
+    """Maximum seconds for one try to fetch an image from now on; default: as in the earlier run."""
+    fetch_patience_s: float | None = None
+    """Seconds for which a fetch is tried again from now on; default: as in the earlier run."""
+    allow_private_hosts: tuple[str, ...] = ()
+    """Further hosts that may be asked for images although their addresses are private."""
     placement: PlacementChanges = field(default=PlacementChanges())
     """actors"""
 
@@ -92,6 +99,7 @@ class RetrySettings:
         if self.deadline is not None:
             stop_time(self.deadline, datetime.now(UTC))
         self.limits(ImageLimits())
+        self.fetching(FetchSettings())
 
     @property
     def fractions(self) -> dict[str, Any]:
@@ -114,3 +122,14 @@ class RetrySettings:
         }
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(before, **changes)
+
+    def fetching(self, before: FetchSettings) -> FetchSettings:
+        """Return how images are fetched, with the changes that are given here.
+
+        Raises:
+            ValueError: a number is out of range, or a host is none.
+        """
+        given = {"fetch_timeout_s": self.fetch_timeout_s, "fetch_patience_s": self.fetch_patience_s}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        hosts = (*before.allow_private_hosts, *self.allow_private_hosts)
+        return dataclasses.replace(before, **changes, allow_private_hosts=tuple(dict.fromkeys(hosts)))

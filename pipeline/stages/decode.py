@@ -15,7 +15,10 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
-from pipeline.stages.image_column import Cell, digest_of, read_images
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.image_loader import ImageLoader
+from pipeline.inputs.reader import ADDRESS
+from pipeline.stages.image_column import Address, Cell, digest_of, read_images
 from pipeline.stages.worker_exit import exit_without_destructors
 
 PIXELS = "_blip2_pixels"
@@ -28,6 +31,8 @@ DECODED = ("status", "error", "width", "height", "sha256")
 """Columns that this stage adds to each row, besides the pixels."""
 BATCH_ROWS = 128
 """Rows that are given to the decoding process at once."""
+LOADED_BYTES = 16 << 20
+"""Loaded images that are decoded as soon as they have this many bytes."""
 
 Report = Callable[[str, float, float], None]
 """Takes the name of a worker, its busy seconds and the seconds since it started."""
@@ -42,6 +47,7 @@ class DecodeStage:
         limits: ImageLimits,
         image_column: str,
         keeps_image: bool = False,
+        fetch: FetchSettings | None = None,
         report: Report | None = None,
     ) -> None:
         """Start the decoding process.
@@ -51,13 +57,14 @@ class DecodeStage:
             limits: what decoding one image may cost.
             image_column: column of images; see `pipeline.stages.image_column`.
             keeps_image: whether that column stays in the table.
+            fetch: how images at web addresses are fetched; None refuses them.
             report: receives how busy this worker was.
         """
         exit_without_destructors()
         self._size_px = size_px
         self._image_column = image_column
-        self._dropped = {*DECODED} if keeps_image else {*DECODED, image_column}
-        self._max_file_bytes = limits.max_file_bytes
+        self._dropped = {*DECODED, ADDRESS} if keeps_image else {*DECODED, ADDRESS, image_column}
+        self._loader = ImageLoader(fetch, limits.max_file_bytes)
         self._accepts_truncated = limits.accept_truncated
         self._pool = DecodePool(size_px, limits, 1)
         self._report = report
@@ -67,27 +74,47 @@ class DecodeStage:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Decode a block in small tables: a thousand small files become a large block of pixels."""
         for start in range(0, len(table), BATCH_ROWS):
-            yield self._decode_batch(table.slice(start, BATCH_ROWS))
+            batch, row = table.slice(start, BATCH_ROWS), 0
+            started = time.monotonic()
+            for images in self._load(_cells(batch, self._image_column)):
+                decoded = self._decode_images(batch.slice(row, len(images)), images)
+                self._busy_s += time.monotonic() - started
+                if self._report:
+                    self._report(self._worker, self._busy_s, time.monotonic() - self._started)
+                yield decoded
+                row, started = row + len(images), time.monotonic()
 
     def close(self) -> None:
         """End the decoding process."""
+        self._loader.close()
         self._pool.close()
 
-    def _decode_batch(self, table: pa.Table) -> pa.Table:
-        started = time.monotonic()
-        images = read_images(table[self._image_column], self._max_file_bytes)
+    def _load(self, cells: Sequence[Cell | Address]) -> Iterator[list[Cell]]:
+        """Yield the images in order, in parts of limited size if some of them must be loaded."""
+        loaded = self._loader.load(cell.text for cell in cells if isinstance(cell, Address))
+        images: list[Cell] = []
+        num_bytes = 0
+        for cell in cells:
+            if not isinstance(cell, Address):
+                images.append(cell)
+                continue
+            content, status, error = next(loaded)
+            images.append(content if status is None else DecodedImage(status=status, error=error))
+            num_bytes += len(content or b"")
+            if num_bytes >= LOADED_BYTES:
+                yield images
+                images, num_bytes = [], 0
+        if images:
+            yield images
+
+    def _decode_images(self, table: pa.Table, images: Sequence[Cell]) -> pa.Table:
         hashes = [digest_of(image) for image in images]
-        failures = _failures(table)
-        known = [failed or image for image, failed in zip(images, failures, strict=True)]
-        decoded = self._decode(known)
+        decoded = self._decode(images)
         rest = table.drop_columns([name for name in table.column_names if name in self._dropped])
         for name, column in _columns(decoded, hashes).items():
             rest = rest.append_column(name, column)
         if self._accepts_truncated:
             rest = rest.append_column(TRUNCATED, pa.array([image.is_truncated for image in decoded]))
-        self._busy_s += time.monotonic() - started
-        if self._report:
-            self._report(self._worker, self._busy_s, time.monotonic() - self._started)
         return rest
 
     def _decode(self, images: Sequence[Cell]) -> list[DecodedImage]:
@@ -107,6 +134,15 @@ class DecodeStage:
             return DecodedImage(status=Status.UNDECODABLE, error=str(error))
         width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
+
+
+def _cells(table: pa.Table, image_column: str) -> list[Cell | Address]:
+    """Return the images of a table, the addresses of others, and why the remaining rows have none."""
+    images = read_images(table[image_column])
+    if ADDRESS in table.column_names:
+        addresses = table[ADDRESS].to_pylist()
+        images = [image if a is None else Address(a) for image, a in zip(images, addresses, strict=True)]
+    return [failed or image for image, failed in zip(images, _failures(table), strict=True)]
 
 
 def _failures(table: pa.Table) -> list[DecodedImage | None]:

@@ -1,13 +1,15 @@
 """What a column of images may hold, and how its images are read from it.
 
 A column holds encoded bytes, the `datasets` library's struct of bytes and path, PIL images, or arrays of one
-of the layouts that `array_to_rgb` reads: tensors, or nested lists. The type of the column tells nearly every
-other column before work. What only a row tells, such as a path that is not there, costs that row.
+of the layouts that `array_to_rgb` reads: tensors, or nested lists. If images are fetched, it may also hold
+addresses as text. The type of the column tells nearly every other column before work. What only a row tells,
+such as a path that is not there, costs that row.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,11 +23,8 @@ from ray.data.extensions import (
 )
 
 from blip2_actor import DecodedImage, Status, require_image_layout
-from pipeline.errors import InputError
-from pipeline.inputs.formats.columns import is_bytes, is_text
-from pipeline.inputs.formats.folder import read_file
+from pipeline.inputs.formats.tables.columns import is_bytes, is_text
 from pipeline.schema import to_plain
-from pipeline.storage.filesystems import open_filesystem
 
 RAY_TYPES = (ArrowPythonObjectType, ArrowTensorType, ArrowTensorTypeV2, ArrowVariableShapedTensorType)
 TAKEN = "encoded bytes, structs of bytes and path, PIL images or arrays"
@@ -34,19 +33,29 @@ Cell: TypeAlias = "bytes | np.ndarray | Image.Image | DecodedImage | None"
 """An image, or why there is none."""
 
 
-def require_images(name: str, type: Any) -> None:
+@dataclass(frozen=True)
+class Address:
+    """Where an image is that must be loaded."""
+
+    text: str
+
+
+def require_images(name: str, type: Any, fetches: bool = False) -> None:
     """Raise ValueError, which names a column, unless a column of this type may hold images.
 
     Args:
         name: the column.
         type: its type in Arrow; of a pandas block, its dtype.
+        fetches: whether it may hold addresses as text.
     """
     if not isinstance(type, pa.DataType):
         if not isinstance(type, np.dtype) or type == np.dtype(object):
             return  # Only the rows show what the objects are.
         remedy = ""
     elif is_text(type):
-        remedy = "; read the files with ray.data.read_binary_files, or decode base64 with ds.map"
+        if fetches:
+            return
+        remedy = "; give fetch=FetchSettings() if it holds URLs or paths, or decode base64 with ds.map"
     elif pa.types.is_list(type) and _holds_bytes(type.value_type):
         remedy = "; make a row of each image with ds.flat_map"
     elif (layout := _layout(type)) is not None:
@@ -62,15 +71,9 @@ def require_images(name: str, type: Any) -> None:
     raise ValueError(f"image_column must hold {TAKEN}, got {name!r} of type {type}{remedy}")
 
 
-def read_images(column: pa.ChunkedArray, max_file_bytes: int) -> list[Cell]:
-    """Return the images of a column.
-
-    Args:
-        max_file_bytes: a larger file is not read, if the column names files.
-    """
-    return [
-        _require_image(cell) for chunk in column.chunks for cell in _cells_of_chunk(chunk, max_file_bytes)
-    ]
+def read_images(column: pa.ChunkedArray) -> list[Cell | Address]:
+    """Return the images of a column, or the addresses of those that are elsewhere."""
+    return [_require_image(cell) for chunk in column.chunks for cell in _cells_of_chunk(chunk)]
 
 
 def digest_of(cell: Cell) -> bytes | None:
@@ -80,9 +83,11 @@ def digest_of(cell: Cell) -> bytes | None:
     return hashlib.sha256(cell if isinstance(cell, bytes) else np.ascontiguousarray(cell).data).digest()
 
 
-def _cells_of_chunk(chunk: pa.Array, max_file_bytes: int) -> list[Any]:
+def _cells_of_chunk(chunk: pa.Array) -> list[Any]:
     if pa.types.is_struct(chunk.type):
-        return [_read_struct(value, max_file_bytes) for value in chunk.to_pylist()]
+        return [_read_struct(value) for value in chunk.to_pylist()]
+    if is_text(chunk.type):
+        return [Address(text.strip()) if text else None for text in chunk.to_pylist()]
     if isinstance(chunk.type, (pa.FixedShapeTensorType, *RAY_TYPES)):
         is_native = isinstance(chunk, pa.FixedShapeTensorArray)
         cells = chunk.to_numpy_ndarray() if is_native else chunk.to_numpy(zero_copy_only=False)
@@ -125,20 +130,15 @@ def _array(value: Any, dtype: np.dtype) -> np.ndarray | DecodedImage | None:
         return DecodedImage(status=Status.UNDECODABLE, error=f"the lists are no array: {error}")
 
 
-def _read_struct(value: dict[str, Any] | None, max_file_bytes: int) -> bytes | DecodedImage | None:
-    """Return the bytes of a struct, or read the file that it names."""
+def _read_struct(value: dict[str, Any] | None) -> bytes | Address | None:
+    """Return the bytes of a struct, or the address that it names."""
     if value is None or value.get("bytes") is not None or value.get("path") is None:
         return None if value is None else value.get("bytes")
-    try:
-        filesystem, path = open_filesystem(value["path"])
-    except InputError as error:
-        return DecodedImage(status=Status.UNREADABLE, error=str(error))
-    image, status, reason = read_file(filesystem, path, max_file_bytes)
-    return image if status is None else DecodedImage(status=status, error=reason)
+    return Address(value["path"])
 
 
-def _require_image(cell: Any) -> Cell:
-    if cell is None or isinstance(cell, (bytes, DecodedImage)):
+def _require_image(cell: Any) -> Cell | Address:
+    if cell is None or isinstance(cell, (bytes, DecodedImage, Address)):
         return cell
     if isinstance(cell, (bytearray, memoryview)):
         return bytes(cell)

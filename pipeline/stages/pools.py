@@ -35,7 +35,7 @@ def decode(
     return ds.map_batches(
         DecodeStage,
         fn_constructor_args=(size_px, spec.limits, spec.image_column),
-        fn_constructor_kwargs={"keeps_image": keeps_image, "report": report},
+        fn_constructor_kwargs={"keeps_image": keeps_image, "fetch": spec.fetch, "report": report},
         # Whole blocks: with a number, Ray would join the blocks of several shards to reach it.
         batch_size=None,
         batch_format="pyarrow",

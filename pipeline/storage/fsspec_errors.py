@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.storage.secrets import hide_secrets
+from pipeline.storage.whole_files import WHOLE_FILES
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
@@ -129,12 +130,14 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
 class _InputFile:
     """An open file, as `PythonFile` uses it.
 
-    A web server that cannot send parts of a file sends it whole once, into a temporary file of this machine.
+    A web server that cannot send parts of a file sends it whole once; see `pipeline.storage.whole_files`.
     """
 
     def __init__(self, fs: AbstractFileSystem, path: str) -> None:
         self._fs, self._path = fs, path
-        self._file: Any = fs.open(path, mode="rb")
+        self._file: Any = WHOLE_FILES.open(fs, path) if "http" in fs.protocol else None
+        if self._file is None:
+            self._file = fs.open(path, mode="rb")
         if not self._file.seekable() or getattr(self._file, "size", 0) is None:
             self._fetch_whole()
 
@@ -167,6 +170,9 @@ class _InputFile:
 
     def _fetch_whole(self) -> None:
         self._file.close()
+        if "http" in self._fs.protocol:
+            self._file = WHOLE_FILES.open(self._fs, self._path, must=True)
+            return
         self._file = tempfile.TemporaryFile(prefix="blip2-input-")  # noqa: SIM115
         self._fs.get_file(self._path, self._file)
         self._file.seek(0)

@@ -11,6 +11,7 @@ PUBLIC = [
     "CaptionSettings",
     "Console",
     "EmbedSettings",
+    "FetchSettings",
     "Outputs",
     "Placement",
     "ProgressSnapshot",

@@ -132,6 +132,32 @@ def test_only_the_networks_that_are_allowed_are_reached() -> None:
     ]
 
 
+def test_a_private_host_is_reached_by_its_name_alone() -> None:
+    """Neither another name of the same address, nor another host to which it redirects."""
+    policy = FetchPolicy(private_hosts=("127.0.0.1",), timeout_s=10.0)
+    with server(plain(b"image")) as url:
+        assert fetch_image(url, policy) == b"image"
+        other = url.replace("127.0.0.1", "localhost")
+        assert refused(other, policy).reason == "address"
+        with server(redirect(other)) as redirecting:
+            assert refused(redirecting, policy).reason == "address"
+
+
+def test_a_failure_says_whether_another_try_may_help() -> None:
+    """And how long the server wants the client to wait, as a number or as a date."""
+    for status, is_transient in ((404, False), (403, False), (429, True), (500, True), (503, True)):
+        with server(plain(b"", f"{status} No", Retry_After="7")) as url:
+            error = refused(url, LOOPBACK)
+        assert (error.http_status, error.is_transient, error.retry_after_s) == (status, is_transient, 7.0)
+    with server(plain(b"", "503 No", Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")) as url:
+        assert refused(url, LOOPBACK).retry_after_s == 0.0
+    for wrong in ("soon", "-1", "Wed, 99 Oct"):
+        with server(plain(b"", "503 No", Retry_After=wrong)) as url:
+            assert refused(url, LOOPBACK).retry_after_s is None
+    assert refused(url, LOOPBACK).is_transient  # nothing listens any longer
+    assert not refused("http://10.0.0.1/").is_transient
+
+
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"]])
 def test_a_name_that_resolves_to_a_private_address_is_refused(
     addresses: list[str], monkeypatch: pytest.MonkeyPatch
@@ -244,7 +270,7 @@ def test_a_server_that_drips_does_not_hold_the_caller(part: str) -> None:
         error = refused(url, FetchPolicy(allow_networks=("127.0.0.0/8",), timeout_s=0.2))
         took_s = time.monotonic() - started
         left.set()
-    assert error.reason == "time" and error.status is Status.UNREADABLE
+    assert error.reason == "time" and error.status is Status.FETCH_FAILED
     assert took_s < 5
 
 
@@ -272,7 +298,7 @@ def test_what_is_no_plain_url_is_refused_by_name(url: str) -> None:
     assert error.reason == "url" and error.status is Status.REFUSED
 
 
-def test_other_answers_are_unreadable() -> None:
+def test_other_answers_have_a_status_of_their_own() -> None:
     for answer, reason in (
         (plain(b"", "404 Not Found"), "answer"),
         (plain(b"", "206 Partial Content"), "answer"),
@@ -283,7 +309,7 @@ def test_other_answers_are_unreadable() -> None:
     ):
         with server(answer) as url:
             error = refused(url, LOOPBACK)
-            assert error.reason == reason and error.status is Status.UNREADABLE
+            assert error.reason == reason and error.status is Status.FETCH_FAILED
     assert refused(url, LOOPBACK).reason == "connection"  # nothing listens any longer
     assert refused("http://name.invalid/").reason == "connection"
 

@@ -31,6 +31,7 @@ STATUSES = [
     "ok",
     "missing_image",
     "unreadable",
+    "fetch_failed",
     "undecodable",
     "too_large",
     "decoder_crashed",

@@ -15,13 +15,17 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.inputs.formats import folder, parquet, webdataset
-from pipeline.inputs.formats.columns import Columns, option_name
-from pipeline.inputs.formats.kept import join_fields, with_types
+from pipeline.inputs.formats import folder, webdataset
+from pipeline.inputs.formats.base64_text import HEAD_CHARS, looks_like_base64_image
+from pipeline.inputs.formats.manifests import manifest
 from pipeline.inputs.formats.rows import member_type
+from pipeline.inputs.formats.tables import parquet
+from pipeline.inputs.formats.tables.columns import Columns, is_text, option_name
+from pipeline.inputs.formats.tables.kept import join_fields, with_types
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
 from pipeline.inputs.shards import Format, Shard
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.secrets import hide_secrets
 
 OPTIONS_THAT_NEED_TEXTS = {
     "image_column": "--image-column",
@@ -32,6 +36,9 @@ OPTIONS_THAT_NEED_TEXTS = {
 """Options that name columns or members, which folders of images do not have, and the flags that set them."""
 MAX_CHECKED_SAMPLES = 16
 """First samples of a tar that are read to learn which members the samples have."""
+MAX_CHECKED_CELLS = 16
+"""First cells of a column of text that are read to learn whether they are base64."""
+MAX_SHOWN_CHARS = 60
 MAX_CHECKED_TARS = 4
 MAX_CHECKED_TABLES = 64
 """Tables, from all over the input, whose columns are compared with the options."""
@@ -40,6 +47,7 @@ READERS: dict[Format, Callable[[ShardWork, ReadOptions], Tables]] = {
     "webdataset": webdataset.read,
     "parquet": parquet.read,
     "folder": folder.read,
+    "manifest": manifest.read,
 }
 
 
@@ -60,7 +68,7 @@ def count_rows(shard: Shard, max_rows: int, options: ReadOptions) -> int:
     if shard.num_rows is not None:
         return min(shard.num_rows, max_rows)
     if shard.format == "parquet":
-        return min(parquet.count_rows(shard), max_rows)
+        return min(parquet.count_rows(shard, options), max_rows)
     return webdataset.count_rows(shard, max_rows, options)
 
 
@@ -77,24 +85,32 @@ def check_options(shards: Sequence[Shard], options: ReadOptions) -> pa.Schema:
             has no meaning for these shards.
     """
     formats = {shard.format for shard in shards}
-    if options.key_column is not None and "parquet" not in formats:
+    if options.key_column is not None and not formats & {"parquet", "manifest"}:
         raise InputError(
-            f"--key-column needs Parquet tables, got {options.key_column!r} and no table; leave it out, "
-            "because the key of a file is its path"
+            f"--key-column needs Parquet tables or manifests, got {options.key_column!r} and none of them; "
+            "leave it out, because the key of a file is its path"
         )
+    if options.image_encoding == "base64" and "parquet" not in formats:
+        raise InputError("--image-encoding base64 needs Parquet tables, got none; leave it out")
     if formats == {"folder"}:
         _refuse_texts(options)
     tars = [shard for shard in shards if shard.format == "webdataset"]
+    if tars and options.fetch and options.image_column is None:
+        raise InputError(
+            "--fetch needs --image-column with tars: the ending of the members with a URL, as url"
+        )
     _check_members(tars, options)
     tables = list({(s.root, s.files): s for s in shards if s.format == "parquet"}.values())
     found = _find_columns(tables, options) if tables else []
+    _require_base64(found, options)
+    found += [(shard, manifest.columns_of(shard, options)) for shard in _first_parts(shards)]
     kept = []
     for name, source in options.kept.items():
         types = [(tars[0].uri, member_type(source))] if tars else []
         types += [(table.uri, columns.kept[name].type) for table, columns in found if name in columns.kept]
         if not types and found:
-            names = parquet.schema_of(found[0][0]).names
-            raise InputError(f"keep must be one of the columns {', '.join(names)}, got {source!r}")
+            names = ", ".join(found[0][1].all_names)
+            raise InputError(f"keep must be one of the columns {names}, got {source!r}")
         kept.append(join_fields(name, types))
     return pa.schema(kept)
 
@@ -127,6 +143,29 @@ def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[S
     return found
 
 
+def _first_parts(shards: Sequence[Shard]) -> list[Shard]:
+    """Return one shard of each manifest."""
+    return list({(s.root, s.files): s for s in reversed(shards) if s.format == "manifest"}.values())
+
+
+def _require_base64(found: Sequence[tuple[Shard, Columns]], options: ReadOptions) -> None:
+    """Refuse a column of text that holds something else than base64, such as URLs; nulls say nothing."""
+    for table, columns in found:
+        if options.image_encoding == "base64" or options.fetch or not is_text(columns.image_type):
+            continue
+        cells = parquet.first_cells(table, columns.image.name, MAX_CHECKED_CELLS).to_pylist()
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        texts = [text for cell in lists for text in cell if text]
+        if any(looks_like_base64_image(text[:HEAD_CHARS].encode()) for text in texts):
+            return
+        if texts:
+            shown = hide_secrets(texts[0][:MAX_SHOWN_CHARS])
+            raise InputError(
+                f"image_column must hold bytes or images in base64, got {columns.image.name!r} with "
+                f"{shown!r}; add --fetch if it holds URLs or paths, --image-encoding base64 if it is base64"
+            )
+
+
 def _columns_of(table: Shard, options: ReadOptions) -> Columns | InputError:
     try:
         return Columns.find(parquet.schema_of(table), options)
@@ -135,6 +174,10 @@ def _columns_of(table: Shard, options: ReadOptions) -> Columns | InputError:
 
 
 def _refuse_texts(options: ReadOptions) -> None:
+    if options.fetch:
+        raise InputError(
+            "--fetch has no meaning for folders of files, which hold the images themselves; leave it out"
+        )
     for name, flag in OPTIONS_THAT_NEED_TEXTS.items():
         if value := getattr(options, name):
             value = value if isinstance(value, str) else ", ".join(value)

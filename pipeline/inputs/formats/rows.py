@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from blip2_actor import Status
-from pipeline.inputs.reader import MEMBER, ReadOptions
+from pipeline.inputs.reader import ADDRESS, MEMBER, ReadOptions
 
 _LIKE_AN_ESCAPE = re.compile(r"\\(?=x[0-9a-f]{2})")
 TEXT_EXTENSIONS = ("txt", "text", "json", "caption", "cls", "url")
@@ -32,6 +32,11 @@ class TableBuilder:
         return len(self._rows)
 
     @property
+    def holds_addresses(self) -> bool:
+        """Whether the rows have addresses instead of images."""
+        return ADDRESS in self._options.columns
+
+    @property
     def is_full(self) -> bool:
         return len(self._rows) >= self._options.table_rows or self._num_bytes >= self._options.table_bytes
 
@@ -44,6 +49,7 @@ class TableBuilder:
         image: bytes | None = None,
         status: Status | None = None,
         error: str | None = None,
+        address: str | None = None,
         members: Mapping[str, bytes],
     ) -> None:
         """Add a row.
@@ -55,12 +61,15 @@ class TableBuilder:
             image: encoded image, or None.
             status: why there is no image, or None.
             error: one sentence if `status` is not None.
+            address: where the image is, if it is not in the shard.
             members: content of the other members that the row has, by extension in lower case.
         """
         escape = escape_name if self._options.schema_version > 1 else _escape_v1
         values: list[object] = [escape(key), self._shard, row, image, status, error]
         if MEMBER in self._options.columns:
             values.append(None if member is None else escape(member))
+        if self.holds_addresses:
+            values.append(address)
         for source in self._options.texts.values():
             text = members.get(source.lower())
             values.append(None if text is None else text.decode(errors="replace").rstrip("\r\n"))

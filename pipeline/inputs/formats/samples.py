@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import IO, cast
 
 from blip2_actor import Status
+from pipeline.inputs.formats.seen_keys import SeenKeys
 from pipeline.inputs.formats.tar import TAR_ERRORS, LinkTargets, TarEndsEarly, members
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, IMAGE_EXTENSIONS_V1, looks_like_image
 from pipeline.inputs.reader import ReadOptions
@@ -85,7 +86,7 @@ class SampleReader:
         self._image_extensions = IMAGE_EXTENSIONS if options.schema_version > 1 else IMAGE_EXTENSIONS_V1
         others = [*options.kept.values(), *options.texts.values()]
         self._other_extensions = {extension.lower() for extension in others}
-        self._keys: set[str] = set()
+        self._keys = SeenKeys()
         self._link_targets = LinkTargets()
         self.num_rows = 0
         self.misplaced: str | None = None

@@ -9,9 +9,9 @@ tables.
 from __future__ import annotations
 
 import tarfile
-from dataclasses import replace
 
 from blip2_actor import Status
+from pipeline.inputs.formats.addresses import folder_of, resolve
 from pipeline.inputs.formats.rows import TableBuilder
 from pipeline.inputs.formats.samples import Sample, SampleReader
 from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
@@ -23,13 +23,13 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     """Yield the samples asked for. A tar that ends early or is damaged is read up to that place."""
     shard, table = work.shard, TableBuilder(work.shard.name, options)
     reader = SampleReader(options, work.wants)
-    reason = None
+    reason, folder = None, folder_of(shard.root, shard.files[0])
     try:
         with open_tar(shard) as archive:
             for sample in reader.read(archive):
                 for row in range(sample.first_row, shard.limit_rows(reader.num_rows)):
                     if work.wants(row):
-                        _add(table, sample, row)
+                        _add(table, sample, row, folder)
                         if table.is_full:
                             yield table.take()
                 if shard.limit_rows(reader.num_rows) == shard.max_rows:
@@ -60,7 +60,7 @@ def scan_first_rows(shard: Shard, max_rows: int, options: ReadOptions) -> tuple[
         The number of rows of whole samples, `max_rows` or a few more, and the bytes of the file that they
         take. The bytes are None if the tar holds no further sample.
     """
-    reader = SampleReader(replace(options, keep=(), prompt_column=None, text_columns=()), lambda row: False)
+    reader = SampleReader(options.images_only, lambda row: False)
     try:
         with open_file(shard) as file:
             for _ in reader.read(open_archive(file)):
@@ -86,7 +86,7 @@ def first_extensions(shard: Shard, max_samples: int) -> list[list[str]]:
     return found
 
 
-def _add(table: TableBuilder, sample: Sample, row: int) -> None:
+def _add(table: TableBuilder, sample: Sample, row: int, folder: str) -> None:
     """Add a row of a sample to a table. A sample without an image says so in its status."""
     found = sample.images[row - sample.first_row] if sample.images else None
     image, status, error = (found.image, found.status, found.error) if found else (None, None, None)
@@ -101,4 +101,16 @@ def _add(table: TableBuilder, sample: Sample, row: int) -> None:
         image, status = None, Status.MISSING_IMAGE
         error = f"{found.name} is empty"
     member = None if found is None else found.name
-    table.add(row, sample.key, member=member, image=image, status=status, error=error, members=sample.members)
+    address = None
+    if image is not None and table.holds_addresses:
+        address, image = resolve(image.decode(errors="replace").strip(), folder), None
+    table.add(
+        row,
+        sample.key,
+        member=member,
+        image=image,
+        status=status,
+        error=error,
+        address=address,
+        members=sample.members,
+    )

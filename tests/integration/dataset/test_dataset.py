@@ -102,7 +102,7 @@ def test_what_ray_reads_without_a_mode_is_captioned_and_written_as_json(tmp_path
 def test_a_column_that_holds_no_images_is_refused_before_work():
     ds = ray.data.from_items([{"image": "https://127.0.0.1/a.jpg"}])
     with pytest.raises(
-        ValueError, match=r"image_column must hold .*, got 'image' of type string; read the files"
+        ValueError, match=r"image_column must hold .*, got 'image' of type string; give fetch"
     ):
         pipeline.caption(ds, FakeEngineConfig())
 

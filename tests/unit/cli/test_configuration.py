@@ -13,6 +13,7 @@ import pytest
 import deploy.command
 from pipeline.cli.completion import SHELLS
 from pipeline.cli.main import main, parse
+from pipeline.submit.settings import SubmitSettings
 
 FILE = """
 [caption]
@@ -63,7 +64,12 @@ def test_the_endpoint_has_its_part(file: str, capsys) -> None:
 def test_a_submitted_job_does_not_need_the_file(tmp_path: Path, monkeypatch) -> None:
     """The file is on this machine, and the job runs on another."""
     seen = []
-    monkeypatch.setattr("pipeline.submit.submit.submit", lambda settings: seen.append(settings.job) or 0)
+
+    def submit(settings: SubmitSettings) -> int:
+        seen.append(settings.job)
+        return 0
+
+    monkeypatch.setattr("pipeline.submit.submit.submit", submit)
     path = tmp_path / "b.toml"
     path.write_text('[caption]\nmodel = "demo"\nkeep = ["txt", "json"]\nreuse-identical = true\n')
     assert main(["submit", "caption", "s3://b/in", "-o", "s3://b/out", "--config", str(path)]) == 0

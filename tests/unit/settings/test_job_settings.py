@@ -7,6 +7,7 @@ import pytest
 
 from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.from_dict import from_dict
@@ -72,6 +73,7 @@ def test_the_spec_has_everything_that_the_stage_needs():
         outputs=outputs,
         generation=options,
         limits=limits,
+        fetching=FetchSettings(fetch_per_host=2),
     )
     assert settings.spec(engine) == CaptionSpec(
         engine=engine,
@@ -80,6 +82,7 @@ def test_the_spec_has_everything_that_the_stage_needs():
         outputs=outputs,
         reuse_identical=True,
         limits=limits,
+        fetch=FetchSettings(fetch_per_host=2),
         text_prefix="_blip2_text_",
     )
     of_rows = CaptionSettings(input=("in",), output="out", reading=ReadOptions(prompt_column="question"))

@@ -10,11 +10,10 @@ from PIL import Image
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
 
 from blip2_actor import DecodedImage
-from pipeline.stages.image_column import digest_of, read_images, require_images
+from pipeline.stages.image_column import Address, digest_of, read_images, require_images
 
 GRAY = np.arange(6, dtype=np.uint8).reshape(2, 3)
 OTHER = np.arange(4, dtype=np.uint8).reshape(2, 2)
-MAX_BYTES = 1000
 
 
 def datasets_arrays() -> pa.ChunkedArray:
@@ -45,9 +44,7 @@ BYTES = [
 
 def read(column: pa.Array | pa.ChunkedArray) -> list:
     require_images("image", column.type)
-    return read_images(
-        column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]), MAX_BYTES
-    )
+    return read_images(column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]))
 
 
 @pytest.mark.parametrize("column", ARRAYS, ids=lambda column: str(column.type))
@@ -65,8 +62,11 @@ def test_bytes(column):
 @pytest.mark.parametrize(
     ("type", "reason"),
     [
-        (pa.string(), "of type string; read the files with ray.data.read_binary_files, or decode base64"),
-        (pa.string_view(), "of type string_view; read the files"),
+        (
+            pa.string(),
+            "of type string; give fetch=FetchSettings() if it holds URLs or paths, or decode base64",
+        ),
+        (pa.string_view(), "of type string_view; give fetch"),
         (pa.int64(), "of type int64"),
         (pa.list_(pa.binary()), "make a row of each image with ds.flat_map"),
         (pa.list_(pa.struct([("bytes", pa.binary())])), "make a row of each image with ds.flat_map"),
@@ -85,20 +85,13 @@ def test_other_columns_are_refused_by_name(type, reason):
     assert reason in str(error.value)
 
 
-def test_a_path_that_cannot_be_read_costs_its_row_and_says_why(tmp_path):
-    (tmp_path / "large.png").write_bytes(bytes(MAX_BYTES + 1))
-    (tmp_path / "there.png").write_bytes(b"abc")
-    paths = [
-        str(tmp_path / "there.png"),
-        str(tmp_path / "absent.png"),
-        "foo://x",
-        str(tmp_path / "large.png"),
-    ]
-    column = pa.array([{"bytes": None, "path": path} for path in paths])
-    there, *failed = read(column)
-    assert there == b"abc"
-    assert [image.status.value for image in failed] == ["unreadable", "unreadable", "too_large"]
-    assert "absent.png" in failed[0].error and "foo" in failed[1].error
+def test_paths_and_texts_are_addresses_of_images():
+    """A path was opened while the column was read, without the guard for URLs and one after the other."""
+    column = pa.array([{"bytes": None, "path": "http://a/b.png"}, {"bytes": b"abc", "path": "c.png"}, None])
+    assert read(column) == [Address("http://a/b.png"), b"abc", None]
+    texts = pa.array([" a.png\n", "", None], pa.string_view())
+    require_images("image", texts.type, fetches=True)
+    assert read_images(pa.chunked_array([texts])) == [Address("a.png"), None, None]
 
 
 def test_cells_that_hold_no_image_fail_alone():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
-from pipeline.storage import retrying, retrying_file
+from pipeline.inputs.stamps import read_unchanged
+from pipeline.storage import retrying, retrying_file, whole_files
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
 random = Random(0)
@@ -112,6 +118,73 @@ def test_a_server_that_cannot_send_parts_of_a_file_sends_it_whole(shard, monkeyp
     monkeypatch.setattr(Server, "knows_ranges", False)
     rows, report = read_rows(shard)
     assert (len(rows), report.complete) == (16, True)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_server_that_cannot_send_parts_of_a_file_sends_it_once(shard, monkeypatch, says_so):
+    """It was sent for the digest of the shard and again for its rows, and begun four times more."""
+    sent = []
+    send = Server.send
+
+    def count(server: Server, status: int, body: bytes, headers: list[tuple[str, str]] | None = None) -> None:
+        sent.append(len(body))
+        send(server, status, body, headers)
+
+    if says_so:
+        headers = [("Content-Length", str(len(CONTENT))), ("Accept-Ranges", "none")]
+        monkeypatch.setattr(Server, "do_HEAD", lambda server: send(server, 200, b"", headers))
+    monkeypatch.setattr(Server, "send", count)
+    monkeypatch.setattr(Server, "knows_ranges", False)
+    (listed,) = list_shards(f"{shard.root}/once.tar")
+    reader = read_unchanged(ShardWork(shard=listed), ReadOptions())
+    assert sum(map(len, reader)) == 16
+    assert sum(sent) == len(CONTENT)
+
+
+def test_whole_files_make_room_for_others(shard, monkeypatch):
+    """An open one stays readable."""
+    monkeypatch.setattr(Server, "knows_ranges", False)
+    monkeypatch.setattr(whole_files, "MAX_KEPT_BYTES", 1)
+    kept = whole_files.WholeFiles()
+    fs = fsspec.filesystem("http")
+    first = kept.open(fs, f"{shard.root}/first.tar")
+    second = kept.open(fs, f"{shard.root}/second.tar")
+    assert first is not None and second is not None
+    assert first.read() == second.read() == CONTENT
+    first.close()
+    assert len(kept._kept) == 1
+
+
+def test_signed_urls_of_single_images_are_a_row_each(shard):
+    """Both were a folder of one image, and had one name."""
+    urls = [f"{shard.root}/{name}.jpg?signature=of/{name}" for name in "ab"]
+    shards = list_shards(urls)
+    host = shard.root.removeprefix("http://")
+    assert [listed.name for listed in shards] == [f"{host}/a.jpg~0-0", f"{host}/b.jpg~0-0"]
+    assert [row["image"] for listed in shards for row in read_rows(listed)[0]] == [CONTENT] * 2
+
+
+def test_tables_of_web_servers_are_read_by_row_groups(shard, monkeypatch):
+    """Only the footer and the pages of the row groups that are asked for."""
+    rows = [random.randbytes(1 << 18) for _ in range(64)]
+    table = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table({"image": rows}), table, row_group_size=8, compression="none", use_dictionary=False
+    )
+    content, sent = table.getvalue().to_pybytes(), []
+    send = Server.send
+
+    def count(server: Server, status: int, body: bytes, headers: list[tuple[str, str]] | None = None) -> None:
+        sent.append(len(body))
+        send(server, status, body, headers)
+
+    monkeypatch.setattr(sys.modules[__name__], "CONTENT", content)
+    monkeypatch.setattr(Server, "send", count)
+    (listed,) = list_shards(f"{shard.root}/0.parquet")
+    found, report = read_rows(listed, missing=((60, 64),))
+    assert [row["image"] for row in found] == rows[60:]
+    assert (report.num_rows, report.complete) == (64, True)
+    assert sum(sent) < len(content)
 
 
 @pytest.mark.parametrize("fault", [slow_down, cut, hang_up])

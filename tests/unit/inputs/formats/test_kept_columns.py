@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.formats import check_options
-from pipeline.inputs.formats.kept import common_type
+from pipeline.inputs.formats.tables.kept import common_type
 from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.run_record import read_run
 from pipeline.schema import plain_type

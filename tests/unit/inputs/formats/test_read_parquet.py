@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.inputs.formats import check_options, parquet
-from pipeline.inputs.formats.columns import Columns
-from pipeline.inputs.formats.parquet_rows import ParquetRows
+from pipeline.inputs.formats import check_options
+from pipeline.inputs.formats.tables import parquet
+from pipeline.inputs.formats.tables.columns import Columns
+from pipeline.inputs.formats.tables.parquet_rows import ParquetRows
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
 from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
@@ -59,7 +60,9 @@ def test_a_struct_with_only_a_path_is_a_missing_image_and_the_error_says_what_to
     ]
     rows, _ = read_rows(write(tmp_path, {"image": pa.array(cells, type)}))
     assert [(row["image"], row["status"]) for row in rows] == [(b"x", None)] + [(None, "missing_image")] * 3
-    assert rows[1]["error"] == "the cell has no bytes, only the path '1.jpg'; embed the images in the table"
+    assert rows[1]["error"] == (
+        "the cell has no bytes, only the path '1.jpg'; embed the images, or use --fetch"
+    )
     assert [row["error"] for row in rows[2:]] == ["the cell is null", "the cell is empty"]
 
 
@@ -108,7 +111,7 @@ def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):
             {"image_column": "img"},
             "image_column must be one of the columns image, got",
         ),
-        ({"image": ["x.jpg"]}, {"image_column": "image"}, "image_column must hold bytes"),
+        ({"image": [1]}, {"image_column": "image"}, "image_column must hold bytes"),
         ({"image": [b"x"], "n": [1.5]}, {"key_column": "n"}, "key_column must hold text or integers"),
         ({"image": [b"x"], "n": [1]}, {"prompt_column": "n"}, "prompt_column must hold text"),
     ],
@@ -246,4 +249,4 @@ def test_rows_that_are_larger_than_the_average_fill_tables_of_their_own(tmp_path
 def test_an_empty_table_is_complete(tmp_path):
     rows, report = read_rows(write(tmp_path, {"image": pa.array([], pa.binary())}))
     assert (rows, report.num_rows, report.complete) == ([], 0, True)
-    assert parquet.count_rows(shard_at(tmp_path / "0.parquet", "parquet")) == 0
+    assert parquet.count_rows(shard_at(tmp_path / "0.parquet", "parquet"), ReadOptions()) == 0

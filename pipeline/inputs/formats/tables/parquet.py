@@ -1,4 +1,4 @@
-"""Read Parquet tables with a column of encoded images: one row of the table is one row.
+"""Read Parquet tables with a column of images: one row of the table, or one element of a list, is one row.
 
 A damaged row group costs its own rows only. They are yielded as unreadable, so that every other row keeps
 its number. A file whose footer cannot be read is a shard without rows, and its report says why. Only the
@@ -12,13 +12,16 @@ import io
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.inputs.formats.columns import Columns
-from pipeline.inputs.formats.parquet_rows import ParquetRows
+from pipeline.inputs.formats.addresses import folder_of
+from pipeline.inputs.formats.tables.columns import Columns
+from pipeline.inputs.formats.tables.image_lists import group_sizes
+from pipeline.inputs.formats.tables.parquet_rows import ParquetRows
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import join, open_filesystem
@@ -35,17 +38,19 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     shard, num_rows, reasons, note = work.shard, 0, [], None
     try:
         with _open(shard) as file:
-            sizes = _group_sizes(file.metadata)
-            first, stop = shard.row_groups or (0, len(sizes))
             columns = Columns.find(file.schema_arrow, options)
+            sizes = group_sizes(file.metadata, columns)
+            first, stop = shard.row_groups or (0, len(sizes))
             note = _note(columns)
-            rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options)
+            file_rows = list(accumulate(_table_sizes(file.metadata), initial=0))
+            folder = folder_of(shard.root, shard.files[0])
+            rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options, folder)
             num_rows = shard.limit_rows(sum(sizes[first:stop]))
             start = 0
             for group in range(first, stop):
                 wanted = list(work.overlaps(start, min(start + sizes[group], num_rows)))
                 if wanted:
-                    reason = yield from _read_group(file, group, start, wanted, rows)
+                    reason = yield from _read_group(file, group, start, file_rows[group], wanted, rows)
                     reasons += [reason] if reason else []
                 start += sizes[group]
     except (InputError, *_DAMAGE_ERRORS) as error:
@@ -65,16 +70,19 @@ def _note(columns: Columns) -> str | None:
     return f"{', '.join(map(repr, columns.lacking))} is no column of the file, so it is null in the output"
 
 
-def split(shard: Shard, max_bytes: int) -> list[Shard]:
+def split(shard: Shard, max_bytes: int, options: ReadOptions) -> list[Shard]:
     """Cut a file into ranges of row groups of at most `max_bytes`, or of one row group that is larger.
 
     A damaged file stays one shard; reading it will say what is wrong.
+
+    Args:
+        options: which column holds the images; each element of a list is a row.
     """
     if shard.size_bytes is not None and shard.size_bytes <= max_bytes:
         return [shard]
     try:
         with _open(shard) as file:
-            metadata = file.metadata
+            metadata, sizes = file.metadata, _sizes(file, options)
     except _DAMAGE_ERRORS:
         return [shard]
     ranges: list[tuple[int, int, int]] = []  # first group, end of the range (excluded), bytes
@@ -85,8 +93,8 @@ def split(shard: Shard, max_bytes: int) -> list[Shard]:
         else:
             ranges.append((group, group + 1, size_bytes))
     if len(ranges) < 2:
-        return [replace(shard, num_rows=metadata.num_rows)]
-    sizes, width = _group_sizes(metadata), len(str(metadata.num_rows - 1))
+        return [replace(shard, num_rows=sum(sizes))]
+    width = len(str(sum(sizes) - 1))
     parts = []
     for first, stop, size_bytes in ranges:
         start, num_rows = sum(sizes[:first]), sum(sizes[first:stop])
@@ -97,13 +105,23 @@ def split(shard: Shard, max_bytes: int) -> list[Shard]:
     return parts
 
 
-def count_rows(shard: Shard) -> int:
+def count_rows(shard: Shard, options: ReadOptions) -> int:
     """Read the number of rows from the footer of the file; 0 if it cannot be opened."""
     try:
         with _open(shard) as file:
-            return file.metadata.num_rows
+            return sum(_sizes(file, options))
     except _DAMAGE_ERRORS:
         return 0
+
+
+def first_cells(shard: Shard, column: str, max_rows: int) -> pa.Array:
+    """Read the first cells of a column; fewer or none if the file is damaged."""
+    try:
+        with _open(shard) as file:
+            batch = next(file.iter_batches(max_rows, columns=[column], use_threads=False))
+            return batch.column(column)
+    except (StopIteration, *_DAMAGE_ERRORS):
+        return pa.nulls(0)
 
 
 def schema_of(shard: Shard) -> pa.Schema:
@@ -124,12 +142,18 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 
 def _read_group(
-    file: pq.ParquetFile, group: int, start: int, wanted: list[tuple[int, int]], rows: ParquetRows
+    file: pq.ParquetFile,
+    group: int,
+    start: int,
+    file_row: int,
+    wanted: list[tuple[int, int]],
+    rows: ParquetRows,
 ) -> Generator[pa.Table, None, str | None]:
     """Yield the wanted rows of a row group.
 
     Args:
         start: number of the group's first row in the shard.
+        file_row: number of the group's first row in the table.
         wanted: ranges of rows of the shard that lie in the group.
 
     Returns:
@@ -143,6 +167,8 @@ def _read_group(
             rows.columns.names,
             use_threads=False,
         ):
+            num_read, batch = len(batch), rows.unfold(batch, file_row)
+            file_row += num_read
             for low, high in _overlaps(wanted, position, position + len(batch)):
                 part = batch.slice(low - position, high - low)
                 for first, stop in rows.cut(part):
@@ -182,5 +208,14 @@ def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
+def _sizes(file: pq.ParquetFile, options: ReadOptions) -> list[int]:
+    """Return the number of rows that each row group has; those of the table if no column can be the image."""
+    try:
+        columns = Columns.find(file.schema_arrow, options)
+    except InputError:
+        return _table_sizes(file.metadata)
+    return group_sizes(file.metadata, columns)
+
+
+def _table_sizes(metadata: pq.FileMetaData) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]

@@ -1,11 +1,8 @@
-"""Turn record batches of a Parquet file into a reader's tables.
-
-A cell without usable bytes becomes a row with a status and an error; it does not affect other rows.
-"""
+"""Turn record batches of a Parquet file into a reader's tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blip2_actor import Status
-from pipeline.inputs.formats.columns import Columns, is_bytes, is_text
-from pipeline.inputs.reader import MEMBER, ReadOptions
+from pipeline.inputs.formats.tables.columns import Columns, is_bytes, is_text
+from pipeline.inputs.formats.tables.image_cells import Images, read_cells
+from pipeline.inputs.formats.tables.image_lists import KEYS, MEMBERS, unfold
+from pipeline.inputs.reader import ADDRESS, MEMBER, ReadOptions
 from pipeline.schema import plain_type, to_plain
 
 
@@ -23,16 +22,20 @@ class ParquetRows:
 
     Args:
         shard: name of the shard.
-        offset: number of the row in the file that is row 0 of the shard.
+        offset: number of the row in the file that is row 0 of the shard, if each has one image.
         columns: the columns that are read.
         options: the limits of a table and of an image.
+        folder: URI of the folder that relative paths in cells are relative to.
     """
 
-    def __init__(self, shard: str, offset: int, columns: Columns, options: ReadOptions) -> None:
+    def __init__(
+        self, shard: str, offset: int, columns: Columns, options: ReadOptions, folder: str = ""
+    ) -> None:
         self.columns = columns
         self.options = options
         self._shard = shard
         self._offset = offset
+        self._folder = folder
         texts = dict.fromkeys(columns.texts, pa.string())
         kept = {
             name: plain_type(columns.kept[name].type) if name in columns.kept else pa.null()
@@ -40,10 +43,16 @@ class ParquetRows:
         }
         self._schema = pa.schema(options.columns | texts | kept)
 
+    def unfold(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
+        """Return a batch of the file with a row for each image; `first_row` is its first row in the file."""
+        return unfold(batch, self.columns.image.name, first_row) if self.columns.has_lists else batch
+
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
-        """Make a table of a batch whose first row is number `row` of the shard."""
-        images, statuses, errors = self._images(batch.column(self.columns.image.name))
-        keys = self._row_numbers(row, len(batch))
+        """Make a table of an unfolded batch whose first row is number `row` of the shard."""
+        images = read_cells(batch.column(self.columns.image.name), self.options, self._folder)
+        has_lists = self.columns.has_lists
+        keys = batch.column(KEYS) if has_lists else self._row_numbers(row, len(batch))
+        members = batch.column(MEMBERS) if has_lists else pa.nulls(len(batch), pa.string())
         if self.columns.key is not None:
             keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
         others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
@@ -53,19 +62,19 @@ class ParquetRows:
                 others.append(pa.nulls(len(batch)))
             else:
                 others.append(to_plain(batch.column(field.name)))
-        return self._table(row, keys, images, statuses, errors, others)
+        return self._table(row, keys, images, members, others)
 
     def unreadable(self, row: int, num_rows: int, reason: str) -> pa.Table:
         """Make a table of rows that exist according to the file's footer but cannot be read."""
         others = [pa.nulls(num_rows, field.type) for field in list(self._schema)[len(self.options.columns) :]]
-        return self._table(
-            row,
-            self._row_numbers(row, num_rows),
+        images = Images(
             pa.nulls(num_rows, pa.binary()),
+            [None] * num_rows,
             [Status.UNREADABLE] * num_rows,
             [reason] * num_rows,
-            others,
         )
+        keys = self._row_numbers(row, num_rows)
+        return self._table(row, keys, images, pa.nulls(num_rows, pa.string()), others)
 
     def batch_rows(self, group: pq.RowGroupMetaData) -> int:
         """Return how many rows fill a table, by the average size of a row in the row group."""
@@ -94,50 +103,24 @@ class ParquetRows:
         self,
         row: int,
         keys: pa.Array,
-        images: pa.Array,
-        statuses: Sequence[Status | None],
-        errors: Sequence[str | None],
+        images: Images,
+        members: pa.Array,
         others: list[pa.Array],
     ) -> pa.Table:
         num_rows = len(keys)
         shards = pa.repeat(pa.scalar(self._shard), num_rows)
         rows = pa.array(range(row, row + num_rows), pa.int64())
-        rest = [pa.array(statuses, pa.string()), pa.array(errors, pa.string())]
+        rest = [pa.array(images.statuses, pa.string()), pa.array(images.errors, pa.string())]
         if MEMBER in self.options.columns:
-            rest.append(pa.nulls(num_rows, pa.string()))
-        return pa.Table.from_arrays([keys, shards, rows, images, *rest, *others], schema=self._schema)
+            rest.append(members)
+        if ADDRESS in self.options.columns:
+            rest.append(pa.array(images.addresses, pa.string()))
+        return pa.Table.from_arrays([keys, shards, rows, images.encoded, *rest, *others], schema=self._schema)
 
     def _row_numbers(self, row: int, num_rows: int) -> pa.Array:
         """Return the numbers of rows in the file as strings; they are the keys if there is no key column."""
         start = self._offset + row
         return pa.array(range(start, start + num_rows), pa.int64()).cast(pa.string())
-
-    def _images(self, cells: pa.Array) -> tuple[pa.Array, list[Status | None], list[str | None]]:
-        """Return the images of a column, and a status and an error for each cell without a usable one."""
-        paths = None
-        if pa.types.is_struct(cells.type):
-            names = {field.name for field in cells.type}
-            paths = pc.struct_field(cells, "path") if "path" in names else None
-            cells = pc.struct_field(cells, "bytes")
-        images = cells.cast(pa.binary())
-        lengths = pc.fill_null(pc.binary_length(images), 0)
-        max_bytes = self.options.max_image_bytes
-        usable = pc.and_(pc.greater(lengths, 0), pc.less_equal(lengths, max_bytes))
-        statuses: list[Status | None] = [None] * len(images)
-        errors: list[str | None] = [None] * len(images)
-        for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
-            statuses[index] = Status.MISSING_IMAGE
-            is_null, path = not images[index].is_valid, None if paths is None else paths[index].as_py()
-            if lengths[index].as_py() > max_bytes:
-                statuses[index] = Status.TOO_LARGE
-                errors[index] = f"the cell has {lengths[index]} bytes, more than {max_bytes}"
-            elif path is not None and is_null:
-                errors[index] = (
-                    f"the cell has no bytes, only the path {path!r}; embed the images in the table"
-                )
-            else:
-                errors[index] = "the cell is null" if is_null else "the cell is empty"
-        return pc.if_else(usable, images, None), statuses, errors
 
 
 def _row_bytes(batch: pa.RecordBatch) -> np.ndarray:

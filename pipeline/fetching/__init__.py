@@ -1,0 +1,1 @@
+"""Load the images that rows name by their address: URLs, URIs of stores, paths."""

@@ -1,0 +1,1 @@
+"""Manifests, `--input @FILE`: text files whose lines name images, or shards."""

@@ -1,0 +1,1 @@
+"""Read Parquet tables: which columns hold what, and what becomes a row."""

@@ -1,0 +1,55 @@
+"""Lists of images: each element is a row of its own, next to the other columns of its row in the table.
+
+A list that is null or empty is one row without an image. So the footer of a file tells the number of rows: it
+counts the elements of each row group, and one for each list without any.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.inputs.formats.tables.columns import Columns
+from pipeline.schema import to_plain
+
+KEYS, MEMBERS = "_blip2_keys", "_blip2_members"
+"""Columns that `unfold` adds: the number of the row in the table as text, and the place in its list."""
+
+
+def group_sizes(metadata: pq.FileMetaData, columns: Columns) -> list[int]:
+    """Return the number of rows that each row group has."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if not columns.has_lists:
+        return [group.num_rows for group in groups]
+    return [_num_elements(group, columns.image.name) for group in groups]
+
+
+def _num_elements(group: pq.RowGroupMetaData, name: str) -> int:
+    chunks = map(group.column, range(group.num_columns))
+    return next(chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith(f"{name}."))
+
+
+def unfold(batch: pa.RecordBatch, image: str, first_row: int) -> pa.RecordBatch:
+    """Return a batch with a row for each element of the lists in its image column.
+
+    Args:
+        batch: rows of a table.
+        image: name of the column of lists.
+        first_row: number of the batch's first row in the table.
+    """
+    lists = to_plain(batch.column(image))
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    num_rows = np.maximum(lengths, 1)
+    parents = np.repeat(np.arange(len(batch)), num_rows)
+    has_image = np.repeat(lengths > 0, num_rows)
+    places = np.arange(len(parents)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
+    members = [f"{image}[{place}]" if held else None for place, held in zip(places, has_image, strict=True)]
+    elements = lists.flatten().take(pa.array(np.cumsum(has_image) - 1, mask=~has_image))
+    names = [name for name in batch.schema.names if name != image]
+    others = {name: batch.column(name).take(pa.array(parents)) for name in names}
+    keys = pa.array(first_row + parents).cast(pa.string())
+    return pa.RecordBatch.from_pydict(
+        others | {image: elements, KEYS: keys, MEMBERS: pa.array(members, pa.string())}
+    )

@@ -1,0 +1,105 @@
+"""Tables and tars that name their images by address: what is read, and what is refused before work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.inputs.formats import check_options
+from pipeline.inputs.formats.addresses import folder_of, is_web, resolve, scheme_of
+from pipeline.inputs.reader import ADDRESS, ReadOptions
+from pipeline.inputs.shards import Shard
+from tests.unit.inputs.formats.reading_cases import read_rows, shard_at, tar_shard_of
+
+URL = "https://example.com/a.jpg?w=1"
+
+
+def table(folder: Path, **columns: Any) -> Shard:
+    pq.write_table(pa.table(columns), folder / "0.parquet")
+    return shard_at(folder / "0.parquet", "parquet")
+
+
+def test_a_column_of_urls_gives_rows_with_addresses(tmp_path: Path) -> None:
+    shard = table(tmp_path, url=[URL, "b.jpg", None, " "], caption=["x", "y", "z", "w"])
+    for image_column in ("url", None):
+        options: dict[str, Any] = {"image_column": image_column, "fetch": True}
+        check_options([shard], ReadOptions(**options))
+        rows, report = read_rows(shard, **options)
+        assert [row[ADDRESS] for row in rows] == [URL, f"{tmp_path}/b.jpg", None, None]
+        assert [row["status"] for row in rows] == [None, None, "missing_image", "missing_image"]
+        assert [row["image"] for row in rows] == [None] * 4
+        assert (report.num_rows, report.complete) == (4, True)
+
+
+@pytest.mark.parametrize("type", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
+def test_text_of_every_type_is_read(tmp_path: Path, type: pa.DataType) -> None:
+    rows, _ = read_rows(table(tmp_path, url=pa.array([URL], type)), fetch=True)
+    assert rows[0][ADDRESS] == URL
+
+
+def test_a_struct_with_bytes_needs_no_address(tmp_path: Path) -> None:
+    cells = [{"bytes": b"x", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
+    rows, _ = read_rows(table(tmp_path, image=cells), fetch=True)
+    assert [(row["image"], row[ADDRESS]) for row in rows] == [
+        (b"x", None),
+        (None, f"{tmp_path}/b.jpg"),
+        (None, None),
+    ]
+
+
+def test_a_member_of_a_tar_may_hold_the_address(tmp_path: Path) -> None:
+    shard = tar_shard_of(tmp_path, ("1.url", f"{URL}\n".encode()), ("1.txt", b"a"), ("2.url", b"\xffa.jpg"))
+    options: dict[str, Any] = {"image_column": "url", "fetch": True}
+    check_options([shard], ReadOptions(**options))
+    rows, _ = read_rows(shard, **options)
+    assert [(row["key"], row[ADDRESS]) for row in rows] == [("1", URL), ("2", f"{tmp_path}/\ufffda.jpg")]
+    with pytest.raises(InputError, match="--fetch needs --image-column with tars"):
+        check_options([shard], ReadOptions(fetch=True))
+
+
+def test_what_cannot_hold_addresses_is_refused(tmp_path: Path) -> None:
+    shard = table(tmp_path, url=[URL], image=[b"x"], n=[1], a=["x"])
+    with pytest.raises(InputError, match="image_column must hold text, or a struct with a path"):
+        check_options([shard], ReadOptions(image_column="image", fetch=True))
+    with pytest.raises(InputError, match="no column of text, which could hold addresses, only a"):
+        check_options([table(tmp_path, a=["x"])], ReadOptions(fetch=True))
+    folder = Shard(name="f", format="folder", root=str(tmp_path), files=("a.jpg",))
+    with pytest.raises(InputError, match="--fetch has no meaning for folders of files"):
+        check_options([folder], ReadOptions(fetch=True))
+
+
+def test_urls_without_fetch_are_refused_with_the_flag_to_add(tmp_path: Path) -> None:
+    shard = table(tmp_path, url=["https://user:password@example.com/a.jpg?key=1"])
+    with pytest.raises(InputError, match="add --fetch if it holds URLs") as error:
+        check_options([shard], ReadOptions(image_column="url"))
+    assert "password" not in str(error.value) and "key=1" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "folder", "expected"),
+    [
+        ("a/../b.jpg", "/data/t", "/data/t/b.jpg"),
+        ("../b.jpg", "s3://bucket/t?region=x", "s3://bucket/b.jpg?region=x"),
+        ("b.jpg", "https://example.com/t", "https://example.com/t/b.jpg"),
+        ("/b.jpg", "s3://bucket/t", "/b.jpg"),
+        ("gs://x/b.jpg", "s3://bucket/t", "gs://x/b.jpg"),
+        ("HTTP://x/b.jpg", "/data", "HTTP://x/b.jpg"),
+    ],
+)
+def test_relative_paths_are_relative_to_the_folder_of_the_table(
+    address: str, folder: str, expected: str
+) -> None:
+    assert resolve(address, folder) == expected
+
+
+def test_the_folder_and_the_kind_of_addresses() -> None:
+    assert folder_of("/data", "x/0.parquet") == "/data/x"
+    assert folder_of("s3://b/c?region=x", "0.parquet") == "s3://b/c?region=x"
+    assert folder_of("https://example.com/c?signature=x", "0.parquet") == "https://example.com/c"
+    assert [is_web(address) for address in ("HTTPS://a", "s3://a", "http.jpg")] == [True, False, False]
+    assert [scheme_of(address) for address in ("Data:,x", "S3://a", "a/b")] == ["data", "s3", ""]

@@ -1,0 +1,189 @@
+"""Manifests: every record one row, whatever is in it, and the manifest a part of the input's identity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.inputs.changes import find_changes, redo
+from pipeline.inputs.find_files import same_place
+from pipeline.inputs.formats import check_options
+from pipeline.inputs.formats.manifests import manifest, records
+from pipeline.inputs.listing import list_files, list_shards
+from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions
+from pipeline.inputs.shards import Shard
+from tests.unit.inputs.formats.reading_cases import read_rows
+
+URL = "https://example.com/c.jpg?w=1"
+
+
+def rows_of(path: Path, content: str | bytes, **options: Any) -> list[dict[str, Any]]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    shards = list_shards(f"@{path}")
+    check_options(shards, ReadOptions(**options))
+    rows = []
+    for shard in shards:
+        found, report = read_rows(shard, **options)
+        assert (report.num_rows, report.complete, report.reason) == (shard.num_rows, True, None)
+        rows += found
+    return rows
+
+
+def test_each_line_of_a_text_is_an_image(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "list.txt", f"a.jpg\r\n\n  \nb c.jpg\n{URL}\ns3://x/d.jpg")
+    assert [row["key"] for row in rows] == ["a.jpg", "b c.jpg", URL, "s3://x/d.jpg"]
+    assert [row[ADDRESS] for row in rows] == [f"{tmp_path}/a.jpg", f"{tmp_path}/b c.jpg", URL, "s3://x/d.jpg"]
+    assert [row["row"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_csv_has_prompts_keys_and_kept_columns(tmp_path: Path) -> None:
+    content = '\ufeffid,path,ask,note\n1,a.jpg,"what, ""exactly""?","two\nlines"\n2,b.jpg,,\n3,,x,y\n'
+    rows = rows_of(tmp_path / "list.csv", content, key_column="id", prompt_column="ask", keep=("note",))
+    assert [row["key"] for row in rows] == ["1", "2", "3"]
+    assert [row[PROMPT] for row in rows] == ['what, "exactly"?', None, "x"]
+    assert [row["note"] for row in rows] == ["two\nlines", "", "y"]
+    assert [row["status"] for row in rows] == [None, None, "missing_image"]
+    tabs = rows_of(tmp_path / "list.tsv", "file_name\tkey\na,b.jpg\tk\n")
+    assert [(row["key"], row[ADDRESS]) for row in tabs] == [("k", f"{tmp_path}/a,b.jpg")]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = [{"image_url": URL, "n": 1}, {"image_url": "b.jpg", "n": {"x": None}}, {"image_url": None}]
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    rows = rows_of(tmp_path / "list.jsonl", content, keep=("n",))
+    assert [row[ADDRESS] for row in rows] == [URL, f"{tmp_path}/b.jpg", None]
+    assert [row["n"] for row in rows] == ["1", '{"x": null}', None]
+    assert [row["status"] for row in rows] == [None, None, "missing_image"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("list.csv", b"path,n\na.jpg,1\nb.jpg\nc.jpg,3\n", "it has 1 fields, and the header 2"),
+        ("list.jsonl", b'{"path": "a.jpg"}\n{"path": \n{"path": "c.jpg"}\n', "Expecting value"),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n["b.jpg"]\n{"path": "c.jpg"}\n',
+            "must be a JSON object, got list",
+        ),
+        ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "invalid start byte"),
+    ],
+)
+def test_a_record_that_cannot_be_read_costs_its_own_row(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    rows = rows_of(tmp_path / name, content)
+    assert [row["status"] for row in rows] == [None, "unreadable", None]
+    assert reason in rows[1]["error"] and rows[1]["key"]
+    assert [row[ADDRESS] for row in rows[::2]] == [f"{tmp_path}/a.jpg", f"{tmp_path}/c.jpg"]
+
+
+def test_a_manifest_is_divided_and_each_part_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part begins at its bytes, so that the manifest is not read from its start for each of them."""
+    monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 4)
+    path = tmp_path / "list.csv"
+    path.write_text("path,note\n" + "".join(f'{n}.jpg,"a\n\nb"\n\n' for n in range(10)))
+    shards = list_shards(f"@{path}")
+    assert [shard.name for shard in shards] == ["list.csv~0-3", "list.csv~4-7", "list.csv~8-9"]
+    assert [Shard(**json.loads(json.dumps(asdict(shard)))) for shard in shards] == shards
+    keys = [row["key"] for shard in shards for row in read_rows(shard, table_rows=3)[0]]
+    assert keys == [f"{n}.jpg" for n in range(10)]
+    rows, report = read_rows(shards[1], missing=((1, 2), (3, None)))
+    assert [(row["row"], row["key"]) for row in rows] == [(1, "5.jpg"), (3, "7.jpg")]
+    assert (report.num_rows, report.complete) == (4, True)
+    limited = list_shards(f"@{path}", limit=6)
+    assert [len(read_rows(shard)[0]) for shard in limited] == [4, 2]
+
+
+def test_a_changed_manifest_is_named_and_made_again_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 2)
+    path = tmp_path / "list.txt"
+    path.write_text("a.jpg\nb.jpg\nc.jpg\n")
+    shards = list_shards(f"@{path}")
+    path.write_text("a.jpg\nb.jpg\nc.jpg\nd.jpg\ne.jpg\n")
+    changes = find_changes(shards, list_files([f"@{path}"], "auto", shards), lambda shard: None)
+    with pytest.raises(
+        InputError, match=r"2 shards of the input have changed .* list.txt~0-1 \(30 bytes, 18"
+    ):
+        changes.require_unchanged()
+    again, dropped = redo(changes, ReadOptions())
+    assert [shard.name for shard in again] == ["list.txt~0-1", "list.txt~2-3", "list.txt~4-4"]
+    assert {shard.generation for shard in again} == {1}
+    assert dropped == ("list.txt~0-1", "list.txt~2-2")
+
+
+def test_lines_may_name_tars_and_tables(tmp_path: Path) -> None:
+    for name in ("x/0.tar", "x/1.tar", "y/2.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    path = tmp_path / "shards.txt"
+    path.write_text(f"x/0.tar\n{tmp_path}/x/1.tar\ny/2.parquet\n")
+    shards = list_shards(f"@{path}")
+    assert [(shard.name, shard.format) for shard in shards] == [
+        ("x/0.tar", "webdataset"),
+        ("x/1.tar", "webdataset"),
+        ("y/2.parquet", "parquet"),
+    ]
+    assert all(shard.stamps[0] for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "0.tar\n", "names a file that is not there: .*/0.tar"),
+        (
+            "a.txt",
+            "there.tar\nb.jpg\n",
+            "must all name images, or all tars and tables, got b.jpg after there.tar",
+        ),
+        ("a.txt", "https://x/0.tar?sign=secret\n", r"passwords or options, .* got https://x/0.tar\?…"),
+        ("a.parquet", "", "a manifest must be lines of text"),
+        ("a.csv", "", "the manifest is empty"),
+        ("a.jsonl", "[1]\n", "the first line of the manifest cannot be read: it must be a JSON object"),
+        ("a.csv", "x,y\n1,2\n", "no column of text, which could hold addresses, only x, y"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_before_work(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / "there.tar").touch()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        check_options(list_shards(f"@{tmp_path / name}"), ReadOptions())
+    assert "secret" not in str(error.value)
+
+
+def test_options_that_a_manifest_cannot_satisfy_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a.jpg\n")
+    shards = list_shards(f"@{tmp_path}/a.txt")
+    with pytest.raises(InputError, match=r"prompt_column must be one of the columns path, got 'ask'"):
+        check_options(shards, ReadOptions(prompt_column="ask"))
+    with pytest.raises(InputError, match=r"keep must be one of the columns path, got 'x'"):
+        check_options(shards, ReadOptions(keep=("x",)))
+    with pytest.raises(InputError, match="must name one file, a manifest"):
+        list_shards(f"@{tmp_path}")
+
+
+def test_a_quote_that_does_not_end_stops_before_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 100)
+    (tmp_path / "a.csv").write_text('path\na.jpg\n"b.jpg\n' + "c.jpg\n" * 100)
+    (shard,) = list_shards(f"@{tmp_path}/a.csv")
+    rows, report = read_rows(shard)
+    assert [row["key"] for row in rows] == ["a.jpg"]
+    assert not report.complete and "a quote does not end" in str(report.reason)
+
+
+def test_the_same_manifest_has_one_spelling() -> None:
+    assert same_place("@list.txt", "/data") == same_place("@/data/./list.txt", "/") == "@/data/list.txt"
+    assert same_place("@s3://user:secret@b/list.txt?x=1", "/") == "@s3://b/list.txt"
