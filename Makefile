@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types docs coverage chaos wheel ci clean
+.PHONY: help demo test slow lint types docs coverage chaos pages wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,12 +45,15 @@ coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract 
 chaos: $(STAMP)  ## run the tests that kill processes or start clusters of their own; not in the default suite
 	$(BIN)/python -m pytest tests/chaos --timeout=900 -m ''
 
+pages: $(STAMP)  ## run the tests of the HTML pages in Chromium, which must be installed; not in the default suite
+	$(BIN)/python -m pytest tests/pages
+
 wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	$(BIN)/python -m tests.contracts.installed_wheel dist/*.whl
 
-ci: lint types docs test slow  ## run what continuous integration runs
+ci: lint types docs test slow pages  ## run what continuous integration runs
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info demo_output .coverage

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from PIL import Image
 from blip2_actor.demo.scenes import SceneSampler, draw
 
 SCENE_SIDE_PX = 320
+MAX_LINKS = 50_000
+"""Ext4 takes 65,000 links to one file."""
 
 
 def write_photographs(folder: Path, count: int) -> Path:
@@ -28,7 +32,7 @@ def write_photographs(folder: Path, count: int) -> Path:
 def write_shards(work: Path, count: int, num_rows: int) -> Path:
     """Write `count` tars of `num_rows` small images each; return their folder.
 
-    All tars are hard links to one file, so that a million rows need little disk space.
+    All tars are hard links to few files, so that a million rows need little disk space.
     """
     first = work / f"shard-of-{num_rows}.tar"
     if not first.exists():
@@ -42,10 +46,19 @@ def write_shards(work: Path, count: int, num_rows: int) -> Path:
                 content.seek(0)
                 tar.addfile(member, content)
     folder = work / f"shards-{count}-of-{num_rows}"
+    if folder.exists():
+        return folder
     folder.mkdir()
-    for index in range(count):
-        os.link(first, folder / f"{index:05d}.tar")
+    link_often(first, [folder / f"{index:06d}.tar" for index in range(count)])
     return folder
+
+
+def link_often(source: Path, targets: Sequence[Path]) -> None:
+    """Make hard links to one file, or to a few copies of it."""
+    for start in range(0, len(targets), MAX_LINKS):
+        shutil.copyfile(source, targets[start])
+        for target in targets[start + 1 : start + MAX_LINKS]:
+            os.link(targets[start], target)
 
 
 def write_scenes(folder: Path, count: int) -> list[bytes]:

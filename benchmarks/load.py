@@ -104,6 +104,7 @@ def summary(answers: Sequence[Answer], until: float) -> dict[str, Any]:
     in_time = sum(answer.answered <= until for answer in good)
     p50, p95, p99 = np.percentile([1000 * (answer.answered - answer.asked) for answer in good], (50, 95, 99))
     return {
+        "num_answers": len(good),
         "per_s": in_time / (until - min(answer.asked for answer in answers)),
         "p50_ms": float(p50),
         "p95_ms": float(p95),

@@ -99,6 +99,9 @@ class EngineConfig(ModelConfig):
     position embeddings are interpolated; a larger size shows more detail and takes longer."""
     ignore_generation_config: bool = False
     """Do not take options of generation that are not given from the checkpoint's generation_config.json."""
+    quantize: Literal["int8"] | None = None
+    """Compute in int8 on a CPU: faster for large models, but some captions change. Parts of the model that
+    would not be faster stay as they are. blip2 plan with this flag shows the gain and the changes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +114,16 @@ class EngineConfig(ModelConfig):
                 raise ValueError(
                     "compile must not be true if device_map splits the model, got both; drop one of them"
                 )
+        if self.quantize is not None:
+            self._check_quantize()
+
+    def _check_quantize(self) -> None:
+        if self.quantize != "int8":
+            raise ValueError(f"quantize must be int8 or left out, got {self.quantize!r}")
+        if self.device_map is not None:
+            raise ValueError("device_map must be left out with quantize, got both; drop one of them")
+        if self.compile is True:
+            raise ValueError("compile must not be true with quantize, got both; drop one of them")
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.

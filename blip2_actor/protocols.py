@@ -11,7 +11,16 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from blip2_actor.options import GenerationOptions
-from blip2_actor.request import EngineStats, Features, ImageLike, ModelInfo, Request, Result, Score
+from blip2_actor.request import (
+    EngineStats,
+    Features,
+    ImageLike,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+    StepWatcher,
+)
 
 if TYPE_CHECKING:
     from blip2_actor.engine.encoded_image import EncodedImage
@@ -25,8 +34,22 @@ class ModelLike(Protocol):
     def close(self) -> None: ...
 
 
+class Detokenizer(Protocol):
+    """What a host asks of a model's tokenizer."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return what each token adds to the text of generated ids; together they are the text."""
+        ...
+
+
 class EngineLike(ModelLike, Protocol):
     """A loaded model that generates texts; `Engine` is the real one."""
+
+    @property
+    def prompts(self) -> Detokenizer: ...
+
+    @property
+    def step_watchers(self) -> list[StepWatcher]: ...
 
     def generate(self, requests: Sequence[Request], options: GenerationOptions = ...) -> list[Result]: ...
 

@@ -32,6 +32,10 @@ LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 N is 1, or num_beams in beam search. Image tokens and prompt are the first ids, as the reference's logits
 processors see them. The processors of `transformers.LogitsProcessorList` have this form."""
 
+StepWatcher = Callable[[float, int, int], None]
+"""A function of the seconds of one step of the engine, the images that it encoded and the tokens that it
+generated. It runs in the engine's thread, so it must return at once and raise nothing."""
+
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
 

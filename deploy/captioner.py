@@ -2,8 +2,8 @@
 service has one.
 
 The rule: a bad request is a result with a status. An exception means that the engine itself has failed, and
-the replica ends, so that Serve replaces it. `Captioner` is a plain class that imports no Ray; `deploy.app`
-makes a deployment of it.
+the replica ends, so that Serve replaces it. `Captioner` is a plain class, which needs Ray only for its
+metrics; `deploy.app` makes a deployment of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from blip2_actor import (
     Request,
     Result,
 )
+from deploy.observe.logs import LogLevel, set_log_level
+from deploy.observe.metrics import observe_step, show_engine
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
@@ -53,6 +56,7 @@ class Captioner:
         self._matching_info = None if matching is None else matching.info()
         self._matcher: Any = None if matching is None else matching.build()
         self._actor = Blip2Actor(engine, options)
+        self._actor.engine.step_watchers.append(observe_step)
         self._threads = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting")
         self._progress: tuple[int, ...] = ()
         self._progress_at_s = time.monotonic()
@@ -119,13 +123,16 @@ class Captioner:
             self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
         )
         results, scores, matches, features, vectors = parts
-        return ImageOutputs(
+        outputs = ImageOutputs(
             texts=tuple(results),
             scores=tuple(scores),
             matches=tuple(matches),
             features=next(iter(features), None),
             contrastive=next(iter(vectors), None),
         )
+        ids = [completion.token_ids for completion in outputs.completions] if work.token_texts else []
+        token_texts = await self._wait(ids, lambda: [tuple(engine.prompts.token_texts(one)) for one in ids])
+        return replace(outputs, token_texts=tuple(token_texts))
 
     def _submit(
         self, request: Request, index: int, report: Callable[[int, str], None] | None
@@ -148,9 +155,13 @@ class Captioner:
     def stats(self) -> EngineStats:
         return self._actor.stats()
 
+    def set_log_level(self, level: LogLevel) -> None:
+        set_log_level(level)
+
     def check_health(self) -> None:
         """Raise RuntimeError when the engine has work and makes no progress; Serve replaces the replica."""
         stats = self._actor.stats()
+        show_engine(self._actor.info, stats)
         progress = (stats.num_finished, stats.num_encode_calls, stats.num_decode_steps)
         now_s = time.monotonic()
         if progress != self._progress or stats.num_running + stats.num_waiting == 0:

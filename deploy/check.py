@@ -1,8 +1,9 @@
 """`python -m deploy.check`: refuse a wrong cluster file here, before a cluster is paid for.
 
-It runs Ray's own validation offline, and adds what Ray lets pass: Serve accepts unknown keys in silence.
-Without arguments it checks the Serve config of the installed package, and the `ray_cluster.yaml` of the
-working folder if there is one.
+It runs Ray's own validation offline, and adds what Ray lets pass: Serve accepts unknown keys in silence, and
+a placeholder fails late. Of Kubernetes manifests, as `kubectl kustomize` prints them, it checks what the API
+server does not: the rules of the KubeRay operator, and the Serve config inside. Without arguments it checks
+the Serve config of the installed package, and the `ray_cluster.yaml` of the working folder if there is one.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from typing import Any
 
 from blip2_actor.flags import WRONG_FLAGS, Parser
 from blip2_actor.installation import MissingPackages, require_packages
+from deploy.cluster_files.operator_rules import complaints
+from deploy.cluster_files.placeholders import placeholders
 
 PROG = "python -m deploy.check"
 CLUSTER_FILE = "ray_cluster.yaml"
 NEEDS = ("ray", "fastapi", "jsonschema", "yaml")
+UNKNOWN_FILE = (
+    "the file must be a Serve config (with the key applications), a cluster file of `ray up` (with the key "
+    "cluster_name), or Kubernetes manifests (each with the key kind)"
+)
 
 
 def check(path: Path) -> None:
-    """Check a cluster file or a Serve config file, told apart by their keys.
+    """Check a cluster file, a Serve config or Kubernetes manifests, told apart by their keys.
 
     Raises:
         ValueError: the file is wrong; the message names the key.
@@ -31,18 +38,44 @@ def check(path: Path) -> None:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = [
+            part for part in yaml.safe_load_all(path.read_text(encoding="utf-8")) if part is not None
+        ]
     except yaml.YAMLError as error:
         raise ValueError(f"the file must be YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict) or not {"applications", "cluster_name"} & set(document):
-        raise ValueError(
-            "the file must be a Serve config (with the key applications) or a cluster file of `ray up` (with "
-            "the key cluster_name); for Kubernetes manifests, run kubectl apply --dry-run=server"
-        )
-    if "applications" in document:
-        check_serve_config(document)
+    if not documents or not all(isinstance(document, dict) for document in documents):
+        raise ValueError(UNKNOWN_FILE)
+    if all("kind" in document for document in documents):
+        check_manifests(documents)
+    elif len(documents) == 1 and "applications" in documents[0]:
+        check_serve_config(documents[0])
+    elif len(documents) == 1 and "cluster_name" in documents[0]:
+        check_cluster(documents[0])
     else:
-        check_cluster(document)
+        raise ValueError(UNKNOWN_FILE)
+    for document in documents:
+        for key, placeholder in placeholders(document):
+            raise ValueError(f"{key} holds {placeholder}; write your own value there")
+
+
+def check_manifests(documents: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the KubeRay operator and Serve would take the manifests."""
+    import yaml
+
+    for manifest in documents:
+        if manifest["kind"] == "Kustomization":
+            raise ValueError("a kustomization must be built first: kubectl kustomize FOLDER > FILE")
+        try:
+            found = list(complaints(manifest))
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(
+                f"{manifest['kind']}: a field has a value of the wrong type; "
+                "kubectl apply --dry-run=server names it"
+            ) from None
+        for complaint in found:
+            raise ValueError(f"{manifest['kind']}: {complaint}")
+        if manifest["kind"] == "RayService":
+            check_serve_config(yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {})
 
 
 def check_cluster(document: Mapping[str, Any]) -> None:
@@ -101,7 +134,9 @@ def _models_in(annotation: Any) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Check files; return 0 when all are valid, else 1 with one line per wrong file."""
-    parser = Parser(prog=PROG, description="Check cluster files and Serve configs offline.")
+    parser = Parser(
+        prog=PROG, description="Check cluster files, Serve configs and Kubernetes manifests offline."
+    )
     parser.add_argument(
         "files",
         nargs="*",

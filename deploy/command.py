@@ -72,10 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_packages(PROG, NEEDS, "serve")
         settings = build(ServeSettings, vars(given))
-        if settings.keys_file is not None:
-            read_keys(Path(settings.keys_file))
+        for keys_file in filter(None, (settings.keys_file, settings.admin_keys_file)):
+            read_keys(Path(keys_file))
         _refuse_taken_port(settings.host, settings.port)
+        if settings.metrics_port is not None:
+            _refuse_taken_port("127.0.0.1", settings.metrics_port, "--metrics-port")
         settings.check_models()
+        if settings.cache_from is not None:
+            _refuse_other_run(settings.cache_from, settings)
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED
@@ -91,17 +95,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _refuse_other_run(folder: str, settings: ServeSettings) -> None:
+    from deploy.reuse.finished_run import FinishedRun
+
+    FinishedRun(folder, settings.engine.info(), settings.image)
+
+
 def _fail(error: Exception, status: int) -> int:
     sys.stderr.write(f"{PROG}: {error}\n")
     return status
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
+def _refuse_taken_port(host: str, port: int, remedy: str = "--port or --host") -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"port {port} of {host} cannot be used ({error.strerror}); choose another --port or --host"
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another {remedy}"
             ) from None

@@ -6,6 +6,7 @@ to a `Captioner`. `Gateway` is a plain class; `deploy.app` makes the ingress dep
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -24,8 +25,16 @@ from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
 from deploy.http.errors import of_status
 from deploy.http.images import ImageSource
+from deploy.http.lanes import in_lane
+from deploy.observe.fleet import Fleet
+from deploy.observe.logs import LogLevel, set_log_level
+from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
+from deploy.observe.request_record import RECORD, AccessLog, timed
 from deploy.readiness import Readiness
 from deploy.remote_captioner import RemoteCaptioner
+from deploy.reuse.finished_run import FinishedRun
+from deploy.reuse.made import Made, sha256_of
+from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings, require_same_image_size
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
@@ -44,6 +53,7 @@ class Gateway:
             "allowed_hosts": settings.allowed_hosts,
             "allowed_origins": settings.allowed_origins,
             "keys": None if settings.keys_file is None else KeyFile(settings.keys_file),
+            "admin_keys": None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
             "max_in_flight": max(1, settings.max_in_flight // 2),
         }
         self._admission = Admission(
@@ -56,6 +66,12 @@ class Gateway:
         require_same_image_size(self.model, self.matching)
         self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
         self._readiness = Readiness(captioner)
+        self.fleet = Fleet(captioner.app_name)
+        self._shared_work = SharedWork(settings.cache_bytes)
+        self._finished_run: FinishedRun | None = None
+        if settings.cache_from is not None:
+            self._finished_run = FinishedRun(settings.cache_from, self.model, settings.image)
+            await asyncio.to_thread(self._finished_run.read_index)
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
         self._fetching = Fetching(self.image_policy)
         logger.info("%s", self._decoding.sandbox_report())
@@ -63,22 +79,42 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = create_api(self)
         api.add_middleware(Access, **self._access)
+        api.add_middleware(AccessLog)
         return api
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        if (record := RECORD.get()) is not None:
+            record.slots, record.steps = cost.slots, cost.steps
         return self._admission.admit(cost)
 
     async def load(self, image: ImageSource) -> bytes:
         return image if isinstance(image, bytes) else await self._fetching.fetch(image)
 
     async def decode(self, image: bytes) -> DecodedImage:
-        decoded = await self._decoding.decode(image)
+        with timed("decode", IMAGE_DECODE_SECONDS):
+            decoded = await self._decoding.decode(image)
         if decoded.status is not Status.OK:
             raise of_status(decoded.status, decoded.error)
         return decoded
 
+    async def make(self, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False) -> Made:
+        image = await self.load(source)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
+        if self._finished_run is not None and not needs_tokens:
+            stored = await asyncio.to_thread(self._finished_run.find, digest, work)
+            if stored is not None:
+                CACHE_REQUESTS.inc(1, {"result": "run"})
+                return stored
+        return await self._shared_work.get((digest, work), lambda: self._make(image, digest, work))
+
+    async def _make(self, image: bytes, digest: str, work: ImageWork) -> Made:
+        decoded = await self.decode(image)
+        return Made.of(digest, decoded, await self.run(decoded, work))
+
     async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
-        outputs = await self._captioner.run(image.array(self.model.image_size_px), work)
+        """Make everything that is asked of an image; raise ApiError unless every part is ok."""
+        with timed("engine"):
+            outputs = await self._captioner.run(image.array(self.model.image_size_px), work)
         if outputs.failure is not None:
             raise of_status(*outputs.failure)
         return outputs
@@ -86,11 +122,13 @@ class Gateway:
     async def stream(
         self, image: DecodedImage, work: ImageWork
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        async with aclosing(self._captioner.stream(image.array(self.model.image_size_px), work)) as items:
-            async for item in items:
-                if isinstance(item, ImageOutputs) and item.failure is not None:
-                    raise of_status(*item.failure)
-                yield item
+        pixels = image.array(self.model.image_size_px)
+        with timed("engine"):
+            async with aclosing(self._captioner.stream(pixels, work)) as items:
+                async for item in items:
+                    if isinstance(item, ImageOutputs) and item.failure is not None:
+                        raise of_status(*item.failure)
+                    yield item
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         embeddings = await self._captioner.embed_texts(texts)
@@ -102,6 +140,17 @@ class Gateway:
     async def drain(self) -> None:
         """Be unready, refuse new requests, and return when the running ones have their answers."""
         await self._admission.drain()
+
+    def set_draining(self, is_draining: bool) -> None:
+        """Be unready and refuse new requests, or take them again."""
+        self._admission.set_draining(is_draining)
+
+    def set_log_level(self, level: LogLevel) -> None:
+        set_log_level(level)
+
+    def stats(self) -> dict[str, int | bool]:
+        """Return what this gateway is doing now."""
+        return self._admission.stats()
 
     async def check_ready(self) -> None:
         self._admission.check_open()

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from deploy.guard.front import CALLBACK
+from deploy.observe.logs import serve_logging
 from deploy.settings import ServeSettings
 
 APPLICATION = "blip2"
@@ -39,30 +39,37 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     # No other process knows the token of this cluster, and no token file is left behind.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.update([CALLBACK])
     # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
+    # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ray reads its environment when it is imported, and these import it.
     import ray
     from ray import serve
 
     from deploy.app import compose
+    from deploy.guard.front import CALLBACK
+
+    os.environ.update([CALLBACK])
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     engine = dataclasses.replace(settings.engine, num_threads=settings.engine.num_threads or os.cpu_count())
     stop = threading.Event()
     _set_on_signal(stop)
     try:
-        _start_ray()
+        _start_ray(settings.metrics_port)
         _set_on_signal(stop)  # again, because Ray has set its own handlers
         num_gpus = 1 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
         application = compose(
             engine, settings, captioner={"ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus}}
         )
-        serve.start(http_options={"host": settings.host, "port": settings.port})
-        target = serve.RunTarget(application, name=APPLICATION)
+        logs = serve_logging(settings.log_level)
+        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=logs)
+        target = serve.RunTarget(application, name=APPLICATION, logging_config=logs)
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_running(stop):
-            sys.stdout.write(_invitation(engine.model, settings.host, settings.port))
+            sys.stdout.write(_invitation(engine.model, settings.host, settings.port) + _whereabouts())
             sys.stdout.flush()
             stop.wait()
             _drain(settings.longest_request_s + 30)
@@ -76,11 +83,13 @@ def _drain(limit_s: float) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    from deploy.observe.fleet import GATEWAYS
+
     hurry = threading.Event()
     _set_on_signal(hurry)
     ends_at_s = time.monotonic() + limit_s
     # Serve would stop the engine together with the gateway, whose requests would wait for it in vain.
-    drained = serve.get_deployment_handle("Gateway", APPLICATION).drain.remote()
+    drained = serve.get_deployment_handle(GATEWAYS, APPLICATION).drain.remote()
     while time.monotonic() < ends_at_s and not hurry.is_set():
         try:
             drained.result(timeout_s=0.1)
@@ -95,7 +104,7 @@ def _drain(limit_s: float) -> None:
             return
 
 
-def _start_ray() -> None:
+def _start_ray(metrics_port: int | None) -> None:
     import ray
     from ray.job_config import JobConfig
 
@@ -116,6 +125,7 @@ def _start_ray() -> None:
             logging_level=logging.WARNING,
             log_to_driver=False,
             job_config=OurPackagesFirst(),
+            _metrics_export_port=metrics_port,
         )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
         _end_started_processes(error)
@@ -183,3 +193,12 @@ def _invitation(model: str, host: str, port: int) -> str:
         lines.append(f"  curl -so {image} {url}/{image}")
     lines.append(f"  curl -F image=@{image} {url}/v1/caption")
     return "\n".join(lines) + "\n"
+
+
+def _whereabouts() -> str:
+    """Say where logs and metrics are."""
+    import ray
+
+    [node] = ray.nodes()
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve"
+    return f"  logs in {logs}, metrics on http://127.0.0.1:{node['MetricsExportPort']}/metrics\n"

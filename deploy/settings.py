@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from blip2_actor import EngineConfig, FetchPolicy, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
 from blip2_actor.flags import hiding, prefixed
+from deploy.observe.logs import LogLevel
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
@@ -33,11 +34,6 @@ class OnlineImageLimits(ImageLimits):
     max_file_bytes: int = 20 << 20
     cpu_s: float = 10.0
     wall_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.accept_truncated:
-            raise ValueError("accept_truncated must be false for the endpoint; its callers send whole images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +62,8 @@ class Settings:
     keys_file: str | None = None
     """File with the keys of the callers, which `python -m deploy.guard.keys` makes; it is read again when it
     changes."""
+    admin_keys_file: str | None = None
+    """File with the keys of operators, in the same form; without one, there are no routes under /admin."""
     allow_anonymous: bool = False
     """Serve callers without a key, beyond this machine too."""
     allowed_hosts: tuple[str, ...] = ()
@@ -75,10 +73,14 @@ class Settings:
     allow_image_host: tuple[str, ...] = ()
     """Host whose images are fetched when a request names them by URL, such as images.example.com; it must
     have a public address. By default, no URL is fetched."""
-    image: OnlineImageLimits = field(
-        default=OnlineImageLimits(), metadata=prefixed("image") | hiding("accept_truncated")
-    )
+    image: OnlineImageLimits = field(default=OnlineImageLimits(), metadata=prefixed("image"))
     """limits for one image"""
+    cache_bytes: int = 64 << 20
+    """Memory of one gateway, in bytes, for answers that equal requests get again; 0 keeps none. Equal
+    requests at the same time share the work in any case."""
+    cache_from: str | None = None
+    """Output of a finished blip2 caption run; images that it has captioned, with the same model, prompt and
+    options, are answered from its files."""
     decode_children: int = 2
     """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
     gateway."""
@@ -110,6 +112,8 @@ class Settings:
         for name in ("decode_children", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         for host in self.allow_image_host:
             if not _HOST_NAME.fullmatch(host):
                 raise ValueError(
@@ -161,11 +165,19 @@ class ServeSettings(Settings):
     """Address to listen on; 0.0.0.0 listens on every address of the machine."""
     port: int = 8000
     """Port to listen on."""
+    metrics_port: int | None = None
+    """Port of 127.0.0.1 where Prometheus finds the metrics; by default a free one, printed at the start."""
+    log_level: LogLevel = "info"
+    """How much the logs say; info has one line for each request."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"port must be from 1 to 65535, got {self.port}")
+        for name in ("port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 1 <= port <= 65535:
+                raise ValueError(f"{name} must be from 1 to 65535, got {port}")
+        if self.metrics_port == self.port:
+            raise ValueError(f"metrics_port must be another port than port, got {self.port} for both")
         self.require_keys(self.host)
 
 

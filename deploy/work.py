@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip2_actor import Embedding, Features, GenerationOptions, Match, Result, Score, Status
+from blip2_actor import Completion, Embedding, Features, GenerationOptions, Match, Result, Score, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class ImageWork:
     """Whether the outputs of the vision encoder and the Q-Former are wanted."""
     contrastive: bool = False
     """Whether the retrieval model's vectors of the image are wanted."""
+    token_texts: bool = False
+    """Whether the text of each token is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +51,13 @@ class ImageOutputs:
     matches: tuple[Match, ...] = ()
     features: Features | None = None
     contrastive: Embedding | None = None
+    token_texts: tuple[tuple[str, ...], ...] = ()
+    """What each token adds to its text, one entry for each of `completions`; only if it is wanted."""
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions of all `texts`, one text after the other."""
+        return [completion for result in self.texts for completion in result.completions]
 
     @property
     def failure(self) -> tuple[Status, str | None] | None:

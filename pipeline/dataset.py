@@ -12,10 +12,13 @@ from ray.data import Dataset, Schema
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits
 from pipeline.column_names import refuse_taken_names
 from pipeline.fetching.fetch_settings import FetchSettings
-from pipeline.run.cluster import size_of_cluster, start_ray
+from pipeline.placement.cluster import look_at_cluster
+from pipeline.placement.own_accelerator import use_own_accelerator
+from pipeline.placement.reservations import reserve, resolve_engine
+from pipeline.run.cluster import start_ray
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
-from pipeline.settings.placement import Placement, reserve, resolve_engine
+from pipeline.settings.placement import Placement
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS, TRUNCATED
 from pipeline.stages.image_column import require_images
@@ -123,16 +126,22 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
     _check_columns(ds.schema(), spec)
     if not ray.is_initialized():
         start_ray()
-    reservations = reserve(placement, size_of_cluster())
+    reservations = reserve(placement, look_at_cluster(), spec.engine)
     decoded = decode(ds, spec, info.image_size_px, placement, reservations, keeps_image=True)
     resolved = dataclasses.replace(spec, engine=resolve_engine(spec.engine, reservations))
     return decoded.map_batches(
-        DatasetStage, fn_constructor_args=(resolved,), **caption_pool(placement, reservations)
+        DatasetStage,
+        fn_constructor_args=(resolved, reservations.caption.accelerators),
+        **caption_pool(placement, reservations),
     )
 
 
 class DatasetStage(CaptionStage):
     """Captions the tables of a dataset; the digests are text, because JSON has no bytes."""
+
+    def __init__(self, spec: CaptionSpec, accelerators: Mapping[str, float]) -> None:
+        use_own_accelerator(spec.engine, accelerators)
+        super().__init__(spec)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = super().__call__(table)

@@ -44,5 +44,9 @@ class RayStartFailed(RuntimeError):
     """Ray could not be started, or its cluster could not be reached; none of its processes is left."""
 
 
+class RefusedByCluster(ValueError):
+    """The cluster, or the Ray of this machine, cannot run the job as it is asked for; nothing was written."""
+
+
 class OutputInUse(RuntimeError):
     """Another driver works on this output."""

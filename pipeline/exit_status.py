@@ -17,13 +17,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from blip2_actor.flags import WRONG_FLAGS, with_flags
 from pipeline.errors import (
     Interrupted,
     OutputInUse,
     RayStartFailed,
+    RefusedByCluster,
     Stopped,
     StoppedBySignal,
     TooManyFailures,
@@ -82,34 +83,30 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
         try:
             with StopRequest().by_signals():
                 return command(*args, **kwargs)
-        except Interrupted as error:
-            return _fail(error, _status_of(error.number))
-        except Refused as error:
-            return _fail(error, ExitStatus.REFUSED)
-        except TooManyFailures as error:
-            return _fail(error, ExitStatus.TOO_MANY_FAILURES)
-        except StoppedBySignal as error:
-            return _fail(error, _status_of(error.number))
-        except EngineFault as error:
-            return _fail(f"the engine has failed: {error}", ExitStatus.FAILED)
-        except (ValueError, OSError, OutputInUse, RayStartFailed, Stopped) as error:
-            return _fail(_naming_flags(error, args), ExitStatus.FAILED)
+        except (Exception, Interrupted) as error:
+            status = status_of(error)
+            if status is None:
+                raise
+            logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
+            reason = f"the engine has failed: {error}" if isinstance(error, EngineFault) else error
+            if args and dataclasses.is_dataclass(args[0]):
+                reason = with_flags(str(reason), type(args[0]))
+            write(sys.stderr, f"blip2: {hide_secrets(str(reason))}\n")
+            return status
 
     return wrapped
 
 
-def _naming_flags(error: Exception, args: tuple[Any, ...]) -> str:
-    """Return the message of an error, with flags in place of the fields of the command's settings."""
-    is_settings = bool(args) and dataclasses.is_dataclass(args[0])
-    return with_flags(str(error), type(args[0])) if is_settings else str(error)
-
-
-def _status_of(number: signal.Signals) -> ExitStatus:
-    """Return 128 and the number of the signal, by convention of shells; a deadline is like SIGTERM."""
-    return ExitStatus.TERMINATED if number == signal.SIGALRM else ExitStatus(128 + number)
-
-
-def _fail(error: object, status: ExitStatus) -> ExitStatus:
-    logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
-    write(sys.stderr, f"blip2: {hide_secrets(str(error))}\n")
-    return status
+def status_of(error: BaseException) -> ExitStatus | None:
+    """Return the exit status of a command that an error ends, or None if the error is a bug."""
+    if isinstance(error, (Interrupted, StoppedBySignal)):
+        # By convention of shells; a deadline is like SIGTERM.
+        is_deadline = error.number == signal.SIGALRM
+        return ExitStatus.TERMINATED if is_deadline else ExitStatus(128 + error.number)
+    if isinstance(error, (Refused, RefusedByCluster)):
+        return ExitStatus.REFUSED
+    if isinstance(error, TooManyFailures):
+        return ExitStatus.TOO_MANY_FAILURES
+    if isinstance(error, (ValueError, OSError, EngineFault, OutputInUse, RayStartFailed, Stopped)):
+        return ExitStatus.FAILED
+    return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import signal
 import time
 from dataclasses import asdict, dataclass
 
@@ -50,6 +54,15 @@ class ProgressRecorder(Console):
         self.first_rss, self.peak_rss = self.first_rss or rss, max(self.peak_rss, rss)
 
 
+class StopAtFirstRows(ProgressRecorder):
+    """Ask the job to stop as soon as its first rows are finished."""
+
+    def show(self, snapshot: ProgressSnapshot) -> None:
+        if snapshot.num_rows and not self.seen:
+            os.kill(os.getpid(), signal.SIGINT)
+        super().show(snapshot)
+
+
 class JobSide:
     """Run jobs in this process, which becomes Ray's driver."""
 
@@ -61,6 +74,25 @@ class JobSide:
         """
         self._started = started
         set_ray_environment()
+
+    def start(self, settings: CaptionSettings, engine: EngineBuilder) -> dict[str, float]:
+        """Run a job until its first rows; return the seconds from the command, and the driver's memory."""
+        from pipeline import prepare, run_job
+        from pipeline.errors import StoppedBySignal
+
+        offset = time.time() - time.monotonic()
+        recorder = StopAtFirstRows()
+        with contextlib.suppress(StoppedBySignal):
+            run_job(prepare(settings, engine), recorder)
+        return {"first_rows_s": recorder.seen[0][0] + offset - self._started, "driver_peak_mib": _peak_mib()}
+
+    def status(self, output: str) -> float:
+        """Return the seconds that the lines of `blip2 status` take."""
+        from pipeline.report.status import status_lines
+
+        began = time.monotonic()
+        status_lines(output)
+        return time.monotonic() - began
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """Run a job and return a `JobRun` as a dictionary; the first run counts from the command."""
@@ -81,3 +113,7 @@ class JobSide:
             driver_growth_mib=(recorder.peak_rss - recorder.first_rss) / 2**20,
         )
         return asdict(run)
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import ray
 from PIL import Image
 from ray import serve
@@ -19,6 +21,11 @@ from benchmarks.sides.map_batches import Captioner
 from blip2_actor import EngineConfig, EngineStats, GenerationOptions
 from deploy.app import compose
 from deploy.settings import Settings
+
+PARTS = {"proxy": "ProxyActor", "gateway": ":Gateway", "model": ":Captioner", "serve_batch": ":ServeBatch"}
+"""The processes of an application, with words from the title that Ray gives them."""
+DECODERS = "decoders"
+"""The children of the gateway."""
 
 
 class ServeBatch:
@@ -79,7 +86,8 @@ class ServeSide:
 
     def endpoint(self) -> str:
         """Deploy the endpoint; return the URL that takes a form."""
-        settings = Settings(engine=self._config, options=self._options)
+        # Without kept answers: a load asks for the same images again.
+        settings = Settings(engine=self._config, options=self._options, cache_bytes=0)
         captioner = {"ray_actor_options": self._resources}
         return self._deploy(compose(self._config, settings, captioner=captioner), "Captioner") + "v1/caption"
 
@@ -96,6 +104,20 @@ class ServeSide:
     def ask_replica(self, method: str, *args: Any) -> Any:
         return getattr(self._replica, method).remote(*args).result()
 
+    def cpu_s(self) -> dict[str, float]:
+        """Return the CPU seconds that each part of the running application has used so far."""
+        used = dict.fromkeys([*PARTS, DECODERS], 0.0)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline())
+                part = next((part for part, words in PARTS.items() if words in title), None)
+                if part is None:
+                    continue
+                used[part] += _cpu_s(process)
+                if part == "gateway":
+                    used[DECODERS] += sum(map(_cpu_s, process.children(recursive=True)))
+        return used
+
     def delete(self) -> None:
         serve.delete("default")
 
@@ -106,6 +128,11 @@ class ServeSide:
         serve.run(application)
         self._replica = serve.get_deployment_handle(deployment, "default")
         return f"http://127.0.0.1:{self._port}/"
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _decode(encoded: bytes) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
@@ -14,6 +16,8 @@ from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
+from blip2_actor.quantization.choice import choose_parts, layers_of
+from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 """Name maps by `model_type` of the text configuration."""
@@ -30,8 +34,8 @@ def load_model(
 ) -> Blip2:
     """Load a captioning model.
 
-    The model is built on the meta device, without memory. Then its parameters are allocated and each tensor
-    is read straight into its own.
+    The model is built without memory. Then its parameters are allocated, and each tensor is read straight
+    into its own.
 
     Args:
         checkpoint: of a model with a language model.
@@ -45,10 +49,7 @@ def load_model(
             that does not exist.
         OSError: a file is missing or broken.
     """
-    config = checkpoint.config
-    with torch.device("meta"):
-        model = Blip2(config)
-    model.cast(dtype)
+    model = _build(checkpoint, dtype)
     split = None
     if device_map is not None:
         from blip2_actor.checkpoints.device_map import ModelSplit  # imports accelerate, only needed here
@@ -58,24 +59,66 @@ def load_model(
         model.to_empty(device=device)
     else:
         split.materialize()
+    _fill(model, checkpoint, image_size_px)
+    if split is not None:
+        split.attach()
+    model.normalizer = _normalizer(checkpoint).to(device)
+    return model
+
+
+def load_quantized(
+    checkpoint: Checkpoint, dtype: torch.dtype, image_size_px: int | None, calibration: Calibration
+) -> tuple[Blip2, QuantizationRecord]:
+    """Load a captioning model on the CPU, and quantize the parts that are faster in int8 while they are read.
+
+    A plain weight that is to be quantized takes memory only until its layer is done, because the system gives
+    memory to what has been written. The other arguments, and the errors, are those of `load_model`.
+
+    Args:
+        calibration: images and a text, for which the quantized layers are calibrated.
+    """
+    model = _build(checkpoint, dtype)
+    fractions = choose_parts(model, dtype)
+    model.to_empty(device="cpu")
+    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, fractions)))
+    model.normalizer = _normalizer(checkpoint)
+    return model, quantize(model, readers, fractions, calibration)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2:
+    """Return a captioning model on the meta device, without memory."""
+    with torch.device("meta"):
+        model = Blip2(checkpoint.config)
+    return model.cast(dtype)
+
+
+def _fill(
+    model: Blip2, checkpoint: Checkpoint, image_size_px: int | None, later: Sequence[str] = ()
+) -> dict[str, Callable[[], None]]:
+    """Read the weights into a model whose memory is allocated.
+
+    Args:
+        later: names of layers whose weights are not read yet.
+
+    Returns:
+        For each layer in `later`, a function that reads its weight.
+    """
+    config, language_model = checkpoint.config, model.language_model
     model.eval().requires_grad_(False)
     rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
     tensors = _stored_tensors(checkpoint)
     targets = {target.name for name in tensors if (target := find_target(name, rules)) is not None}
     has_own_head = {HEAD, EMBEDDINGS} <= targets
-    language_model = model.language_model
     if config.text_config.tie_word_embeddings and not has_own_head:
         language_model.tie_weights()
-    load_weights(model, tensors, rules, str(checkpoint.folder))
+    weights = [f"{name}.weight" for name in later]
+    readers = load_weights(model, tensors, rules, str(checkpoint.folder), weights)
     if has_own_head and torch.equal(language_model.lm_head.weight, language_model.embed_tokens.weight):
         language_model.tie_weights()
     if image_size_px is not None:
         model.vision.resize(image_size_px)
         config.vision_config.image_size = image_size_px  # which sizes batches and memory
-    if split is not None:
-        split.attach()
-    model.normalizer = _normalizer(checkpoint).to(device)
-    return model
+    return dict(zip(later, (readers[weight] for weight in weights), strict=True))
 
 
 def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Blip2Retrieval:

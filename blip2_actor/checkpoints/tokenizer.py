@@ -121,6 +121,18 @@ class PromptTokenizer:
         kept = [t for t in token_ids if t not in self.end_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return what each token adds to the text of generated ids; together they are the text.
+
+        A token that ends inside a character adds nothing, and the next one adds the whole character.
+        """
+        whole, texts, length = self.decode(token_ids), [], 0
+        for end in range(1, len(token_ids) + 1):
+            known = whole if end == len(token_ids) else self.decode(token_ids[:end]).rstrip("\ufffd")
+            texts.append(known[length:] if whole.startswith(known) else "")
+            length += len(texts[-1])
+        return texts
+
 
 def require_text(text: object) -> str:
     """Return the text.

@@ -29,7 +29,7 @@ from blip2_actor.engine.own_process import OwnProcess
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
-from blip2_actor.request import EngineStats
+from blip2_actor.request import EngineStats, StepWatcher
 
 T = TypeVar("T")
 
@@ -87,6 +87,8 @@ class EngineCore:
         self._failure: BaseException | None = None
         self._num_requests = 0
         self._busy_s = 0.0
+        self.step_watchers: list[StepWatcher] = []
+        """Called in the thread after each step."""
         self.is_closed = False
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
@@ -198,15 +200,23 @@ class EngineCore:
         loaded.set_result(None)
         try:
             while self._take_arrivals():
-                started = time.perf_counter()
-                self.scheduler.step()
-                self._busy_s += time.perf_counter() - started
+                self._step()
         except BaseException as error:
             self._fail(error)
         finally:
             if self._encode_worker is not None:
                 self._encode_worker.close()
             atexit.unregister(self._abandon)
+
+    def _step(self) -> None:
+        counters = self.scheduler.counters
+        num_images, num_tokens = counters.num_images_encoded, counters.num_tokens
+        started = time.perf_counter()
+        self.scheduler.step()
+        seconds = time.perf_counter() - started
+        self._busy_s += seconds
+        for watch in self.step_watchers:
+            watch(seconds, counters.num_images_encoded - num_images, counters.num_tokens - num_tokens)
 
     def _load(self) -> None:
         self.started = started = self._start(self._num_threads)

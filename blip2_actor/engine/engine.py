@@ -75,6 +75,7 @@ class Engine:
                 allow_urls=config.allow_urls,
                 ignore_generation_config=config.ignore_generation_config,
                 image_size_px=config.image_size_px,
+                quantize=config.quantize,
             )
 
         self._core = EngineCore(start, config.num_threads)
@@ -82,10 +83,10 @@ class Engine:
         weakref.finalize(self, self._core.release).atexit = False
         started = self._core.started
         self._input_processor = started.input_processor
-        self.model = started.runner.model
+        self.model, self.self_test = started.runner.model, started.self_test
         self.prompts = started.input_processor.prompts
         self.image_size_px = started.input_processor.image_size_px
-        self.self_test = started.self_test
+        self.step_watchers, self.quantization = self._core.step_watchers, started.quantization
 
     # Texts ----------------------------------------------------------------------------------------------
 
@@ -269,8 +270,7 @@ class Engine:
         for image in images:
             try:
                 shared = self._input_processor.image(image)
-                if with_image_embeds:
-                    shared.keeps_image_embeds = True
+                shared.keeps_image_embeds |= with_image_embeds
                 encoded.append(shared)
             except RequestRefused as refusal:
                 encoded.append(refusal)

@@ -166,12 +166,15 @@ def image_bytes(model: Blip2) -> int:
 def free_bytes(device: torch.device) -> int:
     """Return what can still be allocated.
 
-    On a GPU this is what the driver and torch's cache have. On a CPU it is what the machine, and the limit of
+    On a GPU this is what the driver and torch's cache have, within the share of this process
+    (`torch.cuda.set_per_process_memory_fraction`). On a CPU it is what the machine, and the limit of
     this container, leave without swapping.
     """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + torch.cuda.memory_reserved(device), share) - allocated
     limits = [_machine_bytes(Path("/proc/meminfo")), container_bytes(Path("/sys/fs/cgroup"))]
     return min(limit for limit in limits if limit is not None)
 

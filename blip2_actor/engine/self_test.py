@@ -25,6 +25,7 @@ from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.engine.request_state import RequestState
+from blip2_actor.quantization.quantize import QuantizationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ NUM_TOKENS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Maximum difference of logits that should be equal, divided by their standard deviation. It is far above
 rounding (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23) and far below a leak."""
+MAX_QUANTIZATION_ERROR = 0.25
+"""Maximum root mean square difference that quantization may make to the logits of built-in images, divided by
+their standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,29 @@ class SelfTestFailure(RuntimeError):
     """
 
 
+def check_quantization(record: QuantizationRecord, is_refused: bool) -> None:
+    """Say what quantization has changed, and compare it with the bound.
+
+    Args:
+        is_refused: whether to raise, and not only to warn, if the difference is too large.
+
+    Raises:
+        SelfTestFailure: the logits differ by more than `MAX_QUANTIZATION_ERROR`.
+    """
+    logger.info("Quantized to %s", record.summary())
+    if not any(record.num_layers.values()):
+        logger.warning("quantize=%s changes nothing: no part of this model is faster in it", record.method)
+    if record.logits_error <= MAX_QUANTIZATION_ERROR:
+        return
+    message = (
+        f"logits of the quantized model must differ by at most {MAX_QUANTIZATION_ERROR} standard deviations "
+        f"from those of the model itself, got {record.logits_error:.3g}; leave out --quantize"
+    )
+    if is_refused:
+        raise SelfTestFailure(message)
+    logger.warning(message)
+
+
 class Captioned(NamedTuple):
     """Captions of n images, which `_caption` leaves in slots 0..n-1."""
 
@@ -70,7 +97,7 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTe
         SelfTestFailure: results differ by more than the dtype explains.
         ValueError: memory does not suffice even for these images.
     """
-    pictures = _pictures(size_px)
+    pictures = built_in_images(size_px)
     full_batch = runner.encoders.compiled_batch or 0
     try:
         together = _caption(runner, pictures, start_ids, full_batch)
@@ -191,7 +218,7 @@ def _encode(runner: ModelRunner, images: list[EncodedImage], min_encoded: int) -
     runner.encode(images)
 
 
-def _pictures(size_px: int) -> np.ndarray:
+def built_in_images(size_px: int) -> np.ndarray:
     """Return uint8[n, S, S, 3]: a gradient, stripes and noise, the same on every machine."""
     ramp = np.linspace(0, 255, size_px).astype(np.uint8)
     gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(128)), axis=-1)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.loading import load_model
+from blip2_actor.checkpoints.loading import load_model, load_quantized
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test
@@ -20,6 +20,8 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
+from blip2_actor.quantization.int8 import require_int8
+from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class StartedModel:
     """True if a second thread encodes, on a CPU with several cores."""
     self_test: self_test.SelfTestRecord | None
     """None if the self-test was skipped."""
+    quantization: QuantizationRecord | None
+    """None if the model is not quantized."""
 
 
 def start_model(
@@ -58,6 +62,7 @@ def start_model(
     allow_urls: bool,
     ignore_generation_config: bool,
     image_size_px: int | None,
+    quantize: Literal["int8"] | None,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -69,17 +74,22 @@ def start_model(
     prepare_device(place)
     checkpoint = resolve(model, revision, adapter=adapter)
     size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
-    generation_config = checkpoint.generation_config(ignore_generation_config)
-    if generation_config:
-        logger.info("Options of the checkpoint's generation_config.json: %s", generation_config)
-    loaded = load_model(checkpoint, place, resolve_dtype(dtype, place), device_map, image_size_px)
+    generation_config = _generation_config(checkpoint, ignore_generation_config)
+    prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
+    resolved, quantization = resolve_dtype(dtype, place), None
+    if quantize is None:
+        loaded = load_model(checkpoint, place, resolved, device_map, image_size_px)
+    else:
+        require_int8(place)
+        calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
+        loaded, quantization = load_quantized(checkpoint, resolved, image_size_px, calibration)
+        self_test.check_quantization(quantization, is_refused=not skip_self_test)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
         pack_for_cpu(loaded)
     has_encode_worker = is_plain_cpu and num_threads > 1
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
-    prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = ModelRunner(
@@ -88,6 +98,9 @@ def start_model(
         compiled_batch=sizes.encode_batch if is_compiled else None,
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
+    # With images of another size, or quantized, the model writes other captions.
+    variant = "" if image_size_px is None else f" {image_size_px} px"
+    variant += "" if quantization is None else f" {quantization.method} {quantization.weight_bits} bits"
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
     return StartedModel(
         runner=runner,
@@ -95,15 +108,21 @@ def start_model(
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         has_encode_worker=has_encode_worker,
-        self_test=_test(runner, input_processor, checkpoint, image_size_px) if has_self_test else None,
+        self_test=_test(runner, input_processor, checkpoint, variant) if has_self_test else None,
+        quantization=quantization,
     )
 
 
+def _generation_config(checkpoint: Checkpoint, is_ignored: bool) -> dict[str, Any]:
+    found = checkpoint.generation_config(is_ignored)
+    if found:
+        logger.info("Options of the checkpoint's generation_config.json: %s", found)
+    return found
+
+
 def _test(
-    runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, asked_size_px: int | None
+    runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, variant: str
 ) -> self_test.SelfTestRecord:
     record = self_test.check(runner, input_processor.prompts.empty_ids, input_processor.image_size_px)
-    # With images of another size the model writes other captions, which are compared with each other.
-    record_of = checkpoint.digest() + ("" if asked_size_px is None else f" {asked_size_px} px")
-    self_test.compare_with_last(record, RECORDS_FOLDER, record_of, runner.dtype)
+    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
     return record

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,19 @@ def find_activation(name: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
+class QuantizedWeight(Protocol):
+    """A weight that is stored in fewer bits and multiplies by itself (`blip2_actor/quantization/`)."""
+
+    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply, and add the bias: float[..., D] -> float[..., N], in the dtype of `input`."""
+        ...
+
+
 class Linear(nn.Linear):
     """`nn.Linear` with its activation function attached, and uninitialized: weights are always loaded.
 
-    `pack` turns it into one oneDNN operation, for inference on a CPU.
+    For inference on a CPU, `pack` turns it into one oneDNN operation. `take` replaces its weight by a
+    quantized one.
     """
 
     def __init__(
@@ -47,6 +56,7 @@ class Linear(nn.Linear):
         self.activation = find_activation(activation) if activation else None
         self._activation_name = activation
         self._packed: Tensor | None = None
+        self.quantized: QuantizedWeight | None = None
 
     def reset_parameters(self) -> None:
         """Do nothing: loading overwrites every weight."""
@@ -55,7 +65,10 @@ class Linear(nn.Linear):
         if self._packed is not None:
             post, algorithm = _ONEDNN_POST_OPS[self._activation_name]
             return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
-        output = F.linear(input, self.weight, self.bias)
+        if self.quantized is not None:
+            output = self.quantized(input, self.bias)
+        else:
+            output = F.linear(input, self.weight, self.bias)
         return output if self.activation is None else self.activation(output)
 
     def pack(self) -> None:
@@ -66,6 +79,14 @@ class Linear(nn.Linear):
         takes 0.71 of the time in float32 and 0.90 in bfloat16 for 2,056 rows, 0.74 and 0.86 for 64 rows.
         """
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_ROWS)
+        self._free_weight()
+
+    def take(self, quantized: QuantizedWeight) -> None:
+        """Multiply by a quantized weight from now on; the plain weight is freed, as by `pack`."""
+        self.quantized = quantized
+        self._free_weight()
+
+    def _free_weight(self) -> None:
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
@@ -83,13 +104,16 @@ PACKED_FOR_ROWS = 64
 
 
 def pack_for_cpu(model: nn.Module) -> None:
-    """Pack every `Linear` of a model whose dtype oneDNN computes in on this CPU; the others stay plain."""
+    """Pack every `Linear` of a model whose dtype oneDNN computes in on this CPU; the others stay plain.
+
+    A quantized layer stays as it is.
+    """
     if not torch.backends.mkldnn.is_available():
         return
     dtypes = {torch.float32}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # with AVX512 or AVX-NE-CONVERT
         dtypes.add(torch.bfloat16)
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    linears = [m for m in model.modules() if isinstance(m, Linear) and m.quantized is None]
     if torch.bfloat16 in {module.weight.dtype for module in linears} - dtypes:
         logger.warning("This CPU has no instructions for bfloat16 and is slow in it; float32 is faster")
     for module in linears:

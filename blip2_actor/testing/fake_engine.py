@@ -35,6 +35,7 @@ from blip2_actor.request import (
     Request,
     Result,
     Score,
+    StepWatcher,
 )
 from blip2_actor.status import Status
 from blip2_actor.testing.fake_answers import (
@@ -127,10 +128,19 @@ class FakeEngineConfig:
         return FakeEngine(self)
 
 
+class FakeDetokenizer:
+    """Shows token ids as they are; they have nothing to do with the text."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"<{token_id}>" for token_id in token_ids]
+
+
 class FakeEngine:
     """One thread that takes the waiting requests, at most `max_batch` at once, and sleeps for their cost."""
 
     def __init__(self, config: FakeEngineConfig) -> None:
+        self.prompts = FakeDetokenizer()
+        self.step_watchers: list[StepWatcher] = []
         self._config = config
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._num_requests = self._num_finished = self._num_batches = self._num_encoded = 0
@@ -221,7 +231,10 @@ class FakeEngine:
                 if future.set_running_or_notify_cancel():
                     self._finish(request, options, on_text, future)
             self._num_batches += bool(work)
-            self._busy_s += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._busy_s += seconds
+            for watch in self.step_watchers if work else ():
+                watch(seconds, len(work), len(work))
             if None in batch:
                 return
 
@@ -278,4 +291,6 @@ def _open_trace(trace: str) -> TextIO:
 
 
 def _completion(text: str) -> Completion:
-    return Completion(text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop")
+    return Completion(
+        text=text, token_ids=(1, 2, 3), logprob=-1.5, finish_reason="stop", token_logprobs=(-0.5,) * 3
+    )

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the files; return 0 when they are written, 3 when the folder must change first."""
     parser = Parser(
         prog=PROG,
-        description="Write the files of a cluster: ray_cluster.yaml, serve_config.yaml, manifests.",
+        description="Write the files of a cluster: for ray up, Serve and Kubernetes, and its image.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write them; made if needed")
     folder = parser.parse_args(argv).folder
@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return WRONG_FLAGS
     sys.stdout.write("".join(f"{path}\n" for path in written))
-    sys.stdout.write(f"copy the wheel to {folder}/ before ray up: each node installs it from there\n")
+    sys.stdout.write(
+        f"copy the wheel to {folder}/ and build the image there: "
+        "docker build --build-context wheel=. --target cuda -t IMAGE .\n"
+    )
     return 0
 
 

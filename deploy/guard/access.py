@@ -16,9 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.keys import KeyFile
 from deploy.http.errors import ApiError
+from deploy.observe.request_record import RECORD
 
 OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/healthz", "/", "/docs", "/openapi.json")
 """Paths that need no key to be read: probes, the page, and the description of the routes."""
+ADMIN_PATHS = "/admin/"
+"""Beginning of the paths that need an admin key."""
 _CORS = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
@@ -36,6 +39,7 @@ class Access:
         allowed_hosts: Collection[str] = (),
         allowed_origins: Collection[str] = (),
         keys: KeyFile | None = None,
+        admin_keys: KeyFile | None = None,
         max_in_flight: int | None = None,
     ) -> None:
         """Put the check before an application.
@@ -44,12 +48,14 @@ class Access:
             allowed_hosts: names next to localhost and addresses; "*" allows all.
             allowed_origins: origins of other pages, such as "https://app.example.com"; "*" allows all.
             keys: who may ask; None lets anybody.
+            admin_keys: who may operate the service; None lets nobody.
             max_in_flight: quota of a key that has none of its own.
         """
         self._app = app
         self._allowed_hosts = {host.lower() for host in allowed_hosts}
         self._allowed_origins = {origin.lower() for origin in allowed_origins}
         self._keys = keys
+        self._admin_keys = admin_keys
         self._max_in_flight = max_in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,11 +95,16 @@ class Access:
 
     def _caller(self, scope: Scope, authorization: str | None) -> Caller:
         address = scope["client"][0] if scope.get("client") else ""
+        keys = self._keys
+        if scope["path"].startswith(ADMIN_PATHS):
+            keys = self._admin_keys
+            if keys is None:
+                raise ApiError(404, "not_found", "this service has no admin keys (admin_keys_file)")
         is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
-        if self._keys is None or is_open:
+        if keys is None or is_open:
             return Caller(name=address)
         scheme, _, key = (authorization or "").partition(" ")
-        caller = self._keys.caller_of(key.strip()) if scheme.lower() == "bearer" else None
+        caller = keys.caller_of(key.strip()) if scheme.lower() == "bearer" else None
         if caller is None:
             raise ApiError(
                 401,
@@ -101,6 +112,8 @@ class Access:
                 "Authorization must be Bearer and a valid key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if (record := RECORD.get()) is not None:
+            record.key = caller.name
         return Caller(name=caller.name, max_in_flight=caller.max_in_flight or self._max_in_flight)
 
 

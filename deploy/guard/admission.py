@@ -11,6 +11,14 @@ from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
 from deploy.guard.fair_gate import MAX_RETRY_AFTER_S, FairGate
 from deploy.http.errors import RETRY_AFTER_S, ApiError, overloaded, unavailable
+from deploy.observe.metrics import (
+    ADMITTED_COST,
+    QUEUE_SECONDS,
+    REFUSED_COST,
+    REFUSED_REQUESTS,
+    REQUESTS_IN_FLIGHT,
+)
+from deploy.observe.request_record import timed
 
 SMALL_SLOT_STEPS = 1024
 """Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
@@ -40,10 +48,24 @@ class Admission:
         if self._is_draining:
             raise unavailable("the service is ending")
 
+    def set_draining(self, is_draining: bool) -> None:
+        """Refuse what comes from now on, or take it again."""
+        self._is_draining = is_draining
+
     async def drain(self) -> None:
         """Refuse what comes from now on, and wait until everything that was admitted has its answer."""
-        self._is_draining = True
+        self.set_draining(True)
         await self._is_idle.wait()
+
+    def stats(self) -> dict[str, int | bool]:
+        """Return what is admitted and waits now."""
+        return {
+            "num_in_flight": self._num_in_flight_of.total(),
+            "num_callers": len(self._num_in_flight_of),
+            "num_waiting": self._gate.num_waiting,
+            "slots_held": self._gate.units_held,
+            "is_draining": self._is_draining,
+        }
 
     @asynccontextmanager
     async def admit(self, cost: Cost) -> AsyncIterator[None]:
@@ -53,25 +75,39 @@ class Admission:
             ApiError: 429, 503 or 504.
         """
         caller = CALLER.get()
-        self.check_open()
-        self._refuse_too_many(caller)
-        self._num_in_flight_of[caller.name] += 1
-        self._is_idle.clear()
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._gate.hold(cost.slots, cost.slot_steps, caller.name),
-            ):
-                yield
+            self.check_open()
+            self._refuse_too_many(caller)
+        except ApiError as refusal:
+            REFUSED_REQUESTS.inc(1, {"reason": refusal.type})
+            REFUSED_COST.inc(cost.slot_steps, {"reason": refusal.type})
+            raise
+        ADMITTED_COST.inc(cost.slot_steps)
+        self._count(caller, 1)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                with timed("queue", QUEUE_SECONDS):
+                    leave = await self._gate.enter(cost.slots, cost.slot_steps, caller.name)
+                try:
+                    yield
+                finally:
+                    leave()
         except TimeoutError:
             message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
             raise ApiError(504, "timeout", message) from None
         finally:
-            self._num_in_flight_of[caller.name] -= 1
-            if not self._num_in_flight_of[caller.name]:
-                del self._num_in_flight_of[caller.name]
-            if not self._num_in_flight_of:
-                self._is_idle.set()
+            self._count(caller, -1)
+
+    def _count(self, caller: Caller, num_more: int) -> None:
+        """Note that a caller has one request more or less in flight."""
+        self._num_in_flight_of[caller.name] += num_more
+        if not self._num_in_flight_of[caller.name]:
+            del self._num_in_flight_of[caller.name]
+        if self._num_in_flight_of:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
+        REQUESTS_IN_FLIGHT.set(self._num_in_flight_of.total())
 
     def _refuse_too_many(self, caller: Caller) -> None:
         num_of_caller = self._num_in_flight_of[caller.name]

@@ -11,8 +11,7 @@ import asyncio
 import bisect
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_RETRY_AFTER_S = 60.0
@@ -51,14 +50,13 @@ class FairGate:
         self._stamps: dict[tuple[str, int], float] = {}
         self._rate = _Rate()
 
-    @asynccontextmanager
-    async def hold(self, units: int, work: int, caller: str) -> AsyncIterator[None]:
-        """Wait in line, then hold units while the block runs."""
-        leave = await self.enter(units, work, caller)
-        try:
-            yield
-        finally:
-            leave()
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def units_held(self) -> int:
+        return self._units_held
 
     async def enter(self, units: int, work: int, caller: str) -> Callable[[], None]:
         """Wait in line, then hold units until the returned function is called.

@@ -22,6 +22,7 @@ from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import Uploads
 from deploy.http.errors import ApiError, not_ready, unavailable
+from deploy.observe.metrics import FRONT_ANSWERS
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
 """The environment variable that puts the front into Serve's proxies, and its value."""
@@ -54,7 +55,7 @@ class Front:
             check_headers(scope["headers"])
             answer = await self._answer_here(scope)
         except ApiError as error:
-            answer = error.response()
+            answer = self._in_place(scope, error)
         if answer is not None:
             await answer(scope, receive, send)
             return
@@ -98,9 +99,16 @@ class Front:
         finally:
             body.release()
         if not answer.is_started:
-            response = (body.refusal or _in_place_of(answer.held_back)).response()
+            response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
             await response(scope, receive, send)
+
+    def _in_place(self, scope: Scope, error: ApiError) -> Response:
+        """Return an answer in place of the gateway's, counted and logged."""
+        FRONT_ANSWERS.inc(1, {"code": str(error.code), "type": error.type})
+        fields = {"method": scope["method"], "code": error.code, "error_type": error.type}
+        logger.info("answered by the front", extra=fields)
+        return error.response()
 
 
 class Answer:

@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from blip2_actor import (
-    DecodedImage,
     Embedding,
     Features,
     FinishReason,
@@ -27,7 +26,8 @@ from blip2_actor import (
     find_quality_flags,
 )
 from deploy.http.wishes import Wishes
-from deploy.work import ImageOutputs, ImageWork, TextToGenerate
+from deploy.reuse.made import Made
+from deploy.work import ImageWork, TextToGenerate
 
 Vector = list[float]
 
@@ -90,15 +90,16 @@ class CaptionAnswer(Answer):
     num_tokens: int
     finish_reason: FinishReason
     flags: list[str]
-    """What looks degenerate: empty, looping, echoes_prompt."""
+    """What looks degenerate: empty, looping, echoes_prompt; and truncated if the image lacks its end."""
     status: str
     error: str | None
     width: int | None
     height: int | None
     sha256: str
     """Of the encoded image, in hexadecimal."""
-    token_ids: list[int]
-    """Of the caption; the end token is included if there is one."""
+    token_ids: list[int] | None
+    """Of the caption; the end token is included if there is one. Null if the caption is from a finished run
+    (`cache_from`), which has none."""
     model: str
     fingerprint: str
     """Identifies what decides the caption besides the image: checkpoint, dtype, prompt and options."""
@@ -109,25 +110,20 @@ class CaptionAnswer(Answer):
     embeddings: dict[str, Vector | list[Vector]] | None = None
 
 
-def caption_answer(
-    model: ModelInfo,
-    wishes: Wishes,
-    work: ImageWork,
-    image: bytes,
-    decoded: DecodedImage,
-    outputs: ImageOutputs,
-) -> dict[str, Any]:
+def caption_answer(model: ModelInfo, wishes: Wishes, work: ImageWork, made: Made) -> dict[str, Any]:
     """Return a `CaptionAnswer` as JSON; parts that were not asked for are left out.
-
-    Call it in a thread: the hash of a large image takes long enough to hold up other requests.
 
     Args:
         wishes: what was asked.
         work: what it became.
-        image: the encoded bytes.
-        outputs: what was made.
+        made: what was made of it.
     """
+    outputs = made.outputs
     caption, *answers = map(_text_answer, outputs.texts, work.texts)
+    if made.image.is_truncated:
+        caption["flags"].append("truncated")
+    if made.num_tokens is not None:
+        caption |= {"num_tokens": made.num_tokens, "token_ids": None}
     completions = outputs.texts[0].completions
     several = len(completions) > 1
     answer = {
@@ -137,9 +133,9 @@ def caption_answer(
         **caption,
         "status": "ok",
         "error": None,
-        "width": decoded.width,
-        "height": decoded.height,
-        "sha256": hashlib.sha256(image).hexdigest(),
+        "width": made.image.width,
+        "height": made.image.height,
+        "sha256": made.sha256,
         "model": model.model,
         "fingerprint": fingerprint(model, work.texts[0]),
     }

@@ -16,6 +16,7 @@ from deploy.http.service import Service
 from deploy.openai.chat import chat_router
 from deploy.openai.embeddings import openai_embeddings_router
 from deploy.openai.models import models_router
+from deploy.routes.admin import admin_router
 from deploy.routes.captions import captions_router
 from deploy.routes.embeddings import embeddings_router
 from deploy.routes.image_to_text import image_to_text_router
@@ -31,6 +32,7 @@ ROUTERS = (
     models_router,
     image_to_text_router,
     pages_router,
+    admin_router,
 )
 
 

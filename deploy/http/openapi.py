@@ -17,7 +17,8 @@ _documented: dict[str, type[BaseModel]] = {}
 
 CODES = {
     400: "the body or a field is wrong, or a URL is not allowed; the message names the field",
-    404: "the service has another model",
+    401: "the key is missing or wrong",
+    404: "the service has another model, or no such route",
     413: "the body or an image has more bytes or pixels than the limits allow",
     415: "the content type is not one that the route reads",
     422: "the image cannot be decoded, or the model cannot serve the request; the type is the row status, or "
@@ -49,7 +50,7 @@ class ErrorAnswer(BaseModel):
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Return the error answers of a route: those of every route that has work done, or only some."""
-    codes = codes or tuple(CODES.keys() - {404})
+    codes = codes or tuple(CODES.keys() - {401, 404})
     return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(codes)}
 
 

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from starlette.requests import Request
 from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request, shorten
 from deploy.http.images import MAX_IMAGES, refuse_size
+from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
 
 JSON = "application/json"
@@ -73,7 +73,7 @@ async def read_body(
         in_query = _from_texts(_query_texts(request.url.query), fields)
         return validate(body_type, _merged(given, in_query), image_policy)
 
-    return await asyncio.to_thread(parse)
+    return await in_lane(len(body), parse)
 
 
 def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: FetchPolicy) -> BodyT:

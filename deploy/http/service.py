@@ -5,12 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.images import ImageSource
+from deploy.observe.logs import LogLevel
+from deploy.reuse.made import Made
 from deploy.work import ImageOutputs, ImageWork, TextPiece
+
+
+class Operated(Protocol):
+    """What an operator asks of all replicas."""
+
+    async def set_draining(self, is_draining: bool) -> None: ...
+
+    async def set_log_level(self, level: LogLevel) -> None: ...
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]: ...
 
 
 class Service(Protocol):
@@ -23,6 +35,11 @@ class Service(Protocol):
     """The retrieval model; None if the service has none."""
     image_policy: FetchPolicy
     """Maximum size of one image, and the hosts whose images are fetched; without hosts, none is."""
+
+    @property
+    def fleet(self) -> Operated:
+        """All replicas, for the operator."""
+        ...
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         """Hold what a request costs while the block runs, and end the block when its time is over.
@@ -41,12 +58,19 @@ class Service(Protocol):
         """Decode untrusted bytes; raise ApiError unless the status is ok."""
         ...
 
-    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
-        """Make everything that is asked of an image; raise ApiError unless every part is ok."""
+    async def make(self, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False) -> Made:
+        """Load and decode an image, and make everything that is asked of it; equal requests share the work.
+
+        Args:
+            needs_tokens: token ids are needed, which the captions of a finished run do not have.
+
+        Raises:
+            ApiError: a part is not ok, or what `load` and `decode` raise.
+        """
         ...
 
     def stream(self, image: DecodedImage, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        """Yield texts in pieces, and at the end what `run` returns; raise what `run` raises."""
+        """Yield texts in pieces, and at the end all outputs; raise ApiError unless every part is ok."""
         ...
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
@@ -58,25 +82,14 @@ class Service(Protocol):
         ...
 
 
-async def run_each(
-    service: Service, images: Sequence[ImageSource], work: ImageWork
-) -> list[tuple[bytes, DecodedImage, ImageOutputs]]:
+async def make_each(service: Service, images: Sequence[ImageSource], work: ImageWork) -> list[Made]:
     """Score or embed images, admitted together; the first that fails ends all.
-
-    Returns:
-        the encoded bytes, the pixels and the outputs of each image.
 
     Raises:
         ApiError: as from `Service`.
     """
-
-    async def run(source: ImageSource) -> tuple[bytes, DecodedImage, ImageOutputs]:
-        image = await service.load(source)
-        decoded = await service.decode(image)
-        return image, decoded, await service.run(decoded, work)
-
     async with service.admit(cost_of(work, num_images=len(images))):
-        tasks = [asyncio.ensure_future(run(source)) for source in images]
+        tasks = [asyncio.ensure_future(service.make(source, work)) for source in images]
         try:
             return await asyncio.gather(*tasks)
         finally:

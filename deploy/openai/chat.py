@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from deploy.http.answers import Answer, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
 from deploy.http.images import ImageSource
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
@@ -40,11 +40,28 @@ class ChatMessage(Answer):
     refusal: None
 
 
+class TokenLogprob(Answer):
+    token: str
+    """What the token adds to the text. A token that ends inside a character adds nothing, and the next one
+    adds the whole character."""
+    logprob: float
+    bytes: list[int]
+    """The same in UTF-8."""
+    top_logprobs: list[None]
+    """Always empty."""
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
+    """The tokens of the text, without the end token and what comes after a stop text."""
+    refusal: None
+
+
 class ChatChoice(Answer):
     index: int
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None
+    logprobs: ChatLogprobs | None
 
 
 class ChatCompletion(Answer):
@@ -66,7 +83,7 @@ class ChunkChoice(Answer):
     index: int
     delta: ChatDelta
     finish_reason: Literal["stop", "length"] | None
-    logprobs: None
+    logprobs: ChatLogprobs | None
 
 
 class ChatCompletionChunk(Answer):
@@ -98,8 +115,8 @@ def chat_router(service: Service) -> APIRouter:
         body = await read_body(request, ChatBody, service.image_policy)
         body.check(service)
         text = body.text(service)
-        image = await asyncio.to_thread(body.image, service)
-        chat = _Chat(service, text, image)
+        image = await in_lane(body.num_chars, lambda: body.image(service))
+        chat = _Chat(service, text, image, bool(body.logprobs))
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(lambda emit: chat.stream(emit, wants_usage), _error_event)
@@ -111,10 +128,13 @@ def chat_router(service: Service) -> APIRouter:
 class _Chat:
     """One completion under way."""
 
-    def __init__(self, service: Service, text: TextToGenerate, image: ImageSource) -> None:
+    def __init__(
+        self, service: Service, text: TextToGenerate, image: ImageSource, wants_logprobs: bool
+    ) -> None:
         self._service = service
         self._text = text
         self._image = image
+        self._wants_logprobs = wants_logprobs
         by_default = TextToGenerate(prompt=None, options=service.options)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -125,25 +145,24 @@ class _Chat:
 
     async def complete(self) -> dict[str, Any]:
         """Return a `ChatCompletion`."""
-        service, work = self._service, ImageWork(texts=(self._text,))
+        service, work = self._service, self._work(self._text)
         async with service.admit(cost_of(work)):
-            image = await service.decode(await service.load(self._image))
-            outputs = await service.run(image, work)
+            outputs = (await service.make(self._image, work, needs_tokens=True)).outputs
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": completion.text, "refusal": None},
                 "finish_reason": completion.finish_reason,
-                "logprobs": None,
+                "logprobs": logprobs,
             }
-            for index, completion in enumerate(_completions(outputs))
+            for index, (completion, logprobs) in enumerate(self._completions(outputs))
         ]
         usage = self._usage(outputs)
         return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
 
     async def stream(self, emit: Emit, wants_usage: bool) -> None:
         """Emit each `ChatCompletionChunk`."""
-        service, work = self._service, ImageWork(texts=_one_by_one(self._text))
+        service, work = self._service, self._work(*_one_by_one(self._text))
         sent: dict[int, int] = {}
 
         async def emit_text(index: int, text: str) -> None:
@@ -162,12 +181,26 @@ class _Chat:
                         await emit_text(item.index, item.text)
                     else:
                         outputs = item
-        for index, completion in enumerate(_completions(outputs)):
+        for index, (completion, logprobs) in enumerate(self._completions(outputs)):
             await emit_text(index, completion.text[sent.get(index, 0) :])
-            await emit(self._chunk([_delta(index, {}, completion.finish_reason)], wants_usage))
+            end = _delta(index, {}, completion.finish_reason, logprobs)
+            await emit(self._chunk([end], wants_usage))
         if wants_usage:
             await emit(self._chunk([], wants_usage, self._usage(outputs)))
         await emit(b"data: [DONE]\n\n")
+
+    def _work(self, *texts: TextToGenerate) -> ImageWork:
+        return ImageWork(texts=texts, token_texts=self._wants_logprobs)
+
+    def _completions(self, outputs: ImageOutputs) -> list[tuple[Completion, dict[str, Any] | None]]:
+        """Return each completion with its `ChatLogprobs`, which are None if they are not wanted."""
+        completions = outputs.completions
+        if not self._wants_logprobs:
+            return [(completion, None) for completion in completions]
+        return [
+            (completion, {"content": _logprobs(completion, texts), "refusal": None})
+            for completion, texts in zip(completions, outputs.token_texts, strict=True)
+        ]
 
     def _chunk(self, choices: list[dict[str, Any]], wants_usage: bool, usage: Any = None) -> bytes:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
@@ -175,7 +208,7 @@ class _Chat:
 
     def _usage(self, outputs: ImageOutputs) -> dict[str, int]:
         prompt = self._service.model.num_queries + outputs.texts[0].num_prompt_tokens
-        completion = sum(len(one.token_ids) for one in _completions(outputs))
+        completion = sum(len(one.token_ids) for one in outputs.completions)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -194,12 +227,23 @@ def _one_by_one(text: TextToGenerate) -> tuple[TextToGenerate, ...]:
     )
 
 
-def _completions(outputs: ImageOutputs) -> Sequence[Completion]:
-    return [completion for result in outputs.texts for completion in result.completions]
+def _logprobs(completion: Completion, token_texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a `TokenLogprob` for each token of a text; joined, they are the text."""
+    found: list[dict[str, Any]] = []
+    num_left = len(completion.text)
+    for text, logprob in zip(token_texts, completion.token_logprobs, strict=True):
+        if not num_left:
+            break
+        text = text[:num_left]
+        num_left -= len(text)
+        found.append({"token": text, "logprob": logprob, "bytes": [*text.encode()], "top_logprobs": []})
+    return found
 
 
-def _delta(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+def _delta(
+    index: int, delta: dict[str, str], finish_reason: str | None = None, logprobs: Any = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
 
 
 def _error_event(error: ApiError) -> bytes:

@@ -108,6 +108,10 @@ class ChatBody(BaseModel):
     """Seed of the samples; without one, each request is sampled anew."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    """Return the log-probability of each token; a stream has them in the last chunk of each choice."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Must be 0 or left out: only the chosen tokens have log-probabilities."""
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: ResponseFormat | None = None
@@ -120,6 +124,18 @@ class ChatBody(BaseModel):
                 raise bad_request(f"{name} is not supported by BLIP-2; leave it out")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options must be left out without stream")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs must be left out without logprobs")
+        if self.top_logprobs:
+            raise bad_request(
+                f"top_logprobs must be 0, got {self.top_logprobs}; only the chosen tokens have "
+                "log-probabilities"
+            )
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the image as it is written."""
+        return len(content_of(self.messages)[1])
 
     def text(self, service: Service) -> TextToGenerate:
         """Return the prompt, and how its answer is generated."""

@@ -5,7 +5,6 @@ A vector is the mean of the Q-Former's queries, as `qformer` of `/v1/embed`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 from collections.abc import Sequence
@@ -20,9 +19,10 @@ from starlette.responses import JSONResponse
 from deploy.http.answers import Answer, vector_of
 from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, run_each
+from deploy.http.service import Service, make_each
 from deploy.http.wishes import Body
 from deploy.openai.chat_request import Message, content_of, require_model
 from deploy.work import ImageWork
@@ -40,6 +40,13 @@ class EmbeddingsBody(Body):
     """base64 is that of float32, little-endian."""
     user: str | None = None
     """Accepted, without effect."""
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the images as they are written."""
+        if self.messages is not None:
+            return len(content_of(self.messages)[1])
+        return sum(map(len, [self.input] if isinstance(self.input, str) else self.input or []))
 
     def images(self, service: Service) -> list[ImageSource]:
         """Return the images; raise ApiError 400, 404 or 413."""
@@ -88,9 +95,9 @@ def openai_embeddings_router(service: Service) -> APIRouter:
     async def embeddings(request: Request) -> JSONResponse:
         """Embed images with the Q-Former."""
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
-        images = await asyncio.to_thread(body.images, service)
-        outputs = [output for *_, output in await run_each(service, images, ImageWork(features=True))]
-        vectors = [vector_of("qformer", output.features, None) for output in outputs]
+        images = await in_lane(body.num_chars, lambda: body.images(service))
+        found = await make_each(service, images, ImageWork(features=True))
+        vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = service.model.num_queries * len(images)
         answer = {
             "object": "list",

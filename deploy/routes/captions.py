@@ -16,10 +16,12 @@ from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
 from deploy.http.wishes import Wishes
+from deploy.reuse.made import Made, sha256_of
 from deploy.work import ImageWork, TextPiece
 
 AT_ONCE = 8
@@ -110,25 +112,22 @@ def captions_router(service: Service) -> APIRouter:
 
 async def _caption(service: Service, wishes: Wishes, work: ImageWork, source: ImageSource) -> dict[str, Any]:
     async with service.admit(cost_of(work)):
-        image = await service.load(source)
-        decoded = await service.decode(image)
-        outputs = await service.run(decoded, work)
-    return await asyncio.to_thread(caption_answer, service.model, wishes, work, image, decoded, outputs)
+        made = await service.make(source, work)
+    return caption_answer(service.model, wishes, work, made)
 
 
 async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Emit) -> None:
     names = ["caption", *(body.ask or {})]
     async with service.admit(cost_of(work)):
         image = await service.load(body.image)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
         decoded = await service.decode(image)
         async with aclosing(service.stream(decoded, work)) as items:
             async for item in items:
                 if isinstance(item, TextPiece):
                     await emit(event({"output": names[item.index], "text": item.text}, "text"))
                 else:
-                    answer = await asyncio.to_thread(
-                        caption_answer, service.model, body, work, image, decoded, item
-                    )
+                    answer = caption_answer(service.model, body, work, Made.of(digest, decoded, item))
                     await emit(event(answer, "answer"))
 
 

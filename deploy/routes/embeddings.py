@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -17,7 +15,7 @@ from deploy.http.errors import bad_request
 from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, run_each
+from deploy.http.service import Service, make_each
 from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, Text, require_matching
 from deploy.work import ImageWork
 
@@ -75,12 +73,12 @@ def embeddings_router(service: Service) -> APIRouter:
             features=any(kind != "contrastive" for kind in body.embed),
             contrastive="contrastive" in body.embed,
         )
-        [(image, decoded, outputs)] = await run_each(service, [body.image], work)
+        [made] = await make_each(service, [body.image], work)
         answer = {
-            "embeddings": vectors_of(body.embed, outputs.features, outputs.contrastive),
-            "width": decoded.width,
-            "height": decoded.height,
-            "sha256": (await asyncio.to_thread(hashlib.sha256, image)).hexdigest(),
+            "embeddings": vectors_of(body.embed, made.outputs.features, made.outputs.contrastive),
+            "width": made.image.width,
+            "height": made.image.height,
+            "sha256": made.sha256,
             "model": service.model.model,
         }
         return JSONResponse(answer)

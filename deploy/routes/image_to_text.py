@@ -55,8 +55,7 @@ def image_to_text_router(service: Service) -> APIRouter:
         options = parse_options(body.parameters.options, service.options)
         work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
         async with service.admit(cost_of(work)):
-            image = await service.decode(await service.load(body.image))
-            outputs = await service.run(image, work)
-        return JSONResponse([{"generated_text": c.text} for c in outputs.texts[0].completions])
+            made = await service.make(body.image, work)
+        return JSONResponse([{"generated_text": one.text} for one in made.outputs.completions])
 
     return router

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Annotated, Literal
 
@@ -14,9 +13,10 @@ from starlette.responses import JSONResponse
 from deploy.http.answers import Answer, MatchAnswer, ScoreAnswer, match_answers, score_answers
 from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, read_text
+from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, run_each
+from deploy.http.service import Service, make_each
 from deploy.http.wishes import MAX_TEXTS, Body, Text, require_matching
 from deploy.work import ImageWork, TextToScore
 
@@ -66,6 +66,11 @@ class RerankBody(Body):
     model: str | None = None
     """Accepted for clients that send it; the service has one model."""
 
+    @property
+    def num_chars(self) -> int:
+        """Length of texts and images as they are written."""
+        return sum(len(_written(part)) for part in (self.query, *self.documents))
+
     def contents(self, service: Service) -> tuple[str | ImageSource, list[str | ImageSource]]:
         """Return the query and the documents, each a text or an image; raise ApiError 400 or 413."""
         documents = [_content(service, f"documents.{i}", part) for i, part in enumerate(self.documents)]
@@ -109,8 +114,8 @@ def scores_router(service: Service) -> APIRouter:
         """Return the log-probability of texts after an image and a prompt."""
         body = await read_body(request, ScoreBody, service.image_policy)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
-        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(scores=scores))
-        answer = score_answers(body.texts, outputs.scores)
+        [made] = await make_each(service, [body.image], ImageWork(scores=scores))
+        answer = score_answers(body.texts, made.outputs.scores)
         return JSONResponse({"scores": answer, "model": service.model.model})
 
     @router.post(
@@ -123,16 +128,16 @@ def scores_router(service: Service) -> APIRouter:
         """
         body = await read_body(request, MatchBody, service.image_policy)
         require_matching(service, "match")
-        [(*_, outputs)] = await run_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
+        [made] = await make_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
         assert service.matching is not None
-        answer = match_answers(body.texts, outputs.matches)
+        answer = match_answers(body.texts, made.outputs.matches)
         return JSONResponse({"matches": answer, "model": service.matching.model})
 
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody), response_model=RerankAnswer)
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
         body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
-        query, documents = await asyncio.to_thread(body.contents, service)
+        query, documents = await in_lane(body.num_chars, lambda: body.contents(service))
         relevance = await _relevance(service, query, documents)
         order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
         results = [{"index": index, "relevance_score": relevance[index]} for index in order]
@@ -147,13 +152,19 @@ def scores_router(service: Service) -> APIRouter:
     return router
 
 
+def _written(part: str | TextPart | ImagePart) -> str:
+    if isinstance(part, str):
+        return part
+    return part.text if isinstance(part, TextPart) else part.image
+
+
 def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | ImageSource:
     """Return a text, or an image."""
     if isinstance(part, TextPart):
         return part.text
     if isinstance(part, str) and not part.startswith("data:image/"):
         return part
-    return read_text(name, part if isinstance(part, str) else part.image, service.image_policy)
+    return read_text(name, _written(part), service.image_policy)
 
 
 async def _relevance(
@@ -169,6 +180,6 @@ async def _relevance(
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
-    outputs = await run_each(service, images, work)
-    likelihoods = [math.exp(-(score.loss or 0.0)) for *_, output in outputs for score in output.scores]
-    return likelihoods or [match.itm or 0.0 for *_, output in outputs for match in output.matches]
+    outputs = [made.outputs for made in await make_each(service, images, work)]
+    likelihoods = [math.exp(-(score.loss or 0.0)) for output in outputs for score in output.scores]
+    return likelihoods or [match.itm or 0.0 for output in outputs for match in output.matches]

@@ -53,7 +53,7 @@ CONFIG = "config"
 COMPLETION = "completion"
 JOB = frozenset({"job", "job_settings"})
 """What `blip2 submit` takes from the rest of its command line."""
-ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed"})
+ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice"})
 NO_RAY = ("pyarrow",)
 FREQUENT = (
     *("input", "output", "model", "device", "dtype", "prompt", "ask", "max_new_tokens", "num_beams"),
@@ -142,6 +142,16 @@ COMMANDS = {
         (("blip2 report captions --html report.html", "a page with sample rows and their pictures"),),
         needs=NO_RAY,
     ),
+    "compare": Command(
+        "Compare two runs over the same images, and captions with references.",
+        _READ + "CompareSettings",
+        "pipeline.compare.command:command",
+        (
+            ("blip2 compare captions captions_coco", "what has changed from one run to the other"),
+            ("blip2 compare before after --html changes.html", "the largest changes on a page"),
+        ),
+        needs=NO_RAY,
+    ),
     "doctor": Command(
         "Check this machine, and a model, an input and an output.",
         "pipeline.settings.doctor_settings:DoctorSettings",
@@ -162,7 +172,7 @@ COMMANDS = {
     "show": Command(
         "Show rows of a run in the terminal.",
         _READ + "ShowSettings",
-        "pipeline.report.show:show",
+        "pipeline.show.show:show",
         (
             ("blip2 show captions", "the first rows"),
             ("blip2 show captions --status not_ok --limit 0", "every failed row, and why"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.progress import Console
-from pipeline.report.outcome import outcome_lines
 from pipeline.run.job import Job
 from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.retry_settings import RetrySettings
+from pipeline.show.outcome import outcome_lines
 
 
 @errors_to_exit_status

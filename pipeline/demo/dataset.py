@@ -24,6 +24,8 @@ from blip2_actor import Status
 from blip2_actor.demo import SceneSampler, draw
 
 SHARD_FOLDER = "shards"
+MARKER = ".blip2-demo"
+"""A file in a folder that an earlier demo has written, and that the next one may delete."""
 """Contains the inputs and nothing else, so that the folder itself can be captioned."""
 TRUTH_FILE = "truth.json"
 SIDES_PX = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320)

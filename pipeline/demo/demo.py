@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.demo.dataset import SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.demo.dataset import MARKER, SHARD_FOLDER, Expected, write_demo_dataset
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.ledger.layout import STATE
 from pipeline.progress import Console
@@ -26,8 +26,6 @@ from pipeline.settings.job_settings import CaptionSettings
 
 MIN_ACCURACY = 0.95
 NUM_SHOWN = 6
-MARKER = ".blip2-demo"
-"""A file in a folder that an earlier demo has written, and that the next one may delete."""
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
-from pipeline.inputs.find_files import Files, ListedFile
+from pipeline.inputs.find_files import Files
 from pipeline.inputs.listing import (
     MAX_STAMPED_IMAGES,
     ListedFiles,
+    path_of,
     shards_of,
     shards_of_file,
-    stamps_now,
+    stamps_by_path,
     take_rows,
 )
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
 from pipeline.progress import count
-from pipeline.storage.filesystems import join
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
 MAX_NAMED = 10
@@ -110,24 +110,28 @@ def find_changes(
         known_changed: shards of which a read task or a commit has said that they had changed.
     """
     now: Files = {
-        _path(root, file): entry
+        path_of(root, file): entry
         for (root, _), files in listed.chosen.items()
         for file, entry in files.items()
     }
     num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
+    has_stamps = {
+        shard.name: bool(shard.stamps) or shard.format != "folder" or num_images <= MAX_STAMPED_IMAGES
+        for shard in shards
+    }
+    stamps_of = stamps_by_path([shard for shard in shards if has_stamps[shard.name]], now)
     kept: list[Shard] = []
     gone: dict[str, None] = {}
     changed: dict[str, str] = {}
     changed_stamps: dict[str, tuple[str, ...]] = {}
     copies: dict[str, bool] = {}
     for shard in shards:
-        paths = [_path(shard.root, file) for file in shard.files]
+        paths = [path_of(shard.root, file) for file in shard.files]
         gone |= dict.fromkeys(file for file, path in zip(shard.files, paths, strict=True) if path not in now)
-        if not shard.stamps and shard.format == "folder" and num_images > MAX_STAMPED_IMAGES:
+        if not has_stamps[shard.name]:
             kept.append(shard)
             continue
-        entries = {file: now.get(path, ListedFile()) for file, path in zip(shard.files, paths, strict=True)}
-        stamps = stamps_now(shard.root, shard.files, entries)
+        stamps = tuple(stamps_of[path] for path in paths)
         how = _difference(shard, stamps)
         if how and _is_copy(shard, stamps, content_of, copies):
             how = None
@@ -138,8 +142,8 @@ def find_changes(
             kept.append(shard)
         else:
             known = shard.stamps or (UNKNOWN,) * len(stamps)
-            merged = (new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
-            kept.append(replace(shard, stamps=tuple(merged)))
+            merged = tuple(new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
+            kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
     return InputChanges(
         tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, listed), listed.unread
     )
@@ -155,12 +159,12 @@ def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...]
         The shards of the run, and the names of those whose output is no longer valid. All ranges of a changed
         table are made again: its row groups may have moved.
     """
-    paths = {_path(s.root, s.files[0]) for s in changes.shards if s.name in changes.changed and _is_file(s)}
+    paths = {path_of(s.root, s.files[0]) for s in changes.shards if s.name in changes.changed and _is_file(s)}
     shards: list[Shard] = []
     of_file: dict[str, list[Shard]] = {}
     dropped = []
     for shard in changes.shards:
-        path = _path(shard.root, shard.files[0])
+        path = path_of(shard.root, shard.files[0])
         if path in paths and _is_file(shard):
             of_file.setdefault(path, []).append(shard)
             dropped.append(shard.name)
@@ -214,10 +218,6 @@ def name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _path(root: str, file: str) -> str:
-    return join(without_secrets(root), file)
-
-
 def _is_file(shard: Shard) -> bool:
     return shard.format != "folder"
 
@@ -253,16 +253,18 @@ def _is_copy(
     """
     if not _is_file(shard) or size_in(shard.stamps[0]) != size_in(stamps[0]):
         return False
-    path = _path(shard.root, shard.files[0])
+    path = path_of(shard.root, shard.files[0])
     if not copies.get(path):
         copies[path] = has_content(shard, content_of(shard.name))
     return copies[path]
 
 
 def _not_in(shards: Iterable[Shard], listed: ListedFiles) -> ListedFiles:
-    known = {_path(shard.root, file) for shard in shards for file in shard.files}
+    known = {path_of(shard.root, file) for shard in shards for file in shard.files}
     new = {
-        (root, file_format): {file: entry for file, entry in files.items() if _path(root, file) not in known}
+        (root, file_format): {
+            file: entry for file, entry in files.items() if path_of(root, file) not in known
+        }
         for (root, file_format), files in listed.chosen.items()
     }
     return replace(listed, chosen={key: files for key, files in new.items() if files})

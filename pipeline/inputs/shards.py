@@ -7,10 +7,13 @@ user's inputs back. This module needs only the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.errors import InputError
 from pipeline.storage.secrets import with_secrets_of, without_secrets
 
 Format = Literal["webdataset", "parquet", "folder", "manifest"]
@@ -71,6 +74,39 @@ class Shard:
         return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
 
 
+_SLICE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class RunSlice:
+    """One of the parts into which several drivers divide the shards of a run (`--slice 2/8`)."""
+
+    number: int
+    """From 1 to `total`."""
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> RunSlice:
+        """Return the slice that a text such as "2/8" names.
+
+        Raises:
+            ValueError: the text does not name one.
+        """
+        match = _SLICE.fullmatch(text)
+        number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= total:
+            raise ValueError(f"slice must be I/N with I from 1 to N, such as 2/8, got {text}")
+        return cls(number, total)
+
+    def has(self, shard: str) -> bool:
+        """Return whether a shard is in the slice; this depends on its name alone."""
+        digest = hashlib.sha256(shard.encode()).digest()
+        return int.from_bytes(digest[:8]) % self.total == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+
 def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
     """Give a shard that was stored without secrets those of the input that names its file, or lies around it.
 
@@ -85,3 +121,29 @@ def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
     of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)
     given = of_file or of_folder
     return shard if given is None else replace(shard, root=with_secrets_of(given, shard.root))
+
+
+def is_local(root: str) -> bool:
+    """Return whether files below a root are asked for their stamps one by one."""
+    return "://" not in root
+
+
+def refuse_duplicates(names: Iterable[str]) -> None:
+    """Raise InputError if a name occurs twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"the inputs overlap: {name} occurs twice; name each file in one input only")
+        seen.add(name)
+
+
+def refuse_unwritable(shards: Iterable[Shard]) -> None:
+    """Raise InputError if no output file can be named after a shard."""
+    for shard in shards:
+        try:
+            shard.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the file name {shard.name!a} is not valid UTF-8, so no output file can be named after it; "
+                "rename the file"
+            ) from None

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,6 +26,8 @@ from pipeline.storage.retrying_file import open_input
 
 UNKNOWN = ""
 """The stamp of a file of which the storage tells nothing, or that is gone."""
+STAMPED_AT_ONCE = 64
+"""Files that a thread asks for in one task; a task costs more than a stamp."""
 NUM_SAMPLES = 16
 SAMPLE_BYTES = 16 << 10
 """The digest covers this much at equal distances, from the first byte to the last."""
@@ -51,8 +54,12 @@ def local_stamp(path: str) -> str:
 
 def local_stamps(paths: Sequence[str]) -> list[str]:
     """Return the stamps of files on a disk, which may be a network disk that answers slowly."""
+    starts = range(0, len(paths), STAMPED_AT_ONCE)
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        return list(threads.map(local_stamp, paths, chunksize=64))
+        parts = threads.map(
+            lambda start: list(map(local_stamp, paths[start : start + STAMPED_AT_ONCE])), starts
+        )
+        return list(chain.from_iterable(parts))
 
 
 def size_in(stamp: str) -> str:

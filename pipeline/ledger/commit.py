@@ -20,10 +20,17 @@ import pyarrow.parquet as pq
 from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.fragments import Fragment, delete_fragments, list_fragments, read_fragment
-from pipeline.ledger.layout import output_name, shard_report_name
+from pipeline.ledger.fragments import (
+    Fragment,
+    delete_files,
+    delete_shard_files,
+    list_shard_files,
+    read_fragment,
+    read_shard_report,
+    store_shard_report,
+)
+from pipeline.ledger.layout import is_report_of_change, output_name, shard_report_name
 from pipeline.ledger.merge import Merge, Piece, PieceGone
-from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -52,6 +59,10 @@ class Summary:
     """As in the shard's report."""
     captions: CaptionCounts = field(default_factory=CaptionCounts)
     """In a place of its own in the footer; files of version 0.1.0 have none."""
+    num_bytes: int | None = field(default=None, compare=False)
+    """Size of the file, if known; not in the footer."""
+    written: float | None = field(default=None, compare=False)
+    """When the file was written, if known, as in `WrittenFile`; not in the footer."""
 
     @property
     def num_failed(self) -> int:
@@ -64,6 +75,7 @@ def commit_shard(
     metadata: Mapping[bytes, bytes],
     empty_schema: pa.Schema = ROW_CONTRACT,
     file_name: str | None = None,
+    may_have_file: bool = True,
 ) -> Summary | None:
     """Merge the file and the fragments of a shard into its file.
 
@@ -75,13 +87,15 @@ def commit_shard(
         metadata: for the footer: the run's fingerprint.
         empty_schema: the schema of a shard without rows.
         file_name: name of the file; default: that of the shard.
+        may_have_file: False saves asking for the file of a shard that has none. If another process has made
+            it meanwhile, that process has deleted fragments too, and their rows are missing here.
 
     Returns:
         What the file contains now, or None when rows are missing: then nothing has changed.
     """
     name = file_name or output_name(report.shard)
     try:
-        return _commit(folder, report, metadata, empty_schema, name)
+        return _commit(folder, report, metadata, empty_schema, name, may_have_file)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
         reason = f"the rows cannot be written as one table: {error}"
         logger.exception("Shard %s: %s", report.shard, reason)
@@ -94,12 +108,17 @@ def commit_shard(
 
 
 def _commit(
-    folder: Folder, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema, name: str
+    folder: Folder,
+    report: ShardReport,
+    metadata: Mapping[bytes, bytes],
+    empty_schema: pa.Schema,
+    name: str,
+    may_have_file: bool,
 ) -> Summary | None:
-    fragments = list_fragments(folder, report.shard, report.generation)
-    before, num_before = _pieces_of_file(folder, report.shard)
-    merge = Merge([*_pieces_of_fragments(folder, fragments), *before])
-    report = _with_changes(folder, report, merge)
+    files = list_shard_files(folder, report.shard, report.generation)
+    before, num_before = _pieces_of_file(folder, report.shard) if may_have_file else ([], 0)
+    merge = Merge([*_pieces_of_fragments(folder, files.fragments), *before])
+    report = _with_changes(folder, report, merge, files.report)
     if report.changed:
         merge = Merge(before)
     # A shard that is read again, and can be read less far, keeps its rows.
@@ -121,11 +140,14 @@ def _commit(
         summary = _write(folder, name, schema, row_groups, metadata, summary)
     except PieceGone:
         return None
-    # Rows past the end of a shard that was read less far are kept for a better reading.
-    finished = [f for f in fragments if f.last < num_rows or report.changed]
-    delete_fragments(folder, report.shard, finished, report.generation)
-    if not report.changed:  # The next run must know.
+    if report.changed:  # The next run must know.
+        delete_files(folder, [fragment.name for fragment in files.fragments])
+    elif any(fragment.last >= num_rows for fragment in files.fragments):
+        # Rows past the end of a shard that was read less far are kept for a better reading.
+        delete_files(folder, [fragment.name for fragment in files.fragments if fragment.last < num_rows])
         folder.delete(shard_report_name(report.shard, report.generation))
+    else:
+        delete_shard_files(folder, report.shard, files, report.generation)
     return summary
 
 
@@ -146,17 +168,19 @@ def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
     return [partial(read, group) for group in range(metadata.num_row_groups)], metadata.num_rows
 
 
-def _with_changes(folder: Folder, report: ShardReport, merge: Merge) -> ShardReport:
+def _with_changes(folder: Folder, report: ShardReport, merge: Merge, stored_name: str | None) -> ShardReport:
     """Return the report of a shard, or one without rows if the shard's input has changed.
 
     The read task notices a change, or here two pieces have the same row with different keys: then one of them
     was read from another input.
+
+    Args:
+        stored_name: file with the latest stored report.
     """
     if report.changed:
         return report
-    stored = load_shard_report(folder, report.shard, report.generation)
-    if stored is not None and stored.changed:
-        return stored
+    if stored_name is not None and is_report_of_change(stored_name):
+        return read_shard_report(folder, stored_name) or report
     conflict = merge.first_conflict()
     if conflict is None:
         return report
@@ -190,8 +214,9 @@ def _write(
                 counts.append(CaptionCounts.of_rows(rows))
             summary = replace(summary, captions=CaptionCounts.sum_of(counts))
             writer.add_key_value_metadata(_footer(summary))
+        num_bytes = file.tell()
         folder.put(name, file)
-    return summary
+    return replace(summary, num_bytes=num_bytes)
 
 
 def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -221,4 +246,5 @@ def summary_in(metadata: Mapping[bytes, bytes]) -> Summary:
 def _footer(summary: Summary) -> dict[bytes, bytes]:
     values = asdict(summary)
     captions = values.pop("captions")
+    del values["num_bytes"], values["written"]
     return {SUMMARY_KEY: json.dumps(values).encode(), CAPTIONS_KEY: json.dumps(captions).encode()}

@@ -1,29 +1,39 @@
-"""Fragments: finished rows of one shard that wait for the other rows of its file.
+"""The folder of an unfinished shard: its fragments, and the report of how reading it ended.
 
-A fragment is any set of finished rows. Its name says which rows it holds and ends in a digest of its content,
-and it is written as a whole. Progress is the union of all fragments, so rows that were written twice, by a
-repeated call or a straggler, do no harm.
+A fragment is any set of finished rows of one shard. Its name says which rows it holds and ends in a digest of
+its content, and it is written as a whole. Progress is the union of all fragments, so rows that were written
+twice, by a repeated call or a straggler, do no harm.
+
+A shard report says how reading the shard ended, and so how many rows it has. The worker that reads a shard
+stores its report; the commit of the shard deletes the whole folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.layout import FRAGMENTS, output_name, parse_state_name, shard_report_name, state_name
+from pipeline.ledger.layout import (
+    folder_of_shard,
+    is_report_of_change,
+    output_name,
+    parse_folder_of_shard,
+    parse_shard_report_name,
+    shard_report_name,
+)
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, WrittenFile
 
-ROWS = ".rows"
-"""Ends the name of the folder with a shard's fragments."""
 DIGEST_CHARS = 16
 MAX_CHUNK_BYTES = 1 << 30
 """A chunk of strings has room for 2 GiB."""
@@ -88,7 +98,7 @@ def _sorted(rows: pa.Table) -> pa.Table:
 
 
 def _name(shard: str, generation: int, first: int, last: int, count: int, digest: str) -> str:
-    return f"{_folder_of(shard, generation)}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
+    return f"{folder_of_shard(shard, generation)}/{first:09d}-{last:09d}-{count}-{digest}.arrow"
 
 
 def names_of_shard(shard: Shard) -> tuple[str, ...]:
@@ -114,24 +124,48 @@ def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Tab
 
 def parse_fragment(name: str) -> Fragment | None:
     """Return what the name of a file says, relative to the output, or None when it is no fragment."""
-    of_shard, _, last = name.removeprefix(f"{FRAGMENTS}/").rpartition("/")
-    match = _NAME.match(last)
-    if not match or not of_shard.endswith(ROWS):
+    folder, _, last = name.rpartition("/")
+    match, found = _NAME.match(last), parse_folder_of_shard(folder)
+    if not match or found is None:
         return None
-    shard, generation = parse_state_name(of_shard.removesuffix(ROWS))
+    shard, generation = found
     first, end, count = (int(match[group]) for group in ("first", "last", "count"))
     return Fragment(shard, name, first, end, count, generation)
 
 
+@dataclass(frozen=True)
+class ShardFiles:
+    """What the folder of an unfinished shard holds."""
+
+    fragments: tuple[Fragment, ...] = ()
+    report: str | None = None
+    """Name of the latest report."""
+    is_shared: bool = False
+    """Whether it holds the folder of another shard: those of "a" and "a.rows/b", for example."""
+
+
+def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
+    """List the folder of an unfinished shard."""
+    own = (shard, generation)
+    files = folder.files(folder_of_shard(shard, generation))
+    found = [fragment for file in files if (fragment := parse_fragment(file.name)) is not None]
+    fragments = tuple(f for f in found if (f.shard, f.generation) == own)
+    reports = [file for file in files if parse_shard_report_name(file.name) == own]
+    return ShardFiles(
+        fragments,
+        report=max(reports, key=report_order).name if reports else None,
+        is_shared=len(files) > len(fragments) + len(reports),
+    )
+
+
+def report_order(file: WrittenFile) -> tuple[float, bool]:
+    """Return the order of a shard's reports: the last one counts, and of two at once the one of a change."""
+    return file.written, is_report_of_change(file.name)
+
+
 def list_fragments(folder: Folder, shard: str, generation: int = 0) -> list[Fragment]:
     """Return the fragments of one shard."""
-    found = (parse_fragment(name) for name in folder.names(_folder_of(shard, generation)))
-    # The folder may contain the folder of another shard: those of "a" and "a.rows/b", for example.
-    return [f for f in found if f is not None and (f.shard, f.generation) == (shard, generation)]
-
-
-def _folder_of(shard: str, generation: int) -> str:
-    return f"{FRAGMENTS}/{state_name(shard, generation)}{ROWS}"
+    return list(list_shard_files(folder, shard, generation).fragments)
 
 
 def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
@@ -153,9 +187,52 @@ def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict
     return finished
 
 
-def delete_fragments(folder: Folder, shard: str, fragments: Sequence[Fragment], generation: int = 0) -> None:
-    """Delete fragments of a shard, and its folder of fragments when that is empty then."""
-    if fragments:
-        with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(fragments))) as pool:
-            list(pool.map(lambda fragment: folder.delete(fragment.name), fragments))
-    folder.drop_if_empty(_folder_of(shard, generation))
+def delete_shard_files(folder: Folder, shard: str, files: ShardFiles, generation: int = 0) -> None:
+    """Delete the folder of a shard that has been committed.
+
+    A store deletes a folder in a few requests, however many files it holds.
+    """
+    if files.is_shared:
+        delete_files(folder, [fragment.name for fragment in files.fragments])
+        folder.delete(shard_report_name(shard, generation))
+    else:
+        folder.erase(folder_of_shard(shard, generation))
+
+
+def delete_files(folder: Folder, names: Sequence[str]) -> None:
+    """Delete files one by one, several at the same time."""
+    if names:
+        with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(names))) as pool:
+            list(pool.map(folder.delete, names))
+
+
+def store_shard_report(folder: Folder, report: ShardReport) -> None:
+    """Store the report of a shard; safe to call twice, as Ray may read a shard again.
+
+    A report that could read less does not replace one that could read more: rows that were there once count,
+    unless the input has changed.
+    """
+    if not (report.complete or report.changed):
+        known = read_shard_report(folder, shard_report_name(report.shard, report.generation))
+        if known is not None and (known.complete or known.num_rows > report.num_rows):
+            return
+    name = shard_report_name(report.shard, report.generation, report.changed)
+    folder.put(name, json.dumps(asdict(report)).encode())
+
+
+def load_shard_report(folder: Folder, shard: str, generation: int = 0) -> ShardReport | None:
+    """Return the latest report of a shard, or None when there is none."""
+    name = list_shard_files(folder, shard, generation).report
+    return None if name is None else read_shard_report(folder, name)
+
+
+def read_shard_report(folder: Folder, name: str) -> ShardReport | None:
+    """Return the report in a file, or None when a commit has deleted it meanwhile."""
+    content = folder.get(name)
+    return ShardReport(**json.loads(content)) if content else None
+
+
+def read_shard_reports(folder: Folder, names: Iterable[str]) -> list[ShardReport]:
+    """Return the reports in several files, read at the same time; those that are gone are left out."""
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        return [r for r in pool.map(lambda name: read_shard_report(folder, name), names) if r is not None]

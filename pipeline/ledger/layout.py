@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 
+from pipeline.inputs.shards import RunSlice
+
 STATE = "_blip2"
 RUN_FILE = f"{STATE}/run.json"
 SHARD_LIST = f"{STATE}/shards.jsonl.gz"
-SHARD_REPORTS = f"{STATE}/ends"
 FRAGMENTS = f"{STATE}/fragments"
+ROWS = ".rows"
+"""Ends the name of the folder in which an unfinished shard has its fragments and its report."""
+OLD_SHARD_REPORTS = f"{STATE}/ends"
+"""Where version 0.1.0 kept shard reports."""
 LEASE = f"{STATE}/lease.json"
+SLICE_LEASES = f"{STATE}/leases"
+"""The folder with the leases of drivers that work on a slice of the run."""
+SUMMARIES = f"{STATE}/summaries"
+ATTEMPTS = f"{STATE}/attempts"
+"""Records of what each start of the run did; nothing that a resume needs."""
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
+_SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")
 _GENERATION = re.compile(r"~again(\d+)$")
 SUFFIX = ".parquet"
 """Ends the names of finished shards; no name of the state may, or globs would find it."""
@@ -38,10 +49,46 @@ def parse_state_name(name: str) -> tuple[str, int]:
     return (name[: match.start()], int(match[1])) if match else (name, 0)
 
 
-def shard_report_name(shard: str, generation: int = 0) -> str:
-    return f"{SHARD_REPORTS}/{state_name(shard, generation)}.json"
+def lease_name(run_slice: RunSlice | None = None) -> str:
+    """Return the name of the lease of a driver for a whole run, or for a slice of it."""
+    return LEASE if run_slice is None else f"{SLICE_LEASES}/{run_slice.number}-of-{run_slice.total}.json"
 
 
-def parse_shard_report_name(name: str) -> tuple[str, int]:
-    """Return the shard that a report file is about, and the generation."""
-    return parse_state_name(name.removeprefix(f"{SHARD_REPORTS}/").removesuffix(".json"))
+def parse_lease_name(name: str) -> RunSlice | None:
+    """Return the slice that a lease is for, or None for a whole run."""
+    match = _SLICE_LEASE.search(name)
+    return None if match is None else RunSlice(int(match[1]), int(match[2]))
+
+
+def folder_of_shard(shard: str, generation: int = 0) -> str:
+    """Return the name of the folder with all files of an unfinished shard."""
+    return f"{FRAGMENTS}/{state_name(shard, generation)}{ROWS}"
+
+
+def parse_folder_of_shard(folder: str) -> tuple[str, int] | None:
+    """Return the shard and the generation of a folder, or None if it is no such folder."""
+    if not (folder.startswith(f"{FRAGMENTS}/") and folder.endswith(ROWS)):
+        return None
+    return parse_state_name(folder[len(FRAGMENTS) + 1 : -len(ROWS)])
+
+
+def shard_report_name(shard: str, generation: int = 0, changed: bool = False) -> str:
+    """Return the name of a shard's report.
+
+    Args:
+        changed: whether the report says that the input has changed; a listing then shows it.
+    """
+    return f"{folder_of_shard(shard, generation)}/{'changed' if changed else 'report'}.json"
+
+
+def is_report_of_change(name: str) -> bool:
+    """Return whether a report file says that the input of its shard has changed."""
+    return name.endswith("/changed.json")
+
+
+def parse_shard_report_name(name: str) -> tuple[str, int] | None:
+    """Return the shard that a report file is about and the generation, or None if it is no report."""
+    if name.startswith(f"{OLD_SHARD_REPORTS}/"):
+        return parse_state_name(name.removeprefix(f"{OLD_SHARD_REPORTS}/").removesuffix(".json"))
+    folder, _, last = name.rpartition("/")
+    return parse_folder_of_shard(folder) if last in ("report.json", "changed.json") else None

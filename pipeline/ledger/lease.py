@@ -1,5 +1,8 @@
 """The lease: one driver per output folder; a second driver is refused, with the name of the first.
 
+Several drivers may work on slices of one run. Each slice has a lease, and no shard is in two slices that are
+worked on: slices of another division are refused, and so is a driver for the whole run.
+
 A driver shows that it lives by its heartbeat, a number that changes. Clocks of two machines are never
 compared. On the same machine a dead driver is recognized at once, so that running the command again after a
 kill does not wait.
@@ -20,7 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import OutputInUse
-from pipeline.ledger.layout import LEASE
+from pipeline.inputs.shards import RunSlice
+from pipeline.ledger.layout import LEASE, SLICE_LEASES, lease_name, parse_lease_name
 from pipeline.storage.folder import Folder
 
 BEAT_S = 5.0
@@ -70,10 +74,16 @@ class Holder:
         return f"process {self.pid} on {self.host}, started {self.started}"
 
 
-def read_holder(folder: Folder) -> Holder | None:
-    """Return the driver that holds the lease, dead or alive, or None."""
-    content = folder.get(LEASE)
+def read_holder(folder: Folder, name: str = LEASE) -> Holder | None:
+    """Return the driver that holds a lease, dead or alive, or None."""
+    content = folder.get(name)
     return Holder(**json.loads(content)) if content else None
+
+
+def read_holders(folder: Folder) -> dict[str, Holder]:
+    """Return the drivers that hold the lease of the run or of a slice, by the name of the lease."""
+    names = [LEASE, *sorted(folder.names(SLICE_LEASES))]
+    return {name: holder for name in names if (holder := read_holder(folder, name)) is not None}
 
 
 class Lease:
@@ -85,6 +95,7 @@ class Lease:
     def __init__(
         self,
         folder: Folder,
+        run_slice: RunSlice | None = None,
         progress: Callable[[], dict[str, Any]] = dict,
         beat_s: float = BEAT_S,
         dead_after_s: float = DEAD_AFTER_S,
@@ -92,11 +103,15 @@ class Lease:
         """Prepare a lease.
 
         Args:
+            run_slice: the part of the run that is worked on; None means all of it.
             progress: called at each heartbeat, for what `status` shows.
             beat_s: seconds between heartbeats.
             dead_after_s: how long to watch the heartbeat of a driver on another machine.
         """
         self._folder = folder
+        self._slice = run_slice
+        self._name = lease_name(run_slice)
+        self._dead: set[str] = set()
         self.progress = progress
         """Called at each heartbeat; may be replaced while the lease is held."""
         self._beat_s = beat_s
@@ -110,9 +125,14 @@ class Lease:
     def __enter__(self) -> Lease:
         self._refuse_while_held()
         self._write(0)
-        # Of two drivers that start together the last to write wins; the other finds out here.
-        if not self._is_mine():
+        # Of two drivers that start together the last to write wins; the other finds out here. If one is for a
+        # slice and one for the whole run, both may find out.
+        try:
             self._refuse_while_held()
+        except OutputInUse:
+            if self._is_mine():
+                self._folder.delete(self._name)
+            raise
         self._thread.start()
         return self
 
@@ -124,25 +144,33 @@ class Lease:
         # When the store fails now, the lease stays, as that of a driver that has died.
         with contextlib.suppress(OSError):
             if not self.lost and self._is_mine():
-                self._folder.delete(LEASE)
+                self._folder.delete(self._name)
 
     def _refuse_while_held(self) -> None:
-        """Raise OutputInUse when another driver holds the lease and lives."""
-        holder = read_holder(self._folder)
-        if holder is None or holder.token == self._me.token or holder.is_known_dead:
-            return
-        if holder.is_on_this_machine or self._beats(holder):
-            raise OutputInUse(
-                f"output must have one driver at a time, got {self._folder} while {holder} works on it; "
-                "wait for it, stop it, or give another --output"
-            )
+        """Raise OutputInUse when another driver that lives works on the same shards."""
+        for name, holder in read_holders(self._folder).items():
+            known = {self._me.token, *self._dead}
+            if holder.token in known or holder.is_known_dead or not self._overlaps(parse_lease_name(name)):
+                continue
+            if holder.is_on_this_machine or self._beats(name, holder):
+                raise OutputInUse(
+                    f"output must have one driver at a time, got {self._folder} while {holder} works on it; "
+                    "wait for it, stop it, or give another --output"
+                )
+            self._dead.add(holder.token)
 
-    def _beats(self, holder: Holder) -> bool:
+    def _overlaps(self, other: RunSlice | None) -> bool:
+        """Return whether a driver for that slice, or for the whole run, may work on our shards."""
+        if self._slice is None or other is None:
+            return True
+        return other == self._slice or other.total != self._slice.total
+
+    def _beats(self, name: str, holder: Holder) -> bool:
         """Watch a driver of another machine until its heartbeat changes or it must be dead."""
         deadline = time.monotonic() + self._dead_after_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._beat_s / 2))
-            now = read_holder(self._folder)
+            now = read_holder(self._folder, name)
             if now is None:
                 return False
             if (now.token, now.beat) != (holder.token, holder.beat):
@@ -163,12 +191,12 @@ class Lease:
                 continue
 
     def _is_mine(self) -> bool:
-        holder = read_holder(self._folder)
+        holder = read_holder(self._folder, self._name)
         return holder is not None and holder.token == self._me.token
 
     def _write(self, beat: int) -> None:
         holder = asdict(self._me) | {"beat": beat, "progress": self.progress()}
-        self._folder.put(LEASE, json.dumps(holder).encode())
+        self._folder.put(self._name, json.dumps(holder).encode())
 
 
 def _machine() -> str:

@@ -3,9 +3,11 @@
     <output>/<shard>.parquet           one file per finished shard, complete or not there
     <output>/_blip2/run.json           fingerprint and settings, written last: when it exists, a run has begun
     <output>/_blip2/shards.jsonl.gz    the list of shards, made once
-    <output>/_blip2/ends/              shard reports: how reading a shard ended, until the shard is committed
-    <output>/_blip2/fragments/         finished rows that wait for the other rows of their shard's file
-    <output>/_blip2/lease.json         the driver at work
+    <output>/_blip2/fragments/         a folder for each unfinished shard: finished rows that wait for the
+                                       others, and the report of how reading the shard ended
+    <output>/_blip2/summaries/         what the footers of finished files say, a thousand to a file
+    <output>/_blip2/lease.json         the driver at work; with --slice, one in _blip2/leases/ for each slice
+    <output>/_blip2/attempts/          what each start did, for the report (`pipeline.attempts`)
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
 
@@ -24,21 +26,23 @@ import pyarrow as pa
 
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import Summary, commit_shard, read_summary
-from pipeline.ledger.fragments import Fragment, rows_in, write_fragment
-from pipeline.ledger.layout import RUN_FILE, SHARD_LIST
-from pipeline.ledger.lease import Holder, read_holder
+from pipeline.ledger.fragments import (
+    Fragment,
+    load_shard_report,
+    read_shard_reports,
+    rows_in,
+    store_shard_report,
+    write_fragment,
+)
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, parse_lease_name
+from pipeline.ledger.lease import Holder, read_holders
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import RowChoice, require_finished, to_retry
 from pipeline.ledger.run_record import Run, read_run, revise_run, write_run
-from pipeline.ledger.scan import OutputState, scan_output
-from pipeline.ledger.shard_progress import (
-    ShardProgress,
-    load_shard_report,
-    shards_with_a_report,
-    store_shard_report,
-    unfinished,
-)
+from pipeline.ledger.scan import OutputState, ShardProgress, scan_output, unfinished
+from pipeline.ledger.summaries import keep_summaries, tidy_summaries
 from pipeline.ledger.sweep import drop_markers, sweep
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT
@@ -147,20 +151,30 @@ class Ledger:
         """Return the stored report of a shard, or None when there is none."""
         return load_shard_report(self.folder, shard, self.generations.get(shard, 0))
 
-    def shards_with_a_report(self) -> set[str]:
-        return shards_with_a_report(self.folder, self.generations)
+    def load_shard_reports(self, shards: Iterable[str]) -> list[ShardReport]:
+        """Return the reports of these shards that are stored, read at the same time."""
+        files = self.scan().shard_reports
+        return read_shard_reports(self.folder, [files[name] for name in shards if name in files])
 
     def commit(
-        self, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT
+        self,
+        report: ShardReport,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema = ROW_CONTRACT,
+        may_have_file: bool = True,
     ) -> Summary | None:
         """Merge the file and the fragments of a shard into its file; see `commit_shard`."""
-        return commit_shard(self.folder, report, metadata, empty_schema)
+        return commit_shard(self.folder, report, metadata, empty_schema, may_have_file=may_have_file)
 
     def sweep(
-        self, run: Run, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema = ROW_CONTRACT
+        self,
+        run: Run,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema = ROW_CONTRACT,
+        is_slice: bool = False,
     ) -> None:
-        """Delete half-written files, and commit the shards that lack no row."""
-        sweep(self.folder, run, self.scan(), metadata, empty_schema)
+        """Delete half-written files, and commit the shards that lack no row; see `sweep`."""
+        sweep(self.folder, run, self.scan(), metadata, empty_schema, is_slice)
 
     def drop_markers(self, run: Run, state: OutputState) -> None:
         """Delete the empty objects that a store keeps for emptied folders, when all shards are finished."""
@@ -168,12 +182,25 @@ class Ledger:
 
     def reconcile(self, run: Run, state: OutputState) -> Reconciliation:
         """Compare the shards of the run with their files."""
-        return reconcile(self.folder, run.shards, state.finished)
+        return reconcile(self.folder, run.shards, state)
+
+    def keep_summaries(self, summaries: Iterable[Summary]) -> None:
+        """Store summaries of shards that were just committed, for `reconcile`."""
+        keep_summaries(self.folder, summaries)
+
+    def tidy_summaries(self, state: OutputState, done: Reconciliation) -> None:
+        """Keep the summaries of all finished shards in few files; see `tidy_summaries`."""
+        tidy_summaries(self.folder, state, done.summaries)
 
     def compare_input(self, run: Run, inputs: Sequence[str] = ()) -> InputChanges:
         """Compare the shards of the run with what its input holds now; see `reconcile.compare_input`."""
         return compare_input(self.folder, run, self.scan(), inputs)
 
+    def drivers(self) -> dict[RunSlice | None, Holder]:
+        """Return the drivers that hold a lease, dead or alive, by the slice of the run; None is the whole."""
+        return {parse_lease_name(name): holder for name, holder in read_holders(self.folder).items()}
+
     def driver(self) -> Holder | None:
-        """Return the driver that holds the lease, dead or alive, or None."""
-        return read_holder(self.folder)
+        """Return a driver that holds a lease, one that may live if there is one, or None."""
+        holders = sorted(self.drivers().values(), key=lambda holder: holder.is_known_dead)
+        return next(iter(holders), None)

@@ -1,15 +1,15 @@
 """Compare a run with its output and with its input.
 
 Reconciliation: every listed shard has its file, and every row in it is ok or has failed, by status. It reads
-the output alone, from the footers of the finished files, and decides the exit status of a run.
+the output alone, from the summaries of the finished shards, and decides the exit status of a run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
@@ -18,11 +18,11 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.fragments import read_shard_reports
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import load_shard_report
+from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 MAX_NAMED = 5
@@ -38,13 +38,16 @@ class Reconciliation:
     missing: tuple[str, ...]
     """Shards without a file."""
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(summary.num_rows for summary in self.summaries)
 
-    @property
+    @cached_property
     def by_status(self) -> Counter[str]:
-        return sum((Counter(dict(summary.by_status)) for summary in self.summaries), Counter())
+        counts: Counter[str] = Counter()
+        for summary in self.summaries:
+            counts.update(summary.by_status)
+        return counts
 
     @property
     def num_ok(self) -> int:
@@ -66,7 +69,7 @@ class Reconciliation:
         rows = self.num_rows + lost
         return (self.num_failed + lost) / rows if rows else 0.0
 
-    @property
+    @cached_property
     def captions(self) -> CaptionCounts:
         return CaptionCounts.sum_of(summary.captions for summary in self.summaries)
 
@@ -94,13 +97,12 @@ class Reconciliation:
         return lines + self.captions.warnings()
 
 
-def reconcile(folder: Folder, shards: Sequence[Shard], finished: frozenset[str]) -> Reconciliation:
+def reconcile(folder: Folder, shards: Sequence[Shard], state: OutputState) -> Reconciliation:
     """Compare the listed shards with the finished files."""
     names = [shard.name for shard in shards]
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        written = [name for name in names if name in finished]
-        summaries = tuple(pool.map(lambda name: read_summary(folder, name), written))
-    return Reconciliation(len(names), summaries, tuple(name for name in names if name not in finished))
+    summaries = load_summaries(folder, state, [name for name in names if name in state.finished])
+    missing = tuple(name for name in names if name not in state.finished)
+    return Reconciliation(len(names), tuple(summaries), missing)
 
 
 def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence[str] = ()) -> InputChanges:
@@ -119,9 +121,8 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
     def content_of(shard: str) -> str | None:
         return read_summary(folder, shard).content if shard in state.finished else None
 
-    generations = {shard.name: shard.generation for shard in run.shards}
-    reports = (load_shard_report(folder, name, generations.get(name, 0)) for name in state.shard_reports)
-    known_changed = {report.shard for report in reports if report is not None and report.changed}
+    reports = read_shard_reports(folder, state.shard_reports.values())
+    known_changed = {report.shard for report in reports if report.changed}
     changes = find_changes(run.shards, listed, content_of, known_changed)
     return changes if limit is None else replace(changes, new=NO_FILES)
 

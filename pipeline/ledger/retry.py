@@ -6,7 +6,6 @@ What a partial shard lacks is read again with its rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +14,13 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import Summary, read_rows, read_summary
+from pipeline.ledger.commit import Summary, read_rows
 from pipeline.ledger.fragments import rows_in
 from pipeline.ledger.run_record import Run
-from pipeline.ledger.scan import OutputState
-from pipeline.ledger.shard_progress import ShardProgress, unfinished
+from pipeline.ledger.scan import OutputState, ShardProgress, unfinished
+from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.rowset import RowSet
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
 
@@ -84,8 +82,7 @@ def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) ->
     Shards that were begun again have no file, and all their rows are run.
     """
     by_name = {shard.name: shard for shard in run.shards if shard.name in state.finished}
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        summaries = list(pool.map(lambda name: read_summary(folder, name), by_name))
+    summaries = load_summaries(folder, state, list(by_name))
     concerned = [summary for summary in summaries if choice.concerns(summary)]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in concerned})
     progress = unfinished(folder, run, state)

@@ -1,35 +1,47 @@
-"""Scan an output folder: list it once, and sort what is there."""
+"""Scan an output folder: list it once, sort what is there, and say which rows are left to do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from pipeline.ledger.fragments import Fragment, parse_fragment
+from pipeline.inputs.reader import ShardReport, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.fragments import Fragment, parse_fragment, read_shard_reports, report_order, rows_in
 from pipeline.ledger.layout import (
     FRAGMENTS,
+    OLD_SHARD_REPORTS,
     PLAN_FOLDERS,
-    SHARD_REPORTS,
     SUFFIX,
+    SUMMARIES,
     is_result,
     parse_shard_report_name,
 )
-from pipeline.storage.folder import ASIDE, PROBE, Folder
+from pipeline.ledger.run_record import Run
+from pipeline.rowset import RowSet
+from pipeline.storage.folder import ASIDE, PROBE, Folder, WrittenFile
 
 
 @dataclass(frozen=True)
 class OutputState:
     """What one listing of the output shows."""
 
-    finished: frozenset[str]
-    """Shards that have their file."""
     fragments: Mapping[str, Sequence[Fragment]]
     """Fragments by shard."""
-    shard_reports: frozenset[str]
-    """Shards that were read to their end and are not committed."""
+    shard_reports: Mapping[str, str]
+    """The file with the report of each shard that was read to its end and is not committed."""
     leftovers: tuple[str, ...]
     """Half-written files of drivers and workers that died, the files of a `plan` that was killed, and what
     was made of a shard's content before the shard was begun again."""
+    written: Mapping[str, WrittenFile]
+    """The file of each finished shard."""
+    summaries: tuple[WrittenFile, ...]
+    """The files with kept summaries; see `pipeline.ledger.summaries`."""
+
+    @property
+    def finished(self) -> Set[str]:
+        """Shards that have their file."""
+        return self.written.keys()
 
 
 def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) -> OutputState:
@@ -39,25 +51,64 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
         generations: of the shards that were begun again; all others have generation 0.
     """
     generations = generations or {}
-    finished, shard_reports, leftovers = set(), set(), []
+    written: dict[str, WrittenFile] = {}
+    summaries: list[WrittenFile] = []
+    reports: dict[str, WrittenFile] = {}
+    leftovers: list[str] = []
     fragments: dict[str, list[Fragment]] = {}
-    for name in folder.names():
-        if name.startswith(f"{FRAGMENTS}/"):
-            fragment = parse_fragment(name)
-            if fragment is None:
+    for file in folder.files():
+        name = file.name
+        if name.startswith((f"{FRAGMENTS}/", f"{OLD_SHARD_REPORTS}/")):
+            fragment, about = parse_fragment(name), parse_shard_report_name(name)
+            if fragment is not None:
+                about = fragment.shard, fragment.generation
+            if about is None:
                 continue
-            if fragment.generation != generations.get(fragment.shard, 0):
-                leftovers.append(name)
-            else:
-                fragments.setdefault(fragment.shard, []).append(fragment)
-        elif name.startswith(f"{SHARD_REPORTS}/"):
-            shard, generation = parse_shard_report_name(name)
+            shard, generation = about
             if generation != generations.get(shard, 0):
                 leftovers.append(name)
+            elif fragment is not None:
+                fragments.setdefault(shard, []).append(fragment)
             else:
-                shard_reports.add(shard)
+                reports[shard] = max(reports.get(shard, file), file, key=report_order)
         elif name.startswith((f"{ASIDE}/", PLAN_FOLDERS, PROBE)):
             leftovers.append(name)
+        elif name.startswith(f"{SUMMARIES}/"):
+            summaries.append(file)
         elif is_result(name):
-            finished.add(name.removesuffix(SUFFIX))
-    return OutputState(frozenset(finished), fragments, frozenset(shard_reports), tuple(leftovers))
+            written[name.removesuffix(SUFFIX)] = file
+    shard_reports = {shard: file.name for shard, file in reports.items()}
+    return OutputState(fragments, shard_reports, tuple(leftovers), written, tuple(summaries))
+
+
+@dataclass
+class ShardProgress:
+    """How far one shard is."""
+
+    shard: Shard
+    done: RowSet
+    """Rows that need no more work."""
+    report: ShardReport | None = None
+    """How reading the shard ended, once it has."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.report is not None and self.done.covers(self.report.num_rows)
+
+    @property
+    def work(self) -> ShardWork:
+        """The rows still to do, fixed now: a read task that runs again must read the same rows."""
+        stop = None if self.report is None else self.report.num_rows
+        return ShardWork(shard=self.shard, missing=tuple(self.done.missing(stop)))
+
+
+def unfinished(folder: Folder, run: Run, state: OutputState) -> list[ShardProgress]:
+    """Return the shards of a run that have no file yet, with what is known of each."""
+    open_shards = [shard for shard in run.shards if shard.name not in state.finished]
+    names = {shard.name for shard in open_shards}
+    done = rows_in(folder, {name: found for name, found in state.fragments.items() if name in names})
+    files = [file for name, file in state.shard_reports.items() if name in names]
+    reports = {report.shard: report for report in read_shard_reports(folder, files)}
+    return [
+        ShardProgress(shard, done.get(shard.name, RowSet()), reports.get(shard.name)) for shard in open_shards
+    ]

@@ -48,7 +48,7 @@ def clean(settings: CleanSettings) -> int:
             f"output must have no driver while it is cleaned, got {ledger} while {holder} works on it; "
             "wait for it, or stop it"
         )
-    has_dead_lease = ledger.driver() is not None
+    has_dead_lease = None in ledger.drivers()  # of the whole run
     if settings.yes:
         with Lease(ledger.folder):  # Its end deletes the lease, and so that of a dead driver.
             found = _find(ledger, run, has_dead_lease)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from pipeline.ledger.commit import Summary
-from pipeline.ledger.layout import FRAGMENTS, LEASE, PLAN_FOLDERS, SHARD_REPORTS, shard_report_name
-from pipeline.ledger.lease import DEAD_AFTER_S, Holder, read_holder
+from pipeline.ledger.layout import FRAGMENTS, LEASE, OLD_SHARD_REPORTS, PLAN_FOLDERS
+from pipeline.ledger.lease import DEAD_AFTER_S, Holder, read_holders
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
 from pipeline.storage.folder import Folder
@@ -37,7 +37,7 @@ def find_removable(
         summaries: of the finished shards that have fragments. A shard without one keeps them.
         has_dead_lease: whether the lease in the output is that of a driver that has died.
     """
-    of_state = (FRAGMENTS, SHARD_REPORTS)
+    of_state = (FRAGMENTS, OLD_SHARD_REPORTS)
     outdated = [name for name in state.leftovers if name.startswith(of_state)]
     plans = [name for name in state.leftovers if name.startswith(PLAN_FOLDERS)]
     temporary = [name for name in state.leftovers if not name.startswith((*of_state, PLAN_FOLDERS))]
@@ -47,8 +47,7 @@ def find_removable(
         outdated = []
     else:
         listed = {shard.name for shard in run.shards}
-        # A report without a generation is of generation 0: one of another would be a leftover.
-        outdated += [shard_report_name(shard) for shard in state.shard_reports - listed]
+        outdated += [name for shard, name in state.shard_reports.items() if shard not in listed]
         for shard, fragments in state.fragments.items():
             names = [fragment.name for fragment in fragments]
             summary = summaries.get(shard)
@@ -71,10 +70,10 @@ def find_removable(
 
 
 def driver_at_work(folder: Folder) -> Holder | None:
-    """Return the driver that holds the lease, unless it is known to be dead or has long sent no heartbeat."""
-    holder = read_holder(folder)
-    if holder is None or holder.is_known_dead:
-        return None
-    silent_s = folder.seconds_since_write(LEASE)
-    is_silent = silent_s is not None and silent_s > DEAD_AFTER_S
-    return None if is_silent and not holder.is_on_this_machine else holder
+    """Return a driver that holds a lease, unless it is known to be dead or has long sent no heartbeat."""
+    for name, holder in read_holders(folder).items():
+        silent_s = folder.seconds_since_write(name)
+        is_silent = silent_s is not None and silent_s > DEAD_AFTER_S
+        if not holder.is_known_dead and not (is_silent and not holder.is_on_this_machine):
+            return holder
+    return None

@@ -70,6 +70,8 @@ class Plan:
             yield f"{name:9}{rate:>21}{stage.workers_per_actor:>32,}{stage.cpus_per_actor:>18.1f}"
         yield ""
         yield from self._prediction_lines()
+        if self.stage_costs.quantization is not None:
+            yield from self.stage_costs.quantization.lines()
 
     def _input_lines(self) -> Iterator[str]:
         size, costs = self.size_estimate, self.stage_costs
@@ -118,6 +120,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for `--json`; programs read it, so its keys never change."""
+        effect = self.stage_costs.quantization
         return {
             "model": dataclasses.asdict(self.info),
             "input": {
@@ -131,6 +134,7 @@ class Plan:
             "output_bytes": round(self.output_bytes),
             "start_s": self.stage_costs.start_s,
             "num_cpus": self.num_cpus,
+            "quantization": None if effect is None else dataclasses.asdict(effect),
         }
 
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.placement.reservations import MIN_OPEN_SHARDS
 from pipeline.plan.cost import Cost
-from pipeline.run.stream import MIN_OPEN_SHARDS
 from pipeline.settings.placement import Placement
 
 

@@ -25,7 +25,15 @@ from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.layout import PLAN_FOLDERS, STATE
 from pipeline.plan.cost import Cost, measure
+from pipeline.plan.quantization import (
+    Captioned,
+    QuantizationEffect,
+    compare,
+    plain_spec,
+    resident_bytes,
+)
 from pipeline.plan.sample import Sample
+from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import DecodeStage
@@ -56,6 +64,8 @@ class StageCosts:
     """Bytes of the output per row."""
     file_bytes: int
     """Bytes of the output per file, in addition to its rows."""
+    quantization: QuantizationEffect | None = None
+    """What `--quantize` changes; None without it."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +94,27 @@ def measure_stage_costs(
     decoded, decode_cost = _decode(settings, size_px, sample)
     # Timing repeats rows. The job would caption them once with this option, but here each one must count.
     spec = dataclasses.replace(settings.spec(engine), reuse_identical=False)
+    captioned, plain = _caption(spec, decoded, settings), plain_spec(spec)
+    effect = None if plain is None else compare(spec, captioned, _caption(plain, decoded, settings))
+    rows = captioned.rows
+    with _plan_folder(settings.output) as folder:
+        written = _write(folder, rows)
+    costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": written.cost}
+    return StageCosts(rows, costs, captioned.start.wall_s, written.row_bytes, written.file_bytes, effect)
+
+
+def _caption(spec: CaptionSpec, decoded: pa.Table, settings: CaptionSettings) -> Captioned:
+    """Start an engine, and caption decoded rows into rows of the output."""
+    bytes_before = resident_bytes()
     captioning, start = measure(CaptionStage, spec)
+    engine_bytes = resident_bytes() - bytes_before
     try:
         captioning(decoded.filter(_is_ok(decoded)).slice(0, 1))
-        captioned, caption_cost = _measure_per_row(captioning, decoded)
+        captioned, cost = _measure_per_row(captioning, decoded)
     finally:
         captioning.close()
     rows = output_columns(captioned, list(settings.reading.kept), captioning)
-    with _plan_folder(settings.output) as folder:
-        written = _write(folder, rows)
-    costs = {"read": sample.cost, "decode": decode_cost, "caption": caption_cost, "write": written.cost}
-    return StageCosts(rows, costs, start.wall_s, written.row_bytes, written.file_bytes)
+    return Captioned(rows, cost, start, engine_bytes)
 
 
 def _decode(settings: CaptionSettings, size_px: int, sample: Sample) -> tuple[pa.Table, Cost]:

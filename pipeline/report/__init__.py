@@ -1,1 +1,1 @@
-"""`blip2 report`, `blip2 status` and `blip2 show`: what a run produced, read from its output folder alone."""
+"""`blip2 report` and `blip2 status`: what a run produced, read from its output folder alone."""

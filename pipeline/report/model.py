@@ -1,21 +1,36 @@
-"""The report of a run as a value: everything that the summary lines and the HTML page show."""
+"""The report of a run as a value: everything that the summary lines, the HTML page and the JSON show."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.attempts.attempt import Attempts
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
-from pipeline.progress import duration
+from pipeline.page.thumbnails import RowAddress
+from pipeline.report.models import demo_warning
+from pipeline.report.pace import attempt_lines
 from pipeline.report.statistics import Statistics
-from pipeline.report.thumbnails import RowAddress
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.outputs import Outputs
 
 MAX_LINES = 5
 """Reasons and captions that the summary lists one by one."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the contact sheet, with all its columns."""
+
+    row: Mapping[str, Any]
+    groups: tuple[str, ...]
+    """Names of the groups that chose it, of `samples.GROUPS`."""
+
+    @property
+    def address(self) -> RowAddress:
+        return self.row["shard"], self.row["row"]
 
 
 @dataclass(frozen=True)
@@ -27,32 +42,41 @@ class Report:
     run: Run
     reconciliation: Reconciliation
     statistics: Statistics
-    samples: list[dict[str, Any]]
-    """Output rows at equal distances over the whole output."""
+    samples: list[Sample]
+    """In the order of their groups."""
+    norms: Mapping[str, Mapping[float, int]]
+    """Number of sampled rows by the Euclidean norm of their vector, to two digits, for each vector column."""
     thumbnails: Mapping[RowAddress, bytes]
     """JPEG files for some of the samples."""
-    begun: datetime
-    last_written: datetime
+    attempts: Attempts
 
     @property
-    def seconds(self) -> float:
-        """Seconds from the start of the run to its last file, pauses included."""
-        return (self.last_written - self.begun).total_seconds()
+    def outputs(self) -> Outputs:
+        return outputs_of(self.run)
 
     @property
-    def pace(self) -> str:
-        """When the run worked, and how fast, as one sentence."""
-        rate = self.statistics.num_rows / self.seconds if self.seconds > 0 else 0.0
-        return (
-            f"started {_local_time(self.begun)}, last file {_local_time(self.last_written)}: "
-            f"{self.statistics.num_rows:,} rows in {duration(self.seconds)}, {rate:,.1f}/s, pauses included"
-        )
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that the run loaded."""
+        outputs, model = self.outputs, str(self.run.settings["engine"]["model"])
+        if outputs.score_model is None:
+            return (model,)
+        return (outputs.score_model,) if outputs.only_matches else (model, outputs.score_model)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Reasons to doubt the captions as a whole."""
+        found = demo_warning(self.run)
+        return [*([found] if found else []), *self.reconciliation.captions.warnings()]
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the summary for the terminal."""
         statistics = self.statistics
+        warning = demo_warning(self.run)
+        if warning:
+            yield warning
         yield from self.reconciliation.lines(is_over=not self.reconciliation.missing)
-        yield self.pace
+        yield from attempt_lines(self.attempts)
+        yield from self.run.unread.lines()
         reasons = statistics.most_frequent_reasons()
         for (status, reason), rows in reasons[:MAX_LINES]:
             yield f"{rows.count:,} {status}: {reason} (for example {rows.examples[0]})"
@@ -64,5 +88,5 @@ class Report:
             yield f"{count:,} times: {text}"
 
 
-def _local_time(moment: datetime) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment.astimezone(UTC).timestamp()))
+def outputs_of(run: Run) -> Outputs:
+    return from_dict(Outputs, run.settings.get("outputs", {}))

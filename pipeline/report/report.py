@@ -1,55 +1,65 @@
-"""The command `blip2 report`: read an output once, then print a summary and write an HTML page.
+"""The command `blip2 report`: read an output once, then print a summary and write a page, JSON or a card.
 
 The output alone is read: the ledger, the footers and the rows of the finished files, one row group at a
-time. Only thumbnails need the input, which is read again for the sampled rows. The command needs no Ray
-and no model.
+time, and then the chosen rows again with all their columns. Only thumbnails need the input, which is read
+again for these rows. The command needs no Ray and no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.exit_status import before_work, errors_to_exit_status
-from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.ledger.layout import RUN_FILE, is_result, output_name
+from pipeline.attempts.store import read_attempts
+from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
+from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.run_record import Run
-from pipeline.progress import Console
-from pipeline.report.html import render_page
-from pipeline.report.model import Report
+from pipeline.page.thumbnails import thumbnails_of_run
+from pipeline.progress import Console, write
+from pipeline.report.as_json import report_json
+from pipeline.report.card import dataset_card
+from pipeline.report.model import Report, Sample, outputs_of
+from pipeline.report.page import render_page
+from pipeline.report.samples import SampleChooser
 from pipeline.report.statistics import COUNTED_COLUMNS, Statistics
-from pipeline.report.thumbnails import RowAddress, make_thumbnails
-from pipeline.settings.from_dict import from_dict
-from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.report_settings import ReportSettings
 from pipeline.storage.folder import Folder
 
-NUM_SAMPLES = 24
-"""Rows that the page shows one by one."""
+MAX_NORMS = 20_000
+"""Vectors whose norms are counted; they come from the row groups of the sampled rows."""
 
 
 @errors_to_exit_status
 def report(settings: ReportSettings) -> int:
-    """Print a summary, and write the page if `--html` names a file."""
-    console = Console()
+    """Print a summary, and write the files that the settings name."""
     with before_work(type(settings)):
         found = make_report(settings.output, settings.thumbnails if settings.html else 0)
-    for line in found.lines():
-        console.say(line)
+    console = Console(sys.stderr if settings.json else sys.stdout)
+    if settings.json:
+        write(sys.stdout, report_json(found) + "\n")
+    else:
+        for line in found.lines():
+            console.say(line)
     if settings.html:
         Path(settings.html).write_text(render_page(found), encoding="utf-8")
         console.say(f"page: {settings.html}, with {len(found.thumbnails):,} thumbnails read from the input")
-    return 0
+    if settings.card:
+        Path(settings.card).write_text(dataset_card(found), encoding="utf-8")
+        console.say(f"card: {settings.card}")
+    return ExitStatus.DONE
 
 
 def make_report(uri: str, num_thumbnails: int = 0) -> Report:
-    """Read an output folder once.
+    """Read an output folder.
 
     Args:
         uri: the output folder.
@@ -64,50 +74,89 @@ def make_report(uri: str, num_thumbnails: int = 0) -> Report:
     done = ledger.reconcile(run, ledger.of(run).scan())
     if not done.summaries:
         raise ValueError(f"{folder} has no finished shard yet; run the report again later")
-    statistics, samples = Statistics(), list[dict[str, Any]]()
-    sampled = evenly_spaced(range(done.num_rows), NUM_SAMPLES)
-    for shard in done.summaries:
-        for rows in _read_counted(folder, shard.shard, sampled, statistics.num_rows, samples):
-            statistics.add(rows)
-    changes = dict(folder.changes())
-    written = [changed for name, changed in changes.items() if is_result(name)]
+    outputs = outputs_of(run)
+    reading = _Reading(folder, Statistics(outputs.asks, outputs.scores), SampleChooser())
+    for summary in done.summaries:
+        reading.count(summary.shard)
+    samples, norms = reading.samples(outputs.embeds)
     return Report(
         output=str(folder),
         run=run,
         reconciliation=done,
-        statistics=statistics,
+        statistics=reading.statistics,
         samples=samples,
-        thumbnails=_thumbnails(run, evenly_spaced(samples, num_thumbnails)) if num_thumbnails else {},
-        begun=changes[RUN_FILE],
-        last_written=max(written),
+        norms=norms,
+        thumbnails=thumbnails_of_run(run, [sample.row for sample in samples], num_thumbnails),
+        attempts=read_attempts(folder),
     )
 
 
-def _read_counted(
-    folder: Folder, shard: str, sampled: list[int], start: int, samples: list[dict[str, Any]]
-) -> Iterator[pa.Table]:
-    """Yield the counted columns of one finished file, a row group at a time.
+@dataclass(frozen=True)
+class _RowGroup:
+    """A row group of a finished file, and the number of its first row in the whole output."""
 
-    Args:
-        sampled: numbers of the rows to append to `samples` with all their columns; the numbers run over
-            all files of the output.
-        start: number of the file's first row.
-        samples: the list to append to.
-    """
-    with folder.open(output_name(shard)) as file:
-        parquet = pq.ParquetFile(file)
-        columns = [name for name in COUNTED_COLUMNS if name in parquet.schema_arrow.names]
-        for group in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(group, columns=columns)
-            positions = [row - start for row in sampled if start <= row < start + len(rows)]
-            if positions:
-                samples += parquet.read_row_group(group).take(positions).to_pylist()
-            start += len(rows)
-            yield rows
+    shard: str
+    group: int
+    start: int
 
 
-def _thumbnails(run: Run, rows: list[dict[str, Any]]) -> dict[RowAddress, bytes]:
-    settings = from_dict(CaptionSettings, run.settings)
-    options = settings.in_version(run.schema_version).read_options.images_only
-    shards = {shard.name: shard for shard in run.shards}
-    return make_thumbnails(rows, shards, replace(options, table_rows=1), settings.limits, settings.fetching)
+@dataclass
+class _Reading:
+    """The two passes over an output: all rows in a few columns, then a few rows with all columns."""
+
+    folder: Folder
+    statistics: Statistics
+    chooser: SampleChooser
+    groups: list[_RowGroup] = field(default_factory=list)
+
+    def count(self, shard: str) -> None:
+        """Count the rows of one finished file."""
+        wanted = [*COUNTED_COLUMNS, *self.statistics.answers, *self.statistics.scores]
+        with self.folder.open(output_name(shard)) as file:
+            parquet = pq.ParquetFile(file)
+            columns = [name for name in dict.fromkeys(wanted) if name in parquet.schema_arrow.names]
+            for group in range(parquet.num_row_groups):
+                start = self.statistics.num_rows
+                self.groups.append(_RowGroup(shard, group, start))
+                rows = parquet.read_row_group(group, columns=columns)
+                self.chooser.add(rows, start)
+                self.statistics.add(rows)
+
+    def samples(self, vectors: Mapping[str, str]) -> tuple[list[Sample], dict[str, Counter[float]]]:
+        """Read the chosen rows with all their columns; count the norms of the vectors around them."""
+        chosen = self.chooser.chosen()
+        rows: dict[int, Mapping[str, Any]] = {}
+        norms: dict[str, Counter[float]] = {name: Counter() for name in vectors}
+        for table, start, numbers in self._tables(sorted(chosen)):
+            picked = table.take([number - start for number in numbers]).to_pylist()
+            rows.update(zip(numbers, picked, strict=True))
+            for name, counts in norms.items():
+                if name in table.column_names and counts.total() < MAX_NORMS:
+                    counts.update(_norms(table[name].slice(0, MAX_NORMS - counts.total())))
+        return [Sample(rows[number], groups) for number, groups in chosen.items()], norms
+
+    def _tables(self, numbers: list[int]) -> Iterator[tuple[pa.Table, int, list[int]]]:
+        """Yield the row groups with some rows, the number of the first row of each, and these rows."""
+        starts = [group.start for group in self.groups]
+        found = np.searchsorted(starts, numbers, side="right") - 1
+        wanted: dict[int, list[int]] = {}
+        for index, number in zip(found.tolist(), numbers, strict=True):
+            wanted.setdefault(index, []).append(number)
+        for index, of_group in wanted.items():
+            group = self.groups[index]
+            with self.folder.open(output_name(group.shard)) as file:
+                yield pq.ParquetFile(file).read_row_group(group.group), group.start, of_group
+
+
+def _norms(column: pa.ChunkedArray) -> dict[float, int]:
+    """Count the norms of vectors, or of lists of vectors taken as one, to two digits."""
+    norms: Counter[float] = Counter()
+    for vectors in column.drop_null().chunks:
+        values = vectors.flatten()
+        if pa.types.is_nested(values.type):
+            values = values.flatten()
+        if len(vectors):
+            squares = np.square(pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False))
+            sums = squares.reshape(len(vectors), -1).sum(axis=1)
+            norms.update(np.round(np.sqrt(sums[np.isfinite(sums)]), 2).tolist())
+    return norms

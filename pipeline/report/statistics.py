@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,30 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 
-COUNTED_COLUMNS = ("key", "shard", "caption", "num_tokens", "flags", "status", "error", "width", "height")
-"""The columns that are read. A column that an output does not have is not counted."""
+COUNTED_COLUMNS = (
+    "key",
+    "shard",
+    "caption",
+    "logprob",
+    "num_tokens",
+    "flags",
+    "status",
+    "error",
+    "width",
+    "height",
+)
+"""The columns that are read, besides those of answers and scores. A column that is missing is not counted."""
 MAX_TEXTS = 50_000
 MAX_REASONS = 1_000
 MAX_REASON_CHARS = 200
 MAX_EXAMPLES = 3
+MAX_ANSWERS = 1_000
+"""Different answers to one prompt that are counted."""
+OPENING = r"^\s*(?P<opening>\S+(?:\s+\S+){0,2})"
+"""The first three words of a caption."""
+LOGPROB_DIGITS, SCORE_DIGITS = 1, 2
+MAX_SCORE = 100.0
+"""Scores are counted as if none were farther from 0, so that their number is bounded."""
 OTHER_REASONS = "other reasons"
 """Collects the failed rows once there are `MAX_REASONS` reasons."""
 _NUMBER = re.compile(r"\d+")
@@ -71,14 +89,27 @@ class CountWithExamples:
 class Statistics:
     """Counts of an output's rows. Call `add` once for every table, then read the attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Iterable[str] = (), scores: Iterable[str] = ()) -> None:
+        """Count nothing yet.
+
+        Args:
+            answers: text columns whose values are counted.
+            scores: columns of numbers that become histograms.
+        """
         self.num_rows = 0
         self.by_status: Counter[str] = Counter()
         self.num_tokens: Counter[int] = Counter()
         """Number of rows by the length of their caption in tokens."""
         self.long_side_px: Counter[int] = Counter()
         """Number of images by their longer side, rounded up to a power of two."""
+        self.logprobs: Counter[float] = Counter()
+        """Number of rows by the log-probability of their caption, to one digit."""
         self.captions = FrequentTexts()
+        self.openings = FrequentTexts()
+        """The first three words of captions."""
+        self.answers = {name: FrequentTexts(MAX_ANSWERS) for name in answers}
+        self.scores: dict[str, Counter[float]] = {name: Counter() for name in scores}
+        """Number of rows by score, to two digits."""
         self.flags: dict[str, CountWithExamples] = {}
         self.reasons: dict[tuple[str, str], CountWithExamples] = {}
         """Failed rows by status and error. Every number in an error is replaced by N."""
@@ -91,12 +122,22 @@ class Statistics:
         self._add_flags(rows)
         if "caption" in rows.column_names:
             self.num_tokens.update(dict(_counts(rows["num_tokens"])))
+            self.logprobs.update(_rounded(rows["logprob"], LOGPROB_DIGITS))
             for text, count in _counts(rows["caption"]):
                 self.captions.add(text, count)
+            openings = pc.extract_regex(rows["caption"], OPENING)
+            for text, count in _counts(pc.struct_field(openings, "opening")):
+                self.openings.add(text, count)
+        for name, texts in self.answers.items():
+            if name in rows.column_names:
+                for text, count in _counts(rows[name]):
+                    texts.add(text, count)
+        for name, counts in self.scores.items():
+            if name in rows.column_names:
+                counts.update(_rounded(rows[name], SCORE_DIGITS))
         sides = pc.max_element_wise(rows["width"], rows["height"]).drop_null().to_numpy()
-        exponents, counts = np.unique(np.ceil(np.log2(np.maximum(sides, 1))), return_counts=True)
-        for exponent, count in zip(exponents, counts, strict=True):
-            self.long_side_px[2 ** int(exponent)] += int(count)
+        sizes, numbers = np.unique(size_class(sides), return_counts=True)
+        self.long_side_px.update(dict(zip(sizes.tolist(), numbers.tolist(), strict=True)))
 
     def most_frequent_reasons(self) -> list[tuple[tuple[str, str], CountWithExamples]]:
         """Return `reasons` as a list, the one with the most rows first."""
@@ -119,6 +160,19 @@ class Statistics:
         for position, flags in enumerate(flagged["flags"]):
             for flag in flags.as_py():
                 self.flags.setdefault(flag, CountWithExamples()).add(1, flagged["key"][position].as_py())
+
+
+def size_class(side_px: np.ndarray) -> np.ndarray:
+    """Return sides rounded up to a power of two: int64[n] of pixels to int64[n]."""
+    return 2 ** np.ceil(np.log2(np.maximum(side_px, 1))).astype(np.int64)
+
+
+def _rounded(column: pa.ChunkedArray, digits: int) -> dict[float, int]:
+    """Count the finite numbers of a column, rounded."""
+    numbers = pc.cast(column.drop_null(), pa.float64()).to_numpy()
+    rounded = np.round(np.clip(numbers[np.isfinite(numbers)], -MAX_SCORE, MAX_SCORE), digits) + 0.0
+    values, counts = np.unique(rounded, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _counts(column: pa.ChunkedArray) -> Iterator[tuple[Any, int]]:

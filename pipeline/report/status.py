@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 
+from pipeline.attempts.store import read_attempts
 from pipeline.errors import InputError
-from pipeline.ledger.layout import LEASE
+from pipeline.ledger.layout import lease_name
 from pipeline.ledger.lease import BEAT_S, Holder
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
 from pipeline.progress import ProgressSnapshot, count, duration
+from pipeline.report.pace import attempt_lines
 from pipeline.storage.folder import Folder
 
 SILENT_AFTER_S = 4 * BEAT_S
@@ -40,10 +42,9 @@ def status_lines(uri: str) -> list[str]:
         rows = _estimate_rows(run, done)
         about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
         lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
+    lines += attempt_lines(read_attempts(ledger.folder))
     lines += _input_lines(ledger, run)
-    holder = ledger.driver()
-    lines.append(_driver_line(holder, bool(done.missing)) + _silence(ledger.folder, holder))
-    return lines
+    return lines + _driver_lines(ledger, bool(done.missing))
 
 
 def _input_lines(ledger: Ledger, run: Run) -> list[str]:
@@ -56,10 +57,24 @@ def _input_lines(ledger: Ledger, run: Run) -> list[str]:
         return [f"the input cannot be compared with that of the run: {error}"]
 
 
-def _silence(folder: Folder, holder: Holder | None) -> str:
+def _driver_lines(ledger: Ledger, is_unfinished: bool) -> list[str]:
+    """Describe each driver that works on the run, or on a slice of it."""
+    drivers = ledger.drivers()
+    living = {part: holder for part, holder in drivers.items() if not holder.is_known_dead}
+    if not living:
+        return [_driver_line(next(iter(drivers.values()), None), is_unfinished)]
+    return [
+        ("" if part is None else f"slice {part} ")
+        + _driver_line(holder, is_unfinished)
+        + _silence(ledger.folder, lease_name(part))
+        for part, holder in living.items()
+    ]
+
+
+def _silence(folder: Folder, lease: str) -> str:
     """Say why a driver that lives sends no heartbeats: it cannot write them into an output that is full."""
-    silent_s = folder.seconds_since_write(LEASE)
-    if holder is None or holder.is_known_dead or silent_s is None or silent_s < SILENT_AFTER_S:
+    silent_s = folder.seconds_since_write(lease)
+    if silent_s is None or silent_s < SILENT_AFTER_S:
         return ""
     try:
         folder.require_writable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.stages.coordinator import Load
+from pipeline.attempts.attempt import STAGES, WorkerLoad
 
 BUSY = 0.7
 """A stage is the bottleneck from this busy fraction on."""
@@ -16,10 +16,10 @@ REMEDIES = {
 }
 
 
-def busy_fractions(loads: Mapping[str, Mapping[str, Load]]) -> dict[str, float]:
+def busy_fractions(loads: Mapping[str, Mapping[str, WorkerLoad]]) -> dict[str, float]:
     """Return the busy fraction of each stage: busy seconds over alive seconds of all its workers together."""
     fractions = {}
-    for stage in ("decode", "caption", "write"):
+    for stage in STAGES:
         workers = loads.get(stage, {}).values()
         alive_s = sum(load.alive_s for load in workers)
         if alive_s:

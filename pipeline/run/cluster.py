@@ -5,22 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from blip2_actor import EngineBuilder, ModelInfo
-from pipeline.errors import RayStartFailed, Stopped
+from pipeline.errors import RayStartFailed
 from pipeline.run.signals import keeping_handlers
-from pipeline.settings.placement import ClusterSize, Placement, reserve
 from pipeline.storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
-    from pipeline.stages.device_health import Device
+    from pipeline.placement.cluster import Cluster
 
-HOLD_S = 60.0
-"""How long an actor waits for an accelerator that processes which are ending have held."""
+
+QUIET = "raised in its creation task|retries remaining|infeasible resource requests"
+"""What Ray says on the terminal of every driver, and the job says in its own words."""
+
+
+CONNECT_S = 10.0
+"""How long the head of a cluster may take to accept a connection."""
 
 
 def set_ray_environment() -> None:
@@ -32,8 +36,8 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core warns about every actor of Ray Data, directly on the terminal and not by Python's logging.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray prints the traceback of a worker on the terminal; the job says its cause in one sentence.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "raised in its creation task|retries remaining")
+    # A pattern of lines that are not shown.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", QUIET)
     # A thread of Ray Data that outlives a stopped job must not start a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
@@ -41,8 +45,13 @@ def set_ray_environment() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
+def is_cluster() -> bool:
+    """Return whether jobs of this process run on a cluster that it has not started."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
-def connected() -> Iterator[ClusterSize]:
+def connected() -> Iterator[Cluster]:
     """Be connected to Ray inside the block: by a connection that exists, to RAY_ADDRESS, or to a new cluster.
 
     A connection or a cluster that was made for the block ends with it.
@@ -52,6 +61,7 @@ def connected() -> Iterator[ClusterSize]:
     """
     import ray
 
+    from pipeline.placement.cluster import look_at_cluster
     from pipeline.run.worker_imports import OurPackagesFirst
 
     address = os.environ.get("RAY_ADDRESS")
@@ -66,7 +76,7 @@ def connected() -> Iterator[ClusterSize]:
             )
     try:
         quiet_ray_data()
-        yield size_of_cluster()
+        yield look_at_cluster()
     finally:
         if not is_connected:
             ray.shutdown()
@@ -81,6 +91,7 @@ def start_ray(**options: Any) -> None:
     import ray
 
     try:
+        _require_listener(os.environ.get("RAY_ADDRESS", ""))
         # Ray's own handlers end the process with status 15, or abort it.
         with keeping_handlers(), _entrypoint_without_secrets():
             ray.init(**options)
@@ -88,7 +99,7 @@ def start_ray(**options: Any) -> None:
         _kill_started_processes(error)
         if not isinstance(error, Exception):
             raise  # a signal
-        reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+        reason = _reason(error)
         address = os.environ.get("RAY_ADDRESS")
         if address:
             raise RayStartFailed(
@@ -99,6 +110,33 @@ def start_ray(**options: Any) -> None:
             f"Ray did not start on this machine: {reason}; when the machine is busy or short of memory or "
             "disk space, wait or free some, and run the same command again"
         ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Raise unless the head of a cluster listens at an address; Ray itself tries for two minutes.
+
+    Args:
+        address: as in RAY_ADDRESS; "auto" and the like are left to Ray.
+    """
+    if address.startswith("ray://"):
+        raise ConnectionError(
+            "the job runs as a driver of the cluster and not through Ray Client, so the address is that of "
+            "the head, such as 10.0.0.1:6379; or use ray job submit"
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing listens there ({error})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of an error of Ray; of two versions that differ, both."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Version mismatch"):
+        return " ".join(lines)
+    return (lines[0] if lines else "").rstrip(".") or type(error).__name__
 
 
 @contextmanager
@@ -158,26 +196,6 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nothing)
 
 
-def info_where_it_runs(engine: EngineBuilder, info: ModelInfo, placement: Placement) -> ModelInfo:
-    """Return the model as the machines that caption see it.
-
-    The driver of a cluster often has no accelerator, and "auto" would mean another dtype there.
-    """
-    if not os.environ.get("RAY_ADDRESS") or getattr(engine, "dtype", None) != "auto":
-        return info
-    import ray
-
-    with connected() as cluster:
-        num_gpus = reserve(placement, cluster).caption_gpus
-        if not num_gpus:
-            return info
-        return ray.get(ray.remote(num_cpus=0, num_gpus=num_gpus)(_info).remote(engine))
-
-
-def _info(engine: EngineBuilder) -> ModelInfo:
-    return engine.info()
-
-
 def quiet_ray_data() -> None:
     """Keep Ray Data's plans, progress bars and tracebacks off the terminal; they are in its own log file."""
     import ray
@@ -186,44 +204,3 @@ def quiet_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler) and isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-
-
-def size_of_cluster() -> ClusterSize:
-    """Return the CPUs and GPUs of all nodes that are alive."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ClusterSize(
-        num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
-        num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
-        cpus_per_node=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-    )
-
-
-class _Holder:
-    """An actor that does nothing; Ray gives its accelerator to no other."""
-
-    def accelerator(self) -> str:
-        import ray
-
-        return ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
-
-
-def hold_device(device: Device) -> list[Any]:
-    """Occupy the accelerators of a device, so that no stage gets them; return the actors that hold them.
-
-    Ray gives an actor any free accelerator of a node, so actors are started until each one is held.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    on_node = NodeAffinitySchedulingStrategy(device.node_id, soft=False)
-    actor = ray.remote(_Holder).options(num_cpus=0, num_gpus=1, scheduling_strategy=on_node)
-    held: dict[str, Any] = {}
-    while not held.keys() >= set(device.ids):
-        holder = actor.remote()
-        try:
-            held[ray.get(holder.accelerator.remote(), timeout=HOLD_S)] = holder
-        except ray.exceptions.RayError as error:
-            raise Stopped(f"{device} is broken and cannot be left out: {error}") from error
-    return [held[accelerator] for accelerator in device.ids]

@@ -5,7 +5,7 @@ They are actors and not tasks: commits come in bursts, and Ray would start a pro
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +13,10 @@ import pyarrow as pa
 import ray
 
 from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
-from pipeline.settings.placement import ClusterSize
+from pipeline.ledger.summaries import SUMMARIES_PER_FILE
+from pipeline.metrics import COMMIT_S, timed
 from pipeline.stages.storage_trouble import tell_coordinator
 
 CPUS_PER_COMMITTER = 4
@@ -30,9 +32,15 @@ class Committer:
         tell_coordinator(coordinator)
 
     def commit(
-        self, ledger: Ledger, report: ShardReport, metadata: Mapping[bytes, bytes], empty_schema: pa.Schema
-    ) -> None:
-        ledger.commit(report, metadata, empty_schema)
+        self,
+        ledger: Ledger,
+        report: ShardReport,
+        metadata: Mapping[bytes, bytes],
+        empty_schema: pa.Schema,
+        may_have_file: bool,
+    ) -> Summary | None:
+        with timed(COMMIT_S):
+            return ledger.commit(report, metadata, empty_schema, may_have_file)
 
 
 class Committers:
@@ -43,26 +51,47 @@ class Committers:
         ledger: Ledger,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
-        cluster: ClusterSize,
+        may_have_file: bool,
         coordinator: Any,
     ) -> None:
-        """Start the actors.
+        """Start the actors, as many as the nodes that are alive have CPUs for.
 
         Args:
             ledger: the output; its requests are retried.
             metadata: for the footer of every file.
             empty_schema: the schema of a shard without rows.
+            may_have_file: whether shards may have a file already, as in a retry.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (metadata, empty_schema)
+        self._arguments = (metadata, empty_schema, may_have_file)
         self._ledger = ledger
-        actor = ray.remote(Committer).options(
+        self._class = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
-        number = max(1, min(MAX_COMMITTERS, int(cluster.num_cpus) // CPUS_PER_COMMITTER))
-        self.actors = [actor.remote(coordinator) for _ in range(number)]
-        self._next = itertools.cycle(self.actors)
+        self._coordinator = coordinator
+        self._actors: deque[Any] = deque()
+        """In the order in which they get the next commits."""
         self._under_way: list[Any] = []
+        self._summaries: list[Summary] = []
+        self._keep_at = SUMMARIES_PER_FILE
+        self.resize()
+
+    def resize(self) -> None:
+        """Follow the cluster: start actors for new nodes, and let those go that are too many.
+
+        An actor without a handle ends after its commits.
+        """
+        num_cpus = int(ray.cluster_resources().get("CPU", 0.0))
+        wanted = max(1, min(MAX_COMMITTERS, num_cpus // CPUS_PER_COMMITTER))
+        while len(self._actors) < wanted:
+            self._actors.append(self._class.remote(self._coordinator))
+        while len(self._actors) > wanted:
+            self._actors.popleft()
+
+    def close(self) -> None:
+        """End the actors, because Ray may live on."""
+        for actor in self._actors:
+            ray.kill(actor)
 
     @property
     def num_under_way(self) -> int:
@@ -75,7 +104,9 @@ class Committers:
 
     def start(self, report: ShardReport) -> None:
         """Begin to commit a shard whose rows are all in fragments."""
-        self._under_way.append(next(self._next).commit.remote(self._ledger, report, *self._arguments))
+        actor = self._actors[0]
+        self._actors.rotate(-1)
+        self._under_way.append(actor.commit.remote(self._ledger, report, *self._arguments))
 
     def collect(self, wait_s: float = 0.0) -> None:
         """Take back the commits that are done; wait at most `wait_s` seconds for one.
@@ -89,4 +120,17 @@ class Committers:
             if done and number > 1:  # those that are done as well
                 done, _ = ray.wait(self._under_way, num_returns=number, timeout=0)
             self._under_way = [commit for commit in self._under_way if commit not in set(done)]
-            ray.get(done)
+            self._summaries += filter(None, ray.get(done))
+        if len(self._summaries) >= self._keep_at:
+            self.keep_summaries()
+
+    def keep_summaries(self) -> None:
+        """Store the summaries of the shards that were committed since the last call.
+
+        A store that fails does not hold the driver up: who needs a summary finds it in the footer.
+        """
+        try:
+            self._ledger.with_retries(0.0).keep_summaries(self._summaries)
+            self._summaries, self._keep_at = [], SUMMARIES_PER_FILE
+        except OSError:
+            self._keep_at = len(self._summaries) + SUMMARIES_PER_FILE

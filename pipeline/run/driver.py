@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from pipeline.attempts.recorder import AttemptRecorder
 from pipeline.errors import (
     OutputInUse,
     Stopped,
@@ -20,7 +21,9 @@ from pipeline.errors import (
 )
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
+from pipeline.metrics import SHARDS
+from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
 from pipeline.run.committers import Committers
@@ -29,7 +32,6 @@ from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
-from pipeline.settings.placement import ClusterSize
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
@@ -37,7 +39,7 @@ from pipeline.stages.storage_trouble import describe
 STEP_S = 0.2
 """How long one step waits for receipts."""
 CHECK_EVERY_S = 1.0
-"""Seconds between two visits to the coordinator and to the shard reports."""
+"""Seconds between two visits to the coordinator."""
 FLUSH_S = 5.0
 """How long running calls may write finished rows after a signal. They look for it about every two seconds."""
 COMMIT_S = 2.0
@@ -65,31 +67,35 @@ class Driver:
         job: Job,
         ledger: Ledger,
         left: Sequence[ShardProgress],
-        cluster: ClusterSize,
+        reservations: Reservations,
         lease: Lease,
         stop: StopRequest,
         console: Console,
+        attempt: AttemptRecorder,
     ) -> None:
         """Start the actors that are not stages.
 
         Args:
             ledger: the output of the job, with retries: for work that must not be lost.
             left: the shards with rows to do.
+            reservations: what each stage reserves.
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
+            attempt: its record gets the progress too.
         """
         self._job = job
         self._ledger = ledger
         self._lease = lease
         self._stop = stop
         self._console = console
+        self._attempt = attempt
         self._work = [progress.work for progress in left]
         self._tracker = Tracker(left)
-        self._cluster = cluster
+        self._reservations = reservations
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, cluster, self._coordinator)
+        self._committers = Committers(ledger, job.metadata, job.empty_schema, job.is_retry, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
@@ -108,10 +114,11 @@ class Driver:
             Stopped: by a signal, by an error of Ray, or because most rows fail.
             OutputInUse: another driver has taken the lease.
         """
-        dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._cluster)
+        dataset = receipts_dataset(self._job, self._ledger, self._work, self._coordinator, self._reservations)
         with (
             self._stop.deferred(),
-            _killed_after(self._coordinator, *self._committers.actors),
+            _killed_after(self._coordinator),
+            contextlib.closing(self._committers),
             contextlib.closing(ReceiptStream(dataset)) as stream,
         ):
             try:
@@ -142,18 +149,28 @@ class Driver:
             self._show()
 
     def _check(self) -> None:
-        """Ask the coordinator what unfinished calls have written, and the output which shards were read."""
+        """Ask the coordinator what unfinished calls have written, and which shards were read to their end."""
         news = ray.get(self._coordinator.news.remote())
         for receipt in news.receipts:
             self._tracker.add(receipt)
+        for report in news.shard_reports:
+            self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
+        self._export()
+        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
             if failure.is_last:
                 self._broken = failure.device
-        with contextlib.suppress(OSError):  # A store that fails is asked again in a second.
-            self._load_shard_reports(self._job.ledger)
+        self._committers.resize()
+
+    def _export(self) -> None:
+        """Set the metrics that only the driver knows."""
+        num_open, num_committing = self._tracker.num_open, self._committers.num_under_way
+        SHARDS.set(num_open, {"state": "open"})
+        SHARDS.set(num_committing, {"state": "committing"})
+        SHARDS.set(len(self._job.run.shards) - num_open - num_committing, {"state": "done"})
 
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""
@@ -162,13 +179,6 @@ class Driver:
         if self._trouble and not trouble:
             self._console.say(f"{self._trouble.split(';')[0]}, and works again")
         self._trouble = trouble
-
-    def _load_shard_reports(self, ledger: Ledger) -> None:
-        for shard in ledger.shards_with_a_report():
-            if self._tracker.needs_report(shard):
-                report = ledger.load_shard_report(shard)
-                if report is not None:
-                    self._tracker.add_report(report)
 
     def _commit(self) -> None:
         """Start commits of the shards that are complete now, and collect those that are done."""
@@ -179,12 +189,16 @@ class Driver:
     def _commit_rest(self, stream: ReceiptStream) -> None:
         """Commit every complete shard, however long the output fails; a signal ends it."""
         self._check()
-        self._load_shard_reports(self._ledger)
+        unread = self._tracker.without_report()
+        if unread:  # The coordinator has died and forgotten them.
+            for report in self._ledger.load_shard_reports(unread):
+                self._tracker.add_report(report)
         self._commit()
         while self._committers.num_under_way:
             self._step(stream)
             self._committers.collect(STEP_S)
             self._stop_if_needed(stream)
+        self._committers.keep_summaries()
 
     def _stop_if_needed(self, stream: ReceiptStream) -> None:
         if self._lease.lost:
@@ -230,6 +244,7 @@ class Driver:
             self._commit()
             while self._committers.num_under_way and time.monotonic() < deadline:
                 self._committers.collect(STEP_S)
+            self._committers.keep_summaries()
 
     def _progress(self) -> dict[str, Any]:
         """Return the last progress shown, for the heartbeat."""
@@ -238,7 +253,7 @@ class Driver:
     def _show(self) -> None:
         rows_left = self._tracker.estimate_rows_left()
         rate = self._rate.mean
-        num_shards = len(self._job.run.shards)
+        num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
             num_failed=self._tracker.num_failed,
@@ -253,10 +268,9 @@ class Driver:
 
 
 @contextmanager
-def _killed_after(*actors: Any) -> Iterator[None]:
-    """Kill actors at the end of the session, because Ray may live on."""
+def _killed_after(actor: Any) -> Iterator[None]:
+    """Kill an actor at the end of the session, because Ray may live on."""
     try:
         yield
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        ray.kill(actor)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 
 import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
+from pipeline.placement.first_worker import with_dtype
 from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -28,6 +31,8 @@ class Job:
     run: Run
     is_new: bool
     """Whether the run must still be begun in its output."""
+    asks_dtype: bool = False
+    """Whether the first captioning worker of a new run must say what dtype "auto" means."""
     stop_at: datetime | None = None
     """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
@@ -38,8 +43,24 @@ class Job:
     """Names of the shards whose output is no longer valid, because their input has changed."""
     is_revised: bool = False
     """Whether `run` has other shards than its stored record."""
+    run_slice: RunSlice | None = None
+    """The part of the shards that this job works on, next to other drivers; None means all."""
     notes: tuple[str, ...] = ()
     """What a person must know of the input, said at the start."""
+
+    @cached_property
+    def part(self) -> Run:
+        """The run with the shards that this job works on."""
+        part = self.run_slice
+        if part is None:
+            return self.run
+        return self.run.with_shards(shard for shard in self.run.shards if part.has(shard.name))
+
+    def with_model(self, info: ModelInfo) -> Job:
+        """Return a new job with the model as the first captioning worker has described it."""
+        run = replace(self.run, fingerprint=self.settings.fingerprint(info))
+        engine = with_dtype(self.engine, info.dtype)
+        return replace(self, engine=engine, info=info, run=run, asks_dtype=False)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

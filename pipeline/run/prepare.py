@@ -21,7 +21,9 @@ from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
-from pipeline.run.cluster import info_where_it_runs
+from pipeline.placement.first_worker import describe_without_device, leaves_dtype_open, with_dtype
+from pipeline.placement.storage_check import refuse_relative
+from pipeline.run.cluster import is_cluster
 from pipeline.run.job import Job
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -32,28 +34,27 @@ from pipeline.storage.folder import Folder
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
-    """Check a job, and list its input unless its run has begun.
-
-    Ray is only asked on a cluster, for what "auto" means on its machines.
+    """Check a job, and list its input unless its run has begun. Ray is not asked.
 
     Raises:
         ValueError, OSError: the model is unknown, the input is missing or empty, the output cannot be written
             or was begun with other settings; the message says what to do.
-        RayStartFailed: the cluster cannot be reached.
     """
     stop_at = _stop_at(settings.deadline)
+    refuse_relative("input", settings.input)
+    refuse_relative("output", [settings.output])
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
     if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
-    engine = engine or settings.builder
-    info = engine.info()
+    wanted = engine or settings.builder
+    engine, info = _describe(wanted, run)
     settings = settings.resolved(info)
     settings.spec(engine).check(info)
     new = _list_input(settings, ledger) if run is None else None
-    info = info_where_it_runs(engine, info, settings.placement)
     if run is not None and settings.fork and not _continues(run, settings, info):
-        settings, ledger, run = _find_fork(settings, ledger, info)
+        settings, ledger, run = _find_fork(settings, ledger, _in_any_dtype(wanted))
+        engine, info = _describe(wanted, run)
         new = _list_input(settings, ledger) if run is None else None
     if run is None:
         assert new is not None
@@ -66,12 +67,16 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             ledger,
             run,
             is_new=True,
+            asks_dtype=is_cluster() and leaves_dtype_open(engine),
             stop_at=stop_at,
-            notes=tuple(listing.unread.lines()),
+            run_slice=settings.run_slice,
+            notes=tuple(listing.notes),
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
-    job = Job(settings, engine, info, ledger, run, is_new=False, stop_at=stop_at)
+    job = Job(
+        settings, engine, info, ledger, run, is_new=False, stop_at=stop_at, run_slice=settings.run_slice
+    )
     return _with_current_input(job, settings.input, settings.redo_changed, settings.add_new)
 
 
@@ -80,9 +85,9 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 
     Raises:
         ValueError, OSError: there is no run, or its model is no longer the same.
-        RayStartFailed: the cluster cannot be reached.
     """
     stop_at = _stop_at(settings.deadline)
+    refuse_relative("output", [settings.output])
     keys = None if settings.keys is None else read_keys(settings.keys)
     choice = RowChoice(frozenset(settings.status), keys)
     ledger = Ledger(Folder(settings.output))
@@ -101,11 +106,27 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     )
     if run.predates_generation_config:
         first = first.without_generation_config()
-    engine = engine or first.builder
-    info = info_where_it_runs(engine, engine.info(), first.placement)
+    engine, info = _describe(engine or first.builder, run)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
+
+
+def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
+    """Return the engine with the recorded dtype of its run, if it leaves that open, and its model.
+
+    The driver of a cluster does not caption, and may lack the device.
+    """
+    if run is not None:
+        engine = with_dtype(engine, run.fingerprint.parts["dtype"])
+    return engine, describe_without_device(engine) if is_cluster() else engine.info()
+
+
+def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:
+    """Return the model as this machine finds it, and in the other dtypes if that is left open."""
+    _, info = _describe(engine, None)
+    others = ("float32", "bfloat16", "float16") if leaves_dtype_open(engine) else ()
+    return [info, *(dataclasses.replace(info, dtype=dtype) for dtype in others if dtype != info.dtype)]
 
 
 def _stop_at(deadline: str | None) -> datetime | None:
@@ -117,20 +138,28 @@ def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:
 
 
 def _find_fork(
-    settings: CaptionSettings, ledger: Ledger, info: ModelInfo
+    settings: CaptionSettings, ledger: Ledger, infos: Sequence[ModelInfo]
 ) -> tuple[CaptionSettings, Ledger, Run | None]:
     """Return the fork that the same command has begun before, or one that is to begin.
 
     Its folder is named by its fingerprint, so that the same command resumes the same fork.
+
+    Args:
+        infos: the model in each dtype that the fork may have; a new one is named by the first.
     """
-    for version in range(1, SCHEMA_VERSION + 1):
+
+    def fork(info: ModelInfo, version: int) -> tuple[CaptionSettings, Ledger]:
         digest = settings.in_version(version).fingerprint(info).digest
-        fork = dataclasses.replace(settings, output=ledger.folder.sibling_uri(digest[:8]))
-        of_fork = Ledger(Folder(fork.output))
-        run = of_fork.load(settings.input)
-        if run is not None:
-            break
-    return fork, of_fork, run
+        named = dataclasses.replace(settings, output=ledger.folder.sibling_uri(digest[:8]))
+        return named, Ledger(Folder(named.output))
+
+    for info in infos:
+        for version in range(1, SCHEMA_VERSION + 1):
+            named, of_fork = fork(info, version)
+            run = of_fork.load(settings.input)
+            if run is not None:
+                return named, of_fork, run
+    return *fork(infos[0], SCHEMA_VERSION), None
 
 
 def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, takes_new: bool = False) -> Job:
@@ -165,7 +194,8 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         ledger=ledger.of(run),
         run=run,
         redone=redone,
-        is_revised=run != job.run,
+        # The slices would write one record at the same time; only stamps can differ.
+        is_revised=run != job.run and job.run_slice is None,
         notes=tuple(changes.lines(is_start=True, is_added=takes_new)),
     )
 
@@ -188,7 +218,7 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
     ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
-    if taken:
+    if taken and ledger.load() is None:  # Otherwise the driver of another slice has begun the run.
         raise FingerprintMismatch(
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"

@@ -6,19 +6,25 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from blip2_actor import DecodePool
+from pipeline.attempts.recorder import AttemptRecorder, recorded
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
+from pipeline.placement.cluster import Cluster, look_at_cluster
+from pipeline.placement.first_worker import ask_first_worker
+from pipeline.placement.held_device import hold_device
+from pipeline.placement.reservations import fit, reserve
+from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
-from pipeline.run.cluster import connected, hold_device
+from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
-from pipeline.settings.placement import ClusterSize, fit, reserve
 from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
@@ -34,53 +40,119 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         Stopped: a signal has stopped the run, or most rows fail; finished work is kept.
         Interrupted: a signal has come before the first row was read, or a second Ctrl-C.
         RayStartFailed: Ray could not be started.
+        RefusedByCluster: no node has, or will have, what the job needs.
     """
     stop = StopRequest(job.stop_at)
-    with stop.by_signals(), _said_to(console, stop), Lease(job.ledger.folder) as lease:
+    with (
+        stop.by_signals(),
+        _said_to(console, stop),
+        Lease(job.ledger.folder, job.run_slice) as lease,
+        recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
+    ):
         ledger = job.ledger.with_retries()
-        if job.is_new:
-            ledger.begin(job.run)
-        elif job.is_revised:
-            ledger.revise(job.run, job.redone)
-        ledger.sweep(job.run, job.metadata, job.empty_schema)
+        is_slice = job.run_slice is not None
         left = _left(job, ledger)
-        _announce(job, console, len(left))
-        if job.is_retry:
-            console.say(describe_work(left, job.choice))
-        if left:
+        if left or job.is_revised:
+            attempt.end_phase("open the output")
             with connected() as cluster:
-                _drive(job, ledger, left, cluster, lease, stop, console)
-        ledger.sweep(job.run, job.metadata, job.empty_schema)
+                attempt.connected()
+                job = _place(job, left, cluster, console)
+                job, left = _begin(job, ledger, console, attempt)
+                _drive(job, ledger, left, cluster, lease, stop, console, attempt)
+        else:
+            job, _ = _begin(job, ledger, console, attempt)
+        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
         state = ledger.scan()
         ledger.drop_markers(job.run, state)
-        return ledger.reconcile(job.run, state)
+        done = ledger.reconcile(job.part, state)
+        if not is_slice:
+            ledger.tidy_summaries(state, done)
+        status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
+        attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        return done
+
+
+def _known_at_the_start(job: Job) -> dict[str, Any]:
+    return {
+        "run": job.run.fingerprint.digest,
+        "is_retry": job.is_retry,
+        "model": job.info.model,
+        "dtype": job.info.dtype,
+    }
+
+
+def _begin_or_join(job: Job, ledger: Ledger) -> Job:
+    """Begin a run, or join it if the driver of another slice has begun it meanwhile."""
+    begun = ledger.load(job.settings.input) if job.run_slice is not None else None
+    if begun is None:
+        ledger.begin(job.run)
+        return job
+    begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
+    return dataclasses.replace(job, run=begun, is_new=False)
+
+
+def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
+    """Refuse what the cluster cannot run or does not see, and ask it what only its workers know.
+
+    Raises:
+        RefusedByCluster: no node has, or will have, what the job needs; nothing is written.
+    """
+    reservations = reserve(job.settings.placement, cluster, job.engine)
+    if not cluster.is_local:
+        shards = [progress.shard for progress in left] or job.part.shards
+        check_storage(job.ledger.folder, shards, reservations.read, console.say)
+    if job.asks_dtype:
+        job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
+    return job
+
+
+def _begin(
+    job: Job, ledger: Ledger, console: Console, attempt: AttemptRecorder
+) -> tuple[Job, list[ShardProgress]]:
+    """Write what this start changes, commit what is complete, and return the shards with rows to do."""
+    if job.is_new:
+        job = _begin_or_join(job, ledger)
+    elif job.is_revised:
+        ledger.revise(job.run, job.redone)
+    attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
+    ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
+    left = _left(job, ledger)
+    _announce(job, console, len(left))
+    if job.is_retry:
+        console.say(describe_work(left, job.choice))
+    return job, left
 
 
 def _drive(
     job: Job,
     ledger: Ledger,
     left: list[ShardProgress],
-    cluster: ClusterSize,
+    cluster: Cluster,
     lease: Lease,
     stop: StopRequest,
     console: Console,
+    attempt: AttemptRecorder,
 ) -> None:
     """Drive what is left. When an accelerator is broken, go on with the others."""
-    held = []
+    held: list[Any] = []
     while left:
+        reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
         try:
-            Driver(job, ledger, left, cluster, lease, stop, console).run()
+            Driver(job, ledger, left, reservations, lease, stop, console, attempt).run()
             return
         except DeviceLeftOut as error:
-            num_gpus = cluster.num_gpus - len(error.device.ids)
-            if not error.device.ids or num_gpus < reserve(job.settings.placement, cluster).caption_gpus:
+            resource, ids = error.device.resource, error.device.ids
+            cluster = look_at_cluster()
+            num_others = cluster.total(resource) - len(held) - len(ids)
+            per_actor = reservations.caption.accelerators.get(resource, 1.0)
+            if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_gpus:g} others")
-            cluster = dataclasses.replace(cluster, num_gpus=num_gpus)
-            placement = fit(job.settings.placement, cluster)
+            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger)
+            attempt.begin_driver()
 
 
 @contextmanager
@@ -106,14 +178,18 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
 def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     state = ledger.scan()
-    found = ledger.to_retry(job.run, state, job.choice) if job.is_retry else ledger.unfinished(job.run, state)
+    if job.is_retry:
+        found = ledger.to_retry(job.part, state, job.choice)
+    else:
+        found = ledger.unfinished(job.part, state)
     return [progress for progress in found if not progress.is_complete]
 
 
 def _announce(job: Job, console: Console, num_left: int) -> None:
-    total = len(job.run.shards)
+    total = len(job.part.shards)
+    of_run = "" if job.run_slice is None else f" of slice {job.run_slice}"
     console.say(
-        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}"
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}{of_run}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )

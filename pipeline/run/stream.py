@@ -20,9 +20,9 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
+from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
-from pipeline.settings.placement import ClusterSize, reserve, resolve_engine
-from pipeline.stages.coordinator import ReportLoad
+from pipeline.stages.coordinator import ReportLoad, ReportShard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
@@ -31,9 +31,6 @@ from pipeline.stages.write import WriteStage
 
 MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_BYTES = 1 << 20
-MIN_OPEN_SHARDS = 2
-"""Shards read at the same time; on more CPUs, one per CPU. Ray keeps that many idle workers; more shards at a
-time would start new processes."""
 CLOSE_S = 10.0
 """How long a stream that is closed waits for its threads; on a busy machine they need some seconds."""
 ASK_AGAIN_S = 0.2
@@ -41,15 +38,15 @@ ASK_AGAIN_S = 0.2
 
 
 def receipts_dataset(
-    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, cluster: ClusterSize
+    job: Job, ledger: Ledger, work: Sequence[ShardWork], coordinator: Any, reservations: Reservations
 ) -> Dataset:
     """Return the job as a lazy dataset of receipts; nothing runs yet.
 
     Args:
         ledger: where the workers write; its requests are retried.
+        reservations: what each stage reserves.
     """
     settings, info = job.settings, job.info
-    reservations = reserve(settings.placement, cluster)
     spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -58,17 +55,18 @@ def receipts_dataset(
     # Loading a model of tens of gigabytes may take longer than Ray Data waits for progress.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):
+        source = ShardDatasource(
+            work,
+            settings.read_options,
+            ReportShard(coordinator, ledger),
+            TellCoordinator(coordinator),
+            job.run.kept,
+        )
         encoded = ray.data.read_datasource(
-            ShardDatasource(
-                work,
-                settings.read_options,
-                ledger.store_shard_report,
-                TellCoordinator(coordinator),
-                job.run.kept,
-            ),
-            override_num_blocks=len(work),
-            num_cpus=reservations.read_cpus,
-            concurrency=min(len(work), max(MIN_OPEN_SHARDS, int(cluster.num_cpus))),
+            source,
+            override_num_blocks=source.num_tasks,
+            concurrency=min(source.num_tasks, reservations.max_open_shards or source.num_tasks),
+            **reservations.read.options,
         )
         decoded = decode(
             encoded,
@@ -87,6 +85,7 @@ def receipts_dataset(
                 ledger,
                 coordinator,
                 settings.placement.step_timeout_s,
+                reservations.caption.accelerators,
             ),
             **caption_pool(settings.placement, reservations),
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.stages.receipts import Receipt
 
 FAILURES_COUNT_AFTER_ROWS = 500
@@ -26,6 +26,11 @@ class Tracker:
         self._open = {progress.shard.name: progress for progress in unfinished}
         self._changed: set[str] = set(self._open)
         self._num_closed = self._closed_rows = 0
+        # Sums over the open shards, because the progress is shown while 10^5 of them are open.
+        lengths = [_length(progress) for progress in self._open.values()]
+        self._num_unknown = lengths.count(None)
+        self._known_rows = sum(length for length in lengths if length is not None)
+        self._open_done = sum(len(progress.done) for progress in self._open.values())
         self.num_rows = 0
         """Rows finished in this session."""
         self.by_status: Counter[str] = Counter()
@@ -46,19 +51,26 @@ class Tracker:
         self._changed.add(receipt.shard)
         before = len(progress.done)
         progress.done.update(receipt.ranges)
-        if len(progress.done) > before:
-            self.num_rows += len(progress.done) - before
+        num_new = len(progress.done) - before
+        if num_new:
+            self.num_rows += num_new
+            self._open_done += num_new
             self.by_status.update(dict(receipt.by_status))
 
     def add_report(self, report: ShardReport) -> None:
         """Note how reading a shard ended."""
-        if report.shard in self._open:
-            self._open[report.shard].report = report
-            self._changed.add(report.shard)
+        progress = self._open.get(report.shard)
+        if progress is None:
+            return
+        before = _length(progress)
+        self._num_unknown -= before is None
+        self._known_rows += report.num_rows - (before or 0)
+        progress.report = report
+        self._changed.add(report.shard)
 
-    def needs_report(self, shard: str) -> bool:
-        """Return whether a shard is open and its report has not arrived."""
-        return shard in self._open and self._open[shard].report is None
+    def without_report(self) -> list[str]:
+        """Return the open shards whose report has not arrived."""
+        return [name for name, progress in self._open.items() if progress.report is None]
 
     def take_complete(self) -> list[ShardReport]:
         """Drop the shards whose rows have all arrived, and return their reports."""
@@ -68,19 +80,19 @@ class Tracker:
         for progress in complete:
             del self._open[progress.shard.name]
             self._num_closed += 1
-            self._closed_rows += _length(progress) or 0
+            num_rows = _length(progress) or 0
+            self._closed_rows += num_rows
+            self._known_rows -= num_rows
+            self._open_done -= len(progress.done)
         return [progress.report for progress in complete if progress.report is not None]
 
     def estimate_rows_left(self) -> float | None:
         """Return the rows still to do, or None; an open shard of unknown length counts as an average one."""
-        lengths = [_length(progress) for progress in self._open.values()]
-        known = [length for length in lengths if length is not None]
-        num_known = len(known) + self._num_closed
+        num_known = len(self._open) - self._num_unknown + self._num_closed
         if not num_known:
             return None
-        average = (sum(known) + self._closed_rows) / num_known
-        done = sum(len(progress.done) for progress in self._open.values())
-        return max(0.0, sum(average if length is None else length for length in lengths) - done)
+        average = (self._known_rows + self._closed_rows) / num_known
+        return max(0.0, self._known_rows + self._num_unknown * average - self._open_done)
 
     def has_too_many_failures(self, max_failed_fraction: float) -> bool:
         """Return whether so many rows have failed that the run should stop."""

@@ -32,6 +32,7 @@ ADDED_LATER: Mapping[str, Any] = {
     "include": [],
     "exclude": [],
     GENERATION_CONFIG: {},
+    "quantize": None,
     "options.min_p": 0.0,
     "options.typical_p": 1.0,
     "options.suppress_tokens": [],

@@ -16,11 +16,15 @@ from blip2_actor.flags import former_names, with_current_names
 T = TypeVar("T")
 NEWER_FIELDS = frozenset(
     {
+        "accelerator",
+        "accelerator_type",
         "accept_truncated",
         "adapter",
         "allow_urls",
         "bad_words_ids",
+        "caption_label",
         "deadline",
+        "decode_label",
         "fetch",
         "fetching",
         "ignore_generation_config",
@@ -28,6 +32,8 @@ NEWER_FIELDS = frozenset(
         "image_size_px",
         "max_flagged_fraction",
         "min_p",
+        "quantize",
+        "read_label",
         "renormalize_logits",
         "step_timeout_s",
         "suppress_tokens",

@@ -18,7 +18,7 @@ from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
-from pipeline.inputs.shards import without_secrets
+from pipeline.inputs.shards import RunSlice, without_secrets
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import ADDED_LATER, GENERATION_CONFIG, STATUSES, Fingerprint
@@ -30,7 +30,7 @@ NO_TEXT = hiding("allow_urls", "ignore_generation_config")
 """Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
-OF_ONE_START = ("add_new", "deadline", "redo_changed")
+OF_ONE_START = ("add_new", "deadline", "redo_changed", "slice")
 """Settings that are not stored, because they are meant for one start of a run."""
 
 
@@ -66,6 +66,8 @@ class JobSettings:
     """Also process files that have come to the input since the output was started; finished files stay."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the output was started."""
+    slice: str | None = None
+    """Work on one part of the shards, such as 2/8, while other commands work on the others of this output."""
     engine: EngineConfig = field(default=EngineConfig(), metadata=hiding("allow_urls"))
     """model and device"""
     reading: ReadOptions = field(default=ReadOptions(), metadata=hiding(*NO_FLAGS))
@@ -87,10 +89,16 @@ class JobSettings:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.add_new and self.limit is not None:
-            raise ValueError(
-                "add_new must be left out with limit, which takes the first rows of a fixed input"
-            )
+            raise ValueError("add_new must be left out with limit, which takes the first rows of the input")
+        if self.run_slice is not None and (self.add_new or self.redo_changed or self.fork):
+            raise ValueError("slice must be left out with add_new, redo_changed and fork; run these alone")
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
+        self.placement.check(self.engine.device)
+
+    @property
+    def run_slice(self) -> RunSlice | None:
+        """The part of the shards that is worked on; None means all."""
+        return None if self.slice is None else RunSlice.parse(self.slice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,17 +175,13 @@ class CaptionSettings(JobSettings):
     @property
     def read_options(self) -> ReadOptions:
         """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
-        return dataclasses.replace(
-            self.reading,
-            max_image_bytes=self.limits.max_file_bytes,
-            text_columns=self.outputs.text_columns,
-        )
+        max_bytes, texts = self.limits.max_file_bytes, self.outputs.text_columns
+        return dataclasses.replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
         """Return everything that decides what the rows say, and nothing else.
 
-        The limits on time and memory of one image are left out: which images exceed them depends on the
-        machine.
+        Not the limits on time and memory of an image: which images exceed them depends on the machine.
         """
         limits, reading = self.limits, self.reading
         parts = {
@@ -188,6 +192,7 @@ class CaptionSettings(JobSettings):
             "exclude": self.exclude,
             "model": info.digest,
             "dtype": info.dtype,
+            "quantize": self.engine.quantize,
             "prompt": self.prompt,
             "options": dataclasses.asdict(self.generation.resolve(info.generation_config)),
             GENERATION_CONFIG: info.generation_config,

@@ -1,17 +1,14 @@
-"""Where the stages run: how many actors, and what each of them reserves in Ray.
-
-The rule: reading, decoding and captioning must fit into the cluster at the same time, or no row moves. A job
-therefore runs on two cores as well as on a cluster.
-"""
+"""How many actors run, and on which accelerators and nodes: what a user may say about placement."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
-from blip2_actor import EngineBuilder
+from blip2_actor.flags import formerly, written_as
+
+LABEL = written_as("KEY=VALUE")
+Stage = Literal["read", "decode", "caption"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +18,21 @@ class Placement:
     min_actors: int = 1
     """Minimum number of captioning actors, which run from start to end."""
     max_actors: int | None = None
-    """Maximum number of captioning actors; default: one per accelerator of the cluster, or one on CPUs."""
-    num_gpus: float | None = None
-    """Accelerators per captioning actor; default: 1 if the cluster has any, else 0."""
+    """Maximum number of captioning actors; default: one per accelerator that the cluster has or gets, one per
+    node on the CPUs of a cluster, or one on the CPUs of one machine."""
+    gpus_per_actor: float | None = field(default=None, metadata=formerly("num_gpus"))
+    """GPUs per captioning actor, such as 0.5 for two actors on one GPU; default: 1, or all of a node with
+    --device-map. On one machine without a GPU, and with --device cpu, 0."""
+    accelerator: str | None = field(default=None, metadata=written_as("NAME=N"))
+    """Other accelerators per captioning actor by their name in Ray, such as NPU=1, instead of GPUs."""
+    accelerator_type: str | None = None
+    """Caption only on GPUs of this type as Ray names it, such as L40S or H100; default: of any type."""
+    caption_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Caption only on nodes whose label in Ray has this value, such as pool=accelerator."""
+    decode_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Decode only on nodes whose label in Ray has this value."""
+    read_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Read the input only on nodes whose label in Ray has this value."""
     calls_per_actor: int = 8
     """Number of calls, each with one block of images, that one actor runs at the same time."""
     max_decode_actors: int | None = None
@@ -45,81 +54,51 @@ class Placement:
             raise ValueError(
                 f"max_actors must be at least min_actors ({self.min_actors}), got {self.max_actors}"
             )
-        if self.num_gpus is not None and self.num_gpus < 0:
-            raise ValueError(f"num_gpus must be at least 0, got {self.num_gpus}")
+        number = self.gpus_per_actor
+        if number is not None and (number < 0 or (number > 1 and number % 1)):
+            raise ValueError(
+                f"gpus_per_actor must be a whole number, or a fraction of one GPU, got {number:g}"
+            )
+        if self.accelerator is not None and (number is not None or self.accelerator_type is not None):
+            raise ValueError(
+                "accelerator must be left out with gpus_per_actor and accelerator_type, which are about GPUs"
+            )
+        _ = self.accelerators, self.labels("read"), self.labels("decode"), self.labels("caption")  # validates
 
+    @property
+    def accelerators(self) -> dict[str, float] | None:
+        """What the user has named for each captioning actor, by its name in Ray; None if nothing is named."""
+        if self.gpus_per_actor is not None:
+            return {"GPU": self.gpus_per_actor, **self.of_accelerator_type} if self.gpus_per_actor else {}
+        if self.accelerator is None:
+            return None
+        name, _, number = self.accelerator.partition("=")
+        if not name or not number.isdecimal() or int(number) < 1 or name == "CPU":
+            raise ValueError(f"accelerator must be NAME=N such as NPU=1, got {self.accelerator!r}")
+        return {name: float(number)}
 
-@dataclass(frozen=True)
-class ClusterSize:
-    """The resources that a cluster has now; a cluster that starts nodes on demand may get more later."""
+    @property
+    def of_accelerator_type(self) -> dict[str, float]:
+        """The resource by which Ray knows the type of a node's GPUs."""
+        return {f"accelerator_type:{self.accelerator_type}": 0.001} if self.accelerator_type else {}
 
-    num_cpus: float
-    num_gpus: float
-    cpus_per_node: float
+    def labels(self, stage: Stage) -> dict[str, str]:
+        """Return the label selectors of the nodes on which a stage may run."""
+        selectors = {}
+        for given in getattr(self, f"{stage}_label"):
+            name, equals, value = given.partition("=")
+            if not name or not equals or not value:
+                raise ValueError(f"{stage}_label must be KEY=VALUE such as pool=gpu, got {given!r}")
+            selectors[name] = value
+        return selectors
 
+    def check(self, device: str | None) -> None:
+        """Refuse accelerators for an engine that runs on CPUs.
 
-@dataclass(frozen=True)
-class Reservations:
-    """The resources that each stage reserves in Ray, and the size of the captioning pool."""
-
-    read_cpus: float
-    decode_cpus: float
-    caption_cpus: float
-    caption_gpus: float
-    max_actors: int
-    num_threads: int | None
-    """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
-    to the number of whole CPUs that it reserves."""
-
-
-def reserve(placement: Placement, cluster: ClusterSize) -> Reservations:
-    """Fit the stages into a cluster.
-
-    On up to four cores, decoding and captioning reserve a quarter of the cores each. This leaves room for
-    reading, and for a step of the user's own that reserves one core of two. Captioning still computes on
-    every core of its node: a reservation only limits what Ray schedules.
-    """
-    num_gpus = placement.num_gpus
-    if num_gpus is None:
-        num_gpus = 1.0 if cluster.num_gpus else 0.0
-    max_actors = placement.max_actors
-    if max_actors is None:
-        num_fitting = math.floor(cluster.num_gpus / num_gpus) if num_gpus else 1
-        max_actors = max(placement.min_actors, num_fitting)
-    share = min(1.0, max(cluster.num_cpus, 1.0) / 4)
-    node_cpus = max(1.0, cluster.cpus_per_node)
-    nodes = max(1, round(cluster.num_cpus / node_cpus))
-    per_node = math.ceil(max_actors / nodes)
-    return Reservations(
-        read_cpus=share / 2,
-        decode_cpus=share,
-        caption_cpus=0.0 if num_gpus else node_cpus / 4 / per_node,
-        caption_gpus=num_gpus,
-        max_actors=max_actors,
-        num_threads=None if num_gpus else max(1, math.floor(node_cpus / per_node)),
-    )
-
-
-def fit(placement: Placement, cluster: ClusterSize) -> Placement:
-    """Return a placement with no more captioning actors than a cluster has accelerators for."""
-    num_gpus = reserve(placement, cluster).caption_gpus
-    num_fitting = max(1, math.floor(cluster.num_gpus / num_gpus)) if num_gpus else 1
-    return dataclasses.replace(
-        placement,
-        min_actors=min(placement.min_actors, num_fitting),
-        max_actors=None if placement.max_actors is None else min(placement.max_actors, num_fitting),
-    )
-
-
-def resolve_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
-    """Return the engine with device and number of threads filled in, if the user has left them open."""
-    known: Any = engine
-    names = {field.name for field in dataclasses.fields(known)}
-    if reservations.caption_gpus:
-        return engine
-    changes: dict[str, Any] = {}
-    if "num_threads" in names and known.num_threads is None:
-        changes["num_threads"] = reservations.num_threads
-    if "device" in names and known.device == "auto":
-        changes["device"] = "cpu"
-    return dataclasses.replace(known, **changes)
+        Args:
+            device: of the engine; None if it has none to choose.
+        """
+        if device == "cpu" and (self.accelerators or self.accelerator_type):
+            raise ValueError(
+                "device must be auto with gpus_per_actor, accelerator or accelerator_type, got cpu"
+            )

@@ -1,4 +1,4 @@
-"""The settings of the commands that only read an output: `blip2 report`, `status`, `show` and `export`."""
+"""The settings of commands that only read outputs: `blip2 report`, `compare`, `status`, `show`, `export`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blip2_actor import Status
-from blip2_actor.flags import positional
+from blip2_actor.flags import positional, written_as
 
 Target = Literal["csv", "jsonl", "txt", "imagefolder", "webdataset"]
 NOT_OK = "not_ok"
@@ -20,11 +20,40 @@ class ReportSettings:
     output: str = field(metadata=positional())
     """Folder or URI of a run."""
     html: str | None = None
-    """Also write a self-contained HTML page with the report and sample rows to this file."""
-    thumbnails: int = 24
-    """Maximum number of sample rows with a picture on the page; pictures are read again from the input."""
+    """Also write a self-contained HTML page with the report and a contact sheet to this file."""
+    thumbnails: int = 400
+    """Maximum number of rows with a picture on the page; pictures are read again from the input."""
+    json: bool = False
+    """Print the report as one JSON object."""
+    card: str | None = None
+    """Also write a dataset card for the Hugging Face hub to this file, such as README.md."""
 
     def __post_init__(self) -> None:
+        if self.thumbnails < 0:
+            raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """Compare the captions of two runs over the same images. Needs no Ray."""
+
+    before: str = field(metadata=written_as("A", positional=True))
+    """Folder or URI of the first run."""
+    after: str = field(metadata=written_as("B", positional=True))
+    """Folder or URI of the second run."""
+    reference: str | None = None
+    """Kept column of either run with the right caption, or a list of them; adds exact match, BLEU-4 and
+    CIDEr."""
+    html: str | None = None
+    """Also write a self-contained HTML page with the largest changes to this file."""
+    thumbnails: int = 200
+    """Maximum number of rows with a picture on the page; pictures are read again from the input."""
+    json: bool = False
+    """Print the comparison as one JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.before == self.after:
+            raise ValueError(f"after must be another output than the first, got {self.after} twice")
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
 

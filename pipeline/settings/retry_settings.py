@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blip2_actor import ImageLimits, Status
-from blip2_actor.flags import positional
+from blip2_actor.flags import formerly, positional, written_as
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
-from pipeline.settings.placement import Placement
+from pipeline.settings.placement import LABEL, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,18 @@ class PlacementChanges:
     """Minimum number of captioning actors; default: as in the earlier run."""
     max_actors: int | None = None
     """Maximum number of captioning actors; default: as in the earlier run."""
-    num_gpus: float | None = None
-    """Accelerators per captioning actor; default: as in the earlier run."""
+    gpus_per_actor: float | None = field(default=None, metadata=formerly("num_gpus"))
+    """GPUs per captioning actor; default: as in the earlier run."""
+    accelerator: str | None = field(default=None, metadata=written_as("NAME=N"))
+    """Other accelerators per captioning actor, such as NPU=1; default: as in the earlier run."""
+    accelerator_type: str | None = None
+    """Caption only on GPUs of this type; default: as in the earlier run."""
+    caption_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Caption only on nodes with these labels; default: as in the earlier run."""
+    decode_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Decode only on nodes with these labels; default: as in the earlier run."""
+    read_label: tuple[str, ...] = field(default=(), metadata=LABEL)
+    """Read the input only on nodes with these labels; default: as in the earlier run."""
     calls_per_actor: int | None = None
     """Number of calls that one actor runs at the same time; default: as in the earlier run."""
     max_decode_actors: int | None = None
@@ -45,7 +55,11 @@ class PlacementChanges:
         Raises:
             ValueError: a number is out of range.
         """
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, ())}
+        if self.accelerator is not None:  # instead of the GPUs of the earlier run
+            given = {"gpus_per_actor": None, "accelerator_type": None} | given
+        elif self.gpus_per_actor is not None or self.accelerator_type is not None:
+            given = {"accelerator": None} | given
         return dataclasses.replace(before, **given)
 
 

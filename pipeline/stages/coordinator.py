@@ -5,18 +5,25 @@ runs alone in its process and in small steps, and says here which step begins. I
 row of that step is to blame, so each of them then runs alone. A row on which the process has died
 `MAX_DEATHS_ALONE` times while it ran alone gets the status `failed`; otherwise it would kill forever.
 
-The coordinator also keeps the receipts of fragments that such a call has written, collects how busy the
-stages are and which workers have trouble with a store, and passes on the request to stop.
+The coordinator also keeps the receipts of fragments that such a call has written, collects which shards were
+read to their end, how busy the stages are and which workers have trouble with a store, and passes on the
+request to stop.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
+
 from blip2_actor import Status
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
@@ -27,6 +34,8 @@ MAX_DEATHS_ALONE = 2
 may have been taken away."""
 
 
+MAX_WARNINGS = 1_000
+"""Different warnings of different workers that are counted."""
 TROUBLE_LASTS_S = 60.0
 """A worker that has told of trouble and then nothing for this long has died; one request may take as long."""
 
@@ -94,12 +103,16 @@ class News:
 
     receipts: list[Receipt]
     """Since the last news; they appear here long before the captioning calls that wrote them end."""
+    shard_reports: list[ShardReport]
+    """Since the last news: how reading some shards ended."""
     loads: dict[str, dict[str, Load]]
     """By stage and worker."""
     troubles: list[WorkerTrouble]
     """Of the workers whose requests fail now."""
     failures: list[DeviceFailure]
     """Of devices, since the last news."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    """Warnings of workers, and how often each was given since the start."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +132,18 @@ class Coordinator:
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []
+        self._new_reports: list[ShardReport] = []
         self._troubles: dict[str, _Trouble] = {}
         self._failures = DeviceFailures()
+        self._warnings: dict[tuple[str, str], int] = {}
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
         """Note that a call starts. If it has started before and not ended, its process has died."""
-        return self._calls.setdefault(call, _Call()).start()
+        history = self._calls.setdefault(call, _Call()).start()
+        if history.num_starts > 1:
+            REPLAYED_CALLS.inc()
+        return history
 
     def begin_step(self, call: str, start: int, stop: int) -> None:
         """Note that the positions from start (included) to stop (excluded) now run alone in their process."""
@@ -145,8 +163,13 @@ class Coordinator:
             state.finished.update(positions)
             state.receipts.extend(receipts)
 
+    def was_read(self, report: ShardReport) -> None:
+        """Note how reading a shard ended."""
+        self._new_reports.append(report)
+
     def device_failed(self, device: Device, reason: str, calls: Sequence[str]) -> None:
         """Note that the engine of a process has failed while it ran these calls."""
+        DEVICE_FAILURES.inc()
         alone = None
         for call in calls:
             step = self._calls[call].step if call in self._calls else None
@@ -175,7 +198,17 @@ class Coordinator:
 
     def report(self, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
         """Note how busy a worker was; it counts as alive while it reports nothing new."""
-        self._loads.setdefault(stage, {})[worker] = (busy_s, time.monotonic() - alive_s)
+        workers = self._loads.setdefault(stage, {})
+        before_s, _ = workers.get(worker, (0.0, 0.0))
+        workers[worker] = (busy_s, time.monotonic() - alive_s)
+        if busy_s > before_s:
+            STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
+        STAGE_WORKERS.set(len(workers), {"stage": stage})
+
+    def warned(self, worker: str, text: str, number: int) -> None:
+        """Note that a worker has given a warning `number` times; of too many, the first are kept."""
+        if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
+            self._warnings[worker, text] = number
 
     def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
@@ -191,6 +224,7 @@ class Coordinator:
     def news(self) -> News:
         """Return what is new since the last call of this method."""
         receipts, self._new_receipts = self._new_receipts, []
+        reports, self._new_reports = self._new_reports, []
         now = time.monotonic()
         loads = {
             stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
@@ -201,7 +235,26 @@ class Coordinator:
             for known in self._troubles.values()
             if now - known.told < TROUBLE_LASTS_S
         ]
-        return News(receipts, loads, troubles, self._failures.take())
+        warnings: Counter[str] = Counter()
+        for (_, text), number in self._warnings.items():
+            warnings[text] += number
+        return News(receipts, reports, loads, troubles, self._failures.take(), dict(warnings))
+
+
+@dataclass(frozen=True)
+class ReportShard:
+    """Stores how reading a shard ended, and tells the coordinator; sent to the workers that read.
+
+    The driver learns it from the coordinator. The stored report is for the next driver.
+    """
+
+    coordinator: Any
+    ledger: Ledger
+    """The output; its requests are retried."""
+
+    def __call__(self, report: ShardReport) -> None:
+        self.ledger.store_shard_report(report)
+        ray.get(self.coordinator.was_read.remote(report))
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,15 @@ class Device:
     node: str
     ids: tuple[str, ...]
     """As Ray numbers the accelerators of the node."""
+    resource: str = "GPU"
+    """The name of such accelerators in Ray."""
 
     @classmethod
     def of_this_worker(cls) -> Device:
         context = ray.get_runtime_context()
-        ids = context.get_accelerator_ids()
-        return cls(context.get_node_id(), os.uname().nodename, tuple(ids.get("GPU", ())))
+        held = {name: tuple(ids) for name, ids in context.get_accelerator_ids().items() if ids}
+        resource, ids = next(iter(held.items()), ("GPU", ()))
+        return cls(context.get_node_id(), os.uname().nodename, ids, resource)
 
     def __str__(self) -> str:
         return f"accelerator {', '.join(self.ids)} of {self.node}" if self.ids else f"the CPU of {self.node}"

@@ -6,8 +6,9 @@ from typing import Any
 
 from ray.data import ActorPoolStrategy, Dataset
 
+from pipeline.placement.reservations import Reservations
 from pipeline.settings.caption_spec import CaptionSpec
-from pipeline.settings.placement import Placement, Reservations
+from pipeline.settings.placement import Placement
 from pipeline.stages.decode import DecodeStage, Report
 
 CALL_ROWS = 256
@@ -40,25 +41,24 @@ def decode(
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=placement.max_decode_actors),
-        num_cpus=reservations.decode_cpus,
+        **reservations.decode.options,
     )
 
 
 def caption_pool(placement: Placement, reservations: Reservations) -> dict[str, Any]:
     """Return the arguments with which `map_batches` runs a captioning stage: several calls at once per actor.
 
-    On CPUs a call takes one block. With accelerators Ray requires a number of rows, and joins blocks to reach
+    On CPUs a call takes one block. With GPUs Ray requires a number of rows, and joins blocks to reach
     it.
     """
     return {
-        "batch_size": CALL_ROWS if reservations.caption_gpus else None,
+        "batch_size": CALL_ROWS if reservations.caption.num_gpus else None,
         "batch_format": "pyarrow",
         "compute": ActorPoolStrategy(
-            min_size=placement.min_actors,
+            min_size=reservations.min_actors,
             max_size=reservations.max_actors,
             max_concurrent_calls_per_actor=placement.calls_per_actor,
             enable_true_multi_threading=True,
         ),
-        "num_cpus": reservations.caption_cpus,
-        "num_gpus": reservations.caption_gpus or None,
+        **reservations.caption.options,
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from pipeline.metrics import STORE_RETRIES
 from pipeline.progress import count, duration
 from pipeline.storage.retrying import Trouble, listen
 
@@ -40,6 +41,8 @@ def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> N
 
     def tell(trouble: Trouble | None) -> bool:
         report = None if trouble is None else WorkerTrouble(trouble, count_held())
+        if trouble is not None and trouble.is_new:
+            STORE_RETRIES.inc(1, {"place": trouble.place})
         try:
             return ray.get(coordinator.report_trouble.remote(worker, report), timeout=ANSWER_S)
         except ray.exceptions.GetTimeoutError:

@@ -1,8 +1,8 @@
 """The write stage: the job's last stage captions images and writes the rows as fragments.
 
 The call that has made rows also writes them, so that rows never cross Ray's object store; the stage returns
-small receipts. A fragment is written every `FRAGMENT_S` seconds or `CALL_ROWS` rows, so that a death costs
-little work. A call whose process has died before goes through the careful replay instead.
+small receipts. Finished rows are written every few seconds, together with those of other calls, so that a
+death costs little work. A call whose process has died before goes through the careful replay instead.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray.util import metrics
 
 from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
+from pipeline.placement.own_accelerator import use_own_accelerator
 from pipeline.rowset import RowSet, ranges_of
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.stages.caption import CaptionStage, FinishedRows
@@ -29,15 +29,18 @@ from pipeline.stages.careful_replay import replay
 from pipeline.stages.coordinator import CallHistory
 from pipeline.stages.device_health import Device, Watchdog
 from pipeline.stages.engine_fault import EngineFault
+from pipeline.stages.fragment_writer import FragmentWriter, split_by_shard
 from pipeline.stages.model_check import Models, require_same_models
 from pipeline.stages.output_rows import output_rows
 from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
+from pipeline.stages.worker_warnings import tell_warnings
 
-FRAGMENT_S = 2.0
-"""A fragment is also written when this many seconds have passed: a death costs at most this much work."""
+PIECE_S = 1.0
+"""A call writes what it has finished after this many seconds, and waits up to `HOLD_S` for other calls: a
+death costs at most the work of both times."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class WriteStage:
         ledger: Ledger,
         coordinator: Any,
         step_timeout_s: float,
+        accelerators: Mapping[str, float],
     ) -> None:
         """Start an engine.
 
@@ -66,25 +70,29 @@ class WriteStage:
             ledger: the output; its requests are retried.
             coordinator: handle of the job's `Coordinator` actor.
             step_timeout_s: seconds without progress of the engine, after which this process ends.
+            accelerators: what this worker has reserved, by names in Ray; empty on CPUs.
 
         Raises:
-            ValueError: this machine finds other models.
+            ValueError: this machine finds other models, or torch cannot use the accelerator.
         """
+        use_own_accelerator(spec.engine, accelerators)
         require_same_models(models, Models.of(spec, spec.engine.info()))
-        self._stage = CaptionStage(spec)
+        with timed(MODEL_LOAD_S):
+            self._stage = CaptionStage(spec)
         self._kept = list(kept)
-        self._ledger = ledger
+        self._writer = FragmentWriter(ledger)
         self._coordinator = coordinator
         self._lock = SharedExclusiveLock()
         self._counting = threading.Lock()
-        self._rows = metrics.Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
         self._num_held = 0
         tell_coordinator(coordinator, lambda: self._num_held)
         self._device = Device.of_this_worker()
         self._calls: set[str] = set()
         self._giving_up = threading.Lock()
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
-        self._started, self._write_s = time.monotonic(), 0.0
+        self._started = time.monotonic()
+        tell_warnings(coordinator, self._worker)
+        self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -133,17 +141,16 @@ class WriteStage:
             with self._lock.exclusive():
                 yield from replay(self._stage, table, positions, call, history, self._coordinator)
             return
-        with self._lock.shared():
-            for piece in self._stage.finish_rows(table, positions, CALL_ROWS, FRAGMENT_S):
+        with self._lock.shared(), self._writer.call():
+            for piece in self._stage.finish_rows(table, positions, CALL_ROWS, PIECE_S):
                 yield piece
                 if ray.get(self._coordinator.is_stopping.remote()):
                     return
 
     def _write(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
-        """Write finished rows as one fragment per shard."""
+        """Write finished rows as fragments."""
         if not piece:
             return []
-        started = time.monotonic()
         with self._counting:
             self._num_held += len(piece)
         try:
@@ -151,25 +158,24 @@ class WriteStage:
         finally:
             with self._counting:
                 self._num_held -= len(piece)
-                self._write_s += time.monotonic() - started
 
     def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         rows = output_rows(table, piece, self._kept, self._stage)
+        self._writer.write(rows)
         receipts = []
-        for shard in pc.unique(rows["shard"]).to_pylist():
-            of_shard = rows.filter(pc.equal(rows["shard"], shard))
-            self._ledger.write_fragment(of_shard)
+        for of_shard in split_by_shard(rows):
+            shard = of_shard["shard"][0].as_py()
             numbers = sorted(of_shard["row"].to_pylist())
             by_status = Counter(of_shard["status"].to_pylist())
             receipts.append(Receipt(shard, tuple(ranges_of(numbers)), tuple(sorted(by_status.items()))))
             for status, count in by_status.items():
-                self._rows.inc(count, {"status": status})
+                ROWS.inc(count, {"status": status})
         return receipts
 
     def _report(self) -> None:
         alive_s = time.monotonic() - self._started
         self._coordinator.report.remote("caption", self._worker, self._stage.busy_s, alive_s)
-        self._coordinator.report.remote("write", self._worker, self._write_s, alive_s)
+        self._coordinator.report.remote("write", self._worker, self._writer.busy_s, alive_s)
 
 
 def _name_of(table: pa.Table) -> str:

@@ -5,7 +5,7 @@ On a disk, `put` writes a temporary file, flushes it and renames it. In an objec
 A folder may retry: `with_retries` returns one that repeats a request for a while after an OSError (a disk
 that is full, a store that answers 503), unless no new try can succeed (`retrying.is_final`). Repeating is
 safe, also when the request was carried out and only its answer was lost: `put` replaces the file with the
-same content, `get`, `read`, `names` and `changes` change nothing, and `delete` and `erase` accept that the
+same content, `get`, `read`, `names` and `files` change nothing, and `delete` and `erase` accept that the
 file is already gone. A new folder does not retry, so that `status`, `plan` and the checks before a run answer
 at once.
 """
@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import IO, TypeAlias, TypeVar
+from typing import IO, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -48,6 +48,16 @@ SPOOL_BYTES = 64 << 20
 COPY_BYTES = 8 << 20
 PROBE_BYTES = 4096
 """A full disk still takes an empty file."""
+
+
+class WrittenFile(NamedTuple):
+    """What a listing tells about a file."""
+
+    name: str
+    """Relative to the folder."""
+    num_bytes: int
+    written: float
+    """When, in seconds since 1970 by the clock of the store; 0 if the store does not tell."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,9 +154,12 @@ class Folder:
         """Delete a file; do nothing when there is none."""
         self._retry(lambda: self._delete_once(name))
 
-    def erase(self) -> None:
-        """Delete the folder itself with all its files."""
-        self._retry(self._erase_once)
+    def erase(self, under: str = "") -> None:
+        """Delete this folder, or one inside it, with all its files; do nothing when there is none.
+
+        An object store deletes a thousand files in one request, and no empty object stays for the folder.
+        """
+        self._retry(lambda: self._erase_once(under))
 
     def drop_if_empty(self, name: str) -> None:
         """Remove a folder of a disk when it is empty; for object stores see `ledger.sweep.drop_markers`."""
@@ -156,10 +169,10 @@ class Folder:
 
     def names(self, under: str = "") -> list[str]:
         """Return the relative names of all files below a folder, in no order; none when it does not exist."""
-        return [name for name, _ in self.changes(under)]
+        return [file.name for file in self.files(under)]
 
-    def changes(self, under: str = "") -> list[tuple[str, datetime]]:
-        """Return the name of each file below a folder, and when it was written."""
+    def files(self, under: str = "") -> list[WrittenFile]:
+        """Return all files below a folder, in no order; none when it does not exist."""
         return self._retry(lambda: self._list_once(under))
 
     def exists(self, name: str) -> bool:
@@ -244,15 +257,15 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
 
-    def _erase_once(self) -> None:
+    def _erase_once(self, under: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_dir(self.root)
+            self.filesystem.delete_dir(self.path(under).rstrip("/"))
 
-    def _list_once(self, under: str) -> list[tuple[str, datetime]]:
+    def _list_once(self, under: str) -> list[WrittenFile]:
         base = self.path(under).rstrip("/")
         selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
         return [
-            (info.path[len(self.root) + 1 :], info.mtime)
+            WrittenFile(info.path[len(self.root) + 1 :], info.size, (info.mtime_ns or 0) / 1e9)
             for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.File
         ]

@@ -42,6 +42,8 @@ class Trouble:
     """What is wrong: "full", or "failing" and why."""
     seconds: float
     """For how long it has failed."""
+    is_new: bool = False
+    """Whether a try has failed just now; False while the next one is awaited."""
 
 
 Listener: TypeAlias = Callable[[Trouble | None], bool]
@@ -90,9 +92,11 @@ def retry_on_oserror(
                 "The %s has failed, trying again in %.1f s: %s", place, pause_s, hide_secrets(str(error))
             )
             next_try = clock() + pause_s
+            is_new = True
             while (left_s := next_try - clock()) > 0:
-                if not _listener(Trouble(place, _state(error), clock() - started)):
+                if not _listener(Trouble(place, _state(error), clock() - started, is_new)):
                     raise
+                is_new = False
                 sleep(min(left_s, TELL_EVERY_S))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
         else:

@@ -34,9 +34,9 @@ def cluster(num_nodes: int, **node: Any) -> Iterator[Cluster]:
 
 
 def start_driver(
-    cluster: Cluster, settings: dict[str, Any], engine: dict[str, Any], log: Path
+    cluster: Any, settings: dict[str, Any], engine: dict[str, Any], log: Path
 ) -> subprocess.Popen:
-    """Start the caption command with a fake engine, in a process of its own."""
+    """Start the caption command with a fake engine, in a process of its own, on a cluster with an address."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.drive", json.dumps({"settings": settings, "engine": engine})],
@@ -56,6 +56,12 @@ def processes_of(node: Any, what: str) -> list[int]:
     raylet = node.all_processes["raylet"][0].process.pid
     table = _table()
     return [pid for pid, (_, line) in table.items() if what in line and raylet in _ancestors(pid, table)]
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and those that they have started."""
+    table = _table()
+    return [other for other in table if pid in list(_ancestors(other, table))[1:]]
 
 
 def _ancestors(pid: int, table: Mapping[int, tuple[int, str]]) -> Iterator[int]:

@@ -27,7 +27,7 @@ OUTAGE_S = 7.0
 """Longer than Arrow's client retries: 30 times, 0.2 s apart."""
 SLOW_S = 4.0
 """Longer than Arrow's client waits for one answer."""
-SUBJECTS = ("_blip2/fragments", "_blip2/ends", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
+SUBJECTS = ("/report.json", "_blip2/fragments", "_blip2/lease", "_blip2/probe", "_blip2/", ".parquet", ".tar")
 
 
 class Faults:

@@ -146,4 +146,4 @@ def test_all_rows_come_out_right(nodes: Cluster, tmp_path: Path, death: Callable
         driver.kill()
     check_output(output, truth)
     left = scan_output(Folder(str(output)))
-    assert (dict(left.fragments), left.shard_reports, left.leftovers) == ({}, frozenset(), ())
+    assert (dict(left.fragments), left.shard_reports, left.leftovers) == ({}, {}, ())

@@ -2,8 +2,9 @@
 
     python -m tests.contracts.installed_wheel dist/*.whl
 
-installs a wheel and runs `blip2 demo` with it, as `make wheel` does. The environment borrows the packages of
-the one that runs this, so that nothing is downloaded; the project itself comes from the wheel alone.
+installs a wheel and runs `blip2 demo` and `blip2 report` with it, as `make wheel` does. The environment
+borrows the packages of the one that runs this, so that nothing is downloaded; the project itself comes from
+the wheel alone.
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ def _pip(*arguments: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Install a wheel and run its demonstration from an empty folder; return its exit status."""
+    """Install a wheel, run its demonstration and the report in an empty folder; return the exit status."""
     with tempfile.TemporaryDirectory() as path:
         programs = install_wheel(Path(argv[0]).resolve(), Path(path) / "env")
         empty = Path(path) / "empty"
         empty.mkdir()
         done = run_installed(programs / "blip2", "demo", "--num-images", "200", cwd=empty)
-    sys.stdout.write(done.stdout + done.stderr)
-    return done.returncode
+        report = ("report", "--output", "demo_output/captions", "--html", "report.html")
+        page = run_installed(programs / "blip2", *report, cwd=empty)
+    sys.stdout.write(done.stdout + done.stderr + page.stdout + page.stderr)
+    return done.returncode or page.returncode
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_a_plan_takes_the_flags_of_its_command(command):
     planned = flags_of("plan" if command == "caption" else f"plan {command}")
     flags = flags_of(command)
     assert planned - flags == {"--sample", "--json"}
-    assert flags - planned == {"--fork", "--add-new", "--redo-changed"}
+    assert flags - planned == {"--fork", "--add-new", "--redo-changed", "--slice"}
 
 
 def test_the_endpoint_takes_the_flags_of_the_engine():
@@ -181,7 +181,7 @@ def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command,
     flags = commands()[command]._option_string_actions
     pairs = zip(*[iter(others.split())] * 2, strict=True)
     others = " ".join(f"{flag} {value}" for flag, value in pairs if flag in flags)
-    right = next(flag for flag in ("--model", "--output", "--no-wait") if flag in flags)
+    right = next(flag for flag in ("--model", "--output", "--html", "--no-wait") if flag in flags)
     wrong = right[:-2] + right[:-3:-1]
     assert run_command(f"{command} {wrong} x {others}") == 3
     said = capsys.readouterr().err

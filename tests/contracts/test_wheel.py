@@ -44,13 +44,17 @@ def test_it_holds_what_the_modules_read_at_run_time(names):
     checkpoint = ROOT / "blip2_actor/demo/checkpoint"
     expected = {file.relative_to(ROOT).as_posix() for file in checkpoint.iterdir()}
     expected |= {f"{package}/py.typed" for package in PACKAGES}
+    templates = ROOT / "pipeline/page/templates"
+    expected |= {file.relative_to(ROOT).as_posix() for file in templates.iterdir()}
     expected |= {f"deploy/{name}" for name in ("http/page.html", "http/docs.html", "serve_config.yaml")}
+    expected |= {"deploy/Dockerfile", "deploy/constraints-cuda.txt"}
     assert expected <= names
 
 
 def test_it_holds_what_a_cluster_needs(wheel, names):
-    manifests = {file.relative_to(ROOT).as_posix() for file in (ROOT / "deploy/kubernetes").iterdir()}
-    assert len(manifests) == 3 and manifests <= names
+    files = [file for file in (ROOT / "deploy/kubernetes").rglob("*") if file.is_file()]
+    manifests = {file.relative_to(ROOT).as_posix() for file in files}
+    assert manifests and manifests <= names
     with zipfile.ZipFile(wheel) as archive:
         for name in ("ray_cluster.yaml", "constraints.txt"):
             assert archive.read(f"deploy/cluster_files/{name}") == (ROOT / name).read_bytes()
@@ -92,4 +96,4 @@ assert main(["cluster"]) == 0
 """
     done = run_installed(programs / "python", "-c", code, cwd=empty)
     assert done.returncode == 0, done.stderr
-    assert (empty / "cluster" / "kubernetes" / "rayjob.yaml").exists()
+    assert (empty / "cluster" / "kubernetes" / "overlays" / "job" / "kustomization.yaml").exists()

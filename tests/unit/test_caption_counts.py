@@ -10,6 +10,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import CAPTIONS_KEY, commit_shard, read_summary
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.reconcile import Reconciliation, reconcile
+from pipeline.ledger.scan import scan_output
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -32,7 +33,7 @@ def reconciled(folder: Folder, captions: list[str | None], flags: list[list[str]
         write_fragment(folder, ROW_CONTRACT.empty_table().from_pylist(rows, schema=ROW_CONTRACT))
         commit_shard(folder, ShardReport(shard=name, num_rows=len(rows), complete=True), {})
         shards.append(Shard(name=name, format="webdataset", root="/in", files=(name,)))
-    return reconcile(folder, shards, frozenset({"a.tar", "b.tar"}))
+    return reconcile(folder, shards, scan_output(folder))
 
 
 @pytest.mark.parametrize(

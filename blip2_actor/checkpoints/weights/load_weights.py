@@ -7,8 +7,9 @@ straight into its parameter (or into its part of a fused one), so that the weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import torch
@@ -20,8 +21,12 @@ from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 
 
 def load_weights(
-    model: nn.Module, tensors: Mapping[str, StoredTensor], rules: list[Rule], origin: str
-) -> None:
+    model: nn.Module,
+    tensors: Mapping[str, StoredTensor],
+    rules: list[Rule],
+    origin: str,
+    later: Collection[str] = (),
+) -> dict[str, Callable[[], None]]:
     """Fill every parameter of `model`.
 
     Args:
@@ -29,6 +34,10 @@ def load_weights(
         tensors: the weights by their names in the checkpoint.
         rules: the name map.
         origin: where the tensors are from, for messages.
+        later: names of parameters that are not filled yet.
+
+    Returns:
+        For each parameter in `later`, a function that fills it.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (and nothing has been read), or two
@@ -37,15 +46,26 @@ def load_weights(
     """
     plan = _plan_reading(model, tensors, rules)
     plan.mismatch.refuse(origin)
-    for stored, destination in plan.reads.values():
-        for start, piece in stored.pieces():
-            destination[start : start + len(piece)].copy_(piece)
+    waiting: dict[str, list[tuple[StoredTensor, Tensor]]] = {name: [] for name in later}
+    for name, (stored, destination) in plan.reads.items():
+        parameter = plan.targets[name]
+        if parameter in waiting:
+            waiting[parameter].append((stored, destination))
+        else:
+            _fill([(stored, destination)])
     for name, (stored, destination) in plan.repeats.items():
         if not _equals(stored, destination):
             raise ValueError(
                 f"{name} in {origin} differs from the tensor that it should equal; save the model again with "
                 "save_pretrained"
             )
+    return {name: partial(_fill, reads) for name, reads in waiting.items()}
+
+
+def _fill(reads: Iterable[tuple[StoredTensor, Tensor]]) -> None:
+    for stored, destination in reads:
+        for start, piece in stored.pieces():
+            destination[start : start + len(piece)].copy_(piece)
 
 
 @dataclass
@@ -53,6 +73,8 @@ class _ReadingPlan:
     """Tensors by their names in the checkpoint, each with the flat memory that it fills."""
 
     reads: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
+    targets: dict[str, str] = field(default_factory=dict)
+    """The parameter that each tensor of `reads` fills."""
     repeats: dict[str, tuple[StoredTensor, Tensor]] = field(default_factory=dict)
     """Tensors for memory that another one fills: shared weights that are stored more than once."""
     mismatch: Mismatch = field(default_factory=Mismatch)
@@ -79,6 +101,7 @@ def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: 
             plan.repeats[name] = stored, destination
         else:
             plan.reads[name] = stored, destination
+            plan.targets[name] = target.name
             parts[target.part] = destination.numel()
     plan.mismatch.missing += [
         name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 import ray
 
 from blip2_actor.testing import captions_made
+from pipeline.attempts.attempt import STAGES
+from pipeline.attempts.store import read_attempts
 from pipeline.ledger.fragments import read_fragments
 from pipeline.ledger.scan import scan_output
+from pipeline.report.pace import attempt_lines
 from pipeline.report.status import status_lines
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import check_output, write_tars
@@ -53,6 +57,20 @@ def wait_until(condition: Callable[[], object], driver: subprocess.Popen[str]) -
         assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def check_attempts(folder: Folder, number: signal.Signals) -> None:
+    """Both attempts are recorded, each with its own rows; a copy of the output tells the same."""
+    killed, last = attempts = read_attempts(folder)
+    assert killed.exit_status == (None if number == signal.SIGKILL else 143)
+    assert (last.exit_status, last.reason) == (0, "all shards are finished")
+    assert killed.id != last.id and killed.run == last.run and killed.rows > 0 and last.rows > 0
+    assert attempts.rows <= 180 and (number == signal.SIGKILL or attempts.rows == 180)
+    assert list(last.phases) == ["open the output", "start Ray", "load the model", "first row"]
+    assert last.hardware["cpus"] and set(last.points[-1].busy_s) == set(STAGES)
+    assert attempts.rows_per_s == attempts.rows / attempts.active_s
+    copy = shutil.copytree(folder.uri, f"{folder.uri}-copy")
+    assert attempt_lines(read_attempts(Folder(copy))) == attempt_lines(attempts)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -103,6 +121,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert again.returncode == 0, said
     check_output(output, truth)
     assert status_lines(str(output))[-1] == "finished"
+    check_attempts(folder, number)
     made = Counter(captions_made(trace))
     assert all(made[caption] == 1 for caption in finished_before - {None})
     for shard, changed in files_before.items():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,14 +129,20 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
     """From a folder whose files have the names of our packages: Ray would have its workers import those."""
     poison(tmp_path)
     port = free_port()
-    with serving(tmp_path, "--port", str(port), "--max-new-tokens", "4") as command:
+    operator = "the key of the operator"
+    admin_keys = tmp_path / "admin_keys.txt"
+    admin_keys.write_text(f"operator {hashlib.sha256(operator.encode()).hexdigest()}\n")
+    flags = ["--port", str(port), "--max-new-tokens", "4", "--admin-keys-file", str(admin_keys)]
+    with serving(tmp_path, *flags) as command:
         assert command.stdout is not None
-        lines = [command.stdout.readline() for _ in range(3)]
+        lines = [command.stdout.readline() for _ in range(4)]
         assert f"http://127.0.0.1:{port}/" in lines[0], (lines, command.communicate()[1])
         assert httpx.get(f"http://127.0.0.1:{port}/v1/model").json()["options"]["max_new_tokens"] == 4
         scene = httpx.get(f"http://127.0.0.1:{port}/scene.png")
         answer = post(f"http://127.0.0.1:{port}", scene.content, options='{"max_new_tokens": 30}')
         assert answer.json()["caption"].endswith("background")
+        operate(f"http://127.0.0.1:{port}", {"authorization": f"Bearer {operator}"})
+        check_logs_and_metrics(lines[3], answer)
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
         for process in started:
@@ -150,3 +159,38 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         assert not alive
     # A token file would change how every later Ray of this user starts.
     assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+def operate(url: str, key: dict[str, str]) -> None:
+    """Drain and resume, and read the counters of every replica."""
+    assert httpx.post(f"{url}/admin/drain", headers=key, timeout=30).json() == {"status": "draining"}
+    assert post(url, png(1)).status_code == httpx.get(f"{url}/readyz").status_code == 503
+    assert httpx.post(f"{url}/admin/resume", headers=key, timeout=30).json() == {"status": "serving"}
+    level = httpx.post(f"{url}/admin/log-level", headers=key, json={"level": "debug"}, timeout=30)
+    assert level.json() == {"level": "debug"}
+    [engine] = httpx.get(f"{url}/admin/stats", headers=key, timeout=30).json()["engines"]
+    assert engine["num_finished"] == 1
+
+
+def check_logs_and_metrics(said: str, answer: httpx.Response) -> None:
+    """Find the request in the log and in the metrics, where the command says they are."""
+    found = re.fullmatch(r"  logs in (\S+), metrics on (http://127\.0\.0\.1:\d+/metrics)\n", said)
+    assert found is not None, said
+    [log] = Path(found[1]).glob("replica_*Gateway*.log")
+    requests = [
+        line for line in map(json.loads, log.read_text().splitlines()) if line["message"] == "request"
+    ]
+    [line] = [line for line in requests if line["http_route"] == "/v1/caption" and line["code"] == 200]
+    assert line["request_id"] == answer.headers["x-request-id"]
+    assert (line["slots"], line["steps"]) == (1, 30) and line["engine_ms"] > 0
+    counted = 'ray_blip2_http_request_duration_seconds_count{.*code="200".*route="/v1/caption".*} 1.0'
+    wait_for(lambda: re.search(counted, httpx.get(found[2]).text) is not None)
+    text = httpx.get(found[2]).text
+    for name in (
+        "build_info",
+        "engine_step_seconds_bucket",
+        "encode_batch_images_sum",
+        "queue_seconds_count",
+    ):
+        assert f"ray_blip2_{name}{{" in text, name
+    assert "ray_blip2_refused_requests_total{" in text and "ray_serve_num_http_requests" in text

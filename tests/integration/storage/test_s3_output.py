@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import parse_qs
 
@@ -14,6 +15,7 @@ from moto.server import ThreadedMotoServer
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.main import main
 from pipeline.errors import OutputInUse
+from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
@@ -27,6 +29,10 @@ from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import right_caption, write_tars
+from tests.unit.ledger.test_fragments import rows
+
+REQUESTS: Counter[str] = Counter()
+"""The requests that the server has answered, by method."""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,14 @@ def bucket() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
+    assert server._server is not None
+    answer = server._server.app
+
+    def count_and_answer(environ, start):
+        REQUESTS[environ["REQUEST_METHOD"]] += 1
+        return answer(environ, start)
+
+    server._server.app = count_and_answer
     options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
     open_filesystem(f"s3://key:secret@bucket?{options}")[0].create_dir("bucket")
     yield "s3://key:secret@bucket/{}?" + options
@@ -76,8 +90,24 @@ def test_a_folder_in_a_bucket_works_as_on_a_disk(bucket):
         pass
 
 
+@pytest.mark.parametrize("num_fragments", [1, 12])
+def test_a_shard_costs_eight_requests_and_three_for_each_fragment(bucket, num_fragments):
+    """Each deleted fragment cost three requests, and left an empty object for its folder in the bucket."""
+    folder = Folder(bucket.format(f"cost-{num_fragments}"))
+    ledger = Ledger(folder)
+    REQUESTS.clear()
+    for first in range(num_fragments):
+        ledger.write_fragment(rows([first], shard="x/0.tar"))
+    report = ShardReport(shard="x/0.tar", num_rows=num_fragments, complete=True)
+    ledger.store_shard_report(report)
+    assert ledger.commit(report, {}, may_have_file=False)
+    assert REQUESTS.total() <= 3 * num_fragments + 8, REQUESTS
+    keys = [key.partition("/")[2] for key in raw_keys(bucket, f"cost-{num_fragments}/")]
+    assert keys == ["_blip2/fragments/x/", "x/0.tar.parquet"]
+
+
 def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket):
-    """One marker of each shard stayed, and each listing of the output returned all of them."""
+    """They stayed, and each listing of the output returned all of them."""
     folder = Folder(bucket.format("marked"))
     ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]

@@ -54,9 +54,13 @@ def work(
         ledger.begin(job.run)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
-    ledger.sweep(job.run, job.metadata, job.empty_schema)
+    is_slice = job.run_slice is not None
+    ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
     state = ledger.scan()
-    left = ledger.to_retry(job.run, state, job.choice) if job.is_retry else ledger.unfinished(job.run, state)
+    if job.is_retry:
+        left = ledger.to_retry(job.part, state, job.choice)
+    else:
+        left = ledger.unfinished(job.part, state)
     num_tables = 0
     for progress in left:
         if progress.is_complete:
@@ -71,8 +75,8 @@ def work(
                     after_table()
         except StopIteration as end:
             ledger.store_shard_report(end.value)
-    ledger.sweep(job.run, job.metadata, job.empty_schema)
-    return ledger.reconcile(job.run, ledger.scan())
+    ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
+    return ledger.reconcile(job.part, ledger.scan())
 
 
 def _rows(table: pa.Table, kept: pa.Schema | None) -> pa.Table:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs import listing
-from pipeline.inputs.listing import list_shards
+from pipeline.inputs.listing import list_input, list_shards
 from pipeline.inputs.shards import Shard
 from pipeline.storage.filesystems import open_filesystem
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
@@ -172,8 +172,10 @@ def test_a_large_folder_is_listed_without_asking_for_each_file(tmp_path, monkeyp
     asked = []
     monkeypatch.setattr(os, "stat", lambda *path, **more: asked.append(path))
     monkeypatch.setattr(os.path, "getsize", lambda path: asked.append(path))
-    assert list_shards(str(tmp_path))[0].num_rows == 50
+    listed = list_input(str(tmp_path))
+    assert listed.shards[0].num_rows == 50
     assert asked == []
+    assert "has 50 images, more than 49: an image that is replaced" in listed.notes[-1]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -12,14 +12,15 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     list_fragments,
+    load_shard_report,
     names_of_shard,
     parse_fragment,
     rows_in,
+    store_shard_report,
     write_fragment,
 )
-from pipeline.ledger.layout import output_name
+from pipeline.ledger.layout import output_name, shard_report_name
 from pipeline.ledger.scan import scan_output
-from pipeline.ledger.shard_progress import load_shard_report, store_shard_report
 from pipeline.rowset import RowSet
 from pipeline.schema import ROW_CONTRACT, output_schema
 from pipeline.storage.folder import Folder
@@ -108,7 +109,7 @@ def test_a_commit_cleans_up_after_itself(folder):
     store_shard_report(folder, report(3))
     commit_shard(folder, report(3), {})
     state = scan_output(folder)
-    assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, frozenset())
+    assert (state.finished, dict(state.fragments), state.shard_reports) == ({"a/0.tar"}, {}, {})
 
 
 def test_a_row_that_is_ok_replaces_one_that_is_not_and_never_the_other_way(folder):
@@ -148,6 +149,19 @@ def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
     store_shard_report(folder, report(9))
     store_shard_report(folder, report(0, complete=False, reason="403"))
     assert load_shard_report(folder, "a/0.tar") == report(9)
+
+
+def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder):
+    """The input was put back and read again: the shard stayed partial for ever."""
+    write_fragment(folder, rows([0, 1]))
+    store_shard_report(folder, report(0, complete=False, changed=True, reason="has changed"))
+    store_shard_report(folder, report(2))
+    named = folder.path(shard_report_name("a/0.tar", changed=True))
+    os.utime(named, (1, 1))
+    assert load_shard_report(folder, "a/0.tar") == report(2)
+    assert scan_output(folder).shard_reports == {"a/0.tar": shard_report_name("a/0.tar")}
+    assert commit(folder, report(2)).complete
+    assert scan_output(folder).shard_reports == {}
 
 
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):

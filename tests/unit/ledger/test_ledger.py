@@ -119,5 +119,5 @@ def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch
     sent = pickle.dumps(Ledger(Folder("out")).with_retries(7.0).store_shard_report)
     monkeypatch.chdir("/")
     pickle.loads(sent)(ShardReport(shard="a.tar", num_rows=1, complete=True))
-    assert (tmp_path / "out" / "_blip2" / "ends" / "a.tar.json").exists()
+    assert (tmp_path / "out" / "_blip2" / "fragments" / "a.tar.rows" / "report.json").exists()
     assert pickle.loads(sent).__self__.folder.retry_for_s == 7.0

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from blip2_actor import EngineConfig
+from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.quantization import choice
+from blip2_actor.quantization import quantize as quantizing
 from blip2_actor.testing import FakeEngineConfig, captions_made, save_tiny_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
@@ -213,11 +218,11 @@ def test_files_of_a_killed_plan_are_leftovers_and_no_results(tmp_path, monkeypat
     output = tmp_path / "new" / "out"
     make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
     assert os.listdir(tmp_path) == ["in"], "folders that the plan has made are deleted"
-    monkeypatch.setattr(Folder, "erase", lambda self: None)
+    monkeypatch.setattr(Folder, "erase", lambda self, under="": None)
     make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
     (output / "_blip2" / "probe-1").touch()
     left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert len(left) == 2 and not list(output.rglob("*.parquet"))
+    assert len(left) == 3 and not list(output.rglob("*.parquet"))
     assert set(scan_output(Folder(str(output))).leftovers) == left
 
 
@@ -258,3 +263,37 @@ def test_embed_and_score_are_planned_as_their_own_jobs(tmp_path, capsys):
 def test_numbers_of_bytes_have_three_digits_and_a_unit():
     said = [format_bytes(n) for n in (7, 1234, 56_789_000, 1.2e9, 3.4e12, 5.6e15)]
     assert said == ["7 bytes", "1.23 kB", "56.8 MB", "1.2 GB", "3.4 TB", "5,600 TB"]
+
+
+def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
+    """The demonstration model, with weights of so few bits that captions change."""
+    files = {}
+    for number, picture in enumerate(draw(SceneSampler("held_out", 0).sample(6), 64)):
+        Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+        files[str(number)] = file.getvalue()
+    write_tar(tmp_path / "in" / "0.tar", files)
+    for module in (choice, quantizing):
+        monkeypatch.setattr(module, "largest_weight", lambda: 1)
+    monkeypatch.setattr(choice, "MAX_TIME", 1e9)
+    monkeypatch.setattr(quantizing, "MAX_LAYER_ERROR", 100)
+    engine = EngineConfig(
+        model="demo", device="cpu", dtype="float32", num_threads=1, quantize="int8", skip_self_test=True
+    )
+    found = make_plan(settings(tmp_path / "in", engine=engine, sample=6))
+    effect = found.stage_costs.quantization
+    assert effect is not None and effect.num_changed is not None
+    assert effect.num_changed > 3
+    assert effect.num_identical == 6 - effect.num_changed
+    key, before, after = effect.changed[0]
+    assert before != after and before.startswith("a")
+    printed = "\n".join(found.lines())
+    assert f"{effect.num_identical} captions as without it, {effect.num_changed} changed" in printed
+    assert f"{key}: {before!r} becomes {after!r}" in printed
+    assert re.search(r"images/s per actor instead of .* GiB instead of", printed)
+    assert found.to_dict()["quantization"]["num_changed"] == effect.num_changed
+
+
+def test_a_plan_without_quantization_compares_nothing(tmp_path):
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    found = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
+    assert found.to_dict()["quantization"] is None

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
-import os
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from huggingface_hub import DatasetCard
 
-from blip2_actor import DecodePool
+from blip2_actor import DecodePool, EngineConfig, Status
 from pipeline.cli.main import main
+from pipeline.demo.dataset import MARKER
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.report.html import render_page
+from pipeline.report.models import DEMO_WARNING
+from pipeline.report.pace import UNKNOWN
+from pipeline.report.page import render_page
+from pipeline.report.remedies import REMEDIES, remedy
 from pipeline.report.report import make_report
 from pipeline.report.statistics import FrequentTexts, Statistics
 from pipeline.schema import output_schema
@@ -33,16 +39,23 @@ from tests.integration.inputs import BROKEN, SIZE_PX, write_tars
 HOSTILE = "<script>alert('x')</script><img src=x onerror=\"alert('y')\">"
 
 
-def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: int | None = None) -> Folder:
+def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, **changes: Any) -> Folder:
     """Write a finished run over real tars.
 
     Every tenth image is broken, every seventh caption is flagged, and captions repeat.
     """
     truth = write_tars(root / "in", num_tars, rows_per_tar, broken_every=10)
-    settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE)
+    settings = CaptionSettings(input=(str(root / "in"),), output=str(root / "out"), prompt=HOSTILE, **changes)
     folder = Folder(settings.output)
     Ledger(folder).begin(Run(Fingerprint({}), settings.to_dict(), tuple(list_shards(settings.input))))
-    schema = output_schema([pa.field("url", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))])
+    schema = output_schema(
+        [
+            pa.field("url", pa.string()),
+            pa.field("vector", pa.list_(pa.float32(), 2)),
+            pa.field("color", pa.string()),
+            pa.field("fit", pa.float32()),
+        ]
+    )
     for shard, images in truth.items():
         rows: list[dict[str, Any]] = []
         for at, (key, image) in enumerate(images.items()):
@@ -54,9 +67,15 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, num_rows: i
                 row |= {"status": "ok", "caption": f"{HOSTILE} {at % 3}", "num_tokens": at % 3 + 4}
                 row |= {"width": 24, "height": 20, "sha256": hashlib.sha256(image).digest()}
                 row |= {"flags": ["looping"] if at % 7 == 0 else [], "vector": [1.0, 2.0]}
+                row |= {
+                    "logprob": -at / 10,
+                    "color": "blue" if at % 3 else "red",
+                    "fit": -0.25 if at % 3 else -0.5,
+                }
             rows.append(row)
-        write_fragment(folder, pa.Table.from_pylist(rows, schema=schema))
-        commit_shard(folder, ShardReport(shard=shard, num_rows=len(rows), complete=True), {})
+        if rows:
+            write_fragment(folder, pa.Table.from_pylist(rows, schema=schema))
+        commit_shard(folder, ShardReport(shard=shard, num_rows=len(rows), complete=True), {}, schema)
     return folder
 
 
@@ -77,14 +96,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.text += data
 
 
@@ -101,21 +120,28 @@ def test_statistics_agree_with_the_reconciliation(folder):
     ((status, reason),) = statistics.reasons
     assert (status, reason) == ("undecodable", f"cut at byte N {HOSTILE}")
     assert statistics.reasons[status, reason].count == 6
-    assert len(found.samples) == 24 and not found.thumbnails
+    assert len(found.samples) == 60 and not found.thumbnails
 
 
 def test_hostile_texts_are_escaped(folder):
     """Captions come from untrusted images, and keys from untrusted file names."""
-    found = Page(render_page(make_report(folder.uri, 8)))
+    page = render_page(make_report(folder.uri, 8))
+    found = Page(page)
     assert not found.open
-    assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "iframe", "object"})
+    assert {tag for tag, _ in found.tags}.isdisjoint({"link", "iframe", "object"})
+    assert [tag for tag, _ in found.tags].count("script") == 1  # the page's own
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     images = [attributes for tag, attributes in found.tags if tag == "img"]
     assert images and all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
-    assert all(image["alt"] for image in images)
+    assert all(image["alt"] == "" for image in images)  # the button around it names the row
     assert HOSTILE in found.text and "url: <script>" in found.text and "2 values" in found.text
     policy = next(a["content"] for tag, a in found.tags if tag == "meta" and "http-equiv" in a)
-    assert policy is not None and policy.startswith("default-src 'none'")
+    assert policy is not None and policy.startswith("default-src 'none'") and "unsafe" not in policy
+    for tag in ("style", "script"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not any("style" in attributes for _, attributes in found.tags)
 
 
 def test_a_row_has_a_thumbnail_only_if_its_image_is_unchanged(tmp_path):
@@ -125,7 +151,7 @@ def test_a_row_has_a_thumbnail_only_if_its_image_is_unchanged(tmp_path):
     assert {row for _, row in found.thumbnails} == {row for row in range(12) if row != 9}
     with DecodePool(SIZE_PX) as pool:
         (decoded,) = pool.decode([found.thumbnails["part0/00000.tar", 3]])
-    assert (decoded.width, decoded.height) == (192, 160)
+    assert (decoded.width, decoded.height) == (256, 213)
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=11, broken_every=2)
     assert {row for _, row in make_report(folder.uri, 24).thumbnails} == {0, 2, 4, 6, 8, 10}
     (tmp_path / "in" / "part0" / "00000.tar").unlink()
@@ -163,14 +189,10 @@ def test_an_output_without_captions_or_rows_is_counted():
     assert (statistics.num_rows, statistics.num_tokens, statistics.long_side_px) == (1, {}, {1: 1})
 
 
-def test_only_result_files_tell_when_a_run_ended(tmp_path):
-    """A file that a killed `plan` leaves under _blip2 is no result of the run."""
+def test_times_of_files_decide_nothing(tmp_path):
+    """A copied output, whose files all are of one second, once reported 277,777 rows/s."""
     folder = write_run(tmp_path, num_tars=1)
-    leftover = tmp_path / "out" / "_blip2" / "plan-1" / "sample.parquet"
-    leftover.parent.mkdir()
-    leftover.touch()
-    os.utime(leftover, (4e9, 4e9))
-    assert make_report(folder.uri).last_written.timestamp() < 4e9
+    assert UNKNOWN in list(make_report(folder.uri).lines())
 
 
 def test_the_page_names_the_models_that_were_loaded(folder):
@@ -183,5 +205,49 @@ def test_the_page_names_the_models_that_were_loaded(folder):
         settings = CaptionSettings(input=("i",), output="o", outputs=outputs).to_dict()
         run = dataclasses.replace(found.run, settings=settings)
         pages.append(render_page(dataclasses.replace(found, run=run)))
-    assert "<p>me/itm</p>" in pages[0] and "opt-2.7b" not in pages[0]
-    assert "<p>Salesforce/blip2-opt-2.7b, scores by me/itm</p>" in pages[1]
+    assert "<p>me/itm <" in pages[0] and "opt-2.7b" not in pages[0]
+    assert "<p>me/itm <" in pages[1] and "opt-2.7b" in pages[1] and "non-commercial" in pages[1]
+
+
+def test_json_and_card_say_what_the_page_says(folder, tmp_path, capsys):
+    card = tmp_path / "README.md"
+    assert main(["report", "--output", folder.uri, "--json", "--card", str(card)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["by_status"]) == (60, {"ok": 54, "undecodable": 6})
+    assert found["rows_per_s"] is None and found["active_s"] is None
+    assert found["histograms"]["num_tokens"] == [[4, 18], [5, 18], [6, 18]]
+    assert sum(n for _, n in found["histograms"]["logprob"]) == 54
+    assert found["failures"][0]["rows"] == 6 and len(found["samples"]) == 60
+    read = DatasetCard.load(card)
+    assert read.data.size_categories == ["n<1K"] and "60 rows" in read.text
+    assert "<script>" not in read.text and "&#60;script&#62;" in read.text
+
+
+def test_named_outputs_are_counted(tmp_path):
+    outputs = Outputs(ask=("color=Color?",), score=("fit=caption",), embed=("vector=vision",))
+    folder = write_run(tmp_path, num_tars=1, outputs=outputs)
+    found = make_report(folder.uri)
+    assert dict(found.statistics.answers["color"].top(9)) == {"blue": 18, "red": 9}
+    assert found.statistics.scores["fit"] == {-0.5: 9, -0.25: 18}
+    assert found.norms["vector"] == {2.24: 27}
+    page = render_page(found)
+    assert "Answers: color" in page and "Score fit" in page and "Norm of vector, of 27 sampled rows" in page
+
+
+def test_the_demo_model_warns_of_images_that_are_not_its_own(tmp_path):
+    folder = write_run(tmp_path, num_tars=1, engine=EngineConfig(model="demo"))
+    found = make_report(folder.uri)
+    assert next(found.lines()) == DEMO_WARNING and "drawn scenes" in render_page(found)
+    (tmp_path / "in" / MARKER).touch()
+    assert not any("demo" in warning for warning in make_report(folder.uri).warnings)
+
+
+def test_every_status_that_is_not_ok_has_a_remedy():
+    assert set(REMEDIES) == set(Status) - {Status.OK}
+    assert remedy("undecodable").startswith("The file") and remedy("of a newer version") == ""
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_small_outputs_have_a_page(tmp_path, num_rows):
+    found = make_report(write_run(tmp_path, num_tars=1, rows_per_tar=num_rows).uri, 9)
+    assert len(found.samples) == num_rows and "Contact sheet" in render_page(found)

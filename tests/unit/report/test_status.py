@@ -21,6 +21,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import ProgressSnapshot
+from pipeline.report.pace import UNKNOWN
 from pipeline.report.status import status_lines
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
@@ -58,6 +59,7 @@ def test_a_run_without_a_driver(folder):
         "5 shards = 1 written + 4 left",
         "in progress: 50 rows finished in 1 shard",
         "remaining: about 200 rows, 4 shards",  # 40 + 3 * 70, less the 50 in progress
+        UNKNOWN,
         "no driver is running; run the same command to resume",
     ]
 
@@ -104,6 +106,7 @@ def test_a_finished_run(folder):
     assert status_lines(folder.uri) == [
         "500 rows = 497 ok + 3 failed (3 too_large)",
         "5 shards = 5 written + 0 missing",
+        UNKNOWN,
         "finished",
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import ray
 
@@ -37,8 +39,34 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(failing, monkeypatch, k
 
 def test_a_cluster_that_cannot_be_reached_is_named(failing, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(socket, "create_connection", lambda *_: socket.socket())
     failing(ConnectionError("Failed to connect to Ray cluster at head:6379"))
     with pytest.raises(RayStartFailed, match=r"^cannot connect to .* at head:6379: Failed .* unset"):
+        start_ray()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "at ray://head:10001: the job runs as a driver of the cluster and not through"),
+        ("127.0.0.1:1", r"at 127.0.0.1:1: nothing listens there \(.*refused\); start the cluster"),
+    ],
+)
+def test_an_address_that_cannot_work_is_refused_at_once(address, said, failing, monkeypatch):
+    """A dead address took two minutes, and ray:// failed in Ray Data with a traceback."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    failing(AssertionError("Ray must not be asked"))
+    with pytest.raises(RayStartFailed, match=said):
+        start_ray()
+
+
+def test_the_cluster_of_another_python_is_named_with_both_versions(failing, monkeypatch):
+    """The sentence ended with "The cluster was started with:"."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    ours = "This process on 10.0.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    text = f"Version mismatch: The cluster was started with:\n    Ray: 2.60.0\n    Python: 3.10.1\n{ours}"
+    failing(RuntimeError(text))
+    with pytest.raises(RayStartFailed, match=r"Python: 3\.10\.1 This process .* Python: 3\.11\.7; start"):
         start_ray()
 
 

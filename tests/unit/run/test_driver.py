@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.errors import OutputInUse
-from pipeline.run.driver import Driver
+from pipeline.run.driver import COMMIT_S, FLUSH_S, Driver
 
 
 def test_a_driver_whose_lease_was_taken_stops_at_once_and_writes_nothing(monkeypatch):
@@ -18,3 +20,10 @@ def test_a_driver_whose_lease_was_taken_stops_at_once_and_writes_nothing(monkeyp
     monkeypatch.setattr(driver, "_flush", pytest.fail)
     with pytest.raises(OutputInUse, match="another driver has taken the lease of /out"):
         driver._stop_if_needed(None)
+
+
+def test_ray_job_stop_leaves_the_time_that_a_driver_takes_to_write():
+    """Ray kills a job 3 s after `ray job stop`, in the middle of its last commits."""
+    cluster = (Path(__file__).parents[3] / "ray_cluster.yaml").read_text()
+    (seconds,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", cluster)
+    assert float(seconds) > 2 * (FLUSH_S + COMMIT_S)

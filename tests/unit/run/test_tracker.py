@@ -2,7 +2,7 @@
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.shard_progress import ShardProgress
+from pipeline.ledger.scan import ShardProgress
 from pipeline.rowset import RowSet
 from pipeline.run.tracker import Tracker
 from pipeline.stages.receipts import Receipt
@@ -23,11 +23,11 @@ def report_of(num_rows, shard="a") -> ShardReport:
 
 def test_a_shard_is_complete_when_its_report_and_all_its_rows_are_known():
     tracker = Tracker([open_shard()])
-    assert tracker.needs_report("a")
+    assert tracker.without_report() == ["a"]
     tracker.add(receipt(0, 10))
     assert tracker.take_complete() == []
     tracker.add_report(report_of(12))
-    assert not tracker.needs_report("a")
+    assert tracker.without_report() == []
     assert tracker.take_complete() == []
     tracker.add(receipt(10, 12))
     assert [report.shard for report in tracker.take_complete()] == ["a"]
@@ -48,7 +48,7 @@ def test_a_straggler_of_a_committed_shard_is_ignored():
     tracker.take_complete()
     tracker.add(receipt(0, 2))
     tracker.add_report(report_of(2))
-    assert not tracker.needs_report("a")
+    assert tracker.without_report() == []
     assert tracker.take_complete() == []
     assert tracker.num_rows == 2
 

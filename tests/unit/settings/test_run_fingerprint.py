@@ -1,6 +1,6 @@
 """If the digest of the same settings changed, no run that an earlier version began could resume."""
 
-from blip2_actor import GenerationOptions, ImageLimits
+from blip2_actor import EngineConfig, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.reader import ReadOptions
@@ -63,6 +63,14 @@ def test_accepting_truncated_images_changes_the_fingerprint_and_is_stored():
     assert differences == ["image.accept_truncated: nothing -> True"]
     settings = CaptionSettings(input=("in",), output="out", limits=accepting)
     assert from_dict(CaptionSettings, settings.to_dict()) == settings
+
+
+def test_quantization_changes_the_fingerprint_and_is_stored():
+    quantized = EngineConfig(model="demo", quantize="int8")
+    assert fingerprint(engine=quantized).differences(fingerprint()) == ["quantize: nothing -> 'int8'"]
+    settings = CaptionSettings(input=("in",), output="out", engine=quantized)
+    assert from_dict(CaptionSettings, settings.to_dict()) == settings
+    assert "quantize" not in CaptionSettings(input=("in",), output="out").to_dict()["engine"]
 
 
 def test_an_entry_of_that_name_elsewhere_stays():

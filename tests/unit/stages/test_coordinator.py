@@ -1,5 +1,6 @@
 """The row that kills its process must be found, and no row next to it may fail with it."""
 
+from pipeline.inputs.reader import ShardReport
 from pipeline.rowset import RowSet
 from pipeline.stages.careful_replay import STEP_ROWS, steps
 from pipeline.stages.coordinator import Coordinator
@@ -90,13 +91,15 @@ def test_receipts_are_returned_once_and_a_silent_worker_ages():
     receipt = Receipt("shard", ((0, 2),), (("ok", 2),))
     coordinator.begin_call("call")
     coordinator.wrote("call", [(0, 2)], [receipt], DEVICE)
+    report = ShardReport(shard="shard", num_rows=2, complete=True)
+    coordinator.was_read(report)
     coordinator.report("decode", "worker", 2.0, 4.0)
     news = coordinator.news()
-    assert news.receipts == [receipt]
+    assert (news.receipts, news.shard_reports) == ([receipt], [report])
     assert news.loads["decode"]["worker"].busy_s == 2.0
     assert news.loads["decode"]["worker"].alive_s >= 4.0
     later = coordinator.news()
-    assert later.receipts == []
+    assert (later.receipts, later.shard_reports) == ([], [])
     assert later.loads["decode"]["worker"].alive_s > news.loads["decode"]["worker"].alive_s
 
 

@@ -32,6 +32,8 @@ from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
+from deploy.reuse.finished_run import FinishedRun
+from deploy.reuse.shared_work import SharedWork
 
 SIDE_PX = FakeEngineConfig().image_size_px
 
@@ -51,6 +53,8 @@ class EngineService(Gateway):
         self.options = options.resolve(self.model.generation_config)
         self.image_policy = image_policy
         self._fetching = Fetching(image_policy)
+        self._shared_work = SharedWork(max_bytes=0)
+        self._finished_run: FinishedRun | None = None
         self.captioner = Captioner(engine, options, matching)
         self._captioner = self.captioner  # type: ignore[assignment]
         self.api = create_api(self)

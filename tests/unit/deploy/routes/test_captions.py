@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
+from functools import partial
 
+import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from blip2_actor import GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
+from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
+from deploy.guard.decoding import Decoding
 from deploy.http.answers import CaptionAnswer
 from deploy.http.errors import ApiError
 from deploy.routes.captions import AT_ONCE
+from deploy.settings import OnlineImageLimits, ServeSettings
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -255,3 +262,22 @@ def test_the_options_of_the_service_are_those_of_answers_too() -> None:
     answer = post(service, "/v1/caption", image=base64_of(IMAGE), ask={"color": QUESTION}).json()
     assert len(answer["captions"]) == 4
     assert answer["answers"]["color"]["text"] == caption_of(IMAGE, QUESTION)
+
+
+def test_an_accepted_image_without_its_end_is_flagged() -> None:
+    """The job gives such rows the same flag; the endpoint refused the setting."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(file, "JPEG")
+    whole = file.getvalue()
+
+    async def answers() -> list[tuple[int, object]]:
+        service = EngineService()
+        service._decoding = Decoding(32, ServeSettings(image=accepting).image, 1)
+        service.decode = partial(Gateway.decode, service)  # type: ignore[method-assign]
+        transport = httpx.ASGITransport(service.api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            sent = [await client.post("/v1/caption", content=data) for data in (whole, whole[:-200])]
+        return [(answer.status_code, answer.json()["flags"]) for answer in sent]
+
+    accepting = OnlineImageLimits(accept_truncated=True)
+    assert asyncio.run(answers()) == [(200, []), (200, ["truncated"])]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -12,8 +13,8 @@ import numpy as np
 import openai
 import pytest
 
-from blip2_actor import GenerationOptions
-from blip2_actor.testing import fake_features
+from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor.testing import fake_features, save_tiny_checkpoint
 from deploy.openai.chat_request import ChatBody
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
@@ -131,6 +132,65 @@ def test_the_chunks_are_those_of_openai(service: EngineService) -> None:
     assert texts == [caption_of(IMAGE, PROMPT), f"{caption_of(IMAGE, PROMPT)} 1"]
 
 
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineService]:
+    """A model whose tokens are single bytes, which sometimes end inside a character."""
+    model = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    config = EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
+    made = EngineService(config, GenerationOptions(max_new_tokens=12))
+    yield made
+    made.captioner._actor.close()
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "n": 3, "seed": 5}])
+def test_log_probabilities_are_those_of_the_tokens_of_the_text(
+    bytewise: EngineService, sampling: dict[str, Any]
+) -> None:
+    asked = {"model": bytewise.model.model, "messages": MESSAGES, "logprobs": True} | sampling
+    made = with_client(bytewise, lambda client: client.chat.completions.create(**asked))
+    results = bytewise.captioner._actor.engine.generate([requested(sampling)])[0].completions
+    for choice, result in zip(made.choices, results, strict=True):
+        assert choice.message.content == result.text
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        tokens = choice.logprobs.content
+        assert "".join(token.token for token in tokens) == result.text
+        assert b"".join(bytes(token.bytes or ()) for token in tokens) == result.text.encode()
+        assert [token.logprob for token in tokens] == list(result.token_logprobs[: len(tokens)])
+        assert len(tokens) >= len(result.token_ids) - 1  # all but the end token
+
+    chunks = events_of(post(bytewise, "/v1/chat/completions", **asked, stream=True))[:-1]
+    streamed = [choice for _, chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    streamed.sort(key=lambda choice: choice["index"])
+    for choice, chunk in zip(made.choices, streamed, strict=True):
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        whole, piecewise = choice.logprobs.content, chunk["logprobs"]["content"]
+        assert [token.token for token in whole] == [token["token"] for token in piecewise]
+        expected = pytest.approx([token["logprob"] for token in piecewise], rel=1e-5)
+        assert [token.logprob for token in whole] == expected
+
+
+def requested(sampling: dict[str, Any]) -> Request:
+    options = GenerationOptions(max_new_tokens=12)
+    if sampling["temperature"]:
+        options = replace(options, do_sample=True, seed=5, num_return_sequences=3)
+    return Request(image=pixels_of(IMAGE), prompt=PROMPT, options=options)
+
+
+def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewise: EngineService) -> None:
+    asked = {
+        "model": bytewise.model.model,
+        "messages": MESSAGES,
+        "temperature": 1,
+        "seed": 5,
+        "logprobs": True,
+    }
+    text = post(bytewise, "/v1/chat/completions", **asked).json()["choices"][0]["message"]["content"]
+    stop = next(letter for letter in text[1:] if letter.isascii() and not letter.isspace())
+    choice = post(bytewise, "/v1/chat/completions", **asked, stop=stop).json()["choices"][0]
+    tokens = [token["token"] for token in choice["logprobs"]["content"]]
+    assert "".join(tokens) == choice["message"]["content"] == text[: text.index(stop)].rstrip() != text
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -172,6 +232,8 @@ def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineSe
     ("fields", "code", "named"),
     [
         ({"model": "gpt-4"}, 404, "demo"),
+        ({"top_logprobs": 0}, 400, "without logprobs"),
+        ({"logprobs": True, "top_logprobs": 2}, 400, "top_logprobs must be 0, got 2"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"logit_bias": {"50256": -100}}, 400, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),

@@ -59,7 +59,7 @@ def test_every_route_is_documented_with_its_answers(service: EngineService) -> N
             content = operation["responses"]["200"]["content"]
             assert all("$ref" in str(one["schema"]) for one in content.values()), path
             assert operation["description"], path
-            if method == "post":
+            if method == "post" and not path.startswith("/admin/"):
                 assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys(), path
                 assert "requestBody" in operation, path
     body = schema["components"]["schemas"]["CaptionBody"]["properties"]

@@ -1,0 +1,123 @@
+"""Images per second of CPU time in int8, over the same engine in float32 and in bfloat16.
+
+The mid-size model of `benchmarks.engine` with random weights, texts of 4 to 30 forced tokens. Each side has a
+process of its own, and the sides run in turn. CPU time is compared, because other work on the machine hardly
+changes it; the time by the clock stands next to it. The reference is transformers' `generate` in float32, 16
+images at a time; it runs in the same rounds, unless it is left out.
+
+Products of bytes depend on the CPU's instructions. A variable limits oneDNN to older ones:
+
+    python -m benchmarks.quantized
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.quantized --dtypes float32
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.command_line import add_models, make_parser
+from benchmarks.measure import report
+from benchmarks.sides.contender import Contender
+from benchmarks.sides.engine_sides import EngineSide, ReferenceSide
+from blip2_actor import EngineConfig
+from blip2_actor.testing import save_random_checkpoint
+
+REFERENCE = "reference float32"
+REFERENCE_BATCH = 16
+MAX_SLOTS = 32
+
+
+class TimedEngine(EngineSide):
+    """The engine, which times itself."""
+
+    def timed(self) -> tuple[float, float]:
+        """Return the seconds of a run: by the clock, and of CPU time."""
+        return _timed(self.run)
+
+    def quantization(self) -> dict[str, Any] | None:
+        record = self._engine.quantization
+        return None if record is None else asdict(record)
+
+
+class TimedReference(ReferenceSide):
+    """transformers' `generate`, which times itself."""
+
+    def timed(self) -> tuple[float, float]:
+        return _timed(lambda: self.run(REFERENCE_BATCH))
+
+
+def _timed(run: Any) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add_models(parser)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to compare with")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--skip-reference", action="store_true", help="leave transformers out")
+    arguments = parser.parse_args()
+    draw = random.Random(0)
+    work = [(image, None, draw.randint(4, 30)) for image in range(arguments.images)]
+    with tempfile.TemporaryDirectory() as temporary:
+        models = arguments.models or Path(temporary)
+        folder = save_random_checkpoint("midsize", models, "cpu", torch.float32)
+        sides: dict[str, Contender] = {}
+        for dtype in arguments.dtypes:
+            for quantize in (None, "int8"):
+                config = EngineConfig(
+                    model=str(folder),
+                    dtype=dtype,
+                    device="cpu",
+                    max_slots=MAX_SLOTS,
+                    num_threads=arguments.threads,
+                    quantize=quantize,
+                )
+                name = f"{quantize} over {dtype}" if quantize else dtype
+                sides[name] = Contender(TimedEngine, config, work, 1, threads=arguments.threads)
+        if not arguments.skip_reference:
+            sides[REFERENCE] = Contender(
+                TimedReference, folder, "float32", "cpu", work, 1, threads=arguments.threads
+            )
+        found = {"benchmark": "quantized", "threads_per_side": arguments.threads}
+        report(found | _measure(sides, arguments.images, arguments.rounds), arguments.output)
+
+
+def _measure(sides: dict[str, Contender], num_images: int, rounds: int) -> dict[str, Any]:
+    """Time all sides in turn, the first round left out."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            seconds[name].append(side.call("timed"))
+    found: dict[str, Any] = {"num_images": num_images, "rounds": rounds}
+    found["quantization"] = {
+        name: side.call("quantization") for name, side in sides.items() if name.startswith("int8")
+    }
+    for index, clock in ((0, "by_the_clock"), (1, "by_cpu_time")):
+        medians = {name: statistics.median(t[index] for t in times[1:]) for name, times in seconds.items()}
+        found[f"images_per_s_{clock}"] = {name: num_images / median for name, median in medians.items()}
+        found[f"ratios_{clock}"] = {
+            f"{name}, compared with {other}": medians[other] / medians[name]
+            for name in medians
+            if name.startswith("int8")
+            for other in medians
+            if not other.startswith("int8")
+        }
+    found["peak_memory_gib"] = {name: side.close() for name, side in sides.items()}
+    return found
+
+
+if __name__ == "__main__":
+    main()

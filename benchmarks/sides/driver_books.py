@@ -1,0 +1,67 @@
+"""What a driver does for every shard before the first row is read, without Ray and without a model."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray import cloudpickle
+
+from pipeline import CaptionSettings
+from pipeline.inputs.datasource import ShardDatasource
+from pipeline.inputs.listing import list_input
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import begin_run
+from pipeline.report.status import status_lines
+from pipeline.run.tracker import Tracker
+from pipeline.settings.fingerprint import Fingerprint
+from pipeline.stages.coordinator import ReportShard
+from pipeline.storage.folder import Folder
+
+
+class DriverBooks:
+    """Do each part once, and note its seconds of wall-clock and of CPU time."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, float]] = {}
+
+    def begin(self, settings: CaptionSettings) -> None:
+        """List an input, begin its run, and make the read tasks."""
+        with self._part("list"):
+            listing = list_input(settings.input)
+        ledger = Ledger(Folder(settings.output))
+        with self._part("begin"):
+            run = begin_run(Fingerprint({}), settings, listing, None)
+            ledger.begin(run)
+        with self._part("sweep"):
+            ledger.sweep(run, {})
+            left = ledger.unfinished(run, ledger.scan())
+            Tracker(left)
+        with self._part("read_tasks"):
+            work = [progress.work for progress in left]
+            source = ShardDatasource(work, settings.read_options, ReportShard(None, ledger))
+            for task in source.get_read_tasks(source.num_tasks):
+                cloudpickle.dumps(task)
+
+    def resume(self, settings: CaptionSettings) -> dict[str, dict[str, float]]:
+        """Start the run again, show its status, and return what all parts took."""
+        ledger = Ledger(Folder(settings.output))
+        with self._part("resume"):
+            run = ledger.require_run(settings.input)
+            ledger.compare_input(run, settings.input)
+            ledger.sweep(run, {})
+            Tracker(ledger.unfinished(run, ledger.scan()))
+        with self._part("status"):
+            status_lines(settings.output)
+        return self._parts
+
+    def peak_mib(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        wall, cpu = time.monotonic(), time.process_time()
+        yield
+        self._parts[name] = {"wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu}

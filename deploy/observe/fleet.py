@@ -1,0 +1,56 @@
+"""All replicas of the application at once: for the operator, whose request reaches only one gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deploy.observe.logs import LogLevel
+
+GATEWAYS, CAPTIONERS = "Gateway", "Captioner"
+"""The deployments of an application."""
+ATTEMPTS, PAUSE_S = 20, 0.1
+"""A new handle learns after a moment which replicas run."""
+
+
+class Fleet:
+    """The gateways and the captioners; every call reaches each replica that runs."""
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handles: dict[str, DeploymentHandle] = {}
+
+    async def set_draining(self, is_draining: bool) -> None:
+        """Have every gateway refuse new requests, or take them again."""
+        await self._everywhere(GATEWAYS, "set_draining", is_draining)
+
+    async def set_log_level(self, level: LogLevel) -> None:
+        await asyncio.gather(
+            self._everywhere(GATEWAYS, "set_log_level", level),
+            self._everywhere(CAPTIONERS, "set_log_level", level),
+        )
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the counters of each replica."""
+        gateways, engines = await asyncio.gather(
+            self._everywhere(GATEWAYS, "stats"), self._everywhere(CAPTIONERS, "stats")
+        )
+        return {"gateways": gateways, "engines": [asdict(stats) for stats in engines]}
+
+    async def _everywhere(self, deployment: str, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every replica; none is started, so the list is empty if none runs."""
+        if deployment not in self._handles:
+            self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
+        for _ in range(ATTEMPTS):
+            try:
+                call = self._handles[deployment].broadcast(method, *arguments)
+                answers: list[Any] = await call.results_async()
+                return answers
+            except DeploymentUnavailableError:
+                await asyncio.sleep(PAUSE_S)
+        return []

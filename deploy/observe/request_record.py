@@ -1,0 +1,107 @@
+"""What is known of the request that is being served: who asked, what it cost, and where its time went.
+
+`AccessLog` begins a record and logs it at the end. Whatever serves the request writes into it, by way of the
+context. A record never has a key, an image or a prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from ray.util.metrics import Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.observe.metrics import HTTP_SECONDS
+
+logger = logging.getLogger("ray.serve")
+
+CLIENT_LEFT = 499
+"""Code in the log and in the metrics of a request whose client left before the answer, as nginx has it."""
+
+
+@dataclass
+class RequestRecord:
+    """One request."""
+
+    key: str | None = None
+    """Name of the caller's key."""
+    slots: int = 0
+    steps: int = 0
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds by phase: queue, decode, engine; of several images, their sum."""
+
+    @property
+    def server_timing(self) -> str:
+        """The value of the header Server-Timing, in milliseconds."""
+        return ", ".join(f"{phase};dur={1000 * seconds:.1f}" for phase, seconds in self.seconds.items())
+
+
+RECORD: ContextVar[RequestRecord | None] = ContextVar("RECORD", default=None)
+
+
+@contextmanager
+def timed(phase: str, histogram: Histogram | None = None) -> Iterator[None]:
+    """Add the time of a block to a phase of the request that is being served, and to a metric."""
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - began_s
+        if histogram is not None:
+            histogram.observe(seconds)
+        if (record := RECORD.get()) is not None:
+            record.seconds[phase] += seconds
+
+
+class AccessLog:
+    """ASGI middleware that logs each request in one line, with `Server-Timing` in its answer.
+
+    The line is a log record with fields of its own; Serve's JSON encoding writes them as JSON, next to the
+    request id. Probes are logged at the level DEBUG.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record, code, began_s = RequestRecord(), CLIENT_LEFT, time.perf_counter()
+        RECORD.set(record)
+
+        async def send_with_timing(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+                record.seconds["total"] = time.perf_counter() - began_s
+                MutableHeaders(scope=message)["Server-Timing"] = record.server_timing
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_timing)
+        finally:
+            record.seconds["total"] = time.perf_counter() - began_s
+            self._finish(scope, record, code)
+
+    def _finish(self, scope: Scope, record: RequestRecord, code: int) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        HTTP_SECONDS.observe(record.seconds["total"], {"route": route, "code": str(code)})
+        is_work = scope["method"] == "POST"
+        fields = {
+            "method": scope["method"],
+            "http_route": route,
+            "code": code,
+            "key": record.key,
+            "slots": record.slots,
+            "steps": record.steps,
+            **{f"{phase}_ms": round(1000 * seconds, 1) for phase, seconds in record.seconds.items()},
+        }
+        logger.log(logging.INFO if is_work else logging.DEBUG, "request", extra=fields)

@@ -1,0 +1,158 @@
+"""The captions of a finished batch run, looked up by the content of the image.
+
+The run's Parquet files are read by the row contract: columns of fixed names, and in each footer the settings
+that decide the rows (`blip2.run`). In memory is only where each image's row is: 16 bytes a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from blip2_actor import Completion, DecodedImage, GenerationOptions, ImageLimits, ModelInfo, Result
+from deploy.reuse.made import Made
+from deploy.work import ImageOutputs, ImageWork, TextToGenerate
+
+RUN_KEY = b"blip2.run"
+"""In the footer of each file: the settings that decide the rows, as JSON."""
+_COLUMNS = [
+    "caption",
+    "captions",
+    "logprobs",
+    "logprob",
+    "finish_reason",
+    "num_tokens",
+    "flags",
+    "width",
+    "height",
+    "sha256",
+]
+
+
+class FinishedRun:
+    """Answers one request: the caption of an image, with the prompt and options of the run. Thread-safe."""
+
+    def __init__(self, folder: str, model: ModelInfo, limits: ImageLimits) -> None:
+        """Look at a run, and read no rows yet.
+
+        Args:
+            folder: the output of a run, on disk or in an object store.
+            model: the service's; the run must have had the same.
+            limits: how the service decodes images.
+
+        Raises:
+            ValueError: the folder has no captions, or the run had another model or other settings.
+            OSError: it cannot be read.
+        """
+        store, path = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
+        found = store.get_file_info(fs.FileSelector(path, recursive=True))
+        self._store = store
+        self._paths = sorted(info.path for info in found if _is_output(info))
+        self._digests, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.uint32)
+        if not self._paths:
+            raise ValueError(
+                f"cache_from must be the output of blip2 caption, got {folder}, which has no rows"
+            )
+        self._run = self._run_of(self._paths[0])
+        if self._run is None:
+            raise ValueError(f"cache_from must be the output of blip2 caption, got {folder}")
+        self.work = _work_of(json.loads(self._run), folder, model, limits)
+
+    def read_index(self) -> None:
+        """Read where the row of each image is; before this, nothing is found.
+
+        Raises:
+            ValueError: a file is of another run.
+            OSError: a file cannot be read.
+        """
+        digests, places = [], []
+        for number, path in enumerate(self._paths):
+            if self._run_of(path) != self._run:
+                raise ValueError(f"cache_from must hold one run, got another in {path}")
+            table = self._open(path).read(["sha256", "status"])
+            rows = np.flatnonzero([status == "ok" for status in table["status"].to_pylist()])
+            starts = b"".join((digest or bytes(8))[:8] for digest in table["sha256"].to_pylist())
+            digests.append(np.frombuffer(starts, ">u8")[rows].astype(np.uint64))
+            places.append(np.stack([np.full(len(rows), number), rows], axis=1).astype(np.uint32))
+        order = np.argsort(np.concatenate(digests), kind="stable")
+        self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
+
+    def find(self, sha256: str, work: ImageWork) -> Made | None:
+        """Return the caption of an image, if the run has made it; this reads a file."""
+        if work != self.work:
+            return None
+        digest = bytes.fromhex(sha256)
+        start = np.uint64(int.from_bytes(digest[:8], "big"))
+        first, last = (np.searchsorted(self._digests, start, side) for side in ("left", "right"))
+        for file, row in self._places[first:last]:
+            columns = self._row(self._paths[file], int(row))
+            if columns["sha256"] == digest:
+                return _made_of(sha256, columns)
+        return None
+
+    def _run_of(self, path: str) -> bytes | None:
+        settings: bytes | None = (self._open(path).schema_arrow.metadata or {}).get(RUN_KEY)
+        return settings
+
+    def _row(self, path: str, row: int) -> dict[str, Any]:
+        file = self._open(path)
+        group = 0
+        while row >= (num_rows := file.metadata.row_group(group).num_rows):
+            row, group = row - num_rows, group + 1
+        [columns] = file.read_row_group(group, _COLUMNS).slice(row, 1).to_pylist()
+        return dict(columns)
+
+    def _open(self, path: str) -> pq.ParquetFile:
+        return pq.ParquetFile(path, filesystem=self._store)
+
+
+def _is_output(info: fs.FileInfo) -> bool:
+    return info.is_file and info.extension == "parquet" and "/_blip2/" not in info.path
+
+
+def _work_of(run: Mapping[str, Any], folder: str, model: ModelInfo, limits: ImageLimits) -> ImageWork:
+    """Return the work whose outputs are the rows of a run; raise ValueError if the service does other."""
+    require = partial(_require_same, folder)
+    require("model", run["model"], model.digest)
+    require("dtype", run["dtype"], model.dtype)
+    image = run["image"]
+    require("image size", image["size_px"], model.image_size_px)
+    require("image_jpeg_draft", image["jpeg_draft"], limits.jpeg_draft)
+    require("image_accept_truncated", image.get("accept_truncated", False), limits.accept_truncated)
+    require("prompt column", run["columns"]["prompt"], None)
+    require("regenerate", run["outputs"]["regenerate"], False)
+    require("captions", "caption" in run["outputs"]["columns"], True)
+    options = GenerationOptions(**run["options"]).resolve()
+    text = TextToGenerate(prompt=run["prompt"] or None, options=options)
+    return ImageWork(texts=(text,))
+
+
+def _require_same(folder: str, what: str, of_run: object, of_service: object) -> None:
+    if of_run != of_service:
+        raise ValueError(
+            f"cache_from must be a run with the {what} of the service ({of_service}), got {of_run} in "
+            f"{folder}"
+        )
+
+
+def _made_of(sha256: str, row: Mapping[str, Any]) -> Made:
+    texts = row["captions"] or [row["caption"]]
+    logprobs = row["logprobs"] or [row["logprob"]]
+    completions = tuple(
+        Completion(text=text, token_ids=(), logprob=logprob, finish_reason=row["finish_reason"])
+        for text, logprob in zip(texts, logprobs, strict=True)
+    )
+    return Made(
+        sha256=sha256,
+        image=DecodedImage(
+            width=row["width"], height=row["height"], is_truncated="truncated" in row["flags"]
+        ),
+        outputs=ImageOutputs(texts=(Result(completions=completions),)),
+        num_tokens=row["num_tokens"],
+    )

@@ -1,0 +1,1 @@
+"""The record of every attempt of a run: what ran where, how fast, and how it ended."""

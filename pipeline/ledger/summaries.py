@@ -1,0 +1,100 @@
+"""Summaries of finished shards, kept a thousand to a file, so that nobody must open every finished file.
+
+The footer of a shard's file has the same summary, and decides. A kept summary counts as long as the file is
+the one that it is about: it has the same size, and was written at the same time. A commit does not know that
+time; then the file must not have been written after the summary.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+from pipeline.caption_counts import CaptionCounts
+from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.fragments import delete_files
+from pipeline.ledger.layout import SUMMARIES
+from pipeline.ledger.scan import OutputState
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.folder import Folder, WrittenFile
+
+SUMMARIES_PER_FILE = 1000
+MAX_SPARE_FILES = 8
+"""Files of summaries beyond those that are needed, after which they are written anew."""
+
+
+def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> None:
+    """Store summaries of shards whose files have just been written.
+
+    Args:
+        summaries: as `commit_shard` has returned them.
+    """
+    rest = iter(summaries)
+    while some := list(islice(rest, SUMMARIES_PER_FILE)):
+        content = json.dumps([asdict(summary) for summary in some], separators=(",", ":")).encode()
+        folder.put(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz", gzip.compress(content, compresslevel=3))
+
+
+def load_summaries(folder: Folder, state: OutputState, shards: Sequence[str]) -> list[Summary]:
+    """Return the summaries of finished shards; those that were not kept are read from the footers.
+
+    Args:
+        state: the output as a listing has shown it.
+        shards: names of finished shards.
+    """
+    kept = _load_kept(folder, state)
+    unknown = [shard for shard in shards if shard not in kept]
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        read = zip(unknown, pool.map(lambda shard: read_summary(folder, shard), unknown), strict=True)
+        kept.update((shard, _of_file(summary, state.written[shard])) for shard, summary in read)
+    return [kept[shard] for shard in shards]
+
+
+def tidy_summaries(folder: Folder, state: OutputState, summaries: Sequence[Summary]) -> None:
+    """Keep all summaries of a run in as few files as needed, unless its files are nearly so already.
+
+    Args:
+        state: the listing for which the summaries were loaded.
+    """
+    num_needed = -(-len(summaries) // SUMMARIES_PER_FILE)
+    num_kept = len(_load_kept(folder, state)) if state.summaries else 0
+    if num_kept == len(summaries) and len(state.summaries) <= num_needed + MAX_SPARE_FILES:
+        return
+    keep_summaries(folder, (_of_file(summary, state.written[summary.shard]) for summary in summaries))
+    delete_files(folder, [file.name for file in state.summaries])
+
+
+def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:
+    """Return the kept summaries that still say what the files of their shards hold."""
+    files = sorted(state.summaries, key=lambda file: file.written)
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        contents = pool.map(lambda file: folder.get(file.name), files)
+        kept: dict[str, Summary] = {}
+        for file, content in zip(files, contents, strict=True):
+            for values in json.loads(gzip.decompress(content)) if content else ():
+                shard = state.written.get(values["shard"])
+                if shard is not None and _is_current(values, file, shard):
+                    kept[values["shard"]] = _parse(values)
+    return kept
+
+
+def _is_current(values: Mapping[str, Any], kept_in: WrittenFile, shard: WrittenFile) -> bool:
+    if values["num_bytes"] != shard.num_bytes:
+        return False
+    written: float | None = values["written"]
+    return shard.written <= kept_in.written if written is None else shard.written == written
+
+
+def _of_file(summary: Summary, file: WrittenFile) -> Summary:
+    return replace(summary, num_bytes=file.num_bytes, written=file.written)
+
+
+def _parse(values: dict[str, Any]) -> Summary:
+    captions = CaptionCounts(**values.pop("captions"))
+    return Summary(**values, captions=captions)

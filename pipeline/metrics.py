@@ -1,0 +1,46 @@
+"""The metrics of a job: Ray's agent on each node exports them for Prometheus, with the prefix `ray_`.
+
+`docs/monitoring.md` lists them, and a test holds both together. Names end in their unit; Ray adds `_total` to
+those of counters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+ROWS = Counter("blip2_rows", "Rows that have reached a fragment.", tag_keys=("status",))
+FRAGMENTS = Counter("blip2_fragments", "Fragments written to the output.")
+SHARDS = Gauge("blip2_shards", "Shards of the run: open, committing or done.", tag_keys=("state",))
+STAGE_BUSY_S = Counter(
+    "blip2_stage_busy_seconds", "Seconds for which the workers of a stage have worked.", tag_keys=("stage",)
+)
+STAGE_WORKERS = Gauge("blip2_stage_workers", "Workers of a stage that have reported.", tag_keys=("stage",))
+COMMIT_S = Histogram(
+    "blip2_commit_seconds",
+    "Seconds that merging a shard into its file has taken.",
+    boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300],
+)
+MODEL_LOAD_S = Histogram(
+    "blip2_model_load_seconds",
+    "Seconds from the start of a captioning worker to its engine's.",
+    boundaries=[1, 3, 10, 30, 100, 300, 1000],
+)
+STORE_RETRIES = Counter(
+    "blip2_store_retries",
+    "Requests to the input or the output that have failed and are tried again.",
+    ("place",),
+)
+REPLAYED_CALLS = Counter("blip2_replayed_calls", "Captioning calls whose process has died, run again.")
+DEVICE_FAILURES = Counter("blip2_device_failures", "Engines that have failed, and their processes with them.")
+
+
+@contextmanager
+def timed(seconds: Histogram) -> Iterator[None]:
+    """Observe how long the block takes, if it ends without an exception."""
+    started = time.monotonic()
+    yield
+    seconds.observe(time.monotonic() - started)

@@ -1,0 +1,1 @@
+"""HTML pages that need no server, no network and no fonts; `report` and `compare` fill them."""

@@ -1,0 +1,123 @@
+"""Thumbnails of output rows: small JPEG files, made from images that are read again from the input.
+
+The input may have changed since the run. A row gets a thumbnail only if its image can still be read and
+its bytes still have the SHA-256 digest that the row stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from blip2_actor import DecodePool, ImageLimits
+from pipeline.errors import InputError
+from pipeline.fetching.fetch_settings import FetchSettings
+from pipeline.fetching.images_of_rows import read_images
+from pipeline.inputs.reader import ReadOptions, ShardWork
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.run_record import Run
+from pipeline.page.render import MAX_IMAGE_BYTES
+from pipeline.settings.from_dict import from_dict
+from pipeline.settings.job_settings import CaptionSettings
+
+SIZE_PX = 256
+"""The longer side of a thumbnail."""
+JPEG_QUALITY = 75
+
+RowAddress = tuple[str, int]
+"""Name of a shard, and number of a row in it."""
+
+
+def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) -> dict[RowAddress, bytes]:
+    """Return JPEG files for at most `number` rows of a run's output, and no more bytes than a page can hold.
+
+    Args:
+        rows: the rows that matter most first.
+        number: 0 leaves the input alone.
+    """
+    wanted = [row for row in rows if row["width"] is not None][:number]
+    if not wanted:
+        return {}
+    settings = from_dict(CaptionSettings, run.settings)
+    options = settings.in_version(run.schema_version).read_options.images_only
+    shards = {shard.name: shard for shard in run.shards}
+    made, num_bytes = dict[RowAddress, bytes](), 0
+    making = make_thumbnails(
+        wanted, shards, replace(options, table_rows=1), settings.limits, settings.fetching
+    )
+    with closing(making) as thumbnails:
+        for address, jpeg in thumbnails:
+            num_bytes += len(jpeg)
+            if num_bytes > MAX_IMAGE_BYTES:
+                break
+            made[address] = jpeg
+    return made
+
+
+def make_thumbnails(
+    rows: Iterable[Mapping[str, Any]],
+    shards: Mapping[str, Shard],
+    options: ReadOptions,
+    limits: ImageLimits,
+    fetching: FetchSettings,
+) -> Generator[tuple[RowAddress, bytes], None, None]:
+    """Yield a JPEG file for each row whose image is still the one that the run has read.
+
+    Args:
+        rows: rows of the output.
+        shards: the run's shards by name.
+        options: tells which column or member of the input is the image.
+        limits: limits for the decoding of each image.
+        fetching: how images are fetched that the input names by their addresses.
+    """
+    wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if row["width"] is not None and row["shard"] in shards:
+            wanted[row["shard"]][row["row"]] = row
+    with DecodePool(SIZE_PX, limits) as pool:
+        for shard, rows_by_number in wanted.items():
+            for number, image in _images_of(shards[shard], sorted(rows_by_number), options, fetching):
+                row = rows_by_number[number]
+                if image is None or hashlib.sha256(image).digest() != row["sha256"]:
+                    continue
+                (decoded,) = pool.decode([image])
+                if decoded.pixels is not None:
+                    yield (shard, number), _jpeg(decoded.array(SIZE_PX), row["width"], row["height"])
+
+
+def _images_of(
+    shard: Shard, rows: list[int], options: ReadOptions, fetching: FetchSettings
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield number and encoded image of some rows, given in order; stop where the input cannot be read."""
+    work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
+    with closing(read_images(work, options, fetching)) as images:
+        try:
+            for number, image, _ in images:
+                yield number, image
+                if number == rows[-1]:
+                    return
+        except (InputError, OSError, pa.ArrowException):
+            return
+
+
+def _jpeg(pixels: Any, width: int, height: int) -> bytes:
+    """Encode a square of pixels as a JPEG file with the proportions of the original image.
+
+    Args:
+        pixels: uint8[SIZE_PX, SIZE_PX, 3].
+        width: width of the original image in pixels.
+        height: height of the original image in pixels.
+    """
+    scale = SIZE_PX / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize(size).save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()

@@ -1,0 +1,109 @@
+"""`Cluster`: the nodes that a Ray has now, and those that its autoscaler may add."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import ray
+
+from pipeline.placement.node_types import NodeType, autoscaler_node_types
+from pipeline.progress import count
+
+NODE_TYPE = "ray.io/node-group"
+"""Label with the node type of a node that the autoscaler has started."""
+SELECTOR_SIGNS = "!("
+"""A value of a label selector with one of these, such as "!in(a, b)", is left to Ray to evaluate."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive."""
+
+    resources: Mapping[str, float]
+    """As Ray names them: CPU, GPU, NPU, accelerator_type:L40S and so on."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a Ray has and may get; nothing in it is fixed while a job runs."""
+
+    nodes: tuple[Node, ...]
+    node_types: tuple[NodeType, ...] | None = ()
+    """What the autoscaler may start; None if that cannot be found out."""
+    is_local: bool = True
+    """Whether this process has started the Ray; such a Ray never gets more nodes."""
+
+    def total(self, resource: str) -> float:
+        """Return how much of a resource the nodes have now."""
+        return sum(node.resources.get(resource, 0.0) for node in self.nodes)
+
+    def largest(self, resource: str) -> float:
+        """Return how much of a resource the best node has, alive or not yet started."""
+        kinds: list[Node | NodeType] = [*self.nodes, *(self.node_types or ())]
+        return max((kind.resources.get(resource, 0.0) for kind in kinds), default=0.0)
+
+    def fitting(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
+        """Return how many workers fit at the same time, on the nodes that the autoscaler may add too.
+
+        Args:
+            resources: what each worker reserves.
+            labels: label selectors of the nodes.
+        """
+        kinds = self.node_types or ()
+        names = {kind.name for kind in kinds}
+        alive = (node for node in self.nodes if node.labels.get(NODE_TYPE) not in names)
+        may_be_added = sum(kind.max_nodes * _fit(kind, resources, labels) for kind in kinds)
+        return sum(_fit(node, resources, labels) for node in alive) + may_be_added
+
+    def cannot_offer(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
+        """Return whether no node, alive or not yet started, can ever run a worker with these resources."""
+        return self.node_types is not None and not self.fitting(resources, labels)
+
+    def __str__(self) -> str:
+        has = _listed(node.resources for node in self.nodes) or "no CPU"
+        if self.is_local:
+            return f"this machine has {has}"
+        alive = f"the cluster has {has} on {count(len(self.nodes), 'node')}"
+        if not self.node_types:
+            return f"{alive}, and no autoscaler adds nodes"
+        return f"{alive}, and its autoscaler may add nodes with " + " or with ".join(
+            f"{_listed([kind.resources])} ({kind.name})" for kind in self.node_types
+        )
+
+
+def _fit(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
+    """Return how many workers fit on one node if nothing else runs there."""
+    for name, value in labels.items():
+        is_plain = not any(sign in value for sign in SELECTOR_SIGNS)
+        if is_plain and node.labels.get(name) != value:
+            return 0
+    needs = {name: amount for name, amount in resources.items() if amount}
+    return min((math.floor(node.resources.get(n, 0.0) / amount) for n, amount in needs.items()), default=1)
+
+
+def _listed(resources: Iterable[Mapping[str, float]]) -> str:
+    """Return totals by name: "16 CPU, 1 GPU"."""
+    totals: dict[str, float] = {}
+    for name, amount in _amounts(resources):
+        totals[name] = totals.get(name, 0.0) + amount
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(totals.items()) if amount)
+
+
+def _amounts(resources: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, float]]:
+    hidden = ("node:", "memory", "object_store_memory")
+    for each in resources:
+        yield from ((name, amount) for name, amount in each.items() if not name.startswith(hidden))
+
+
+def look_at_cluster() -> Cluster:
+    """Describe the Ray to which this process is connected."""
+    from ray._private import worker
+
+    nodes = tuple(Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"])
+    started_here = worker._global_node is not None and worker._global_node.head
+    if started_here:
+        return Cluster(nodes)
+    return Cluster(nodes, autoscaler_node_types(), is_local=False)

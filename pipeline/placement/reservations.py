@@ -1,0 +1,187 @@
+"""What each stage reserves in Ray, and how many workers it may have.
+
+The rule: reading, decoding and captioning must fit into the cluster at the same time, or no row moves. A job
+therefore runs on two cores as well as on a cluster. Nothing is sized by what a cluster has at the start if it
+may grow: without a limit of the user, pools take what nodes offer, and the autoscaler sees what they ask for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip2_actor import EngineBuilder
+from pipeline.errors import RefusedByCluster
+from pipeline.placement.cluster import Cluster
+from pipeline.settings.placement import Placement
+
+CPU_CAPTION_SHARE = 0.6
+"""Share of a cluster's node that captioning reserves on CPUs, so that one such actor fits on each node."""
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What one worker of a stage reserves."""
+
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Of other names than CPU and GPU."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Label selectors of the nodes on which the worker may run."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As tasks, actors and datasets of Ray take it."""
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus or None,
+            "resources": dict(self.resources) or None,
+            "label_selector": dict(self.labels) or None,
+        }
+
+    @property
+    def accelerators(self) -> dict[str, float]:
+        """The accelerators by their names in Ray; empty on CPUs."""
+        return {**({"GPU": self.num_gpus} if self.num_gpus else {}), **self.resources}
+
+    def __str__(self) -> str:
+        cpus = {"CPU": self.num_cpus} if self.num_cpus else {}
+        listed = [f"{amount:g} {name}" for name, amount in (self.accelerators or cpus).items()]
+        listed += [f"{name}={value}" for name, value in self.labels.items()]
+        return ", ".join(listed)
+
+
+@dataclass(frozen=True)
+class Reservations:
+    """The reservation of each stage, and the size of the captioning pool."""
+
+    read: Reservation
+    decode: Reservation
+    caption: Reservation
+    min_actors: int
+    """Number of captioning actors from the start on; the autoscaler starts nodes for those that wait."""
+    max_actors: int | None
+    """Maximum number of captioning actors; None if only the nodes limit it."""
+    max_open_shards: int | None
+    """Maximum number of shards that are read at the same time; None if only the nodes limit it."""
+    num_threads: int | None
+    """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
+    to the number of whole CPUs that it reserves."""
+
+
+MIN_OPEN_SHARDS = 2
+"""Shards read at the same time on one machine; on more CPUs, one per CPU. Ray keeps that many idle workers;
+more shards at a time would start new processes."""
+
+
+def reserve(
+    placement: Placement, cluster: Cluster, engine: EngineBuilder, num_shards: int = 1
+) -> Reservations:
+    """Fit the stages into a cluster.
+
+    On nodes of up to four cores, decoding and captioning reserve a quarter of the cores each. This leaves
+    room for reading, and for a step of the user's own that reserves one core of two. Captioning still
+    computes on every core of its node: a reservation only limits what Ray schedules.
+
+    Ray Data asks for more accelerators only when it has measured several calls, which takes minutes. A job on
+    a cluster with an autoscaler therefore asks for all of them at the start, but for at most one per shard.
+
+    Args:
+        num_shards: shards that are still to do.
+
+    Raises:
+        RefusedByCluster: no node that is alive, or that the autoscaler may start, has the accelerators.
+    """
+    share = min(1.0, max(cluster.largest("CPU"), 1.0) / 4)
+    wanted = accelerators_of(placement, cluster, engine)
+    caption = Reservation(
+        num_gpus=wanted.pop("GPU", 0.0), resources=wanted, labels=placement.labels("caption")
+    )
+    min_actors, max_actors, num_threads = placement.min_actors, placement.max_actors, None
+    if caption.accelerators:
+        if cluster.cannot_offer(caption.accelerators, caption.labels):
+            raise RefusedByCluster(_no_accelerator(caption, cluster))
+        # Ray Data limits a pool by the GPUs of all nodes, and by no other accelerators.
+        is_limited_by_ray = not (cluster.is_local or caption.resources or caption.labels)
+        if max_actors is None and not is_limited_by_ray:
+            max_actors = max(min_actors, cluster.fitting(caption.accelerators, caption.labels))
+        if cluster.node_types:
+            offered = cluster.fitting(caption.accelerators, caption.labels)
+            min_actors = max(min_actors, min(num_shards, offered, max_actors or offered))
+    else:
+        caption, num_threads = _on_cpus(caption, placement, cluster)
+        if max_actors is None and cluster.is_local:
+            max_actors = placement.min_actors
+    return Reservations(
+        read=Reservation(share / 2, labels=placement.labels("read")),
+        decode=Reservation(share, labels=placement.labels("decode")),
+        caption=caption,
+        min_actors=min_actors,
+        max_actors=max_actors,
+        max_open_shards=max(MIN_OPEN_SHARDS, int(cluster.total("CPU"))) if cluster.is_local else None,
+        num_threads=num_threads,
+    )
+
+
+def _on_cpus(caption: Reservation, placement: Placement, cluster: Cluster) -> tuple[Reservation, int]:
+    """Return the reservation of an actor without accelerator, and the threads of its engine."""
+    node_cpus = max(1.0, cluster.largest("CPU"))
+    if placement.max_actors is None and not cluster.is_local:
+        return dataclasses.replace(caption, num_cpus=node_cpus * CPU_CAPTION_SHARE), math.floor(node_cpus)
+    nodes = max(1, round(cluster.total("CPU") / node_cpus))
+    per_node = math.ceil((placement.max_actors or placement.min_actors) / nodes)
+    num_threads = max(1, math.floor(node_cpus / per_node))
+    return dataclasses.replace(caption, num_cpus=node_cpus / 4 / per_node), num_threads
+
+
+def accelerators_of(placement: Placement, cluster: Cluster, engine: EngineBuilder) -> dict[str, float]:
+    """Return what an actor takes, by its name in Ray; empty for CPUs.
+
+    On a cluster accelerators are wanted unless the engine is to run on CPUs, whether or not a node with one
+    is alive. On one machine the engine takes what is there.
+    """
+    named = placement.accelerators
+    if named is not None:
+        return named
+    device = getattr(engine, "device", None)
+    if device == "cpu":
+        return {}
+    splits = getattr(engine, "device_map", None) is not None
+    number = max(1.0, cluster.largest("GPU")) if splits else 1.0
+    is_offered = cluster.fitting({"GPU": number}, {}) > 0
+    is_asked = device is not None and not cluster.is_local
+    typed = placement.of_accelerator_type
+    return {"GPU": number, **typed} if is_offered or is_asked or typed else {}
+
+
+def _no_accelerator(caption: Reservation, cluster: Cluster) -> str:
+    return (
+        f"a captioning actor needs {caption}, and no node offers it: {cluster}; start such nodes, name what "
+        "they have with --accelerator NAME=N, or add --device cpu to caption on CPUs"
+    )
+
+
+def fit(placement: Placement, num_fitting: int, cluster: Cluster) -> Placement:
+    """Return a placement with at most `num_fitting` actors at the start, and for good if nothing can grow."""
+    min_actors, max_actors = min(placement.min_actors, num_fitting), placement.max_actors
+    if not cluster.node_types:
+        max_actors = num_fitting if max_actors is None else min(max_actors, num_fitting)
+    return dataclasses.replace(placement, min_actors=min_actors, max_actors=max_actors)
+
+
+def resolve_engine(engine: EngineBuilder, reservations: Reservations) -> EngineBuilder:
+    """Return the engine with device and number of threads filled in, if the user has left them open."""
+    known: Any = engine
+    names = {each.name for each in dataclasses.fields(known)}
+    if reservations.caption.accelerators:
+        return engine
+    changes: dict[str, Any] = {}
+    if "num_threads" in names and known.num_threads is None:
+        changes["num_threads"] = reservations.num_threads
+    if "device" in names and known.device == "auto":
+        changes["device"] = "cpu"
+    return dataclasses.replace(known, **changes)

@@ -1,0 +1,34 @@
+"""What a person can do about failed rows, by status."""
+
+from __future__ import annotations
+
+from blip2_actor import Status
+
+REMEDIES = {
+    Status.MISSING_IMAGE: "Nothing to caption: the row or sample has no image. Check --image-column.",
+    Status.UNREADABLE: "The storage did not deliver the bytes. Check the file, then retry.",
+    Status.FETCH_FAILED: "The address gave no image. Check it and its server, then retry.",
+    Status.UNDECODABLE: (
+        "The file is damaged, cut off or of another format. Replace it, or accept cut-off images with "
+        "--image-accept-truncated in a new run."
+    ),
+    Status.TOO_LARGE: (
+        "The image exceeds a limit. In a new run, raise --image-max-pixels or --image-max-file-bytes."
+    ),
+    Status.DECODER_CRASHED: "The decoder died on this image. Treat the file as hostile, or retry once.",
+    Status.DECODER_TIMED_OUT: (
+        "Decoding took too long. Retry on a less busy machine, or raise --image-wall-s."
+    ),
+    Status.REFUSED: (
+        "The prompt is too long for the model, or the options contradict it. Shorten the prompt in a new run."
+    ),
+    Status.FAILED: (
+        "The model failed on this row also when it ran alone. Retry; if it fails again, try a new run with "
+        "--dtype float32."
+    ),
+}
+
+
+def remedy(status: str) -> str:
+    """Return what to do, as a sentence or two; empty for a status that this version does not know."""
+    return REMEDIES.get(Status(status), "") if status in {known.value for known in Status} else ""

@@ -1,0 +1,133 @@
+"""Choose the rows of the contact sheet while an output is read once, in bounded memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from blip2_actor import Status
+
+GROUPS = {
+    "random": "random rows",
+    "unlikely": "lowest log-probability",
+    "longest": "longest captions",
+    "flagged": "flagged",
+    "failed": "failed",
+    "duplicates": "near-duplicates",
+}
+"""Groups of rows by name, with their labels, in the order of the sheet."""
+NUM_RANDOM = 210
+NUM_OTHERS = 36
+"""Maximum number of rows in each of the other groups."""
+MAX_KEYS = 1_000_000
+"""Rows that are compared with each other at once; of a larger output, a fixed share of the captions is."""
+
+
+class Smallest:
+    """Keeps the rows with the smallest scores."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._scores = np.empty(0)
+        self._rows = np.empty(0, np.int64)
+
+    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Add scores: float[n] of rows: int64[n]."""
+        self._scores = np.concatenate([self._scores, scores])
+        self._rows = np.concatenate([self._rows, rows])
+        if len(self._rows) > self._size:
+            kept = np.argpartition(self._scores, self._size)[: self._size]
+            self._scores, self._rows = self._scores[kept], self._rows[kept]
+
+    def rows(self) -> list[int]:
+        """Return the rows, the smallest score first."""
+        return self._rows[np.lexsort((self._rows, self._scores))].tolist()
+
+
+class NearDuplicates:
+    """Finds rows with the same caption and the same log-probability, to three digits.
+
+    A model gives these to images that look the same to it: copies, other sizes or qualities of one image, or
+    images next to each other in a film.
+    """
+
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
+        self._max_keys = max_keys
+        self._keys = np.empty(0, np.uint64)
+        self._rows = np.empty(0, np.int64)
+        self._mask = np.uint64(0)
+
+    def add(self, captions: list[str], logprobs: np.ndarray, rows: np.ndarray) -> None:
+        """Add captions with logprobs: float[n] and rows: int64[n]."""
+        hashes = np.fromiter((zlib.crc32(text.encode()) for text in captions), np.uint64, len(captions))
+        digits = np.round(logprobs * 1_000).astype(np.int64).astype(np.uint64) & np.uint64(0xFFFFFFFF)
+        keys = (hashes << np.uint64(32)) | digits
+        self._keep(np.concatenate([self._keys, keys]), np.concatenate([self._rows, rows]))
+        while len(self._keys) > self._max_keys:  # Half of the captions, with all rows of each.
+            self._mask = (self._mask << np.uint64(1)) | np.uint64(1)
+            self._keep(self._keys, self._rows)
+
+    def rows(self, number: int) -> list[int]:
+        """Return at most `number` rows: two of each pair, pairs from all over the output."""
+        order = np.argsort(self._keys, kind="stable")
+        keys, rows = self._keys[order], self._rows[order]
+        same = np.flatnonzero(keys[1:] == keys[:-1])
+        firsts = same[np.insert(np.diff(same) > 1, 0, True)] if len(same) else same
+        chosen = firsts[np.linspace(0, len(firsts) - 1, min(len(firsts), number // 2)).astype(int)]
+        return [int(row) for first in chosen for row in rows[first : first + 2]]
+
+    def _keep(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        kept = ((keys >> np.uint64(32)) & self._mask) == 0
+        self._keys, self._rows = keys[kept], rows[kept]
+
+
+class SampleChooser:
+    """Call `add` once for every table, in the order of the output, then `chosen`."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._groups = {name: Smallest(NUM_OTHERS) for name in GROUPS}
+        self._groups["random"] = Smallest(NUM_RANDOM)
+        self._duplicates = NearDuplicates()
+
+    def add(self, rows: pa.Table, start: int) -> None:
+        """Add a table whose first row has the number `start` in the whole output."""
+        numbers = np.arange(start, start + len(rows))
+        chance = self._random.random(len(rows))
+        self._groups["random"].add(chance, numbers)
+        self._add_where("failed", pc.not_equal(rows["status"], Status.OK.value), chance, numbers)
+        self._add_where("flagged", pc.greater(pc.list_value_length(rows["flags"]), 0), chance, numbers)
+        if "logprob" in rows.column_names:
+            logprobs = _numpy(rows["logprob"])
+            is_known = np.isfinite(logprobs)
+            self._groups["unlikely"].add(logprobs[is_known], numbers[is_known])
+            self._groups["longest"].add(-_numpy(rows["num_tokens"])[is_known], numbers[is_known])
+            captions = rows["caption"].filter(pa.array(is_known)).fill_null("").to_pylist()
+            self._duplicates.add(captions, logprobs[is_known], numbers[is_known])
+
+    def chosen(self) -> dict[int, tuple[str, ...]]:
+        """Return the numbers of the chosen rows with their groups, in the order of the groups."""
+        found: dict[int, list[str]] = {}
+        for name, rows in self._rows_by_group():
+            for row in rows:
+                found.setdefault(row, []).append(name)
+        return {row: tuple(names) for row, names in found.items()}
+
+    def _rows_by_group(self) -> Iterator[tuple[str, list[int]]]:
+        for name, group in self._groups.items():
+            yield name, self._duplicates.rows(NUM_OTHERS) if name == "duplicates" else group.rows()
+
+    def _add_where(
+        self, name: str, is_wanted: pa.ChunkedArray, chance: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        wanted = is_wanted.fill_null(False).to_numpy()
+        self._groups[name].add(chance[wanted], numbers[wanted])
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of numbers as float64, with NaN for null."""
+    return pc.cast(column, pa.float64()).fill_null(float("nan")).to_numpy()

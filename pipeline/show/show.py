@@ -1,0 +1,55 @@
+"""The command `blip2 show`: rows of an output in the terminal, in constant memory and without Ray.
+
+A terminal gets a table of its width. A pipe or a file gets one line per row, whole and with tabs between the
+columns, so that other programs can read it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
+from pipeline.progress import write
+from pipeline.report.rows import FinishedRows, json_line
+from pipeline.settings.report_settings import ShowSettings
+from pipeline.show.choice import check_choice, chosen
+from pipeline.show.table import pages, tabbed_lines
+
+
+@errors_to_exit_status
+def show(settings: ShowSettings) -> int:
+    """Print the rows that are asked for; stop when nobody reads them any more."""
+    with before_work(type(settings)):
+        found = FinishedRows.find(settings.output)
+        check_choice(found.schema(), settings)
+    rows = (row for table in chosen(found.tables(), settings) for row in _rows(table))
+    for text in _texts(rows, settings.json):
+        if not write(sys.stdout, text):
+            return ExitStatus.DONE
+    if not found.is_whole:
+        total = len(found.run.shards)
+        left = total - len(found.shards)
+        write(sys.stderr, f"{left:,} of {total:,} shards have no file yet and are not shown\n")
+    return ExitStatus.DONE
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table; a few at a time become Python objects."""
+    for batch in table.to_batches(max_chunksize=64):
+        yield from batch.to_pylist()
+
+
+def _texts(rows: Iterator[dict[str, Any]], as_json: bool) -> Iterable[str]:
+    if as_json:
+        return (json_line(row) + "\n" for row in rows)
+    first = list(islice(rows, 1))
+    if not first:
+        return ["no row matches\n"] if sys.stdout.isatty() else []
+    rows = chain(first, rows)
+    if not sys.stdout.isatty():
+        return (line + "\n" for line in tabbed_lines(rows))
+    return pages(rows, shutil.get_terminal_size().columns)

@@ -1,0 +1,144 @@
+"""`FragmentWriter`: the rows that several captioning calls have finished, in few fragments.
+
+Calls of one process often hold rows of the same shard. Each fragment costs an object store three requests, so
+a call waits for a moment, until other calls have finished rows of that shard too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.ledger.ledger import Ledger
+from pipeline.metrics import FRAGMENTS
+
+FRAGMENT_ROWS = 512
+"""A fragment with this many rows waits for no more."""
+HOLD_S = 1.0
+"""Nor does one whose first rows have waited this long."""
+
+
+@dataclass
+class _Batch:
+    """Rows of one shard that become one fragment."""
+
+    due: float
+    """When they are written at the latest, in seconds of a monotonic clock."""
+    tables: list[pa.Table] = field(default_factory=list)
+    is_taken: bool = False
+    """Whether a call is writing them."""
+    written: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.tables))
+
+
+class FragmentWriter:
+    """Writes rows for all calls of a process; thread-safe."""
+
+    def __init__(self, ledger: Ledger, fragment_rows: int = FRAGMENT_ROWS, hold_s: float = HOLD_S) -> None:
+        """Prepare to write.
+
+        Args:
+            ledger: the output; its requests are retried.
+            fragment_rows: rows of one shard that are written without waiting for more.
+            hold_s: seconds for which rows may wait.
+        """
+        self._ledger = ledger
+        self._fragment_rows = fragment_rows
+        self._hold_s = hold_s
+        self._changed = threading.Condition()
+        self._open: dict[str, _Batch] = {}
+        self._num_calls = 0
+        self.busy_s = 0.0
+        """Seconds spent with writing, without the wait for more rows."""
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call as one that may still write rows; the others wait for it."""
+        with self._changed:
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_calls -= 1
+                self._changed.notify_all()
+
+    def write(self, rows: pa.Table) -> None:
+        """Return when these rows are in fragments.
+
+        Args:
+            rows: of one or several shards, each row number once.
+
+        Raises:
+            OSError: the output cannot be written.
+        """
+        for batch in [self._add(part) for part in split_by_shard(rows)]:
+            if self._take_when_due(batch):
+                self._write(batch)
+            batch.written.wait()
+            if batch.error is not None:
+                raise batch.error
+
+    def _add(self, rows: pa.Table) -> _Batch:
+        with self._changed:
+            shard = rows["shard"][0].as_py()
+            batch = self._open.setdefault(shard, _Batch(time.monotonic() + self._hold_s))
+            batch.tables.append(rows)
+            self._changed.notify_all()
+            return batch
+
+    def _take_when_due(self, batch: _Batch) -> bool:
+        """Wait until a batch is due; return whether this call must write it."""
+        with self._changed:
+            while not batch.is_taken and not self._is_due(batch):
+                self._changed.wait(max(0.0, batch.due - time.monotonic()))
+            if batch.is_taken:
+                return False
+            batch.is_taken = True
+            self._open = {shard: other for shard, other in self._open.items() if other is not batch}
+            return True
+
+    def _is_due(self, batch: _Batch) -> bool:
+        if batch.num_rows >= self._fragment_rows or time.monotonic() >= batch.due:
+            return True
+        # When every call waits, no rows can come: the largest batch goes.
+        num_waiting = sum(len(other.tables) for other in self._open.values())
+        largest = max(other.num_rows for other in self._open.values())
+        return num_waiting >= self._num_calls and batch.num_rows == largest
+
+    def _write(self, batch: _Batch) -> None:
+        started = time.monotonic()
+        try:
+            for rows in _joined(batch.tables):
+                self._ledger.write_fragment(rows)
+                FRAGMENTS.inc()
+        except BaseException as error:  # Raised by each call that has rows in it.
+            batch.error = error
+        finally:
+            with self._changed:
+                self.busy_s += time.monotonic() - started
+            batch.written.set()
+
+
+def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
+    """Return tables as one, unless types differ or a row is in two of them, as when Ray runs a call twice."""
+    if any(table.schema != tables[0].schema for table in tables):
+        return tables
+    rows = pa.concat_tables(tables)
+    return [rows] if pc.count_distinct(rows["row"]).as_py() == len(rows) else tables
+
+
+def split_by_shard(rows: pa.Table) -> Sequence[pa.Table]:
+    """Return the rows of each shard."""
+    shards = pc.unique(rows["shard"]).to_pylist()
+    return [rows.filter(pc.equal(rows["shard"], shard)) for shard in shards]

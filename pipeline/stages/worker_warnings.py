@@ -1,0 +1,52 @@
+"""Tell the coordinator which warnings a worker gives, each text once and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections import Counter
+from typing import Any
+
+import ray
+
+MAX_CHARS = 300
+MAX_TEXTS = 50
+"""Different warnings of one worker."""
+_NUMBER = re.compile(r"\d+")
+
+
+class WarningCounter(logging.Handler):
+    """Counts warnings by their first line, and tells at the first, second, fourth, eighth, … time.
+
+    Numbers do not count as differences: "image 7 is grey" and "image 8 is grey" are one text.
+    """
+
+    def __init__(self, coordinator: Any, worker: str) -> None:
+        super().__init__(logging.WARNING)
+        self._coordinator = coordinator
+        self._worker = worker
+        self._counts: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        first_line = record.getMessage().strip().partition("\n")[0]
+        text = f"{record.name}: {_NUMBER.sub('N', first_line)}"[:MAX_CHARS]
+        if text not in self._counts and len(self._counts) >= MAX_TEXTS:
+            return
+        self._counts[text] += 1
+        number = self._counts[text]
+        if not number & (number - 1):
+            with contextlib.suppress(ray.exceptions.RayError):  # Logging must not raise.
+                self._coordinator.warned.remote(self._worker, text, number)
+
+
+def tell_warnings(coordinator: Any, worker: str) -> None:
+    """Let the coordinator know of warnings and errors that this Ray actor logs. Outside an actor do nothing.
+
+    Args:
+        coordinator: handle of the job's `Coordinator` actor.
+        worker: name of this process.
+    """
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        logging.captureWarnings(True)
+        logging.getLogger().addHandler(WarningCounter(coordinator, worker))

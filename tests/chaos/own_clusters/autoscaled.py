@@ -1,0 +1,180 @@
+"""A cluster with Ray's real autoscaler on this machine, from the committed `ray_cluster.yaml`.
+
+The node types and their limits are those of the file, with few cores per node. The provider is Ray's own for
+tests: it starts each node as processes of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.chaos.cluster import DEADLINE_S, descendants, kill
+
+CLUSTER_FILE = Path(__file__).parents[3] / "ray_cluster.yaml"
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+HEAD_ID = "f" * 51 + "00000"
+HEAD_TYPE = "ray.head.default"
+"""The name that the provider gives the head."""
+NO_COMMANDS = (
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "initialization_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+SMALL = {"cpu": {"CPU": 2}, "accelerator": {"CPU": 1}}
+OBJECT_STORE_BYTES = 150_000_000
+
+
+@dataclass(frozen=True)
+class Autoscaled:
+    """The cluster, as tests see it."""
+
+    address: str
+
+    def nodes(self, resource: str) -> list[dict[str, Any]]:
+        """Return the nodes that are alive and have a resource; the caller is connected."""
+        import ray
+
+        return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
+
+
+def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
+    """Return the committed cluster on this machine, with one more node type that has an NPU."""
+    cluster = yaml.safe_load(CLUSTER_FILE.read_text())
+    kinds = cluster["available_node_types"]
+    kinds["accelerator"]["max_workers"] = max_accelerators
+    kinds["npu"] = {"min_workers": 0, "max_workers": 1, "resources": {"CPU": 1, "NPU": 1}}
+    for name, kind in kinds.items():
+        kind["node_config"] = {}
+        kind.pop("docker", None)
+        kind["resources"] |= {**SMALL.get(name, {}), "object_store_memory": OBJECT_STORE_BYTES}
+    kinds[HEAD_TYPE] = kinds.pop(cluster["head_node_type"]) | {"min_workers": 0, "max_workers": 0}
+    return {
+        "cluster_name": cluster["cluster_name"],
+        "max_workers": cluster["max_workers"],
+        "idle_timeout_minutes": 0.2,
+        "upscaling_speed": 1.0,
+        "available_node_types": kinds,
+        "head_node_type": HEAD_TYPE,
+        "provider": {
+            "type": "external",
+            "module": PROVIDER,
+            "gcs_address": gcs_address,
+            "head_node_id": HEAD_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "auth": {"ssh_user": "nobody"},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{key: [] for key in NO_COMMANDS},
+    }
+
+
+@contextmanager
+def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
+    """Start the head and its autoscaler, and no other node; end all of them by their ids."""
+    port, *other_ports = _free_ports(9)
+    names = (
+        "dashboard-port",
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+        "ray-client-server-port",
+        "node-manager-port",
+        "object-manager-port",
+    )
+    address = f"127.0.0.1:{port}"
+    file, log = folder / "autoscaler.yaml", folder / "head.log"
+    file.write_text(yaml.safe_dump(configuration(address, max_accelerators)))
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+    ]
+    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=0"]
+    command += [f"--{name}={other}" for name, other in zip(names, other_ports, strict=True)]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
+        "RAY_raylet_start_wait_time_s": "200",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "2",
+        "PYTHONPATH": str(CLUSTER_FILE.parent),
+    }
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            [*command, f"--autoscaling-config={file}"],
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_for_head(head, log)
+        yield Autoscaled(_address_in(log))
+    finally:
+        for pid in [*descendants(head.pid), head.pid]:
+            kill(pid, signal.SIGKILL)
+        head.wait()
+
+
+def _wait_for_head(head: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def _address_in(log: Path) -> str:
+    """Return where the head listens: Ray replaces a loopback address by that of the machine."""
+    found = re.search(r"--address='([^']+)'", log.read_text())
+    assert found, log.read_text()
+    return found[1]
+
+
+def _free_ports(number: int) -> list[int]:
+    """Return ports that are free now, above those that Ray gives its workers."""
+    sockets = []
+    for port in range(31_000 + os.getpid() % 1000, 33_000):
+        candidate = socket.socket()
+        try:
+            candidate.bind(("0.0.0.0", port))
+        except OSError:
+            candidate.close()
+            continue
+        sockets.append(candidate)
+        if len(sockets) == number:
+            break
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

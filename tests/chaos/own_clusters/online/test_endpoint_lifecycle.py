@@ -1,0 +1,141 @@
+"""The endpoint while it drains and while parts are killed: an answer, or 503 with the time of another try."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import psutil
+import pytest
+
+from deploy.http.scene import draw_scene_png
+from tests.integration.online.endpoint_process import free_port, serving
+
+pytestmark = pytest.mark.timeout(400)
+
+SLOW = {"num_beams": 16, "max_new_tokens": 180, "min_new_tokens": 180}
+LENGTHS = (4, 7, 10, 30)
+"""Maximum numbers of tokens, one for each caller."""
+PNG, CAPTION = draw_scene_png()
+
+
+def ask(url: str, **options: object) -> httpx.Response:
+    data = {"options": json.dumps(options)} if options else {}
+    return httpx.post(f"{url}/v1/caption", files={"image": PNG}, data=data, timeout=120)
+
+
+@contextmanager
+def endpoint(folder: Path, *flags: str) -> Iterator[tuple[str, Popen[str]]]:
+    """A running endpoint; at the end of the block it is told to stop, unless it has ended."""
+    port = free_port()
+    # Without kept answers, every request reaches the parts that a test kills.
+    flags = ("--port", str(port), "--num-threads", "1", "--cache-bytes", "0", *flags)
+    with serving(folder, *flags) as command:
+        assert command.stdout is not None
+        assert "is ready" in command.stdout.readline(), command.communicate()[1]
+        try:
+            yield f"http://127.0.0.1:{port}", command
+        finally:
+            if command.poll() is None:
+                command.send_signal(signal.SIGTERM)
+            command.communicate(timeout=120)
+
+
+def check_contract(answer: httpx.Response) -> None:
+    """An answer is a caption, or says in JSON when to try again."""
+    assert answer.status_code in (200, 503), answer.text
+    if answer.status_code == 200:
+        assert answer.json()["status"] == "ok"
+    else:
+        assert answer.json()["error"]["message"] and int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -> None:
+    """SIGTERM with slow requests ended in exit status 1, and 404 in plain text for those that came."""
+    with endpoint(tmp_path) as (url, command), ThreadPoolExecutor(3) as callers:
+        slow = [callers.submit(ask, url, **SLOW | {"no_repeat_ngram_size": size}) for size in (50, 51, 52)]
+        time.sleep(1.5)  # they are in the engine
+        command.send_signal(signal.SIGTERM)
+        refused = 0
+        while not all(answer.done() for answer in slow):
+            try:
+                answer = ask(url)
+                readiness = httpx.get(f"{url}/readyz")
+            except httpx.TransportError:
+                break  # the process has ended
+            check_contract(answer)
+            if answer.status_code == 503:
+                refused += 1
+                check_contract(readiness)
+                assert readiness.status_code == 503
+        assert [answer.result().status_code for answer in slow] == [200, 200, 200]
+        assert refused
+        assert command.wait(60) == 0
+
+
+def test_killed_parts_are_503_until_they_are_replaced(tmp_path: Path) -> None:
+    with endpoint(tmp_path) as (url, command):
+        recovered_in_s: dict[str, float] = {}
+        for part in ("ServeReplica:blip2:Captioner", "ServeReplica:blip2:Gateway", "ProxyActor"):
+            recovered_in_s[part] = kill_under_load(url, command, part)
+        print(json.dumps({"recovered_in_s": recovered_in_s}))
+
+
+def kill_under_load(url: str, command: Popen[str], part: str) -> float:
+    """Kill a part under four callers; return the seconds until captions come again.
+
+    The callers ask for texts of different lengths, so that none shares the work of another.
+    """
+    expected = {length: ask(url, max_new_tokens=length).json()["token_ids"] for length in LENGTHS}
+    answers: list[httpx.Response] = []
+    num_texts: Counter[int] = Counter()
+    stop = threading.Event()
+
+    def call(length: int) -> None:
+        while not stop.is_set():
+            try:
+                answers.append(answer := ask(url, max_new_tokens=length))
+                if answer.status_code == 200:
+                    assert answer.json()["token_ids"] == expected[length]
+                    num_texts[length] += 1
+            except httpx.TransportError:
+                time.sleep(0.05)  # the proxy of the only node is gone; nobody is there to answer
+
+    with ThreadPoolExecutor(len(LENGTHS)) as callers:
+        calls = [callers.submit(call, length) for length in LENGTHS]
+        try:
+            time.sleep(1)
+            killed_at_s = time.monotonic()
+            process_of(command, part).kill()
+            time.sleep(1)
+            num_before, deadline_s = len(answers), time.monotonic() + 90
+            while not any(answer.status_code == 200 for answer in answers[num_before:]):
+                assert time.monotonic() < deadline_s, answers[-1].text
+                time.sleep(0.05)
+            recovered_in_s = time.monotonic() - killed_at_s
+        finally:
+            stop.set()
+    for made in calls:
+        made.result()
+    assert num_texts.keys() == set(LENGTHS)
+    for answer in answers:
+        check_contract(answer)
+    return round(recovered_in_s, 1)
+
+
+def process_of(command: Popen[str], part: str) -> psutil.Process:
+    """Return the process of a part of the endpoint; its name is cut off by the kernel, its title is not."""
+    for process in psutil.Process(command.pid).children(recursive=True):
+        title = " ".join(process.cmdline())
+        if part in title:
+            return process
+    raise AssertionError(f"no process of {part}")

@@ -1,0 +1,147 @@
+"""One innocent caller next to hostile ones, who each send what once stopped the endpoint for everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.chaos.own_clusters.online.test_endpoint_lifecycle import (
+    CAPTION,
+    PNG,
+    SLOW,
+    ask,
+    endpoint,
+    process_of,
+)
+
+pytestmark = pytest.mark.timeout(400)
+
+ATTACK_S = 25.0
+NUM_IDLE = 30
+MAX_GROWTH_BYTES = 700 << 20
+"""Twice the bytes that a proxy holds, because the gateway has them too, and what parsing adds."""
+
+
+def bomb() -> bytes:
+    """Return a legal picture of 81 million pixels in 80 kB."""
+    side, deflate = 9000, zlib.compressobj(9)
+    rows = b"".join(deflate.compress(bytes(1 + 3 * side)) for _ in range(side)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def form(image: bytes, options: str = "{}") -> bytes:
+    return (
+        b'--xx\r\nContent-Disposition: form-data; name="options"\r\n\r\n%b\r\n'
+        b'--xx\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%b\r\n--xx--\r\n'
+    ) % (options.encode(), image)
+
+
+def head(num_bytes: int, *more: str, media: str = "multipart/form-data; boundary=xx") -> bytes:
+    lines = ["POST /v1/caption HTTP/1.1", "Host: localhost", f"Content-Type: {media}", *more]
+    return "\r\n".join([*lines, f"Content-Length: {num_bytes}", "", ""]).encode()
+
+
+def hostile_requests() -> list[tuple[bytes, float]]:
+    """Return what is sent, and how long the client waits before it leaves."""
+    picture = form(bomb())
+    # Different requests, because equal ones would share their work.
+    heavies = [form(PNG, json.dumps(SLOW | {"no_repeat_ngram_size": size})) for size in range(50, 66)]
+    punycode = (
+        b'--xx\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-' + b"b" * 300_000 + b"\r\n--xx--\r\n"
+    )
+    lists = b'{"options":[' + b"[]," * (4 << 20) + b"[]]}"
+    return [
+        *[(head(len(heavy)) + heavy, 60.0) for heavy in heavies[:8]],
+        *[(head(len(heavy), "x-request-disconnect-disabled: ?1") + heavy, 0.5) for heavy in heavies[8:]],
+        *[(head(len(picture)) + picture, 60.0)] * 6,
+        *[(head(len(punycode), media="multipart/form-data; boundary=xx; charset=punycode") + punycode, 5.0)]
+        * 2,
+        *[(head(len(lists), media="application/json") + lists, 10.0)] * 2,
+        *[(head(20 << 20) + bytes(19 << 20), 60.0)] * 8,
+        *[(head(100) + b"{", 60.0)] * 12,
+        *[(b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nX-A: ", 60.0)] * 8,
+    ]
+
+
+def attack(port: int, request: bytes, stay_s: float, ends_at_s: float) -> None:
+    """Send a request again and again; stay with each until it is answered or the client has had enough."""
+    while time.monotonic() < ends_at_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            client.settimeout(min(stay_s, max(0.1, ends_at_s - time.monotonic())))
+            client.sendall(request)
+            client.recv(65536)
+        time.sleep(0.2)  # the limit of what one test may ask of this machine
+
+
+def latencies(call: Callable[[], httpx.Response], until: Iterator[bool]) -> list[float]:
+    """Call one after the other; return the seconds of each, sorted."""
+    seconds = []
+    for _ in itertools.takewhile(bool, until):
+        began_s = time.monotonic()
+        answer = call()
+        seconds.append(time.monotonic() - began_s)
+        assert answer.status_code == 200, answer.text
+    return sorted(seconds)
+
+
+def p99(seconds: list[float]) -> float:
+    return seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))]
+
+
+def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None:
+    with endpoint(tmp_path, "--slots", "32") as (url, command), ThreadPoolExecutor(60) as hostile:
+
+        def caption() -> httpx.Response:
+            answer = ask(url)
+            assert answer.json().get("caption") == CAPTION, answer.text
+            return answer
+
+        def probe() -> httpx.Response:
+            return httpx.get(f"{url}/startupz", timeout=60)
+
+        parts = [process_of(command, part) for part in ("ServeReplica:blip2:Gateway", "ProxyActor")]
+        idle = latencies(caption, iter([True] * NUM_IDLE + [False]))
+        before = sum(part.memory_info().rss for part in parts)
+        ends_at_s = time.monotonic() + ATTACK_S
+        for request, stay_s in hostile_requests():
+            hostile.submit(attack, int(url.rpartition(":")[2]), request, stay_s, ends_at_s)
+        peaks, done = [before], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.1):
+                peaks.append(sum(part.memory_info().rss for part in parts))
+
+        hostile.submit(watch)
+        try:
+            attacked = latencies(caption, iter(lambda: time.monotonic() < ends_at_s, None))
+            lag = latencies(probe, iter([True] * 50 + [False]))
+        finally:
+            done.set()
+        figures = {
+            "idle_p99_s": p99(idle),
+            "attacked_p99_s": p99(attacked),
+            "num_attacked": len(attacked),
+            "probe_p99_s": p99(lag),
+            "growth_mib": (max(peaks) - before) >> 20,
+        }
+        print(json.dumps(figures))
+        # Twice the idle latency, and a second for two cores that also run the decoders and the attackers.
+        assert p99(attacked) < 2 * p99(idle) + 1.0, figures
+        assert max(peaks) - before < MAX_GROWTH_BYTES, figures
+        assert psutil.pid_exists(parts[0].pid) and psutil.pid_exists(parts[1].pid)

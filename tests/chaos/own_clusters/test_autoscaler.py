@@ -1,0 +1,174 @@
+"""Ray's real autoscaler, from the committed cluster file: accelerators from zero, busy, added, lost, refused.
+
+The accelerators exist only as resources of Ray, because the engine is a fake. Everything that was decided
+once, from what the cluster had when the job started, failed here: the job captioned on CPUs to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.ledger.ledger import Ledger
+from pipeline.storage.folder import Folder
+from tests.chaos.cluster import DEADLINE_S, descendants, kill, start_driver, wait_until
+from tests.chaos.own_clusters.autoscaled import Autoscaled, autoscaled
+from tests.integration.inputs import check_output, write_tars
+
+MAX_ACCELERATORS = 2
+REFUSED_WITHIN_S = 30
+SLOW = {"dtype": "auto", "seconds_per_image": 0.05, "max_batch": 8}
+
+
+@pytest.fixture(scope="module")
+def cluster(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Autoscaled]:
+    with autoscaled(tmp_path_factory.mktemp("head"), MAX_ACCELERATORS) as made:
+        ray.init(address=made.address, log_to_driver=False)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+
+
+def wait(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return value
+
+
+def raylet_of(node: dict[str, Any]) -> int:
+    """Return the process of a node: the parent of its workers."""
+    on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.get(ray.remote(_parent).options(num_cpus=0, scheduling_strategy=on_node).remote())
+
+
+def _parent() -> int:
+    return os.getppid()
+
+
+@pytest.mark.timeout(600)
+def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and_all_go(
+    cluster: Autoscaled, tmp_path: Path
+) -> None:
+    truth = write_tars(tmp_path / "in", num_tars=8, rows_per_tar=60)
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+    log, trace, gate = tmp_path / "log", tmp_path / "trace", tmp_path / "gate"
+    gate.touch()
+    trace.mkdir()
+    assert not cluster.nodes("GPU")
+    engine = {"dtype": "auto", "trace": str(trace), "gate": str(gate), "gate_after": 20}
+    driver = start_driver(cluster, settings, engine, log)
+    nodes = wait_until(
+        lambda: found if len(found := cluster.nodes("GPU")) == MAX_ACCELERATORS else None, driver, log
+    )
+    wait_until(lambda: any(path.stat().st_size for path in trace.iterdir()), driver, log)
+    kill(raylet_of(nodes[0]))
+    gate.unlink()
+    assert driver.wait() == 0, log.read_text()
+    check_output(tmp_path / "out", truth)
+    dtype = Ledger(Folder(str(tmp_path / "out"))).require_run().fingerprint.parts["dtype"]
+    assert dtype == "bfloat16", "what the accelerator computes in, and not the driver"
+    wait(lambda: not cluster.nodes("GPU") and not cluster.nodes("CPU"))
+
+
+@pytest.mark.timeout(600)
+def test_while_all_accelerators_are_busy_the_job_says_so_and_a_node_added_by_hand_is_used(
+    cluster: Autoscaled, tmp_path: Path
+) -> None:
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
+    busy = [ray.remote(Busy).options(num_cpus=0, num_gpus=1).remote() for _ in range(MAX_ACCELERATORS)]
+    ray.get([actor.ready.remote() for actor in busy])
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+    log = tmp_path / "log"
+    driver = start_driver(cluster, settings, SLOW, log)
+    said = "waiting for the first captioning worker (1 GPU) since "
+    wait_until(lambda: said in log.read_text(), driver, log)
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--block",
+        f"--address={cluster.address}",
+    ]
+    command += ["--num-cpus=2", "--num-gpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--labels=added=by-hand"]
+    added = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        assert driver.wait() == 0, log.read_text()
+    finally:
+        for pid in [*descendants(added.pid), added.pid]:
+            kill(pid)
+        added.wait()
+    check_output(tmp_path / "out", truth)
+
+
+class Busy:
+    """Holds an accelerator for somebody else."""
+
+    def ready(self) -> bool:
+        return True
+
+
+@pytest.mark.timeout(600)
+def test_another_accelerator_is_started_by_its_name(cluster: Autoscaled, tmp_path: Path) -> None:
+    truth = write_tars(tmp_path / "in", num_tars=1, rows_per_tar=10)
+    placement = {"accelerator": "NPU=1", "decode_label": ["pool=cpu"]}
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "placement": placement}
+    driver = start_driver(cluster, settings, {}, tmp_path / "log")
+    wait_until(lambda: cluster.nodes("NPU"), driver, tmp_path / "log")
+    assert driver.wait() == 0, (tmp_path / "log").read_text()
+    check_output(tmp_path / "out", truth)
+
+
+def test_an_accelerator_that_no_node_type_has_is_refused(cluster: Autoscaled, tmp_path: Path) -> None:
+    """The job waited for ever."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+    started = time.monotonic()
+    log = tmp_path / "log"
+    driver = start_driver(cluster, settings | {"placement": {"accelerator": "TPU=4"}}, {}, log)
+    assert driver.wait() == 3, log.read_text()
+    assert time.monotonic() - started < REFUSED_WITHIN_S
+    said = log.read_text()
+    assert "needs 4 TPU, and no node offers it" in said and "--device cpu" in said
+    assert "1 GPU (accelerator)" in said, "what there is"
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.timeout(600)
+def test_an_accelerator_that_torch_cannot_use_is_refused(cluster: Autoscaled, tmp_path: Path) -> None:
+    """The engine captioned on the CPU next to it, without a word."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "caption",
+        "--model",
+        "demo",
+        "--input",
+        str(tmp_path / "in"),
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")],
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "the accelerator must be one that torch can use, got 1 GPU on " in done.stderr
+    assert "torch 2." in done.stderr and "driver" in done.stderr and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").rglob("*.json"))

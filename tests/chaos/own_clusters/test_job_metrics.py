@@ -1,0 +1,60 @@
+"""A real job exports its metrics through Ray's agent, under the names of the alert rules."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ray.cluster_utils import Cluster
+from ray.util.metrics import Metric
+
+from pipeline import metrics
+
+WITHOUT_TROUBLE = {"blip2_store_retries", "blip2_replayed_calls", "blip2_device_failures"}
+"""Nothing fails in this job, so these are not exported."""
+
+
+def test_a_job_exports_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "200")  # 10 s by default, longer than this job
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(600):
+        Image.effect_noise((32, 32), 1 + number % 90).convert("RGB").save(images / f"{number}.png")
+    head = {"num_cpus": 4, "object_store_memory": 200 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        port = cluster.head_node.metrics_export_port
+        command = [sys.executable, "-m", "pipeline", "caption", "--model", "demo", "--device", "cpu"]
+        command += ["--input", str(images), "--output", str(tmp_path / "out")]
+        log = tmp_path / "log"
+        with log.open("w") as output:
+            env = {**os.environ, "RAY_ADDRESS": cluster.address}
+            job = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        seen: dict[str, float] = {}
+        while job.poll() is None:
+            with contextlib.suppress(OSError):  # until the agent listens
+                seen |= scraped(port)
+        assert job.returncode == 0, log.read_text()
+    finally:
+        cluster.shutdown()
+    expected = {metric.info["name"] for metric in vars(metrics).values() if isinstance(metric, Metric)}
+    missing = [name for name in expected - WITHOUT_TROUBLE if not any(name in one for one in seen)]
+    assert not missing, (missing, sorted(seen))
+    assert all('status="ok"' in one for one in seen if one.startswith("ray_blip2_rows_total"))
+    assert 0 < sum(value for one, value in seen.items() if one.startswith("ray_blip2_rows_total")) <= 600
+
+
+def scraped(port: int) -> dict[str, float]:
+    """The series of this project, by their names and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        series: float(value) for series, value in re.findall(r"^(ray_blip2_\S+) (\S+)$", text, re.MULTILINE)
+    }

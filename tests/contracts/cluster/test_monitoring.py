@@ -1,0 +1,138 @@
+"""Alert rules and dashboards: each expression names metrics and labels that somebody exports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.util.metrics import Counter, Histogram, Metric
+
+from pipeline import metrics
+
+ROOT = Path(__file__).parents[3]
+MONITORING = ROOT / "deploy/kubernetes/components/monitoring"
+RULES: list[dict[str, Any]] = yaml.safe_load((MONITORING / "alert_rules.yaml").read_text())["spec"]["groups"]
+OURS = [metric for metric in vars(metrics).values() if isinstance(metric, Metric)]
+ADDED_BY_PROMETHEUS = {"le", "ray_io_cluster"}
+"""The bound of a histogram's bucket, and the label that pod_monitors.yaml takes from the pods."""
+
+
+def alerts() -> Iterator[dict[str, Any]]:
+    for group in RULES:
+        yield from group["rules"]
+
+
+def expressions() -> Iterator[str]:
+    for alert in alerts():
+        yield alert["expr"]
+    for file in (MONITORING / "dashboards").glob("*.json"):
+        for panel in json.loads(file.read_text())["panels"]:
+            yield from (target["expr"] for target in panel["targets"])
+
+
+def exported(metric: Metric) -> set[str]:
+    """The names under which Prometheus sees a metric of the job."""
+    name = f"ray_{metric.info['name']}"
+    if isinstance(metric, Counter):
+        return {f"{name}_total"}
+    if isinstance(metric, Histogram):
+        return {f"{name}_{ending}" for ending in ("bucket", "sum", "count")}
+    return {name}
+
+
+def names_of_ray() -> set[str]:
+    """The names of Serve's metrics and the autoscaler's, as their source has them, with every ending."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.origin is not None
+    ray = Path(spec.origin).parent
+    serve = "\n".join(file.read_text() for file in (ray / "serve/_private").glob("*.py"))
+    serve = serve.replace("{protocol_name}", "http")
+    found = {f"ray_{name}" for name in re.findall(r'"(serve_\w+)"', serve)}
+    autoscaler = (ray / "autoscaler/_private/prom_metrics.py").read_text()
+    found |= {f"autoscaler_{name}" for name in re.findall(r'(?:Gauge|Counter)\(\s*"(\w+)"', autoscaler)}
+    return found | {f"{name}_{ending}" for name in found for ending in ("total", "bucket", "sum", "count")}
+
+
+def named(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:ray|autoscaler)_\w+", expression)) - ADDED_BY_PROMETHEUS
+
+
+def test_each_expression_names_metrics_that_exist() -> None:
+    known = names_of_ray().union(*map(exported, OURS))
+    assert len(list(expressions())) >= 25
+    for expression in expressions():
+        assert named(expression), expression
+        assert named(expression) <= known, f"{named(expression) - known} in {expression}"
+    assert not named("rate(ray_blip2_rowz_total[5m])") <= known
+
+
+def test_each_label_of_the_job_exists() -> None:
+    labels = {name: set(metric.info["tag_keys"]) for metric in OURS for name in exported(metric)}
+    for expression in expressions():
+        for name, selector in re.findall(r"(ray_blip2_\w+)\{([^}]*)\}", expression):
+            used = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) - ADDED_BY_PROMETHEUS
+            assert used <= labels[name], expression
+        of_ours = set().union(*(labels[name] for name in named(expression) if name in labels))
+        if of_ours and not any("autoscaler" in name for name in named(expression)):
+            for grouped in re.findall(r"\bby \(([^)]*)\)", expression):
+                assert {label.strip() for label in grouped.split(",")} - ADDED_BY_PROMETHEUS <= of_ours
+
+
+def test_every_metric_of_the_job_is_looked_at_and_documented() -> None:
+    documented = (ROOT / "docs/monitoring.md").read_text()
+    looked_at = set().union(*map(named, expressions()))
+    for metric in OURS:
+        assert exported(metric) & looked_at, metric.info["name"]
+        labels = " ".join(f"`{label}`" for label in metric.info["tag_keys"])
+        name = f"ray_{metric.info['name']}" + ("_total" if isinstance(metric, Counter) else "")
+        assert re.search(rf"^\| `{name}` \| .*\| {re.escape(labels)} *\|", documented, re.MULTILINE), name
+    listed = set(re.findall(r"^\| `(ray_blip2_\w+)`", documented, re.MULTILINE))
+    assert len(listed) == len(OURS)
+
+
+def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
+    for alert in alerts():
+        assert set(alert["annotations"]) == {"summary", "action"}
+        assert alert["labels"]["severity"] in ("warning", "critical")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with the package prometheus")
+def test_prometheus_takes_the_rules_and_they_fire_when_they_should(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": RULES}))
+    open_shards = _series('ray_blip2_shards{state="open"}', "5x60")
+    rows = _series('ray_blip2_rows_total{status="ok"}', "0+80x60")
+    failed = _series('ray_blip2_rows_total{status="undecodable"}', "0+20x60")
+    cases = [
+        ([open_shards], "Blip2JobMakesNoProgress", "critical", True),
+        ([open_shards, rows], "Blip2JobMakesNoProgress", "critical", False),
+        ([open_shards, rows], "Blip2JobRowsFail", "warning", False),
+        ([rows, failed], "Blip2JobRowsFail", "warning", True),
+    ]
+    tests = [
+        {"interval": "1m", "input_series": series, "alert_rule_test": [_fires(alert, severity, is_firing)]}
+        for series, alert, severity, is_firing in cases
+    ]
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": tests}))
+    for command in (["check", "rules", "rules.yaml"], ["test", "rules", "tests.yaml"]):
+        done = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _series(name: str, values: str) -> dict[str, str]:
+    return {"series": name, "values": values}
+
+
+def _fires(alert: str, severity: str, is_firing: bool) -> dict[str, Any]:
+    (annotations,) = [one["annotations"] for one in alerts() if one["alert"] == alert]
+    firing = [{"exp_labels": {"severity": severity}, "exp_annotations": annotations}] if is_firing else []
+    return {"eval_time": "50m", "alertname": alert, "exp_alerts": firing}

@@ -1,0 +1,193 @@
+"""The pages in a real browser: filter, search, sort, keyboard, widths, and accessibility by axe-core.
+
+They need Chromium on the path (`apt-get install chromium`), and are not in the default suite: `make pages`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from pipeline.cli.main import main
+from pipeline.report.page import render_page
+from pipeline.report.report import make_report
+from tests.unit.compare.test_compare import AFTER, BEFORE, REFERENCES, ok, write_output
+from tests.unit.report.test_report import HOSTILE, write_run
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert program, f"install one of {', '.join(BROWSERS)}; Debian and Ubuntu: apt-get install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """The page of each command."""
+    root = tmp_path_factory.mktemp("run")
+    report = root / "report.html"
+    report.write_text(render_page(make_report(write_run(root).uri, 100)), encoding="utf-8")
+    compare = root / "compare.html"
+    sides = [
+        write_output(
+            root / name,
+            {"0.tar": [ok(f"{HOSTILE}{n}", text, truth=REFERENCES[n]) for n, text in enumerate(texts)]},
+        )
+        for name, texts in (("a", BEFORE), ("b", AFTER))
+    ]
+    assert main(["compare", *sides, "--reference", "truth", "--html", str(compare)]) == 0
+    return {"report": report, "compare": compare}
+
+
+class Opened:
+    """A page that a browser shows, with everything that must not happen on it."""
+
+    def __init__(self, browser: Browser, file: Path, size=DESKTOP, scheme="light") -> None:
+        self.context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page: Page = self.context.new_page()
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.problems.append(message.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def keys(self) -> list[str]:
+        """The keys of the cards that are shown, in order."""
+        found = "[...document.querySelectorAll('#sheet > li')].filter(c => !c.hidden).map(c => c.dataset.key)"
+        return self.page.evaluate(found)
+
+    def number(self, name: str) -> list[float]:
+        """The values of the cards that are shown, in order; cards without the value are left out."""
+        shown = "[...document.querySelectorAll('#sheet > li')].filter(c => !c.hidden && name in c.dataset)"
+        return self.page.evaluate(f"(name) => {shown}.map(c => Number(c.dataset[name]))", name)
+
+    @property
+    def focused(self) -> str:
+        return self.page.evaluate(
+            "document.activeElement.closest('li')?.dataset.key ?? document.activeElement.id"
+        )
+
+
+@pytest.fixture
+def opened(browser, pages) -> Iterator[Opened]:
+    shown = Opened(browser, pages["report"])
+    yield shown
+    assert not shown.problems and all(url.startswith(("file:", "data:")) for url in shown.requests)
+    shown.context.close()
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
+def test_a_page_fits_and_has_no_serious_fault(browser, pages, name, size, scheme):
+    """Nothing is wider than the screen, nothing is loaded, hostile texts do nothing, axe-core is content."""
+    shown = Opened(browser, pages[name], size, scheme)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    found = Axe().run(shown.page).response["violations"]
+    assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found] == []
+    assert not shown.problems
+    assert {url.partition(":")[0] for url in shown.requests} <= {"file", "data"}
+    shown.context.close()
+
+
+def test_the_sheet_searches(opened):
+    total = len(opened.keys())
+    opened.page.keyboard.press("/")
+    assert opened.focused == "search"
+    opened.page.keyboard.type("UNDECODABLE cut")
+    assert 0 < len(opened.keys()) < total
+    assert opened.page.inner_text("#shown") == f"{len(opened.keys())} of {total} rows of the sheet"
+    opened.page.click("#clear")
+    assert len(opened.keys()) == total
+
+
+def test_the_sheet_shows_a_group(opened):
+    failed = opened.page.locator("#sheet > li", has_text="undecodable").count()
+    opened.page.select_option("#group", "failed")
+    assert len(opened.keys()) == failed == 6
+
+
+def test_the_sheet_sorts(opened):
+    before = opened.keys()
+    opened.page.select_option("#order", "key up")
+    assert opened.keys() == sorted(before)
+    opened.page.select_option("#order", "logprob up")
+    assert opened.number("logprob") == sorted(opened.number("logprob"))
+    opened.page.select_option("#order", "tokens down")
+    assert opened.number("tokens") == sorted(opened.number("tokens"), reverse=True)
+    opened.page.select_option("#order", "")
+    assert opened.keys() == before
+
+
+def test_bars_filter_the_sheet(opened):
+    bar = opened.page.locator("g[data-field=tokens]").first
+    bar.focus()
+    opened.page.keyboard.press("Enter")
+    assert bar.get_attribute("aria-pressed") == "true" and set(opened.number("tokens")) == {4}
+    opened.page.locator("g[data-field=tokens]").nth(1).click()
+    assert set(opened.number("tokens")) == {4, 5}
+    before = opened.keys()
+    opened.page.locator("g[data-field=likely]").last.click()
+    assert 0 < len(opened.keys()) < len(before) and set(opened.number("tokens")) <= {4, 5}
+    opened.page.click("#clear")
+    assert len(opened.keys()) == 60 and bar.get_attribute("aria-pressed") == "false"
+
+
+def test_the_keyboard_walks_and_enlarges(opened):
+    keys, page = opened.keys(), opened.page
+    page.locator("#sheet .enlarge").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert opened.focused == keys[1]
+    page.keyboard.press("ArrowDown")
+    column = keys.index(opened.focused)
+    assert column > 2
+    page.keyboard.press("ArrowUp")
+    assert opened.focused == keys[1]
+    page.keyboard.press("End")
+    assert opened.focused == keys[-1]
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    assert page.locator("#large").is_visible() and keys[0] in page.inner_text("#large")
+    page.keyboard.press("ArrowRight")
+    assert keys[1] in page.inner_text("#large")
+    page.keyboard.press("Escape")
+    assert not page.locator("#large").is_visible() and opened.focused == keys[1]
+
+
+def test_a_click_enlarges_a_picture(opened):
+    opened.page.select_option("#group", "flagged")
+    opened.page.locator("#sheet .enlarge:visible").first.click()
+    image = opened.page.locator("#large img")
+    assert image.is_visible() and image.bounding_box()["width"] > 256
+    opened.page.click("#large .close")
+    assert not image.is_visible()
+
+
+def test_what_is_printed_has_no_controls(opened):
+    opened.page.emulate_media(media="print")
+    assert not opened.page.locator(".controls").is_visible()
+    assert opened.page.locator("#sheet > li").first.is_visible()
+
+
+def test_a_comparison_marks_words_and_is_filtered_by_its_bars(browser, pages):
+    shown = Opened(browser, pages["compare"])
+    assert shown.page.locator("#sheet mark", has_text="sleeps").count() == 1
+    shown.page.select_option("#order", "distance up")
+    assert shown.number("distance") == sorted(shown.number("distance"))
+    shown.page.locator("g[data-field=distance]").first.click()
+    assert len(set(shown.number("distance"))) == 1
+    shown.context.close()

@@ -1,0 +1,179 @@
+"""Records of attempts: bounded, whole after any death, and the only source of rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.attempts.attempt import Attempt, Attempts, Point
+from pipeline.attempts.environment import command_line
+from pipeline.attempts.recorder import recorded
+from pipeline.attempts.store import make_room, read_attempts, write_attempt
+from pipeline.attempts.timeline import Timeline
+from pipeline.errors import StoppedBySignal
+from pipeline.ledger.layout import ATTEMPTS
+from pipeline.report.pace import UNKNOWN, attempt_lines
+from pipeline.stages.coordinator import Coordinator, Load
+from pipeline.stages.worker_warnings import MAX_TEXTS, WarningCounter
+from pipeline.storage.folder import Folder
+
+
+def attempt(number: int, **changes: Any) -> Attempt:
+    """An attempt with ten rows in five seconds of work, after two of start-up."""
+    point = Point(7.0, 10, {"caption": 4.0}, {"caption": 5.0})
+    known: dict[str, Any] = {"ready_s": 2.0, "points": (point,), "warnings": {"w": 1}} | changes
+    return Attempt(id=f"{number:04}", run="digest", begun=f"2026-01-01T00:{number:02}:00+00:00", **known)
+
+
+def test_a_timeline_keeps_its_ends_and_its_shape_in_a_bounded_number_of_points():
+    timeline = Timeline(max_points=10)
+    for second in range(1, 1_001):
+        timeline.add(Point(float(second), second * 2))
+        assert len(timeline.points) <= 10 and timeline.points[-1].seconds == second
+    points = timeline.points
+    assert points[0].seconds == 1
+    assert all(point.rows == 2 * point.seconds for point in points)
+    gaps = [b.seconds - a.seconds for a, b in pairwise(points)]
+    assert max(gaps[:-1]) <= 2 * min(gaps[:-1])
+
+
+def test_news_within_one_step_replace_the_last_point():
+    timeline = Timeline()
+    for seconds in (0.0, 0.1, 0.5, 0.9, 1.2):
+        timeline.add(Point(seconds, 1))
+    assert [point.seconds for point in timeline.points] == [0.0, 0.9, 1.2]
+
+
+def test_a_rate_is_of_working_time_alone():
+    attempts = Attempts((attempt(1), attempt(2), attempt(3, ready_s=None, points=())))
+    assert (attempts.rows, attempts.active_s, attempts.rows_per_s) == (20, 10.0, 2.0)
+    assert attempts.busy_fractions == {"caption": 0.8}
+    lines = attempt_lines(attempts)
+    assert lines[0] == "speed: 2.0 rows/s, 20 rows in 10 s of work, start-up and pauses left out"
+    assert "caption, busy 80%" in lines[1]
+    assert lines[2].startswith(
+        "3 attempts, 2026-01-01 00:01:00 UTC to 2026-01-01 00:03:00 UTC; the last: no "
+    )
+
+
+def test_nothing_is_invented_for_a_run_without_records():
+    assert attempt_lines(Attempts()) == [UNKNOWN]
+    assert "unknown" in attempt_lines(Attempts((attempt(1, points=(), ready_s=None),)))[0]
+
+
+def test_a_copied_output_has_the_same_figures(tmp_path):
+    write_attempt(Folder(str(tmp_path / "a")), attempt(1))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for path in (tmp_path / "b").rglob("*.json"):
+        os.utime(path, (1e9, 1e9))
+    first, second = (attempt_lines(read_attempts(Folder(str(tmp_path / n)))) for n in "ab")
+    assert first == second
+
+
+def test_many_attempts_become_one_record_with_the_same_sums(tmp_path):
+    folder = Folder(str(tmp_path))
+    for number in range(12):
+        make_room(folder, max_records=5)
+        write_attempt(folder, attempt(number))
+    found = read_attempts(folder)
+    assert len(list((tmp_path / ATTEMPTS).iterdir())) == 5
+    assert (len(found), found.rows, found.active_s) == (12, 120, 60.0)
+    assert found.warnings == {"w": 12} and found.busy_fractions == {"caption": 0.8}
+    assert [a.num_attempts for a in found] == [8, 1, 1, 1, 1]
+
+
+def test_a_death_while_records_are_folded_counts_no_attempt_twice(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    for number in range(4):
+        write_attempt(folder, attempt(number))
+    monkeypatch.setattr(Folder, "delete", lambda *_: pytest.fail("dead"))
+    with pytest.raises(pytest.fail.Exception, match="dead"):
+        make_room(folder, max_records=4)
+    assert len(list((tmp_path / ATTEMPTS).iterdir())) == 4
+    assert read_attempts(folder).rows == 40
+
+
+def test_records_of_newer_versions_and_damaged_ones_are_read_as_far_as_they_go(tmp_path):
+    folder = Folder(str(tmp_path))
+    folder.put(f"{ATTEMPTS}/1.json", json.dumps(attempt(1).to_dict() | {"new": 1}).encode())
+    folder.put(f"{ATTEMPTS}/2.json", b"{")
+    folder.put(f"{ATTEMPTS}/3.json", b"[]")
+    assert [a.id for a in read_attempts(folder)] == ["0001"]
+
+
+def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_path):
+    folder = Folder(str(tmp_path))
+    with (
+        pytest.raises(StoppedBySignal),
+        recorded(folder, is_begun=True, run="digest", model="m", dtype="float32") as record,
+    ):
+        (first,) = read_attempts(folder)
+        assert first.reason is None and first.versions["python"] and first.model == "m"
+        record.end_phase("open the output")
+        record.note(0, {}, {})
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1})
+        record.begin_driver()
+        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2})
+        raise StoppedBySignal(signal.SIGTERM)
+    (last,) = read_attempts(folder)
+    assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
+    assert list(last.phases) == ["open the output", "load the model", "first row"]
+    assert last.exit_status == 143 and "SIGTERM" in last.ending
+
+
+def test_a_store_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(Folder, "put", fail)
+    with recorded(Folder(str(tmp_path)), is_begun=True, run="digest") as record:
+        record.end(0, "done")
+
+
+def test_the_command_line_has_no_secrets(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["/x/pipeline/__main__.py", "caption", "--input", "s3://k:pw@b/x?token=t"]
+    )
+    assert command_line() == "blip2 caption --input s3://b/x"
+
+
+def test_warnings_are_told_once_and_counted():
+    coordinator = Coordinator()
+    counters = [
+        WarningCounter(SimpleNamespace(warned=SimpleNamespace(remote=coordinator.warned)), worker)
+        for worker in "ab"
+    ]
+    logger = logging.Logger("lib")
+    for counter in counters:
+        logger.addHandler(counter)
+    for number in range(5):
+        logger.warning("image %d is grey\nmore", number)
+    assert coordinator.news().warnings == {"lib: image N is grey": 8}
+    for number in range(2 * MAX_TEXTS):
+        logger.warning("x" * number)
+    assert len(coordinator.news().warnings) == MAX_TEXTS
+
+
+def test_a_record_survives_the_way_through_json():
+    before = attempt(1, phases={"start Ray": 1.0}, reason="done")
+    assert Attempt.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+    assert dataclasses.replace(before, reason=None).ending.startswith("no record of its end")
+
+
+def test_a_new_run_that_is_refused_leaves_no_record(tmp_path):
+    with pytest.raises(ValueError), recorded(Folder(str(tmp_path)), is_begun=False, run="digest"):
+        raise ValueError("no node has an accelerator")
+    assert list(tmp_path.iterdir()) == []
+    with recorded(Folder(str(tmp_path)), is_begun=False, run="before") as record:
+        record.run_has_begun("after", "bfloat16")
+    (attempt,) = read_attempts(Folder(str(tmp_path)))
+    assert (attempt.run, attempt.dtype) == ("after", "bfloat16")

@@ -1,0 +1,266 @@
+"""`blip2 compare` on outputs that are written without Ray and whose rows are known."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.cli.main import main
+from pipeline.compare import join as join_module
+from pipeline.compare.command import summary_lines
+from pipeline.compare.comparison import Comparison, compare
+from pipeline.compare.edit_distance import diff, edit_distance
+from pipeline.compare.join import Join, Pair
+from pipeline.compare.metrics import cider_scores, compare_scores, document_frequencies, words_of
+from pipeline.inputs.reader import ShardReport
+from pipeline.inputs.shards import Shard
+from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.fragments import write_fragment
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
+from pipeline.report.rows import FinishedRows
+from pipeline.schema import output_schema
+from pipeline.settings.fingerprint import Fingerprint
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.storage.folder import Folder
+
+SCHEMA = output_schema([pa.field("truth", pa.list_(pa.string()))])
+
+REFERENCES = [
+    ["A dog runs on the beach.", "a brown dog running on sand"],
+    ["a cat sleeps on a bed"],
+    ["two people ride bikes down a street", "people riding bicycles"],
+    ["a plate of pizza on a table"],
+    ["a red bus drives down the street"],
+]
+BEFORE = [
+    "a dog runs on the beach",
+    "a cat lies on a bed",
+    "two people ride bikes",
+    "a pizza on a table",
+    "a bus on the street",
+]
+AFTER = [
+    "a dog on the beach",
+    "a cat sleeps on a bed",
+    "people ride bikes down a street",
+    "a plate of food",
+    "a red bus drives down a road",
+]
+
+
+def ok(key: str, caption: str, image: str | None = None, **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": key, "status": "ok", "caption": caption, "logprob": -1.0, "flags": []}
+    return row | {"sha256": (image or key).encode(), "width": 9, "height": 9} | more
+
+
+def failed(key: str) -> dict[str, Any]:
+    return {"key": key, "status": "undecodable", "error": "cut off", "flags": []}
+
+
+def write_output(root: Path, shards: dict[str, list[dict[str, Any]]]) -> str:
+    settings = CaptionSettings(input=(str(root / "none"),), output=str(root))
+    folder = Folder(str(root))
+    listed = [Shard(name=name, format="webdataset", root="/none", files=(name,)) for name in shards]
+    Ledger(folder).begin(Run(Fingerprint({}), settings.to_dict(), tuple(listed)))
+    for name, rows in shards.items():
+        numbered = [row | {"shard": name, "row": number} for number, row in enumerate(rows)]
+        if rows:
+            write_fragment(folder, pa.Table.from_pylist(numbered, schema=SCHEMA))
+        commit_shard(folder, ShardReport(shard=name, num_rows=len(rows), complete=True), {}, SCHEMA)
+    return folder.uri
+
+
+def pairs_of(before: str, after: str) -> tuple[set[tuple[str, str]], Join]:
+    join = Join(FinishedRows.find(before), FinishedRows.find(after), 10, [])
+    return {(pair.before["caption"], pair.after["caption"]) for pair in join}, join
+
+
+# The join ---------------------------------------------------------------------------------------------
+
+
+def test_rows_are_joined_by_key_and_image(tmp_path):
+    """Also across shards with other names and orders; a key alone is not enough."""
+    before = write_output(
+        tmp_path / "a",
+        {"0.tar": [ok("same", "a1"), ok("moved", "a2"), ok("other", "a3", "x")], "1.tar": [ok("gone", "a4")]},
+    )
+    after = write_output(
+        tmp_path / "b",
+        {"new.tar": [ok("moved", "b2"), ok("other", "b3", "y"), ok("same", "b1"), ok("add", "b4")]},
+    )
+    found, join = pairs_of(before, after)
+    assert found == {("a1", "b1"), ("a2", "b2")}
+    assert join.unmatched == {"other image": 1, "only in A": 1, "only in B": 1}
+
+
+def test_keys_that_repeat_find_their_own_partner(tmp_path):
+    """Every tar of a set may have a 0000.jpg."""
+    before = write_output(tmp_path / "a", {f"{n}.tar": [ok("0000", f"a{n}", f"i{n % 2}")] for n in range(4)})
+    after = write_output(
+        tmp_path / "b", {f"{n}.tar": [ok("0000", f"b{n}", f"i{n % 2}")] for n in reversed(range(4))}
+    )
+    assert pairs_of(before, after)[0] == {(f"a{n}", f"b{n}") for n in range(4)}
+
+
+def test_a_row_without_image_is_joined_by_its_key(tmp_path):
+    before = write_output(tmp_path / "a", {"0.tar": [failed("x"), ok("y", "a")]})
+    after = write_output(tmp_path / "b", {"0.tar": [ok("x", "b"), failed("y")]})
+    found, join = pairs_of(before, after)
+    assert found == {(None, "b"), ("a", None)} and not join.unmatched
+
+
+def test_a_join_in_many_parts_finds_the_same(tmp_path, monkeypatch):
+    rows = [ok(f"k{n}", f"c{n}") for n in range(100)]
+    before = write_output(tmp_path / "a", {"0.tar": rows[:60], "1.tar": rows[50:90]})
+    after = write_output(tmp_path / "b", {"0.tar": rows[::-1]})
+    whole, join = pairs_of(before, after)
+    monkeypatch.setattr(join_module, "ROWS_AT_ONCE", 1)
+    parts, other = pairs_of(before, after)
+    assert parts == whole and len(parts) == 90
+    assert other.unmatched == join.unmatched == {"only in A": 10, "only in B": 10}
+
+
+# What is counted --------------------------------------------------------------------------------------
+
+
+def test_pairs_are_counted():
+    pairs = [
+        Pair(ok("a", "a red dog"), ok("a", "a red dog", logprob=-0.5)),
+        Pair(ok("b", "a red dog"), ok("b", "a blue dog", logprob=-2.0)),
+        Pair(ok("c", "a dog"), ok("c", "a dog on a bed")),
+        Pair(ok("d", "a dog"), failed("d") | {"caption": None}),
+    ]
+    found = compare(pairs)
+    assert (found.num_pairs, found.num_captioned, found.num_changed) == (4, 3, 2)
+    assert found.distances == {0: 1, 1: 1, 3: 1} and found.mean_distance == pytest.approx(4 / 3)
+    assert found.logprobs == {0.5: 1, -1.0: 1, 0.0: 1}
+    assert found.mean_logprob_change == pytest.approx(-1 / 6)
+    assert found.status_changes == [("ok", "undecodable", 1)]
+    assert [change.pair.before["key"] for change in found.largest()] == ["c", "b", "d"]
+    assert "2 of 3 captions changed (66.67%), by 1.33 words on average" in list(summary_lines(found, {}))
+
+
+def test_only_the_largest_changes_are_kept(monkeypatch):
+    monkeypatch.setattr("pipeline.compare.comparison.NUM_LARGEST", 5)
+    order = list(range(1, 60))
+    random.Random(0).shuffle(order)
+    found = compare(Pair(ok(str(n), ""), ok(str(n), " ".join("x" * n))) for n in order)
+    assert [change.distance for change in found.largest()] == [59, 58, 57, 56, 55]
+
+
+def test_two_empty_runs_are_the_same():
+    found = Comparison()
+    assert (found.changed_fraction, found.mean_distance, found.mean_logprob_change) == (0.0, 0.0, None)
+    assert found.scores() == {} and found.largest() == []
+
+
+def table_distance(before: Sequence[str], after: Sequence[str]) -> int:
+    row = list(range(len(after) + 1))
+    for number, word in enumerate(before, 1):
+        new = [number]
+        for at, other in enumerate(after, 1):
+            new.append(min(row[at] + 1, new[-1] + 1, row[at - 1] + (word != other)))
+        row = new
+    return row[-1]
+
+
+def test_the_edit_distance_is_that_of_the_table():
+    chance = random.Random(0)
+    for number in range(500):
+        before, after = (chance.choices("abcd", k=chance.randrange(90 if number < 9 else 9)) for _ in "AB")
+        assert edit_distance(before, after) == table_distance(before, after)
+
+
+def test_a_diff_marks_what_the_other_text_lacks():
+    left, right = diff(["a", "red", "dog", "on", "sand"], ["a", "dog", "on", "wet", "sand"])
+    assert left == [("a", False), ("red", True), ("dog on", False), ("sand", False)]
+    assert right == [("a", False), ("dog on", False), ("wet", True), ("sand", False)]
+
+
+# Metrics ----------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_official_evaluation():
+    """Computed once with the scorers of pycocoevalcap 1.2 on the same words."""
+    found = compare_scores(BEFORE, AFTER, REFERENCES)
+    assert found["CIDEr"].before == pytest.approx(3.8912167602)
+    assert found["CIDEr"].after == pytest.approx(5.3706299719)
+    assert found["BLEU-4"].before == pytest.approx(0.5709413850)
+    assert found["BLEU-4"].after == pytest.approx(0.6329271419)
+    assert (found["exact match"].before, found["exact match"].after) == (0.2, 0.2)
+
+
+def test_cider_by_hand():
+    """Two images, one word each in common with nothing: log 2 in the weights cancels, and what is left is
+    the share of the orders for which there are n-grams."""
+    references = [[words_of("red dog")], [words_of("blue cat")]]
+    frequencies = document_frequencies(references)
+    right, half = cider_scores([words_of("red dog"), words_of("blue")], references, frequencies)
+    assert right == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
+    # One of two words: cosine 1/sqrt(2) for n = 1, nothing for n = 2; lengths differ by one bigram.
+    assert half == pytest.approx(10 / np.sqrt(2) / 4 * np.exp(-1 / 72))
+
+
+def test_the_interval_is_the_same_each_time_and_holds_the_change():
+    first, second = (compare_scores(BEFORE, AFTER, REFERENCES)["CIDEr"] for _ in range(2))
+    assert first == second and first.low < first.change < first.high
+    same = compare_scores(BEFORE, BEFORE, REFERENCES)["BLEU-4"]
+    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+# The command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("outputs")
+    hostile = "<script>alert(1)</script>"
+    sides = []
+    for name, captions in (("a", BEFORE), ("b", AFTER)):
+        rows = [ok(f"k{n}", text, truth=REFERENCES[n]) for n, text in enumerate(captions)]
+        rows.append(failed("f") if name == "a" else ok("f", hostile))
+        sides.append(write_output(root / name, {"0.tar": rows}))
+    return sides[0], sides[1]
+
+
+def test_the_command_prints_json_and_a_page(outputs, tmp_path, capsys):
+    html = tmp_path / "compare.html"
+    assert main(["compare", *outputs, "--reference", "truth", "--json", "--html", str(html)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["matched"], found["changed"], found["scored"], found["unmatched"]) == (6, 5, 5, {})
+    assert found["scores"]["CIDEr"]["after"] == pytest.approx(5.3706299719)
+    assert found["status_changes"] == [["undecodable", "ok", 1]]
+    assert len(found["largest_changes"]) == 6
+    page = html.read_text()
+    assert "<mark>sleeps </mark>" in page and "CIDEr" in page and "5.3706" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_the_command_says_what_is_wrong(outputs, tmp_path, capsys):
+    before, after = outputs
+    for arguments, message in (
+        ([before, before], "B must be another output than the first"),
+        ([before], "B must be given"),
+        ([before, after, "--reference", "alt"], "--reference must be a column of one of the runs, got alt"),
+        ([before, str(tmp_path)], "holds no run"),
+    ):
+        try:
+            status = main(["compare", *arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        assert status == 3 and message in capsys.readouterr().err
+
+
+def test_an_output_without_rows_is_compared(tmp_path, capsys):
+    before, after = (write_output(tmp_path / name, {"0.tar": []}) for name in "ab")
+    assert main(["compare", before, after, "--html", str(tmp_path / "c.html")]) == 0
+    assert "0 of 0 captions changed" in capsys.readouterr().out
+    assert "No caption and no status has changed" in (tmp_path / "c.html").read_text()

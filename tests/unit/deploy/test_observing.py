@@ -1,0 +1,204 @@
+"""What an operator sees of requests: a log line, `Server-Timing`, metrics, and the routes under /admin."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.util.metrics import Counter, Histogram
+
+from blip2_actor import Completion, EngineStats, ModelInfo, Result
+from blip2_actor.testing import FakeEngineConfig
+from deploy.guard.access import Access
+from deploy.guard.admission import Admission
+from deploy.guard.cost import Cost
+from deploy.guard.front import Front
+from deploy.guard.keys import KeyFile
+from deploy.http.errors import ApiError
+from deploy.observe import fleet, metrics
+from deploy.observe.request_record import AccessLog
+from deploy.work import ImageOutputs
+from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of, png
+from tests.unit.deploy.test_deploy_gateway import Handle, gateway
+
+KEY, OPERATOR = "the key of alice", "the key of the operator"
+Seen = list[tuple[str, float, dict[str, str]]]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What is recorded in metrics: name, value and labels."""
+    found: Seen = []
+
+    def record(metric: Any, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        found.append((metric.info["name"], value, tags or {}))
+
+    monkeypatch.setattr(Counter, "inc", record)
+    monkeypatch.setattr(Histogram, "observe", record)
+    return found
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    return key_file(tmp_path / "keys.txt", "alice", KEY)
+
+
+def key_file(path: Path, name: str, key: str) -> Path:
+    path.write_text(f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+    return path
+
+
+def outputs() -> ImageOutputs:
+    completion = Completion(text="a dog", token_ids=(1, 2), logprob=-1.0, finish_reason="stop")
+    return ImageOutputs(texts=(Result(completions=(completion,)),))
+
+
+def test_a_request_is_one_log_line_with_its_caller_cost_and_times(
+    seen: Seen, keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def send() -> httpx.Response:
+        async with gateway(Handle(outputs()), keys_file=str(keys_file)) as made:
+            transport = httpx.ASGITransport(made.__serve_build_asgi_app__())
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                query = {"num_beams": "3", "max_new_tokens": "9"}
+                headers = {"authorization": f"Bearer {KEY}", "content-type": "image/png"}
+                await client.get("/readyz", headers=headers)
+                return await client.post("/v1/caption", content=png(), params=query, headers=headers)
+
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        response = asyncio.run(send())
+    assert response.json()["caption"] == "a dog"
+    [line] = [record for record in caplog.records if record.message == "request"]
+    fields = vars(line)
+    assert (fields["key"], fields["http_route"], fields["code"]) == ("alice", "/v1/caption", 200)
+    assert (fields["slots"], fields["steps"]) == (3, 9)
+    assert KEY not in repr(fields)
+    phases = ["queue", "decode", "engine", "total"]
+    assert [part.split(";")[0] for part in response.headers["server-timing"].split(", ")] == phases
+    assert 0 < fields["decode_ms"] < fields["total_ms"]
+    values = {name: (value, labels) for name, value, labels in seen}
+    assert values["blip2_admitted_slot_steps_total"] == (27, {})
+    assert values["blip2_http_request_duration_seconds"][1] == {"route": "/v1/caption", "code": "200"}
+    assert {"blip2_queue_seconds", "blip2_image_decode_seconds"} <= values.keys()
+
+
+def test_a_client_that_leaves_has_a_code_of_its_own(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    async def leave(scope: Any, receive: Any, send: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def run() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await AccessLog(leave)({"type": "http", "method": "POST", "path": "/"}, None, None)  # type: ignore[arg-type]
+
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        asyncio.run(run())
+    assert vars(caplog.records[-1])["code"] == 499
+    assert seen[-1][2]["code"] == "499"
+
+
+def test_refused_cost_is_counted_by_reason(seen: Seen) -> None:
+    async def run() -> None:
+        door = Admission(slots=8, max_in_flight=1, timeout_s=5)
+        async with door.admit(Cost(slots=1, steps=30)):
+            with pytest.raises(ApiError):
+                await door.admit(Cost(slots=16, steps=180)).__aenter__()
+            assert door.stats()["slots_held"] == door.stats()["num_in_flight"] == 1
+
+    asyncio.run(run())
+    reason = {"reason": "overloaded"}
+    assert ("blip2_refused_slot_steps_total", 16 * 180, reason) in seen
+    assert ("blip2_refused_requests_total", 1, reason) in seen
+
+
+def test_the_front_counts_what_it_answers_itself(seen: Seen) -> None:
+    async def send() -> int:
+        transport = httpx.ASGITransport(Front(None))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.post("/v1/caption", headers={"content-encoding": "gzip"})).status_code
+
+    assert asyncio.run(send()) == 415
+    labels = {"code": "415", "type": "unsupported_media_type"}
+    assert ("blip2_front_answers_total", 1, labels) in seen
+
+
+def test_the_steps_of_an_engine_are_observed(seen: Seen) -> None:
+    service = EngineService(FakeEngineConfig(model="demo"))
+    assert ask(service, "POST", "/v1/caption", content=png()).status_code == 200
+    service.captioner._actor.close()  # the engine's thread has finished its last step
+    names = {name: value for name, value, _ in seen}
+    assert names["blip2_encode_batch_images"] == names["blip2_generated_tokens_total"] == 1
+    assert [labels for name, _, labels in seen if name == "blip2_engine_step_seconds"] == [{"work": "encode"}]
+    metrics.show_engine(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d"), EngineStats())
+
+
+class Fleet:
+    """Stands for all replicas; the test of the running endpoint has real ones."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    async def set_draining(self, is_draining: bool) -> None:
+        self.calls.append(is_draining)
+
+    async def set_log_level(self, level: str) -> None:
+        self.calls.append(level)
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]:
+        return {"gateways": [{"num_in_flight": 3}], "engines": [{"num_tokens": 5}]}
+
+
+class Replicas:
+    """Like a handle of Serve that knows of no replica at first, or never."""
+
+    def __init__(self, num_unknown: float, answers: list[Any]) -> None:
+        self.num_unknown, self.answers = num_unknown, answers
+
+    def broadcast(self, method: str, *arguments: Any) -> Replicas:
+        self.num_unknown -= 1
+        return self
+
+    async def results_async(self) -> list[Any]:
+        if self.num_unknown >= 0:
+            raise DeploymentUnavailableError("Captioner")
+        return self.answers
+
+
+def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled to zero, there are no engines, and asking for their counters must start none."""
+    known = {"Gateway": Replicas(2, [{"num_in_flight": 0}]), "Captioner": Replicas(math.inf, [])}
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: known[name])
+    monkeypatch.setattr(fleet, "PAUSE_S", 0.0)
+    stats = asyncio.run(fleet.Fleet("blip2").stats())
+    assert stats == {"gateways": [{"num_in_flight": 0}], "engines": []}
+
+
+def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) -> None:
+    service = EngineService()
+    service.fleet = replicas = Fleet()  # type: ignore[assignment]
+    admins = KeyFile(str(key_file(tmp_path / "admins.txt", "op", OPERATOR)))
+    routes = service.api
+
+    def call(method: str, path: str, key: str, admin_keys: KeyFile | None = admins, **request: Any) -> Any:
+        service.api = Access(routes, keys=KeyFile(str(keys_file)), admin_keys=admin_keys)  # type: ignore[assignment]
+        headers = {"authorization": f"Bearer {key}", "host": "localhost"}
+        return ask(service, method, path, headers=headers, **request)
+
+    assert error_of(call("POST", "/admin/drain", OPERATOR, admin_keys=None))[:2] == (404, "not_found")
+    for path in ("/admin/drain", "/admin/resume", "/admin/log-level", "/admin/anything"):
+        assert error_of(call("POST", path, KEY))[:2] == (401, "wrong_key")
+    assert error_of(call("POST", "/v1/caption", OPERATOR, content=png()))[:2] == (401, "wrong_key")
+    assert not replicas.calls
+    assert call("POST", "/admin/drain", OPERATOR).json() == {"status": "draining"}
+    assert call("POST", "/admin/resume", OPERATOR).json() == {"status": "serving"}
+    assert call("POST", "/admin/log-level", OPERATOR, json={"level": "debug"}).json() == {"level": "debug"}
+    assert error_of(call("POST", "/admin/log-level", OPERATOR, json={"level": "all"}))[0] == 400
+    assert replicas.calls == [True, False, "debug"]
+    assert call("GET", "/admin/stats", OPERATOR).json()["engines"] == [{"num_tokens": 5}]

@@ -1,0 +1,208 @@
+"""Equal requests are made once: while they run, from memory, and from the files of a finished run."""
+
+from __future__ import annotations
+
+import asyncio
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from blip2_actor import DecodedImage, EngineConfig, GenerationOptions, ImageLimits
+from blip2_actor.testing import FakeEngineConfig
+from deploy.command import main
+from deploy.reuse.finished_run import FinishedRun
+from deploy.reuse.made import Made
+from deploy.reuse.shared_work import SharedWork
+from deploy.work import ImageOutputs
+from tests.unit.deploy.routes.engine_service import EngineService, ask, caption_of, png
+
+STORED_RUN = Path(__file__).parents[2] / "fixtures" / "stored_run"
+DEMO = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1)
+
+
+def made(name: str) -> Made:
+    return Made.of(name, DecodedImage(width=1, height=1), ImageOutputs())
+
+
+SIZE = made("a").num_bytes
+
+
+class Work:
+    """Work that the test lets end."""
+
+    def __init__(self) -> None:
+        self.num_begun = self.num_cancelled = 0
+        self.may_end = asyncio.Event()
+        self.failure: Exception | None = None
+
+    async def make(self) -> Made:
+        self.num_begun += 1
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return made("a")
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_equal_requests_under_way_are_made_once_and_then_kept() -> None:
+    async def run() -> None:
+        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+        callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(32)]
+        await settle()
+        work.may_end.set()
+        answers = await asyncio.gather(*callers)
+        assert len({id(answer) for answer in answers}) == work.num_begun == 1
+        assert await shared.get("key", work.make) is answers[0]
+        await shared.get("other", work.make)
+        assert work.num_begun == 2
+
+    asyncio.run(run())
+
+
+def test_work_ends_when_its_last_caller_has_left_and_not_before() -> None:
+    """Otherwise one client that hangs up takes the answer of all others with it."""
+
+    async def run() -> None:
+        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+        first, second = (asyncio.create_task(shared.get("key", work.make)) for _ in range(2))
+        await settle()
+        first.cancel()
+        await settle()
+        assert not work.num_cancelled
+        second.cancel()
+        await settle()
+        assert work.num_cancelled == 1
+        work.may_end.set()
+        assert (await shared.get("key", work.make)).sha256 == "a"
+        assert work.num_begun == 2
+
+    asyncio.run(run())
+
+
+def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later() -> None:
+    async def run() -> None:
+        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+        work.failure = ValueError("the engine is gone")
+        callers = [asyncio.create_task(shared.get("key", work.make)) for _ in range(3)]
+        await settle()
+        work.may_end.set()
+        assert await asyncio.gather(*callers, return_exceptions=True) == [work.failure] * 3
+        work.failure = None
+        assert (await shared.get("key", work.make)).sha256 == "a"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("max_bytes", "num_begun"), [(0, 6), (2 * SIZE, 4), (3 * SIZE, 3)])
+def test_memory_is_bounded_and_what_was_used_last_stays(max_bytes: int, num_begun: int) -> None:
+    async def run() -> None:
+        work, shared = Work(), SharedWork(max_bytes)
+        work.may_end.set()
+        for key in ("a", "b", "a", "c", "a", "b"):
+            await shared.get(key, work.make)
+        assert work.num_begun == num_begun
+        assert shared._num_bytes <= max_bytes
+
+    asyncio.run(run())
+
+
+def test_equal_requests_are_encoded_once_over_http() -> None:
+    service = EngineService(FakeEngineConfig(model="demo"))
+    service._shared_work = SharedWork(max_bytes=1 << 20)
+    query = {"choices": '["a", "b"]', "embed": '["qformer"]'}
+    answers = [ask(service, "POST", "/v1/caption", content=png(), params=query).json() for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    assert service.captioner.stats().num_images_encoded == 1
+    other = ask(service, "POST", "/v1/caption", content=png(), params={"max_new_tokens": "5"})
+    assert other.json()["caption"] == caption_of(png())
+    assert service.captioner.stats().num_images_encoded == 2
+
+
+# A finished run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[EngineService]:
+    made = EngineService(DEMO, GenerationOptions())
+    yield made
+    made.captioner._actor.close()
+
+
+def pictures() -> list[bytes]:
+    with tarfile.open(STORED_RUN / "input" / "scenes-0.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".png")]
+        return [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+
+
+def run_of(demo: EngineService, folder: Path = STORED_RUN / "finished") -> FinishedRun:
+    found = FinishedRun(str(folder), demo.model, ImageLimits())
+    found.read_index()
+    return found
+
+
+def test_a_finished_run_answers_as_the_engine_does(demo: EngineService) -> None:
+    image = pictures()[0]
+    from_engine = ask(demo, "POST", "/v1/caption", content=image).json()
+    num_encoded = demo.captioner.stats().num_images_encoded
+    demo._finished_run = run_of(demo)
+    try:
+        from_run = ask(demo, "POST", "/v1/caption", content=image).json()
+        assert demo.captioner.stats().num_images_encoded == num_encoded
+        changed = ask(demo, "POST", "/v1/caption", content=image, params={"prompt": "a photo of"})
+        elsewhere = ask(demo, "POST", "/v1/caption", content=png(7))
+    finally:
+        demo._finished_run = None
+    assert from_run["token_ids"] is None and from_engine["token_ids"]
+    assert from_run.pop("logprob") == pytest.approx(from_engine.pop("logprob"), abs=1e-5)
+    del from_run["token_ids"], from_engine["token_ids"]
+    assert from_run == from_engine
+    assert changed.json()["fingerprint"] != from_run["fingerprint"]
+    assert elsewhere.status_code == 200
+    assert demo.captioner.stats().num_images_encoded == num_encoded + 2
+
+
+def test_every_row_of_a_run_is_found(demo: EngineService) -> None:
+    run = run_of(demo)
+    rows = [row for path in sorted((STORED_RUN / "finished").glob("*.parquet")) for row in rows_of(path)]
+    found = [run.find(row["sha256"].hex(), run.work) for row in rows if row["status"] == "ok"]
+    captions = [row["caption"] for row in rows if row["status"] == "ok"]
+    assert [one and one.outputs.texts[0].text for one in found] == captions
+    failed = [
+        run.find(row["sha256"].hex(), run.work) for row in rows if row["status"] != "ok" and row["sha256"]
+    ]
+    assert not any(failed)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(path, columns=["caption", "status", "sha256"]).to_pylist()
+    return rows
+
+
+def test_a_run_of_other_settings_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished, exact = str(STORED_RUN / "finished"), ["--dtype", "float32"]
+    (tmp_path / "empty").mkdir()
+    for flags, said in (
+        (["--cache-from", str(tmp_path / "empty")], "which has no rows"),
+        (["--cache-from", str(tmp_path / "nothing")], "nothing"),
+        (
+            ["--cache-from", finished, *exact, "--image-jpeg-draft"],
+            "image_jpeg_draft of the service (True)",
+        ),
+        (["--cache-from", finished, "--dtype", "bfloat16"], "dtype of the service (bfloat16)"),
+    ):
+        assert main(["--model", "demo", "--device", "cpu", "--port", "18999", *flags]) == 3
+        assert said in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""The Serve config file and the flags of `blip2 serve` set the same things."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from ray.serve.schema import LoggingConfig
+
+from deploy.app import ServeArgs
+from deploy.command import make_parser
+from deploy.observe.logs import serve_logging
+from deploy.settings import ServeSettings, Settings
+
+DOCUMENT: dict[str, Any] = yaml.safe_load((files("deploy") / "serve_config.yaml").read_text("utf-8"))
+[APPLICATION] = DOCUMENT["applications"]
+SERVES_OWN = {"host": "http_options", "port": "http_options", "log_level": "logging_config"}
+"""Flags of the one-machine form, and the part of the file in which a cluster has them."""
+
+
+def test_every_flag_is_an_argument_or_a_setting_of_serve() -> None:
+    assert Settings in ServeSettings.__mro__
+    of_settings = {field.name for field in dataclasses.fields(Settings)}
+    own = {field.name for field in dataclasses.fields(ServeSettings)} - of_settings
+    # Ray's agents choose the port of metrics on a cluster, where each node has one.
+    assert own == {*SERVES_OWN, "metrics_port"}
+    for name, place in SERVES_OWN.items():
+        assert name in DOCUMENT[place]
+
+
+def test_the_file_is_a_command_line() -> None:
+    """Each argument of the file has a flag of its name, and gives the same settings as that flag."""
+    from blip2_actor.flags import build
+
+    given = APPLICATION["args"]
+    flags: list[str] = []
+    for name, value in given.items():
+        pairs = value.items() if isinstance(value, dict) else [(name, value)]
+        for key, inner in pairs:
+            prefix = "image-" if name == "image" else ""
+            words = inner if isinstance(inner, list) else [inner]
+            flags += [f"--{prefix}{key.replace('_', '-')}", *map(str, words)]
+    settings = build(ServeSettings, vars(make_parser().parse_args(flags)))
+    from_file = ServeArgs.model_validate(given).root
+    for field in dataclasses.fields(Settings):
+        assert getattr(settings, field.name) == getattr(from_file, field.name), field.name
+
+
+def test_the_logs_of_a_cluster_are_those_of_one_machine() -> None:
+    assert LoggingConfig(**DOCUMENT["logging_config"]) == LoggingConfig(**serve_logging("info"))

@@ -1,0 +1,116 @@
+"""Several drivers on one run: each shard is in one slice, and no two drivers work on the same shard."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import OutputInUse
+from pipeline.inputs.shards import RunSlice
+from pipeline.ledger.layout import lease_name, parse_lease_name
+from pipeline.ledger.lease import Lease, read_holders
+from pipeline.report.status import status_lines
+from pipeline.run.run_job import _begin_or_join
+from pipeline.settings.fingerprint import FingerprintMismatch
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.storage.folder import Folder
+from tests.unit.inputs.run_without_ray import captions, prepare_run, work
+from tests.unit.inputs.test_changes import write_tar
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(str(tmp_path / "out"))
+
+
+def test_each_shard_is_in_one_slice_and_they_are_about_equal():
+    """The division must not change between versions: drivers of a run may be started at different times."""
+    slices = [RunSlice.parse(f"{number}/4") for number in (1, 2, 3, 4)]
+    names = [f"part{n}.tar" for n in range(400)]
+    counts = [sum(part.has(name) for name in names) for part in slices]
+    assert sum(counts) == 400 and min(counts) > 70
+    assert all(sum(part.has(name) for part in slices) == 1 for name in names)
+    assert [name for name in names[:10] if slices[0].has(name)] == ["part3.tar", "part7.tar", "part8.tar"]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
+def test_a_slice_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"slice must be I/N .* got"):
+        CaptionSettings(input=("in",), output="out", slice=text)
+
+
+def test_what_changes_the_list_of_shards_is_for_a_command_without_a_slice():
+    with pytest.raises(ValueError, match="slice must be left out with add_new"):
+        CaptionSettings(input=("in",), output="out", slice="1/2", add_new=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "is_refused"),
+    [
+        ("1/2", "2/2", False),
+        ("1/2", "1/2", True),
+        ("1/2", "2/4", True),
+        ("1/2", None, True),
+        (None, "1/2", True),
+    ],
+)
+def test_a_driver_is_refused_when_its_shards_may_be_those_of_another(folder, held, wanted, is_refused):
+    parts = [None if text is None else RunSlice.parse(text) for text in (held, wanted)]
+    assert [parse_lease_name(lease_name(part)) for part in parts] == parts
+    with Lease(folder, parts[0]):
+        if is_refused:
+            with pytest.raises(OutputInUse, match="one driver at a time"), Lease(folder, parts[1]):
+                pass
+        else:
+            with Lease(folder, parts[1]):
+                assert len(read_holders(folder)) == 2
+        assert list(read_holders(folder)) == [lease_name(parts[0])]
+    assert read_holders(folder) == {}
+
+
+def test_two_slices_that_start_together_are_one_run(tmp_path):
+    """Both have found an empty output; the second joins the run that the first has begun."""
+    for name in "abcdef":
+        write_tar(tmp_path / f"in/{name}.tar", f"{name}0", f"{name}1")
+    jobs = [prepare_run(tmp_path, slice=text) for text in ("1/2", "2/2")]
+    assert all(job.is_new for job in jobs)
+    first = work(jobs[0])
+    write_tar(tmp_path / "in/g.tar", "late")
+    joined = _begin_or_join(jobs[1], jobs[1].ledger)
+    assert joined.run.shards == jobs[0].run.shards and not joined.is_new
+    second = work(joined)
+    assert first.num_shards + second.num_shards == 6 and first.num_shards in range(1, 6)
+    assert {shard: len(made) for shard, made in captions(tmp_path).items()} == {
+        f"{n}.tar": 2 for n in "abcdef"
+    }
+    lines = status_lines(str(tmp_path / "out"))
+    assert lines[:2] == ["12 rows = 12 ok + 0 failed", "6 shards = 6 written + 0 missing"]
+
+
+def test_a_slice_with_another_prompt_does_not_join(tmp_path):
+    write_tar(tmp_path / "in/a.tar", "a0")
+    jobs = [
+        prepare_run(tmp_path, slice=f"{n}/2", prompt=prompt) for n, prompt in ((1, None), (2, "a photo of"))
+    ]
+    work(jobs[0])
+    with pytest.raises(FingerprintMismatch, match="prompt"):
+        _begin_or_join(jobs[1], jobs[1].ledger)
+
+
+def test_a_slice_leaves_files_alone_that_another_driver_may_be_writing(tmp_path):
+    write_tar(tmp_path / "in/a.tar", "a0")
+    half = tmp_path / "out/_blip2/tmp/half"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    work(prepare_run(tmp_path, slice="1/1"))
+    assert half.exists()
+    work(prepare_run(tmp_path))
+    assert not half.exists()
+
+
+def test_status_names_the_driver_of_each_slice(tmp_path):
+    write_tar(tmp_path / "in/a.tar", "a0")
+    job = prepare_run(tmp_path, slice="1/2")
+    job.ledger.begin(job.run)
+    with Lease(job.ledger.folder, RunSlice(1, 2)), Lease(job.ledger.folder, RunSlice(2, 2)):
+        lines = [line for line in status_lines(str(tmp_path / "out")) if "running" in line]
+    assert [line.partition(":")[0] for line in lines] == ["slice 1/2 running", "slice 2/2 running"]

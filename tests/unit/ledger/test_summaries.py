@@ -1,0 +1,96 @@
+"""Kept summaries: `status` opened the footer of each finished file, for ten minutes with 10^5 shards."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pipeline.inputs.reader import ShardReport
+from pipeline.ledger import summaries
+from pipeline.ledger.layout import output_name
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.run_record import Run
+from pipeline.ledger.summaries import SUMMARIES_PER_FILE, tidy_summaries
+from pipeline.settings.fingerprint import Fingerprint
+from pipeline.storage.folder import Folder
+from tests.unit.ledger.test_fragments import rows
+from tests.unit.ledger.test_ledger import shard
+
+NAMES = ["a.tar", "b.tar", "c.tar"]
+RUN = Run(Fingerprint({}), {}, tuple(map(shard, NAMES)))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(Folder(str(tmp_path / "out")))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Return the list of the shards whose footers are read."""
+    seen = []
+    original = summaries.read_summary
+
+    def read(folder, name):
+        seen.append(name)
+        return original(folder, name)
+
+    monkeypatch.setattr(summaries, "read_summary", read)
+    return seen
+
+
+def commit(ledger: Ledger, name: str, numbers=range(3), status="ok"):
+    ledger.write_fragment(rows(numbers, shard=name, status=status))
+    return ledger.commit(ShardReport(shard=name, num_rows=len(numbers), complete=True), {})
+
+
+def age(ledger: Ledger, name: str, seconds: float) -> None:
+    path = ledger.folder.path(output_name(name))
+    written = os.stat(path).st_mtime + seconds
+    os.utime(path, (written, written))
+
+
+def test_kept_summaries_say_what_the_footers_say_and_no_footer_is_opened(ledger, opened):
+    committed = [commit(ledger, name) for name in NAMES]
+    ledger.keep_summaries(committed)
+    done = ledger.reconcile(RUN, ledger.scan())
+    assert (opened, done.summaries) == ([], tuple(committed))
+    assert (done.num_rows, done.by_status) == (9, {"ok": 9})
+
+
+def test_a_file_that_was_written_since_is_opened(ledger, opened):
+    ledger.keep_summaries([commit(ledger, name) for name in NAMES])
+    commit(ledger, "b.tar", range(40))
+    age(ledger, "c.tar", seconds=60)  # the same size
+    done = ledger.reconcile(RUN, ledger.scan())
+    assert (sorted(opened), done.num_rows) == (["b.tar", "c.tar"], 46)
+
+
+def test_summaries_of_a_run_are_tidied_into_few_files_that_stay_true(ledger, opened, monkeypatch):
+    monkeypatch.setattr(summaries, "MAX_SPARE_FILES", 1)
+    for name in NAMES:
+        ledger.keep_summaries([commit(ledger, name)])
+    for num_files in (1, 1):
+        state = ledger.scan()
+        ledger.tidy_summaries(state, ledger.reconcile(RUN, state))
+        assert len(ledger.scan().summaries) == num_files
+    age(ledger, "a.tar", seconds=-1)  # a copy of before was put back
+    ledger.reconcile(RUN, ledger.scan())
+    assert opened == ["a.tar"]
+
+
+def test_a_thousand_summaries_are_one_file_and_one_more_a_second(ledger):
+    summary = commit(ledger, "a.tar")
+    ledger.keep_summaries([summary] * (SUMMARIES_PER_FILE + 1))
+    assert len(ledger.scan().summaries) == 2
+
+
+def test_runs_of_before_have_no_kept_summaries_until_a_run_ends(ledger, opened):
+    for name in NAMES:
+        commit(ledger, name)
+    state = ledger.scan()
+    tidy_summaries(ledger.folder, state, ledger.reconcile(RUN, state).summaries)
+    opened.clear()
+    ledger.reconcile(RUN, ledger.scan())
+    assert opened == []

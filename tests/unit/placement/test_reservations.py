@@ -1,0 +1,148 @@
+"""Reservations: stages that do not fit together wait forever; what is fixed at the start never grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from blip2_actor import EngineConfig
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.errors import RefusedByCluster
+from pipeline.placement.cluster import Cluster, Node
+from pipeline.placement.node_types import NodeType
+from pipeline.placement.reservations import Reservations, fit, reserve, resolve_engine
+from pipeline.settings.placement import Placement
+
+ENGINE = EngineConfig(model="demo")
+ON_CPU = EngineConfig(model="demo", device="cpu")
+HEAD = Node({"CPU": 0.0})
+CPU_TYPE = NodeType("cpu", 32, {"CPU": 16.0}, {"pool": "cpu"})
+GPU_TYPE = NodeType("accelerator", 8, {"CPU": 8.0, "GPU": 1.0}, {"pool": "accelerator"})
+GROWING = Cluster((HEAD,), (CPU_TYPE, GPU_TYPE), is_local=False)
+"""As `ray_cluster.yaml` describes it, before its first job."""
+CPUS_ONLY = Cluster((Node({"CPU": 16.0}), Node({"CPU": 16.0})), is_local=False)
+
+
+def machine(cpus: float, gpus: float = 0.0) -> Cluster:
+    return Cluster((Node({"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),))
+
+
+def placed(cluster: Cluster, engine: Any = ENGINE, num_shards: int = 100, **values: Any) -> Reservations:
+    return reserve(Placement(**values), cluster, engine, num_shards)
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (2, 1), (4, 0), (64, 8)])
+@pytest.mark.parametrize("max_actors", [1, 2])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_one_of_each_stage_fits_at_the_same_time(cpus, gpus, max_actors, is_local):
+    """Otherwise actors hold all CPUs while the read task that would feed them waits forever."""
+    cluster = Cluster(machine(cpus, gpus).nodes, is_local=is_local)
+    needs = reserve(Placement(max_actors=max_actors), cluster, FakeEngineConfig())
+    assert needs.read.num_cpus + needs.decode.num_cpus + max_actors * needs.caption.num_cpus <= cpus
+    assert min(needs.read.num_cpus, needs.decode.num_cpus) > 0
+    if not gpus:
+        assert needs.num_threads is not None and 1 <= needs.num_threads <= cpus
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 16])
+def test_captioning_on_the_cpus_of_a_cluster_has_an_actor_on_each_node(cpus):
+    """It had one actor, however many nodes there were."""
+    needs = placed(Cluster((Node({"CPU": cpus}),) * 3, is_local=False), ON_CPU)
+    assert needs.max_actors is None and not needs.caption.accelerators
+    assert cpus / 2 < needs.caption.num_cpus < cpus
+    assert needs.read.num_cpus + needs.decode.num_cpus + needs.caption.num_cpus <= cpus
+
+
+def test_accelerators_that_do_not_run_yet_are_asked_for():
+    """The job captioned on CPUs to its end, because no accelerator ran when it started."""
+    needs = placed(GROWING)
+    assert needs.caption.options["num_gpus"] == 1
+    assert (needs.min_actors, needs.max_actors) == (8, None)
+    assert placed(GROWING, num_shards=3).min_actors == 3
+    assert (placed(GROWING, max_actors=2).min_actors, placed(GROWING, min_actors=9).min_actors) == (2, 9)
+
+
+def test_nothing_is_sized_by_the_empty_cluster():
+    needs = placed(GROWING)
+    assert needs.decode.num_cpus == 1 and needs.max_open_shards is None
+
+
+def test_a_cluster_without_accelerators_is_refused_and_the_remedy_named():
+    with pytest.raises(RefusedByCluster, match=r"needs 1 GPU, .* has 32 CPU on 2 nodes, .*--device cpu"):
+        placed(CPUS_ONLY)
+    assert not placed(CPUS_ONLY, ON_CPU).caption.accelerators
+    with pytest.raises(RefusedByCluster, match=r"needs 1 NPU, .*8 CPU, 1 GPU \(accelerator\)"):
+        placed(GROWING, accelerator="NPU=1")
+
+
+def test_unknown_node_types_are_not_refused():
+    assert placed(Cluster((HEAD,), None, is_local=False)).caption.num_gpus == 1
+
+
+def test_one_machine_takes_what_it_has():
+    assert not placed(machine(4)).caption.accelerators
+    needs = placed(machine(4, 2))
+    assert (needs.caption.num_gpus, needs.min_actors, needs.max_actors) == (1, 1, 2)
+    with pytest.raises(RefusedByCluster, match="this machine has 4 CPU"):
+        placed(machine(4), gpus_per_actor=1)
+
+
+def test_device_cpu_takes_no_accelerator():
+    """Actors took GPUs and left them idle."""
+    assert not placed(machine(4, 2), ON_CPU).caption.accelerators
+
+
+def test_other_accelerators_and_parts_of_a_gpu():
+    npus = Cluster((Node({"CPU": 8.0, "NPU": 4.0}), Node({"CPU": 8.0, "NPU": 2.0})), is_local=False)
+    needs = placed(npus, accelerator="NPU=2")
+    assert needs.caption.options == {
+        "num_cpus": 0.0,
+        "num_gpus": None,
+        "resources": {"NPU": 2.0},
+        "label_selector": None,
+    }
+    assert needs.max_actors == 3, "Ray Data does not limit a pool by such resources"
+    assert placed(machine(4, 2), gpus_per_actor=0.5).max_actors == 4
+
+
+def test_a_split_model_takes_all_cards_of_one_node():
+    nodes = (Node({"CPU": 8.0, "GPU": 4.0}), Node({"CPU": 8.0, "GPU": 1.0}))
+    needs = placed(Cluster(nodes), EngineConfig(model="demo", device_map="auto"))
+    assert (needs.caption.num_gpus, needs.max_actors) == (4, 1)
+
+
+def test_types_and_labels_choose_the_nodes():
+    big = NodeType("big", 2, {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 1.0}, {"pool": "big"})
+    cluster = Cluster((HEAD,), (CPU_TYPE, GPU_TYPE, big), is_local=False)
+    typed = placed(cluster, accelerator_type="H100")
+    assert typed.caption.resources == {"accelerator_type:H100": 0.001} and typed.max_actors == 2
+    labeled = placed(cluster, caption_label=("pool=big",), decode_label=("pool=cpu",))
+    assert labeled.max_actors == 2 and labeled.decode.options["label_selector"] == {"pool": "cpu"}
+    with pytest.raises(RefusedByCluster, match="needs 1 GPU, pool=small"):
+        placed(cluster, caption_label=("pool=small",))
+    assert placed(cluster, caption_label=("pool=in(big, small)",)).caption.labels, "left to Ray"
+
+
+@dataclass(frozen=True)
+class NoDevice:
+    """An engine that has no device to choose."""
+
+
+def test_an_engine_without_a_device_takes_what_is_there():
+    builder: Any = NoDevice()
+    assert not placed(CPUS_ONLY, builder).caption.accelerators
+    assert placed(GROWING, builder).caption.num_gpus == 1
+
+
+def test_a_device_that_is_left_out_is_waited_for_only_if_nodes_may_come():
+    two = machine(4, 2)
+    assert fit(Placement(min_actors=2), 1, two) == Placement(min_actors=1, max_actors=1)
+    assert fit(Placement(min_actors=2), 1, GROWING) == Placement(min_actors=1)
+
+
+def test_the_engine_is_told_its_device_and_threads_on_cpus():
+    on_cpus = resolve_engine(ENGINE, placed(machine(4)))
+    assert isinstance(on_cpus, EngineConfig) and (on_cpus.device, on_cpus.num_threads) == ("cpu", 4)
+    assert resolve_engine(ENGINE, placed(GROWING)) == ENGINE

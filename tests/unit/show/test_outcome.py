@@ -1,0 +1,106 @@
+"""The lines at the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.caption_counts import CaptionCounts
+from pipeline.cli.commands import _run
+from pipeline.cli.main import make_parser
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.reconcile import Reconciliation
+from pipeline.show.outcome import outcome_lines
+from pipeline.storage.folder import Folder
+from tests.unit.show.test_show import write_output
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Folder, Reconciliation]:
+    """An output of four shards, each with two failed rows of ten."""
+    folder = Folder(str(tmp_path / "my output"))
+    write_output(folder, num_shards=4)
+    ledger = Ledger(folder)
+    done = ledger.reconcile(ledger.require_run(), ledger.scan())
+    return folder, dataclasses.replace(done, missing=())
+
+
+def test_captions_failures_and_commands(finished):
+    folder, done = finished
+    assert outcome_lines(folder, done) == [
+        r"  photo-0-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
+        r"  photo-1-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
+        r"  photo-2-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
+        "  photo-0-4: undecodable: cut at byte 4",
+        "  photo-0-9: undecodable: cut at byte 9",
+        "  photo-1-4: undecodable: cut at byte 4",
+        "  photo-1-9: undecodable: cut at byte 9",
+        "  photo-2-4: undecodable: cut at byte 4",
+        "  ... and 3 more failed rows",
+        f"output: {folder}",
+        f"next: blip2 show --output '{folder}' --status not_ok",
+        f"      blip2 report --output '{folder}' --html report.html",
+        f"      blip2 retry --output '{folder}'",
+    ]
+
+
+def test_the_commands_are_commands(finished):
+    folder, done = finished
+    for line in outcome_lines(folder, done):
+        if "blip2" in line:
+            words = shlex.split(line[line.index("blip2") :])
+            assert make_parser().parse_args(words[1:]).output == folder.uri
+
+
+def test_a_command_ends_with_them(finished, monkeypatch, capsys):
+    folder, done = finished
+    settings = SimpleNamespace(max_failed_fraction=1.0, max_flagged_fraction=1.0)
+    job: Any = SimpleNamespace(ledger=Ledger(folder), settings=settings)
+    monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: done)
+    assert _run(job) == 0
+    assert capsys.readouterr().out.splitlines()[-13:] == outcome_lines(folder, done)
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(1.0, 0), (0.5, 2)])
+def test_the_share_of_flagged_captions_decides_the_exit_status_of_a_command(
+    finished, monkeypatch, allowed, status
+):
+    folder, done = finished
+    flagged = CaptionCounts(num_captions=10, num_flagged=6)
+    summaries = tuple(dataclasses.replace(summary, captions=flagged) for summary in done.summaries)
+    settings = SimpleNamespace(max_failed_fraction=1.0, max_flagged_fraction=allowed)
+    job: Any = SimpleNamespace(ledger=Ledger(folder), settings=settings)
+    result = dataclasses.replace(done, summaries=summaries)
+    monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: result)
+    assert _run(job) == status
+
+
+def test_a_run_without_failures_needs_no_retry(finished):
+    folder, done = finished
+    whole = dataclasses.replace(
+        done, summaries=tuple(dataclasses.replace(s, by_status={"ok": 10}) for s in done.summaries)
+    )
+    assert not any("retry" in line or "not_ok" in line for line in outcome_lines(folder, whole))
+    partial = dataclasses.replace(
+        whole, summaries=(dataclasses.replace(whole.summaries[0], complete=False), *whole.summaries[1:])
+    )
+    assert outcome_lines(folder, partial)[-1] == f"      blip2 retry --output '{folder}'"
+
+
+def test_an_unfinished_run_is_to_be_resumed(finished):
+    folder, done = finished
+    lines = outcome_lines(folder, dataclasses.replace(done, missing=("4.tar",)))
+    assert lines[-1] == "next: run the same command again, which goes on with what is missing"
+
+
+def test_an_output_that_cannot_be_read_back_raises_nothing(finished):
+    """The run is done, and its exit status must say so."""
+    folder, done = finished
+    (Path(folder.uri) / "0.tar.parquet").write_bytes(b"damaged")
+    lines = outcome_lines(folder, done)
+    assert lines[0].startswith("the output cannot be read back now") and f"output: {folder}" in lines
