@@ -9,7 +9,6 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from blip2_actor import __version__
@@ -45,6 +44,8 @@ def add_version_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _version_of(package: str) -> str:
+    from importlib import metadata  # it imports email and zipfile, too much for --help
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

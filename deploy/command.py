@@ -10,7 +10,15 @@ import socket
 import sys
 from pathlib import Path
 
-from blip2_actor.flags import WRONG_FLAGS, Parser, add_flags, build
+from blip2_actor.flags import (
+    WRONG_FLAGS,
+    Parser,
+    add_flags,
+    build,
+    effective_settings,
+    settings_as_json,
+    settings_as_toml,
+)
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
 from deploy.guard.keys import read_keys
@@ -22,16 +30,45 @@ NEEDS = ("ray", "fastapi", "python_multipart")
 REFUSED = WRONG_FLAGS
 
 
+FREQUENT = ("host", "port", "model", "device", "dtype", "keys_file", "allow_anonymous", "score_model")
+"""Fields whose flags short help shows."""
+EXAMPLES = (
+    ("blip2 serve -m demo", "a small model, at http://127.0.0.1:8000"),
+    ("blip2 serve --host 0.0.0.0 --keys-file keys.txt", "for other machines, whose callers have keys"),
+    ("blip2 serve --score-model Salesforce/blip2-itm-vit-g", "also compare images with texts"),
+)
+CONFIG = "config"
+
+
 def make_parser() -> Parser:
-    parser = Parser(prog=PROG, description=ServeSettings.__doc__)
+    parser = Parser(
+        prog=PROG,
+        description=ServeSettings.__doc__,
+        parts=["serve"],
+        frequent=FREQUENT,
+        examples=EXAMPLES,
+    )
     add_version_flag(parser)
     add_flags(parser, ServeSettings)
     return parser
 
 
+def print_settings(arguments: list[str]) -> int:
+    """Print the settings of a command line, and where each comes from; `blip2 config serve` does this."""
+    as_json = arguments[:1] == ["--json"]
+    given = make_parser().parse_args(arguments[as_json:])
+    settings = effective_settings(given, ServeSettings)
+    lines = [settings_as_json("serve", settings)] if as_json else settings_as_toml("serve", settings)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop, and return the exit status."""
-    given = make_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == [CONFIG]:
+        return print_settings(arguments[1:])
+    given = make_parser().parse_args(arguments)
     try:
         require_packages(PROG, NEEDS, "serve")
         settings = build(ServeSettings, vars(given))

@@ -9,7 +9,9 @@ Every other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.secrets import hide_secrets
 
 P = ParamSpec("P")
+logger = logging.getLogger(__name__)
 
 
 class ExitStatus(IntEnum):
@@ -84,7 +87,10 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             status = status_of(error)
             if status is None:
                 raise
+            logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
             reason = f"the engine has failed: {error}" if isinstance(error, EngineFault) else error
+            if args and dataclasses.is_dataclass(args[0]):
+                reason = with_flags(str(reason), type(args[0]))
             write(sys.stderr, f"blip2: {hide_secrets(str(reason))}\n")
             return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from typing import TextIO
 LIVE_EVERY_S = 0.5
 LOG_EVERY_S = 10.0
 RATE_WINDOW_S = 20.0
+SEPARATOR = " · "
+MOST_IMPORTANT_FIRST = ("trouble", "images", "eta", "failed", "rate", "shards", "busy")
+"""Which parts of the line a narrow terminal shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +37,49 @@ class ProgressSnapshot:
     trouble: str | None = None
     """What the run waits for, when a store fails."""
 
-    def line(self) -> str:
-        trouble = [self.trouble] if self.trouble else []
+    def line(self, max_chars: int | None = None) -> str:
+        """Return the progress on one line.
+
+        Args:
+            max_chars: leave out what does not fit, the least important first; a line that still does not fit
+                is cut. None leaves out nothing.
+        """
+        parts = self._parts()
+        if max_chars is None:
+            return SEPARATOR.join(parts.values())
+        if "trouble" in parts:
+            parts["trouble"] = cut(parts["trouble"], max_chars)
+        kept: list[str] = []
+        for name in [name for name in MOST_IMPORTANT_FIRST if name in parts]:
+            kept.append(name)
+            if len(SEPARATOR.join(parts[one] for one in kept)) > max_chars:
+                kept.pop()
+                break
+        line = SEPARATOR.join(text for name, text in parts.items() if name in kept)
+        return line or cut(parts["images"], max_chars)
+
+    def _parts(self) -> dict[str, str]:
+        """Return the parts of the line in their order."""
+        parts = {"trouble": self.trouble} if self.trouble and self.num_rows else {}
+        shards = f"shards {self.shards_done:,}/{self.num_shards:,}"
         if not self.num_rows:
-            return " · ".join(["starting", f"shards {self.shards_done:,}/{self.num_shards:,}", *trouble])
-        parts = [
-            count(self.num_rows, "image"),
-            f"{self.images_per_s:,.1f}/s",
-            f"{self.num_failed:,} failed",
-            f"shards {self.shards_done:,}/{self.num_shards:,}",
-            f"ETA {duration(self.left_s)}",
-        ]
-        if trouble:
-            return " · ".join([*trouble, *parts])
-        if self.busy:
-            parts.append("busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items()))
-        return " · ".join(parts)
+            parts |= {"images": "starting", "shards": shards}
+            return parts | ({"trouble": self.trouble} if self.trouble else {})
+        parts |= {
+            "images": count(self.num_rows, "image"),
+            "rate": f"{self.images_per_s:,.1f}/s",
+            "failed": f"{self.num_failed:,} failed",
+            "shards": shards,
+            "eta": f"ETA {duration(self.left_s)}",
+        }
+        if self.busy and not self.trouble:
+            parts["busy"] = "busy " + ", ".join(f"{stage} {part:.0%}" for stage, part in self.busy.items())
+        return parts
+
+
+def cut(text: str, max_chars: int) -> str:
+    """Return a text that is at most so long, with an ellipsis if it was longer."""
+    return text if len(text) <= max_chars else text[: max(0, max_chars - 1)] + "…"
 
 
 def count(number: int, noun: str) -> str:
@@ -161,11 +192,21 @@ class Console:
         if not self._is_live:
             self.say(snapshot.line())
             return
-        line = snapshot.line()
-        write(self._stream, "\r" + line.ljust(self._width))
+        max_chars = _columns(self._stream) - 1  # some terminals wrap when the last column is written
+        line = snapshot.line(max_chars)
+        write(self._stream, "\r" + line.ljust(min(self._width, max_chars)))
         self._width = len(line)
 
     def _clear(self) -> None:
         if self._width:
-            write(self._stream, "\r" + " " * self._width + "\r")
+            write(self._stream, "\r" + " " * min(self._width, _columns(self._stream) - 1) + "\r")
             self._width = 0
+
+
+def _columns(stream: TextIO | None) -> int:
+    """Return the width of a terminal as it is now."""
+    try:
+        columns = 0 if stream is None else os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # not a terminal of the system
+        columns = 0
+    return columns or shutil.get_terminal_size().columns

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from blip2_actor.flags import positional
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
     """Read every file of an output back and check rows, order, settings and input. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run, finished or in progress."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
@@ -35,7 +37,7 @@ class VerifySettings:
 class CleanSettings:
     """Show which files of an output are of no use any more, and delete them with --yes. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run that no driver works on."""
     yes: bool = False
     """Delete the files; without it they are only listed."""

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
-from blip2_actor.flags import hiding, prefixed, written_as
+from blip2_actor.flags import hiding, positional, prefixed, written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.globs import Patterns
@@ -38,7 +38,7 @@ OF_ONE_START = ("add_new", "deadline", "redo_changed", "slice")
 class JobSettings:
     """Settings that every job over an input has: input, output, model and actors."""
 
-    input: tuple[str, ...]
+    input: tuple[str, ...] = field(metadata=positional())
     """Tar files, Parquet files, folders, globs and {00..99} ranges; local, or URIs such as s3:// and gs://.
     @FILE is a text file, CSV or JSON lines that names images, or a text file that names tars or tables."""
     output: str

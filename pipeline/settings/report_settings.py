@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blip2_actor import Status
-from blip2_actor.flags import written_as
+from blip2_actor.flags import positional, written_as
 
 Target = Literal["csv", "jsonl", "txt", "imagefolder", "webdataset"]
 NOT_OK = "not_ok"
@@ -17,7 +17,7 @@ NOT_OK = "not_ok"
 class ReportSettings:
     """Report on the rows of a run: failures and their reasons, lengths, repeated captions. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run."""
     html: str | None = None
     """Also write a self-contained HTML page with the report and a contact sheet to this file."""
@@ -62,7 +62,7 @@ class CompareSettings:
 class StatusSettings:
     """Show how far a run is: finished rows, failures by status, rows left, and the ETA. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run, finished or in progress."""
 
 
@@ -70,7 +70,7 @@ class StatusSettings:
 class ShowSettings:
     """Show rows of a run in the terminal: keys, captions, and why rows failed. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run, finished or in progress."""
     status: tuple[str, ...] = ()
     """Show only rows with one of these statuses; not_ok means every status but ok."""
@@ -102,7 +102,7 @@ class ShowSettings:
 class ExportSettings:
     """Write the rows of a run in another format, next to their images if wanted. Needs no Ray."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of a run, finished or in progress."""
     to: Target
     """csv and jsonl hold every row, txt a caption per line, imagefolder and webdataset also the images."""

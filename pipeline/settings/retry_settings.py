@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blip2_actor import ImageLimits, Status
-from blip2_actor.flags import formerly, written_as
+from blip2_actor.flags import formerly, positional, written_as
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
@@ -67,7 +67,7 @@ class PlacementChanges:
 class RetrySettings:
     """Run the failed rows of an output again, and read its partial shards again."""
 
-    output: str
+    output: str = field(metadata=positional())
     """Folder or URI of an earlier run."""
     input: tuple[str, ...] = ()
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""

@@ -6,9 +6,12 @@ After an intended change, `python -m tests.contracts.test_cli_frozen` writes tes
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +21,14 @@ import deploy.command
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.flags import Parser, build
 from deploy.settings import OnlineImageLimits, ServeSettings
-from pipeline.cli.main import COMMANDS, main, make_parser
+from pipeline.cli.main import COMMANDS, main, make_parser, parse
 
 FROZEN = Path(__file__).with_name("cli.txt")
 REQUIRED = "--input a --output b --text-column c"
 """The required flags of any command; a test removes those that its command does not have."""
 
 
+@cache
 def commands() -> Mapping[str, Parser]:
     """Every subcommand with its parser; `serve` has that of the endpoint."""
     [action] = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
@@ -36,14 +40,26 @@ def surface() -> Iterator[str]:
     for name, command in commands().items():
         yield name
         for action in command._actions:
-            if action.dest == "help":
+            if action.dest in ("help", "help_all"):
                 continue
             help_text = action.help or ""
             default = help_text.rpartition("(default: ")[2].rstrip(")") if "(default: " in help_text else "-"
             required = " required" if action.required else ""
             many = " many" if action.nargs == "+" else ""
-            name = (action.option_strings or [action.dest])[0]
-            yield f"  {name} {action.metavar or 'switch'}{many}{required} {default}"
+            names = [text for text in action.option_strings if text.startswith("--")] or [str(action.metavar)]
+            letter = "".join(f" {text}" for text in action.option_strings if text[1] != "-")
+            place = " positional" if action in command.positionals else ""
+            kind = f"{action.metavar or 'switch'}{many}{required}{place}"
+            yield f"  {names[0]} {kind} {default}{letter}"
+
+
+def flags_of(command: str) -> set[str]:
+    """The present names of the flags of a command, without former names and opposites."""
+    names = (
+        [text for text in action.option_strings if text.startswith("--")]
+        for action in commands()[command]._actions
+    )
+    return {found[0] for found in names if found}
 
 
 def run_command(arguments: str) -> int:
@@ -65,7 +81,7 @@ def test_help_imports_nothing_heavy(module):
     code = (
         "import sys\n"
         f"from {module} import main, make_parser\n"
-        f"try: main(['caption', '--help'] if {module!r} == 'pipeline.cli.main' else ['--help'])\n"
+        f"try: main(['caption', '--help-all'] if {module!r} == 'pipeline.cli.main' else ['--help-all'])\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'fastapi'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
@@ -83,9 +99,9 @@ def test_every_flag_has_help_for_a_person_at_a_terminal():
 
 def test_help_names_flags_and_shows_which_are_required(capsys):
     """A person at a terminal does not know the fields of a dataclass."""
-    assert run_command("caption --help") == 0
+    assert run_command("caption --help-all") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "[-h] --input INPUT [INPUT ...] --output OUTPUT [--format" in said
+    assert "usage: blip2 caption INPUT [INPUT ...] -o OUTPUT [FLAGS]" in said
     assert "or sampling with --do-sample." in said
     fields = {
         flag.removeprefix("--").replace("-", "_") for flag in commands()["caption"]._option_string_actions
@@ -93,11 +109,28 @@ def test_help_names_flags_and_shows_which_are_required(capsys):
     assert not {field for field in fields if "_" in field and f" {field}" in said}
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "serve"])
+def test_examples_of_help_are_commands(command, capsys):
+    """Short help of the long commands ends with three of them, and stays on two screens."""
+    assert run_command(f"{command} --help") == 0
+    said = capsys.readouterr().out
+    examples = re.findall(r"^  blip2 (.+)$", said, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        if words[0] in ("serve", "submit"):
+            words = words[1:]
+        parse(words) if words[0] in COMMANDS else deploy.command.make_parser().parse_args(words)
+    if len(flags_of(command)) > 20:
+        assert len(examples) >= (1 if command.startswith("plan ") else 3)
+        assert len(said.splitlines()) < 90 and f"blip2 {command} --help-all shows all" in said
+
+
 @pytest.mark.parametrize("command", ["caption", "embed", "score"])
 def test_a_plan_takes_the_flags_of_its_command(command):
     """A command line is planned by putting `plan` in front of it."""
-    planned = set(commands()["plan" if command == "caption" else f"plan {command}"]._option_string_actions)
-    flags = set(commands()[command]._option_string_actions)
+    planned = flags_of("plan" if command == "caption" else f"plan {command}")
+    flags = flags_of(command)
     assert planned - flags == {"--sample", "--json"}
     assert flags - planned == {"--fork", "--add-new", "--redo-changed", "--slice"}
 
@@ -218,6 +251,19 @@ def test_settings_that_contradict_each_other_are_refused(arguments, said, capsys
 def test_settings_of_the_endpoint_that_cannot_work_are_refused(arguments, said, capsys):
     assert run_command(f"serve {arguments}") == 3
     assert said in capsys.readouterr().err
+
+
+def test_help_takes_little_time():
+    """In CPU seconds from the start of Python: 0.1 alone, 0.4 if all settings are imported."""
+    code = (
+        "import sys, time\n"
+        "from pipeline.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "blip2 caption photos -o captions" in done.stdout
+    assert float(done.stderr) < 0.35
 
 
 def test_version_names_what_decides_results_without_importing_ray():

@@ -98,6 +98,7 @@ def test_commands_have_the_flags_that_pages_give_them(page: Path) -> None:
     known = _flags()
     for line in re.findall(r"^(?:\.venv/bin/)?blip2 (.+)$", page.read_text(), re.MULTILINE):
         given = line.split("#")[0].split()
+        given = given[1:] if given[0] == "config" else given
         # The flags of a submitted command follow it.
         for words in filter(None, split_arguments(given) if given[0] == "submit" else [given]):
             command = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]

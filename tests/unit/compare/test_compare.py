@@ -247,8 +247,8 @@ def test_the_command_prints_json_and_a_page(outputs, tmp_path, capsys):
 def test_the_command_says_what_is_wrong(outputs, tmp_path, capsys):
     before, after = outputs
     for arguments, message in (
-        ([before, before], "B must be another output than the first"),
-        ([before], "B must be given"),
+        ([before, before], "--after must be another output than the first"),
+        ([before], "--after must be given"),
         ([before, after, "--reference", "alt"], "--reference must be a column of one of the runs, got alt"),
         ([before, str(tmp_path)], "holds no run"),
     ):

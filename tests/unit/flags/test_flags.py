@@ -56,3 +56,26 @@ def test_former_names_are_read_at_every_depth() -> None:
         "inner": {"new_name": True},
         "unknown": {"old_name": 1},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    no_wait: bool = False
+    """A name that looks like an opposite."""
+    wait_until_tomorrow: bool = False
+    """Not at all; argparse cuts --wait-until-tomorrow after a hyphen, where a line ends."""
+
+
+def test_a_switch_whose_name_begins_with_no_is_switched_on_by_it() -> None:
+    parser = Parser(prog="program")
+    add_flags(parser, Switches)
+    assert build(Switches, vars(parser.parse_args(["--no-wait"]))).no_wait
+    assert not build(Switches, vars(parser.parse_args(["--no-wait", "--no-no-wait"]))).no_wait
+
+
+def test_help_never_cuts_a_flag_in_two(monkeypatch) -> None:
+    for columns in range(60, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        parser = Parser(prog="program")
+        add_flags(parser, Switches)
+        assert parser.format_help().partition("options:")[2].count("--wait-until-tomorrow") == 2

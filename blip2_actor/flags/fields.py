@@ -1,0 +1,197 @@
+"""Flags from the fields of a dataclass, and the dataclass from what the flags say."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from blip2_actor.flags.parser import Parser
+from blip2_actor.flags.values import shown, value_options
+
+T = TypeVar("T")
+SHORT = {"output": "-o", "model": "-m"}
+"""Flags with a letter, which means the same in every command."""
+
+
+def add_flags(
+    parser: argparse._ActionsContainer, cls: type, without: frozenset[str] = frozenset(), prefix: str = ""
+) -> None:
+    """Add a flag for each field of a dataclass, and of the dataclasses inside it.
+
+    Args:
+        without: names of fields that get no flag.
+        prefix: begins the name of each flag.
+    """
+    hints = typing.get_type_hints(cls)
+    help_of = field_docs(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            group = parser.add_argument_group(help_of[field.name])
+            add_flags(group, typing.cast(type, hint), _hidden(field), _prefix(field))
+            continue
+        default = field.metadata.get("resolved_default", field.default)
+        help_text = with_flags(help_of[field.name], cls, prefix)
+        if hint is not bool and default not in (None, (), "", dataclasses.MISSING):
+            help_text += f" (default: {shown(default)})"
+        action = parser.add_argument(
+            *([SHORT[field.name]] if field.name in SHORT and not prefix else []),
+            flag_of(prefix + field.name),
+            *(flag_of(prefix + old) for old in former_names(field)),
+            dest=prefix + field.name,
+            required=default is dataclasses.MISSING,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+            **value_options(hint, field),
+        )
+        if field.metadata.get("positional") and isinstance(parser, Parser):
+            parser.positionals.append(action)
+
+
+def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+    """Return an instance of a dataclass from parsed flags; fields that are not given keep their defaults.
+
+    Raises:
+        ValueError: values contradict each other, or one is out of range; the message names flags.
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            values[field.name] = build(typing.cast(type, hint), given, _prefix(field))
+        elif prefix + field.name in given:
+            value = given[prefix + field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), cls, prefix)) from None
+
+
+def defaults_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name of each flag's field, as `build` takes it, and its default; None if it has none."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inside = defaults_of(typing.cast(type, hints[field.name]), _prefix(field))
+            hidden = {_prefix(field) + name for name in _hidden(field)}
+            yield from ((name, default) for name, default in inside if name not in hidden)
+        else:
+            default = field.metadata.get("resolved_default", field.default)
+            yield prefix + field.name, None if default is dataclasses.MISSING else default
+
+
+def with_flags(text: str, cls: type, prefix: str = "") -> str:
+    """Replace the names of a dataclass's fields in a text by the names of their flags.
+
+    A name of one word is also an English word: it is replaced at the beginning in front of "must", and
+    behind "with" or "without" where the clause ends. Paths and quoted values stay as they are.
+    """
+    for name, flag in _flags_of(cls, prefix).items():
+        if "_" in name:
+            text = re.sub(rf"(?<![-\w/.'\"]){name}(?![-\w/'\"]|\.\w)", flag, text)
+        else:
+            text = re.sub(rf"^{name}(?= must\b)", flag, text)
+            text = re.sub(rf"(?<=\bwith |hout ){name}(?=[,;]|$)", flag, text)
+    return text
+
+
+def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
+    """Return the flag of each field of a dataclass, and of the dataclasses inside it."""
+    hints = typing.get_type_hints(cls)
+    flags: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
+            flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
+        else:
+            flags[field.name] = flag_of(prefix + field.name)
+    return flags
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def hiding(*names: str) -> dict[str, Any]:
+    """Return metadata for a field of a dataclass type: these fields of it get no flags."""
+    return {"without": frozenset(names)}
+
+
+def prefixed(prefix: str) -> dict[str, Any]:
+    """Return metadata for a field of a dataclass type: this word begins the names of its flags."""
+    return {"prefix": f"{prefix}_"}
+
+
+def formerly(*names: str) -> dict[str, Any]:
+    """Return metadata for a renamed field: flags and stored values under the old names are still read."""
+    return {"former_names": names}
+
+
+def former_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """Return the names that a field had in earlier versions."""
+    return field.metadata.get("former_names", ())
+
+
+def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored values of a dataclass, renamed as its fields have been; unknown names stay."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    renamed = {old: field.name for field in fields for old in former_names(field)}
+    current = {renamed.get(name, name): value for name, value in values.items()}
+    return {
+        name: with_current_names(hints[name], value)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(name))
+        else value
+        for name, value in current.items()
+    }
+
+
+def written_as(metavar: str, positional: bool = False) -> dict[str, Any]:
+    """Return metadata for a field whose value has a form of its own, such as NAME=PROMPT.
+
+    Args:
+        positional: its flag may be left out.
+    """
+    return {"metavar": metavar, "positional": positional}
+
+
+def positional() -> dict[str, Any]:
+    """Return metadata for a field whose flag may be left out: its values stand where no flag takes them."""
+    return {"positional": True}
+
+
+def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:
+    return field.metadata.get("without", frozenset())
+
+
+def _prefix(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("prefix", "")
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field, inherited fields included, as one line each."""
+    docs = {name: text for base in reversed(cls.__mro__[1:-1]) for name, text in field_docs(base).items()}
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    for statement, after in pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(after.value.value).split())
+    return docs

@@ -1,0 +1,121 @@
+"""`--config`, `blip2 config` and `blip2 completion`, through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import deploy.command
+from pipeline.cli.completion import SHELLS
+from pipeline.cli.main import main, parse
+from pipeline.submit.settings import SubmitSettings
+
+FILE = """
+[caption]
+model = "demo"
+num-beams = 3
+[plan]
+sample = 8
+[serve]
+model = "demo"
+port = 8123
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blip2.toml").write_text(FILE)
+    return "blip2.toml"
+
+
+def test_a_plan_is_of_the_command_in_the_file(file: str) -> None:
+    _, given = parse(["plan", "photos", "--config", file])
+    assert (given.model, given.num_beams, given.sample) == ("demo", 3, 8)
+
+
+def test_config_prints_what_a_command_line_comes_to(file: str, capsys) -> None:
+    assert main(["config", "caption", "photos", "-o", "out", "--config", file]) == 0
+    said = capsys.readouterr().out
+    assert tomllib.loads(said) == {
+        "caption": {"input": ["photos"], "output": "out", "model": "demo", "num-beams": 3}
+    }
+    assert 'model = "demo"  # blip2.toml' in said and 'output = "out"  # command line' in said
+    assert main(["config", "--json", "caption", "photos"]) == 0
+    rows = {row["flag"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
+    assert rows["--num-beams"] == {"flag": "--num-beams", "value": 1, "from": "default"}
+
+
+def test_config_refuses_what_the_command_would_refuse(file: str, capsys) -> None:
+    assert main(["config", "caption", "photos", "-o", "out", "--num-beams", "0"]) == 3
+    assert "--num-beams must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_endpoint_has_its_part(file: str, capsys) -> None:
+    assert deploy.command.main(["config", "--config", file]) == 0
+    assert tomllib.loads(capsys.readouterr().out) == {"serve": {"model": "demo", "port": 8123}}
+
+
+def test_a_submitted_job_does_not_need_the_file(tmp_path: Path, monkeypatch) -> None:
+    """The file is on this machine, and the job runs on another."""
+    seen = []
+
+    def submit(settings: SubmitSettings) -> int:
+        seen.append(settings.job)
+        return 0
+
+    monkeypatch.setattr("pipeline.submit.submit.submit", submit)
+    path = tmp_path / "b.toml"
+    path.write_text('[caption]\nmodel = "demo"\nkeep = ["txt", "json"]\nreuse-identical = true\n')
+    assert main(["submit", "caption", "s3://b/in", "-o", "s3://b/out", "--config", str(path)]) == 0
+    [job] = seen
+    words = ["--input=s3://b/in", "--output=s3://b/out", "--keep=txt", "--keep=json", "--reuse-identical"]
+    assert job[0] == "caption" and set(job[1:]) == {*words, "--model=demo"}
+
+
+def test_verbose_prints_the_traceback_of_an_error(tmp_path: Path) -> None:
+    for words, has_traceback in ([], False), (["-v"], True):
+        command = [sys.executable, "-m", "pipeline", "status", str(tmp_path / "nothing"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 3
+        assert ("Traceback" in done.stderr) is has_traceback
+        assert done.stderr.splitlines()[-1].startswith("blip2: ")
+
+
+BASH = """
+source /dev/stdin
+complete_words() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    "$(complete -p blip2 | sed 's/.*-F \\([^ ]*\\).*/\\1/')"
+    echo "${COMPREPLY[*]}"
+}
+complete_words blip2 capt
+complete_words blip2 caption --dty
+complete_words blip2 caption --dtype fl
+complete_words blip2 serve --po
+complete_words blip2 completion z
+complete_words blip2 show photo
+"""
+
+
+def test_bash_completes_commands_flags_choices_and_files(tmp_path: Path, capsys) -> None:
+    (tmp_path / "photos").mkdir()
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    done = subprocess.run(
+        ["bash", "-c", BASH], input=script, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["caption", "--dtype", "float32 float16", "--port", "zsh", "photos"]
+
+
+@pytest.mark.parametrize("shell", set(SHELLS) - {"bash"})
+def test_other_shells_get_a_script_with_every_command(shell: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.cli.completion._flags_of_serve", lambda: ["--port"])
+    assert main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("caption", "max-new-tokens", "bfloat16", "port"))

@@ -1,0 +1,44 @@
+"""What a person sees who types a wrong command: the first line, which must say what to type.
+
+The table is tests/unit/cli/wrong_commands.txt: a command, and below it the wanted first line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blip2_actor.flags.suggestions import _FLAG, _HABITS
+from pipeline.cli.command_table import COMMANDS, HABITS, OTHERS
+from tests.contracts.test_cli_frozen import commands, flags_of, run_command
+
+TABLE = Path(__file__).with_name("wrong_commands.txt").read_text(encoding="utf-8").splitlines()
+WRONG = [(command.removeprefix("$ blip2 "), line) for command, line in zip(*[iter(TABLE)] * 2, strict=True)]
+
+
+@pytest.mark.parametrize(("arguments", "first_line"), WRONG)
+def test_the_first_line_says_what_to_type(
+    arguments: str, first_line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments) == 3
+    assert capsys.readouterr().err.splitlines()[0] == first_line
+
+
+def test_the_table_is_as_long_as_it_should_be() -> None:
+    assert len(WRONG) >= 40
+
+
+def test_a_folder_in_place_of_a_command(tmp_path, capsys) -> None:
+    assert run_command(str(tmp_path)) == 3
+    assert f"did you mean blip2 caption {tmp_path} -o OUTPUT?" in capsys.readouterr().err
+
+
+def test_advice_names_flags_and_commands_that_exist() -> None:
+    """Advice whose flags no command has would never be given, and nobody would see that it is out of date."""
+    flags = [{*flags_of(name), "--log-level"} for name in commands()]
+    for name, pieces in _HABITS.items():
+        for advice in pieces:
+            assert any(set(_FLAG.findall(advice)) <= known for known in flags), (name, advice)
+    assert set(HABITS.values()) <= {*COMMANDS, *OTHERS}
+    assert not set(HABITS) & {*COMMANDS, *OTHERS}
