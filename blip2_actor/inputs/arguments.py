@@ -18,6 +18,8 @@ from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
 
+Names = bool | str | Sequence[str]
+"""Which hidden states or attention maps are wanted: all or none of them, or names and patterns of names."""
 _ONE_IMAGE = (bytes, bytearray, memoryview, str, Path, Image.Image, EncodedImage)
 
 
@@ -58,6 +60,20 @@ def to_list(name: str, values: Iterable[Any]) -> list[Any]:
     if not _is_list(values) or _is_one_image(values):
         raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
     return list(values)
+
+
+def to_names(name: str, wanted: Names) -> tuple[str, ...]:
+    """Return the names, or patterns of names, that a call asks for: none for False, all for True.
+
+    Raises:
+        TypeError: it is neither a truth value, a text nor a list of texts.
+    """
+    if isinstance(wanted, bool):
+        return ("*",) if wanted else ()
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted) if _is_list(wanted) else (None,)
+    if not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name} must be true, false or a list of names, got {_described(wanted)}")
+    return cast("tuple[str, ...]", names)
 
 
 def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> GenerationOptions:
