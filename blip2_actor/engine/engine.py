@@ -104,7 +104,7 @@ class Engine:
                 checkpoint's `generation_config.json`, or else the defaults.
             prompt: of images that are given without a `Request`.
             progress: show a progress bar on standard error.
-            **changes: changes of `options`, such as `max_new_tokens=30`.
+            **changes: changes of `options`, and of those that a request has, such as `max_new_tokens=30`.
 
         Returns:
             One result per request, in order; a list also for one request. A bad image or prompt is a result
@@ -116,7 +116,7 @@ class Engine:
         """
         self._core.require_caller_may_wait()
         options = to_options(options, changes)
-        asked = to_requests(requests, prompt)
+        asked = to_requests(requests, prompt, changes)
         with tqdm(total=len(asked), unit="image", disable=not progress) as bar:
             futures = self._submit(
                 [(request, options, None) for request in asked], lambda: bar.n < bar.total and bar.update()
@@ -151,7 +151,9 @@ class Engine:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(to_request(request, prompt), to_options(options, changes), on_text)])[0]
+        return self._submit([(to_request(request, prompt, changes), to_options(options, changes), on_text)])[
+            0
+        ]
 
     def stream(
         self,
@@ -169,7 +171,7 @@ class Engine:
             ValueError: the request asks for several beams or texts, or was refused.
         """
         self._core.require_caller_may_wait()
-        request, options = to_request(request, prompt), to_options(options, changes)
+        request, options = to_request(request, prompt, changes), to_options(options, changes)
         chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
