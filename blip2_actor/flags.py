@@ -38,6 +38,8 @@ _OUR_WORDS = {
 
 MIN_SIMILARITY = 0.5
 """A suggestion must share at least this much with what was typed (`difflib`: 0 is nothing, 1 is equal)."""
+_OUR_FLAGS = {"--max-length": "--max-new-tokens", "--min-length": "--min-new-tokens"}
+"""Flags that users of transformers type, and ours for the same purpose."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +91,7 @@ def _name_of(action: argparse.Action) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a sentence that names the nearest known word, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(known), 1, MIN_SIMILARITY)
+    near = difflib.get_close_matches(_OUR_FLAGS.get(word, word), list(known), 1, MIN_SIMILARITY)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -278,6 +278,8 @@ class ModelInfo:
     """Channels of the output of the Q-Former, Dq."""
     num_queries: int = 0
     """Rows of the output of the Q-Former, Q."""
+    vocab_size: int = 0
+    """Token ids of the language model are below this number; 0 if it has none."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
     give them has these values."""

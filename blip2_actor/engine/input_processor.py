@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from blip2_actor.checkpoints.tokenizer import (
@@ -93,10 +92,10 @@ class InputProcessor:
         image = self.image(request.image)
         try:
             prompt_ids = self.prompts.encode(request.prompt)
+            options.require_known_tokens(self.prompts.vocab_size)
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
-        self._check_token_ids(options)
         processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
 
@@ -168,16 +167,6 @@ class InputProcessor:
                 f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
                 "raise max_slots",
             )
-
-    def _check_token_ids(self, options: GenerationOptions) -> None:
-        vocabulary_size = self.model.language_model.lm_head.out_features
-        bad_ids = chain.from_iterable(options.bad_words_ids)
-        for name, ids in (("suppress_tokens", options.suppress_tokens), ("bad_words_ids", bad_ids)):
-            largest = max(ids, default=0)
-            if largest >= vocabulary_size:
-                raise RequestRefused(
-                    Status.REFUSED, f"{name} must be token ids below {vocabulary_size}, got {largest}"
-                )
 
     def _text_sender(
         self, on_text: Callable[[str], None], stop: Sequence[str]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from blip2_actor import GenerationOptions
 from blip2_actor.flags import Parser, add_flags, build, formerly, with_current_names
 
 
@@ -56,3 +57,14 @@ def test_former_names_are_read_at_every_depth() -> None:
         "inner": {"new_name": True},
         "unknown": {"old_name": 1},
     }
+
+
+def test_flags_of_transformers_name_ours(capsys) -> None:
+    """The nearest flag by letters is one about something else."""
+    parser = Parser(prog="blip2 caption")
+    add_flags(parser, GenerationOptions)
+    parser.add_argument("--max-slots")
+    for ours in ("--max-new-tokens", "--min-new-tokens"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([ours.replace("new-tokens", "length"), "20"])
+        assert f"did you mean {ours}?" in capsys.readouterr().err
