@@ -33,6 +33,7 @@ from blip2_actor.status import Status
 from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
+    from blip2_actor.checkpoints.training import load_for_training, save_model
     from blip2_actor.device import resolve_device, resolve_dtype
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
@@ -79,10 +80,12 @@ __all__ = [
     "fetch_image",
     "find_quality_flags",
     "free_bytes",
+    "load_for_training",
     "require_image_layout",
     "resize_image",
     "resolve_device",
     "resolve_dtype",
+    "save_model",
     "stricter_options",
 ]
 
@@ -99,6 +102,8 @@ _LAZY = {
     "free_bytes": "blip2_actor.engine.memory",
     "resolve_device": "blip2_actor.device",
     "resolve_dtype": "blip2_actor.device",
+    "load_for_training": "blip2_actor.checkpoints.training",
+    "save_model": "blip2_actor.checkpoints.training",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",

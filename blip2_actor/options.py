@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -175,6 +176,17 @@ class GenerationOptions:
         if values.get("num_beams", self.num_beams) == 1:
             values |= {name: defaults[name] for name in _FOR_BEAM_SEARCH if name in defaults}
         return replace(self, **values)
+
+    def require_known_tokens(self, vocab_size: int) -> None:
+        """Check the token ids in these options against a model's vocabulary.
+
+        Raises:
+            ValueError: an id is not below `vocab_size`; the message names the option.
+        """
+        bad_ids = chain.from_iterable(self.bad_words_ids or ())
+        for name, ids in (("suppress_tokens", self.suppress_tokens or ()), ("bad_words_ids", bad_ids)):
+            largest = max(ids, default=0)
+            _require(largest < vocab_size, name, f"token ids below {vocab_size}", largest)
 
     def _check_ranges(self) -> None:
         for name, minimum in _MINIMA.items():

@@ -132,11 +132,11 @@ class Features:
     """What the encoders compute of one image; the arrays are None if `status` is not ok.
 
     Examples:
-        >>> features = engine.features([picture], with_attention_maps=True)[0]
+        >>> features = engine.features([picture], with_attention_maps=["*.cross_attention"])[0]
         >>> features.qformer_features.shape, features.pooler_output.shape
         ((8, 128), (128,))
         >>> list(features.attention_maps)
-        ['qformer.layers.0', 'qformer.layers.1']
+        ['qformer.layers.0.cross_attention', 'qformer.layers.1.cross_attention']
     """
 
     status: Status = Status.OK
@@ -149,7 +149,9 @@ class Features:
     image_embeds: np.ndarray | None = None
     """float32[P, Dv], the output of the vision encoder, on demand."""
     attention_maps: dict[str, np.ndarray] | None = None
-    """float32[H, Q, P] by layer, on demand: what each query attends to in the image."""
+    """On demand, by name: what each position attends to in each layer, `vision.layers.0.self_attention` as
+    float32[H, P, P], `qformer.layers.0.self_attention` as float32[H, Q, Q] and
+    `qformer.layers.0.cross_attention` as float32[H, Q, P]."""
     hidden_states: dict[str, np.ndarray] | None = None
     """On demand, by name: what enters the first layer of each encoder (`vision.embeddings`,
     `qformer.embeddings`) and what each layer computes (`vision.layers.0`, …), as float32[P, Dv] for the
@@ -164,6 +166,13 @@ class TextFeatures:
     error: str | None = None
     features: np.ndarray | None = None
     """float32[T, Dw], last hidden states, one row per token; special tokens are included."""
+    attention_maps: dict[str, np.ndarray] | None = None
+    """On demand, by name: `language_model.layers.0.self_attention` (of T5:
+    `language_model.encoder.layers.0.self_attention`) and so on, as float32[H, T, T]."""
+    hidden_states: dict[str, np.ndarray] | None = None
+    """On demand, by name, as float32[T, D]: `language_model.embeddings`, `language_model.layers.0` and so on,
+    and `language_model.last_hidden_state` after the final norm; of T5 `language_model.encoder.embeddings` and
+    so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +190,12 @@ class Score:
     logprob: float | None = None
     """Sum of the log-probabilities of the text's tokens, natural log."""
     num_tokens: int = 0
+    attention_maps: dict[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
+    """On demand, by the names in `TextFeatures`. Positions are those that the language model reads: the
+    queries, the prompt, and the text without its last token. T5's encoder reads queries and prompt, and its
+    decoder the start token and the text; `language_model.decoder.layers.0.cross_attention` joins the two."""
+    hidden_states: dict[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
+    """On demand, by the names in `TextFeatures`, for the same positions."""
 
     @property
     def loss(self) -> float | None:
@@ -263,6 +278,8 @@ class ModelInfo:
     """Channels of the output of the Q-Former, Dq."""
     num_queries: int = 0
     """Rows of the output of the Q-Former, Q."""
+    vocab_size: int = 0
+    """Token ids of the language model are below this number; 0 if it has none."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
     give them has these values."""

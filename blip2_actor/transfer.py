@@ -30,6 +30,7 @@ def ids_to_device(sequences: Sequence[Sequence[int]], device: torch.device) -> l
     return list(flat.long().split([len(ids) for ids in sequences]))  # without any ids, torch makes floats
 
 
-def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
+def to_numpy(tensor: Tensor) -> np.ndarray:
     """Copy a tensor; on a CPU the array would otherwise share the engine's memory, and keep a whole batch."""
-    return None if tensor is None else tensor.float().cpu().numpy().copy()
+    copied: np.ndarray = tensor.float().cpu().numpy().copy()
+    return copied

@@ -10,7 +10,7 @@ from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.load_weights import load_weights
-from blip2_actor.checkpoints.weights.name_map import find_target, opt_rules, retrieval_rules, t5_rules
+from blip2_actor.checkpoints.weights.name_map import Rule, find_target, opt_rules, retrieval_rules, t5_rules
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
 from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
@@ -105,8 +105,8 @@ def _fill(
     """
     config, language_model = checkpoint.config, model.language_model
     model.eval().requires_grad_(False)
-    rules = LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
-    tensors = _stored_tensors(checkpoint)
+    rules = rules_of(checkpoint)
+    tensors = stored_tensors(checkpoint)
     targets = {target.name for name in tensors if (target := find_target(name, rules)) is not None}
     has_own_head = {HEAD, EMBEDDINGS} <= targets
     if config.text_config.tie_word_embeddings and not has_own_head:
@@ -128,12 +128,18 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
         model = Blip2Retrieval(config)
     model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
     rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
-    load_weights(model, _stored_tensors(checkpoint), rules, str(checkpoint.folder))
+    load_weights(model, stored_tensors(checkpoint), rules, str(checkpoint.folder))
     model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
-def _stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+def rules_of(checkpoint: Checkpoint) -> list[Rule]:
+    """Return the name map of a captioning model."""
+    config = checkpoint.config
+    return LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Return the weights by their names in transformers' model, with the adapter merged."""
     tensors = list_weights(checkpoint.folder)
     return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)

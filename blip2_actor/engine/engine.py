@@ -10,22 +10,18 @@ import queue
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from blip2_actor.config import EngineConfig
 from blip2_actor.engine.core import EngineCore
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.own_process import CANNOT_BE_SENT
-from blip2_actor.engine.refusal import RequestRefused
-from blip2_actor.engine.request_state import RequestState
-from blip2_actor.engine.results import to_features, to_score, to_text_features
+from blip2_actor.engine.readings import Readings
 from blip2_actor.engine.startup import StartedModel, start_model
 from blip2_actor.engine.submission import Asked, OnText, submit, text_pieces
-from blip2_actor.inputs.arguments import to_list, to_options, to_request, to_requests
+from blip2_actor.inputs.arguments import Names, to_options, to_request, to_requests
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import EngineStats, Features, ImageLike, Request, Result, Score, TextFeatures
 
@@ -83,6 +79,7 @@ class Engine:
         weakref.finalize(self, self._core.release).atexit = False
         started = self._core.started
         self._input_processor = started.input_processor
+        self._readings = Readings(self._core, started.input_processor)
         self.model, self.self_test = started.runner.model, started.self_test
         self.prompts = started.input_processor.prompts
         self.image_size_px = started.input_processor.image_size_px
@@ -107,7 +104,7 @@ class Engine:
                 checkpoint's `generation_config.json`, or else the defaults.
             prompt: of images that are given without a `Request`.
             progress: show a progress bar on standard error.
-            **changes: changes of `options`, such as `max_new_tokens=30`.
+            **changes: changes of `options`, and of those that a request has, such as `max_new_tokens=30`.
 
         Returns:
             One result per request, in order; a list also for one request. A bad image or prompt is a result
@@ -119,7 +116,7 @@ class Engine:
         """
         self._core.require_caller_may_wait()
         options = to_options(options, changes)
-        asked = to_requests(requests, prompt)
+        asked = to_requests(requests, prompt, changes)
         with tqdm(total=len(asked), unit="image", disable=not progress) as bar:
             futures = self._submit(
                 [(request, options, None) for request in asked], lambda: bar.n < bar.total and bar.update()
@@ -154,7 +151,9 @@ class Engine:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(to_request(request, prompt), to_options(options, changes), on_text)])[0]
+        return self._submit([(to_request(request, prompt, changes), to_options(options, changes), on_text)])[
+            0
+        ]
 
     def stream(
         self,
@@ -172,7 +171,7 @@ class Engine:
             ValueError: the request asks for several beams or texts, or was refused.
         """
         self._core.require_caller_may_wait()
-        request, options = to_request(request, prompt), to_options(options, changes)
+        request, options = to_request(request, prompt, changes), to_options(options, changes)
         chosen = self._input_processor.resolve(request.options or options)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise ValueError("num_beams and num_return_sequences must be 1 to stream, a stream is one text")
@@ -200,85 +199,67 @@ class Engine:
         self,
         images: Sequence[ImageLike],
         with_image_embeds: bool = False,
-        with_attention_maps: bool = False,
-        with_hidden_states: bool = False,
+        with_attention_maps: Names = False,
+        with_hidden_states: Names = False,
     ) -> list[Features]:
         """Return what the encoders compute of images, in order; a bad image is an entry with a status.
 
         Args:
             images: as in `Request.image`.
             with_image_embeds: also return the output of the vision encoder.
-            with_attention_maps: also return the weights of the Q-Former's cross-attentions.
-            with_hidden_states: also return what each layer of both encoders computes.
+            with_attention_maps: also return attention maps of both encoders: True for all, or names and
+                patterns of names, such as `["qformer.*.cross_attention"]`. Those of a ViT-g take 165 MB an
+                image.
+            with_hidden_states: also return what each layer of both encoders computes, all or by name.
+
+        Raises:
+            ValueError: the model has no attention map or hidden state of such a name; the message lists them.
         """
-        runner = self._core.runner
+        return self._readings.features(images, with_image_embeds, with_attention_maps, with_hidden_states)
 
-        def read(image: EncodedImage | RequestRefused) -> list[dict[str, np.ndarray] | None]:
-            if isinstance(image, RequestRefused):
-                return [None, None]
-            wanted = {runner.attention_maps: with_attention_maps, runner.hidden_states: with_hidden_states}
-            return [self._core.call(partial(f, image)) if w else None for f, w in wanted.items()]
-
-        encoded = self._encode(to_list("images", images), with_image_embeds or with_attention_maps)
-        return [to_features(image, with_image_embeds, *read(image)) for image in encoded]
-
-    def text_features(self, texts: Sequence[str]) -> list[TextFeatures]:
+    def text_features(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        attention_masks: Sequence[Sequence[int] | None] | None = None,
+        with_attention_maps: Names = False,
+        with_hidden_states: Names = False,
+    ) -> list[TextFeatures]:
         """Return texts without an image as the language model (for T5: its encoder) reads them.
 
         A text that is empty or too long is an entry with a status.
+
+        Args:
+            texts: texts, or their token ids.
+            attention_masks: one per text, 0 for tokens before and after it that are not read (padding).
+            with_attention_maps: as in `features`, of the language model.
+            with_hidden_states: as in `features`, of the language model.
+
+        Raises:
+            ValueError: as in `features`.
         """
-        prepared = [self._input_processor.text_without_image(text) for text in to_list("texts", texts)]
-        served = [ids for ids in prepared if not isinstance(ids, RequestRefused)]
-        features = iter(self._core.call(lambda: self._core.runner.text_features(served)))
-        return [
-            to_text_features(ids if isinstance(ids, RequestRefused) else next(features)) for ids in prepared
-        ]
+        return self._readings.text_features(texts, attention_masks, with_attention_maps, with_hidden_states)
 
     def score(
         self,
         images: Sequence[ImageLike],
         texts: Sequence[str],
         prompts: Sequence[str | None] | None = None,
+        with_attention_maps: Names = False,
+        with_hidden_states: Names = False,
     ) -> list[Score]:
         """Return how probable each text is after its image (and prompt), the end token included.
 
         A bad image or text is an entry with a status. An image of `image()` that is scored with several
         texts is encoded once.
-        """
-        images, texts = to_list("images", images), to_list("texts", texts)
-        prompts = [None] * len(texts) if prompts is None else to_list("prompts", prompts)
-        if not len(images) == len(texts) == len(prompts):
-            raise ValueError(
-                f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"
-            )
-        prepared = [
-            image
-            if isinstance(image, RequestRefused)
-            else self._input_processor.text_to_score(image, prompt, text)
-            for image, text, prompt in zip(self._encode(images), texts, prompts, strict=True)
-        ]
-        served = [row for row in prepared if not isinstance(row, RequestRefused)]
-        logprobs = iter(self._core.call(lambda: self._core.runner.text_logprobs(served)))
-        return [to_score(row if isinstance(row, RequestRefused) else next(logprobs)) for row in prepared]
 
-    def _encode(
-        self, images: Sequence[ImageLike], with_image_embeds: bool = False
-    ) -> list[EncodedImage | RequestRefused]:
-        """Run images through the encoders, in batches with whatever else is running."""
-        self._core.require_caller_may_wait()
-        encoded: list[EncodedImage | RequestRefused] = []
-        for image in images:
-            try:
-                shared = self._input_processor.image(image)
-                shared.keeps_image_embeds |= with_image_embeds
-                encoded.append(shared)
-            except RequestRefused as refusal:
-                encoded.append(refusal)
-        states = [RequestState(image) for image in encoded if isinstance(image, EncodedImage)]
-        self._core.enqueue(states)
-        for state in states:
-            state.future.result()
-        return encoded
+        Args:
+            with_attention_maps: as in `features`, of the language model as it reads image, prompt and text.
+            with_hidden_states: as in `features`, of the language model.
+
+        Raises:
+            ValueError: as in `features`, or there is not one text (and prompt) per image.
+        """
+        return self._readings.score(images, texts, prompts, with_attention_maps, with_hidden_states)
 
     # The engine itself ----------------------------------------------------------------------------------
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
-from blip2_actor.checkpoints.tokenizer import PromptTokenizer, require_non_empty, require_room
+from blip2_actor.checkpoints.tokenizer import (
+    PromptTokenizer,
+    require_known_tokens,
+    require_non_empty,
+    require_room,
+)
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.memory import max_positions_in_slots, max_positions_read
 from blip2_actor.engine.model_runner import TextToScore
@@ -16,6 +20,7 @@ from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch, cut_at_stop
 from blip2_actor.inputs.image_input import to_pixels
+from blip2_actor.inputs.token_ids import to_token_ids, without_padding
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
@@ -87,10 +92,10 @@ class InputProcessor:
         image = self.image(request.image)
         try:
             prompt_ids = self.prompts.encode(request.prompt)
+            options.require_known_tokens(self.prompts.vocab_size)
         except ValueError as error:
             raise RequestRefused(Status.REFUSED, str(error)) from error
         self._check_room(prompt_ids, options)
-        self._check_token_ids(options)
         processor = request.logits_processor
         prefix_ids = self.model.prefix_ids(prompt_ids)
 
@@ -120,14 +125,23 @@ class InputProcessor:
             return RequestRefused(Status.REFUSED, str(error))
         return image, prompt_ids, text_ids
 
-    def text_without_image(self, text: str) -> list[int] | RequestRefused:
-        """Return the ids of a text without an image; or why it cannot be read."""
+    def text_without_image(
+        self, text: str | Sequence[int], mask: Sequence[int] | None = None
+    ) -> list[int] | RequestRefused:
+        """Return the ids of a text without an image, or why it cannot be read; see `Engine.text_features`."""
         try:
-            require_non_empty(text)
-            token_ids = self.prompts.encode(text)
+            if isinstance(text, str):
+                require_non_empty(text)
+                token_ids = self.prompts.encode(text)
+            else:
+                token_ids = to_token_ids(text)
+                require_known_tokens(token_ids, self.prompts.vocab_size, self.prompts.image_token_id)
+            token_ids = without_padding(token_ids, mask)
         except ValueError as error:
             return RequestRefused(Status.REFUSED, str(error))
         limit = self.max_positions_read
+        if not token_ids:
+            return RequestRefused(Status.REFUSED, "text must have at least one token, got none")
         if len(token_ids) > limit:
             return RequestRefused(
                 Status.REFUSED, f"text must have at most {limit} tokens, got {len(token_ids)}; shorten it"
@@ -153,16 +167,6 @@ class InputProcessor:
                 f"num_beams and num_return_sequences must be at most {self.max_slots}, got {num_slots}; "
                 "raise max_slots",
             )
-
-    def _check_token_ids(self, options: GenerationOptions) -> None:
-        vocabulary_size = self.model.language_model.lm_head.out_features
-        bad_ids = chain.from_iterable(options.bad_words_ids)
-        for name, ids in (("suppress_tokens", options.suppress_tokens), ("bad_words_ids", bad_ids)):
-            largest = max(ids, default=0)
-            if largest >= vocabulary_size:
-                raise RequestRefused(
-                    Status.REFUSED, f"{name} must be token ids below {vocabulary_size}, got {largest}"
-                )
 
     def _text_sender(
         self, on_text: Callable[[str], None], stop: Sequence[str]

@@ -21,6 +21,7 @@ from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.transfer import ids_to_device, to_device
 
@@ -137,59 +138,36 @@ class ModelRunner:
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
 
     @torch.inference_mode()
-    def text_logprobs(self, texts: list[TextToScore]) -> list[list[float]]:
-        """Return the log-probability of each token of each text."""
+    def text_logprobs(self, texts: list[TextToScore], recorder: Recorder | None = None) -> list[list[float]]:
+        """Return the log-probability of each token of each text; a recorder takes one text."""
 
         def score(batch: list[TextToScore]) -> list[list[float]]:
             images, prompt_ids, text_ids = zip(*batch, strict=True)
             prefixes = [image.prefix for image in images]
-            return [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids)]
+            return [x.tolist() for x in text_logprobs(self.model, prefixes, prompt_ids, text_ids, recorder)]
 
         return self._text_batches.run(score, texts)
 
     @torch.inference_mode()
-    def text_features(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """Return the last hidden states of texts without an image: float[T_i, Dw] each, on the host."""
+    def text_features(self, token_ids: list[list[int]], recorder: Recorder | None = None) -> list[Tensor]:
+        """Return the last hidden states of texts without an image: float[T_i, Dw] each, on the host.
+
+        A recorder takes one text.
+        """
 
         def read(batch: list[list[int]]) -> list[Tensor]:
-            features = self.model.text_features(ids_to_device(batch, self.device))
+            features = self.model.text_features(ids_to_device(batch, self.device), recorder)
             return list(torch.cat(features).cpu().split([len(ids) for ids in batch]))
 
         return self._text_batches.run(read, token_ids)
 
     @torch.inference_mode()
-    def attention_maps(self, image: EncodedImage) -> dict[str, np.ndarray]:
-        """Return what each query attends to in the image, by layer: float32[H, Q, P] each.
-
-        The image must have kept its image embeddings.
-        """
-        recorded: dict[str, Tensor] = {}
-        assert image.image_embeds is not None, "the image must keep its image embeddings"
-        self.model.qformer_features(image.image_embeds[None], recorded.__setitem__)
-        suffix = ".cross_attention"
-        return {
-            name.removesuffix(suffix): weights[0].float().cpu().numpy()
-            for name, weights in recorded.items()
-            if name.endswith(suffix)
-        }
-
-    @torch.inference_mode()
-    def hidden_states(self, image: EncodedImage) -> dict[str, np.ndarray]:
-        """Return what each layer of the encoders computes, by name: float32[P, Dv] or float32[Q, Dq] each.
-
-        The image goes through both encoders once more.
-        """
-        recorded: dict[str, Tensor] = {}
-        pixels = torch.from_numpy(image.pixels[None]).to(self.device)
-        pixel_values = self.model.normalizer(pixels, self.dtype)
-        self.model.qformer_features(
-            self.model.vision(pixel_values, recorded.__setitem__), recorded.__setitem__
-        )
-        return {
-            name: states[0].float().cpu().numpy()
-            for name, states in recorded.items()
-            if not name.endswith(".cross_attention")
-        }
+    def record(self, images: list[EncodedImage], recorder: Recorder | None) -> list[None]:
+        """Run one image through both encoders once more, for the recorder."""
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.device)
+        image_embeds = self.model.vision(self.model.normalizer(pixels, self.dtype), recorder)
+        self.model.qformer_features(image_embeds, recorder)
+        return [None] * len(images)
 
     @torch.inference_mode()
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:

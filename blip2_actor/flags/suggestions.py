@@ -43,6 +43,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "input-dir": ("use --input",),
     "max-images": ("use --limit",),
     "max-length": ("use --max-new-tokens, which does not count the prompt",),
+    "min-length": ("use --min-new-tokens, which does not count the prompt",),
     "max-samples": ("use --limit",),
     "max-tokens": ("use --max-new-tokens",),
     "min-length": ("use --min-new-tokens, which does not count the prompt",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -18,35 +19,46 @@ from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import ImageLike, Request
 
+Names = bool | str | Sequence[str]
+"""Which hidden states or attention maps are wanted: all or none of them, or names and patterns of names."""
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 _ONE_IMAGE = (bytes, bytearray, memoryview, str, Path, Image.Image, EncodedImage)
 
 
-def to_request(asked: Request | ImageLike | None, prompt: str | None = None) -> Request:
-    """Return a request; a bare image gets the prompt.
+def to_request(
+    asked: Request | ImageLike | None, prompt: str | None = None, changes: Mapping[str, Any] = NO_CHANGES
+) -> Request:
+    """Return a request; a bare image gets the prompt, and options of the request's own are changed.
 
     Raises:
-        TypeError: a request and a prompt are given.
+        TypeError: a request and a prompt are given, or a changed option does not exist.
+        ValueError: as from `GenerationOptions`.
     """
     if not isinstance(asked, Request):
         return Request(image=asked, prompt=prompt)
     if prompt is not None:
         raise TypeError("prompt must be left out with a Request, which has its own; set Request.prompt")
-    return asked
+    if asked.options is None or not changes:
+        return asked
+    return replace(asked, options=to_options(asked.options, changes))
 
 
 def to_requests(
-    asked: Request | ImageLike | Iterable[Request | ImageLike | None], prompt: str | None = None
+    asked: Request | ImageLike | Iterable[Request | ImageLike | None],
+    prompt: str | None = None,
+    changes: Mapping[str, Any] = NO_CHANGES,
 ) -> list[Request]:
     """Return a list of requests, of one if `asked` is one request or image.
 
     Raises:
-        TypeError: it is neither a request, an image nor a list of them.
+        TypeError: it is neither a request, an image nor a list of them; or as from `to_request`.
+        ValueError: as from `to_request`.
     """
     if isinstance(asked, Request) or _is_one_image(asked):
-        return [to_request(cast("Request | ImageLike", asked), prompt)]
+        return [to_request(cast("Request | ImageLike", asked), prompt, changes)]
     if not _is_list(asked):
         raise TypeError(f"requests must be a Request, an image or a list of them, got {type(asked).__name__}")
-    return [to_request(one, prompt) for one in cast("Iterable[Request | ImageLike | None]", asked)]
+    return [to_request(one, prompt, changes) for one in cast("Iterable[Request | ImageLike | None]", asked)]
 
 
 def to_list(name: str, values: Iterable[Any]) -> list[Any]:
@@ -58,6 +70,20 @@ def to_list(name: str, values: Iterable[Any]) -> list[Any]:
     if not _is_list(values) or _is_one_image(values):
         raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
     return list(values)
+
+
+def to_names(name: str, wanted: Names) -> tuple[str, ...]:
+    """Return the names, or patterns of names, that a call asks for: none for False, all for True.
+
+    Raises:
+        TypeError: it is neither a truth value, a text nor a list of texts.
+    """
+    if isinstance(wanted, bool):
+        return ("*",) if wanted else ()
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted) if _is_list(wanted) else (None,)
+    if not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name} must be true, false or a list of names, got {_described(wanted)}")
+    return cast("tuple[str, ...]", names)
 
 
 def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> GenerationOptions:

@@ -24,6 +24,7 @@ from transformers import Blip2Config
 
 from blip2_actor.models.layers import Linear
 from blip2_actor.models.opt import OptDecoder
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.models.t5 import T5
 from blip2_actor.models.vision_qformer import VisionQFormer
 
@@ -58,12 +59,13 @@ class Blip2(VisionQFormer):
         image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
         return self.language_model.prefix_ids(image_ids + prompt_ids)
 
-    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
+    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
         """Return the last hidden states of texts without an image.
 
         They are those of the language model (of T5: of its encoder): int64[T_i] each -> float[T_i, Dw] each.
+        A recorder takes the hidden states and the attentions of one text.
         """
-        return self.language_model.text_features(texts)
+        return self.language_model.text_features(texts, recorder)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import Embedding, Linear
+from blip2_actor.models.recorder import Recorder
 
 
 class KVCacheProtocol(Protocol):
@@ -80,15 +81,21 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+    def predict(
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+    ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
-        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each. A recorder takes the hidden states and
+        the attentions of one text.
         """
         ...
 
-    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
+    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each.
+
+        A recorder takes the hidden states and the attentions of one text.
+        """
         ...
 
     def new_kv_cache(self, num_slots: int, prefix_length: int, max_new_tokens: int) -> KVCacheProtocol: ...

@@ -181,9 +181,16 @@ def attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
         )
+    return attention_weights(query, key, mask, is_causal, scale) @ value
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Return what each position attends to: float[B, H, T, N]; the arguments are those of `attend`."""
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril_()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
-    return scores.softmax(dim=-1) @ value
+    return scores.softmax(dim=-1)

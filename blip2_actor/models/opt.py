@@ -16,6 +16,7 @@ from transformers import OPTConfig
 from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
+from blip2_actor.models.recorder import Recorder
 
 POSITION_OFFSET = 2
 """The first two rows of the position table are for padding (`OPTLearnedPositionalEmbedding`)."""
@@ -127,31 +128,48 @@ class OptDecoder(nn.Module):
             )
         return torch.stack(self.predict(list(prefix), list(input_ids)))
 
-    def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+    def predict(
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+    ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
-        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each. A recorder takes the hidden states and
+        the attentions of one text.
         """
         pairs = list(zip(prefixes, texts, strict=True))
         sequences = [torch.cat([prefix, self.embed_tokens(text[:-1])]) for prefix, text in pairs]
         packing = Packing([len(s) for s in sequences], prefixes[0].device)
-        hidden = packing.unpack(self._run_packed(packing.pack(sequences), packing))
+        hidden = packing.unpack(self._run_packed(packing.pack(sequences), packing, recorder))
         predicting = [h[len(p) - 1 :][: len(t)] for h, (p, t) in zip(hidden, pairs, strict=True)]
-        return list(self._logits(torch.cat(predicting)).split([len(t) for t in texts]))
+        return list(self.lm_head(torch.cat(predicting)).split([len(t) for t in texts]))
 
-    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
+    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+        """Return the last hidden states of texts without an image: int64[T_i] each -> float[T_i, Dw] each.
+
+        A recorder takes the hidden states and the attentions of one text.
+        """
         packing = Packing([len(text) for text in texts], texts[0].device)
-        hidden = self._run_packed(packing.pack([self.embed_tokens(text) for text in texts]), packing)
-        return packing.unpack(self._final_norm(hidden))
+        inputs_embeds = packing.pack([self.embed_tokens(text) for text in texts])
+        return packing.unpack(self._run_packed(inputs_embeds, packing, recorder))
 
-    def _run_packed(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Run all layers over packed sequences, without a cache: float[T_total, Dw] -> float[T_total, D]."""
+    def _run_packed(self, inputs_embeds: Tensor, packing: Packing, recorder: Recorder | None) -> Tensor:
+        """Run all layers and the final norm over packed sequences, without a cache.
+
+        float[T_total, Dw] -> float[T_total, Dw].
+        """
         hidden = self._embed(inputs_embeds, packing.positions)
-        for layer in self.layers:
+        if recorder is not None:
+            recorder.hidden("language_model.embeddings", hidden)
+        for index, layer in enumerate(self.layers):
+            name = f"language_model.layers.{index}"
             query, kv = layer.project(hidden)
-            context = packing.attend(query, kv, layer.num_heads, is_causal=True)
+            context = packing.attend(query, kv, layer.num_heads, is_causal=True, recorder=recorder, name=name)
             hidden = layer.finish(hidden, context)
+            if recorder is not None:
+                recorder.hidden(name, hidden)
+        hidden = self._final_norm(hidden)
+        if recorder is not None:
+            recorder.hidden("language_model.last_hidden_state", hidden)
         return hidden
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: KVCache) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import attend, merge_heads, split_heads
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.transfer import to_device
 
 
@@ -96,6 +97,8 @@ class Packing:
         is_causal: bool = False,
         bias: Tensor | None = None,
         scale: float | None = None,
+        recorder: Recorder | None = None,
+        name: str = "",
     ) -> Tensor:
         """Compute attention within each sequence.
 
@@ -106,6 +109,8 @@ class Packing:
             is_causal: each position attends to itself and to those before it.
             bias: float[H, T, T] for the longest T, added to the scores.
             scale: factor of the scores; None is E ** -0.5.
+            recorder: takes the attention, if there is one sequence.
+            name: of the layer for the recorder.
 
         Returns:
             float[T_total, D].
@@ -115,6 +120,8 @@ class Packing:
             q, k, v = split_heads(group.view(query), num_heads), *_keys_values(group.view(kv), num_heads)
             # Four axes: with three, the CPU's fused kernel is not used.
             mask = None if bias is None else bias[None, :, : group.length, : group.length]
+            if recorder is not None:
+                recorder.attention(f"{name}.self_attention", q, k, mask, is_causal, scale)
             context = attend(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
@@ -126,6 +133,8 @@ class Packing:
         kv: Tensor,
         num_heads: int,
         scale: float | None = None,
+        recorder: Recorder | None = None,
+        name: str = "",
     ) -> Tensor:
         """Compute attention of each sequence over all positions of its counterpart in another packing.
 
@@ -135,6 +144,8 @@ class Packing:
             kv: float[T_total of `other`, 2 D], keys and values.
             num_heads: H.
             scale: factor of the scores; None is E ** -0.5.
+            recorder: takes the attention, if there is one sequence.
+            name: of the layer for the recorder.
 
         Returns:
             float[T_total, D].
@@ -142,7 +153,10 @@ class Packing:
         contexts = []
         for group, other_group in zip(self.groups, other.groups, strict=True):
             q = split_heads(group.view(query), num_heads)
-            context = attend(q, *_keys_values(other_group.view(kv), num_heads), scale=scale)
+            k, v = _keys_values(other_group.view(kv), num_heads)
+            if recorder is not None:
+                recorder.attention(f"{name}.cross_attention", q, k, scale=scale)
+            context = attend(q, k, v, scale=scale)
             contexts.append(merge_heads(context).flatten(0, 1))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 

@@ -15,13 +15,12 @@ Source: arXiv:2301.12597, section 3.1; transformers `Blip2QFormerModel`. Axis le
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
 from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
+from blip2_actor.models.recorder import Recorder
 
 
 class PostNormMlp(nn.Module):
@@ -57,8 +56,14 @@ class QFormerLayer(nn.Module):
             self.text_mlp = PostNormMlp(config)
 
     def forward(
-        self, hidden: Tensor, num_queries: int, image_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        hidden: Tensor,
+        num_queries: int,
+        image_kv: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        recorder: Recorder | None = None,
+        name: str = "",
+    ) -> Tensor:
         """Run one layer over the queries and the text after them.
 
         Args:
@@ -66,31 +71,35 @@ class QFormerLayer(nn.Module):
             num_queries: Q; 0 for text alone.
             image_kv: keys and values of this layer's cross-attention, each float[B, H, P, E].
             mask: bool[B, 1, 1, Q + T], True for positions that may be attended to.
+            recorder: takes both attentions.
+            name: of this layer for the recorder.
 
         Returns:
-            The new hidden states, float[B, Q + T, Dq], and the query of this layer's cross-attention,
-            float[B, H, Q, E] (its product with the keys is the attention map), or None if there is none.
+            The new hidden states, float[B, Q + T, Dq].
 
         Raises:
             ValueError: there are queries, but no `image_kv`.
         """
         query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(hidden).chunk(3, dim=-1))
+        if recorder is not None:
+            recorder.attention(f"{name}.self_attention", query, key, mask)
         context = attend(query, key, value, mask=mask)
         hidden = self.attention_norm(self.attention_output(merge_heads(context)) + hidden)
         if num_queries == 0:
-            return self.text_mlp(hidden), None
+            return self.text_mlp(hidden)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
-        cross_query = None
         if self.reads_image:
             if image_kv is None:
                 raise ValueError("image_kv must be given together with queries, got None")
-            cross_query = split_heads(self.cross_query(queries), self.num_heads)
-            context = attend(cross_query, *image_kv)
+            query, (key, value) = split_heads(self.cross_query(queries), self.num_heads), image_kv
+            if recorder is not None:
+                recorder.attention(f"{name}.cross_attention", query, key)
+            context = attend(query, key, value)
             queries = self.cross_norm(self.cross_output(merge_heads(context)) + queries)
         queries = self.query_mlp(queries)
         if text.shape[1] == 0:
-            return queries, cross_query
-        return torch.cat([queries, self.text_mlp(text)], dim=1), cross_query
+            return queries
+        return torch.cat([queries, self.text_mlp(text)], dim=1)
 
 
 class QFormer(nn.Module):
@@ -127,7 +136,7 @@ class QFormer(nn.Module):
         image_embeds: Tensor | None = None,
         num_queries: int | None = None,
         mask: Tensor | None = None,
-        record: Callable[[str, Tensor], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Let the learned queries read the image (BLIP-2, section 3.1).
 
@@ -137,8 +146,7 @@ class QFormer(nn.Module):
                 alone.
             num_queries: Q; None means that there is no text.
             mask: bool[B, Q + T], False for padding; None attends to all positions.
-            record: called with names and values, for inspection: the input of the first layer, the output of
-                each, and the weights of each cross-attention, float[B, H, Q, P].
+            recorder: takes the input of the first layer, and the output and the attentions of each.
 
         Returns:
             float[B, Q + T, Dq], in this module's dtype.
@@ -152,14 +160,11 @@ class QFormer(nn.Module):
         image_kv = iter(self.image_keys_values(image_embeds.to(dtype)) if image_embeds is not None else ())
         mask = None if mask is None else mask[:, None, None, :]
         hidden = self.layernorm(query_embeds.to(dtype))
-        if record is not None:
-            record("qformer.embeddings", hidden)
+        if recorder is not None:
+            recorder.hidden("qformer.embeddings", hidden)
         for index, layer in enumerate(self.layers):
             kv = next(image_kv, None) if layer.reads_image else None
-            hidden, cross_query = layer(hidden, num_queries, kv, mask)
-            if record is not None:
-                record(f"qformer.layers.{index}", hidden)
-                if cross_query is not None and kv is not None:
-                    scores = cross_query @ kv[0].transpose(-1, -2) * cross_query.shape[-1] ** -0.5
-                    record(f"qformer.layers.{index}.cross_attention", scores.softmax(dim=-1))
+            hidden = layer(hidden, num_queries, kv, mask, recorder, f"qformer.layers.{index}")
+            if recorder is not None:
+                recorder.hidden(f"qformer.layers.{index}", hidden)
         return hidden

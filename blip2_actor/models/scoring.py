@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.transfer import ids_to_device
 
 
@@ -22,6 +23,7 @@ def text_logprobs(
     prefixes: Sequence[Tensor],
     prompt_ids: Sequence[Sequence[int]],
     text_ids: Sequence[Sequence[int]],
+    recorder: Recorder | None = None,
 ) -> list[Tensor]:
     """Compute the log-probability of each token of given texts.
 
@@ -33,6 +35,7 @@ def text_logprobs(
             times.
         prompt_ids: ids between image and text, which are not scored.
         text_ids: ids that are scored, including the end token if it should count.
+        recorder: takes the hidden states and the attentions of one text.
 
     Returns:
         float32[U_i] for each text of U_i tokens, on the host.
@@ -42,6 +45,6 @@ def text_logprobs(
     inputs = [
         torch.cat([prefix, model.embed_tokens(ids)]) for prefix, ids in zip(prefixes, prompts, strict=True)
     ]
-    logits = torch.cat(model.language_model.predict(inputs, texts))
+    logits = torch.cat(model.language_model.predict(inputs, texts, recorder))
     losses = F.cross_entropy(logits.float(), torch.cat(texts), reduction="none")
     return list((-losses).cpu().split([len(text) for text in texts]))

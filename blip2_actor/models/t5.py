@@ -23,6 +23,7 @@ from transformers import T5Config
 from blip2_actor.models.kv_cache import KVCache, aligned_arange
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.models.t5_kv_cache import T5KVCache
 from blip2_actor.models.t5_layers import RelativeBias, T5Layer, T5Norm
 
@@ -106,10 +107,13 @@ class T5(nn.Module):
         texts = labels.masked_fill(labels == -100, self.config.pad_token_id)
         return torch.stack(self.predict(list(prefixes), list(texts)))
 
-    def predict(self, prefixes: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+    def predict(
+        self, prefixes: list[Tensor], texts: list[Tensor], recorder: Recorder | None = None
+    ) -> list[Tensor]:
         """Compute the logits that predict given texts.
 
-        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each.
+        float[T_i, Dw] each and int64[U_i] each -> float[U_i, V] each. A recorder takes the hidden states and
+        the attentions of one text.
         """
         lengths = [(len(p), len(t)) for p, t in zip(prefixes, texts, strict=True)]
         prefix_packing, packing = (
@@ -117,13 +121,17 @@ class T5(nn.Module):
         )
         start = texts[0].new_tensor([self.config.decoder_start_token_id])
         inputs = self.embed_tokens(packing.pack([torch.cat([start, text])[:-1] for text in texts]))
-        encoded = self._encode(prefixes, prefix_packing)
-        return packing.unpack(self._logits(self._decode_packed(inputs, packing, encoded, prefix_packing)))
+        encoded = self._encode(prefixes, prefix_packing, recorder)
+        decoded = self._decode_packed(inputs, packing, encoded, prefix_packing, recorder=recorder)
+        return packing.unpack(self._logits(decoded))
 
-    def text_features(self, texts: list[Tensor]) -> list[Tensor]:
-        """Return the encoder's output for texts without an image: int64[T_i] each -> float[T_i, Dw] each."""
+    def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:
+        """Return the encoder's output for texts without an image: int64[T_i] each -> float[T_i, Dw] each.
+
+        A recorder takes the hidden states and the attentions of one text.
+        """
         packing = Packing([len(text) for text in texts], texts[0].device)
-        return packing.unpack(self._encode([self.embed_tokens(text) for text in texts], packing))
+        return packing.unpack(self._encode([self.embed_tokens(text) for text in texts], packing, recorder))
 
     def prefill(self, prefixes: list[Tensor], slots: list[int], cache: T5KVCache) -> Tensor:
         """Encode prefixes, write their keys and values into slots, and decode the start token.
@@ -184,18 +192,28 @@ class T5(nn.Module):
         """Convert embeddings to the dtype of the residual stream, which begins with them."""
         return embeds.to(next(iter(self.decoder)).wo.weight.dtype)
 
-    def _encode(self, prefixes: list[Tensor], packing: Packing) -> Tensor:
+    def _encode(self, prefixes: list[Tensor], packing: Packing, recorder: Recorder | None = None) -> Tensor:
         """Run the encoder, with its final norm: float[T_i, Dw] each -> packed, float[T_total, Dw]."""
         hidden = self._to_residual_dtype(packing.pack(prefixes))
         positions = torch.arange(max(len(p) for p in prefixes), device=hidden.device)
         bias = self.encoder_bias(
             aligned_arange(len(positions), hidden.device) - positions[:, None]
         ).contiguous()
-        for layer in self.encoder:
+        if recorder is not None:
+            recorder.hidden("language_model.encoder.embeddings", hidden)
+        for index, layer in enumerate(self.encoder):
+            name = f"language_model.encoder.layers.{index}"
             query, kv = layer.project(hidden)
-            context = packing.attend(query, kv, self.num_heads, bias=bias, scale=SCALE)
+            context = packing.attend(
+                query, kv, self.num_heads, bias=bias, scale=SCALE, recorder=recorder, name=name
+            )
             hidden = layer.add_mlp(layer.add_attention(hidden, context))
-        return self.encoder_norm(hidden)
+            if recorder is not None:
+                recorder.hidden(name, hidden)
+        hidden = self.encoder_norm(hidden)
+        if recorder is not None:
+            recorder.hidden("language_model.encoder.last_hidden_state", hidden)
+        return hidden
 
     def _decode_packed(
         self,
@@ -204,6 +222,7 @@ class T5(nn.Module):
         encoded: Tensor,
         prefix_packing: Packing,
         write: Callable[[int, Tensor, Tensor], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Run the decoder, with its final norm, over whole texts.
 
@@ -214,6 +233,7 @@ class T5(nn.Module):
             prefix_packing: of `encoded`.
             write: called for each layer with its index and its keys and values: those of the
                 self-attention and those of the cross-attention.
+            recorder: takes the hidden states and the attentions of one text.
 
         Returns:
             float[U_total, Dw].
@@ -221,18 +241,29 @@ class T5(nn.Module):
         hidden = self._to_residual_dtype(inputs_embeds)
         longest = max(group.length for group in packing.groups)
         bias = self._causal_bias(torch.arange(longest, device=hidden.device), longest)
+        if recorder is not None:
+            recorder.hidden("language_model.decoder.embeddings", hidden)
         for index, layer in enumerate(self.decoder):
+            name = f"language_model.decoder.layers.{index}"
             query, kv = layer.project(hidden)
             cross_kv = layer.cross_kv(encoded)
             if write is not None:
                 write(index, kv, cross_kv)
-            context = packing.attend(query, kv, self.num_heads, bias=bias, scale=SCALE)
+            context = packing.attend(
+                query, kv, self.num_heads, bias=bias, scale=SCALE, recorder=recorder, name=name
+            )
             hidden = layer.add_attention(hidden, context)
+            query = layer.project_cross(hidden)
             context = packing.attend_across(
-                prefix_packing, layer.project_cross(hidden), cross_kv, self.num_heads, SCALE
+                prefix_packing, query, cross_kv, self.num_heads, SCALE, recorder, name
             )
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
-        return self.decoder_norm(hidden)
+            if recorder is not None:
+                recorder.hidden(name, hidden)
+        hidden = self.decoder_norm(hidden)
+        if recorder is not None:
+            recorder.hidden("language_model.decoder.last_hidden_state", hidden)
+        return hidden
 
     def _causal_bias(self, positions: Tensor, kv_len: int) -> Tensor:
         """Return the bias of the decoder's self-attention, -inf for later positions.

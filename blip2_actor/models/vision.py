@@ -8,7 +8,7 @@ Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis lette
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Blip2VisionConfig
 
 from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
+from blip2_actor.models.recorder import Recorder
 
 
 class VisionBlock(nn.Module):
@@ -32,15 +33,13 @@ class VisionBlock(nn.Module):
         self.fc1 = Linear(width, config.intermediate_size, activation=config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, width)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """float[B, P, Dv] -> float[B, P, Dv]."""
-        query, key, value = self.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
-        heads = attend(
-            split_heads(query, self.num_heads),
-            split_heads(key, self.num_heads),
-            split_heads(value, self.num_heads),
-        )
-        hidden = hidden + self.projection(merge_heads(heads))
+    def forward(self, hidden: Tensor, recorder: Recorder | None = None, name: str = "") -> Tensor:
+        """float[B, P, Dv] -> float[B, P, Dv]; `name` is that of this layer for the recorder."""
+        qkv = self.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
+        query, key, value = (split_heads(x, self.num_heads) for x in qkv)
+        if recorder is not None:
+            recorder.attention(f"{name}.self_attention", query, key)
+        hidden = hidden + self.projection(merge_heads(attend(query, key, value)))
         return hidden + self.fc2(self.fc1(self.layer_norm2(hidden)))
 
 
@@ -100,13 +99,12 @@ class VisionEncoder(nn.Module):
         cut = used.reshape(-1, 3, grid, patch, grid, patch)
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, grid * grid, 3 * patch * patch)
 
-    def forward(self, pixel_values: Tensor, record: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Encode images.
 
         Args:
             pixel_values: float[B, 3, S, S], normalized, in this module's dtype.
-            record: called with names and values, for inspection: the input of the first block, and the output
-                of each.
+            recorder: takes the input of the first block, and the output and the attention of each.
 
         Returns:
             float[B, P, Dv], after the final norm; position 0 is the class token.
@@ -117,12 +115,12 @@ class VisionEncoder(nn.Module):
         embeds = self.patch_embedding(self.patches(pixel_values))
         hidden = torch.cat([self.class_embedding.expand(embeds.shape[0], -1, -1), embeds], dim=1)
         hidden = hidden + self.position_embedding
-        if record is not None:
-            record("vision.embeddings", hidden)
+        if recorder is not None:
+            recorder.hidden("vision.embeddings", hidden)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden)
-            if record is not None:
-                record(f"vision.layers.{index}", hidden)
+            hidden = layer(hidden, recorder, f"vision.layers.{index}")
+            if recorder is not None:
+                recorder.hidden(f"vision.layers.{index}", hidden)
         return self.post_layernorm(hidden)
 
     def pool(self, image_embeds: Tensor) -> Tensor:

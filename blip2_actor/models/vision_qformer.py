@@ -8,7 +8,6 @@ Source: arXiv:2301.12597, section 3.1. Axis letters: `blip2.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config
 
 from blip2_actor.models.qformer import QFormer
+from blip2_actor.models.recorder import Recorder
 from blip2_actor.models.vision import PixelNormalizer, VisionEncoder
 
 
@@ -50,14 +50,12 @@ class VisionQFormer(nn.Module):
         """Encode normalized images: float[B, 3, S, S] -> float[B, P, Dv]."""
         return self.vision(pixel_values)
 
-    def qformer_features(
-        self, image_embeds: Tensor, record: Callable[[str, Tensor], None] | None = None
-    ) -> Tensor:
+    def qformer_features(self, image_embeds: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Let the learned queries read the images: float[B, P, Dv] -> float[B, Q, Dq].
 
         Args:
             image_embeds: from `image_features`.
-            record: see `QFormer.forward`.
+            recorder: see `QFormer.forward`.
         """
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        return self.qformer(queries, image_embeds, record=record).to(image_embeds.dtype)
+        return self.qformer(queries, image_embeds, recorder=recorder).to(image_embeds.dtype)

@@ -58,10 +58,13 @@ class CaptionSpec:
         """Refuse settings with which no row could be served, before any work begins.
 
         Raises:
-            ValueError: the model cannot take a prompt that every row would have, or the retrieval checkpoint
-                does not fit the model (see `Outputs.score_digest`).
+            ValueError: the model cannot take a prompt that every row would have, an option has token ids that
+                the model does not have, or the retrieval checkpoint does not fit the model (see
+                `Outputs.score_digest`).
         """
         self.outputs.score_digest(self.engine, info)
+        if info.vocab_size:  # an engine that is not EngineConfig's may not know it
+            self.options.require_known_tokens(info.vocab_size)
         prompts = [text for text in (self.prompt, *self.outputs.asks.values()) if text]
         if prompts:
             self.engine.check_prompts(prompts, self.options.max_new_tokens)

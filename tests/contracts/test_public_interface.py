@@ -51,10 +51,12 @@ PUBLIC = [
     "fetch_image",
     "find_quality_flags",
     "free_bytes",
+    "load_for_training",
     "require_image_layout",
     "resize_image",
     "resolve_device",
     "resolve_dtype",
+    "save_model",
     "stricter_options",
 ]
 

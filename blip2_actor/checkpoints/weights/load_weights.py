@@ -92,7 +92,7 @@ def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: 
             continue
         parameter = parameters[target.name]
         parts = num_filled[id(parameter)]
-        destination = _slice(parameter.data, target.part, stored.shape)
+        destination = slice_of(parameter.data, target.part, stored.shape)
         if destination is None:
             shapes = f"({list(stored.shape)}, which does not fit {list(parameter.shape)})"
             plan.mismatch.reshaped[name] = shapes
@@ -111,7 +111,7 @@ def _plan_reading(model: nn.Module, tensors: Mapping[str, StoredTensor], rules: 
     return plan
 
 
-def _slice(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tensor | None:
+def slice_of(parameter: Tensor, part: int | None, shape: tuple[int, ...]) -> Tensor | None:
     """Return the flat elements of `parameter` that a tensor of `shape` fills, or None if it does not fit."""
     if part is None:
         fits = parameter.numel() == prod(shape) and parameter.shape[:1] == shape[:1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor import EngineConfig, GenerationOptions, Request, load_for_training, save_model
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.stored_tensor import read_whole
 from blip2_actor.checkpoints.weights.weight_files import list_weights
@@ -42,7 +42,9 @@ def save_adapter(base: Path, folder: Path, *, safe: bool = True, **options: Any)
 
 
 @torch.no_grad()
-def expected_ids(model: peft.PeftModel, is_opt: bool) -> list[tuple[int, ...]]:
+def expected_ids(
+    model: peft.PeftModel | Blip2ForConditionalGeneration, is_opt: bool
+) -> list[tuple[int, ...]]:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     pixel_values = (IMAGES.permute(0, 3, 1, 2) / 255 - mean) / std
@@ -88,6 +90,19 @@ def test_tokens_equal_those_of_transformers_with_peft(
     ours = our_ids(base, tmp_path)
     assert ours == expected_ids(adapted, language == "opt")
     assert ours != our_ids(base, None)
+
+
+def test_a_merged_adapter_is_saved_for_transformers(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The head and the embeddings are no longer one tensor, which the configuration must say."""
+    base = checkpoint_folder("opt")
+    adapted = save_adapter(base, tmp_path / "adapter", **PLACES["opt, lm_head"])
+    names: dict[str, Any] = {"adapter": tmp_path / "adapter"}
+    save_model(load_for_training(base, device="cpu", **names), tmp_path / "merged", like=base, **names)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    assert expected_ids(theirs, is_opt=True) == expected_ids(adapted, is_opt=True)
+    assert our_ids(tmp_path / "merged", None) == our_ids(base, tmp_path / "adapter")
 
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -128,7 +128,20 @@ def test_options_are_keywords(engine: Engine) -> None:
     text = "".join(engine.stream(PIXELS, prompt="a red", max_new_tokens=4))
     assert text == engine.generate(Request(image=PIXELS, prompt="a red"), max_new_tokens=4)[0].text
     own = Request(image=PIXELS, options=beams)
-    assert engine.generate(own, max_new_tokens=1) == engine.generate(PIXELS, beams)
+    assert engine.generate(own, GenerationOptions(max_new_tokens=1)) == engine.generate(PIXELS, beams)
+
+
+def test_keywords_change_the_options_of_a_request_too(engine: Engine) -> None:
+    """A request's own options won silently over a keyword."""
+    beams = GenerationOptions(num_beams=2, max_new_tokens=9)
+    own = Request(image=PIXELS, options=beams)
+    expected = engine.generate(PIXELS, beams, max_new_tokens=4)[0]
+    assert len(expected.token_ids) == 4
+    greedy = engine.generate(PIXELS, max_new_tokens=4)[0]
+    assert engine.generate([own, PIXELS], max_new_tokens=4) == [expected, greedy]
+    assert engine.submit(own, max_new_tokens=4).result() == expected
+    assert "".join(engine.stream(own, num_beams=1, max_new_tokens=4)) == greedy.text
+    assert own.options is beams
 
 
 def test_temperature_0_is_greedy(engine: Engine, expected: Any) -> None:

@@ -1,6 +1,7 @@
 """Every command is the same job with other outputs, and its caption stage gets what the settings say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_the_spec_has_everything_that_the_stage_needs():
     )
     of_rows = CaptionSettings(input=("in",), output="out", reading=ReadOptions(prompt_column="question"))
     assert of_rows.spec(engine).prompt_column == "prompt", "the readers rename the column"
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [{"suppress_tokens": (3, 2048)}, {"bad_words_ids": ((1, 2), (3, 2048))}],
+    ids=lambda ids: next(iter(ids)),
+)
+def test_token_ids_that_the_model_does_not_have_are_refused_before_any_work(ids):
+    """Every row was refused, one after the other."""
+    engine = EngineConfig(model="demo", device="cpu")
+    info = engine.info()
+    (name,) = ids
+    settings = CaptionSettings(input=("in",), output="out", generation=GenerationOptions(**ids))
+    with pytest.raises(ValueError, match=rf"{name} must be token ids below {info.vocab_size}, got 2048"):
+        settings.spec(engine).check(info)
+    settings.spec(engine).check(replace(info, vocab_size=2049))
+    settings.spec(engine).check(replace(info, vocab_size=0))
 
 
 def test_two_kinds_of_prompt_are_refused():
