@@ -95,8 +95,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2:
 def _allocate(model: torch.nn.Module, device: torch.device) -> None:
     """Give memory to a model on the meta device, as `Module.to_empty` does.
 
-    That method calls `empty_like`, which on the meta device is Python that imports sympy. The import takes as
-    long as everything else that starts an engine on the demonstration checkpoint (torch 2.13).
+    That method calls `empty_like`, which on the meta device is Python that imports sympy. The import takes
+    longer than everything else that builds an engine for the demonstration checkpoint (torch 2.13).
     """
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
