@@ -166,9 +166,9 @@ class GenerationOptions:
         Raises:
             ValueError: the options contradict each other.
         """
-        missing = [option for option in fields(self) if getattr(self, option.name) is None]
-        if not missing:
+        if None not in vars(self).values():  # as for each request of a job
             return self
+        missing = [option for option in fields(self) if getattr(self, option.name) is None]
         defaults = {option.name: option.metadata["resolved_default"] for option in missing}
         values = defaults | {name: stored[name] for name in defaults if stored.get(name) is not None}
         if not values.get("do_sample", self.do_sample):

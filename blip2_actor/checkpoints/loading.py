@@ -56,7 +56,7 @@ def load_model(
 
         split = ModelSplit(model, device_map, device, CACHE_FOLDER / "offload")
     if split is None:
-        model.to_empty(device=device)
+        _allocate(model, device)
     else:
         split.materialize()
     _fill(model, checkpoint, image_size_px)
@@ -79,7 +79,7 @@ def load_quantized(
     """
     model = _build(checkpoint, dtype)
     fractions = choose_parts(model, dtype)
-    model.to_empty(device="cpu")
+    _allocate(model, torch.device("cpu"))
     readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, fractions)))
     model.normalizer = _normalizer(checkpoint)
     return model, quantize(model, readers, fractions, calibration)
@@ -90,6 +90,15 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2:
     with torch.device("meta"):
         model = Blip2(checkpoint.config)
     return model.cast(dtype)
+
+
+def _allocate(model: torch.nn.Module, device: torch.device) -> None:
+    """Give memory to a model on the meta device, as `Module.to_empty` does.
+
+    That method calls `empty_like`, which on the meta device is Python that imports sympy. The import takes
+    longer than everything else that builds an engine for the demonstration checkpoint (torch 2.13).
+    """
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 def _fill(
@@ -126,7 +135,8 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     config = checkpoint.retrieval_config
     with torch.device("meta"):
         model = Blip2Retrieval(config)
-    model = model.cast(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = model.cast(dtype).eval().requires_grad_(False)
+    _allocate(model, device)
     rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
     load_weights(model, stored_tensors(checkpoint), rules, str(checkpoint.folder))
     model.normalizer = _normalizer(checkpoint).to(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 
 from blip2_actor.options import GenerationOptions
 
@@ -57,7 +56,7 @@ def stricter_options(options: GenerationOptions) -> GenerationOptions:
 
 def _loops(words: list[str]) -> bool:
     """Return whether a run of words follows itself often enough; takes time linear in the number of words."""
-    if max(Counter(words).values()) < MIN_REPEATS:
+    if len(words) - len(set(words)) < MIN_REPEATS - 1:  # no word has come often enough
         return False
     for length in range(1, min(MAX_LOOP_WORDS, len(words) // MIN_REPEATS) + 1):
         repeats = MIN_REPEATS_OF_ONE_WORD if length == 1 else MIN_REPEATS

@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RayStartFailed
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 QUIET = "raised in its creation task|retries remaining|infeasible resource requests"
 """What Ray says on the terminal of every driver, and the job says in its own words."""
+
+
+NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's `Node` that start what a local job has no use for: the autoscaler, the process that copies
+the output of workers, and a server for usage statistics. Ray waits for that server even without a dashboard,
+and at the end it waits a second for the autoscaler (Ray 2.60)."""
 
 
 CONNECT_S = 10.0
@@ -67,7 +73,7 @@ def connected() -> Iterator[Cluster]:
     address = os.environ.get("RAY_ADDRESS")
     is_connected = ray.is_initialized()
     if not is_connected:
-        with _silent_stderr():
+        with _silent_stderr(), nullcontext() if address else without_idle_processes():
             start_ray(
                 address=address or "local",
                 log_to_driver=False,
@@ -80,6 +86,21 @@ def connected() -> Iterator[Cluster]:
     finally:
         if not is_connected:
             ray.shutdown()
+
+
+@contextmanager
+def without_idle_processes() -> Iterator[None]:
+    """Let `ray.init` start fewer processes inside the block, so that a local Ray starts and ends faster."""
+    from ray._private.node import Node
+
+    originals = {name: getattr(Node, name) for name in NOT_NEEDED}
+    for name in NOT_NEEDED:
+        setattr(Node, name, lambda self, **options: None)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)
 
 
 def start_ray(**options: Any) -> None:

@@ -54,7 +54,7 @@ class Committers:
         may_have_file: bool,
         coordinator: Any,
     ) -> None:
-        """Start the actors, as many as the nodes that are alive have CPUs for.
+        """Start no actor yet: when a job starts, the processes of its stages come first.
 
         Args:
             ledger: the output; its requests are retried.
@@ -74,10 +74,9 @@ class Committers:
         self._under_way: list[Any] = []
         self._summaries: list[Summary] = []
         self._keep_at = SUMMARIES_PER_FILE
-        self.resize()
 
     def resize(self) -> None:
-        """Follow the cluster: start actors for new nodes, and let those go that are too many.
+        """Have as many actors as the nodes that are alive have CPUs for; let those go that are too many.
 
         An actor without a handle ends after its commits.
         """
@@ -104,6 +103,8 @@ class Committers:
 
     def start(self, report: ShardReport) -> None:
         """Begin to commit a shard whose rows are all in fragments."""
+        if not self._actors:
+            self.resize()
         actor = self._actors[0]
         self._actors.rotate(-1)
         self._under_way.append(actor.commit.remote(self._ledger, report, *self._arguments))

@@ -68,7 +68,8 @@ def are_done(pending: Sequence[Pending], deadline: Deadline) -> bool:
         left_s = deadline.left_s
         if left_s == 0:
             return False
-        if isinstance(one, Future) and not wait([one], left_s).done:
+        is_done = isinstance(one, Result) or one.done() or wait([one], left_s).done
+        if not is_done:
             return False
     return True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-CONSOLE_SCRIPT = "import sys; from pipeline.__main__ import main; sys.exit(main())"
+CONSOLE_SCRIPT = "from pipeline.__main__ import run; run()"
 POISON = "raise SystemExit('the file of the user was imported')\n"
 
 

@@ -1,0 +1,42 @@
+"""The Ray that a job starts on one machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+PROGRAM = """
+from pipeline.run.cluster import connected, set_ray_environment
+set_ray_environment()
+import psutil, ray
+with connected() as cluster:
+    @ray.remote
+    def answer():
+        return 42
+    print(ray.get(answer.remote()), cluster.is_local)
+    for process in psutil.Process().children(recursive=True):
+        print(*process.cmdline())
+print("left:", len(psutil.Process().children()))
+"""
+
+
+@pytest.mark.slow
+def test_a_local_ray_has_only_the_processes_that_a_job_needs() -> None:
+    """Starting and ending the others was several seconds of each run."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=kept | {"RAY_TMPDIR": folder},
+        )
+    assert done.stdout.startswith("42 True\n") and done.stdout.endswith("left: 0\n"), done.stderr
+    assert "raylet" in done.stdout
+    for idle in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py"):
+        assert idle not in done.stdout, done.stdout
