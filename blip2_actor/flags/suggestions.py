@@ -46,7 +46,6 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "min-length": ("use --min-new-tokens, which does not count the prompt",),
     "max-samples": ("use --limit",),
     "max-tokens": ("use --max-new-tokens",),
-    "min-length": ("use --min-new-tokens, which does not count the prompt",),
     "model-id": ("use --model",),
     "model-name": ("use --model",),
     "model-path": ("use --model",),
