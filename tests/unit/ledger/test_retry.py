@@ -107,7 +107,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     ("flags", "said"),
     [
         (["--status", "fialed"], "--status must be one of ok, missing_image, "),
-        (["--status", "ok"], "--status must not be ok without keys"),
+        (["--status", "ok"], "--status must not be ok without --keys"),
         (["--keys", "/nowhere"], "/nowhere"),
     ],
 )
