@@ -55,5 +55,6 @@ def test_a_grid_leaves_out_the_class_token_and_starts_at_the_top():
     maps = np.zeros((1, 2, 5), np.float32)
     maps[..., 0] = 0.6
     maps[..., 2] = 0.4  # row 0, column 1
-    assert Features(attention_maps={"qformer.layers.0": maps}).attention_grid.tolist() == [[0, 1], [0, 0]]
+    grid = Features(attention_maps={"qformer.layers.0": maps}).attention_grid
+    assert grid is not None and grid.tolist() == [[0, 1], [0, 0]]
     assert Features().attention_grid is None
