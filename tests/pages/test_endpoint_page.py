@@ -284,7 +284,7 @@ def test_the_programs_that_it_shows_give_its_caption(opened, tmp_path):
 
 
 def run_python(page: Page, folder: Path) -> str:
-    command = [sys.executable, "-c", page.text_content("#python")]
+    command = [sys.executable, "-c", page.text_content("#python") or ""]
     env = os.environ | {"BLIP2_KEY": KEY}
     done = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, check=True, timeout=60, text=True
