@@ -22,9 +22,10 @@ from pipeline.inputs.formats.manifests.named_files import find_input
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import Format, Shard, without_secrets
+from pipeline.inputs.shards import Format, Shard, is_local, refuse_duplicates, refuse_unwritable
 from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
+from pipeline.storage.secrets import without_secrets
 
 FILES_PER_SHARD = 1000
 """Images of a folder in one shard: about as many rows as a tar usually has."""
@@ -140,7 +141,7 @@ def list_files(
             chosen.setdefault((found.root, file_format), {}).update(files)
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
-        _refuse_duplicates(
+        refuse_duplicates(
             _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
         )
     return ListedFiles(chosen, prefixes, _folder_names(chosen, prefixes, addresses), unread)
@@ -187,8 +188,8 @@ def shards_of(
             shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
         else:
             shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes, options)
-    _refuse_duplicates(shard.name for shard in shards)
-    _refuse_unwritable(shards)
+    refuse_duplicates(shard.name for shard in shards)
+    refuse_unwritable(shards)
     return sorted(shards, key=lambda shard: shard.name)
 
 
@@ -228,30 +229,6 @@ def path_of(root: str, file: str) -> str:
     return join(without_secrets(root), file)
 
 
-def is_local(root: str) -> bool:
-    """Return whether files below a root are asked for their stamps one by one."""
-    return "://" not in root
-
-
-def _refuse_duplicates(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise InputError(f"the inputs overlap: {name} occurs twice; name each file in one input only")
-        seen.add(name)
-
-
-def _refuse_unwritable(shards: Iterable[Shard]) -> None:
-    for shard in shards:
-        try:
-            shard.name.encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"the file name {shard.name!a} is not valid UTF-8, so no output file can be named after it; "
-                "rename the file"
-            ) from None
-
-
 def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """Return for each root its path below the folder that all roots have in common."""
     columns = zip(*addresses.values(), strict=False)
@@ -282,7 +259,7 @@ def _file_shards(
                 stamps=(stamp,),
             )
         )
-    if file_format != "parquet":
+    if file_format not in ("parquet", "manifest"):
         return shards
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
         parts = threads.map(lambda shard: shards_of_file(shard, options, range_bytes), shards)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.errors import InputError
 from pipeline.storage.secrets import with_secrets_of, without_secrets
 
 Format = Literal["webdataset", "parquet", "folder", "manifest"]
@@ -120,3 +121,29 @@ def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
     of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)
     given = of_file or of_folder
     return shard if given is None else replace(shard, root=with_secrets_of(given, shard.root))
+
+
+def is_local(root: str) -> bool:
+    """Return whether files below a root are asked for their stamps one by one."""
+    return "://" not in root
+
+
+def refuse_duplicates(names: Iterable[str]) -> None:
+    """Raise InputError if a name occurs twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"the inputs overlap: {name} occurs twice; name each file in one input only")
+        seen.add(name)
+
+
+def refuse_unwritable(shards: Iterable[Shard]) -> None:
+    """Raise InputError if no output file can be named after a shard."""
+    for shard in shards:
+        try:
+            shard.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the file name {shard.name!a} is not valid UTF-8, so no output file can be named after it; "
+                "rename the file"
+            ) from None

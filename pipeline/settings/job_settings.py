@@ -89,9 +89,7 @@ class JobSettings:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.add_new and self.limit is not None:
-            raise ValueError(
-                "add_new must be left out with limit, which takes the first rows of a fixed input"
-            )
+            raise ValueError("add_new must be left out with limit, which takes the first rows of the input")
         if self.run_slice is not None and (self.add_new or self.redo_changed or self.fork):
             raise ValueError("slice must be left out with add_new, redo_changed and fork; run these alone")
         refuse_taken_names(list(self.reading.kept), COLUMN_NAMES, "keep")
@@ -177,17 +175,13 @@ class CaptionSettings(JobSettings):
     @property
     def read_options(self) -> ReadOptions:
         """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
-        return dataclasses.replace(
-            self.reading,
-            max_image_bytes=self.limits.max_file_bytes,
-            text_columns=self.outputs.text_columns,
-        )
+        max_bytes, texts = self.limits.max_file_bytes, self.outputs.text_columns
+        return dataclasses.replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
         """Return everything that decides what the rows say, and nothing else.
 
-        The limits on time and memory of one image are left out: which images exceed them depends on the
-        machine.
+        Not the limits on time and memory of an image: which images exceed them depends on the machine.
         """
         limits, reading = self.limits, self.reading
         parts = {

@@ -1,4 +1,4 @@
-"""The README's commands and code, run as they stand there."""
+"""The commands and the code of the README and of the pages for users, run as they stand there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from blip2_actor.demo.scenes import SceneSampler, draw
 from pipeline.cli.main import main, make_parser
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/batch_job.md", "docs/results.md", "docs/python.md", "docs/tutorial.md")
 BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 
@@ -32,8 +33,8 @@ class Block:
         return [words for line in self.text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def blocks(language: str) -> list[Block]:
-    text = (ROOT / "README.md").read_text()
+def blocks(language: str, pages: tuple[str, ...] = PAGES) -> list[Block]:
+    text = "\n".join((ROOT / page).read_text() for page in pages)
     found = (Block(m["language"], m["text"], bool(m["run"])) for m in BLOCK.finditer(text))
     return [block for block in found if block.language == language]
 
@@ -48,14 +49,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_is_one_that_the_command_line_takes() -> None:
-    """A renamed flag must not live on in the README."""
+    """A renamed flag must not live on in a page."""
     seen = 0
     for block in blocks("sh"):
         for words in block.commands:
-            if words[:3] == ["ray", "job", "submit"]:
-                words = ["blip2", *words[words.index("pipeline") + 1 :]]
+            if words[:2] == ["blip2", "submit"]:
+                words = ["blip2", *words[words.index("caption") :]]
             if words[0] == "blip2" and words[1] != "serve":
-                make_parser().parse_args(words[1:])
+                make_parser().parse_args(words[1 : words.index("|") if "|" in words else None])
                 seen += 1
             if words[0] == "make":
                 subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
@@ -73,23 +74,11 @@ def test_the_runnable_commands_run(local_ray: None, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_python_blocks_run(local_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runnable = [block for block in blocks("python") if block.runs]
-    assert len(runnable) == 2
+    assert len(runnable) == 3
     for block in runnable:
         exec(compile(block.text, "README.md", "exec"), {})
-    engine_line, continued, stage_line = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert engine_line.endswith(" ok")
+    readme_line, engine_line, continued, stage_line = capsys.readouterr().out.strip().splitlines()[-4:]
+    assert readme_line == engine_line and engine_line.endswith(" ok")
     assert " (-" in continued, "the log-probability of each token"
     caption = stage_line.removesuffix(" camera 1")
     assert caption in engine_line, "the engine alone and the stage must say the same of one picture"
-
-
-def test_the_tree_names_what_is_there() -> None:
-    """Every file and folder of the annotated tree exists."""
-    (tree,) = [b.text for b in blocks("text") if b.text.startswith("blip2_actor/")]
-    folder = ""
-    for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0] if line.split()[0].endswith("/") else ""
-            assert (ROOT / line.split()[0]).exists(), line
-        for name in re.findall(r"[\w/]+\.py|(?<=  )\w+/(?=\s)", line):
-            assert (ROOT / folder / name).exists() or (ROOT / name).exists(), f"{folder}{name}"

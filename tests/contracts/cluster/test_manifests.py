@@ -15,9 +15,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from deploy.check import check_manifests
 from deploy.cluster_files.placeholders import placeholders
+from pipeline.placement.node_types import node_types_of
 from tests.contracts.cluster.kuberay_schema import KINDS, load_schemas
 
 ROOT = Path(__file__).parents[3]
@@ -290,3 +292,12 @@ def test_the_model_cache_replaces_the_volume_of_every_pod() -> None:
     for pod in pods:
         volume = {"name": "models", "persistentVolumeClaim": {"claimName": "blip2-models"}}
         assert volume in pod["spec"]["volumes"]
+
+
+def test_a_job_sees_the_accelerators_that_may_be_started() -> None:
+    """On Kubernetes the limits of the autoscaler are those of the RayCluster."""
+    (cluster,) = (manifest for manifest in build("cluster") if manifest["kind"] == "RayCluster")
+    cluster = copy.deepcopy(cluster)
+    cluster["metadata"].setdefault("namespace", "default")
+    kinds = node_types_of(_derive_autoscaling_config_from_ray_cr(cluster))
+    assert [kind.name for kind in kinds if kind.resources.get("GPU")] == ["accelerator"]

@@ -68,7 +68,7 @@ def test_many_shards_are_read_by_few_tasks_with_the_same_rows(inputs, stored, mo
     for path in stored.iterdir():
         path.unlink()
     monkeypatch.setattr("pipeline.inputs.datasource.MAX_READ_TASKS", 3)
-    assert ShardDatasource(work, ReadOptions(), print).num_tasks == 3
+    assert 1 < ShardDatasource(work, ReadOptions(), print).num_tasks <= 3 < len(work)
     assert read(work, StoreReport(stored)) == alone
     assert set(StoreReport(stored).reports()) == {one.shard.name for one in work}
 

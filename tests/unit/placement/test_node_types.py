@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from pipeline.placement.node_types import NodeType, configuration_file, node_types_of
 
@@ -13,16 +12,16 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_committed_cluster_offers_accelerators_that_do_not_run_yet() -> None:
-    cpu, accelerator = node_types_of(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
-    assert cpu == NodeType("cpu", 32, {"CPU": 16.0}, {"pool": "cpu"})
-    assert accelerator == NodeType("accelerator", 8, {"CPU": 8.0, "GPU": 1.0}, {"pool": "accelerator"})
-
-
-def test_the_committed_manifest_offers_the_same_on_kubernetes() -> None:
-    manifest = yaml.safe_load((ROOT / "deploy/kubernetes/raycluster.yaml").read_text())
-    manifest["metadata"].setdefault("namespace", "default")
-    kinds = node_types_of(_derive_autoscaling_config_from_ray_cr(manifest))
-    assert [kind.name for kind in kinds if kind.resources.get("GPU")] == ["accelerator"]
+    kinds = {
+        kind.name: kind for kind in node_types_of(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
+    }
+    accelerator = {"CPU": 8.0, "GPU": 1.0}
+    assert kinds == {
+        "cpu": NodeType("cpu", 32, {"CPU": 16.0}, {"pool": "cpu"}),
+        "cpu_on_demand": NodeType("cpu_on_demand", 4, {"CPU": 16.0}, {"pool": "cpu"}),
+        "accelerator": NodeType("accelerator", 8, accelerator, {"pool": "accelerator"}),
+        "accelerator_on_demand": NodeType("accelerator_on_demand", 2, accelerator, {"pool": "accelerator"}),
+    }
 
 
 def test_no_type_may_start_more_nodes_than_the_cluster() -> None:

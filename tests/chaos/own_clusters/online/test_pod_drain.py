@@ -12,7 +12,7 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-CLUSTER = Path(__file__).parents[3] / "deploy/kubernetes/base/ray_cluster.yaml"
+CLUSTER = Path(__file__).parents[4] / "deploy/kubernetes/base/ray_cluster.yaml"
 
 
 def hook(cluster: Cluster, raylet: int) -> subprocess.Popen:

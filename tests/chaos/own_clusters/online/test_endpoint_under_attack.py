@@ -18,7 +18,14 @@ import httpx
 import psutil
 import pytest
 
-from tests.chaos.own_clusters.test_endpoint_lifecycle import CAPTION, PNG, SLOW, ask, endpoint, process_of
+from tests.chaos.own_clusters.online.test_endpoint_lifecycle import (
+    CAPTION,
+    PNG,
+    SLOW,
+    ask,
+    endpoint,
+    process_of,
+)
 
 pytestmark = pytest.mark.timeout(400)
 
