@@ -61,7 +61,12 @@ class EngineLike(ModelLike, Protocol):
 
     def image(self, image: ImageLike) -> EncodedImage: ...
 
-    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = ...) -> list[Features]: ...
+    def features(
+        self,
+        images: Sequence[ImageLike],
+        with_image_embeds: bool = ...,
+        with_attention_maps: bool = ...,
+    ) -> list[Features]: ...
 
     def score(
         self,

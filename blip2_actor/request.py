@@ -6,6 +6,7 @@ an RGB image, uint8[H, W, 3].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,20 @@ class Features:
     """On demand, by name: what enters the first layer of each encoder (`vision.embeddings`,
     `qformer.embeddings`) and what each layer computes (`vision.layers.0`, …), as float32[P, Dv] for the
     vision encoder and float32[Q, Dq] for the Q-Former."""
+
+    @property
+    def attention_grid(self) -> np.ndarray | None:
+        """Where the queries looked: float32[R, R], one weight for each patch of the image, 1 in total.
+
+        It is the mean of all attention maps over layers, heads and queries, without the class token; None if
+        there are no maps. Row 0 is the top of the image.
+        """
+        if not self.attention_maps:
+            return None
+        patches = sum(maps.mean(axis=(0, 1))[1:] for maps in self.attention_maps.values())
+        side = math.isqrt(len(patches))
+        grid: np.ndarray = (patches / patches.sum()).reshape(side, side)
+        return grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -119,7 +119,10 @@ class Captioner:
             asyncio.gather(*texts),
             self._wait(wanted, lambda: engine.score([image] * len(wanted), wanted, prompts)),
             self._wait(work.matches, lambda: matcher.score([pixels] * len(work.matches), work.matches)),
-            self._wait(work.features, lambda: engine.features([image])),
+            self._wait(
+                work.features or work.attention,
+                lambda: engine.features([image], with_attention_maps=work.attention),
+            ),
             self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
         )
         results, scores, matches, features, vectors = parts
@@ -127,7 +130,9 @@ class Captioner:
             texts=tuple(results),
             scores=tuple(scores),
             matches=tuple(matches),
-            features=next(iter(features), None),
+            # The maps of each layer are large, and stay here.
+            features=next((replace(one, attention_maps=None) for one in features), None),
+            attention=next((one.attention_grid for one in features), None),
             contrastive=next(iter(vectors), None),
         )
         ids = [completion.token_ids for completion in outputs.completions] if work.token_texts else []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from blip2_actor import Completion, Embedding, Features, GenerationOptions, Match, Result, Score, Status
 
 
@@ -38,6 +40,8 @@ class ImageWork:
     """Whether the outputs of the vision encoder and the Q-Former are wanted."""
     contrastive: bool = False
     """Whether the retrieval model's vectors of the image are wanted."""
+    attention: bool = False
+    """Whether it is wanted where the Q-Former looked."""
     token_texts: bool = False
     """Whether the text of each token is wanted."""
 
@@ -51,6 +55,8 @@ class ImageOutputs:
     matches: tuple[Match, ...] = ()
     features: Features | None = None
     contrastive: Embedding | None = None
+    attention: np.ndarray | None = None
+    """float32[R, R], as `Features.attention_grid`; only if it is wanted."""
     token_texts: tuple[tuple[str, ...], ...] = ()
     """What each token adds to its text, one entry for each of `completions`; only if it is wanted."""
 

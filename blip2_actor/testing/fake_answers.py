@@ -11,8 +11,8 @@ import numpy as np
 
 from blip2_actor.request import Features
 
-VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES = 5, 3, 2
-"""Shapes of the features; the three differ, so that a transposed array is noticed."""
+VISION_WIDTH, QFORMER_WIDTH, NUM_QUERIES, GRID_SIDE = 5, 3, 2, 4
+"""Shapes of the features; they differ, so that a transposed array is noticed."""
 
 
 def fake_caption(pixels: np.ndarray, prompt: str | None = None) -> str:
@@ -21,13 +21,18 @@ def fake_caption(pixels: np.ndarray, prompt: str | None = None) -> str:
     return f"{prompt} {digest}" if prompt else digest
 
 
-def fake_features(pixels: np.ndarray) -> Features:
+def fake_features(pixels: np.ndarray, with_attention_maps: bool = False) -> Features:
     """Return the features of uint8[H, W, 3]: random numbers whose seed is a digest of the pixels."""
     seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8])
     random = np.random.default_rng(seed)
     return Features(
         pooler_output=random.random(VISION_WIDTH, np.float32),
         qformer_features=random.random((NUM_QUERIES, QFORMER_WIDTH), np.float32),
+        attention_maps=(
+            {"qformer.layers.0": random.random((1, NUM_QUERIES, 1 + GRID_SIDE**2), np.float32)}
+            if with_attention_maps
+            else None
+        ),
     )
 
 

@@ -177,8 +177,10 @@ class FakeEngine:
     def image(self, image: ImageLike | None) -> EncodedImage:
         return image if isinstance(image, EncodedImage) else EncodedImage(np.array(image))
 
-    def features(self, images: Sequence[ImageLike], with_image_embeds: bool = False) -> list[Features]:
-        return [fake_features(self._encode(image)) for image in images]
+    def features(
+        self, images: Sequence[ImageLike], with_image_embeds: bool = False, with_attention_maps: bool = False
+    ) -> list[Features]:
+        return [fake_features(self._encode(image), with_attention_maps) for image in images]
 
     def score(
         self,

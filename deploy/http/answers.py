@@ -103,11 +103,16 @@ class CaptionAnswer(Answer):
     model: str
     fingerprint: str
     """Identifies what decides the caption besides the image: checkpoint, dtype, prompt and options."""
+    captions_flags: list[list[str]] | None = None
+    """Flags of each of `captions`."""
     answers: dict[str, TextAnswer] | None = None
     choices: list[Choice] | None = None
     scores: list[ScoreAnswer] | None = None
     matches: list[MatchAnswer] | None = None
     embeddings: dict[str, Vector | list[Vector]] | None = None
+    attention: list[Vector] | None = None
+    """Where the Q-Former looked: one weight for each patch of the image, in rows from its top; they add up
+    to 1. The grid covers the whole image, whatever its shape."""
 
 
 def caption_answer(model: ModelInfo, wishes: Wishes, work: ImageWork, made: Made) -> dict[str, Any]:
@@ -141,11 +146,13 @@ def caption_answer(model: ModelInfo, wishes: Wishes, work: ImageWork, made: Made
     }
     choices, scored = wishes.choices or [], wishes.score or []
     parts = {
+        "captions_flags": [find_quality_flags(c.text, wishes.prompt) for c in completions] if several else [],
         "answers": dict(zip(wishes.ask or {}, answers, strict=True)),
         "choices": _choices(choices, outputs.scores[: len(choices)]),
         "scores": score_answers(scored, outputs.scores[len(choices) :]),
         "matches": match_answers(wishes.match or [], outputs.matches),
         "embeddings": vectors_of(wishes.embed or [], outputs.features, outputs.contrastive),
+        "attention": None if outputs.attention is None else outputs.attention.tolist(),
     }
     return answer | {name: part for name, part in parts.items() if part}
 

@@ -49,6 +49,8 @@ class Wishes(Body):
     embed: list[EmbeddingKind] | None = None
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
     contrastive, which needs a retrieval model."""
+    attention: bool = False
+    """Say where in the image the Q-Former looked."""
 
     def work(self, service: Service) -> ImageWork:
         """Return what the engine has to do for each image; raise ApiError 400 if it cannot."""
@@ -70,6 +72,7 @@ class Wishes(Body):
             matches=tuple(self.match or ()),
             features=any(kind != "contrastive" for kind in kinds),
             contrastive="contrastive" in kinds,
+            attention=self.attention,
         )
 
 

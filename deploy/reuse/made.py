@@ -35,7 +35,7 @@ class Made:
         outputs = self.outputs
         features, contrastive = outputs.features, outputs.contrastive
         arrays = [] if features is None else [features.pooler_output, features.qformer_features]
-        arrays += [] if contrastive is None else [contrastive.vectors]
+        arrays += [outputs.attention, None if contrastive is None else contrastive.vectors]
         num_tokens = sum(len(completion.token_ids) for completion in outputs.completions)
         num_parts = len(outputs.completions) + len(outputs.scores) + len(outputs.matches) + 1
         in_arrays = sum(array.nbytes for array in arrays if array is not None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from dataclasses import asdict
+from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter
@@ -14,10 +18,11 @@ from deploy.http.openapi import errors
 from deploy.http.scene import draw_scene_png
 from deploy.http.service import Service
 
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"
+_PAGE_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; "
+    "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+"""What a page may do: run its own script and style, known by their hashes, and ask this service."""
 
 
 class ModelAnswer(Answer):
@@ -26,6 +31,8 @@ class ModelAnswer(Answer):
     model: str
     image_size_px: int
     dtype: str
+    caveat: str | None
+    """What a user must know before reading this model's texts; null for published models."""
     digest: str
     """Identifies the content of the checkpoint."""
     vision_width: int
@@ -48,9 +55,13 @@ def pages_router(service: Service) -> APIRouter:
     @router.get("/v1/model", response_model=ModelAnswer)
     async def model() -> JSONResponse:
         """Describe the model, and the options of a request that names none."""
-        score_model = None if service.matching is None else service.matching.model
         return JSONResponse(
-            asdict(service.model) | {"options": asdict(service.options), "score_model": score_model}
+            asdict(service.model)
+            | {
+                "caveat": service.model.caveat,
+                "options": asdict(service.options),
+                "score_model": None if service.matching is None else service.matching.model,
+            }
         )
 
     @router.get("/healthz", response_model=HealthAnswer, responses=errors(503))
@@ -85,5 +96,23 @@ def pages_router(service: Service) -> APIRouter:
 
 
 def _page(name: str) -> HTMLResponse:
-    html = files("deploy.http").joinpath(name).read_text(encoding="utf-8")
-    return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
+    html, policy = _read_page(name)
+    return HTMLResponse(html, headers={"Content-Security-Policy": policy})
+
+
+@cache
+def _read_page(name: str) -> tuple[str, str]:
+    """Return a page and its content policy; styles and scripts from files become part of the page."""
+    folder = files("deploy.http")
+    html = folder.joinpath(name).read_text(encoding="utf-8")
+    for part in re.findall(r"\{(\w+\.(?:css|js))\}", html):
+        html = html.replace(f"{{{part}}}", folder.joinpath(part).read_text(encoding="utf-8"))
+    policy = _PAGE_POLICY.format(script=_hash_of(html, "script"), style=_hash_of(html, "style"))
+    return html, policy
+
+
+def _hash_of(html: str, tag: str) -> str:
+    """Return the source of a content policy that allows the one element with this tag."""
+    _, _, rest = html.partition(f"<{tag}>")
+    content, _, _ = rest.partition(f"</{tag}>")
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

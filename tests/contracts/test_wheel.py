@@ -46,7 +46,8 @@ def test_it_holds_what_the_modules_read_at_run_time(names):
     expected |= {f"{package}/py.typed" for package in PACKAGES}
     templates = ROOT / "pipeline/page/templates"
     expected |= {file.relative_to(ROOT).as_posix() for file in templates.iterdir()}
-    expected |= {f"deploy/{name}" for name in ("http/page.html", "http/docs.html", "serve_config.yaml")}
+    expected |= {f"deploy/http/{name}" for name in ("page.html", "page.css", "page.js", "docs.html")}
+    expected |= {"deploy/serve_config.yaml"}
     expected |= {"deploy/Dockerfile", "deploy/constraints-cuda.txt"}
     assert expected <= names
 

@@ -124,6 +124,7 @@ def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineSe
         choices=["a dog", "a cat", "a red circle"],
         score=["a cat"],
         embed=["vision", "qformer", "queries"],
+        attention=True,
     ).json()
     assert service.captioner.stats().num_images_encoded == before + 1
     assert service.costs[-1].slots == 3
@@ -139,11 +140,21 @@ def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineSe
     assert [choice["probability"] for choice in answer["choices"]] == pytest.approx(probabilities)
     [score] = answer["scores"]
     assert score == {"text": "a cat", "logprob": expected[1], "num_tokens": 1, "loss": -expected[1]}
-    features = fake_features(pixels)
+    features = fake_features(pixels, with_attention_maps=True)
+    assert features.attention_grid is not None
+    assert answer["attention"] == features.attention_grid.tolist()
     assert features.qformer_features is not None and features.pooler_output is not None
     assert answer["embeddings"]["vision"] == features.pooler_output.tolist()
     assert answer["embeddings"]["qformer"] == features.qformer_features.mean(axis=0).tolist()
     assert answer["embeddings"]["queries"] == features.qformer_features.tolist()
+    CaptionAnswer.model_validate(answer, strict=True)
+
+
+def test_each_of_several_captions_has_its_flags(service: EngineService) -> None:
+    several = {"do_sample": True, "num_return_sequences": 2}
+    answer = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of", options=several).json()
+    assert len(answer["captions"]) == len(answer["logprobs"]) == 2
+    assert answer["captions_flags"] == [["echoes_prompt"]] * 2
     CaptionAnswer.model_validate(answer, strict=True)
 
 

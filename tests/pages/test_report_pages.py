@@ -1,17 +1,18 @@
-"""The pages in a real browser: filter, search, sort, keyboard, widths, and accessibility by axe-core.
+"""The pages of `report` and `compare` in a real browser.
+
+Filter, search, sort, keyboard, widths, and accessibility by axe-core.
 
 They need Chromium on the path (`apt-get install chromium`), and are not in the default suite: `make pages`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from pipeline.cli.main import main
 from pipeline.report.page import render_page
@@ -19,18 +20,7 @@ from pipeline.report.report import make_report
 from tests.unit.compare.test_compare import AFTER, BEFORE, REFERENCES, ok, write_output
 from tests.unit.report.test_report import HOSTILE, write_run
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DESKTOP, PHONE = (1280, 900), (390, 844)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert program, f"install one of {', '.join(BROWSERS)}; Debian and Ubuntu: apt-get install chromium"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
