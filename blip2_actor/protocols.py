@@ -65,7 +65,7 @@ class EngineLike(ModelLike, Protocol):
         self,
         images: Sequence[ImageLike],
         with_image_embeds: bool = ...,
-        with_attention_maps: bool = ...,
+        with_attention_maps: bool | str = ...,
     ) -> list[Features]: ...
 
     def score(

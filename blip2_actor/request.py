@@ -160,17 +160,15 @@ class Features:
 
     @property
     def attention_grid(self) -> np.ndarray | None:
-        """Where the queries looked: float32[R, R], one weight for each patch of the image, 1 in total.
+        """Where the queries looked: float32[R, R], a weight for each patch from the top left, 1 in total.
 
-        It is the mean of all attention maps over layers, heads and queries, without the class token; None if
-        there are no maps. Row 0 is the top of the image.
+        It is the mean of the Q-Former's cross-attentions, without the class token; None without their maps.
         """
-        if not self.attention_maps:
+        maps = [one for name, one in (self.attention_maps or {}).items() if name.endswith(".cross_attention")]
+        if not maps:
             return None
-        patches = sum(maps.mean(axis=(0, 1))[1:] for maps in self.attention_maps.values())
-        side = math.isqrt(len(patches))
-        grid: np.ndarray = (patches / patches.sum()).reshape(side, side)
-        return grid
+        patches = sum(one.mean(axis=(0, 1))[1:] for one in maps)
+        return (patches / patches.sum()).reshape(math.isqrt(len(patches)), -1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -269,10 +267,7 @@ class EngineStats:
     """Seconds that the engine's thread spent in `step()`."""
 
 
-DEMO_CAVEAT = (
-    "the demonstration checkpoint knows drawn scenes of colored shapes only; its texts about other images "
-    "mean nothing"
-)
+DEMO_CAVEAT = "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,8 @@ logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
 """An engine that has work and makes no progress for this long is replaced; compiling takes less."""
+CROSS_ATTENTIONS = "*.cross_attention"
+"""The maps that say where in the image the Q-Former looked."""
 NUM_WAITING_THREADS = 64
 """Threads that wait for scores and vectors; the engine computes those of all threads in one batch."""
 
@@ -121,7 +123,9 @@ class Captioner:
             self._wait(work.matches, lambda: matcher.score([pixels] * len(work.matches), work.matches)),
             self._wait(
                 work.features or work.attention,
-                lambda: engine.features([image], with_attention_maps=work.attention),
+                lambda: engine.features(
+                    [image], with_attention_maps=CROSS_ATTENTIONS if work.attention else False
+                ),
             ),
             self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
         )

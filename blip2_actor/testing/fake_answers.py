@@ -29,7 +29,11 @@ def fake_features(pixels: np.ndarray, with_attention_maps: bool = False) -> Feat
         pooler_output=random.random(VISION_WIDTH, np.float32),
         qformer_features=random.random((NUM_QUERIES, QFORMER_WIDTH), np.float32),
         attention_maps=(
-            {"qformer.layers.0": random.random((1, NUM_QUERIES, 1 + GRID_SIDE**2), np.float32)}
+            {
+                "qformer.layers.0.cross_attention": random.random(
+                    (1, NUM_QUERIES, 1 + GRID_SIDE**2), np.float32
+                )
+            }
             if with_attention_maps
             else None
         ),

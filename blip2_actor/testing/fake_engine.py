@@ -178,9 +178,12 @@ class FakeEngine:
         return image if isinstance(image, EncodedImage) else EncodedImage(np.array(image))
 
     def features(
-        self, images: Sequence[ImageLike], with_image_embeds: bool = False, with_attention_maps: bool = False
+        self,
+        images: Sequence[ImageLike],
+        with_image_embeds: bool = False,
+        with_attention_maps: bool | str = False,
     ) -> list[Features]:
-        return [fake_features(self._encode(image), with_attention_maps) for image in images]
+        return [fake_features(self._encode(image), bool(with_attention_maps)) for image in images]
 
     def score(
         self,

@@ -345,7 +345,7 @@ def test_a_picture_is_pasted_or_dropped(opened, way):
 
 
 def test_the_demonstration_draws_scenes_and_says_what_it_knows(opened):
-    assert "mean nothing" in opened.page.inner_text("#caveat")
+    assert "drawn scenes only" in opened.page.inner_text("#caveat")
     opened.page.click("#scene")
     opened.wait_for_answer()
     drawn = opened.page.inner_text("#drawn")

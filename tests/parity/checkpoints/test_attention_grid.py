@@ -20,7 +20,7 @@ def scenes() -> Scenes:
 def grids(scenes: Scenes) -> np.ndarray:
     """float32[N, R, R]"""
     with EngineConfig(model="demo", device="cpu").build() as engine:
-        found = engine.features(list(draw(scenes, 160)), with_attention_maps=True)
+        found = engine.features(list(draw(scenes, 160)), with_attention_maps="*.cross_attention")
     return np.array([features.attention_grid for features in found])
 
 
@@ -55,6 +55,8 @@ def test_a_grid_leaves_out_the_class_token_and_starts_at_the_top():
     maps = np.zeros((1, 2, 5), np.float32)
     maps[..., 0] = 0.6
     maps[..., 2] = 0.4  # row 0, column 1
-    grid = Features(attention_maps={"qformer.layers.0": maps}).attention_grid
+    grid = Features(
+        attention_maps={"qformer.layers.0.cross_attention": maps, "vision.layers.0.self_attention": maps}
+    ).attention_grid
     assert grid is not None and grid.tolist() == [[0, 1], [0, 0]]
     assert Features().attention_grid is None
