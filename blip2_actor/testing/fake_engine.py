@@ -48,6 +48,7 @@ from blip2_actor.testing.fake_answers import (
 )
 
 OnText = Callable[[str], None]
+_Maps = bool | str
 _Work = tuple[Request, GenerationOptions, OnText | None, Future[Result]]
 
 MAX_SCORED_CHARS = 100
@@ -178,10 +179,7 @@ class FakeEngine:
         return image if isinstance(image, EncodedImage) else EncodedImage(np.array(image))
 
     def features(
-        self,
-        images: Sequence[ImageLike],
-        with_image_embeds: bool = False,
-        with_attention_maps: bool | str = False,
+        self, images: Sequence[ImageLike], with_image_embeds: bool = False, with_attention_maps: _Maps = False
     ) -> list[Features]:
         return [fake_features(self._encode(image), bool(with_attention_maps)) for image in images]
 
