@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from tests.chaos.cluster import DEADLINE_S, descendants, kill
+from tests.integration.job.job_cluster import PORTS
 
 CLUSTER_FILE = Path(__file__).parents[3] / "ray_cluster.yaml"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -94,18 +95,8 @@ def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
 @contextmanager
 def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
     """Start the head and its autoscaler, and no other node; end all of them by their ids."""
-    port, *other_ports = _free_ports(9)
-    names = (
-        "dashboard-port",
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "runtime-env-agent-port",
-        "metrics-export-port",
-        "ray-client-server-port",
-        "node-manager-port",
-        "object-manager-port",
-    )
-    address = f"127.0.0.1:{port}"
+    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
+    address = f"127.0.0.1:{ports['port']}"
     file, log = folder / "autoscaler.yaml", folder / "head.log"
     file.write_text(yaml.safe_dump(configuration(address, max_accelerators)))
     command = [
@@ -117,8 +108,8 @@ def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
         "--block",
         "--disable-usage-stats",
     ]
-    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=0"]
-    command += [f"--{name}={other}" for name, other in zip(names, other_ports, strict=True)]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=0"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environment = {
         "RAY_FAKE_CLUSTER": "1",

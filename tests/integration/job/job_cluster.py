@@ -53,25 +53,25 @@ def job_cluster(environment: dict[str, str]) -> Iterator[str]:
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
-    command += [
-        "--min-worker-port=0",
-        "--max-worker-port=0",
-    ]  # any; the default may be in use
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any; the default may be in use
     command += [f"--{name}={port}" for name, port in ports.items()]
     ray = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    printed = []
     assert ray.stdout is not None
-    for line in ray.stdout:
-        printed.append(line)
-        if "Ray runtime started" in line:
-            break
-    else:
-        pytest.fail("".join(printed))
-    yield f"http://127.0.0.1:{ports['dashboard-port']}"
-    started = [*psutil.Process(ray.pid).children(recursive=True), ray]
-    for process in started:
-        process.kill()
-    ray.communicate()
-    psutil.wait_procs(started[:-1], timeout=30)
+    printed = []
+    try:
+        for line in ray.stdout:
+            printed.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.fail("".join(printed))
+        yield f"http://127.0.0.1:{ports['dashboard-port']}"
+    finally:
+        # Also when the test fails: a cluster that is left behind would disturb every later one.
+        started = [*psutil.Process(ray.pid).children(recursive=True), ray]
+        for process in started:
+            process.kill()
+        ray.communicate()
+        psutil.wait_procs(started[:-1], timeout=30)

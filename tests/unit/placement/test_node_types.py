@@ -34,7 +34,12 @@ def test_no_type_may_start_more_nodes_than_the_cluster() -> None:
 
 def test_the_configuration_is_that_of_this_cluster() -> None:
     """A machine may run the heads of several clusters."""
-    line = ["python", "monitor.py", "--gcs-address=10.0.0.1:6379", "--autoscaling-config=/root/c.yaml"]
-    assert configuration_file(line, "10.0.0.1:6379") == "/root/c.yaml"
+    line = [
+        "python",
+        "monitor.py",
+        "--gcs-address=10.0.0.1:6379",
+        "--autoscaling-config=/etc/ray/cluster.yaml",
+    ]
+    assert configuration_file(line, "10.0.0.1:6379") == "/etc/ray/cluster.yaml"
     assert configuration_file(line, "10.0.0.1:6380") is None
     assert configuration_file(line[:3], "10.0.0.1:6379") is None
