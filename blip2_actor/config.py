@@ -120,6 +120,10 @@ class EngineConfig(ModelConfig):
     def _check_quantize(self) -> None:
         if self.quantize != "int8":
             raise ValueError(f"quantize must be int8 or left out, got {self.quantize!r}")
+        if self.device.partition(":")[0] not in ("auto", "cpu"):
+            raise ValueError(
+                f"device must be cpu with quantize, got {self.device!r}; int8 runs on a CPU only"
+            )
         if self.device_map is not None:
             raise ValueError("device_map must be left out with quantize, got both; drop one of them")
         if self.compile is True:

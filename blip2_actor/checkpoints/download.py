@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import filelock
 import fsspec
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -121,11 +123,12 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
         NotEnoughDisk: they do not fit there.
         OSError: as from the hub's own function.
     """
-    if not constants.HF_HUB_OFFLINE:
-        files = snapshot_download(model, revision=revision, allow_patterns=list(patterns), dry_run=True)
-        missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
-        if missing_bytes > SMALL_BYTES:
-            _announce(model, missing_bytes)
+    if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
+        with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
+            files = snapshot_download(model, revision=revision, allow_patterns=list(patterns), dry_run=True)
+            missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
+            if missing_bytes > SMALL_BYTES:
+                _announce(model, missing_bytes)
     return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
 
 

@@ -19,8 +19,6 @@ from blip2_actor.flags.effective import (
 from blip2_actor.flags.fields import (
     add_flags,
     build,
-    field_docs,
-    flag_of,
     former_names,
     formerly,
     hiding,
@@ -40,9 +38,7 @@ __all__ = [
     "build",
     "did_you_mean",
     "effective_settings",
-    "field_docs",
     "flag_names",
-    "flag_of",
     "former_names",
     "formerly",
     "hiding",

@@ -54,9 +54,10 @@ def as_words(flag: str, value: Any, is_switch: bool) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"{flag} must be true or false, got {json.dumps(value, default=str)}")
         return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, list | tuple):
-        return [f"{flag}={_text(item)}" for item in value]
-    return [f"{flag}={_text(value)}"]
+    items = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"{flag} must be a text, a number or a list, got a table")
+    return [f"{flag}={_text(item)}" for item in items]
 
 
 def _text(value: Any) -> str:

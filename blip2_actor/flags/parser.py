@@ -183,7 +183,7 @@ class Parser(argparse.ArgumentParser):
         self._file = f"{path}: "
         for key, value in values.items():
             action = self._option_string_actions.get(f"--{key}")
-            if action is None or action.dest in _NOT_IN_FILES:
+            if action is None or action.dest in _NOT_IN_FILES or f"--{key}" not in flag_names(action):
                 self._refuse_unknown(f"--{key}", without=_NOT_IN_FILES)
             if isinstance(value, list) and action.nargs != "+":
                 self.error(f"--{key} must be one value, got a list of {len(value)}")

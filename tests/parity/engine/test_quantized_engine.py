@@ -99,6 +99,7 @@ def test_a_difference_beyond_the_bound_is_refused(engines, monkeypatch, caplog) 
     ("options", "message"),
     [
         ({"quantize": "int4"}, "quantize must be int8 or left out, got 'int4'"),
+        ({"device": "cuda:1"}, "device must be cpu with quantize, got 'cuda:1'"),
         ({"device_map": json.dumps({"vision": 0})}, "device_map must be left out with quantize"),
         ({"compile": True}, "compile must not be true with quantize"),
     ],

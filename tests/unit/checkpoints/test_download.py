@@ -116,3 +116,26 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_download(
     monkeypatch.setattr(download, "snapshot_download", _dry_run(10**18, tmp_path))
     with pytest.raises(OSError, match=r"needs 1000000000\.0 GB in .*HF_HOME to a larger disk"):
         fetch_from_hub("some/model", None, with_weights=True)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_cached_checkpoint_needs_no_hub(
+    with_weights: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The size of a download can only be asked of a hub that answers."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "models--some--model"
+    folder = repository / "snapshots" / commit
+    for path, text in (
+        (repository / "refs" / "main", commit),
+        (folder / "config.json", "{}"),
+        (folder / "model.safetensors", ""),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(download.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download.constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert fetch_from_hub("some/model", None, with_weights) == (folder, commit)
+    with pytest.raises(OSError, match=r"'other/model' is not on this machine and the hub \(.*:1\) cannot"):
+        fetch_from_hub("other/model", None, with_weights)

@@ -1,4 +1,4 @@
-"""Tokenizer files that are not there, and what tokenizing a prompt writes to the terminal: nothing."""
+"""Tokenizer files that are not there, and a tokenizer that says what each token adds and writes nothing."""
 
 import logging
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from blip2_actor.checkpoints import tokenizer
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, load_tokenizer
-from blip2_actor.testing import save_tiny_checkpoint
+from blip2_actor.testing import save_tiny_checkpoint, tiny_config, tiny_tokenizer
 
 
 def test_transformers_does_not_warn_about_a_long_prompt(caplog):
@@ -22,6 +22,16 @@ def test_transformers_does_not_warn_about_a_long_prompt(caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.messages == []
+
+
+def test_the_texts_of_tokens_are_together_the_text(tmp_path):
+    """A byte inside a character decodes to a replacement character, which belongs to no text."""
+    tiny_tokenizer("opt").save_pretrained(tmp_path)
+    prompts = PromptTokenizer(tmp_path, tiny_config())
+    token_ids = prompts.encode_text(" a ü\ufffd🐱")
+    texts = prompts.token_texts(token_ids)
+    assert texts == ["", "a", "", " ", "ü", "", "", "", "", "", "", "\ufffd🐱", ""]
+    assert "".join(texts) == prompts.decode(token_ids)
 
 
 def test_a_folder_without_tokenizer_names_the_missing_files(tmp_path):
