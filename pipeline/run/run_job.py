@@ -55,7 +55,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         if left or job.redone or job.asks_dtype:
             attempt.end_phase("open the output")
             with connected() as cluster:
-                attempt.connected()
+                attempt.connected(cluster)
                 job = _place(job, left, cluster, console)
                 job, left = _begin(job, ledger, console, attempt)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
