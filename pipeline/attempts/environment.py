@@ -6,12 +6,12 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from blip2_actor import __version__
+from pipeline.placement.cluster import Cluster
 from pipeline.storage.secrets import hide_secrets
 
 PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pillow")
@@ -37,24 +37,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware_of_cluster() -> dict[str, Any]:
-    """Describe the machines of the connected Ray cluster, and the processor of this one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    accelerators = {name.removeprefix(ACCELERATOR) for node in nodes for name in node if ACCELERATOR in name}
+def hardware_of(cluster: Cluster) -> dict[str, Any]:
+    """Describe the machines of a cluster, and the processor of this one."""
+    resources = {name for node in cluster.nodes for name in node.resources}
     return {
-        "nodes": len(nodes),
-        "cpus": _sum(nodes, "CPU"),
-        "accelerators": _sum(nodes, "GPU"),
-        "accelerator_types": sorted(accelerators),
-        "memory_gib": round(_sum(nodes, "memory") / 2**30, 1),
+        "nodes": len(cluster.nodes),
+        "cpus": cluster.total("CPU"),
+        "accelerators": cluster.total("GPU"),
+        "accelerator_types": sorted(n.removeprefix(ACCELERATOR) for n in resources if ACCELERATOR in n),
+        "memory_gib": round(cluster.total("memory") / 2**30, 1),
         "driver": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores",
     }
-
-
-def _sum(nodes: list[Mapping[str, float]], resource: str) -> float:
-    return sum(node.get(resource, 0.0) for node in nodes)
 
 
 def _processor() -> str:

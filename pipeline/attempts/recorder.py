@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Point, WorkerLoad
-from pipeline.attempts.environment import command_line, hardware_of_cluster, versions
+from pipeline.attempts.environment import command_line, hardware_of, versions
 from pipeline.attempts.store import make_room, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.exit_status import status_of
+from pipeline.placement.cluster import Cluster
 from pipeline.storage.folder import Folder
 from pipeline.storage.secrets import hide_secrets
 
@@ -70,10 +71,10 @@ class AttemptRecorder:
         self._phases[name] = round(now - self._phase_began, 3)
         self._phase_began = now
 
-    def connected(self) -> None:
+    def connected(self, cluster: Cluster) -> None:
         """Note that Ray is there, and what its machines are."""
         self.end_phase("start Ray")
-        self._attempt = dataclasses.replace(self._attempt, hardware=hardware_of_cluster())
+        self._attempt = dataclasses.replace(self._attempt, hardware=hardware_of(cluster))
         self._write()
 
     def begin_driver(self) -> None:

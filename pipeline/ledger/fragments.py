@@ -163,11 +163,6 @@ def report_order(file: WrittenFile) -> tuple[float, bool]:
     return file.written, is_report_of_change(file.name)
 
 
-def list_fragments(folder: Folder, shard: str, generation: int = 0) -> list[Fragment]:
-    """Return the fragments of one shard."""
-    return list(list_shard_files(folder, shard, generation).fragments)
-
-
 def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, RowSet]:
     """Return which rows have reached a fragment, by shard; only fragments with gaps are opened."""
     finished: dict[str, RowSet] = {shard: RowSet() for shard in fragments}

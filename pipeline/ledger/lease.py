@@ -125,20 +125,22 @@ class Lease:
     def __enter__(self) -> Lease:
         self._refuse_while_held()
         self._write(0)
+        self._thread.start()
         # Of two drivers that start together the last to write wins; the other finds out here. If one is for a
-        # slice and one for the whole run, both may find out.
+        # slice and one for the whole run, each sees the heartbeat of the other, and both may find out.
         try:
             self._refuse_while_held()
-        except OutputInUse:
-            if self._is_mine():
-                self._folder.delete(self._name)
+        except BaseException:
+            self._release()
             raise
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self._stop.set()
         self._thread.join()
         # When the store fails now, the lease stays, as that of a driver that has died.

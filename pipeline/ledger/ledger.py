@@ -30,7 +30,6 @@ from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.commit import Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
     Fragment,
-    load_shard_report,
     read_shard_reports,
     rows_in,
     store_shard_report,
@@ -147,10 +146,6 @@ class Ledger:
         """Store how reading a shard ended; safe to call twice."""
         store_shard_report(self.folder, report)
 
-    def load_shard_report(self, shard: str) -> ShardReport | None:
-        """Return the stored report of a shard, or None when there is none."""
-        return load_shard_report(self.folder, shard, self.generations.get(shard, 0))
-
     def load_shard_reports(self, shards: Iterable[str]) -> list[ShardReport]:
         """Return the reports of these shards that are stored, read at the same time."""
         files = self.scan().shard_reports
@@ -199,8 +194,3 @@ class Ledger:
     def drivers(self) -> dict[RunSlice | None, Holder]:
         """Return the drivers that hold a lease, dead or alive, by the slice of the run; None is the whole."""
         return {parse_lease_name(name): holder for name, holder in read_holders(self.folder).items()}
-
-    def driver(self) -> Holder | None:
-        """Return a driver that holds a lease, one that may live if there is one, or None."""
-        holders = sorted(self.drivers().values(), key=lambda holder: holder.is_known_dead)
-        return next(iter(holders), None)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import gzip
 import json
 import uuid
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from gzip import BadGzipFile
 from itertools import islice
 from typing import Any
 
@@ -77,11 +79,19 @@ def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:
         contents = pool.map(lambda file: folder.get(file.name), files)
         kept: dict[str, Summary] = {}
         for file, content in zip(files, contents, strict=True):
-            for values in json.loads(gzip.decompress(content)) if content else ():
+            for values in _unpack(content):
                 shard = state.written.get(values["shard"])
                 if shard is not None and _is_current(values, file, shard):
                     kept[values["shard"]] = _parse(values)
     return kept
+
+
+def _unpack(content: bytes | None) -> list[dict[str, Any]]:
+    """Return what a file keeps; nothing if it is gone or damaged, as the footers say the same."""
+    try:
+        return json.loads(gzip.decompress(content)) if content else []
+    except (BadGzipFile, EOFError, zlib.error, ValueError):
+        return []
 
 
 def _is_current(values: Mapping[str, Any], kept_in: WrittenFile, shard: WrittenFile) -> bool:

@@ -52,10 +52,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         is_slice = job.run_slice is not None
         left = _left(job, ledger)
-        if left or job.is_revised:
+        if left or job.redone or job.asks_dtype:
             attempt.end_phase("open the output")
             with connected() as cluster:
-                attempt.connected()
+                attempt.connected(cluster)
                 job = _place(job, left, cluster, console)
                 job, left = _begin(job, ledger, console, attempt)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
@@ -82,8 +82,12 @@ def _known_at_the_start(job: Job) -> dict[str, Any]:
 
 
 def _begin_or_join(job: Job, ledger: Ledger) -> Job:
-    """Begin a run, or join it if the driver of another slice has begun it meanwhile."""
-    begun = ledger.load(job.settings.input) if job.run_slice is not None else None
+    """Begin a run, or join it if another driver has begun it since the job was prepared.
+
+    Raises:
+        FingerprintMismatch: it has other settings.
+    """
+    begun = ledger.load(job.settings.input)
     if begun is None:
         ledger.begin(job.run)
         return job
@@ -179,10 +183,9 @@ def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
     state = ledger.scan()
     if job.is_retry:
-        found = ledger.to_retry(job.part, state, job.choice)
-    else:
-        found = ledger.unfinished(job.part, state)
-    return [progress for progress in found if not progress.is_complete]
+        # Rows in the fragments of an earlier retry may have failed again; those that have go again.
+        return ledger.to_retry(job.part, state, job.choice)
+    return [progress for progress in ledger.unfinished(job.part, state) if not progress.is_complete]
 
 
 def _announce(job: Job, console: Console, num_left: int) -> None:

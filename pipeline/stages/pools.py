@@ -12,8 +12,8 @@ from pipeline.settings.placement import Placement
 from pipeline.stages.decode import DecodeStage, Report
 
 CALL_ROWS = 256
-"""Rows of one captioning call, of one block of pixels if memory allows, and of one fragment at most. Eight
-such calls at the same time keep an engine's slots full."""
+"""Rows of one captioning call, and of one block of pixels if memory allows. Eight such calls at the same time
+keep an engine's slots full."""
 
 
 def decode(

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from pipeline.storage.secrets import hide_secrets
+
 MAX_CHARS = 300
 MAX_TEXTS = 50
 """Different warnings of one worker."""
@@ -29,14 +31,19 @@ class WarningCounter(logging.Handler):
         self._counts: Counter[str] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        first_line = record.getMessage().strip().partition("\n")[0]
+        try:
+            message = record.getMessage()
+        except Exception:  # Logging must not raise, whatever a library passes to it.
+            self.handleError(record)
+            return
+        first_line = hide_secrets(message.strip().partition("\n")[0])
         text = f"{record.name}: {_NUMBER.sub('N', first_line)}"[:MAX_CHARS]
         if text not in self._counts and len(self._counts) >= MAX_TEXTS:
             return
         self._counts[text] += 1
         number = self._counts[text]
         if not number & (number - 1):
-            with contextlib.suppress(ray.exceptions.RayError):  # Logging must not raise.
+            with contextlib.suppress(ray.exceptions.RayError):
                 self._coordinator.warned.remote(self._worker, text, number)
 
 

@@ -134,7 +134,7 @@ class WriteStage:
         return receipts
 
     def _finish_rows(self, call: str, table: pa.Table, history: CallHistory) -> Iterator[FinishedRows]:
-        """Caption the rows that are not finished; yield them in pieces, each of which becomes a fragment."""
+        """Caption the rows that are not finished; yield them in pieces, each of which is written."""
         finished = RowSet(history.finished)
         positions = [position for position in range(len(table)) if position not in finished]
         if history.num_starts > 1:

@@ -163,6 +163,17 @@ def test_warnings_are_told_once_and_counted():
     assert len(coordinator.news().warnings) == MAX_TEXTS
 
 
+def test_a_warning_never_raises_and_keeps_no_secret(capsys):
+    """Warnings are stored in the output and shown on the page of a report."""
+    coordinator = Coordinator()
+    logger = logging.Logger("lib")
+    logger.addHandler(WarningCounter(SimpleNamespace(warned=SimpleNamespace(remote=coordinator.warned)), "a"))
+    logger.warning("cannot read s3://key:pa55word@bucket/x?secret_key=123")
+    logger.warning("%d images", "some")
+    assert coordinator.news().warnings == {"lib: cannot read sN://bucket/x": 1}
+    assert "Logging error" in capsys.readouterr().err
+
+
 def test_a_record_survives_the_way_through_json():
     before = attempt(1, phases={"start Ray": 1.0}, reason="done")
     assert Attempt.from_dict(json.loads(json.dumps(before.to_dict()))) == before

@@ -164,6 +164,17 @@ def test_a_copy_with_another_time_is_the_same_input(tmp_path):
     assert stored.shards[0].stamps[0].endswith(str((tmp_path / "in/0.tar").stat().st_mtime_ns))
 
 
+def test_a_finished_run_whose_input_was_copied_starts_no_ray(tmp_path, monkeypatch):
+    """Its record gets the new times; on a cluster it first waited for a node that could read."""
+    monkeypatch.setattr("pipeline.run.run_job.connected", lambda: pytest.fail("Ray is not needed"))
+    write_tar(tmp_path / "in/0.tar", "a", "b")
+    run(tmp_path)
+    age(tmp_path / "in/0.tar")
+    job = prepare_run(tmp_path)
+    assert job.is_revised and run_job(job, Console(io.StringIO())).exit_status(0.0) == 0
+    assert not prepare_run(tmp_path).is_revised
+
+
 def test_other_bytes_of_the_same_size_are_another_input(tmp_path):
     write_tar(tmp_path / "in/0.tar", "a", "b")
     run(tmp_path)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.ledger.fragments import list_fragments, rows_in
+from pipeline.ledger.fragments import list_shard_files, rows_in
 from pipeline.ledger.ledger import Ledger
 from pipeline.rowset import RowSet
 from pipeline.stages.fragment_writer import FragmentWriter
@@ -41,7 +41,7 @@ def write_together(writer: FragmentWriter, *tables) -> list[BaseException | None
 def test_rows_of_calls_that_wait_for_each_other_are_one_fragment(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
     assert write_together(writer, *(rows(range(n, n + 10)) for n in (0, 10, 20))) == [None] * 3
-    (fragment,) = list_fragments(folder, "a/0.tar")
+    (fragment,) = list_shard_files(folder, "a/0.tar").fragments
     assert (fragment.first, fragment.last, fragment.count) == (0, 29, 30)
 
 
@@ -51,20 +51,22 @@ def test_a_call_alone_and_a_large_batch_do_not_wait(folder):
         writer.write(rows(range(3)))
         with writer.call():  # a call that has nothing to write yet
             writer.write(rows(range(10, 20)))
-    assert [f.count for f in sorted(list_fragments(folder, "a/0.tar"), key=lambda f: f.first)] == [3, 10]
+    assert [
+        f.count for f in sorted(list_shard_files(folder, "a/0.tar").fragments, key=lambda f: f.first)
+    ] == [3, 10]
 
 
 def test_rows_wait_for_a_slow_call_only_for_a_while(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=0.01)
     with writer.call(), writer.call():
         writer.write(rows(range(3)))
-    assert len(list_fragments(folder, "a/0.tar")) == 1
+    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
 
 
 def test_rows_that_two_calls_have_made_are_not_counted_twice_in_one_name(folder):
     """A name with a row too many hides one that is missing, and the shard would never be finished."""
     write_together(FragmentWriter(Ledger(folder), hold_s=LONG_S), rows([0, 1]), rows([1, 3]))
-    found = rows_in(folder, {"a/0.tar": list_fragments(folder, "a/0.tar")})
+    found = rows_in(folder, {"a/0.tar": list_shard_files(folder, "a/0.tar").fragments})
     assert found == {"a/0.tar": RowSet([(0, 2), (3, 4)])}
 
 

@@ -11,7 +11,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import SUMMARY_KEY, Summary, commit_shard, read_summary
 from pipeline.ledger.fragments import (
-    list_fragments,
+    list_shard_files,
     load_shard_report,
     names_of_shard,
     parse_fragment,
@@ -74,13 +74,13 @@ def test_a_fragment_with_gaps_is_opened(folder):
 
 def test_writing_the_same_rows_twice_is_one_fragment(folder):
     assert write_fragment(folder, rows([1, 2])) == write_fragment(folder, rows([2, 1]))
-    assert len(list_fragments(folder, "a/0.tar")) == 1
+    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
 
 
 def test_a_shard_below_the_name_of_another_is_not_mixed_up(folder):
     write_fragment(folder, rows([0], shard="a"))
     write_fragment(folder, rows([0], shard="a/b"))
-    assert [f.shard for f in list_fragments(folder, "a")] == ["a"]
+    assert [f.shard for f in list_shard_files(folder, "a").fragments] == ["a"]
 
 
 def test_a_commit_takes_each_row_once_in_order_whatever_the_overlap(folder):
@@ -101,7 +101,7 @@ def test_a_commit_with_a_missing_row_changes_nothing(folder):
     write_fragment(folder, rows([0, 1, 3]))
     assert commit_shard(folder, report(4), {}) is None
     assert scan_output(folder).finished == frozenset()
-    assert len(list_fragments(folder, "a/0.tar")) == 1
+    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
 
 
 def test_a_commit_cleans_up_after_itself(folder):
@@ -137,7 +137,7 @@ def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
     write_fragment(folder, rows(range(3)))
     late = write_fragment(folder, rows(range(6, 9)))
     commit_shard(folder, report(3, complete=False, reason="403"), {})
-    assert list_fragments(folder, "a/0.tar") == [late]
+    assert list_shard_files(folder, "a/0.tar").fragments == (late,)
     write_fragment(folder, rows(range(3, 6)))
     assert commit(folder, report(9)).num_rows == 9
 
@@ -224,7 +224,7 @@ def test_rows_that_no_merge_can_write_make_the_shard_partial(folder):
         assert (summary.num_rows, summary.complete) == (0, False)
         assert "the rows cannot be written as one table" in str(summary.reason)
         assert read_summary(folder, "a/0.tar") == summary
-    assert len(list_fragments(folder, "a/0.tar")) == 2, "the captions are not lost"
+    assert len(list_shard_files(folder, "a/0.tar").fragments) == 2, "the captions are not lost"
 
 
 def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli.main import main
+from pipeline.errors import RayStartFailed
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import commit_shard
@@ -17,6 +19,8 @@ from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice, describe_work, read_keys
 from pipeline.ledger.run_record import Run
+from pipeline.progress import Console
+from pipeline.run.run_job import run_job
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.retry_settings import RetrySettings
@@ -130,3 +134,21 @@ def test_a_named_row_is_made_again_also_if_it_is_ok(tmp_path):
     assert work(job).num_rows == 3
     assert captions(tmp_path)["0.tar"] == [("a", "old"), ("b", "b"), ("bad", None)]
     assert RetrySettings(output="o", status=("failed",)).status == ("failed",)
+
+
+def test_rows_that_have_failed_again_in_a_killed_retry_go_again(tmp_path, monkeypatch):
+    """All of them were in fragments, and so nothing ran, after "1 row to run again" had been said."""
+
+    def connect():
+        raise RayStartFailed("Ray is asked for")
+
+    monkeypatch.setattr("pipeline.run.run_job.connected", connect)
+    images = (("a.jpg", b"a"), ("b.jpg", b"bad"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.tar").write_bytes(tar_bytes(images))
+    run(tmp_path)
+    job = prepare_of_retry(tmp_path)
+    again = {"key": "b", "shard": "0.tar", "row": 1, "flags": [], "status": "undecodable"}
+    job.ledger.write_fragment(pa.Table.from_pylist([again], schema=ROW_CONTRACT))
+    with pytest.raises(RayStartFailed):
+        run_job(job, Console(io.StringIO()))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from pipeline.errors import OutputInUse
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.errors import OutputInUse, RayStartFailed
 from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.layout import lease_name, parse_lease_name
 from pipeline.ledger.lease import Lease, read_holders
+from pipeline.progress import Console
 from pipeline.report.status import status_lines
-from pipeline.run.run_job import _begin_or_join
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import _begin_or_join, run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
@@ -67,6 +74,29 @@ def test_a_driver_is_refused_when_its_shards_may_be_those_of_another(folder, hel
     assert read_holders(folder) == {}
 
 
+def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_goes_on(folder, monkeypatch):
+    """Both had written their lease before either looked, and each waited until it thought the other dead."""
+    monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # of none that can be looked up
+    have_written = threading.Barrier(2)
+
+    class Simultaneous(Lease):
+        def _write(self, beat):
+            super()._write(beat)
+            if beat == 0:
+                have_written.wait(60)
+
+    def hold(part):
+        try:
+            with Simultaneous(folder, part, beat_s=0.01, dead_after_s=0.5):
+                return True
+        except OutputInUse:
+            return False
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(hold, [None, RunSlice(1, 2)])) <= 1
+    assert read_holders(folder) == {}
+
+
 def test_two_slices_that_start_together_are_one_run(tmp_path):
     """Both have found an empty output; the second joins the run that the first has begun."""
     for name in "abcdef":
@@ -94,6 +124,32 @@ def test_a_slice_with_another_prompt_does_not_join(tmp_path):
     work(jobs[0])
     with pytest.raises(FingerprintMismatch, match="prompt"):
         _begin_or_join(jobs[1], jobs[1].ledger)
+
+
+def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_over_it(tmp_path):
+    """Its record was replaced, and its captions then counted as those of another prompt."""
+    write_tar(tmp_path / "in/a.tar", "a0")
+    jobs = [prepare_run(tmp_path, prompt=prompt) for prompt in (None, "a photo of")]
+    work(jobs[0])
+    with pytest.raises(FingerprintMismatch, match="prompt"):
+        _begin_or_join(jobs[1], jobs[1].ledger)
+
+
+def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_path, monkeypatch):
+    """It needs no worker, and began the run in the dtype of the driver's own CPU."""
+
+    def connect():
+        raise RayStartFailed("no cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr("pipeline.run.run_job.connected", connect)
+    write_tar(tmp_path / "in/part3.tar", "a0")  # in slice 1 of 4
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), slice="2/4")
+    job = prepare(settings, FakeEngineConfig(dtype="auto"))
+    assert not job.part.shards
+    with pytest.raises(RayStartFailed):
+        run_job(job, Console(io.StringIO()))
+    assert job.ledger.load() is None
 
 
 def test_a_slice_leaves_files_alone_that_another_driver_may_be_writing(tmp_path):

@@ -67,6 +67,22 @@ def test_a_file_that_was_written_since_is_opened(ledger, opened):
     assert (sorted(opened), done.num_rows) == (["b.tar", "c.tar"], 46)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"no gzip", lambda b: b[:-4] + b"----"]
+)
+def test_a_damaged_file_of_summaries_is_replaced_by_what_the_footers_say(ledger, opened, damage):
+    """Nothing but finished files and fragments must be right for a resume."""
+    ledger.keep_summaries([commit(ledger, name) for name in NAMES])
+    (kept,) = ledger.scan().summaries
+    ledger.folder.put(kept.name, damage(ledger.folder.get(kept.name)))
+    state = ledger.scan()
+    done = ledger.reconcile(RUN, state)
+    assert (sorted(opened), done.num_rows) == (NAMES, 9)
+    ledger.tidy_summaries(state, done)
+    (new,) = ledger.scan().summaries
+    assert new.name != kept.name
+
+
 def test_summaries_of_a_run_are_tidied_into_few_files_that_stay_true(ledger, opened, monkeypatch):
     monkeypatch.setattr(summaries, "MAX_SPARE_FILES", 1)
     for name in NAMES:
