@@ -147,7 +147,7 @@ def pictures() -> list[bytes]:
 
 
 def run_of(demo: EngineService, folder: Path = STORED_RUN / "finished") -> FinishedRun:
-    found = FinishedRun(str(folder), demo.model, ImageLimits())
+    found = FinishedRun(str(folder), demo.model, None, ImageLimits())
     found.read_index()
     return found
 
@@ -203,6 +203,7 @@ def test_a_run_of_other_settings_is_refused_before_anything_starts(
             "image_jpeg_draft of the service (True)",
         ),
         (["--cache-from", finished, "--dtype", "bfloat16"], "dtype of the service (bfloat16)"),
+        (["--cache-from", finished, *exact, "--quantize", "int8"], "quantize of the service (int8)"),
     ):
         assert main(["--model", "demo", "--device", "cpu", "--port", "18999", *flags]) == 3
         assert said in capsys.readouterr().err
