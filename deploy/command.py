@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 def _refuse_other_run(folder: str, settings: ServeSettings) -> None:
     from deploy.reuse.finished_run import FinishedRun
 
-    FinishedRun(folder, settings.engine.info(), settings.engine.quantize, settings.image)
+    FinishedRun(folder, settings.engine.info(), settings.image)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -70,9 +70,7 @@ class Gateway:
         self._shared_work = SharedWork(settings.cache_bytes)
         self._finished_run: FinishedRun | None = None
         if settings.cache_from is not None:
-            self._finished_run = FinishedRun(
-                settings.cache_from, self.model, settings.engine.quantize, settings.image
-            )
+            self._finished_run = FinishedRun(settings.cache_from, self.model, settings.image)
             await asyncio.to_thread(self._finished_run.read_index)
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
         self._fetching = Fetching(self.image_policy)

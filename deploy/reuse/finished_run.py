@@ -38,13 +38,12 @@ _COLUMNS = [
 class FinishedRun:
     """Answers one request: the caption of an image, with the prompt and options of the run. Thread-safe."""
 
-    def __init__(self, folder: str, model: ModelInfo, quantize: str | None, limits: ImageLimits) -> None:
+    def __init__(self, folder: str, model: ModelInfo, limits: ImageLimits) -> None:
         """Look at a run, and read no rows yet.
 
         Args:
             folder: the output of a run, on disk or in an object store.
             model: the service's; the run must have had the same.
-            quantize: how the service's weights are quantized, which changes captions too.
             limits: how the service decodes images.
 
         Raises:
@@ -63,7 +62,7 @@ class FinishedRun:
         self._run = self._run_of(self._paths[0])
         if self._run is None:
             raise ValueError(f"cache_from must be the output of blip2 caption, got {folder}")
-        self.work = _work_of(json.loads(self._run), folder, model, quantize, limits)
+        self.work = _work_of(json.loads(self._run), folder, model, limits)
 
     def read_index(self) -> None:
         """Read where the row of each image is; before this, nothing is found.
@@ -117,14 +116,12 @@ def _is_output(info: fs.FileInfo) -> bool:
     return info.is_file and info.extension == "parquet" and "/_blip2/" not in info.path
 
 
-def _work_of(
-    run: Mapping[str, Any], folder: str, model: ModelInfo, quantize: str | None, limits: ImageLimits
-) -> ImageWork:
+def _work_of(run: Mapping[str, Any], folder: str, model: ModelInfo, limits: ImageLimits) -> ImageWork:
     """Return the work whose outputs are the rows of a run; raise ValueError if the service does other."""
     require = partial(_require_same, folder)
     require("model", run["model"], model.digest)
     require("dtype", run["dtype"], model.dtype)
-    require("quantize", run.get("quantize"), quantize)
+    require("quantize", run.get("quantize"), model.quantize)
     image = run["image"]
     require("image size", image["size_px"], model.image_size_px)
     require("image_jpeg_draft", image["jpeg_draft"], limits.jpeg_draft)

@@ -176,7 +176,7 @@ def pictures() -> list[bytes]:
 
 
 def run_of(demo: EngineService, folder: Path = STORED_RUN / "finished") -> FinishedRun:
-    found = FinishedRun(str(folder), demo.model, None, ImageLimits())
+    found = FinishedRun(str(folder), demo.model, ImageLimits())
     found.read_index()
     return found
 
