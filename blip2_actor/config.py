@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from blip2_actor.flags import formerly
@@ -138,7 +138,7 @@ class EngineConfig(ModelConfig):
         """
         from blip2_actor.checkpoints.checkpoint import describe
 
-        return describe(
+        info = describe(
             self.model,
             self.revision,
             self.device,
@@ -148,6 +148,7 @@ class EngineConfig(ModelConfig):
             ignore_generation_config=self.ignore_generation_config,
             image_size_px=self.image_size_px,
         )
+        return replace(info, quantize=self.quantize)
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Refuse prompts that the model cannot take, before any work begins; no weights are read.

@@ -184,8 +184,7 @@ class TextFeatures:
     `language_model.encoder.layers.0.self_attention`) and so on, as float32[H, T, T]."""
     hidden_states: dict[str, np.ndarray] | None = None
     """On demand, by name, as float32[T, D]: `language_model.embeddings`, `language_model.layers.0` and so on,
-    and `language_model.last_hidden_state` after the final norm; of T5 `language_model.encoder.embeddings` and
-    so on."""
+    and `language_model.last_hidden_state` after the final norm; of T5 those of `language_model.encoder`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +281,8 @@ class ModelInfo:
     """Resolved: "float32", "bfloat16" or "float16"."""
     digest: str
     """Identifies the content of the checkpoint: equal digests give equal captions."""
+    quantize: str | None = None
+    """As in `EngineConfig`; quantized weights give other captions."""
     vision_width: int = 0
     """Channels of the output of the vision encoder, Dv."""
     qformer_width: int = 0
@@ -291,8 +292,7 @@ class ModelInfo:
     vocab_size: int = 0
     """Token ids of the language model are below this number; 0 if it has none."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the checkpoint's `generation_config.json` that are not the defaults. A request that does not
-    give them has these values."""
+    """Options of `generation_config.json` other than the defaults, for requests that do not give them."""
 
     @property
     def caveat(self) -> str | None:

@@ -96,11 +96,12 @@ class Access:
     def _caller(self, scope: Scope, authorization: str | None) -> Caller:
         address = scope["client"][0] if scope.get("client") else ""
         keys = self._keys
-        if scope["path"].startswith(ADMIN_PATHS):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # without Serve's route_prefix
+        if path.startswith(ADMIN_PATHS):
             keys = self._admin_keys
             if keys is None:
                 raise ApiError(404, "not_found", "this service has no admin keys (admin_keys_file)")
-        is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
+        is_open = scope["method"] in ("GET", "HEAD") and path in OPEN_PATHS
         if keys is None or is_open:
             return Caller(name=address)
         scheme, _, key = (authorization or "").partition(" ")

@@ -102,7 +102,8 @@ class CaptionAnswer(Answer):
     (`cache_from`), which has none."""
     model: str
     fingerprint: str
-    """Identifies what decides the caption besides the image: checkpoint, dtype, prompt and options."""
+    """Identifies what decides the caption besides the image: checkpoint, dtype, quantization, prompt and
+    options."""
     captions_flags: list[list[str]] | None = None
     """Flags of each of `captions`."""
     answers: dict[str, TextAnswer] | None = None
@@ -220,4 +221,6 @@ def fingerprint(model: ModelInfo, text: TextToGenerate) -> str:
         "prompt": text.prompt,
         "options": asdict(text.options),
     }
+    if model.quantize is not None:  # newer than the fingerprints that callers have stored
+        parts["quantize"] = model.quantize
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -121,6 +121,7 @@ def _work_of(run: Mapping[str, Any], folder: str, model: ModelInfo, limits: Imag
     require = partial(_require_same, folder)
     require("model", run["model"], model.digest)
     require("dtype", run["dtype"], model.dtype)
+    require("quantize", run.get("quantize"), model.quantize)
     image = run["image"]
     require("image size", image["size_px"], model.image_size_px)
     require("image_jpeg_draft", image["jpeg_draft"], limits.jpeg_draft)

@@ -46,7 +46,7 @@ class SharedWork:
         CACHE_REQUESTS.inc(1, {"result": "made" if flight is None else "joined"})
         if flight is None:
             flight = self._flights[key] = _Flight(asyncio.create_task(make()))
-            flight.task.add_done_callback(lambda task: self._land(key, task))
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
         flight.num_waiting += 1
         try:
             return await asyncio.shield(flight.task)
@@ -56,12 +56,13 @@ class SharedWork:
                 del self._flights[key]  # who comes from now on begins anew
                 flight.task.cancel()
 
-    def _land(self, key: Hashable, task: asyncio.Task[Made]) -> None:
-        if task.cancelled():
+    def _land(self, key: Hashable, flight: _Flight) -> None:
+        failed = flight.task.cancelled() or flight.task.exception() is not None
+        if self._flights.get(key) is not flight:  # all have left it, and another may be under way
             return
         del self._flights[key]
-        if task.exception() is None:
-            self._keep(key, task.result())
+        if not failed:
+            self._keep(key, flight.task.result())
 
     def _keep(self, key: Hashable, made: Made) -> None:
         self._kept[key] = made

@@ -35,6 +35,8 @@ class ModelAnswer(Answer):
     """What a user must know before reading this model's texts; null for published models."""
     digest: str
     """Identifies the content of the checkpoint."""
+    quantize: str | None
+    """How the weights are quantized; null if they are not."""
     vision_width: int
     qformer_width: int
     num_queries: int

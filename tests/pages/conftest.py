@@ -6,17 +6,21 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 """A camera that shows a test picture, and that every page may use."""
+
+EXPECT_MS = 20_000
+"""How long `expect` waits; its own 5 s are short for a model on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert program, f"install one of {', '.join(BROWSERS)}; Debian and Ubuntu: apt-get install chromium"
+    expect.set_options(timeout=EXPECT_MS)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *CAMERA])
         yield started

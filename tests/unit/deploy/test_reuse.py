@@ -91,6 +91,35 @@ def test_work_ends_when_its_last_caller_has_left_and_not_before() -> None:
     asyncio.run(run())
 
 
+def test_work_that_fails_while_it_is_cancelled_leaves_its_successor_alone() -> None:
+    async def run() -> None:
+        work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
+        may_fail = asyncio.Event()
+
+        async def fail_late() -> Made:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await may_fail.wait()
+                raise ValueError("the wait was cut")
+
+        left = asyncio.create_task(shared.get("key", fail_late))
+        await settle()
+        left.cancel()
+        await settle()
+        callers = [asyncio.create_task(shared.get("key", work.make))]
+        await settle()
+        may_fail.set()
+        await settle()
+        callers.append(asyncio.create_task(shared.get("key", work.make)))
+        await settle()
+        work.may_end.set()
+        first, second = await asyncio.gather(*callers)
+        assert first is second and work.num_begun == 1
+
+    asyncio.run(run())
+
+
 def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later() -> None:
     async def run() -> None:
         work, shared = Work(), SharedWork(max_bytes=10 * SIZE)
@@ -203,6 +232,7 @@ def test_a_run_of_other_settings_is_refused_before_anything_starts(
             "image_jpeg_draft of the service (True)",
         ),
         (["--cache-from", finished, "--dtype", "bfloat16"], "dtype of the service (bfloat16)"),
+        (["--cache-from", finished, *exact, "--quantize", "int8"], "quantize of the service (int8)"),
     ):
         assert main(["--model", "demo", "--device", "cpu", "--port", "18999", *flags]) == 3
         assert said in capsys.readouterr().err

@@ -25,9 +25,11 @@ async def who(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(answer)(scope, receive, send)
 
 
-def ask(access: Access, method: str = "POST", path: str = "/v1/caption", **headers: str) -> httpx.Response:
+def ask(
+    access: Access, method: str = "POST", path: str = "/v1/caption", root_path: str = "", **headers: str
+) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(access, client=("10.0.0.9", 1))
+        transport = httpx.ASGITransport(access, root_path=root_path, client=("10.0.0.9", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
             given = {name.replace("_", "-"): value for name, value in headers.items()}
             return await client.request(method, path, headers=given)
@@ -101,6 +103,14 @@ def test_without_a_key_only_probes_and_pages_are_answered(keys: KeyFile, given: 
     assert error_of(ask(access, "POST", "/", **given)) == (401, "wrong_key")
     for path in OPEN_PATHS:
         assert ask(access, "GET", path, **given).status_code == 200
+
+
+def test_a_route_prefix_of_serve_opens_and_closes_the_same_paths(keys: KeyFile) -> None:
+    """Serve leaves the prefix in the path; admin routes would be open to every key."""
+    access, key = Access(who, keys=keys), {"authorization": "Bearer key of alice"}
+    assert error_of(ask(access, path="/models/admin/drain", root_path="/models", **key)) == (404, "not_found")
+    assert ask(access, "GET", "/models/readyz", root_path="/models").status_code == 200
+    assert error_of(ask(access, "GET", "/models/v1/model", root_path="/models")) == (401, "wrong_key")
 
 
 def test_without_a_key_file_a_caller_is_an_address() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+from dataclasses import replace
 from functools import partial
 
 import httpx
@@ -107,6 +108,10 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "model": "demo",
     }
     assert len(fingerprint) == 64
+    service.model = replace(service.model, quantize="int8")
+    quantized = post(service, "/v1/caption", image=base64_of(IMAGE)).json()["fingerprint"]
+    service.model = replace(service.model, quantize=None)
+    assert quantized != fingerprint
     other = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a").json()
     assert other["fingerprint"] != fingerprint and other["flags"] == []
     echo = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of").json()
