@@ -97,9 +97,12 @@ class Join:
 
 def _partner(row: Row, candidates: Sequence[Row]) -> Row | None:
     """Return the candidate with the same image, the one of the same shard if several have it."""
-    same = [
-        one for one in candidates if None in (row["sha256"], one["sha256"]) or row["sha256"] == one["sha256"]
-    ]
+    same = []
+    for one in candidates:
+        if one["sha256"] == row["sha256"] and one["shard"] == row["shard"]:
+            return one  # Usually the first: tables without a key column have the same keys in each file.
+        if None in (row["sha256"], one["sha256"]) or row["sha256"] == one["sha256"]:
+            same.append(one)
     return min(
         same, key=lambda one: (one["shard"] != row["shard"], one["sha256"] != row["sha256"]), default=None
     )

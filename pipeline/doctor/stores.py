@@ -42,8 +42,8 @@ def _first_error(shard: Shard) -> str | None:
     work = ShardWork(shard=shard, missing=((0, NUM_TRIED),))
     images = read_images(work, ReadOptions(), FetchSettings())
     with closing(images), DecodePool(SIZE_PX) as pool:
-        for number, (_, image, error) in enumerate(images):
-            error = error or _decoding_error(pool, image)
+        for number, found in enumerate(images):
+            error = found.error or _decoding_error(pool, found.image)
             if error is None:
                 return None
             if not number:

@@ -71,7 +71,7 @@ class ImageRows:
             for row in rows_of(self.found, self.shard.name):
                 if row["status"] != Status.OK.value:
                     continue
-                image = next((image for number, image, _ in images if number == row["row"]), None)
+                image = next((found.image for found in images if found.row == row["row"]), None)
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     how = "can no longer be read" if image is None else "is another one than in the run"
                     raise InputError(

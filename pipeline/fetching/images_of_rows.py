@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from typing import NamedTuple
 
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.formats import read_shard
-from pipeline.inputs.reader import ADDRESS, ReadOptions, ShardWork
+from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions, ShardWork
 
-RowImage = tuple[int, bytes | None, str | None]
-"""Number of a row, its encoded image, and why there is none."""
+READ = ("row", "image", "error", PROMPT)
+
+
+class RowImage(NamedTuple):
+    """The image of a row."""
+
+    row: int
+    """Number of the row in its shard."""
+    image: bytes | None
+    """The encoded image."""
+    error: str | None
+    """Why there is no image."""
+    prompt: str | None
+    """The row's own prompt, if the options name a column of prompts."""
 
 
 def read_images(
@@ -31,10 +44,10 @@ def read_images(
         for table in tables:
             addresses = table[ADDRESS].to_pylist() if ADDRESS in table.column_names else [None] * len(table)
             loaded = loader.load(address for address in addresses if address is not None)
-            found = table.select(["row", "image", "error"])
+            found = table.select([name for name in READ if name in table.column_names])
             for address, batch in zip(addresses, found.to_batches(max_chunksize=1), strict=True):
                 (row,) = batch.to_pylist()
                 image, error = row["image"], row["error"]
                 if address is not None:
                     image, _, error = next(loaded)
-                yield row["row"], image, error
+                yield RowImage(row["row"], image, error, row.get(PROMPT))

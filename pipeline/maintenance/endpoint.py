@@ -8,6 +8,7 @@ ended.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -61,18 +62,18 @@ class Endpoint:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         if self.key is not None:
-            request.add_header("Authorization", f"Bearer {self.key}")
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         give_up_at = time.monotonic() + timeout_s
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=timeout_s) as response:
                     answer = json.load(response)
             except urllib.error.HTTPError as error:
-                pause_s = float(error.headers.get("Retry-After") or 1)
+                pause_s = _pause_s(error.headers.get("Retry-After"))
                 if error.code not in (429, 503) or time.monotonic() + pause_s > give_up_at:
                     raise EndpointError(f"{self.url} answers {error.code}: {_reason(error)}") from None
                 time.sleep(pause_s)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 raise EndpointError(f"{self.url} gives no answer: {error}") from None
             else:
                 if not isinstance(answer, dict):
@@ -152,6 +153,11 @@ def _difference(endpoint: Endpoint, row: SampledRow, options: Mapping[str, Any])
         if name in row.columns and row.columns[name] != answer.get(name):
             return f"{name} is {row.columns[name]!r}, and {endpoint.url} answers {answer.get(name)!r}"
     return None
+
+
+def _pause_s(retry_after: str | None) -> float:
+    """Return the seconds that an endpoint asks to wait; a proxy in front of it may write a date instead."""
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import pyarrow.compute as pc
 from blip2_actor import Status
 from pipeline.errors import InputError
 from pipeline.fetching.fetch_settings import FetchSettings
-from pipeline.fetching.image_loader import ImageLoader
+from pipeline.fetching.images_of_rows import RowImage, read_images
 from pipeline.inputs.evenly_spaced import evenly_spaced
-from pipeline.inputs.formats import read_shard
-from pipeline.inputs.reader import ADDRESS, PROMPT, ReadOptions, ShardWork
+from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.run_record import Run
@@ -88,40 +86,32 @@ def _ok_rows(folder: Folder, shard: Shard, positions: list[int]) -> Iterator[dic
 def _with_images(
     shard: Shard, rows: list[dict[str, Any]], options: ReadOptions, settings: CaptionSettings
 ) -> Iterator[SampledRow]:
-    images = _read_images(shard, [row["row"] for row in rows], options, settings.fetching)
+    images, reason = _read_images(shard, [row["row"] for row in rows], options, settings.fetching)
     for row in rows:
         name = f"{shard.name} row {row['row']} ({row['key']})"
-        image, own_prompt, problem = images[row["row"]]
-        if image is None:
+        found = images.get(row["row"])
+        if found is None or found.image is None:
+            problem = (found and found.error) or reason
             yield SampledRow(name, row, problem=f"its image cannot be read: {problem}")
-        elif hashlib.sha256(image).digest() != row["sha256"]:
+        elif hashlib.sha256(found.image).digest() != row["sha256"]:
             yield SampledRow(name, row, problem="its image is no longer the one that was captioned")
         else:
-            yield SampledRow(
-                name, row, image, settings.prompt if options.prompt_column is None else own_prompt
-            )
+            prompt = settings.prompt if options.prompt_column is None else found.prompt
+            yield SampledRow(name, row, found.image, prompt)
 
 
 def _read_images(
     shard: Shard, numbers: list[int], options: ReadOptions, fetching: FetchSettings
-) -> Mapping[int, tuple[bytes | None, str | None, str | None]]:
-    """Return image, own prompt, and why there is no image, by the number of the row."""
-    found: dict[int, tuple[bytes | None, str | None, str | None]] = {}
+) -> tuple[Mapping[int, RowImage], str]:
+    """Return the images that can be read, by the number of the row, and why the others are missing."""
+    found: dict[int, RowImage] = {}
     work = ShardWork(shard=shard, missing=tuple((number, number + 1) for number in numbers))
-    reason = "the row is no longer there"
     try:
-        with (
-            closing(read_shard(work, options)) as reader,
-            closing(ImageLoader(fetching, options.max_image_bytes)) as loader,
-        ):
-            for table in reader:
-                for row in table.to_pylist():
-                    image, error = row["image"], row["error"]
-                    if row.get(ADDRESS) is not None:
-                        ((image, _, error),) = loader.load([row[ADDRESS]])
-                    found[row["row"]] = (image, row.get(PROMPT), error or reason)
+        with closing(read_images(work, options, fetching)) as images:
+            for image in images:
+                found[image.row] = image
                 if len(found) == len(numbers):
                     break
     except (InputError, OSError, pa.ArrowException) as error:
-        reason = str(error)
-    return defaultdict(lambda: (None, None, reason), found)
+        return found, str(error)
+    return found, "the row is no longer there"

@@ -100,9 +100,9 @@ def _images_of(
     work = ShardWork(shard=shard, missing=tuple((row, row + 1) for row in rows))
     with closing(read_images(work, options, fetching)) as images:
         try:
-            for number, image, _ in images:
-                yield number, image
-                if number == rows[-1]:
+            for found in images:
+                yield found.row, found.image
+                if found.row == rows[-1]:
                     return
         except (InputError, OSError, pa.ArrowException):
             return

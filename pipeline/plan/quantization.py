@@ -6,10 +6,9 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from resource import getpagesize
 from statistics import fmean
 
+import psutil
 import pyarrow as pa
 
 from blip2_actor import EngineConfig, Status
@@ -113,4 +112,4 @@ def compare(spec: CaptionSpec, quantized: Captioned, plain: Captioned) -> Quanti
 def resident_bytes() -> int:
     """Return the memory of this process, after what nothing refers to is gone."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+    return int(psutil.Process().memory_info().rss)

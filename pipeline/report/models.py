@@ -13,16 +13,17 @@ DEMO_WARNING = (
     "wrong; choose a published checkpoint with --model"
 )
 LICENSES = {
-    DEMO: "Apache-2.0",
     "Salesforce/blip2-opt-": "OPT weights: Meta's OPT-175B license, non-commercial research only",
     "Salesforce/blip2-flan-t5-": "Flan-T5 weights: Apache-2.0",
 }
-"""By the beginning of the name of a checkpoint. The README has their sources."""
+"""By the beginning of the name of a checkpoint. docs/checkpoints.md has their sources."""
 UNKNOWN = "license unknown here; see its model card"
 
 
 def license_of(model: str) -> str:
     """Return the license of a checkpoint as a phrase."""
+    if model == DEMO:
+        return "Apache-2.0"
     return next((text for name, text in LICENSES.items() if model.startswith(name)), UNKNOWN)
 
 

@@ -13,14 +13,16 @@ REMEDIES = {
         "--image-accept-truncated in a new run."
     ),
     Status.TOO_LARGE: (
-        "The image exceeds a limit. In a new run, raise --image-max-pixels or --image-max-file-bytes."
+        "The image exceeds a limit. Retry with a higher --image-memory-bytes if it needs more memory; else "
+        "raise --image-max-pixels or --image-max-file-bytes in a new run."
     ),
     Status.DECODER_CRASHED: "The decoder died on this image. Treat the file as hostile, or retry once.",
     Status.DECODER_TIMED_OUT: (
         "Decoding took too long. Retry on a less busy machine, or raise --image-wall-s."
     ),
     Status.REFUSED: (
-        "The prompt is too long for the model, or the options contradict it. Shorten the prompt in a new run."
+        "The prompt is too long or contradicts the model: change it in a new run. Or the address of the "
+        "image may not be asked: correct it, or retry with --allow-private-hosts."
     ),
     Status.FAILED: (
         "The model failed on this row also when it ran alone. Retry; if it fails again, try a new run with "

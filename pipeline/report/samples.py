@@ -63,7 +63,8 @@ class NearDuplicates:
 
     def add(self, captions: list[str], logprobs: np.ndarray, rows: np.ndarray) -> None:
         """Add captions with logprobs: float[n] and rows: int64[n]."""
-        hashes = np.fromiter((zlib.crc32(text.encode()) for text in captions), np.uint64, len(captions))
+        # A hash of 0 would pass every mask, and no number of halvings would be enough.
+        hashes = np.fromiter((zlib.crc32(text.encode()) or 1 for text in captions), np.uint64, len(captions))
         digits = np.round(logprobs * 1_000).astype(np.int64).astype(np.uint64) & np.uint64(0xFFFFFFFF)
         keys = (hashes << np.uint64(32)) | digits
         self._keep(np.concatenate([self._keys, keys]), np.concatenate([self._rows, rows]))

@@ -50,11 +50,15 @@ def check_command(arguments: Sequence[str], settings: Any) -> JobCommand:
         ValueError: a path is relative, or a URI holds a password.
     """
     given = {name: getattr(settings, name, None) for name in ("input", "output", "keys")}
-    model = getattr(getattr(settings, "engine", None), "model", None)
-    if isinstance(model, str) and ("://" in model or Path(model).is_dir()):
-        given["model"] = model
+    engine, outputs = getattr(settings, "engine", None), getattr(settings, "outputs", settings)
+    checkpoints = {"model": engine, "adapter": engine, "score_model": outputs}
+    for name, of in checkpoints.items():
+        checkpoint = getattr(of, name, None)
+        if isinstance(checkpoint, str) and ("://" in checkpoint or Path(checkpoint).is_dir()):
+            given[name] = checkpoint
     for name, value in given.items():
         for path in (value,) if isinstance(value, str) else value or ():
+            path = path.removeprefix("@") if name == "input" else path  # of a manifest
             _require_same_everywhere(name, path)
             _require_no_secret(name, path)
     return JobCommand(tuple(arguments), settings.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ def test_keys_that_repeat_find_their_own_partner(tmp_path):
         tmp_path / "b", {f"{n}.tar": [ok("0000", f"b{n}", f"i{n % 2}")] for n in reversed(range(4))}
     )
     assert pairs_of(before, after)[0] == {(f"a{n}", f"b{n}") for n in range(4)}
+
+
+def test_many_files_with_the_same_keys_are_joined_in_linear_time():
+    """Tables without a key column number their rows, so a key is in each file."""
+    rows = [{"key": "0", "shard": f"{n}", "sha256": b"%d" % n} for n in range(6_000)]
+    start = time.process_time()
+    nothing: Any = None  # The outputs are not read.
+    pairs = list(Join(nothing, nothing, 0, [])._match(rows, list(rows)))
+    assert len(pairs) == 6_000 and all(pair.before is pair.after for pair in pairs)
+    assert time.process_time() - start < 1  # 3 s if each row is compared with all others
 
 
 def test_a_row_without_image_is_joined_by_its_key(tmp_path):

@@ -23,7 +23,7 @@ from pipeline.ledger.commit import commit_shard
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.report.models import DEMO_WARNING
+from pipeline.report.models import DEMO_WARNING, license_of
 from pipeline.report.pace import UNKNOWN
 from pipeline.report.page import render_page
 from pipeline.report.remedies import REMEDIES, remedy
@@ -245,6 +245,11 @@ def test_the_demo_model_warns_of_images_that_are_not_its_own(tmp_path):
 def test_every_status_that_is_not_ok_has_a_remedy():
     assert set(REMEDIES) == set(Status) - {Status.OK}
     assert remedy("undecodable").startswith("The file") and remedy("of a newer version") == ""
+
+
+def test_the_license_of_another_model_is_not_that_of_the_demonstration():
+    assert license_of("demo") == "Apache-2.0"
+    assert license_of("demo-team/captioner").startswith("license unknown")
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])

@@ -67,3 +67,9 @@ def test_near_duplicates_are_found_in_bounded_memory():
     assert len(rows) == 10
     assert all(b == a + 1 and (a // 2) % 100 < 50 for a, b in zip(rows[::2], rows[1::2], strict=True))
     assert NearDuplicates().rows(10) == []
+
+
+def test_more_equal_captions_than_are_compared_do_not_stop_a_report():
+    found, numbers = NearDuplicates(max_keys=100), np.arange(200)
+    found.add([""] * 200, np.full(200, -1.0), numbers)
+    assert len(found._keys) <= 100

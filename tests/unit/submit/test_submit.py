@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from blip2_actor import EngineConfig
 from pipeline.cli.main import main
-from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.job_settings import CaptionSettings, ScoreSettings
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.submit.cluster_job import begin, follow, running_job
 from pipeline.submit.job_command import check_command
@@ -53,12 +54,27 @@ def test_what_cannot_work_is_refused_in_a_sentence(arguments, status, said, caps
             CaptionSettings(input=("https://a/b.tar?signature=word",), output=OUT),
             "input must hold no password",
         ),
+        (CaptionSettings(input=("@list.txt",), output=OUT), "input must be a URI or an absolute path"),
+        (CaptionSettings(input=("@s3://me:word@bucket/list",), output=OUT), "input must hold no password"),
+        (
+            CaptionSettings(input=(IN,), output=OUT, engine=EngineConfig(adapter="s3://me:word@bucket/lora")),
+            "adapter must hold no password",
+        ),
+        (
+            ScoreSettings(input=(IN,), output=OUT, text_column="alt", score_model="tests"),
+            "score_model must be a URI or an absolute path",
+        ),
     ],
 )
 def test_a_path_that_is_another_one_on_the_cluster_and_a_password_are_refused(settings, said):
     with pytest.raises(ValueError, match=said) as refusal:
         check_command([], settings)
     assert str(refusal.value).count("word") == str(refusal.value).count("password")
+
+
+def test_a_manifest_on_a_shared_disk_or_in_a_bucket_is_taken():
+    for manifest in ("@/data/list.txt", "@s3://bucket/list.txt"):
+        assert check_command([], CaptionSettings(input=(manifest,), output=OUT)).output == OUT
 
 
 def test_an_address_is_that_of_the_dashboard():

@@ -55,19 +55,26 @@ def records(file: IO[bytes], kind: Kind, start: int = 0) -> Iterator[tuple[int, 
         InputError: a record has more than `MAX_RECORD_BYTES` bytes.
     """
     file.seek(start)
-    position, record = start, b""
+    position, num_bytes, in_quotes = start, 0, False
+    lines: list[bytes] = []
     while line := file.readline(MAX_RECORD_BYTES):
         if position == 0:
             line, position = line.removeprefix(_MARK), len(line) - len(line.removeprefix(_MARK))
         position += len(line)
-        record += line
-        if len(record) >= MAX_RECORD_BYTES:
+        num_bytes += len(line)
+        lines.append(line)
+        if num_bytes >= MAX_RECORD_BYTES:
             raise InputError(f"the record before byte {position} is too long, or a quote does not end")
-        if kind in ("csv", "tsv") and record.count(b'"') % 2:
+        if kind in ("csv", "tsv") and line.count(b'"') % 2:
+            in_quotes = not in_quotes
+        if in_quotes:
             continue
+        record = b"".join(lines)
         if record.strip():
             yield position, record
-        record = b""
+        num_bytes = 0
+        lines.clear()
+    record = b"".join(lines)
     if record.strip():
         yield position, record
 

@@ -1,0 +1,66 @@
+"""What an endpoint, or a proxy in front of it, may answer to `blip2 verify --url`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pipeline.maintenance import endpoint
+from pipeline.maintenance.endpoint import Endpoint, EndpointError
+
+Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers and body."""
+
+
+@contextmanager
+def server(answers: list[Answer], keys: list[str | None] | None = None) -> Iterator[str]:
+    """Serve the answers one after the other; `keys` gets the key of each request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if keys is not None:
+                keys.append(self.headers.get("Authorization"))
+            status, headers, body = answers.pop(0)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}"
+        finally:
+            listening.shutdown()
+            thread.join()
+
+
+def test_an_answer_that_is_cut_off_is_no_answer() -> None:
+    cut = (200, {"Content-Length": "100"}, b'{"model":')
+    with server([cut]) as url, pytest.raises(EndpointError, match="gives no answer"):
+        Endpoint(url).model()
+
+
+def test_a_busy_proxy_may_write_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    busy = {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}
+    with server([(503, busy, b""), (503, {"Retry-After": "2"}, b""), (200, {}, b'{"model": "a"}')]) as url:
+        assert Endpoint(url).model() == {"model": "a"}
+    assert pauses == [1.0, 2.0]
+
+
+def test_the_key_does_not_follow_to_another_address() -> None:
+    first, second = list[str | None](), list[str | None]()
+    with server([(200, {}, b"{}")], second) as other, server([(302, {"Location": other}, b"")], first) as url:
+        assert Endpoint(url, "word").model() == {}
+    assert (first, second) == (["Bearer word"], [None])
