@@ -65,11 +65,11 @@ class StopRequest:
             handled.append(signal.SIGALRM)
         for number in handled:
             signal.signal(number, self._handle)
-        if self._stop_at is not None:
-            left = self._stop_at - datetime.now(UTC)
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
         try:
             with self._watched():
+                if self._stop_at is not None:
+                    left = self._stop_at - datetime.now(UTC)
+                    signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
                 yield
         finally:
             if self._stop_at is not None:
