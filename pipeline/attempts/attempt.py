@@ -60,6 +60,8 @@ class Attempt:
     points: Sequence[Point] = ()
     warnings: Mapping[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given."""
+    quantization: Mapping[str, int] = field(default_factory=dict)
+    """What workers have quantized and how near the result is, and how many of them."""
     ended_s: float | None = None
     exit_status: int | None = None
     reason: str | None = None
@@ -141,6 +143,10 @@ class Attempts:
     def warnings(self) -> Counter[str]:
         return _total(attempt.warnings for attempt in self.all)
 
+    @property
+    def quantization(self) -> Counter[str]:
+        return _total(attempt.quantization for attempt in self.all)
+
 
 def _total(mappings: Iterable[Mapping[str, Any]]) -> Counter[str]:
     total: Counter[str] = Counter()
@@ -165,6 +171,7 @@ def fold(first: Attempt, second: Attempt) -> Attempt:
         ready_s=0.0,
         points=(last,),
         warnings=dict(Attempts((first, second)).warnings.most_common(MAX_WARNINGS)),
+        quantization=dict(Attempts((first, second)).quantization.most_common(MAX_WARNINGS)),
         ended_s=None,
         exit_status=None,
         reason=f"{num_attempts:,} attempts, of which only the sums are kept",

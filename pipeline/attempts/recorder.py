@@ -50,6 +50,7 @@ class AttemptRecorder:
         self._before = self._now = Point(0.0, 0)
         self._warnings_before: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
+        self._quantization: dict[str, int] = {}
         self._write()
 
     def run_has_begun(self, run: str, dtype: str) -> None:
@@ -83,7 +84,11 @@ class AttemptRecorder:
         self._warnings_before = self._warnings
 
     def note(
-        self, rows: int, loads: Mapping[str, Mapping[str, WorkerLoad]], warnings: Mapping[str, int]
+        self,
+        rows: int,
+        loads: Mapping[str, Mapping[str, WorkerLoad]],
+        warnings: Mapping[str, int],
+        quantization: Mapping[str, int],
     ) -> None:
         """Note how far the attempt is.
 
@@ -91,7 +96,9 @@ class AttemptRecorder:
             rows: rows that this driver has counted.
             loads: by stage and worker.
             warnings: of workers, and how often each was given.
+            quantization: what workers have quantized, and how many of them.
         """
+        self._quantization |= quantization
         self._warnings = self._warnings_before + Counter(warnings)
         seconds = self._seconds
         is_first_row = self._note_start(seconds, rows, loads.get("caption", {}))
@@ -140,6 +147,7 @@ class AttemptRecorder:
             phases=dict(self._phases),
             points=self._timeline.points,
             warnings=dict(self._warnings.most_common(MAX_WARNINGS)),
+            quantization=dict(self._quantization),
         )
         if not self._is_begun:
             return

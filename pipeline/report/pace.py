@@ -13,7 +13,7 @@ MAX_WARNINGS = 5
 
 
 def attempt_lines(attempts: Attempts) -> list[str]:
-    """Return the speed of a run, how its last attempt ended, and what its workers warned of."""
+    """Return the speed of a run, how its last attempt ended, and what its workers quantized and warned of."""
     if not attempts.all:
         return [UNKNOWN]
     lines = [_speed(attempts)]
@@ -22,6 +22,8 @@ def attempt_lines(attempts: Attempts) -> list[str]:
     first, last = attempts.all[0], attempts.all[-1]
     span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
     lines.append(f"{span}; the last: {last.ending}")
+    quantization = attempts.quantization.most_common(MAX_WARNINGS)
+    lines += [f"quantized by {count(n, 'worker')}: {text}" for text, n in quantization]
     warnings = attempts.warnings.most_common()
     lines += [f"worker warning, at least {count(n, 'time')}: {text}" for text, n in warnings[:MAX_WARNINGS]]
     if len(warnings) > MAX_WARNINGS:

@@ -157,7 +157,7 @@ class Driver:
             self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
         self._export()
-        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
+        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings, news.quantization)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")

@@ -52,7 +52,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         is_slice = job.run_slice is not None
         left = _left(job, ledger)
-        if left or job.redone or job.asks_dtype:
+        if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
             with connected() as cluster:
                 attempt.connected(cluster)
@@ -92,7 +92,7 @@ def _begin_or_join(job: Job, ledger: Ledger) -> Job:
         ledger.begin(job.run)
         return job
     begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
-    return dataclasses.replace(job, run=begun, is_new=False)
+    return job.joining(begun)
 
 
 def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
@@ -105,8 +105,8 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
     if not cluster.is_local:
         shards = [progress.shard for progress in left] or job.part.shards
         check_storage(job.ledger.folder, shards, reservations.read, console.say)
-    if job.asks_dtype:
-        job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
+    if job.asks_worker:
+        job = job.with_answer(ask_first_worker(job.engine, reservations, console.say))
     return job
 
 
@@ -196,6 +196,8 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
+    if job.run.quantization is not None:
+        console.say(f"quantized to {job.run.quantization}")
     if job.info.caveat:
         console.say(f"note: {job.info.caveat}")
     if job.info.generation_config:

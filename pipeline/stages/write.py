@@ -92,6 +92,9 @@ class WriteStage:
         self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started = time.monotonic()
         tell_warnings(coordinator, self._worker)
+        record = getattr(self._stage.actor.engine, "quantization", None)
+        if record is not None:
+            coordinator.quantized.remote(self._worker, record.summary())
         self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 

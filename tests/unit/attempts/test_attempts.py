@@ -119,13 +119,14 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
         (first,) = read_attempts(folder)
         assert first.reason is None and first.versions["python"] and first.model == "m"
         record.end_phase("open the output")
-        record.note(0, {}, {})
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1})
+        record.note(0, {}, {}, {})
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
         record.begin_driver()
-        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2})
+        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
         raise StoppedBySignal(signal.SIGTERM)
     (last,) = read_attempts(folder)
     assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
+    assert last.quantization == {"int8: all": 2}
     assert list(last.phases) == ["open the output", "load the model", "first row"]
     assert last.exit_status == 143 and "SIGTERM" in last.ending
 

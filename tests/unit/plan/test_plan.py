@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2_actor import EngineConfig
+from blip2_actor import EngineConfig, QuantizationChoice
 from blip2_actor.demo.scenes import SceneSampler, draw
-from blip2_actor.quantization import choice
+from blip2_actor.quantization import int8
 from blip2_actor.quantization import quantize as quantizing
+from blip2_actor.quantization.choice import PARTS
 from blip2_actor.testing import FakeEngineConfig, captions_made, save_tiny_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
@@ -273,12 +274,17 @@ def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
         Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
         files[str(number)] = file.getvalue()
     write_tar(tmp_path / "in" / "0.tar", files)
-    for module in (choice, quantizing):
-        monkeypatch.setattr(module, "largest_weight", lambda: 1)
-    monkeypatch.setattr(choice, "MAX_TIME", 1e9)
+    monkeypatch.setattr(int8, "HALF_WEIGHT", 1)
+    choice = QuantizationChoice(method="int8", parts=PARTS, weight_bits=7, instructions="here")
     monkeypatch.setattr(quantizing, "MAX_LAYER_ERROR", 100)
     engine = EngineConfig(
-        model="demo", device="cpu", dtype="float32", num_threads=1, quantize="int8", skip_self_test=True
+        model="demo",
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        quantize="int8",
+        quantization_choice=choice,
+        skip_self_test=True,
     )
     found = make_plan(settings(tmp_path / "in", engine=engine, sample=6))
     effect = found.stage_costs.quantization
