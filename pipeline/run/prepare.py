@@ -64,7 +64,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             settings,
             engine,
             info,
-            ledger,
+            ledger.of(run),
             run,
             is_new=True,
             asks_dtype=is_cluster() and leaves_dtype_open(engine),
