@@ -95,7 +95,7 @@ class Driver:
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, job.is_retry, self._coordinator)
+        self._committers = Committers(ledger, job.metadata, job.empty_schema, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()

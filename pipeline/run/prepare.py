@@ -71,7 +71,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             settings,
             engine,
             info,
-            ledger,
+            ledger.of(run),
             run,
             is_new=True,
             asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),

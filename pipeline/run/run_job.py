@@ -14,7 +14,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
-from pipeline.ledger.scan import ShardProgress
+from pipeline.ledger.scan import OutputState, ShardProgress
 from pipeline.placement.cluster import Cluster, look_at_cluster
 from pipeline.placement.first_worker import ask_first_worker
 from pipeline.placement.held_device import hold_device
@@ -50,22 +50,24 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
     ):
         ledger = job.ledger.with_retries()
-        is_slice = job.run_slice is not None
-        left = _left(job, ledger)
+        state = ledger.scan()
+        left = _left(job, ledger, state)
         if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
             with connected() as cluster:
                 attempt.connected(cluster)
                 job = _place(job, left, cluster, console)
-                job, left = _begin(job, ledger, console, attempt)
+                job, state = _begin(job, ledger, state, console, attempt)
+                left = _left(job, ledger, state)
+                _announce(job, console, left)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
+            state = _sweep(job, ledger, ledger.scan())
         else:
-            job, _ = _begin(job, ledger, console, attempt)
-        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
-        state = ledger.scan()
+            job, state = _begin(job, ledger, state, console, attempt)
+            _announce(job, console, left)
         ledger.drop_markers(job.run, state)
         done = ledger.reconcile(job.part, state)
-        if not is_slice:
+        if job.run_slice is None:
             ledger.tidy_summaries(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
@@ -111,20 +113,27 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
 
 
 def _begin(
-    job: Job, ledger: Ledger, console: Console, attempt: AttemptRecorder
-) -> tuple[Job, list[ShardProgress]]:
-    """Write what this start changes, commit what is complete, and return the shards with rows to do."""
+    job: Job, ledger: Ledger, state: OutputState, console: Console, attempt: AttemptRecorder
+) -> tuple[Job, OutputState]:
+    """Write what this start changes, and commit what is complete.
+
+    Args:
+        state: the output as the lease was taken.
+
+    Returns:
+        The job with its run, and the output as it is now.
+    """
     if job.is_new:
         job = _begin_or_join(job, ledger)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
+        state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
-    ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
-    left = _left(job, ledger)
-    _announce(job, console, len(left))
-    if job.is_retry:
-        console.say(describe_work(left, job.choice))
-    return job, left
+    return job, _sweep(job, ledger, state)
+
+
+def _sweep(job: Job, ledger: Ledger, state: OutputState) -> OutputState:
+    return ledger.sweep(job.part, state, job.metadata, job.empty_schema, job.run_slice is not None)
 
 
 def _drive(
@@ -155,7 +164,7 @@ def _drive(
             console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
-            left = _left(job, ledger)
+            left = _left(job, ledger, ledger.scan())
             attempt.begin_driver()
 
 
@@ -179,16 +188,16 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         listen(None)
 
 
-def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
+def _left(job: Job, ledger: Ledger, state: OutputState) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
-    state = ledger.scan()
     if job.is_retry:
         # Rows in the fragments of an earlier retry may have failed again; those that have go again.
         return ledger.to_retry(job.part, state, job.choice)
     return [progress for progress in ledger.unfinished(job.part, state) if not progress.is_complete]
 
 
-def _announce(job: Job, console: Console, num_left: int) -> None:
+def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
+    num_left = len(left)
     total = len(job.part.shards)
     of_run = "" if job.run_slice is None else f" of slice {job.run_slice}"
     console.say(
@@ -208,3 +217,5 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
     if num_left:
         with DecodePool(job.info.image_size_px) as pool:
             console.say(str(pool.sandbox_report()))
+    if job.is_retry:
+        console.say(describe_work(left, job.choice))
