@@ -21,10 +21,10 @@ from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.shards import Shard
 from pipeline.placement.labels import has_labels
 from pipeline.placement.reservations import Reservation
-from pipeline.placement.waiting import Say, wait_for
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.folder import PROBE, Folder
 from pipeline.storage.retrying_file import open_input
+from pipeline.watch.waiting import Say, wait_for
 
 MAX_SAMPLE = 8
 """Files of the input that each node opens."""
