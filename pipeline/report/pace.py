@@ -31,6 +31,14 @@ def attempt_lines(attempts: Attempts) -> list[str]:
     return lines
 
 
+def total_line(attempts: Attempts) -> str:
+    """Return what all attempts of a run have done together, and when the first began and the last ended."""
+    first, last = attempts.all[0], attempts.all[-1]
+    span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
+    rate = f" ({attempts.rows_per_s:,.1f} rows/s)" if attempts.rows_per_s else ""
+    return f"{span}: {count(attempts.rows, 'row')} in {duration(attempts.active_s)} of work{rate}"
+
+
 def time_of(attempt: Attempt, seconds: float = 0.0) -> str:
     """Return the time some seconds after the start of an attempt, in UTC."""
     return f"{attempt.begun_at + timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S} UTC"

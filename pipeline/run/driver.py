@@ -35,6 +35,8 @@ from pipeline.run.tracker import Tracker
 from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
+from pipeline.watch.members import Members
+from pipeline.watch.waiting import LOOK_EVERY_S
 
 STEP_S = 0.2
 """How long one step waits for receipts."""
@@ -72,6 +74,7 @@ class Driver:
         stop: StopRequest,
         console: Console,
         attempt: AttemptRecorder,
+        members: Members,
     ) -> None:
         """Start the actors that are not stages.
 
@@ -82,6 +85,7 @@ class Driver:
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
             attempt: its record gets the progress too.
+            members: says which nodes and workers come and go, and which are awaited.
         """
         self._job = job
         self._ledger = ledger
@@ -89,8 +93,9 @@ class Driver:
         self._stop = stop
         self._console = console
         self._attempt = attempt
+        self._members = members
         self._work = [progress.work for progress in left]
-        self._tracker = Tracker(left)
+        self._tracker = Tracker(left, attempt.earlier.shard_rows)
         self._reservations = reservations
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -100,7 +105,7 @@ class Driver:
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
-        self._checked = 0.0
+        self._checked = self._looked = 0.0
         self._busy: dict[str, float] = {}
         self._trouble: str | None = None
         self._broken: Device | None = None
@@ -143,6 +148,9 @@ class Driver:
         if now - self._checked >= CHECK_EVERY_S:
             self._checked = now
             self._check()
+        if now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._members.look()
         self._commit()
         self._rate.add(self._tracker.num_rows, now)
         if self._console.wants_progress():
@@ -157,7 +165,10 @@ class Driver:
             self._tracker.add_report(report)
         self._busy = busy_fractions(news.loads)
         self._export()
-        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings, news.quantization)
+        tracker = self._tracker
+        self._attempt.note(
+            tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows
+        )
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
@@ -252,7 +263,7 @@ class Driver:
 
     def _show(self) -> None:
         rows_left = self._tracker.estimate_rows_left()
-        rate = self._rate.mean
+        rate = self._rate.mean or self._attempt.earlier.rows_per_s
         num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
@@ -262,7 +273,7 @@ class Driver:
             num_shards=num_shards,
             left_s=rows_left / rate if rate and rows_left is not None else None,
             busy=self._busy,
-            trouble=self._trouble,
+            trouble=self._trouble or self._members.stalled,
         )
         self._console.show(self._snapshot)
 

@@ -21,6 +21,7 @@ from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
@@ -28,6 +29,8 @@ from pipeline.run.signals import StopRequest
 from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
+from pipeline.watch.members import Members
+from pipeline.watch.view import CAPTIONING, DECODING
 
 
 def run_job(job: Job, console: Console) -> Reconciliation:
@@ -71,6 +74,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
             ledger.tidy_summaries(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        console.say(total_line(attempt.all))
         return done
 
 
@@ -129,6 +133,8 @@ def _begin(
         ledger.revise(job.run, job.redone)
         state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
+    if attempt.earlier.all:
+        console.say(f"attempt {len(attempt.all):,} of this run; before it: {total_line(attempt.earlier)}")
     return job, _sweep(job, ledger, state)
 
 
@@ -150,8 +156,10 @@ def _drive(
     held: list[Any] = []
     while left:
         reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
+        needs = {CAPTIONING: reservations.caption, DECODING: reservations.decode}
+        members = Members(console.say, needs, cluster.is_local)
         try:
-            Driver(job, ledger, left, reservations, lease, stop, console, attempt).run()
+            Driver(job, ledger, left, reservations, lease, stop, console, attempt, members).run()
             return
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import ray
 
+from pipeline.errors import noted
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
 from pipeline.placement.own_accelerator import use_own_accelerator
@@ -103,7 +104,8 @@ class WriteStage:
         call = _name_of(table)
         self._calls.add(call)
         try:
-            return receipts_to_table(self._run(call, table))
+            with noted(f"captioning {call}"):
+                return receipts_to_table(self._run(call, table))
         except EngineFault as error:
             self._give_up(str(error))
         finally:
