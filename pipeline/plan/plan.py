@@ -28,10 +28,10 @@ def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
         found = make_plan(settings, engine)
     console = Console()
     if settings.json:
-        console.say(json.dumps(found.to_dict()))
+        console.result(json.dumps(found.to_dict()))
         return 0
     for line in found.lines():
-        console.say(line)
+        console.result(line)
     return 0
 
 
@@ -64,7 +64,17 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         unread=listing.unread,
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=_num_cpus(),
+        num_accelerators=_num_accelerators(engine),
     )
+
+
+def _num_accelerators(engine: EngineBuilder) -> int:
+    """Return the GPUs that actors of this engine may take."""
+    if getattr(engine, "device", "cpu") == "cpu":
+        return 0
+    import torch  # the engine has imported it by now
+
+    return torch.cuda.device_count()
 
 
 def _num_cpus() -> int:

@@ -21,6 +21,7 @@ from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.report.models import demo_warning
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
@@ -45,6 +46,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     stop = StopRequest(job.stop_at)
     with (
         stop.by_signals(),
+        console.area(),
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
@@ -54,8 +56,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         left = _left(job, ledger)
         if left or job.redone or job.asks_dtype:
             attempt.end_phase("open the output")
+            console.phase("starting Ray")
             with connected() as cluster:
                 attempt.connected(cluster)
+                console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
                 job, left = _begin(job, ledger, console, attempt)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
@@ -152,7 +156,7 @@ def _drive(
             if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger)
@@ -169,7 +173,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
-            console.say(phrase)
+            console.warn(phrase)
         return stop.number is None
 
     listen(say)
@@ -196,8 +200,9 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
-    if job.info.caveat:
-        console.say(f"note: {job.info.caveat}")
+    caveat = demo_warning(job.run)
+    if caveat is not None:
+        console.warn(caveat)
     if job.info.generation_config:
         listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
         console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")
