@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.status import Status
@@ -266,13 +266,13 @@ class EngineStats:
     """Seconds that the engine's thread spent in `step()`."""
 
 
-DEMO_CAVEAT = "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a host must know about a model before it starts it; no weights are read."""
 
+    DEMO_CAVEAT: ClassVar = (
+        "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
+    )
     model: str
     """The model as the user named it."""
     image_size_px: int
@@ -297,4 +297,4 @@ class ModelInfo:
     @property
     def caveat(self) -> str | None:
         """What a user must know before reading this model's texts; None for published models."""
-        return DEMO_CAVEAT if self.model == "demo" else None
+        return self.DEMO_CAVEAT if self.model == "demo" else None

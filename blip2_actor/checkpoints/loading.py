@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.quantization.measurement import choose, layers_of
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
+phases = logging.getLogger("blip2_actor.phases")
+"""Says what an engine does at its start, for hosts that show it to a person."""
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 """Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -51,6 +54,7 @@ def load_model(
             that does not exist.
         OSError: a file is missing or broken.
     """
+    phases.info("loading the weights")
     model = _build(checkpoint, dtype)
     split = None
     if device_map is not None:
@@ -98,6 +102,7 @@ def load_quantized(
         choice: from `choose_quantization`, perhaps of another machine.
         calibration: images and a text, for which the quantized layers are calibrated.
     """
+    phases.info("loading and quantizing the weights")
     model = _build(checkpoint, dtype)
     _allocate(model, device)
     readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, choice.parts)))

@@ -141,10 +141,14 @@ class Attempts:
         return _total(attempt.points[-1].busy_s for attempt in self.all if attempt.points)
 
     @property
+    def alive_s(self) -> Counter[str]:
+        """Seconds for which the workers of each stage existed, all of them together."""
+        return _total(attempt.points[-1].alive_s for attempt in self.all if attempt.points)
+
+    @property
     def busy_fractions(self) -> dict[str, float]:
         """The busy share of each stage: busy seconds over seconds of existence, of all its workers."""
-        alive_s = _total(attempt.points[-1].alive_s for attempt in self.all if attempt.points)
-        busy_s = self.busy_s
+        alive_s, busy_s = self.alive_s, self.busy_s
         return {stage: min(1.0, busy_s[stage] / alive_s[stage]) for stage in STAGES if alive_s[stage]}
 
     @property

@@ -43,8 +43,18 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         unread=listing.unread,
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=_num_cpus(),
+        num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,
     )
+
+
+def _num_accelerators(engine: EngineBuilder) -> int:
+    """Return the GPUs that actors of this engine may take."""
+    if getattr(engine, "device", "cpu") == "cpu":
+        return 0
+    import torch  # the engine has imported it by now
+
+    return torch.cuda.device_count()
 
 
 def _num_cpus() -> int:

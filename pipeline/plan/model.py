@@ -14,10 +14,13 @@ from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample
 from pipeline.plan.stage_costs import StageCosts
 from pipeline.progress import duration, format_bytes
-from pipeline.run.bottleneck import REMEDIES
+from pipeline.run.bottleneck import Machines
 from pipeline.settings.job_settings import CaptionSettings
 
 MAX_ERRORS_SHOWN = 5
+RAY_START_S = 10.0
+"""Seconds that Ray and the workers' imports take before an engine starts: 8 to 12 on two cores (AMD EPYC,
+November 2026)."""
 JSON_NAMES = {"min_rows": "least_rows", "max_rows": "most_rows"}
 """Fields of `SizeEstimate` that have another name in the JSON object, which never changes its keys."""
 
@@ -36,6 +39,8 @@ class Plan:
     """The files of the input that are not read."""
     num_cpus: int
     """Cores of the measured machine that its process may use."""
+    num_accelerators: int = 0
+    """GPUs of the measured machine that actors of the engine may take."""
     price_per_hour: float | None = None
     """Of a captioning actor with the cores that keep it busy."""
     place: str = "here"
@@ -44,8 +49,27 @@ class Plan:
     @property
     def prediction(self) -> Prediction:
         return predict(
-            self.stage_costs.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement
+            self.stage_costs.costs,
+            self.size_estimate.num_rows,
+            self.num_cpus,
+            self.settings.placement,
+            self.start_s,
         )
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from the command to the first image."""
+        return RAY_START_S + self.stage_costs.start_s
+
+    @property
+    def _remedy(self) -> str:
+        num_decoders = self.settings.placement.max_decode_actors or self.num_cpus
+        machines = Machines(
+            num_cpus=self.num_cpus,
+            num_accelerators=self.num_accelerators,
+            num_workers={"caption": 1, "decode": min(self.num_cpus, num_decoders)},
+        )
+        return machines.remedy(self.prediction.bottleneck)
 
     @property
     def by_status(self) -> Counter[str]:
@@ -116,8 +140,8 @@ class Plan:
                 + f"{duration(prediction.actor_s / num_actors)}, with {num_cores:,.1f} cores"
             )
         yield (
-            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores; "
-            f"bottleneck: {prediction.bottleneck}; {REMEDIES[prediction.bottleneck]}"
+            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores, "
+            f"{duration(self.start_s)} of it start-up; bottleneck: {prediction.bottleneck}; {self._remedy}"
         )
         if self.cost is not None:
             rows = self.size_estimate.num_rows

@@ -26,8 +26,8 @@ def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
         else:
             found = make_plan(settings, engine)
     if settings.json:
-        console.say(json.dumps(found.to_dict()))
+        console.result(json.dumps(found.to_dict()))
         return 0
     for line in found.lines():
-        console.say(line)
+        console.result(line)
     return 0

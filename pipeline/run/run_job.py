@@ -21,6 +21,7 @@ from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.report.models import demo_warning
 from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
@@ -48,6 +49,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     stop = StopRequest(job.stop_at)
     with (
         stop.by_signals(),
+        console.area(),
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
@@ -57,8 +59,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         left = _left(job, ledger, state)
         if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
+            console.phase("starting Ray")
             with connected() as cluster:
                 attempt.connected(cluster)
+                console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
                 job, state = _begin(job, ledger, state, console, attempt)
                 left = _left(job, ledger, state)
@@ -169,7 +173,7 @@ def _drive(
             if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger, ledger.scan())
@@ -186,7 +190,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
-            console.say(phrase)
+            console.warn(phrase)
         return stop.number is None
 
     listen(say)
@@ -215,8 +219,9 @@ def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
     )
     if job.run.quantization is not None:
         console.say(f"quantized to {job.run.quantization}")
-    if job.info.caveat:
-        console.say(f"note: {job.info.caveat}")
+    caveat = demo_warning(job.run)
+    if caveat is not None:
+        console.warn(caveat)
     if job.info.generation_config:
         listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
         console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")

@@ -22,6 +22,7 @@ from pipeline.attempts.timeline import Timeline
 from pipeline.errors import StoppedBySignal
 from pipeline.ledger.layout import ATTEMPTS
 from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
+from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator, Load
 from pipeline.stages.worker_warnings import MAX_TEXTS, WarningCounter
 from pipeline.storage.folder import Folder
@@ -59,10 +60,18 @@ def test_a_rate_is_of_working_time_alone():
     assert attempts.busy_fractions == {"caption": 0.8}
     lines = attempt_lines(attempts)
     assert lines[0] == "speed: 2.0 rows/s, 20 rows in 10 s of work, start-up and pauses left out"
-    assert "caption, busy 80%" in lines[1]
+    assert lines[1] == TOO_SHORT
     assert lines[2].startswith(
         "3 attempts, 2026-01-01 00:01:00 UTC to 2026-01-01 00:03:00 UTC; the last: no "
     )
+
+
+def test_the_bottleneck_of_a_long_run_is_named_from_its_records():
+    hardware = {"cpus": 64.0, "accelerators": 8.0}
+    points = (Point(0.0, 0), Point(200.0, 400, {"caption": 320.0}, {"caption": 400.0}))
+    lines = attempt_lines(Attempts((attempt(1, points=points, ready_s=0.0, hardware=hardware),)))
+    assert lines[1].startswith("bottleneck: caption, busy 80% of the time; more captioning actors")
+    assert "up to 8" in lines[1]
 
 
 def test_nothing_is_invented_for_a_run_without_records():

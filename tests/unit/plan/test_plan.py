@@ -31,6 +31,7 @@ from pipeline.ledger.scan import scan_output
 from pipeline.plan import cost, sample, stage_costs
 from pipeline.plan.cost import Cost
 from pipeline.plan.make_plan import make_plan
+from pipeline.plan.model import RAY_START_S
 from pipeline.plan.plan import plan
 from pipeline.plan.prediction import predict
 from pipeline.plan.sample import take_sample
@@ -70,7 +71,11 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
     prediction = found.prediction
     assert found.size_estimate.num_rows == 200
     assert 1.0 <= prediction.actor_s <= 1.0 * SLACK
-    assert prediction.here_s == prediction.actor_s
+    assert prediction.here_s == pytest.approx(found.start_s + prediction.actor_s)
+    assert found.start_s > RAY_START_S
+    assert "of it start-up; bottleneck: caption; a faster device or more machines would help" in "\n".join(
+        found.lines()
+    )
     assert (prediction.bottleneck, prediction.stages["caption"].workers_per_actor) == ("caption", 1)
     assert len(found.sample.shards) == 4
 
