@@ -84,11 +84,11 @@ def test_batches_that_began_together_and_do_not_fit_halve_the_limit_once() -> No
     scheduler = make_scheduler()
     for _ in range(12):
         scheduler.add(make_request(make_image()))
-    batches = [scheduler.waiting.take(4) for _ in range(3)]
+    batches = [scheduler.lanes.normal.waiting.take(4) for _ in range(3)]
     for images in batches:
-        scheduler._encoded(images, OutOfMemory("no more than two"))
+        scheduler.encoding.finish(images, OutOfMemory("no more than two"))
     assert (scheduler.limits.encode_batch, scheduler.limits.max_slots) == (2, 4)
-    assert len(scheduler.waiting) == 12
+    assert len(scheduler.lanes.normal.waiting) == 12
 
 
 def test_an_image_that_nobody_wants_any_longer_is_not_encoded() -> None:
@@ -99,7 +99,7 @@ def test_an_image_that_nobody_wants_any_longer_is_not_encoded() -> None:
     requests[0].future.cancel()
     while scheduler.has_work:
         scheduler.step()
-    assert scheduler.counters.num_images_encoded == 1
+    assert scheduler.encoding.num_images == 1
     assert requests[1].future.result(0).ok
     scheduler.add(make_request(requests[0].image))  # wanted again, so it is queued again
-    assert len(scheduler.waiting) == 1
+    assert len(scheduler.lanes.normal.waiting) == 1
