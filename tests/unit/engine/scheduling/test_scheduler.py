@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from blip2_actor import GenerationOptions
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -14,36 +11,9 @@ from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
+from tests.unit.engine.scheduling.no_model import NoModel, Words
 
 OPTIONS = GenerationOptions(max_new_tokens=2).resolve()
-
-
-class Words:
-    end_ids = frozenset({0})
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "word " * len(token_ids)
-
-
-class NoModel:
-    """A runner whose texts end only at `max_new_tokens`."""
-
-    def cached_length(self, request: RequestState) -> int:
-        return 1
-
-    def encode(self, images: Sequence[EncodedImage]) -> None:
-        for image in images:
-            image.prefix = torch.zeros(1, 1)
-
-    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> Tensor:
-        return self.decode(slots, slots)
-
-    def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
-        return torch.tensor([0.0, 1.0]).expand(len(token_ids), 2).clone()
-
-    def upload_ahead(self, images: list[EncodedImage]) -> None: ...
-
-    def copy_slots(self, *_: object) -> None: ...
 
 
 def make_scheduler() -> Scheduler:
