@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Result, Status
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -36,7 +37,7 @@ from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings, require_same_image_size
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
@@ -87,6 +88,11 @@ class Gateway:
             record.slots, record.steps = cost.slots, cost.steps
         return self._admission.admit(cost)
 
+    def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
+        if (record := RECORD.get()) is not None:
+            record.slots, record.steps = cost.slots, cost.steps
+        return self._admission.admit_batch(cost)
+
     async def load(self, image: ImageSource) -> bytes:
         return image if isinstance(image, bytes) else await self._fetching.fetch(image)
 
@@ -129,6 +135,13 @@ class Gateway:
                     if isinstance(item, ImageOutputs) and item.failure is not None:
                         raise of_status(*item.failure)
                     yield item
+
+    async def run_batch(
+        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        async with aclosing(self._captioner.run_batch(images, texts)) as finished:
+            async for results in finished:
+                yield results
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         embeddings = await self._captioner.embed_texts(texts)
