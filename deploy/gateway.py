@@ -35,7 +35,7 @@ from deploy.remote_captioner import RemoteCaptioner
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
-from deploy.settings import Settings, require_same_image_size
+from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
@@ -63,7 +63,7 @@ class Gateway:
         # Only the captioner knows what "auto" means on its device; this also waits for the weights.
         self.model = await self._captioner.info()
         self.matching = await self._captioner.matching_info()
-        require_same_image_size(self.model, self.matching)
+        settings.require_fit(self.model, self.matching)
         self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
         self._readiness = Readiness(captioner)
         self.fleet = Fleet(captioner.app_name)

@@ -97,10 +97,24 @@ class Settings:
         """Refuse models that cannot be served, without loading weights.
 
         Raises:
-            ValueError: a checkpoint cannot be run, or the two take images of different sizes.
+            ValueError: a checkpoint cannot be run, the two take images of different sizes, or an option has
+                token ids that the model does not have.
             OSError: a checkpoint cannot be found or fetched.
         """
-        require_same_image_size(self.engine.info(), None if self.matching is None else self.matching.info())
+        self.require_fit(self.engine.info(), None if self.matching is None else self.matching.info())
+
+    def require_fit(self, model: ModelInfo, matching: ModelInfo | None) -> None:
+        """Raise ValueError unless the models fit each other and the options.
+
+        An image is decoded once, so both take the same size.
+        """
+        if matching is not None and matching.image_size_px != model.image_size_px:
+            raise ValueError(
+                f"score_model must take images of {model.image_size_px} px as the model does, got "
+                f"{matching.image_size_px} px; name another checkpoint"
+            )
+        if model.vocab_size:  # an engine that is not EngineConfig's may not know it
+            self.options.require_known_tokens(model.vocab_size)
 
     def __post_init__(self) -> None:
         if self.score_revision is not None and self.score_model is None:
@@ -146,15 +160,6 @@ class Settings:
                 f"keys_file must be given to serve on {host}; make a key with python -m "
                 "deploy.guard.keys NAME, or set allow_anonymous to serve everybody who can reach the port"
             )
-
-
-def require_same_image_size(model: ModelInfo, matching: ModelInfo | None) -> None:
-    """Raise ValueError if the retrieval model takes images of another size; an image is decoded once."""
-    if matching is not None and matching.image_size_px != model.image_size_px:
-        raise ValueError(
-            f"score_model must take images of {model.image_size_px} px as the model does, got "
-            f"{matching.image_size_px} px; name another checkpoint"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,8 @@ class Handle:
     deployment_name = "Captioner"
 
     def __init__(self, answer: Any) -> None:
-        self.info = Method(Response(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")))
+        info = ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d", vocab_size=100)
+        self.info = Method(Response(info))
         self.matching_info = Method(Response(None))
         self.run = Method(Response(answer))
         self.streaming = Method(Stream(answer))
@@ -112,6 +113,14 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
         return said
 
     return asyncio.run(ask())
+
+
+def test_a_gateway_with_options_that_no_request_can_have_does_not_start() -> None:
+    async def start() -> None:
+        with pytest.raises(ValueError, match="suppress_tokens must be token ids below 100, got 100"):
+            await gateway(Handle(None), options=GenerationOptions(suppress_tokens=(100,))).__aenter__()
+
+    asyncio.run(start())
 
 
 def test_the_log_says_what_the_decode_sandbox_is(caplog: pytest.LogCaptureFixture) -> None:
