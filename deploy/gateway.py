@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Status
@@ -39,6 +40,9 @@ from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
+
+STORE_WITHIN_S = 5.0
+"""Seconds for asking the cluster whether the service is drained."""
 
 
 class Gateway:
@@ -75,6 +79,10 @@ class Gateway:
         self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
         self._fetching = Fetching(self.image_policy)
         logger.info("%s", self._decoding.sandbox_report())
+        self._is_ending = False
+        await self.check_health()
+        if self.stats()["is_draining"]:
+            logger.warning("an operator has drained the service; POST /admin/resume ends that")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = create_api(self)
@@ -139,7 +147,17 @@ class Gateway:
 
     async def drain(self) -> None:
         """Be unready, refuse new requests, and return when the running ones have their answers."""
+        self._is_ending = True
         await self._admission.drain()
+
+    async def check_health(self) -> None:
+        """Follow what the operator has asked of all gateways; this one may have missed it at its start."""
+        try:
+            async with asyncio.timeout(STORE_WITHIN_S):
+                is_draining = await self.fleet.is_draining()
+        except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
+            return
+        self.set_draining(self._is_ending or is_draining)
 
     def set_draining(self, is_draining: bool) -> None:
         """Be unready and refuse new requests, or take them again."""

@@ -1,4 +1,7 @@
-"""All replicas of the application at once: for the operator, whose request reaches only one gateway."""
+"""All replicas of the application at once: for the operator, whose request reaches only one gateway.
+
+That the service is drained is stored in the cluster, so that gateways which start later know it too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +22,10 @@ ATTEMPTS, PAUSE_S = 20, 0.1
 """A new handle learns after a moment which replicas run."""
 
 
+NAMESPACE = "blip2"
+"""Of what is stored in the cluster."""
+
+
 class Fleet:
     """The gateways and the captioners; every call reaches each replica that runs."""
 
@@ -26,8 +34,24 @@ class Fleet:
         self._handles: dict[str, DeploymentHandle] = {}
 
     async def set_draining(self, is_draining: bool) -> None:
-        """Have every gateway refuse new requests, or take them again."""
+        """Have every gateway refuse new requests, or take them again, those that start later included."""
+        await asyncio.to_thread(self._store_draining, is_draining)
         await self._everywhere(GATEWAYS, "set_draining", is_draining)
+
+    async def is_draining(self) -> bool:
+        """Return whether an operator has drained the service and not resumed it."""
+        found = await asyncio.to_thread(internal_kv._internal_kv_get, self._drained, namespace=NAMESPACE)
+        return found is not None
+
+    @property
+    def _drained(self) -> str:
+        return f"drained:{self._application}"
+
+    def _store_draining(self, is_draining: bool) -> None:
+        if is_draining:
+            internal_kv._internal_kv_put(self._drained, "1", namespace=NAMESPACE)
+        else:
+            internal_kv._internal_kv_del(self._drained, namespace=NAMESPACE)
 
     async def set_log_level(self, level: LogLevel) -> None:
         await asyncio.gather(

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RpcError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
+from deploy.observe import fleet
 from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
@@ -75,15 +76,32 @@ class Handle:
         return self.streaming
 
 
+class Store(dict[str, str]):
+    """Stands for what is stored in the cluster."""
+
+    def _internal_kv_get(self, key: str, namespace: str) -> str | None:
+        if "is away" in self:
+            raise RpcError("the head is away")
+        return self.get(key)
+
+    def _internal_kv_put(self, key: str, value: str, namespace: str) -> None:
+        self[key] = value
+
+    def _internal_kv_del(self, key: str, namespace: str) -> None:
+        self.pop(key, None)
+
+
 @asynccontextmanager
-async def gateway(handle: Handle, **settings: Any) -> AsyncIterator[Gateway]:
+async def gateway(handle: Handle, store: Store | None = None, **settings: Any) -> AsyncIterator[Gateway]:
     made = Gateway.__new__(Gateway)
-    await made.__init__(handle, Settings(decode_children=1, **settings))  # type: ignore[misc]
-    try:
-        yield made
-    finally:
-        made.__del__()
-        del made._decoding  # already closed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet, "internal_kv", Store() if store is None else store)
+        await made.__init__(handle, Settings(decode_children=1, **settings))  # type: ignore[misc]
+        try:
+            yield made
+        finally:
+            made.__del__()
+            del made._decoding  # already closed
 
 
 WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
@@ -208,5 +226,35 @@ def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
                 with pytest.raises(ApiError) as ending:
                     await call
                 assert (ending.value.code, ending.value.type) == (503, "unavailable")
+
+    asyncio.run(run())
+
+
+def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that replaced another took requests again, in the middle of the operator's drain."""
+
+    async def run() -> None:
+        async def reach_none(*_: Any) -> list[Any]:
+            return []
+
+        monkeypatch.setattr(fleet.Fleet, "_everywhere", reach_none)
+        store = Store()
+        async with gateway(Handle(None), store) as old:
+            await old.fleet.set_draining(True)
+            await old.check_health()  # as if the call to all replicas had missed this one
+            async with gateway(Handle(None), store) as new:
+                for made in (old, new):
+                    with pytest.raises(ApiError):
+                        await made.check_ready()
+                await new.fleet.set_draining(False)
+                store["is away"] = "yes"
+                await new.check_health()
+                assert new.stats()["is_draining"]
+                del store["is away"]
+                await new.check_health()
+                await new.check_ready()
+                await new.drain()
+                await new.check_health()  # the end of the service is no operator's drain
+                assert new.stats()["is_draining"]
 
     asyncio.run(run())
