@@ -110,7 +110,7 @@ WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions())
 async def picture(gateway: Gateway) -> DecodedImage:
     file = io.BytesIO()
     Image.new("RGB", (10, 6)).save(file, "PNG")
-    return await gateway.decode(file.getvalue())
+    return await gateway.decode(gateway.first, file.getvalue())
 
 
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:
@@ -123,9 +123,9 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
             for answer in answers:
                 handle.run, handle.streaming = Method(Response(answer)), Method(Stream(answer))
                 with pytest.raises(ApiError) as caught:
-                    await made.run(image, WORK)
+                    await made.run(made.first, image, WORK)
                 with pytest.raises(ApiError) as streamed:
-                    [item async for item in made.stream(image, WORK)]
+                    [item async for item in made.stream(made.first, image, WORK)]
                 assert (streamed.value.code, streamed.value.type) == (caught.value.code, caught.value.type)
                 said.append((caught.value.code, caught.value.type))
         return said
@@ -160,11 +160,11 @@ def test_a_timeout_cancels_the_work() -> None:
             assert (image.width, image.height) == (10, 6)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    await made.run(image, WORK)
+                    await made.run(made.first, image, WORK)
             items = []
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    async for item in made.stream(image, WORK):
+                    async for item in made.stream(made.first, image, WORK):
                         items.append(item)
             assert items == [TextPiece(index=0, text="a")]
 
@@ -178,7 +178,7 @@ def test_a_stream_that_ends_is_not_cancelled() -> None:
 
     async def ask() -> list[Any]:
         async with gateway(handle) as made:
-            return [item async for item in made.stream(await picture(made), WORK)]
+            return [item async for item in made.stream(made.first, await picture(made), WORK)]
 
     assert asyncio.run(ask())[-1] is answer
     assert not handle.streaming.response.cancelled

@@ -177,7 +177,7 @@ def pictures() -> list[bytes]:
 
 
 def run_of(demo: EngineService, folder: Path = STORED_RUN / "finished") -> FinishedRun:
-    found = FinishedRun(str(folder), demo.model, ImageLimits())
+    found = FinishedRun(str(folder), demo.first.info, ImageLimits())
     found.read_index()
     return found
 
