@@ -169,9 +169,7 @@ class Driver:
         self._loads = news.loads
         self._export()
         tracker = self._tracker
-        self._attempt.note(
-            tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows
-        )
+        self._attempt.note(tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows)
         self._say_start(news)
         self._console.count_warnings(news.warnings)
         self._say_trouble(describe(news.troubles))

@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: li
 
 
 def test_a_job_for_another_model_is_refused(service: EngineService) -> None:
-    model = {"digest": service.model.digest, "dtype": service.model.dtype, "quantize": None}
+    model = {"digest": service.first.info.digest, "dtype": service.first.info.dtype, "quantize": None}
     assert lines_of(send(service, npy(IMAGES), [{}], **model))
     for name in model:
         code, kind, message = error_of(send(service, npy(IMAGES), [{}], **(model | {name: "int8"})))
