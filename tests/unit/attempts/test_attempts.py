@@ -147,7 +147,7 @@ def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
     with recorded(folder, is_begun=True, run="digest") as record:
         earlier = record.earlier
         assert ([a.id for a in earlier], earlier.shard_rows) == (["0001"], 50.0)
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {}, shard_rows=60.0)
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
     assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
     assert record.all.rows == read_attempts(folder).rows
     said = total_line(record.all)
