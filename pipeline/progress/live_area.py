@@ -86,7 +86,7 @@ def _bars(snapshot: ProgressSnapshot, width: int) -> Table:
         bar = ProgressBar(total=total, completed=min(done, total or done), pulse=total is None)
         numbers = f"{done:,}" if total is None else f"{done:,}/{max(done, total):,.0f}"
         busy = snapshot.busy.get(stage)
-        last = [] if width < WIDE else ["" if busy is None else f"{busy:.0%} busy"]
+        last = [] if width < WIDE else [f"{busy:.0%} busy" if busy else ""]  # 0: not measured yet
         table.add_row(stage, bar, numbers, *last)
     return table
 

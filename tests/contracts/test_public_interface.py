@@ -41,6 +41,7 @@ PUBLIC = [
     "ModelInfo",
     "Request",
     "Result",
+    "ResultSheet",
     "SandboxReport",
     "Score",
     "Status",
