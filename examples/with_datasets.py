@@ -5,8 +5,8 @@
 
 The name is that of a data set of the hub, or a folder of images. Without one, pictures are drawn.
 `captioned.push_to_hub("me/captioned")` uploads the result; for a folder of many files, use
-`hf upload-large-folder me/captions captions --repo-type dataset`. For millions of images,
-`blip2 caption hf://datasets/…` reads the files of a data set as a job.
+`hf upload me/captions captions --repo-type dataset`. For millions of images, `blip2 caption hf://datasets/…`
+reads the files of a data set as a job.
 """
 
 from __future__ import annotations

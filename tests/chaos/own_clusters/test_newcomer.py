@@ -94,7 +94,8 @@ class Newcomer:
         self.root = root
         self.venv = root / "env"
         self.minutes: list[tuple[float, str]] = []
-        self.environment = {
+        of_pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        self.environment = of_pip | {
             "HOME": str(root / "home"),
             "PATH": f"{self.venv / 'bin'}:/usr/bin:/bin",
             "HF_ENDPOINT": hub,
@@ -135,10 +136,10 @@ def test_the_readme_and_the_tutorial_lead_to_captions(tmp_path: Path, hub: str) 
     folder = newcomer.folder("readme")
     (folder / "dist").mkdir()
     shutil.copy(build_wheel(tmp_path / "wheel"), folder / "dist")
-    install, captions = blocks("sh", ("README.md",))[0], [b for b in blocks("sh", ("README.md",)) if b.runs]
-    for block in (install, *captions):
-        for command in lines_of(block):
-            newcomer.run(command, folder)
+    install, *others = blocks("sh", ("README.md",))
+    for block in (install, *(block for block in others if block.runs)):
+        for words in lines_of(block):
+            newcomer.run(words, folder)
     assert (folder / "report.html").exists() and list((folder / "captions").rglob("*.parquet"))
     for block in blocks("python", ("README.md",)):
         if block.runs:
@@ -147,8 +148,8 @@ def test_the_readme_and_the_tutorial_lead_to_captions(tmp_path: Path, hub: str) 
     folder = newcomer.folder("tutorial")
     said = ""
     for block in blocks("sh", ("docs/tutorial.md",)):
-        for command in lines_of(block):
-            said += newcomer.run(command, folder)
+        for words in lines_of(block):
+            said += newcomer.run(words, folder)
     for name in ("captions", "captions_coco", "answers"):
         assert f"output: {folder / name}" in said or f"output: {name}" in said
     assert said.count(f"{NUM_PHOTOS} rows = {NUM_PHOTOS} ok + 0 failed") == 3
