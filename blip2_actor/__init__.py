@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from blip2_actor.engine.memory import free_bytes
     from blip2_actor.inputs.fetch_policy import FetchError, FetchPolicy
     from blip2_actor.inputs.fetching import fetch_image
+    from blip2_actor.inputs.result_sheet import ResultSheet
     from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
@@ -76,6 +77,7 @@ __all__ = [
     "QuantizationChoice",
     "Request",
     "Result",
+    "ResultSheet",
     "SandboxReport",
     "Score",
     "Status",
@@ -104,6 +106,7 @@ _LAZY = {
     "FetchError": "blip2_actor.inputs.fetch_policy",
     "FetchPolicy": "blip2_actor.inputs.fetch_policy",
     "ImageLimits": "blip2_actor.preprocessing.images",
+    "ResultSheet": "blip2_actor.inputs.result_sheet",
     "SandboxReport": "blip2_actor.preprocessing.sandbox.protections",
     "decode_image": "blip2_actor.preprocessing.images",
     "free_bytes": "blip2_actor.engine.memory",

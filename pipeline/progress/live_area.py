@@ -83,10 +83,16 @@ def _bars(snapshot: ProgressSnapshot, width: int) -> Table:
     if width >= WIDE:
         table.add_column(no_wrap=True, justify="right", style="dim", min_width=len("100% busy"))
     for stage, done, total in _stages(snapshot):
-        bar = ProgressBar(total=total, completed=min(done, total or done), pulse=total is None)
+        bar = ProgressBar(
+            total=total,
+            completed=min(done, total or done),
+            pulse=total is None,
+            complete_style="cyan",  # rich's own is red, which is for failures
+            finished_style="green",
+        )
         numbers = f"{done:,}" if total is None else f"{done:,}/{max(done, total):,.0f}"
         busy = snapshot.busy.get(stage)
-        last = [] if width < WIDE else ["" if busy is None else f"{busy:.0%} busy"]
+        last = [] if width < WIDE else [f"{busy:.0%} busy" if busy else ""]  # 0: not measured yet
         table.add_row(stage, bar, numbers, *last)
     return table
 

@@ -42,6 +42,7 @@ PUBLIC = [
     "QuantizationChoice",
     "Request",
     "Result",
+    "ResultSheet",
     "SandboxReport",
     "Score",
     "Status",

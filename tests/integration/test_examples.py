@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +20,7 @@ from examples import (
     import_files,
     search_by_text,
     stage_in_a_dataset,
+    with_datasets,
 )
 from examples.drawn_pictures import draw_pictures
 
@@ -90,6 +94,39 @@ def test_an_output_becomes_import_files(folder, capsys):
     samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert samples[0]["filepath"] == str(folder.resolve() / "photos" / "a.png")
     assert samples[1]["tags"] == ["undecodable"]
+
+
+@pytest.mark.slow
+def test_a_data_set_gets_captions(folder, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    assert with_datasets.main(["--output", "captioned.parquet"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "24 rows in captioned.parquet"
+    captioned = datasets.load_dataset("parquet", data_files="captioned.parquet", split="train")
+    truth = list(draw_pictures(folder / "again", 24).values())
+    assert sum(map(str.__eq__, captioned["caption"], truth)) >= 20
+    assert captioned[0]["image"].size == (128, 128) and set(captioned["status"]) == {"ok"}
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_show_their_results(folder):
+    """Each cell runs as Jupyter runs it: its last expression is what is shown."""
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
+    assert not any(cell.get("outputs") for cell in notebook["cells"]), "clear the outputs"
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            *first, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(first, []), "notebook", "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), names))
+            else:
+                exec(compile(ast.Module([last], []), "notebook", "exec"), names)
+    sheet, texts, table, closed = shown
+    assert repr(sheet) == "ResultSheet(13 results, 12 ok)" and sheet._repr_html_().count("<img ") == 12
+    assert len(texts) == 3 and all(texts)
+    assert "undecodable" in names["table"]["status"].tolist() and hasattr(table, "_repr_html_")
+    assert closed is None
 
 
 def test_every_example_is_run_by_a_test():

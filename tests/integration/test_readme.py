@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_every_command_is_one_that_the_command_line_takes() -> None:
             if words[0] == "make":
                 subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
     assert seen >= 7
+
+
+@pytest.mark.slow
+def test_the_hub_has_the_commands_that_upload_results() -> None:
+    """Version 2 of the hub's client has renamed one that guides still name."""
+    commands = [words for block in blocks("sh") for words in block.commands if words[0] == "hf"]
+    assert commands
+    for words in commands:
+        program = Path(sys.executable).with_name("hf")
+        shown = subprocess.run(
+            [program, words[1], "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert all(flag in shown for flag in words if flag.startswith("--"))
 
 
 def test_the_runnable_commands_run(local_ray: None, folder: Path) -> None:
