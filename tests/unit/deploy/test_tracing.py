@@ -15,6 +15,7 @@ from blip2_actor import EngineConfig, GenerationOptions
 from deploy.command import main
 from deploy.observe import tracing
 from deploy.observe.request_record import timed
+from tests.unit.deploy.otlp_collector import collecting
 from tests.unit.deploy.routes.engine_service import EngineService, ask, png
 
 COLLECTOR = "http://127.0.0.1:4318"
@@ -74,6 +75,23 @@ def test_without_a_collector_there_are_no_spans(
         pass
     assert not exporter.get_finished_spans()
     assert tracing.serve_environment() == {}
+
+
+def test_spans_reach_a_collector_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(f"{tracing.EXPORTER}.proto.http", reason="comes with the extra otel")
+    with collecting() as collector:
+        monkeypatch.setenv(tracing.COLLECTOR[0], f"http://127.0.0.1:{collector.server_port}")
+        provider = TracerProvider(shutdown_on_exit=False)
+        for processor in tracing.span_processors():
+            provider.add_span_processor(processor)
+        monkeypatch.setattr(trace, "get_tracer", lambda name: provider.get_tracer(name))
+        with timed("engine"):
+            tracing.TextSpans(None).end({"blip2.num_tokens": 3})
+        provider.shutdown()
+    generate, engine = sorted(collector.spans, key=lambda span: span.name == "engine")
+    assert (generate.name, engine.name) == ("generate", "engine")
+    assert (generate.parent_span_id, generate.trace_id) == (engine.span_id, engine.trace_id)
+    assert [(one.key, one.value.int_value) for one in generate.attributes] == [("blip2.num_tokens", 3)]
 
 
 def test_serve_exports_every_trace_unless_a_ratio_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.chaos.own_clusters.online.test_endpoint_lifecycle import CAPTION, ask, endpoint
 from tests.integration.online.endpoint import wait_for
+from tests.unit.deploy.otlp_collector import Collector, collecting
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="comes with the extra otel")
 
@@ -20,42 +17,12 @@ pytestmark = pytest.mark.timeout(400)
 PARTS = {"queue", "decode", "engine", "encode", "decode_steps"}
 
 
-class Collector(ThreadingHTTPServer):
-    """Takes what an exporter posts to /v1/traces."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        super().__init__(("127.0.0.1", 0), Post)
+def test_a_request_is_one_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with collecting() as collector:
+        check(tmp_path, collector, monkeypatch)
 
 
-class Post(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        assert self.path == "/v1/traces"
-        body = self.rfile.read(int(self.headers["content-length"]))
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            for scope in resource.scope_spans:
-                self.server.spans += scope.spans
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with Collector() as made:
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-
-
-def test_a_request_is_one_trace(
-    tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def check(tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
