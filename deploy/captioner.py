@@ -34,6 +34,7 @@ from blip2_actor import (
 )
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import observe_step, show_engine
+from deploy.observe.tracing import TextSpans, is_tracing
 from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
@@ -183,7 +184,12 @@ class Captioner:
         self, request: Request, index: int, report: Callable[[int, str], None] | None
     ) -> asyncio.Future[Result]:
         on_text = None if report is None else partial(report, index)
-        return asyncio.wrap_future(self._actor.submit(request, on_text))
+        if not is_tracing():
+            return asyncio.wrap_future(self._actor.submit(request, on_text))
+        spans = TextSpans(on_text)
+        result = asyncio.wrap_future(self._actor.submit(request, spans.on_text))
+        result.add_done_callback(lambda done: spans.end(_attributes(done)))
+        return result
 
     async def _wait(self, wanted: object, call: Callable[[], list[T]]) -> list[T]:
         """Return what a call of an engine returns, without blocking the loop; nothing if it is not wanted."""
@@ -223,6 +229,14 @@ class Captioner:
             self._actor.close()
         if getattr(self, "_matcher", None) is not None:
             self._matcher.close()
+
+
+def _attributes(done: asyncio.Future[Result]) -> dict[str, str | int]:
+    """Return what a trace says of a text; never the text."""
+    if done.cancelled() or done.exception() is not None:
+        return {"blip2.status": "cancelled" if done.cancelled() else "failed"}
+    result = done.result()
+    return {"blip2.status": result.status.value, "blip2.num_tokens": len(result.token_ids)}
 
 
 def _added(sent: list[str], index: int, text: str) -> TextPiece | None:

@@ -22,6 +22,7 @@ from blip2_actor.flags import (
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
 from deploy.guard.keys import read_keys
+from deploy.observe.tracing import EXPORTER, is_tracing
 from deploy.settings import ServeSettings
 
 PROG = "blip2 serve"
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     try:
         require_packages(PROG, NEEDS, "serve")
+        if is_tracing():
+            require_packages(PROG, (EXPORTER,), "otel")
         settings = build(ServeSettings, vars(given))
         for keys_file in filter(None, (settings.keys_file, settings.admin_keys_file)):
             read_keys(Path(keys_file))

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from deploy.observe.logs import serve_logging
+from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
 
 APPLICATION = "blip2"
@@ -45,6 +46,7 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
     # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(serve_environment())
     # Ray reads its environment when it is imported, and these import it.
     import ray
     from ray import serve

