@@ -14,6 +14,7 @@ from blip2_actor.config import EngineConfig, MatchingConfig
 from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
 from blip2_actor.protocols import EngineBuilder, EngineLike
+from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.request import (
     Completion,
     Embedding,
@@ -72,6 +73,7 @@ __all__ = [
     "MatchingConfig",
     "MatchingEngine",
     "ModelInfo",
+    "QuantizationChoice",
     "Request",
     "Result",
     "SandboxReport",

@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from blip2_actor.checkpoints.hub_patience import patiently
 from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
@@ -118,19 +120,20 @@ def _hub() -> str:
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Bring files of a hub repository into the hub's cache; say so first if they are large.
+    """Bring files of a hub repository into the hub's cache, with patience; say so first if they are large.
 
     Raises:
         NotEnoughDisk: they do not fit there.
         OSError: as from the hub's own function.
     """
+    asked = partial(snapshot_download, model, revision=revision, allow_patterns=list(patterns))
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
         with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
-            files = snapshot_download(model, revision=revision, allow_patterns=list(patterns), dry_run=True)
+            files = patiently(partial(asked, dry_run=True))
             missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
             if missing_bytes > SMALL_BYTES:
                 _announce(model, missing_bytes)
-    return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    return Path(patiently(asked))
 
 
 def _announce(model: str, missing_bytes: int) -> None:

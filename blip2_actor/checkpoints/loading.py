@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,9 +18,12 @@ from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.quantization.choice import choose_parts, layers_of
+from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.measurement import choose, layers_of
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
+phases = logging.getLogger("blip2_actor.phases")
+"""Says what an engine does at its start, for hosts that show it to a person."""
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 """Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -50,6 +54,7 @@ def load_model(
             that does not exist.
         OSError: a file is missing or broken.
     """
+    phases.info("loading the weights")
     model = _build(checkpoint, dtype)
     split = None
     if device_map is not None:
@@ -67,23 +72,42 @@ def load_model(
     return model
 
 
-def load_quantized(
-    checkpoint: Checkpoint, dtype: torch.dtype, image_size_px: int | None, calibration: Calibration
-) -> tuple[Blip2, QuantizationRecord]:
-    """Load a captioning model on the CPU, and quantize the parts that are faster in int8 while they are read.
-
-    A plain weight that is to be quantized takes memory only until its layer is done, because the system gives
-    memory to what has been written. The other arguments, and the errors, are those of `load_model`.
+def choose_quantization(
+    checkpoint: Checkpoint, method: str, device: torch.device, dtype: torch.dtype, image_size_px: int
+) -> QuantizationChoice:
+    """Choose which parts of a captioning model are quantized on this machine; no weights are read.
 
     Args:
+        method: as in `EngineConfig.quantize`.
+        image_size_px: size of the images.
+    """
+    return choose(_build(checkpoint, dtype), method, device, dtype, image_size_px)
+
+
+def load_quantized(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    image_size_px: int | None,
+    choice: QuantizationChoice,
+    calibration: Calibration,
+) -> tuple[Blip2, QuantizationRecord]:
+    """Load a captioning model, and quantize the chosen parts while they are read.
+
+    On a CPU, a plain weight that is to be quantized takes memory only until its layer is done, because the
+    system gives memory to what has been written. The other arguments, and the errors, are those of
+    `load_model`.
+
+    Args:
+        choice: from `choose_quantization`, perhaps of another machine.
         calibration: images and a text, for which the quantized layers are calibrated.
     """
+    phases.info("loading and quantizing the weights")
     model = _build(checkpoint, dtype)
-    fractions = choose_parts(model, dtype)
-    _allocate(model, torch.device("cpu"))
-    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, fractions)))
-    model.normalizer = _normalizer(checkpoint)
-    return model, quantize(model, readers, fractions, calibration)
+    _allocate(model, device)
+    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, choice.parts)))
+    model.normalizer = _normalizer(checkpoint).to(device)
+    return model, quantize(model, readers, choice, calibration)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2:

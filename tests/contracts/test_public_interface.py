@@ -39,6 +39,7 @@ PUBLIC = [
     "MatchingConfig",
     "MatchingEngine",
     "ModelInfo",
+    "QuantizationChoice",
     "Request",
     "Result",
     "SandboxReport",
