@@ -29,7 +29,7 @@ import pyarrow.fs as pafs
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
-from pipeline.storage.secrets import without_secrets
+from pipeline.storage.secrets import hide_secrets, without_secrets
 
 T = TypeVar("T")
 OpenFile: TypeAlias = "pa.NativeFile | io.BufferedReader"
@@ -211,8 +211,9 @@ class Folder:
             self._put_once(probe, bytes(PROBE_BYTES))
             self._delete_once(probe)
         except OSError as error:
+            reason = hide_secrets(" ".join(str(error).split()))  # of Azure, a page with the signed URL
             raise ValueError(
-                f"output must be a folder that can be written, got {self}: {error}; "
+                f"output must be a folder that can be written, got {self}: {reason}; "
                 "give another --output or the missing permission"
             ) from error
 
@@ -262,8 +263,13 @@ class Folder:
             self.filesystem.delete_file(self.path(name))
 
     def _erase_once(self, under: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self.filesystem.delete_dir(self.path(under).rstrip("/"))
+        except OSError:
+            # It may be gone, for which stores have different errors; or a store of Azure does not take many
+            # requests in one.
+            for file in self._list_once(under):
+                self._delete_once(file.name)
 
     def _list_once(self, under: str) -> list[WrittenFile]:
         base = self.path(under).rstrip("/")

@@ -103,6 +103,12 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     delete_dir = _raising_oserrors(pafs.FSSpecHandler.delete_dir)
     delete_file = _raising_oserrors(pafs.FSSpecHandler.delete_file)
 
+    @staticmethod
+    def _create_file_info(path: str, info: dict[str, Any]) -> pafs.FileInfo:
+        if "mtime" not in info:  # the filesystem of Azure calls it so
+            info = {**info, "mtime": info.get("last_modified")}
+        return pafs.FSSpecHandler._create_file_info(path, info)
+
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
         return [self._file_info(path) for path in paths]
 

@@ -27,8 +27,11 @@ Place = Literal["output", "input"]
 
 _NEVER = (FileNotFoundError, PermissionError, IsADirectoryError)
 _NEVER_ERRNOS = (errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
-_REFUSED_BY_S3 = re.compile(r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_\w+)")
-"""Arrow raises a plain OSError for these."""
+_REFUSED_BY_STORE = re.compile(
+    r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_\w+)"
+    r"|\b(ContainerNotFound|AccountIsDisabled|AuthenticationFailed|Authorization[A-Z]\w+)\b"
+)
+"""Arrow raises a plain OSError for these of S3, and for these of Azure."""
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ def retry_on_oserror(
 def is_final(error: OSError) -> bool:
     """Return whether a new try cannot succeed: a file is missing, access is denied, a name is too long."""
     is_refused = isinstance(error, _NEVER) or error.errno in _NEVER_ERRNOS
-    return is_refused or bool(_REFUSED_BY_S3.search(str(error)))
+    return is_refused or bool(_REFUSED_BY_STORE.search(str(error)))
 
 
 def _state(error: OSError) -> str:

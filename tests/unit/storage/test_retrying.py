@@ -108,6 +108,8 @@ def test_a_listener_that_is_to_stop_ends_the_retries(heard):
         (OSError(errno.EROFS, "Read-only file system"), True),
         (OSError(errno.ENAMETOOLONG, "File name too long"), True),
         (OSError("AWS Error ACCESS_DENIED during PutObject operation: Access Denied."), True),
+        (OSError("UploadFrom failed. Azure Error: [ContainerNotFound] 404 The container is gone"), True),
+        (OSError("UploadFrom failed. Azure Error: [ServerBusy] 503 Ingress is over the limit"), False),
     ],
 )
 def test_only_what_may_pass_is_tried_again(error, expected):

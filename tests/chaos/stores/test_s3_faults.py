@@ -18,7 +18,7 @@ from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
-from tests.chaos.faulty_s3 import FaultyStore, faulty_store
+from tests.chaos.stores.faulty_s3 import FaultyStore, faulty_store
 from tests.integration.inputs import right_caption, write_tars
 
 

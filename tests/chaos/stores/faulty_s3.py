@@ -1,6 +1,6 @@
 """An S3 server (moto) in a process of its own, which can be told to fail.
 
-`python -m tests.chaos.faulty_s3` prints its port. After `POST /faults?each=N&outage_at=KIND`
+`python -m tests.chaos.stores.faulty_s3` prints its port. After `POST /faults?each=N&outage_at=KIND`
 the first N requests of each kind (method and subject) get 503 SlowDown or, after they were carried out, 500
 InternalError. From the next request of the kind `outage_at` on, all requests fail for a while; the first of
 them is answered only after the client has timed out. `GET /faults` counts the failures by kind.
@@ -112,7 +112,7 @@ class FaultyStore:
 
 @contextmanager
 def faulty_store() -> Iterator[FaultyStore]:
-    command = [sys.executable, "-m", "tests.chaos.faulty_s3"]
+    command = [sys.executable, "-m", "tests.chaos.stores.faulty_s3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:

@@ -1,0 +1,126 @@
+"""Input, output, lease and model in the stores of Google and Azure, where their emulators are installed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from blip2_actor.checkpoints import download
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER, resolve
+from blip2_actor.testing import FakeEngineConfig, captions_made
+from pipeline.cli.main import main
+from pipeline.errors import InputError, OutputInUse
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.stamps import size_in
+from pipeline.ledger.lease import Lease
+from pipeline.ledger.ledger import Ledger
+from pipeline.progress import Console
+from pipeline.report.status import status_lines
+from pipeline.run.prepare import prepare
+from pipeline.run.run_job import run_job
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.storage.folder import Folder
+from pipeline.storage.secrets import hide_secrets
+from tests.chaos.stores.emulators import Store, azure, google, upload
+from tests.integration.inputs import right_caption, write_tars
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning:aiohttp")
+
+
+@pytest.fixture(scope="module", params=["az", "abfs", "gs"])
+def store(
+    request: pytest.FixtureRequest, own_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Store]:
+    """One emulator after the other."""
+    start = google() if request.param == "gs" else azure(request.param, tmp_path_factory.mktemp("azurite"))
+    with start as started:
+        os.environ.update(started.environment)
+        fsspec.get_filesystem_class(started.model_scheme).clear_instance_cache()  # it forgets no port
+        yield started
+
+
+@pytest.fixture
+def two_cpus(store: Store) -> Iterator[None]:
+    """A local Ray whose workers reach the store."""
+    options = {"object_store_memory": 200 << 20, "include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=2, **options)
+    yield
+    ray.shutdown()
+
+
+def test_a_folder_works_as_on_a_disk(store):
+    folder = Folder(store.uri("folder"))
+    assert (folder.names(), folder.get("a/b")) == ([], None)
+    folder.put("a/b", b"1")
+    folder.put("a/b", b"2")
+    folder.put("é #1/c d", os.urandom(20 << 20))
+    assert folder.get("a/b") == b"2"
+    assert sorted(folder.names()) == ["a/b", "é #1/c d"]
+    assert [(file.name, file.num_bytes) for file in folder.files("a")] == [("a/b", 1)]
+    assert folder.files("a")[0].written > 1.7e9
+    age = folder.seconds_since_write("a/b")
+    assert age is not None and age < 60 and folder.seconds_since_write("none") is None
+    for _ in range(2):
+        folder.delete("a/b")
+        folder.erase("é #1")
+    assert folder.names() == []
+    folder.require_writable()
+
+
+def test_one_driver_holds_the_lease(store):
+    folder = Folder(store.uri("lease"))
+    with Lease(folder), pytest.raises(OutputInUse), Lease(folder):
+        pass
+    assert folder.names() == []
+
+
+def test_a_bucket_that_is_not_there_is_refused_without_the_secret(store):
+    uri = store.uri("x").replace("bucket/x", "absent/x")
+    with pytest.raises(ValueError, match="output must be a folder that can be written") as refusal:
+        Folder(uri).require_writable()
+    assert store.secret not in str(refusal.value) and "sig=" not in str(refusal.value)
+    with pytest.raises(InputError) as refused:
+        list_shards(uri)
+    assert "sig=" not in hide_secrets(str(refused.value)), "as every command prints it"
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_job_from_store_to_store_and_again(store, tmp_path, capsys):
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
+    upload(store, tmp_path / "in", "in")
+    shards = list_shards(store.uri("in"))
+    assert all(size_in(stamp) and stamp[-1] != "@" for shard in shards for stamp in shard.stamps)
+    settings = CaptionSettings(input=(store.uri("in"),), output=store.uri("out"))
+    engine = FakeEngineConfig(trace=str(tmp_path / "trace"))
+    said = io.StringIO()
+    for _ in range(2):
+        result = run_job(prepare(settings, engine), Console(said))
+        assert (result.num_ok, result.exit_status(0.0)) == (40, 0)
+    assert len(captions_made(tmp_path / "trace")) == 40
+    folder = Folder(settings.output)
+    for shard, images in truth.items():
+        table = folder.read(f"{shard}.parquet", pq.read_table)
+        assert table["key"].to_pylist() == list(images)
+        assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
+    assert not Ledger(folder).scan().fragments
+    assert main(["verify", "--output", settings.output, "--input", *settings.input]) == 0
+    printed = capsys.readouterr()
+    shown = said.getvalue() + printed.out + printed.err + "".join(status_lines(settings.output))
+    assert store.secret not in shown and "sig=" not in shown
+
+
+def test_a_checkpoint_is_fetched(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    upload(store, Path(DEMO_FOLDER), "models/demo")
+    described = resolve(store.model_uri("models/demo"), with_weights=False)
+    fetched = resolve(store.model_uri("models/demo"))
+    assert fetched.digest() == described.digest()
+    weights = (fetched.folder / "model.safetensors").read_bytes()
+    assert weights == (DEMO_FOLDER / "model.safetensors").read_bytes()

@@ -1,0 +1,79 @@
+"""What stores of Google and Azure do otherwise than S3, on a store in memory that does the same."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+import pyarrow.fs as pafs
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.inputs.stamps import stamp_of
+from pipeline.storage.folder import Folder
+from pipeline.storage.fsspec_errors import HandlerWithOSErrors
+
+SIGNED = "http://127.0.0.1/bucket/probe?se=2026&sig=hidden"
+
+
+class Store(MemoryFileSystem):
+    """Not shared with other tests, unlike its parent class."""
+
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    cachable = False
+
+
+def folder_in(filesystem: MemoryFileSystem) -> Folder:
+    handler = HandlerWithOSErrors(filesystem)
+    return Folder("az://bucket/x", filesystem=pafs.PyFileSystem(handler), root="/bucket/x")
+
+
+def test_a_folder_is_erased_file_by_file_if_the_store_does_not_take_it_whole():
+    """Google's client says of a folder that is gone "No such directory", which was retried for 15 minutes."""
+
+    class WithoutBatches(Store):
+        def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+            if recursive:
+                raise OSError("No such directory, or a batch that this store does not take")
+            super().rm(path)
+
+    folder = folder_in(WithoutBatches())
+    for name in ("a/1", "a/b/2", "c/3"):
+        folder.put(name, b"x")
+    folder.erase("a")
+    assert folder.names() == ["c/3"]
+    folder.erase("a")
+    assert folder.names() == ["c/3"]
+
+
+def test_the_time_of_a_file_under_the_name_that_azure_gives_it():
+    """Without it a changed input of the same size was not noticed, and status did not see the driver."""
+
+    class OfAzure(Store):
+        def info(self, path: str, **options: Any) -> dict[str, Any]:
+            found = super().info(path, **options)
+            found.pop("created", None)
+            return {**found, "last_modified": datetime.now(UTC) - timedelta(seconds=90)}
+
+    folder = folder_in(OfAzure())
+    folder.put("a", b"x")
+    age = folder.seconds_since_write("a")
+    assert age is not None and 89 < age < 120
+    (info,) = folder.filesystem.get_file_info([folder.path("a")])
+    assert stamp_of(info).startswith("1@1")
+
+
+def test_a_refusal_of_the_output_holds_no_signature(monkeypatch):
+    """Arrow's client of Azure shows the whole request, over several lines."""
+    folder = folder_in(Store())
+
+    def refuse(*args: Any) -> None:
+        raise OSError(f"UploadFrom failed for '{SIGNED}'\nAzure Error: [ContainerNotFound]\n\nRequest ID: 1")
+
+    monkeypatch.setattr(Folder, "_put_once", refuse)
+    with pytest.raises(
+        ValueError, match=r"bucket/probe' Azure Error: \[ContainerNotFound\] Request"
+    ) as refusal:
+        folder.require_writable()
+    assert "hidden" not in str(refusal.value) and "\n" not in str(refusal.value)
