@@ -38,8 +38,13 @@ class Plan:
     unread: Unread
     """The files of the input that are not read."""
     num_cpus: int
-    """Cores of this machine that this process may use."""
+    """Cores of the measured machine that its process may use."""
     num_accelerators: int = 0
+    """GPUs of the measured machine that actors of the engine may take."""
+    price_per_hour: float | None = None
+    """Of a captioning actor with the cores that keep it busy."""
+    place: str = "here"
+    """The measured machine, in words."""
 
     @property
     def prediction(self) -> Prediction:
@@ -74,6 +79,11 @@ class Plan:
     @property
     def failed_fraction(self) -> float:
         return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
+
+    @property
+    def cost(self) -> float | None:
+        """What the whole input costs, in the currency of the price, if no actor ever waits."""
+        return None if self.price_per_hour is None else self.prediction.actor_s / 3600 * self.price_per_hour
 
     @property
     def output_bytes(self) -> float:
@@ -130,9 +140,15 @@ class Plan:
                 + f"{duration(prediction.actor_s / num_actors)}, with {num_cores:,.1f} cores"
             )
         yield (
-            f"here      {duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores, "
+            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores, "
             f"{duration(self.start_s)} of it start-up; bottleneck: {prediction.bottleneck}; {self._remedy}"
         )
+        if self.cost is not None:
+            rows = self.size_estimate.num_rows
+            yield (
+                f"cost      {self.cost:,.2f} for the whole input at {self.price_per_hour:g} per hour of an "
+                f"actor, {1e6 * self.cost / rows:,.2f} per million rows; starts and idle machines come on top"
+            )
         num_files = self.size_estimate.num_shards
         yield f"output    about {format_bytes(self.output_bytes)} in {num_files:,} Parquet files"
         if self.failed_fraction > self.settings.max_failed_fraction:
@@ -157,6 +173,9 @@ class Plan:
             "output_bytes": round(self.output_bytes),
             "start_s": self.stage_costs.start_s,
             "num_cpus": self.num_cpus,
+            "place": self.place,
+            "price_per_hour": self.price_per_hour,
+            "cost": self.cost,
             "quantization": None if effect is None else dataclasses.asdict(effect),
         }
 

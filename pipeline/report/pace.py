@@ -13,7 +13,7 @@ MAX_WARNINGS = 5
 
 
 def attempt_lines(attempts: Attempts) -> list[str]:
-    """Return the speed of a run, how its last attempt ended, and what its workers warned of."""
+    """Return the speed of a run, how its last attempt ended, and what its workers quantized and warned of."""
     if not attempts.all:
         return [UNKNOWN]
     lines = [_speed(attempts)]
@@ -22,11 +22,21 @@ def attempt_lines(attempts: Attempts) -> list[str]:
     first, last = attempts.all[0], attempts.all[-1]
     span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
     lines.append(f"{span}; the last: {last.ending}")
+    quantization = attempts.quantization.most_common(MAX_WARNINGS)
+    lines += [f"quantized by {count(n, 'worker')}: {text}" for text, n in quantization]
     warnings = attempts.warnings.most_common()
     lines += [f"worker warning, at least {count(n, 'time')}: {text}" for text, n in warnings[:MAX_WARNINGS]]
     if len(warnings) > MAX_WARNINGS:
         lines.append(f"... and {len(warnings) - MAX_WARNINGS:,} more warnings of workers")
     return lines
+
+
+def total_line(attempts: Attempts) -> str:
+    """Return what all attempts of a run have done together, and when the first began and the last ended."""
+    first, last = attempts.all[0], attempts.all[-1]
+    span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
+    rate = f" ({attempts.rows_per_s:,.1f} rows/s)" if attempts.rows_per_s else ""
+    return f"{span}: {count(attempts.rows, 'row')} in {duration(attempts.active_s)} of work{rate}"
 
 
 def verdict(attempts: Attempts) -> str:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pipeline.placement.cluster import Cluster
 
 
-QUIET = "raised in its creation task|retries remaining|infeasible resource requests"
+QUIET = (
+    "raised in its creation task|retries remaining|infeasible resource requests|Raylet is terminated"
+    "|has been marked dead"
+)
 """What Ray says on the terminal of every driver, and the job says in its own words."""
 
 

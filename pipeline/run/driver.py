@@ -36,6 +36,8 @@ from pipeline.run.tracker import Tracker
 from pipeline.stages.coordinator import Coordinator, Load, News
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
+from pipeline.watch.members import Members
+from pipeline.watch.waiting import LOOK_EVERY_S
 
 STEP_S = 0.2
 """How long one step waits for receipts."""
@@ -73,6 +75,7 @@ class Driver:
         stop: StopRequest,
         console: Console,
         attempt: AttemptRecorder,
+        members: Members,
     ) -> None:
         """Start the actors that are not stages.
 
@@ -83,6 +86,7 @@ class Driver:
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
             attempt: its record gets the progress too.
+            members: says which nodes and workers come and go, and which are awaited.
         """
         self._job = job
         self._ledger = ledger
@@ -90,18 +94,19 @@ class Driver:
         self._stop = stop
         self._console = console
         self._attempt = attempt
+        self._members = members
         self._work = [progress.work for progress in left]
-        self._tracker = Tracker(left)
+        self._tracker = Tracker(left, attempt.earlier.shard_rows)
         self._reservations = reservations
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         )
-        self._committers = Committers(ledger, job.metadata, job.empty_schema, job.is_retry, self._coordinator)
+        self._committers = Committers(ledger, job.metadata, job.empty_schema, self._coordinator)
         # A retry runs rows that have failed before: most of them may well fail again.
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
-        self._checked = 0.0
+        self._checked = self._looked = 0.0
         self._loads: dict[str, dict[str, Load]] = {}
         self._trouble: str | None = None
         self._broken: Device | None = None
@@ -147,6 +152,9 @@ class Driver:
         if now - self._checked >= CHECK_EVERY_S:
             self._checked = now
             self._check()
+        if now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._members.look()
         self._commit()
         self._rate.add(self._tracker.num_rows, now)
         self._show(stream)
@@ -160,7 +168,8 @@ class Driver:
             self._tracker.add_report(report)
         self._loads = news.loads
         self._export()
-        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
+        tracker = self._tracker
+        self._attempt.note(tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows)
         self._say_start(news)
         self._console.count_warnings(news.warnings)
         self._say_trouble(describe(news.troubles))
@@ -266,7 +275,7 @@ class Driver:
 
     def _show(self, stream: ReceiptStream) -> None:
         rows_left = self._tracker.estimate_rows_left()
-        rate = self._rate.mean
+        rate = self._rate.mean or self._attempt.earlier.rows_per_s
         num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
@@ -276,7 +285,7 @@ class Driver:
             num_shards=num_shards,
             left_s=rows_left / rate if rate and rows_left is not None else None,
             busy=busy_fractions(self._loads),
-            trouble=self._trouble,
+            trouble=self._trouble or self._members.stalled,
             total_rows=None if rows_left is None else self._tracker.num_rows + rows_left,
             rows_by_stage=stream.rows_by_stage(),
         )

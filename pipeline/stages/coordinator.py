@@ -113,6 +113,8 @@ class News:
     """Of devices, since the last news."""
     warnings: dict[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given since the start."""
+    quantization: dict[str, int] = field(default_factory=dict)
+    """What workers have quantized, and how many of them since the start."""
     starting: tuple[str, ...] = ()
     """What the captioning workers do that are not ready, those that have spoken last at the end."""
 
@@ -138,6 +140,7 @@ class Coordinator:
         self._troubles: dict[str, _Trouble] = {}
         self._failures = DeviceFailures()
         self._warnings: dict[tuple[str, str], int] = {}
+        self._quantization: dict[str, str] = {}
         self._starting: dict[str, str] = {}
         self._stopping = False
 
@@ -219,6 +222,10 @@ class Coordinator:
         if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
             self._warnings[worker, text] = number
 
+    def quantized(self, worker: str, summary: str) -> None:
+        """Note what a worker has quantized."""
+        self._quantization[worker] = summary
+
     def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
         before = self._troubles.pop(worker, None)
@@ -254,6 +261,7 @@ class Coordinator:
             troubles,
             self._failures.take(),
             dict(warnings),
+            dict(Counter(self._quantization.values())),
             tuple(self._starting.values()),
         )
 

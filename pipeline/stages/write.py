@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import ray
 
+from pipeline.errors import noted
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
 from pipeline.placement.own_accelerator import use_own_accelerator
@@ -94,6 +95,9 @@ class WriteStage:
         self._giving_up = threading.Lock()
         self._started = time.monotonic()
         tell_warnings(coordinator, self._worker)
+        record = getattr(self._stage.actor.engine, "quantization", None)
+        if record is not None:
+            coordinator.quantized.remote(self._worker, record.summary())
         self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
@@ -102,7 +106,8 @@ class WriteStage:
         call = _name_of(table)
         self._calls.add(call)
         try:
-            return receipts_to_table(self._run(call, table))
+            with noted(f"captioning {call}"):
+                return receipts_to_table(self._run(call, table))
         except EngineFault as error:
             self._give_up(str(error))
         finally:

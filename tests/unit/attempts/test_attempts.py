@@ -21,7 +21,7 @@ from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.errors import StoppedBySignal
 from pipeline.ledger.layout import ATTEMPTS
-from pipeline.report.pace import UNKNOWN, attempt_lines
+from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
 from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator, Load
 from pipeline.stages.worker_warnings import MAX_TEXTS, WarningCounter
@@ -128,15 +128,34 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
         (first,) = read_attempts(folder)
         assert first.reason is None and first.versions["python"] and first.model == "m"
         record.end_phase("open the output")
-        record.note(0, {}, {})
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1})
+        record.note(0, {}, {}, {})
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
         record.begin_driver()
-        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2})
+        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
         raise StoppedBySignal(signal.SIGTERM)
     (last,) = read_attempts(folder)
     assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
+    assert last.quantization == {"int8: all": 2}
     assert list(last.phases) == ["open the output", "load the model", "first row"]
     assert last.exit_status == 143 and "SIGTERM" in last.ending
+
+
+def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
+    """After the death of a driver, progress and the end of a run told only of the last attempt."""
+    folder = Folder(str(tmp_path))
+    write_attempt(folder, attempt(1, shard_rows=50.0))
+    with recorded(folder, is_begun=True, run="digest") as record:
+        earlier = record.earlier
+        assert ([a.id for a in earlier], earlier.shard_rows) == (["0001"], 50.0)
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
+    assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
+    assert record.all.rows == read_attempts(folder).rows
+    said = total_line(record.all)
+    assert (
+        said.startswith("2 attempts, 20")
+        and said.count(" UTC") == 2
+        and f": {record.all.rows} rows in" in said
+    )
 
 
 def test_a_store_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
