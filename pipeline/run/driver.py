@@ -22,7 +22,7 @@ from pipeline.errors import (
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
-from pipeline.metrics import SHARDS
+from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
@@ -109,6 +109,7 @@ class Driver:
         self._busy: dict[str, float] = {}
         self._trouble: str | None = None
         self._broken: Device | None = None
+        label_with_run()
         lease.progress = self._progress
 
     def run(self) -> None:

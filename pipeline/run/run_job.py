@@ -49,7 +49,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     with (
         stop.by_signals(),
         _said_to(console, stop),
-        Lease(job.ledger.folder, job.run_slice) as lease,
+        Lease(job.ledger.folder, job.run_slice, run=job.run.id) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
     ):
         ledger = job.ledger.with_retries()
@@ -57,7 +57,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         left = _left(job, ledger)
         if left or job.redone or job.asks_dtype:
             attempt.end_phase("open the output")
-            with connected() as cluster:
+            with connected(job.run.id) as cluster:
                 attempt.connected(cluster)
                 job = _place(job, left, cluster, console)
                 job, left = _begin(job, ledger, console, attempt)
@@ -79,6 +79,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
 def _known_at_the_start(job: Job) -> dict[str, Any]:
     return {
         "run": job.run.fingerprint.digest,
+        "run_id": job.run.id,
         "is_retry": job.is_retry,
         "model": job.info.model,
         "dtype": job.info.dtype,
@@ -124,7 +125,9 @@ def _begin(
         ledger.revise(job.run, job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
     if attempt.earlier.all:
-        console.say(f"attempt {len(attempt.all):,} of this run; before it: {total_line(attempt.earlier)}")
+        console.say(
+            f"attempt {len(attempt.all):,} of run {job.run.id}; before it: {total_line(attempt.earlier)}"
+        )
     ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
     left = _left(job, ledger)
     _announce(job, console, len(left))
@@ -202,7 +205,7 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
     console.say(
         f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}{of_run}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
-        + f", output in {job.ledger}"
+        + f", output in {job.ledger}, run {job.run.id}"
     )
     if job.info.caveat:
         console.say(f"note: {job.info.caveat}")
