@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from blip2_actor.checkpoints.hub_patience import patiently
+from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
 
@@ -150,7 +151,7 @@ def _announce(model: str, missing_bytes: int) -> None:
 
 
 def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
-    """Fetch a bucket's folder; return its folder on this machine and a digest of its listing.
+    """Fetch a bucket's folder, or one file of LAVIS; return its folder here and a digest of its listing.
 
     Raises:
         OSError: it cannot be read, holds no checkpoint, or cannot be stored here.
@@ -191,7 +192,7 @@ def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
     except Exception as error:  # each store's library has its own exceptions
         raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
     by_name = {Path(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
-    files = [by_name[name] for name in select_files(by_name)]
+    files = [by_name[name] for name in ([*by_name] if uri.endswith(LAVIS_SUFFIX) else select_files(by_name))]
     if not files:
         raise FileNotFoundError(
             f"{uri} holds no checkpoint: it has no file {', '.join((*DESCRIPTION, *WEIGHTS))}; name the "

@@ -55,6 +55,7 @@ class AttemptRecorder:
         self._before = self._now = Point(0.0, 0)
         self._warnings_before: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
+        self._quantization: dict[str, int] = {}
         self._write()
 
     def run_has_begun(self, run: str, dtype: str) -> None:
@@ -92,6 +93,7 @@ class AttemptRecorder:
         rows: int,
         loads: Mapping[str, Mapping[str, WorkerLoad]],
         warnings: Mapping[str, int],
+        quantization: Mapping[str, int],
         shard_rows: float | None = None,
     ) -> None:
         """Note how far the attempt is.
@@ -100,8 +102,10 @@ class AttemptRecorder:
             rows: rows that this driver has counted.
             loads: by stage and worker.
             warnings: of workers, and how often each was given.
+            quantization: what workers have quantized, and how many of them.
             shard_rows: mean number of rows of the shards of known length.
         """
+        self._quantization |= quantization
         self._attempt = dataclasses.replace(self._attempt, shard_rows=shard_rows)
         self._warnings = self._warnings_before + Counter(warnings)
         seconds = self._seconds
@@ -156,6 +160,7 @@ class AttemptRecorder:
             phases=dict(self._phases),
             points=self._timeline.points,
             warnings=dict(self._warnings.most_common(MAX_WARNINGS)),
+            quantization=dict(self._quantization),
         )
         if not self._is_begun:
             return

@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from blip2_actor import QuantizationChoice
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.changes import name_some
 from pipeline.inputs.file_kinds import Unread
@@ -55,6 +56,8 @@ class Run:
     """The kept columns, with the types that they have in every file; None in runs of 0.1.0."""
     id: str = ""
     """Names the run in logs, metrics, leases and files; of an older run, it follows from its record."""
+    quantization: QuantizationChoice | None = None
+    """What every worker quantizes; None if nothing is."""
 
     @property
     def schema_version(self) -> int:
@@ -168,6 +171,8 @@ def _write_record(folder: Folder, run: Run) -> None:
     }
     if run.kept is not None:
         record["kept"] = base64.b64encode(run.kept.serialize()).decode()
+    if run.quantization is not None:
+        record["quantization"] = run.quantization.to_dict()
     folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
 
 
@@ -220,10 +225,15 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         unread=Unread(**values.get("unread", {})),
         kept=_read_schema(values.get("kept")),
         id=values.get("id") or hashlib.sha256(record).hexdigest()[:16],
+        quantization=_read_choice(values.get("quantization")),
         shards=tuple(
             with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
         ),
     )
+
+
+def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
+    return None if stored is None else QuantizationChoice.from_dict(stored)
 
 
 def _read_schema(stored: str | None) -> pa.Schema | None:

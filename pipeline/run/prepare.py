@@ -23,7 +23,13 @@ from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
-from pipeline.placement.first_worker import describe_without_device, leaves_dtype_open, with_dtype
+from pipeline.placement.first_worker import (
+    describe_without_device,
+    leaves_dtype_open,
+    leaves_quantization_open,
+    with_dtype,
+    with_quantization,
+)
 from pipeline.placement.storage_check import refuse_relative
 from pipeline.run.cluster import is_cluster
 from pipeline.run.job import Job
@@ -64,14 +70,15 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         assert new is not None
         listing, kept = new
         run = begin_run(settings.fingerprint(info), settings, listing, kept)
+        run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
             settings,
             engine,
             info,
-            ledger,
+            ledger.of(run),
             run,
             is_new=True,
-            asks_dtype=is_cluster() and leaves_dtype_open(engine),
+            asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),
             stop_at=stop_at,
             run_slice=settings.run_slice,
             notes=tuple(listing.notes),
@@ -117,12 +124,13 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 
 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
-    """Return the engine with the recorded dtype and commit of its run, if it leaves them open, and its model.
+    """Return the engine with what its run has recorded of its device and its commit, and its model.
 
     The driver of a cluster does not caption, and may lack the device.
     """
     if run is not None:
-        engine = pinned(with_dtype(engine, run.fingerprint.parts["dtype"]), run.commit_of(engine))
+        engine = with_dtype(engine, run.fingerprint.parts["dtype"])
+        engine = pinned(with_quantization(engine, run.quantization), run.commit_of(engine))
     info = describe_without_device(engine) if is_cluster() else engine.info()
     return pinned(engine, info.digest.partition("+")[0]), info
 
