@@ -53,6 +53,7 @@ class Console:
         self._stream: TextIO | None = stream or sys.stdout
         is_terminal = self._stream is not None and self._stream.isatty()
         is_terminal = is_terminal and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._is_terminal = is_terminal
         self._is_live = is_terminal and _style == "text" and _may_be_live
         self._has_color = is_terminal and not os.environ.get("NO_COLOR")
         self._area: LiveArea | None = None
@@ -73,6 +74,11 @@ class Console:
         """Print a note, which nobody needs who has asked for quiet."""
         if not self.is_quiet:
             self._print("note", text)
+
+    def clear(self) -> None:
+        """Empty the screen of a terminal; elsewhere, leave an empty line."""
+        if not self.is_json:
+            write(self._stream, "\x1b[2J\x1b[H" if self._is_terminal else "\n")
 
     def result(self, text: str = "") -> None:
         """Print a line of what the command was asked for."""
