@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -61,6 +61,15 @@ class Console:
         self._phase: str | None = None
         self._phase_began = 0.0
         self._warnings: dict[str, int] = {}
+        self._keep: Callable[[str, str], Any] | None = None
+
+    def keep(self, take: Callable[[str, str], Any]) -> None:
+        """Hand each line from now on to a function too, also those that quiet leaves out.
+
+        Args:
+            take: takes the kind of the line (note, warning, failure, result) and its text.
+        """
+        self._keep = take
 
     @property
     def is_json(self) -> bool:
@@ -72,8 +81,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Print a note, which nobody needs who has asked for quiet."""
-        if not self.is_quiet:
-            self._print("note", text)
+        self._print("note", text)
 
     def clear(self) -> None:
         """Empty the screen of a terminal; elsewhere, leave an empty line."""
@@ -181,8 +189,11 @@ class Console:
             self.say(snapshot.line())
 
     def _print(self, event: str, text: str, color: str = "") -> None:
+        if self._keep is not None:
+            self._keep(event, text)
         if self.is_json:
             self.event(event, text=text.strip())
+        if self.is_json or (self.is_quiet and event == "note"):
             return
         text = self._colored(text, color)
         if self._area is not None:
