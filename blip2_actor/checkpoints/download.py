@@ -15,7 +15,6 @@ import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +125,16 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
         NotEnoughDisk: they do not fit there.
         OSError: as from the hub's own function.
     """
-    asked = partial(snapshot_download, model, revision=revision, allow_patterns=list(patterns))
+    chosen = list(patterns)
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
         with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
-            files = patiently(partial(asked, dry_run=True))
+            files = patiently(
+                lambda: snapshot_download(model, revision=revision, allow_patterns=chosen, dry_run=True)
+            )
             missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
             if missing_bytes > SMALL_BYTES:
                 _announce(model, missing_bytes)
-    return Path(patiently(asked))
+    return Path(patiently(lambda: snapshot_download(model, revision=revision, allow_patterns=chosen)))
 
 
 def _announce(model: str, missing_bytes: int) -> None:

@@ -43,6 +43,8 @@ class Attempt:
     id: str
     run: str
     """Digest of the fingerprint of the run."""
+    run_id: str = ""
+    """Id of the run; empty in records of older versions."""
     begun: str
     """In UTC, by the clock of the driver, in ISO 8601."""
     is_retry: bool = False

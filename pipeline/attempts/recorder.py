@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Attempts, Point, WorkerLoad
 from pipeline.attempts.environment import command_line, hardware_of, versions
-from pipeline.attempts.store import make_room, read_attempts, write_attempt
+from pipeline.attempts.log import AttemptLog
+from pipeline.attempts.store import log_name, make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.exit_status import status_of
 from pipeline.placement.cluster import Cluster
@@ -43,6 +44,8 @@ class AttemptRecorder:
         """
         self._folder = folder
         self._is_begun = is_begun
+        self.log = AttemptLog(attempt.run_id)
+        """What the driver says; it is stored now and then, and at the end."""
         self.earlier = Attempts()
         """The attempts of this run before this one."""
         if is_begun:
@@ -120,6 +123,7 @@ class AttemptRecorder:
         self._timeline.add(self._now)
         if is_first_row or time.monotonic() - self._written >= min(WRITE_EVERY_S, seconds / 10):
             self._write()
+            self._write_log()
 
     def end(self, exit_status: int | None, reason: str) -> None:
         """Write the last record."""
@@ -130,6 +134,7 @@ class AttemptRecorder:
             reason=hide_secrets(reason)[:MAX_REASON_CHARS],
         )
         self._write()
+        self._write_log()
 
     @property
     def all(self) -> Attempts:
@@ -167,6 +172,11 @@ class AttemptRecorder:
         with contextlib.suppress(OSError):
             write_attempt(self._folder, self._attempt)
 
+    def _write_log(self) -> None:
+        if self._is_begun:
+            with contextlib.suppress(OSError):
+                self._folder.put(log_name(self._attempt), self.log.content())
+
 
 def _added(before: Mapping[str, float], workers: Mapping[str, list[float]]) -> dict[str, float]:
     stages = dict.fromkeys([*before, *workers])
@@ -190,5 +200,7 @@ def recorded(folder: Folder, *, is_begun: bool, **known: Any) -> Iterator[Attemp
     try:
         yield recorder
     except BaseException as error:
-        recorder.end(status_of(error), str(error) or type(error).__name__)
+        reason = str(error) or type(error).__name__
+        recorder.log.add("error", reason)
+        recorder.end(status_of(error), reason)
         raise

@@ -6,7 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.attempts.attempt import Attempt, Attempts, fold
-from pipeline.ledger.layout import ATTEMPTS
+from pipeline.ledger.layout import ATTEMPTS, LOGS
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import Folder
 
@@ -37,6 +37,12 @@ def make_room(folder: Folder, max_records: int = MAX_RECORDS) -> None:
         # If this process dies in between, readers leave the second one out: the first says that it has it.
         write_attempt(folder, attempts[0])
         folder.delete(_name_of(second))
+        folder.delete(log_name(second))
+
+
+def log_name(attempt: Attempt) -> str:
+    """Return the name of an attempt's log."""
+    return f"{LOGS}/{attempt.begun_at:%Y%m%dT%H%M%S.%f}-{attempt.id}.jsonl"
 
 
 def _name_of(attempt: Attempt) -> str:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import time
+
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console
 from pipeline.report.status import RunStatus
 from pipeline.settings.report_settings import StatusSettings
 
+WATCH_EVERY_S = 5.0
+
 
 @errors_to_exit_status
 def status(settings: StatusSettings) -> int:
-    """Print how far a run is."""
+    """Print how far a run is; again and again with `watch`, until no driver works on it."""
     console = Console()
     with before_work(type(settings)):
         found = RunStatus.read(settings.output)
-        document, lines = (found.to_dict(), []) if console.is_json else ({}, found.lines())
-    if document:
-        console.event("status", **document)
-    for line in lines:
-        console.result(line)
-    return ExitStatus.DONE
+        lines = _lines(found, console)
+    while True:
+        for line in lines:
+            console.result(line)
+        if not (settings.watch and found.has_driver):
+            return ExitStatus.DONE
+        time.sleep(WATCH_EVERY_S)
+        found = RunStatus.read(settings.output)
+        lines = _lines(found, console)
+        console.clear()
+
+
+def _lines(found: RunStatus, console: Console) -> list[str]:
+    """Return the lines for people; to programs, print the event instead."""
+    if not console.is_json:
+        return found.lines()
+    console.event("status", **found.to_dict())
+    return []

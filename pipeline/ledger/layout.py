@@ -20,6 +20,8 @@ SLICE_LEASES = f"{STATE}/leases"
 SUMMARIES = f"{STATE}/summaries"
 ATTEMPTS = f"{STATE}/attempts"
 """Records of what each start of the run did; nothing that a resume needs."""
+LOGS = f"{STATE}/log"
+"""What the driver of each attempt has said, as lines of JSON."""
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")

@@ -45,12 +45,14 @@ class Holder:
     process_start: str
     """When the process started, in ticks of the machine, because a process id may be used again."""
     started: str
+    run: str = ""
+    """Id of the run; empty in leases of older versions, and of commands that run nothing."""
     beat: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
     """The last progress of the driver, for `status`."""
 
     @classmethod
-    def of_this_process(cls) -> Holder:
+    def of_this_process(cls, run: str = "") -> Holder:
         pid = os.getpid()
         return cls(
             token=uuid.uuid4().hex,
@@ -59,6 +61,7 @@ class Holder:
             pid=pid,
             process_start=_process_start(pid) or "",
             started=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            run=run,
         )
 
     @property
@@ -99,6 +102,7 @@ class Lease:
         progress: Callable[[], dict[str, Any]] = dict,
         beat_s: float = BEAT_S,
         dead_after_s: float = DEAD_AFTER_S,
+        run: str = "",
     ) -> None:
         """Prepare a lease.
 
@@ -107,6 +111,7 @@ class Lease:
             progress: called at each heartbeat, for what `status` shows.
             beat_s: seconds between heartbeats.
             dead_after_s: how long to watch the heartbeat of a driver on another machine.
+            run: id of the run, for those who read the lease.
         """
         self._folder = folder
         self._slice = run_slice
@@ -116,7 +121,7 @@ class Lease:
         """Called at each heartbeat; may be replaced while the lease is held."""
         self._beat_s = beat_s
         self._dead_after_s = dead_after_s
-        self._me = Holder.of_this_process()
+        self._me = Holder.of_this_process(run)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self.lost = False

@@ -8,6 +8,7 @@
     <output>/_blip2/summaries/         what the footers of finished files say, a thousand to a file
     <output>/_blip2/lease.json         the driver at work; with --slice, one in _blip2/leases/ for each slice
     <output>/_blip2/attempts/          what each start did, for the report (`pipeline.attempts`)
+    <output>/_blip2/log/               what the driver of each start has said
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
 

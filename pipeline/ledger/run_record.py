@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -52,6 +54,8 @@ class Run:
     """Files of the input that are not read."""
     kept: pa.Schema | None = None
     """The kept columns, with the types that they have in every file; None in runs of 0.1.0."""
+    id: str = ""
+    """Names the run in logs, metrics, leases and files; of an older run, it follows from its record."""
     quantization: QuantizationChoice | None = None
     """What every worker quantizes; None if nothing is."""
 
@@ -137,6 +141,7 @@ def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: List
         working_folder=os.getcwd(),
         hides_options=_hide_options(settings.input),
         kept=kept,
+        id=secrets.token_hex(8),
     )
 
 
@@ -157,6 +162,7 @@ def write_run(folder: Folder, run: Run) -> None:
 def _write_record(folder: Folder, run: Run) -> None:
     record = {
         "format_version": FORMAT_VERSION,
+        "id": run.id,
         "fingerprint": run.fingerprint.parts,
         "settings": run.settings,
         "working_folder": run.working_folder,
@@ -218,6 +224,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         hides_options=values.get("hides_options", True),
         unread=Unread(**values.get("unread", {})),
         kept=_read_schema(values.get("kept")),
+        id=values.get("id") or hashlib.sha256(record).hexdigest()[:16],
         quantization=_read_choice(values.get("quantization")),
         shards=tuple(
             with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -53,6 +53,7 @@ class Console:
         self._stream: TextIO | None = stream or sys.stdout
         is_terminal = self._stream is not None and self._stream.isatty()
         is_terminal = is_terminal and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._is_terminal = is_terminal
         self._is_live = is_terminal and _style == "text" and _may_be_live
         self._has_color = is_terminal and not os.environ.get("NO_COLOR")
         self._area: LiveArea | None = None
@@ -60,6 +61,15 @@ class Console:
         self._phase: str | None = None
         self._phase_began = 0.0
         self._warnings: dict[str, int] = {}
+        self._keep: Callable[[str, str], Any] | None = None
+
+    def keep(self, take: Callable[[str, str], Any]) -> None:
+        """Hand each line from now on to a function too, also those that quiet leaves out.
+
+        Args:
+            take: takes the kind of the line (note, warning, failure, result) and its text.
+        """
+        self._keep = take
 
     @property
     def is_json(self) -> bool:
@@ -71,8 +81,12 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Print a note, which nobody needs who has asked for quiet."""
-        if not self.is_quiet:
-            self._print("note", text)
+        self._print("note", text)
+
+    def clear(self) -> None:
+        """Empty the screen of a terminal; elsewhere, leave an empty line."""
+        if not self.is_json:
+            write(self._stream, "\x1b[2J\x1b[H" if self._is_terminal else "\n")
 
     def result(self, text: str = "") -> None:
         """Print a line of what the command was asked for."""
@@ -175,8 +189,11 @@ class Console:
             self.say(snapshot.line())
 
     def _print(self, event: str, text: str, color: str = "") -> None:
+        if self._keep is not None:
+            self._keep(event, text)
         if self.is_json:
             self.event(event, text=text.strip())
+        if self.is_json or (self.is_quiet and event == "note"):
             return
         text = self._colored(text, color)
         if self._area is not None:

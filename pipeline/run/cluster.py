@@ -62,28 +62,36 @@ def is_cluster() -> bool:
 
 
 @contextmanager
-def connected() -> Iterator[Cluster]:
+def connected(run_id: str = "") -> Iterator[Cluster]:
     """Be connected to Ray inside the block: by a connection that exists, to RAY_ADDRESS, or to a new cluster.
 
     A connection or a cluster that was made for the block ends with it.
+
+    Args:
+        run_id: goes into the metadata of the job in Ray, where its processes and the dashboard find it.
 
     Raises:
         RayStartFailed: Ray does not start, or the cluster cannot be reached.
     """
     import ray
+    from ray.job_config import JobConfig
 
+    from pipeline.metrics import RUN_ID
     from pipeline.placement.cluster import look_at_cluster
     from pipeline.run.worker_imports import OurPackagesFirst
 
     address = os.environ.get("RAY_ADDRESS")
     is_connected = ray.is_initialized()
     if not is_connected:
+        job_config = JobConfig() if address else OurPackagesFirst()
+        job_config.set_metadata(RUN_ID, run_id)
         with _silent_stderr(), nullcontext() if address else without_idle_processes():
             start_ray(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **({} if address else {"include_dashboard": False, "job_config": OurPackagesFirst()}),
+                job_config=job_config,
+                **({} if address else {"include_dashboard": False}),
             )
     try:
         quiet_ray_data()

@@ -22,7 +22,7 @@ from pipeline.errors import (
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
-from pipeline.metrics import SHARDS
+from pipeline.metrics import SHARDS, label_with_run
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_run
@@ -37,7 +37,6 @@ from pipeline.stages.coordinator import Coordinator, Load, News
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
 from pipeline.watch.members import Members
-from pipeline.watch.waiting import LOOK_EVERY_S
 
 STEP_S = 0.2
 """How long one step waits for receipts."""
@@ -106,10 +105,11 @@ class Driver:
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
-        self._checked = self._looked = 0.0
+        self._checked = 0.0
         self._loads: dict[str, dict[str, Load]] = {}
         self._trouble: str | None = None
         self._broken: Device | None = None
+        label_with_run()
         lease.progress = self._progress
         console.phase("starting the workers")
 
@@ -152,9 +152,6 @@ class Driver:
         if now - self._checked >= CHECK_EVERY_S:
             self._checked = now
             self._check()
-        if now - self._looked >= LOOK_EVERY_S:
-            self._looked = now
-            self._members.look()
         self._commit()
         self._rate.add(self._tracker.num_rows, now)
         self._show(stream)
@@ -178,6 +175,7 @@ class Driver:
             if failure.is_last:
                 self._broken = failure.device
         self._committers.resize()
+        self._members.look()
 
     def _export(self) -> None:
         """Set the metrics that only the driver knows."""

@@ -15,7 +15,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
 from pipeline.placement.first_worker import WorkerAnswer, with_dtype, with_quantization
-from pipeline.schema import FINGERPRINT_KEY, output_schema
+from pipeline.schema import FINGERPRINT_KEY, RUN_ID_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
 
@@ -74,7 +74,11 @@ class Job:
     def metadata(self) -> dict[bytes, bytes]:
         """What the footer of every file says about the run."""
         fingerprint = self.run.fingerprint
-        return {FINGERPRINT_KEY: fingerprint.digest.encode(), RUN_KEY: fingerprint.canonical.encode()}
+        return {
+            FINGERPRINT_KEY: fingerprint.digest.encode(),
+            RUN_KEY: fingerprint.canonical.encode(),
+            RUN_ID_KEY: self.run.id.encode(),
+        }
 
     @property
     def empty_schema(self) -> pa.Schema:

@@ -51,16 +51,17 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         stop.by_signals(),
         console.area(),
         _said_to(console, stop),
-        Lease(job.ledger.folder, job.run_slice) as lease,
+        Lease(job.ledger.folder, job.run_slice, run=job.run.id) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
     ):
+        console.keep(attempt.log.add)
         ledger = job.ledger.with_retries()
         state = ledger.scan()
         left = _left(job, ledger, state)
         if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
             console.phase("starting Ray")
-            with connected() as cluster:
+            with connected(job.run.id) as cluster:
                 attempt.connected(cluster)
                 console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
@@ -85,6 +86,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
 def _known_at_the_start(job: Job) -> dict[str, Any]:
     return {
         "run": job.run.fingerprint.digest,
+        "run_id": job.run.id,
         "is_retry": job.is_retry,
         "model": job.info.model,
         "dtype": job.info.dtype,
@@ -138,7 +140,8 @@ def _begin(
         state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
     if attempt.earlier.all:
-        console.say(f"attempt {len(attempt.all):,} of this run; before it: {total_line(attempt.earlier)}")
+        before = total_line(attempt.earlier)
+        console.say(f"attempt {len(attempt.all):,} of run {job.run.id}; before it: {before}")
     return job, _sweep(job, ledger, state)
 
 
@@ -215,7 +218,7 @@ def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
     console.say(
         f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}{of_run}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
-        + f", output in {job.ledger}"
+        + f", output in {job.ledger}, run {job.run.id}"
     )
     if job.run.quantization is not None:
         console.say(f"quantized to {job.run.quantization}")

@@ -64,6 +64,8 @@ class StatusSettings:
 
     output: str = field(metadata=positional())
     """Folder or URI of a run, finished or in progress."""
+    watch: bool = False
+    """Show it again every 5 s, as long as a driver works on the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

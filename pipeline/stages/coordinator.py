@@ -23,7 +23,7 @@ import ray
 from blip2_actor import Status
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.ledger import Ledger
-from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS
+from pipeline.metrics import DEVICE_FAILURES, REPLAYED_CALLS, STAGE_BUSY_S, STAGE_WORKERS, label_with_run
 from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
@@ -133,6 +133,7 @@ class Coordinator:
     """A plain class; the job makes an actor of it that reserves no CPU."""
 
     def __init__(self) -> None:
+        label_with_run()
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []

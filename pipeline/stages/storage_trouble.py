@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from pipeline.metrics import STORE_RETRIES
+from pipeline.metrics import STORE_RETRIES, label_with_run
 from pipeline.progress import count, duration
 from pipeline.storage.retrying import Trouble, listen
 
@@ -31,12 +31,13 @@ class WorkerTrouble:
 
 
 def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> None:
-    """Let the coordinator know while requests of this process fail.
+    """Let the coordinator know while requests of this process fail, and label its metrics with the run.
 
     Args:
         coordinator: handle of the job's `Coordinator` actor.
         count_held: returns how many finished rows this process has not written yet.
     """
+    label_with_run()
     worker = f"{os.uname().nodename}-{os.getpid()}"
 
     def tell(trouble: Trouble | None) -> bool:

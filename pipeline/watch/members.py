@@ -24,7 +24,9 @@ def node_changes(before: View, now: View) -> list[str]:
         if key in before.nodes and before.nodes[key].is_alive and not node.is_alive:
             gone = "was lost" if node.is_missed else "was stopped"
             reason = f": {node.reason}" if node.reason else ""
-            said.append(f"node {node} {gone}{reason}; the cluster has {count(now.num_nodes, 'node')} left")
+            # Ray forgets what a node had when it is gone.
+            left = f"the cluster has {count(now.num_nodes, 'node')} left"
+            said.append(f"node {before.nodes[key]} {gone}{reason}; {left}")
     joined = [node for key, node in now.nodes.items() if node.is_alive and key not in before.nodes]
     if joined and before.nodes:
         more = f" and {len(joined) - MAX_NAMED} more" if len(joined) > MAX_NAMED else ""

@@ -22,7 +22,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     found: Recorded = []
 
     def record(metric: Metric, value: float, tags: dict[str, str] | None = None) -> None:
-        assert set(tags or {}) == set(metric.info["tag_keys"])
+        assert {*(tags or {}), metrics.RUN} == set(metric.info["tag_keys"])
         found.append((metric.info["name"], value, tags or {}))
 
     monkeypatch.setattr(Metric, "_record", record)

@@ -59,6 +59,7 @@ def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
     cluster = yaml.safe_load(CLUSTER_FILE.read_text())
     kinds = cluster["available_node_types"]
     kinds["accelerator"]["max_workers"] = max_accelerators
+    kinds["accelerator_on_demand"]["max_workers"] = 0  # so that a test can have all of them busy
     kinds["npu"] = {"min_workers": 0, "max_workers": 1, "resources": {"CPU": 1, "NPU": 1}}
     for name, kind in kinds.items():
         kind["node_config"] = {}

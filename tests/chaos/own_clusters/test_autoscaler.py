@@ -22,6 +22,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.storage.folder import Folder
 from tests.chaos.cluster import DEADLINE_S, descendants, kill, start_driver, wait_until
 from tests.chaos.own_clusters.autoscaled import Autoscaled, autoscaled
+from tests.chaos.own_clusters.log_sentences import assert_said
 from tests.integration.inputs import check_output, write_tars
 
 MAX_ACCELERATORS = 2
@@ -73,10 +74,24 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
         lambda: found if len(found := cluster.nodes("GPU")) == MAX_ACCELERATORS else None, driver, log
     )
     wait_until(lambda: any(path.stat().st_size for path in trace.iterdir()), driver, log)
+    wait_until(lambda: "; 2 at work" in log.read_text(), driver, log)
     kill(raylet_of(nodes[0]))
+    wait_until(lambda: "its node is gone; 1 captioning worker left" in log.read_text(), driver, log)
+    regained = lambda: "ready; 2 at work" in log.read_text().partition("its node is gone")[2]  # noqa: E731
+    wait_until(regained, driver, log)
     gate.unlink()
     assert driver.wait() == 0, log.read_text()
     check_output(tmp_path / "out", truth)
+    assert_said(
+        log,
+        "waiting for the first captioning worker (1 GPU) since … UTC…",
+        "…; 2 at work",
+        "node … (1 CPU, 1 GPU) was lost: …; the cluster has … nodes left",
+        "captioning worker … was lost: its node is gone; 1 captioning worker left, and its images go again",
+        "node … (1 CPU, 1 GPU) joined; the cluster has … nodes",
+        "captioning worker … on … is ready; 2 at work",
+        "1 attempt, … UTC to … UTC: 480 rows in … of work (… rows/s)",
+    )
     dtype = Ledger(Folder(str(tmp_path / "out"))).require_run().fingerprint.parts["dtype"]
     assert dtype == "bfloat16", "what the accelerator computes in, and not the driver"
     wait(lambda: not cluster.nodes("GPU") and not cluster.nodes("CPU"))
@@ -92,7 +107,7 @@ def test_while_all_accelerators_are_busy_the_job_says_so_and_a_node_added_by_han
     settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
     log = tmp_path / "log"
     driver = start_driver(cluster, settings, SLOW, log)
-    said = "waiting for the first captioning worker (1 GPU) since "
+    said = "has room for 1 × 1 GPU"
     wait_until(lambda: said in log.read_text(), driver, log)
     command = [
         sys.executable,
@@ -112,6 +127,12 @@ def test_while_all_accelerators_are_busy_the_job_says_so_and_a_node_added_by_han
             kill(pid)
         added.wait()
     check_output(tmp_path / "out", truth)
+    assert_said(
+        log,
+        "waiting for the first captioning worker (1 GPU) since … UTC; the autoscaler says that no node it "
+        "may start has room for 1 × 1 GPU",
+        "captioning worker … on … is ready; 1 at work",
+    )
 
 
 class Busy:
@@ -141,9 +162,12 @@ def test_an_accelerator_that_no_node_type_has_is_refused(cluster: Autoscaled, tm
     driver = start_driver(cluster, settings | {"placement": {"accelerator": "TPU=4"}}, {}, log)
     assert driver.wait() == 3, log.read_text()
     assert time.monotonic() - started < REFUSED_WITHIN_S
-    said = log.read_text()
-    assert "needs 4 TPU, and no node offers it" in said and "--device cpu" in said
-    assert "1 GPU (accelerator)" in said, "what there is"
+    assert_said(
+        log,
+        "blip2: a captioning actor needs 4 TPU, and no node offers it: the cluster has …, and its autoscaler "
+        "may add nodes with … 1 GPU (accelerator) …; start such nodes, name what they have with "
+        "--accelerator NAME=N, or add --device cpu to caption on CPUs",
+    )
     assert not list((tmp_path / "out").rglob("*.json"))
 
 

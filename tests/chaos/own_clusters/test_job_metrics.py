@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -47,6 +48,9 @@ def test_a_job_exports_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = {metric.info["name"] for metric in vars(metrics).values() if isinstance(metric, Metric)}
     missing = [name for name in expected - WITHOUT_TROUBLE if not any(name in one for one in seen)]
     assert not missing, (missing, sorted(seen))
+    record = json.loads((tmp_path / "out/_blip2/run.json").read_text())
+    ours = [one for one in seen if one.startswith("ray_blip2_rows_total")]
+    assert ours and all(f'run="{record["id"]}"' in one for one in ours)
     assert all('status="ok"' in one for one in seen if one.startswith("ray_blip2_rows_total"))
     assert 0 < sum(value for one, value in seen.items() if one.startswith("ray_blip2_rows_total")) <= 600
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -16,11 +17,13 @@ import pytest
 
 from pipeline.attempts.attempt import Attempt, Attempts, Point
 from pipeline.attempts.environment import command_line
+from pipeline.attempts.log import MAX_FIRST, MAX_LAST, AttemptLog
 from pipeline.attempts.recorder import recorded
 from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.errors import StoppedBySignal
-from pipeline.ledger.layout import ATTEMPTS
+from pipeline.ledger.layout import ATTEMPTS, LOGS
+from pipeline.progress import Console, choose_style
 from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
 from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator, Load
@@ -138,6 +141,41 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
     assert last.quantization == {"int8: all": 2}
     assert list(last.phases) == ["open the output", "load the model", "first row"]
     assert last.exit_status == 143 and "SIGTERM" in last.ending
+
+
+def test_the_log_of_an_attempt_is_kept_with_its_end_and_is_bounded(tmp_path):
+    """The log of a driver went with its pod."""
+    folder = Folder(str(tmp_path))
+    with pytest.raises(StoppedBySignal), recorded(folder, is_begun=True, run="d", run_id="abc") as record:
+        console = Console(io.StringIO())
+        console.keep(record.log.add)
+        console.say("reading s3://k:pw@b/x")
+        console.warn("a store fails")
+        raise StoppedBySignal(signal.SIGTERM)
+    [name] = folder.names(LOGS)
+    lines = [json.loads(line) for line in (folder.get(name) or b"").splitlines()]
+    assert [line["event"] for line in lines] == ["note", "warning", "error"]
+    assert {line["run"] for line in lines} == {"abc"} and lines[0]["text"] == "reading s3://b/x"
+    assert "SIGTERM" in lines[-1]["text"]
+    log = AttemptLog("abc")
+    for number in range(MAX_FIRST + MAX_LAST + 10):
+        log.add("note", str(number))
+    kept = [json.loads(line) for line in log.content().splitlines()]
+    assert len(kept) == MAX_FIRST + 1 + MAX_LAST and kept[MAX_FIRST]["num_lines"] == 10
+    assert kept[-1]["text"] == str(MAX_FIRST + MAX_LAST + 9)
+
+
+def test_quiet_leaves_notes_out_of_the_terminal_but_not_out_of_the_log():
+    stream, kept = io.StringIO(), []
+    choose_style("quiet")
+    try:
+        console = Console(stream)
+        console.keep(lambda event, text: kept.append((event, text)))
+        console.say("a note")
+        console.warn("a warning")
+    finally:
+        choose_style("text")
+    assert (kept, stream.getvalue()) == ([("note", "a note"), ("warning", "a warning")], "a warning\n")
 
 
 def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.cli import status as command
 from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
@@ -23,7 +25,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import ProgressSnapshot, choose_style
 from pipeline.report.pace import UNKNOWN
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus, status_lines
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import Folder
@@ -81,6 +83,37 @@ def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
     assert last.startswith("running: process ")
     assert "150 images · 12.5/s · 3 failed · shards 1/5 · ETA 1 min 30 s · busy decode 50%" in last
     assert ", ends about 20" in last
+
+
+def test_watching_shows_a_run_again_until_its_driver_has_ended(folder, capsys, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(folder))
+        naps: list[float] = []
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            if len(naps) == 2:
+                stack.close()  # the driver ends
+
+        monkeypatch.setattr(command.time, "sleep", nap)
+        assert main(["status", folder.uri, "--watch"]) == 0
+    said = capsys.readouterr().out
+    assert naps == [command.WATCH_EVERY_S] * 2
+    assert said.count("running: process ") == 2
+    assert said.endswith("no driver is running; run the same command to resume\n")
+    assert main(["status", folder.uri, "--watch"]) == 0, "without a driver it shows the run once"
+    assert len(naps) == 2
+
+
+def test_a_driver_of_another_machine_without_a_heartbeat_is_not_watched_forever(folder):
+    found = RunStatus.read(folder.uri)
+    with Lease(folder):
+        assert found.has_driver
+        holder = json.loads(folder.get(LEASE))
+        folder.put(LEASE, json.dumps(holder | {"machine": "another"}).encode())
+        assert found.has_driver
+        os.utime(folder.path(LEASE), (0, 0))
+        assert not found.has_driver
 
 
 def test_a_program_reads_how_far_a_run_is(folder, capsys):

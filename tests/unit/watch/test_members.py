@@ -15,7 +15,9 @@ from pipeline.watch.view import LOADS, RUNS, WAITS, NodeSeen, View, WorkerSeen, 
 
 A = NodeSeen("host-a", {"CPU": 8.0, "GPU": 1.0})
 B = NodeSeen("host-b", {"CPU": 8.0, "GPU": 1.0})
-LOST = dataclasses.replace(B, is_alive=False, reason="health check failed due to missing too many heartbeats")
+LOST = dataclasses.replace(
+    B, resources={}, is_alive=False, reason="health check failed due to missing too many heartbeats"
+)
 STOPPED = dataclasses.replace(B, is_alive=False, is_missed=False, reason="idle")
 
 

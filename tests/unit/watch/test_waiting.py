@@ -27,7 +27,8 @@ def test_a_wait_is_said_after_a_while_when_it_changes_and_ever_less_often():
 
 
 def test_a_short_wait_is_not_said_and_a_second_one_begins_anew():
-    now, said = 0.0, []
+    now = 0.0
+    said: list[str] = []
     reminder = Reminder(said.append, every_s=10, clock=lambda: now)
     for second in range(40):
         now = float(second)

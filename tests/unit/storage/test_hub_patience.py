@@ -128,7 +128,7 @@ def test_pauses_are_those_that_the_hub_asks_for_or_double() -> None:
 
 def test_other_answers_and_endless_ones_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
-        patiently(failing([404], {}), pytest.fail)
+        patiently(failing([404], {}), lambda _: pytest.fail("it has waited"))
     now = time.monotonic()
     monkeypatch.setattr(hub_patience.time, "monotonic", lambda: now)
 
