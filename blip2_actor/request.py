@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.status import Status
@@ -29,12 +29,11 @@ image that `Engine.image` returned."""
 
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 """A function of int64[N, T], the token ids so far, and float32[N, V], their scores, that returns new scores.
-N is 1, or num_beams in beam search. Image tokens and prompt are the first ids, as the reference's logits
-processors see them. The processors of `transformers.LogitsProcessorList` have this form."""
+N is 1, or num_beams in beam search; image tokens and prompt come first. The processors of
+`transformers.LogitsProcessorList` have this form."""
 
 StepWatcher = Callable[[float, int, int], None]
-"""A function of the seconds of one step, and of the images encoded and tokens generated in it. It runs in the
-engine's thread, so it must return at once and raise nothing."""
+"""A function of the seconds of one step, its encoded images and its tokens; it must return at once."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
@@ -60,8 +59,7 @@ class Request:
     """Changes the scores of each step, after the options' own logits processors and before temperature and
     top_k. It runs in the engine's thread. If it raises, the status is `failed`."""
     low_priority: bool = False
-    """Take only what no other request wants, and give slots up to others. The text then begins again, as it
-    does after a lack of memory; its tokens stay the same."""
+    """Take only what no other request wants. A slot that another wants is given up; the text begins again."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, GenerationOptions | None):
@@ -272,6 +270,9 @@ class EngineStats:
 class ModelInfo:
     """What a host must know about a model before it starts it; no weights are read."""
 
+    DEMO_CAVEAT: ClassVar = (
+        "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
+    )
     model: str
     """The model as the user named it."""
     image_size_px: int
@@ -296,5 +297,4 @@ class ModelInfo:
     @property
     def caveat(self) -> str | None:
         """What a user must know before reading this model's texts; None for published models."""
-        demo = "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
-        return demo if self.model == "demo" else None
+        return self.DEMO_CAVEAT if self.model == "demo" else None

@@ -40,7 +40,7 @@ logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
 """An engine that has work and makes no progress for this long is replaced; compiling takes less."""
-CROSS_ATTENTIONS = "*.cross_attention"
+CROSS_ATTENTIONS = "qformer.*.cross_attention"
 """The maps that say where in the image the Q-Former looked."""
 GATHER_S = 0.02
 """Results of a batch travel together if they are finished within this time of each other."""
@@ -147,6 +147,7 @@ class Captioner:
     ) -> ImageOutputs:
         engine, matcher = self._actor.engine, self._matcher
         image = engine.image(pixels)  # encoded once, however much is asked of it
+        image.keeps_image_embeds = work.attention  # so that the maps need no second pass
         texts = [
             self._submit(Request(image=image, prompt=text.prompt, options=text.options), index, report)
             for index, text in enumerate(work.texts)

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from deploy.http.request_body import FILE_FIELDS, FORM, JSON
+from deploy.http.request_body import FILE_FIELDS, FORM, JSON, PLAIN_TEXTS
 
 _REF = "#/components/schemas/{model}"
 _documented: dict[str, type[BaseModel]] = {}
@@ -52,7 +52,7 @@ class ErrorAnswer(BaseModel):
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Return the error answers of a route: those of every route that has work done, or only some."""
-    codes = codes or tuple(CODES.keys() - {401, 403, 404, 409})
+    codes = codes or tuple(CODES.keys() - {401, 403, 409})
     return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(codes)}
 
 
@@ -60,7 +60,7 @@ def body_of(body_type: type[BaseModel], *, forms: bool = False, raw: bool = Fals
     """Return the description of a body that the route reads itself.
 
     Args:
-        forms: it may be a form too, whose fields are JSON except for images and the prompt.
+        forms: it may be a form too, whose fields are JSON except for images, the prompt and the model.
         raw: it may be the bytes of an image too, with the other fields in the query.
     """
     content: dict[str, Any] = {JSON: {"schema": _reference(body_type)}}
@@ -108,4 +108,4 @@ def _in_form(name: str) -> dict[str, Any]:
         return binary
     if name == "images":
         return {"type": "array", "items": binary}
-    return {"type": "string"} if name == "prompt" else {"type": "string", "contentMediaType": JSON}
+    return {"type": "string"} if name in PLAIN_TEXTS else {"type": "string", "contentMediaType": JSON}

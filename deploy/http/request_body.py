@@ -33,6 +33,8 @@ FILE_FIELDS = ("image", "images", "pixels")
 """Fields that are files in a form."""
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of everything in a body that is no image."""
+PLAIN_TEXTS = ("prompt", "model")
+"""Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
 MAX_COMMAS = 100_000
 """Every value but the first follows a comma. While JSON is parsed, no other thread runs: 27 MB of empty lists
@@ -237,8 +239,8 @@ def _text(what: str, value: bytes) -> str:
 def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that stand in a form or in a query, where everything is text.
 
-    A prompt is plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each option
-    may stand under its own name.
+    `PLAIN_TEXTS` are plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each
+    option may stand under its own name.
     """
     fields: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -250,7 +252,7 @@ def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[
         elif name in place:
             raise bad_request(f"{name} must be given once")
         else:
-            place[name] = text if name == "prompt" or not text else parse_json(name, text)
+            place[name] = text if name in PLAIN_TEXTS or not text else parse_json(name, text)
     return _merged(fields, {"options": options} if options else {})
 
 

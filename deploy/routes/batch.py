@@ -28,8 +28,8 @@ from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
-from deploy.http.service import Service
-from deploy.http.wishes import Body, Options
+from deploy.http.service import ServedModel, Service
+from deploy.http.wishes import Body, ModelName, Options
 from deploy.work import TextOfBatch, TextToGenerate
 
 MAX_TEXTS = 256
@@ -49,6 +49,8 @@ class BatchText(Body):
 class BatchBody(Body):
     """Decoded images, and the texts to generate for them."""
 
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
     pixels: bytes
     """A file of NumPy's format .npy: uint8[N, S, S, 3], where S is the image size of the model."""
     texts: Annotated[list[BatchText], Field(min_length=1, max_length=MAX_TEXTS)]
@@ -113,9 +115,10 @@ def batch_router(service: Service) -> APIRouter:
         The body is a form. An empty line says that the request is still served.
         """
         body = await read_body(request, BatchBody, service.image_policy, MAX_BODIES)
-        body.require_model(service.model)
-        options = parse_options(body.options, service.options)
-        size_px = service.model.image_size_px
+        model = await service.model(body.model)
+        body.require_model(model.info)
+        options = parse_options(body.options, model.options)
+        size_px = model.info.image_size_px
         images = await in_lane(len(body.pixels), lambda: _read_images(body.pixels, size_px))
         if any(text.image >= len(images) for text in body.texts):
             raise bad_request(f"texts: image must be below the number of images, {len(images)}")
@@ -126,7 +129,7 @@ def batch_router(service: Service) -> APIRouter:
         slots = len(texts) * max(options.num_beams, options.num_return_sequences)
         cost = Cost(slots=slots, steps=options.max_new_tokens)
         return EventStream(
-            lambda emit: _generate(service, images, texts, cost, emit),
+            lambda emit: _generate(service, model, images, texts, cost, emit),
             lambda error: line({"status": error.type, "error": error.message}),
             LINES,
         )
@@ -135,12 +138,17 @@ def batch_router(service: Service) -> APIRouter:
 
 
 async def _generate(
-    service: Service, images: np.ndarray, texts: Sequence[TextOfBatch], cost: Cost, emit: Emit
+    service: Service,
+    model: ServedModel,
+    images: np.ndarray,
+    texts: Sequence[TextOfBatch],
+    cost: Cost,
+    emit: Emit,
 ) -> None:
     async with service.admit_batch(cost) as check_open:
         await emit(b"\n")  # it is admitted
         async with (
-            aclosing(service.run_batch(images, texts)) as finished,
+            aclosing(service.run_batch(model, images, texts)) as finished,
             aclosing(_with_pulse(finished)) as pulse,
         ):
             async for results in pulse:

@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: li
 
 
 def test_a_job_for_another_model_is_refused(service: EngineService) -> None:
-    model = {"digest": service.model.digest, "dtype": service.model.dtype, "quantize": None}
+    model = {"digest": service.first.info.digest, "dtype": service.first.info.dtype, "quantize": None}
     assert lines_of(send(service, npy(IMAGES), [{}], **model))
     for name in model:
         code, kind, message = error_of(send(service, npy(IMAGES), [{}], **(model | {name: "int8"})))
@@ -137,10 +137,11 @@ def test_while_nothing_is_finished_empty_lines_come_and_the_end_of_the_service_i
         async def emit(piece: bytes) -> None:
             sent.append(piece)
 
-        texts = [batch.TextOfBatch(image=0, text=batch.TextToGenerate(prompt=None, options=service.options))]
+        model = service.first
+        texts = [batch.TextOfBatch(image=0, text=batch.TextToGenerate(prompt=None, options=model.options))]
         monkeypatch.setattr(service, "admit_batch", lambda cost: _Checked(check))
         with pytest.raises(Exception, match="the service is ending"):
-            await batch._generate(service, IMAGES, texts, Cost(slots=1, steps=1), emit)
+            await batch._generate(service, model, IMAGES, texts, Cost(slots=1, steps=1), emit)
         return sent
 
     assert asyncio.run(run()) == [b"\n"] * 3
