@@ -21,6 +21,8 @@ class EndpointConfig:
     """A recipe for a `RemoteEngine`; an `EngineBuilder`, as `EngineConfig` is."""
 
     endpoint: Endpoint
+    key_file: str | None = None
+    """File with the key, on the machine that starts the job."""
     ignore_generation_config: bool = False
     known: ModelInfo | None = None
     """The model that the endpoint must serve; None asks for it."""
@@ -41,8 +43,17 @@ class EndpointConfig:
         return dataclasses.replace(info, generation_config={}) if self.ignore_generation_config else info
 
     def with_info(self) -> EndpointConfig:
-        """Return a recipe that knows its model, and that no later answer of the endpoint changes."""
-        return dataclasses.replace(self, known=self.info())
+        """Return a recipe that any machine can use: it has the key, and it knows its model.
+
+        Raises:
+            EndpointError: the endpoint gives no answer.
+            OSError: the key cannot be read.
+        """
+        endpoint = self.endpoint
+        if self.key_file is not None:
+            endpoint = dataclasses.replace(endpoint, key=read_key(self.key_file))
+        keyed = dataclasses.replace(self, endpoint=endpoint, key_file=None)
+        return dataclasses.replace(keyed, known=keyed.info())
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         self.try_out(GenerationOptions(max_new_tokens=max_new_tokens), prompts)
@@ -62,9 +73,8 @@ class EndpointConfig:
             requests = [Request(image=image, prompt=prompt) for prompt in prompts or (None,)]
             for request, result in zip(requests, engine.generate(requests, options), strict=True):
                 if result.status is Status.REFUSED:
-                    raise EndpointError(
-                        f"{self.endpoint.url} refuses the prompt {request.prompt!r}: {result.error}"
-                    )
+                    what = "captions" if request.prompt is None else f"the prompt {request.prompt!r}"
+                    raise EndpointError(f"{self.endpoint.url} refuses {what}: {result.error}")
 
     def build(self, waits: bool = True) -> RemoteEngine:
         """Start the threads that send requests.
@@ -97,14 +107,10 @@ class EndpointSettings:
 
     @property
     def config(self) -> EndpointConfig | None:
-        """The recipe for the engine; None if the model is loaded here.
-
-        Raises:
-            OSError: the key cannot be read.
-        """
+        """The recipe for the engine; None if the model is loaded here."""
         if self.endpoint is None:
             return None
-        return EndpointConfig(endpoint=Endpoint(self.endpoint, read_key(self.endpoint_key_file)))
+        return EndpointConfig(endpoint=Endpoint(self.endpoint), key_file=self.endpoint_key_file)
 
     def check(self, engine: EngineConfig, outputs: Outputs, placement: Placement) -> None:
         """Refuse what an endpoint does not make, and settings of an engine that it would ignore.

@@ -17,7 +17,6 @@ from pipeline.cli.commands import caption
 from pipeline.cli.main import main
 from pipeline.endpoint.settings import EndpointSettings
 from pipeline.inputs.reader import ReadOptions
-from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from tests.integration.inputs import BROKEN, png
@@ -72,34 +71,6 @@ def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     assert caption(CaptionSettings(**job, output=str(there)), engine) == 0
     assert main(["retry", str(here), "--endpoint", url + route]) == 0
     assert rows_of(here) == rows_of(there)
-
-
-def test_an_endpoint_that_cannot_make_the_rows_is_refused_before_work(
-    url: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    command = ["caption", table, "-o", str(output)]
-    for flags, said in [
-        (["--endpoint", "127.0.0.1"], "--endpoint must begin with http:// or https://, got 127.0.0.1"),
-        (["--endpoint", url, "-m", "demo2"], "--model must be left out with --endpoint"),
-        (["--endpoint", url, "--embed", "v=vision"], "--embed must be left out with --endpoint"),
-        (["--endpoint", f"{url}/nothing"], f"{url}/nothing answers 404: "),
-        (["--endpoint", url, "--num-beams", "17"], "num_beams must be at most 16, got 17"),
-        (["--endpoint-key-file", "k"], "--endpoint-key-file must be left out without --endpoint"),
-    ]:
-        assert main([*command, *flags]) == 3, flags
-        assert said in capsys.readouterr().err
-    assert not output.exists()
-
-
-def test_a_run_of_another_model_is_not_continued(
-    url: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    job = prepare(CaptionSettings(input=(table,), output=str(output)), FakeEngineConfig(model="another"))
-    job.ledger.begin(job.run)
-    assert main(["caption", table, "-o", str(output), "--endpoint", url]) == 3
-    assert "was begun with other settings: model: " in capsys.readouterr().err
 
 
 def test_batch_work_and_a_caller_share_the_engine(url: str, table: str, tmp_path: Path) -> None:
