@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,8 @@ def endpoint(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         try:
             yield command
         finally:
-            kill_all(command)
+            if command.poll() is None:
+                kill_all(command)
 
 
 def kill_all(command: subprocess.Popen[str]) -> None:
@@ -88,6 +90,7 @@ def test_a_job_outlives_the_death_of_its_endpoint(tmp_path: Path) -> None:
             try:
                 while not fragments_of(output):
                     assert job.poll() is None, job.communicate()[0]
+                    time.sleep(0.02)
                 os.kill(first.pid, signal.SIGSTOP)  # it starts nothing in place of what is killed
                 kill_all(first)
                 assert job.poll() is None, "the job has ended before its endpoint"
