@@ -53,7 +53,7 @@ CONFIG = "config"
 COMPLETION = "completion"
 JOB = frozenset({"job", "job_settings"})
 """What `blip2 submit` takes from the rest of its command line."""
-ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice"})
+ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice", "serving"})
 NO_RAY = ("pyarrow",)
 FREQUENT = (
     *("input", "output", "model", "device", "dtype", "prompt", "ask", "max_new_tokens", "num_beams"),

@@ -112,6 +112,9 @@ def reserve(
         if cluster.node_types:
             offered = cluster.fitting(caption.accelerators, caption.labels)
             min_actors = max(min_actors, min(num_shards, offered, max_actors or offered))
+    elif getattr(engine, "is_remote", False):  # its workers only send and wait
+        caption = dataclasses.replace(caption, num_cpus=share / 2)
+        max_actors = min_actors if max_actors is None else max_actors
     else:
         caption, num_threads = _on_cpus(caption, placement, cluster)
         if max_actors is None and cluster.is_local:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.column_names import SCHEMA_VERSION
+from pipeline.endpoint.settings import EndpointConfig
 from pipeline.errors import InputError
 from pipeline.inputs.changes import add_new, redo
 from pipeline.inputs.find_files import same_place
@@ -53,6 +54,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     stop_at = _stop_at(settings.deadline)
     refuse_relative("input", settings.input)
     refuse_relative("output", [settings.output])
+    settings.serving.check(settings.engine, settings.outputs, settings.placement)
     ledger = Ledger(Folder(settings.output))
     run = ledger.load(settings.input)
     if run is not None and run.predates_generation_config:
@@ -113,6 +115,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
         fetching=settings.fetching(first.fetching),
+        serving=settings.serving,
         **settings.fractions,
     )
     if run.predates_generation_config:
@@ -128,6 +131,8 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
 
     The driver of a cluster does not caption, and may lack the device.
     """
+    if isinstance(engine, EndpointConfig):
+        engine = engine.with_info()
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
         engine = pinned(with_quantization(engine, run.quantization), run.commit_of(engine))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
+from pipeline.endpoint.settings import EndpointConfig
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.outputs import Outputs
 
@@ -59,14 +60,16 @@ class CaptionSpec:
 
         Raises:
             ValueError: the model cannot take a prompt that every row would have, an option has token ids that
-                the model does not have, or the retrieval checkpoint does not fit the model (see
-                `Outputs.score_digest`).
+                the model does not have, the retrieval checkpoint does not fit the model (see
+                `Outputs.score_digest`), or the endpoint refuses such work.
         """
         self.outputs.score_digest(self.engine, info)
         if info.vocab_size:  # an engine that is not EngineConfig's may not know it
             self.options.require_known_tokens(info.vocab_size)
         prompts = [text for text in (self.prompt, *self.outputs.asks.values()) if text]
-        if prompts:
+        if isinstance(self.engine, EndpointConfig):
+            self.engine.try_out(self.options, prompts)
+        elif prompts:
             self.engine.check_prompts(prompts, self.options.max_new_tokens)
 
     @property

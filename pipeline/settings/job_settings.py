@@ -15,6 +15,7 @@ from typing import Any, Literal
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
 from blip2_actor.flags import hiding, positional, prefixed, written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+from pipeline.endpoint.settings import EndpointSettings
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import PROMPT, TEXT, ReadOptions
@@ -30,7 +31,7 @@ NO_TEXT = hiding("allow_urls", "ignore_generation_config")
 """Hides what has no effect on an engine that generates no text."""
 NO_FLAGS = ("max_image_bytes", "table_rows", "table_bytes", "text_columns", "schema_version")
 """Fields of `ReadOptions` that users cannot set."""
-OF_ONE_START = ("add_new", "deadline", "redo_changed", "slice")
+OF_ONE_START = ("add_new", "deadline", "redo_changed", "slice", "serving")
 """Settings that are not stored, because they are meant for one start of a run."""
 
 
@@ -113,6 +114,8 @@ class CaptionSettings(JobSettings):
     """more outputs from the same pass of the vision encoder"""
     generation: GenerationOptions = field(default=GenerationOptions())
     """generation"""
+    serving: EndpointSettings = field(default=EndpointSettings())
+    """captions by a running endpoint"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +129,8 @@ class CaptionSettings(JobSettings):
     @property
     def builder(self) -> EngineBuilder:
         """Builds the engine that the outputs need: of the captioning model or of the retrieval checkpoint."""
+        if (remote := self.serving.config) is not None:
+            return dataclasses.replace(remote, ignore_generation_config=self.engine.ignore_generation_config)
         if self.outputs.only_matches:
             return typing.cast(EngineBuilder, self.outputs.matching(self.engine))
         if not self.outputs.caption and not self.outputs.ask:  # no text is generated
@@ -165,7 +170,9 @@ class CaptionSettings(JobSettings):
 
     def resolved(self, info: ModelInfo) -> CaptionSettings:
         """Return the settings with a value for every option of generation; see `CaptionSpec.resolved`."""
-        return dataclasses.replace(self, generation=self.generation.resolve(info.generation_config))
+        engine = self.serving.of_model(self.engine, info)
+        options = self.generation.resolve(info.generation_config)
+        return dataclasses.replace(self, engine=engine, generation=options)
 
     def without_generation_config(self) -> CaptionSettings:
         """Return the settings of a run that does not read the checkpoint's `generation_config.json`."""
@@ -179,10 +186,8 @@ class CaptionSettings(JobSettings):
         return dataclasses.replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
-        """Return everything that decides what the rows say, and nothing else.
-
-        Not the limits on time and memory of an image: which images exceed them depends on the machine.
-        """
+        """Return all that decides what the rows say: not the limits on time and memory of an image, because
+        the machine decides which images exceed them."""
         limits, reading = self.limits, self.reading
         parts = {
             "input": [without_secrets(uri) for uri in self.input],
@@ -279,13 +284,8 @@ class ScoreSettings(JobSettings):
 
     def job(self) -> CaptionSettings:
         """Return the job that makes the scores and no captions."""
-        outputs = Outputs(
-            caption=False,
-            score=(f"{self.name}={self.text_column}",),
-            score_model=self.score_model,
-            score_revision=self.score_revision,
-            score_kind=self.score_kind,
-        )
+        model = {f"score_{name}": getattr(self, f"score_{name}") for name in ("model", "revision", "kind")}
+        outputs = Outputs(caption=False, score=(f"{self.name}={self.text_column}",), **model)
         return CaptionSettings(**_shared(self), prompt=self.prompt, outputs=outputs)
 
 

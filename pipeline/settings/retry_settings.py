@@ -12,6 +12,7 @@ from typing import Any
 
 from blip2_actor import ImageLimits, Status
 from blip2_actor.flags import formerly, positional, written_as
+from pipeline.endpoint.settings import EndpointSettings
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
@@ -101,6 +102,8 @@ class RetrySettings:
     """Further hosts that may be asked for images although their addresses are private."""
     placement: PlacementChanges = field(default=PlacementChanges())
     """actors"""
+    serving: EndpointSettings = field(default=EndpointSettings())
+    """captions by a running endpoint"""
 
     def __post_init__(self) -> None:
         for status in self.status:

@@ -23,7 +23,7 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 TELL_EVERY_S = 1.0
 """Seconds between two calls of the listener during a pause."""
 
-Place = Literal["output", "input"]
+Place = Literal["output", "input", "endpoint"]
 
 _NEVER = (FileNotFoundError, PermissionError, IsADirectoryError)
 _NEVER_ERRNOS = (errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
@@ -64,6 +64,11 @@ def listen(listener: Listener | None) -> None:
     """Let a listener know while requests of this process fail; it may be called by several threads."""
     global _listener
     _listener = _always if listener is None else listener
+
+
+def tell(trouble: Trouble | None) -> bool:
+    """Tell the listener of trouble, or None of its end; return whether to go on trying."""
+    return _listener(trouble)
 
 
 def retry_on_oserror(

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipeline.maintenance import endpoint
-from pipeline.maintenance.endpoint import Endpoint, EndpointError
+from pipeline.endpoint import client
+from pipeline.endpoint.client import Endpoint, EndpointError
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers and body."""
@@ -52,7 +52,7 @@ def test_an_answer_that_is_cut_off_is_no_answer() -> None:
 
 def test_a_busy_proxy_may_write_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    monkeypatch.setattr(client.time, "sleep", pauses.append)
     busy = {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}
     with server([(503, busy, b""), (503, {"Retry-After": "2"}, b""), (200, {}, b'{"model": "a"}')]) as url:
         assert Endpoint(url).model() == {"model": "a"}

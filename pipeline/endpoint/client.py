@@ -1,0 +1,110 @@
+"""One endpoint over HTTP: what its model is, and single captions. `sender` sends batch work."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip2_actor import ModelInfo
+
+ANSWER_S = 120.0
+"""How long one answer may take, and how long an endpoint that has too much to do is asked again."""
+CONNECT_S = 10.0
+
+
+class EndpointError(ValueError):
+    """The endpoint cannot be used, or has refused a request; the message says why."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint of this project."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint must begin with http:// or https://, got {self.url}")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request says of its sender."""
+        return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+
+    def model(self) -> dict[str, Any]:
+        """Return what the endpoint says of its model; raise EndpointError if it says nothing."""
+        return self._ask("/v1/model", None, CONNECT_S)
+
+    def model_info(self) -> ModelInfo:
+        """Return the model of the endpoint; raise EndpointError if it says nothing."""
+        said = self.model()
+        names = {each.name for each in dataclasses.fields(ModelInfo)}
+        try:
+            return ModelInfo(**{name: value for name, value in said.items() if name in names})
+        except TypeError:
+            raise EndpointError(
+                f"{self.url} is no endpoint of this project: it does not say its model"
+            ) from None
+
+    def caption(self, image: bytes, prompt: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the endpoint's answer for one image."""
+        body: dict[str, Any] = {"image": base64.b64encode(image).decode(), "options": options}
+        return self._ask("/v1/caption", body if prompt is None else body | {"prompt": prompt}, ANSWER_S)
+
+    def _ask(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        """Send one request, again while the endpoint has too much to do."""
+        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        for name, value in self.headers.items():
+            request.add_unredirected_header(name, value)
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                    answer = json.load(response)
+            except urllib.error.HTTPError as error:
+                pause = pause_s(error.headers.get("Retry-After"))
+                if error.code not in (429, 503) or time.monotonic() + pause > give_up_at:
+                    reason = reason_in(error.read()) or error.reason
+                    raise EndpointError(f"{self.url} answers {error.code}: {reason}") from None
+                time.sleep(pause)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                raise EndpointError(f"{self.url} gives no answer: {error}") from None
+            else:
+                if not isinstance(answer, dict):
+                    raise EndpointError(
+                        f"{self.url} is no endpoint of this project: {path} is no JSON object"
+                    )
+                return answer
+
+
+def read_key(key_file: str | None) -> str | None:
+    """Return the key in a file; raise OSError if it cannot be read."""
+    if key_file is None:
+        return None
+    with open(key_file, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def pause_s(retry_after: str | None) -> float:
+    """Return the seconds that an endpoint asks to wait; a proxy in front of it may write a date instead."""
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
+
+
+def reason_in(body: bytes) -> str:
+    """Return the sentence in an answer that refuses a request; empty if there is none."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""

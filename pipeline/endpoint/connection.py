@@ -1,0 +1,107 @@
+"""Requests for batch work over a connection that stays open, and their answers line by line."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+from blip2_actor import Result
+from pipeline.endpoint.batch_requests import result_of
+from pipeline.endpoint.client import Endpoint, pause_s, reason_in
+
+SILENT_S = 60.0
+"""The endpoint sends an empty line each second; after this long without any, it is gone."""
+ORDERLY = ("timeout", "unavailable")
+"""Types with which an answer ends early and no text is to blame."""
+
+
+class WorkRefused(Exception):
+    """The endpoint has answered with another code than 200."""
+
+    def __init__(self, code: int, type: str, message: str, pause: float) -> None:
+        super().__init__(f"answers {code}: {message}")
+        self.code, self.type, self.pause_s = code, type, pause
+
+
+class BrokenOff(Exception):
+    """An answer ended before its last text."""
+
+    def __init__(self, reason: str, is_orderly: bool) -> None:
+        super().__init__(reason)
+        self.is_orderly = is_orderly
+
+
+class Connection:
+    """A connection that stays open between requests."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._parts = urlsplit(endpoint.url)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def results(
+        self, kind: str, body: bytes, on_admitted: Callable[[], None]
+    ) -> Iterator[tuple[int, Result]]:
+        """Send a request, and yield positions and results.
+
+        Args:
+            on_admitted: called when the endpoint has taken the request.
+
+        Raises:
+            OSError, HTTPException: the endpoint cannot be reached.
+            WorkRefused: it takes no such request, or none now.
+            BrokenOff: the answer has begun and ended early.
+        """
+        response = self._post(kind, body)
+        if response.status != 200:
+            content = response.read()
+            code, message = response.status, reason_in(content) or response.reason
+            pause = pause_s(response.headers.get("Retry-After"))
+            raise WorkRefused(code, _type_in(content), message, pause)
+        on_admitted()
+        try:
+            for line in response:
+                if not line.strip():
+                    continue
+                found = json.loads(line)
+                if "index" not in found:
+                    raise BrokenOff(str(found["error"]), found["status"] in ORDERLY)
+                yield found["index"], result_of(found)
+        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+            raise BrokenOff(f"has broken its answer off: {error!r}", is_orderly=False) from error
+        finally:
+            if not response.isclosed():
+                self.close()
+
+    def _post(self, kind: str, body: bytes) -> http.client.HTTPResponse:
+        """Send a request; an open connection that the endpoint has closed meanwhile is opened anew."""
+        is_kept = self._connection is not None
+        connection = self._connection = self._connection or self._open()
+        headers = {"Content-Type": kind, **self._endpoint.headers}
+        try:
+            connection.request("POST", f"{self._parts.path.rstrip('/')}/v1/batch", body, headers)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            self.close()
+            if not is_kept:
+                raise
+            return self._post(kind, body)
+
+    def _open(self) -> http.client.HTTPConnection:
+        is_secure = self._parts.scheme == "https"
+        connection = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        return connection(self._parts.netloc, timeout=SILENT_S)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _type_in(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["type"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,273 @@
+"""`RemoteEngine`: the engine of a job whose model is loaded elsewhere.
+
+Threads send decoded images to an endpoint, many in one request, and take results as they are finished. An
+endpoint that is busy, gone, or has another model for a while is waited for; what it has not answered is asked
+again. So a text may be made twice there, and its result is taken once.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+
+from blip2_actor import (
+    EngineStats,
+    Features,
+    GenerationOptions,
+    ImageLike,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+    Status,
+)
+from pipeline.endpoint.batch_requests import form_of
+from pipeline.endpoint.client import Endpoint, EndpointError
+from pipeline.endpoint.connection import BrokenOff, Connection, WorkRefused
+from pipeline.endpoint.waiting import Outage
+
+NUM_CONNECTIONS = 4
+"""Requests at the same time; with `MAX_IMAGES` texts each they fill the slots of a large engine twice."""
+MAX_IMAGES = 64
+MAX_BYTES = 8 << 20
+"""Pixels of one request."""
+PAUSE_S = 1.0
+"""Least pause before the next try if the endpoint asks for none."""
+MAX_BREAKS = 3
+"""After so many answers that broke off, a text is sent alone; after as many alone, it fails."""
+BUSY = ("overloaded", "quota", "too_many_bytes")
+"""Types of refusals that only ask for patience."""
+REFUSALS = (400, 413, 415, 422)
+"""Codes of requests that would be refused again."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Text:
+    """A text that is wanted."""
+
+    image: np.ndarray
+    prompt: str | None
+    options: GenerationOptions
+    future: Future[Result] = field(default_factory=Future)
+    num_breaks: int = 0
+
+    def goes_with(self, other: _Text) -> bool:
+        """Return whether both may stand in one request."""
+        return self.options == other.options and max(self.num_breaks, other.num_breaks) < MAX_BREAKS
+
+    def resolve(self, result: Result) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class RemoteEngine:
+    """Generates texts at an endpoint; scores and vectors it cannot make. Thread-safe."""
+
+    def __init__(self, endpoint: Endpoint, model: ModelInfo, waits: bool = True) -> None:
+        """Start the threads.
+
+        Args:
+            model: what the endpoint must serve; an answer of another model is never taken.
+            waits: wait for an endpoint that does not answer, instead of raising from the futures.
+        """
+        self.step_watchers: list[Any] = []
+        self._endpoint, self._model, self._waits = endpoint, model, waits
+        self._queue: deque[_Text] = deque()
+        self._has_work = threading.Condition()
+        self._is_closed = False
+        self._is_given_up = False
+        """The job is stopping while the endpoint takes no work; what waits has no result."""
+        self._ended = threading.Event()
+        self._outage = Outage()
+        self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
+        self._num_requests = self._num_finished = self._num_tokens = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"endpoint-{n}", daemon=True)
+            for n in range(NUM_CONNECTIONS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # As an engine ---------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        on_text: Any = None,
+    ) -> Future[Result]:
+        """Queue one request; its image is uint8[S, S, 3] at the model's size."""
+        assert on_text is None, "an endpoint sends no pieces of the texts of batch work"
+        resolved = (request.options or options).resolve(self._model.generation_config)
+        text = _Text(self.image(request.image), request.prompt, resolved)
+        with self._has_work:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed; build a new one")
+            self._num_requests += 1
+            self._queue.append(text)
+            self._has_work.notify()
+        return text.future
+
+    def generate(
+        self, requests: Sequence[Request], options: GenerationOptions = GenerationOptions()
+    ) -> list[Result]:
+        return [future.result() for future in [self.submit(request, options) for request in requests]]
+
+    def stream(
+        self, request: Request, options: GenerationOptions = GenerationOptions()
+    ) -> Generator[str, None, None]:
+        yield self.submit(request, options).result().text or ""
+
+    def image(self, image: ImageLike | None) -> Any:
+        """Return an image that several requests can share; it is sent once if they go together."""
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"image must be uint8[S, S, 3], got {type(image).__name__}")
+        if image.flags.writeable:  # the caller may write over it
+            image = image.copy()
+            image.flags.writeable = False
+        return image
+
+    @property
+    def prompts(self) -> NoReturn:
+        raise _only_texts()
+
+    def features(self, images: Sequence[ImageLike], *_: Any, **__: Any) -> list[Features]:
+        raise _only_texts()
+
+    def score(self, images: Sequence[ImageLike], *_: Any, **__: Any) -> list[Score]:
+        raise _only_texts()
+
+    def stats(self) -> EngineStats:
+        """Return counters. Nothing is said to be waiting: the patience is with the endpoint."""
+        return EngineStats(
+            num_requests=self._num_requests, num_finished=self._num_finished, num_tokens=self._num_tokens
+        )
+
+    def close(self) -> None:
+        """Finish what was accepted if the endpoint answers; refuse everything else."""
+        with self._has_work:
+            self._is_closed = True
+            self._has_work.notify_all()
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        for text in self._queue:
+            text.future.cancel()
+            text.future.set_running_or_notify_cancel()
+
+    def __enter__(self) -> RemoteEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # In the threads -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        connection = Connection(self._endpoint)
+        while texts := self._take():
+            try:
+                self._ask(connection, texts)
+            except Exception as error:  # whoever waits for the futures must learn of it
+                logger.exception("A request to the endpoint has failed")
+                for text in texts:
+                    if not text.future.done():
+                        text.fail(error)
+        connection.close()
+
+    def _take(self) -> list[_Text]:
+        """Wait for texts, and take those with the options of the first; none when the engine is closed."""
+        with self._has_work:
+            while not (self._drop_cancelled() or self._is_closed or self._is_given_up):
+                self._has_work.wait()
+            taken: list[_Text] = []
+            while not self._is_given_up and self._drop_cancelled() and len(taken) < self._max_images:
+                if taken and not self._queue[0].goes_with(taken[0]):
+                    break
+                taken.append(self._queue.popleft())
+            return taken
+
+    def _drop_cancelled(self) -> bool:
+        """Forget texts that nobody wants; return whether any is left."""
+        while self._queue and self._queue[0].future.cancelled():
+            self._queue.popleft()
+        return bool(self._queue)
+
+    def _put_back(self, texts: Sequence[_Text]) -> None:
+        with self._has_work:
+            self._queue.extendleft(reversed([text for text in texts if not text.future.done()]))
+            self._has_work.notify_all()
+
+    def _ask(self, connection: Connection, texts: list[_Text]) -> None:
+        """Send one request and deliver its results; what has none goes again after a pause."""
+        kind, body = form_of([(text.image, text.prompt) for text in texts], texts[0].options, self._model)
+        try:
+            for index, result in connection.results(kind, body, self._outage.end):
+                with self._has_work:
+                    self._num_finished += 1
+                    self._num_tokens += sum(len(one.token_ids) for one in result.completions)
+                texts[index].resolve(result)
+            if not all(text.future.done() for text in texts):
+                raise BrokenOff("the answer lacks its end", is_orderly=False)
+        except WorkRefused as refusal:
+            self._after_refusal(texts, refusal)
+        except BrokenOff as end:
+            self._after_break(texts, end)
+        except (OSError, http.client.HTTPException) as error:
+            self._pause(texts, f"gives no answer: {error or type(error).__name__}", PAUSE_S)
+
+    def _after_refusal(self, texts: list[_Text], refusal: WorkRefused) -> None:
+        if refusal.code == 413 and len(texts) > 1:
+            self._max_images = max(1, len(texts) // 2)
+            self._put_back(texts)
+        elif refusal.code in REFUSALS:
+            self._outage.end()
+            for text in texts:
+                text.resolve(Result(status=Status.REFUSED, error=f"the endpoint {refusal}"))
+        elif refusal.type in BUSY:
+            self._outage.end()
+            time.sleep(refusal.pause_s)
+            self._put_back(texts)
+        elif refusal.code == 500:
+            self._after_break(texts, BrokenOff(str(refusal), is_orderly=False))
+        else:
+            self._pause(texts, str(refusal), refusal.pause_s)
+
+    def _after_break(self, texts: list[_Text], end: BrokenOff) -> None:
+        """Ask again. A text with which an answer breaks off each time must not break it for the others."""
+        left = [text for text in texts if not text.future.done()]
+        for text in left:
+            text.num_breaks += not end.is_orderly
+            if text.num_breaks >= 2 * MAX_BREAKS:
+                error = f"the endpoint has failed each time on this image: {end}"
+                text.resolve(Result(status=Status.FAILED, error=error))
+        self._pause(left, str(end), PAUSE_S)
+
+    def _pause(self, texts: Sequence[_Text], state: str, at_least_s: float) -> None:
+        if not self._waits:
+            error = EndpointError(f"{self._endpoint.url} {state}")
+            for text in texts:
+                text.fail(error)
+        else:
+            goes_on = self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended)
+            self._is_given_up |= not goes_on
+            self._put_back(texts)
+
+
+def _only_texts() -> ValueError:
+    return ValueError("an endpoint makes captions and answers; leave out embed and score")

@@ -1,0 +1,140 @@
+"""`--endpoint`: the flags, and the recipe by which a job builds an engine that is elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Request, Status
+from pipeline.endpoint.client import Endpoint, EndpointError, read_key
+from pipeline.settings.outputs import Outputs
+from pipeline.settings.placement import Placement
+
+if TYPE_CHECKING:
+    from pipeline.endpoint.remote_engine import RemoteEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """A recipe for a `RemoteEngine`; an `EngineBuilder`, as `EngineConfig` is."""
+
+    endpoint: Endpoint
+    key_file: str | None = None
+    """File with the key, on the machine that starts the job."""
+    ignore_generation_config: bool = False
+    known: ModelInfo | None = None
+    """The model that the endpoint must serve; None asks for it."""
+    device: ClassVar[str] = "cpu"
+    """A worker needs no accelerator."""
+    is_remote: ClassVar[bool] = True
+    """A worker needs hardly any CPU."""
+
+    def info(self) -> ModelInfo:
+        """Return the model of the endpoint.
+
+        Raises:
+            EndpointError: it gives no answer.
+        """
+        if self.known is not None:
+            return self.known
+        info = self.endpoint.model_info()
+        return dataclasses.replace(info, generation_config={}) if self.ignore_generation_config else info
+
+    def with_info(self) -> EndpointConfig:
+        """Return a recipe that any machine can use: it has the key, and it knows its model.
+
+        Raises:
+            EndpointError: the endpoint gives no answer.
+            OSError: the key cannot be read.
+        """
+        endpoint = self.endpoint
+        if self.key_file is not None:
+            endpoint = dataclasses.replace(endpoint, key=read_key(self.key_file))
+        keyed = dataclasses.replace(self, endpoint=endpoint, key_file=None)
+        return dataclasses.replace(keyed, known=keyed.info())
+
+    def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        self.try_out(GenerationOptions(max_new_tokens=max_new_tokens), prompts)
+
+    def try_out(self, options: GenerationOptions, prompts: Sequence[str] = ()) -> None:
+        """Have the endpoint caption a black image, so that what it refuses is known before any work begins.
+
+        Raises:
+            ValueError: it refuses the key, the options or a prompt.
+        """
+        import numpy as np
+
+        size_px = self.info().image_size_px
+        image = np.zeros((size_px, size_px, 3), np.uint8)
+        with self.build(waits=False) as engine:
+            options = options.resolve(self.info().generation_config)
+            requests = [Request(image=image, prompt=prompt) for prompt in prompts or (None,)]
+            for request, result in zip(requests, engine.generate(requests, options), strict=True):
+                if result.status is Status.REFUSED:
+                    what = "captions" if request.prompt is None else f"the prompt {request.prompt!r}"
+                    raise EndpointError(f"{self.endpoint.url} refuses {what}: {result.error}")
+
+    def build(self, waits: bool = True) -> RemoteEngine:
+        """Start the threads that send requests.
+
+        Args:
+            waits: an endpoint that is gone, busy, or has another model is waited for; else it is an error.
+        """
+        from pipeline.endpoint.remote_engine import RemoteEngine
+
+        return RemoteEngine(self.endpoint, self.info(), waits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointSettings:
+    """Whether a running endpoint makes the captions."""
+
+    endpoint: str | None = None
+    """URL of a running endpoint, such as http://127.0.0.1:8000, that makes captions and answers behind the
+    requests of its other callers; no model is loaded here."""
+    endpoint_key_file: str | None = None
+    """File with the key for --endpoint; the key needs the right to send batch work."""
+
+    def __post_init__(self) -> None:
+        if self.endpoint is not None:
+            Endpoint(self.endpoint)
+        elif self.endpoint_key_file is not None:
+            raise ValueError(
+                "endpoint_key_file must be left out without endpoint; give the URL of an endpoint"
+            )
+
+    @property
+    def config(self) -> EndpointConfig | None:
+        """The recipe for the engine; None if the model is loaded here."""
+        if self.endpoint is None:
+            return None
+        return EndpointConfig(endpoint=Endpoint(self.endpoint), key_file=self.endpoint_key_file)
+
+    def check(self, engine: EngineConfig, outputs: Outputs, placement: Placement) -> None:
+        """Refuse what an endpoint does not make, and settings of an engine that it would ignore.
+
+        Raises:
+            ValueError: one is given; the message names it.
+        """
+        if self.endpoint is None:
+            return
+        if outputs.embed or outputs.score:
+            given = "embed" if outputs.embed else "score"
+            raise ValueError(f"{given} must be left out with endpoint, which makes captions and answers only")
+        for name in ("gpus_per_actor", "accelerator", "accelerator_type"):
+            if getattr(placement, name):
+                raise ValueError(f"{name} must be left out with endpoint, which has the accelerators")
+        for each in dataclasses.fields(EngineConfig):
+            value: Any = getattr(engine, each.name)
+            if each.name != "ignore_generation_config" and value != each.default:
+                raise ValueError(
+                    f"{each.name} must be left out with endpoint, which has a model of its own, got {value}"
+                )
+
+    def of_model(self, engine: EngineConfig, info: ModelInfo) -> EngineConfig:
+        """Return the engine that would make the same rows here."""
+        if self.endpoint is None:
+            return engine
+        return dataclasses.replace(engine, model=info.model, quantize=info.quantize)  # type: ignore[arg-type]

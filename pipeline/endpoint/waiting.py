@@ -1,0 +1,46 @@
+"""What the threads of one engine say while their endpoint takes no work: one voice for all."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pipeline.storage.retrying import MAX_PAUSE_S, TELL_EVERY_S, Trouble, tell
+
+
+class Outage:
+    """How long an endpoint has taken no work, and why; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._pause_s = 0.0
+
+    def wait(self, state: str, at_least_s: float, is_ended: threading.Event) -> bool:
+        """Pause before the next try, longer each time, and say why; return False to give up.
+
+        Args:
+            state: what is wrong, in a phrase.
+            at_least_s: what the endpoint asks for.
+            is_ended: set when nobody wants an answer any longer.
+        """
+        with self._lock:
+            since = self._since = self._since or time.monotonic()
+            self._pause_s = pause_s = min(max(at_least_s, 2 * self._pause_s), max(MAX_PAUSE_S, at_least_s))
+        shown = f"out of reach ({state.replace(';', ',')})"
+        next_try = time.monotonic() + pause_s
+        is_new = True
+        while (left_s := next_try - time.monotonic()) > 0:
+            if not tell(Trouble("endpoint", shown, time.monotonic() - since, is_new)):
+                return False
+            is_new = False
+            if is_ended.wait(min(left_s, TELL_EVERY_S)):
+                return False
+        return True
+
+    def end(self) -> None:
+        """Say that the endpoint works again, if it did not."""
+        with self._lock:
+            was_out, self._since, self._pause_s = self._since is not None, None, 0.0
+        if was_out:
+            tell(None)

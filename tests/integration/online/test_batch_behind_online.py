@@ -1,0 +1,81 @@
+"""`blip2 caption --endpoint`: a job whose captions a running endpoint makes has the rows of any other job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blip2_actor import EngineBuilder, EngineConfig
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.cli.commands import caption
+from pipeline.cli.main import main
+from pipeline.endpoint.settings import EndpointSettings
+from pipeline.inputs.reader import ReadOptions
+from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.outputs import Outputs
+from tests.integration.inputs import BROKEN, png
+from tests.integration.online.endpoint import engine_stats
+
+NUM_ROWS = 40
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    """A table of images with prompts, one image broken and one prompt too long for any model."""
+    rows = [{"image": png(n), "ask": f"what is {n}?"} for n in range(NUM_ROWS)]
+    rows[5]["image"] = BROKEN
+    rows[7]["ask"] = "word " * 3000
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    return str(tmp_path / "in.parquet")
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    (path,) = output.glob("*.parquet")
+    return pq.read_table(path).to_pylist()
+
+
+def fingerprint_of(output: Path) -> Any:
+    return json.loads((output / "_blip2" / "run.json").read_text())["fingerprint"]
+
+
+@pytest.mark.parametrize("kind", ["fake", pytest.param("real", marks=pytest.mark.slow)])
+def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
+    kind: str, url: str, table: str, tmp_path: Path, real_engine: EngineConfig
+) -> None:
+    """Captions by the prompt of each row, answers, sizes, flags, statuses and errors."""
+    engine: EngineBuilder = FakeEngineConfig(model="demo") if kind == "fake" else real_engine
+    route = "" if kind == "fake" else "/real"
+    job: dict[str, Any] = {
+        "input": (table,),
+        "max_failed_fraction": 1.0,
+        "reading": ReadOptions(prompt_column="ask", keep=("ask",)),
+        "outputs": Outputs(ask=("color=Question: what color is it? Answer:",), regenerate=True),
+    }
+    before = engine_stats(route or "/")
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert caption(CaptionSettings(**job, output=str(here)), engine) == 0
+    serving = EndpointSettings(endpoint=url + route)
+    assert caption(CaptionSettings(**job, output=str(there), serving=serving)) == 0
+    assert rows_of(there) == rows_of(here)
+    assert {row["status"] for row in rows_of(there)} >= {"ok", "undecodable"}
+    assert fingerprint_of(there) == fingerprint_of(here)
+    stats = engine_stats(route or "/")
+    assert stats.num_requests - before.num_requests >= 2 * (NUM_ROWS - 1)
+    # Each may continue what the other has begun, and a retry may go either way.
+    assert caption(CaptionSettings(**job, output=str(there)), engine) == 0
+    assert main(["retry", str(here), "--endpoint", url + route]) == 0
+    assert rows_of(here) == rows_of(there)
+
+
+def test_batch_work_and_a_caller_share_the_engine(url: str, table: str, tmp_path: Path) -> None:
+    """Both use the same application; the answer to the caller is the caption that the job writes."""
+    serving = EndpointSettings(endpoint=url)
+    assert caption(CaptionSettings(input=(table,), output=str(tmp_path / "out"), serving=serving)) == 2
+    answer = httpx.post(f"{url}/v1/caption", files={"image": png(3)}, timeout=30).json()
+    assert answer["caption"] == rows_of(tmp_path / "out")[3]["caption"]

@@ -1,0 +1,82 @@
+"""`blip2 caption --endpoint` refuses before any work what would not make the rows of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.cli.main import main
+from pipeline.run.prepare import prepare
+from pipeline.settings.job_settings import CaptionSettings
+from tests.unit.endpoint.scripted_endpoint import Exchange, endpoint
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    return str(tmp_path / "photos")
+
+
+def answer(exchange: Exchange) -> None:
+    if exchange.fields["options"]["num_beams"] > 16:
+        exchange.refuse(400, "bad_request", "options: num_beams must be at most 16, got 17")
+    else:
+        exchange.answer_all()
+
+
+def test_what_the_endpoint_cannot_make_is_named(
+    photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with endpoint(answer) as url:
+        for flags, said in [
+            (["--endpoint", "127.0.0.1"], "endpoint must begin with http:// or https://, got 127.0.0.1"),
+            (["--endpoint", url, "-m", "demo2"], "model must be left out with --endpoint"),
+            (["--endpoint", url, "--dtype", "float16"], "dtype must be left out with --endpoint"),
+            (["--endpoint", url, "--embed", "v=vision"], "embed must be left out with --endpoint"),
+            (["--endpoint", url, "--gpus-per-actor", "1"], "gpus-per-actor must be left out with --endpoint"),
+            (
+                ["--endpoint", url, "--num-beams", "17"],
+                "refuses captions: the endpoint answers 400: options: --num-beams ",
+            ),
+            (["--endpoint", "http://127.0.0.1:9"], "http://127.0.0.1:9 gives no answer: "),
+            (["--endpoint-key-file", "k"], "endpoint-key-file must be left out without --endpoint"),
+            (["--endpoint", url, "--endpoint-key-file", "nowhere"], "nowhere"),
+        ]:
+            assert main(["caption", photos, "-o", str(output), *flags]) == 3, flags
+            shown = capsys.readouterr().err
+            assert said in shown, (flags, shown)
+    assert not output.exists()
+
+
+def test_a_run_of_another_model_is_not_continued(
+    photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    job = prepare(CaptionSettings(input=(photos,), output=str(output)), FakeEngineConfig(model="another"))
+    job.ledger.begin(job.run)
+    with endpoint(answer) as url:
+        assert main(["caption", photos, "-o", str(output), "--endpoint", url]) == 3
+    assert "was begun with other settings: image.size_px: 32 -> 8; model: " in capsys.readouterr().err
+
+
+def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str, tmp_path: Path) -> None:
+    """A later start without the endpoint finds the model by this name, and the fingerprint is the same."""
+    from pipeline.endpoint.settings import EndpointSettings
+
+    with endpoint(answer) as url:
+        settings = CaptionSettings(
+            input=(photos,), output=str(tmp_path / "out"), serving=EndpointSettings(endpoint=url)
+        )
+        remote = prepare(settings)
+    local = prepare(
+        CaptionSettings(input=(photos,), output=str(tmp_path / "out")),
+        FakeEngineConfig(model="demo", image_size_px=8),
+    )
+    assert remote.run.fingerprint == local.run.fingerprint
+    assert remote.settings.engine.model == "demo" and "serving" not in remote.settings.to_dict()

@@ -1,0 +1,253 @@
+"""The engine that is elsewhere: what it sends, and what it does when the endpoint does not answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+
+import numpy as np
+import pytest
+
+from blip2_actor import GenerationOptions, Request, Result, Status
+from blip2_actor.testing import fake_caption
+from pipeline.endpoint import connection, remote_engine, waiting
+from pipeline.endpoint.client import Endpoint, EndpointError
+from pipeline.endpoint.remote_engine import RemoteEngine
+from pipeline.endpoint.settings import EndpointConfig
+from pipeline.storage.retrying import Trouble, listen
+from tests.unit.endpoint.scripted_endpoint import MODEL, Answer, Exchange, endpoint
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), np.uint8)
+CAPTIONS = [fake_caption(image, None) for image in IMAGES]
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trouble | None]]:
+    """What the listener of this process is told; pauses are short."""
+    monkeypatch.setattr(waiting, "MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(connection, "pause_s", lambda _: 0.02)
+    monkeypatch.setattr(remote_engine, "PAUSE_S", 0.02)
+    told: list[Trouble | None] = []
+
+    def listener(trouble: Trouble | None) -> bool:
+        told.append(trouble)
+        return True
+
+    listen(listener)
+    yield told
+    listen(None)
+
+
+def results(answer: Answer, images: np.ndarray = IMAGES, **request: object) -> list[Result]:
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url, "secret"), MODEL) as engine:
+        return engine.generate([Request(image=image, **request) for image in images])  # type: ignore[arg-type]
+
+
+def texts_of(found: list[Result]) -> list[str | None]:
+    return [result.text for result in found]
+
+
+def test_images_travel_together_and_results_come_back_whole() -> None:
+    seen: list[Exchange] = []
+
+    def answer(exchange: Exchange) -> None:
+        seen.append(exchange)
+        exchange.answer_all()
+
+    found = results(answer, options=GenerationOptions(num_beams=2, max_new_tokens=9), prompt="été ☃")
+    assert texts_of(found) == [fake_caption(image, "été ☃") for image in IMAGES]
+    assert (found[0].logprob, found[0].token_ids, found[0].token_logprobs) == (
+        -0.1 - 0.2,
+        (1, 2, 3),
+        (-0.1, -0.2, 0.0),
+    )
+    assert len(seen) < 20 and seen[0].key == "Bearer secret"
+    assert seen[0].fields["options"]["num_beams"] == 2 and len(seen[0].fields["options"]) > 10
+    assert [seen[0].fields[name] for name in ("digest", "dtype", "quantize")] == [
+        MODEL.digest,
+        "float32",
+        None,
+    ]
+
+
+def test_a_shared_image_is_sent_once_and_options_are_not_mixed() -> None:
+    seen: list[Exchange] = []
+
+    def answer(exchange: Exchange) -> None:
+        seen.append(exchange)
+        exchange.answer_all()
+
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        shared = engine.image(IMAGES[0])
+        longer = GenerationOptions(max_new_tokens=50)
+        asked = [
+            Request(image=shared, prompt=prompt, options=options)
+            for options in (GenerationOptions(), longer)
+            for prompt in (None, "a", "b")
+        ]
+        found = engine.generate(asked)
+    assert texts_of(found) == [fake_caption(IMAGES[0], request.prompt) for request in asked]
+    assert all(len(exchange.images) == 1 for exchange in seen)
+    assert {exchange.fields["options"]["max_new_tokens"] for exchange in seen} == {30, 50}
+
+
+REFUSALS = {
+    "busy": lambda exchange: exchange.refuse(503, "overloaded"),
+    "quota": lambda exchange: exchange.refuse(429, "quota"),
+    "starting": lambda exchange: exchange.refuse(503, "unavailable"),
+    "key": lambda exchange: exchange.refuse(403, "no_batch_right"),
+    "other-model": lambda exchange: exchange.refuse(409, "wrong_model"),
+    "gone": lambda exchange: exchange.hang_up(),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, told) -> None:
+    def answer(exchange: Exchange) -> None:
+        if exchange.number < 12:
+            REFUSALS[kind](exchange)
+        else:
+            exchange.answer_all()
+
+    assert texts_of(results(answer)) == CAPTIONS
+    if kind in ("busy", "quota"):
+        assert not told, "an endpoint that is busy with other requests is as it should be"
+    else:
+        assert isinstance(told[0], Trouble) and told[0].place == "endpoint" and told[-1] is None
+        assert told[0].state.startswith("out of reach (http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("how", ["hang-up", "overloaded", "timeout", "unavailable", "no-end"])
+def test_what_an_answer_lacks_is_asked_again_and_nothing_else(how: str) -> None:
+    asked: list[int] = []
+    lock = threading.Lock()
+
+    def answer(exchange: Exchange) -> None:
+        with lock:
+            asked.append(len(exchange.texts))
+        if exchange.number >= 3:
+            exchange.answer_all()
+            return
+        exchange.begin()
+        exchange.answer(*range(len(exchange.texts) - 1, 0, -2))
+        if how == "hang-up":
+            exchange.hang_up()
+        elif how == "no-end":
+            exchange.end()
+        else:
+            exchange.break_off(how)
+
+    assert texts_of(results(answer)) == CAPTIONS
+    assert sum(asked) <= 20 + 3 * 10 + 3, "what was answered is not made again"
+
+
+def test_an_image_that_breaks_every_answer_fails_alone() -> None:
+    """It would end the endpoint's engine again and again, for all its callers."""
+    poison = CAPTIONS[7]
+    num_broken = 0
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal num_broken
+        if poison in [fake_caption(exchange.images[text["image"]], None) for text in exchange.texts]:
+            num_broken += 1
+            exchange.begin()
+            exchange.break_off("overloaded")
+        else:
+            exchange.answer_all()
+
+    found = results(answer)
+    assert [result.status for result in found] == [Status.OK] * 7 + [Status.FAILED] + [Status.OK] * 12
+    assert str(found[7].error).startswith("the endpoint has failed each time on this image: ")
+    assert num_broken == 6
+
+
+def test_what_would_be_refused_again_is_a_result() -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.refuse(400, "bad_request", "options: num_beams must be at most 16, got 17")
+
+    (result,) = results(answer, IMAGES[:1])
+    assert result.status is Status.REFUSED
+    assert result.error == "the endpoint answers 400: options: num_beams must be at most 16, got 17"
+
+
+def test_a_request_that_is_too_large_is_divided() -> None:
+    def answer(exchange: Exchange) -> None:
+        if len(exchange.images) > 3:
+            exchange.refuse(413, "too_large")
+        else:
+            exchange.answer_all()
+
+    assert texts_of(results(answer)) == CAPTIONS
+
+
+def test_a_text_that_nobody_wants_any_longer_is_not_sent() -> None:
+    gate = threading.Event()
+    sent: list[int] = []
+
+    def answer(exchange: Exchange) -> None:
+        sent.append(len(exchange.texts))
+        gate.wait(10)
+        exchange.answer_all()
+
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        first = [engine.submit(Request(image=image, prompt=str(n))) for n, image in enumerate(IMAGES[:4])]
+        deadline = time.monotonic() + 10
+        while len(sent) < 4 and sum(sent) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        busy: list[Future[Result]] = [
+            engine.submit(Request(image=image, options=GenerationOptions(seed=n, do_sample=True)))
+            for n, image in enumerate(IMAGES[4:8])
+        ]
+        later = [engine.submit(Request(image=image)) for image in IMAGES[8:]]
+        for future in later:
+            future.cancel()
+        gate.set()
+        assert not wait([*first, *busy], timeout=10).not_done
+    assert sum(sent) == 8
+
+
+def test_when_the_job_stops_while_the_endpoint_is_gone_nothing_is_asked_any_longer() -> None:
+    """The rows stay without a result, and the next start makes them."""
+    stopping = threading.Event()
+    listen(lambda trouble: not stopping.is_set())
+    num_asked = 0
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 3:
+            stopping.set()
+        exchange.hang_up()
+
+    with endpoint(answer) as url:
+        engine = RemoteEngine(Endpoint(url), MODEL)
+        future = engine.submit(Request(image=IMAGES[0]))
+        assert stopping.wait(10) and not future.done()
+        engine.close()
+        assert future.cancelled() and not wait([future], timeout=0).not_done
+    assert num_asked <= 4
+
+
+def test_the_trial_before_work_says_what_the_endpoint_refuses() -> None:
+    def config(url: str) -> EndpointConfig:
+        return EndpointConfig(endpoint=Endpoint(url)).with_info()
+
+    with endpoint(lambda exchange: exchange.answer_all()) as url:
+        assert config(url).info() == MODEL
+        config(url).try_out(GenerationOptions(), ["a", "b"])
+    refusal = "the key alice has no right to send batch work"
+    with (
+        endpoint(lambda exchange: exchange.refuse(403, "no_batch_right", refusal)) as url,
+        pytest.raises(EndpointError, match=f"{url} answers 403: {refusal}"),
+    ):
+        config(url).try_out(GenerationOptions())
+    with (
+        endpoint(lambda exchange: exchange.refuse(400, "bad_request", "too many beams")) as url,
+        pytest.raises(EndpointError, match="the endpoint answers 400: too many beams"),
+    ):
+        config(url).try_out(GenerationOptions())
+    with pytest.raises(EndpointError, match="gives no answer"):
+        config(url)
