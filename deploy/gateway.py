@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, Result, Status
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -38,7 +39,7 @@ from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
@@ -116,6 +117,11 @@ class Gateway:
             record.slots, record.steps = cost.slots, cost.steps
         return self._admission.admit(cost)
 
+    def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
+        if (record := RECORD.get()) is not None:
+            record.slots, record.steps = cost.slots, cost.steps
+        return self._admission.admit_batch(cost)
+
     async def load(self, image: ImageSource) -> bytes:
         return image if isinstance(image, bytes) else await self._fetching.fetch(image)
 
@@ -162,6 +168,13 @@ class Gateway:
                     if isinstance(item, ImageOutputs) and item.failure is not None:
                         raise of_status(*item.failure)
                     yield item
+
+    async def run_batch(
+        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        async with aclosing(self._models.captioner(model).run_batch(images, texts)) as finished:
+            async for results in finished:
+                yield results
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         embeddings = await self._models.captioner(self.first).embed_texts(texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import Embedding, ModelInfo
+from blip2_actor import Embedding, ModelInfo, Result
 from deploy.http.errors import overloaded, unavailable
 from deploy.http.service import ServedModel, require_name
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 
 class Models:
@@ -113,7 +113,21 @@ class RemoteCaptioner:
         self, pixels: np.ndarray, work: ImageWork
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """As `Captioner.stream`; raises what `run` raises, at the start or later."""
-        response = self._handle.options(method_name="stream", stream=True).remote(pixels, work)
+        async with aclosing(self._items("stream", pixels, work)) as items:
+            async for item in items:
+                yield item
+
+    async def run_batch(
+        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
+        async with aclosing(self._items("run_batch", images, texts)) as items:
+            async for item in items:
+                yield item
+
+    async def _items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        """Yield what a method of the captioner yields; if that ends early, free the slots of the engine."""
+        response = self._handle.options(method_name=method, stream=True).remote(*arguments)
         is_complete = False
         try:
             with _no_engine_is_503():

@@ -29,6 +29,8 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 """Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
+FILE_FIELDS = ("image", "images", "pixels")
+"""Fields that are files in a form."""
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of everything in a body that is no image."""
 PLAIN_TEXTS = ("prompt", "model")
@@ -58,7 +60,7 @@ async def read_body(
     media = header.partition(";")[0].strip().lower()
     fields = body_type.model_fields
     is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
-    if not (is_raw or media == JSON or (media == FORM and {"image", "images"} & fields.keys())):
+    if not (is_raw or media == JSON or (media == FORM and fields.keys() & {*FILE_FIELDS})):
         raise ApiError(
             415,
             "unsupported_media_type",
@@ -205,7 +207,7 @@ def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> di
     texts = []
     for raw_name, text in form.texts:
         name = _text("the name of a part", raw_name)
-        if name in ("image", "images"):
+        if name in FILE_FIELDS:
             raise bad_request(f'{name} must be a file, as curl sends with -F "{name}=@photo.jpg"')
         texts.append((name, _text(name, text)))
     return _merged(fields, _from_texts(texts, known))
@@ -218,7 +220,7 @@ def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Mapping[s
             raise bad_request(f"images must be at most {MAX_IMAGES} files")
     elif name in fields:
         raise bad_request(f"{name} must be given once")
-    elif name in known and name != "image":
+    elif name in known and name not in FILE_FIELDS:
         raise bad_request(f"{name} must be text, got a file")
     else:
         fields[name] = image
@@ -284,4 +286,6 @@ def _raw_image(media: str, body: bytes) -> bytes:
 def _content_types(fields: Mapping[str, Any]) -> str:
     if "image" in fields:
         return f"image/*, {FORM} or {JSON}"
+    if "pixels" in fields:
+        return FORM
     return f"{FORM} or {JSON}" if "images" in fields else JSON

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo
+import numpy as np
+
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Result
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
 from deploy.observe.logs import LogLevel
 from deploy.reuse.made import Made
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +81,25 @@ class Service(Protocol):
         Raises:
             ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
                 when the time is over.
+        """
+        ...
+
+    def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
+        """Admit batch work next to all other requests; the block calls what it gets now and then.
+
+        Raises:
+            ApiError: 403 when the key has no right to it; 503 when there is enough, and from the call when
+                the work should end because the service does, or its time is over.
+        """
+        ...
+
+    def run_batch(
+        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        """Generate texts at low priority; yield positions and results as they are finished.
+
+        Args:
+            images: uint8[N, S, S, 3].
         """
         ...
 

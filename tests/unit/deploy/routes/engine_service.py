@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -80,6 +80,11 @@ class EngineService(Gateway):
             yield
         finally:
             self.num_in_flight -= 1
+
+    @asynccontextmanager
+    async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:
+        async with self.admit(cost):
+            yield lambda: None
 
     async def load(self, image: ImageSource) -> bytes:
         assert self.num_in_flight, "a request must be admitted before an image is fetched for it"
