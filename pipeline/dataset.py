@@ -127,7 +127,7 @@ def add_results(ds: Dataset, spec: CaptionSpec, placement: Placement) -> Dataset
     if not ray.is_initialized():
         start_ray()
     reservations = reserve(placement, look_at_cluster(), spec.engine)
-    decoded = decode(ds, spec, info.image_size_px, placement, reservations, keeps_image=True)
+    decoded = decode(ds, spec, info.image_size_px, reservations, keeps_image=True)
     resolved = dataclasses.replace(spec, engine=resolve_engine(spec.engine, reservations))
     return decoded.map_batches(
         DatasetStage,

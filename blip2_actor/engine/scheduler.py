@@ -136,7 +136,9 @@ class Scheduler:
         rows = [row for row, texts in enumerate(groups) for text in texts for _ in text.slots]
         if len(rows) > len(requests):
             logits = logits[to_device(rows, logits.device)]
-        self._take_tokens(logits, [text for texts in groups for text in texts])
+        placed = [text for texts in groups for text in texts]
+        row = iter(range(len(rows)))
+        self._take_tokens(logits, placed, [[next(row) for _ in text.slots] for text in placed])
 
     @property
     def _is_worth_a_prefill(self) -> bool:
@@ -192,7 +194,7 @@ class Scheduler:
         for text in texts:
             text.length += 1
         self.counters.num_decode_steps += 1
-        self._take_tokens(logits, texts, self.slots.order)
+        self._take_tokens(logits, texts, [text.slots for text in texts])
 
     def _close_gaps(self) -> None:
         """Move texts from the last slots into free ones, so that the running slots are the first ones."""
@@ -200,18 +202,14 @@ class Scheduler:
         if sources:
             self.runner.copy_slots(sources, targets, max(text.length for text in self.slots.texts))
 
-    def _take_tokens(
-        self, logits: Tensor, texts: Sequence[RunningText], order: list[int] | None = None
-    ) -> None:
+    def _take_tokens(self, logits: Tensor, texts: Sequence[RunningText], rows: Sequence[list[int]]) -> None:
         """Let every text select its next token.
 
         Args:
             logits: float[rows, V].
-            order: rows of the texts' slots, one text after the other; None if they are in this order already.
+            rows: of each text, those of its slots.
         """
-        rows = iter(order if order is not None else range(logits.shape[0]))
-        searches = [(text.search, [next(rows) for _ in text.slots]) for text in texts]
-        parents = advance(logits, searches)
+        parents = advance(logits, [(text.search, of_text) for text, of_text in zip(texts, rows, strict=True)])
         self.counters.num_tokens += len(texts)
         self._reorder_beams(texts, parents)
         finished = [text for text in texts if text.search.done]

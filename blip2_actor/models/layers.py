@@ -56,13 +56,15 @@ class Linear(nn.Linear):
         self.activation = find_activation(activation) if activation else None
         self._activation_name = activation
         self._packed: Tensor | None = None
+        self._has_both = False
+        """True if the plain weight is kept next to the packed one, for inputs of few rows."""
         self.quantized: QuantizedWeight | None = None
 
     def reset_parameters(self) -> None:
         """Do nothing: loading overwrites every weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._packed is not None:
+        if self._packed is not None and not (self._has_both and _num_rows(input) <= FEW_ROWS):
             post, algorithm = _ONEDNN_POST_OPS[self._activation_name]
             return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
         if self.quantized is not None:
@@ -75,11 +77,15 @@ class Linear(nn.Linear):
         """Convert the weight to oneDNN's layout once, instead of in every call, and fuse the activation.
 
         The plain weight is freed (a shared one stays with its other owner), so there are no gradients and
-        no state dict after this call. On two AVX512-BF16 cores (2026-11-23) a 768x3072 layer with its gelu
+        no state dict after this call. A small float32 layer keeps it for inputs of few rows, for which
+        oneDNN's own cost per call is more than it saves: one row of a 128x384 layer takes 18 us packed and
+        6 us plain. On two AVX512-BF16 cores (2026-11-23) a 768x3072 layer with its gelu
         takes 0.71 of the time in float32 and 0.90 in bfloat16 for 2,056 rows, 0.74 and 0.86 for 64 rows.
         """
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_ROWS)
-        self._free_weight()
+        self._has_both = self.weight.dtype is torch.float32 and self.weight.numel() <= SMALL_WEIGHT
+        if not self._has_both:
+            self._free_weight()
 
     def take(self, quantized: QuantizedWeight) -> None:
         """Multiply by a quantized weight from now on; the plain weight is freed, as by `pack`."""
@@ -101,6 +107,18 @@ _ONEDNN_POST_OPS = {
 
 PACKED_FOR_ROWS = 64
 """oneDNN chooses a layout for this number of rows; of 1, 8, 64, 256 and 2,056, this was never slower."""
+
+
+SMALL_WEIGHT = 1 << 16
+"""Elements of a weight that is small enough for `FEW_ROWS` to matter: 128 x 512. A 256 x 1024 layer with its
+gelu takes as long packed as plain for one row, and less for more."""
+
+FEW_ROWS = 32
+"""Rows up to which a small layer is not slower plain than packed."""
+
+
+def _num_rows(input: Tensor) -> int:
+    return input.numel() // input.shape[-1]
 
 
 def pack_for_cpu(model: nn.Module) -> None:

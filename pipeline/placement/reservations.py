@@ -68,6 +68,8 @@ class Reservations:
     """Maximum number of captioning actors; None if only the nodes limit it."""
     max_open_shards: int | None
     """Maximum number of shards that are read at the same time; None if only the nodes limit it."""
+    max_decode_actors: int | None
+    """Maximum number of decoding actors; None if only the nodes limit it."""
     num_threads: int | None
     """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
     to the number of whole CPUs that it reserves."""
@@ -76,10 +78,16 @@ class Reservations:
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time on one machine; on more CPUs, one per CPU. Ray keeps that many idle workers;
 more shards at a time would start new processes."""
+BYTES_PER_WORKER = 16 << 20
+"""Input that is worth another process on one machine: starting one takes as long as decoding this much."""
 
 
 def reserve(
-    placement: Placement, cluster: Cluster, engine: EngineBuilder, num_shards: int = 1
+    placement: Placement,
+    cluster: Cluster,
+    engine: EngineBuilder,
+    num_shards: int = 1,
+    num_bytes: int | None = None,
 ) -> Reservations:
     """Fit the stages into a cluster.
 
@@ -92,6 +100,7 @@ def reserve(
 
     Args:
         num_shards: shards that are still to do.
+        num_bytes: what is to be read and decoded of them; None if that is not known.
 
     Raises:
         RefusedByCluster: no node that is alive, or that the autoscaler may start, has the accelerators.
@@ -119,13 +128,21 @@ def reserve(
         caption, num_threads = _on_cpus(caption, placement, cluster)
         if max_actors is None and cluster.is_local:
             max_actors = placement.min_actors
+    max_open_shards, max_decode_actors = None, placement.max_decode_actors
+    if cluster.is_local:
+        max_open_shards = max(MIN_OPEN_SHARDS, int(cluster.total("CPU")))
+        if num_bytes is not None:
+            num_workers = 1 + num_bytes // BYTES_PER_WORKER
+            max_open_shards = min(max_open_shards, num_workers)
+            max_decode_actors = min(max_decode_actors or num_workers, num_workers)
     return Reservations(
         read=Reservation(share / 2, labels=placement.labels("read")),
         decode=Reservation(share, labels=placement.labels("decode")),
         caption=caption,
         min_actors=min_actors,
         max_actors=max_actors,
-        max_open_shards=max(MIN_OPEN_SHARDS, int(cluster.total("CPU"))) if cluster.is_local else None,
+        max_open_shards=max_open_shards,
+        max_decode_actors=max_decode_actors,
         num_threads=num_threads,
     )
 

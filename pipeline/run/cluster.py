@@ -28,12 +28,6 @@ QUIET = (
 """What Ray says on the terminal of every driver, and the job says in its own words."""
 
 
-NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")
-"""Methods of Ray's `Node` that start what a local job has no use for: the autoscaler, the process that copies
-the output of workers, and a server for usage statistics. Ray waits for that server even without a dashboard,
-and at the end it waits a second for the autoscaler (Ray 2.60)."""
-
-
 CONNECT_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
@@ -76,9 +70,10 @@ def connected(run_id: str = "") -> Iterator[Cluster]:
     import ray
     from ray.job_config import JobConfig
 
+    from pipeline.local_ray.fewer_processes import without_helper_actors, without_idle_processes
+    from pipeline.local_ray.worker_imports import OurPackagesFirst
     from pipeline.metrics import RUN_ID
     from pipeline.placement.cluster import look_at_cluster
-    from pipeline.run.worker_imports import OurPackagesFirst
 
     address = os.environ.get("RAY_ADDRESS")
     is_connected = ray.is_initialized()
@@ -95,25 +90,11 @@ def connected(run_id: str = "") -> Iterator[Cluster]:
             )
     try:
         quiet_ray_data()
-        yield look_at_cluster()
+        with nullcontext() if is_connected or address else without_helper_actors():
+            yield look_at_cluster()
     finally:
         if not is_connected:
             ray.shutdown()
-
-
-@contextmanager
-def without_idle_processes() -> Iterator[None]:
-    """Let `ray.init` start fewer processes inside the block, so that a local Ray starts and ends faster."""
-    from ray._private.node import Node
-
-    originals = {name: getattr(Node, name) for name in NOT_NEEDED}
-    for name in NOT_NEEDED:
-        setattr(Node, name, lambda self, **options: None)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(Node, name, original)
 
 
 def start_ray(**options: Any) -> None:

@@ -162,7 +162,8 @@ def _drive(
     """Drive what is left. When an accelerator is broken, go on with the others."""
     held: list[Any] = []
     while left:
-        reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
+        num_bytes = _bytes_to_read(job, left)
+        reservations = reserve(job.settings.placement, cluster, job.engine, len(left), num_bytes)
         needs = {CAPTIONING: reservations.caption, DECODING: reservations.decode}
         members = Members(console.say, needs, cluster.is_local)
         try:
@@ -209,6 +210,13 @@ def _left(job: Job, ledger: Ledger, state: OutputState) -> list[ShardProgress]:
         # Rows in the fragments of an earlier retry may have failed again; those that have go again.
         return ledger.to_retry(job.part, state, job.choice)
     return [progress for progress in ledger.unfinished(job.part, state) if not progress.is_complete]
+
+
+def _bytes_to_read(job: Job, left: list[ShardProgress]) -> int | None:
+    """Return what the shards hold; None if not all sizes are known, or they hold only names of images."""
+    sizes = [progress.shard.size_bytes for progress in left]
+    names_images = job.settings.read_options.fetch or any(p.shard.format == "manifest" for p in left)
+    return None if names_images or None in sizes else sum(size for size in sizes if size is not None)
 
 
 def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:

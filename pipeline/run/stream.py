@@ -72,7 +72,6 @@ def receipts_dataset(
             encoded,
             spec,
             info.image_size_px,
-            settings.placement,
             reservations,
             report=ReportLoad(coordinator, "decode"),
         )

@@ -20,7 +20,6 @@ def decode(
     ds: Dataset,
     spec: CaptionSpec,
     size_px: int,
-    placement: Placement,
     reservations: Reservations,
     *,
     keeps_image: bool = False,
@@ -40,7 +39,7 @@ def decode(
         # Whole blocks: with a number, Ray would join the blocks of several shards to reach it.
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=placement.max_decode_actors),
+        compute=ActorPoolStrategy(min_size=1, max_size=reservations.max_decode_actors),
         **reservations.decode.options,
     )
 

@@ -1,4 +1,4 @@
-"""Free slots take no memory on a CPU."""
+"""Free slots take no memory on a CPU, and slots are copied as if at the same time."""
 
 from __future__ import annotations
 
@@ -21,3 +21,18 @@ def test_free_slots_take_no_memory() -> None:
     assert status_bytes("VmRSS") - before < 32 << 20
     assert cache.kv[0, 0, :8].eq(1).all()
     assert not cache.kv[0, 0, 8:].any()
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets"),
+    [([5, 4], [0, 2]), ([1, 1], [3, 0]), ([0, 1, 2], [1, 2, 0])],
+    ids=["apart", "one to two", "in a circle"],
+)
+def test_slots_are_copied_as_if_at_the_same_time(sources: list[int], targets: list[int]) -> None:
+    cache = KVCache(2, 6, 8, 2, torch.device("cpu"), torch.float32)
+    cache.kv.copy_(torch.arange(cache.kv.numel()).view(cache.kv.shape))
+    before = cache.kv.clone()
+    cache.copy_positions(sources, targets, 2, 5)
+    expected = before.clone()
+    expected[:, targets, 2:5] = before[:, sources, 2:5]
+    assert cache.kv.equal(expected)

@@ -1,4 +1,4 @@
-"""Layers are packed for oneDNN only in a dtype that it computes in on this CPU."""
+"""Layers are packed for oneDNN in a dtype that it computes in on this CPU; small ones for many rows only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blip2_actor.models.layers import Linear, pack_for_cpu
+from blip2_actor.models.layers import FEW_ROWS, SMALL_WEIGHT, Linear, pack_for_cpu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the layers")
 
@@ -32,6 +32,32 @@ def test_bfloat16_is_packed_only_if_the_cpu_has_its_instructions(
     expected = model(x)
     pack_for_cpu(nn.Sequential(model))
     is_slow = dtype is torch.bfloat16 and not is_supported
-    assert (model.weight.numel() == 0) is not is_slow
+    assert (model._packed is None) is is_slow
     assert ("slow in it" in caplog.text) is is_slow
     torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("out_features", [SMALL_WEIGHT // 8, SMALL_WEIGHT // 8 + 1], ids=["small", "large"])
+def test_a_small_layer_is_plain_for_few_rows(out_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed, one row of a layer of the demonstration model took three times as long."""
+    linear = Linear(8, out_features, activation="relu")
+    nn.init.normal_(linear.weight)
+    nn.init.normal_(linear.bias)
+    few, many = torch.randn(2, FEW_ROWS // 2, 8), torch.randn(FEW_ROWS + 1, 8)
+    expected = linear(few), linear(many)
+    linear.pack()
+    is_small = linear.weight.numel() > 0
+    assert is_small is (out_features * 8 <= SMALL_WEIGHT)
+    torch.testing.assert_close((linear(few), linear(many)), expected)
+    plain: list[int] = []
+    product = nn.functional.linear
+
+    def counted(input: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        plain.append(input.numel() // 8)
+        return product(input, *others)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    linear(few)
+    linear(many)
+    assert plain == ([FEW_ROWS] if is_small else [])

@@ -69,6 +69,18 @@ def test_nothing_is_sized_by_the_empty_cluster():
     assert needs.decode.num_cpus == 1 and needs.max_open_shards is None
 
 
+@pytest.mark.parametrize(
+    ("num_mib", "num_workers"), [(0, 1), (15, 1), (40, 3), (1000, 4), (None, 4)], ids=str
+)
+def test_a_small_input_gets_few_processes_on_one_machine(num_mib, num_workers):
+    """Each was a second of CPU time, for twenty images."""
+    num_bytes = None if num_mib is None else num_mib << 20
+    needs = reserve(Placement(max_decode_actors=4), machine(4), ON_CPU, 100, num_bytes)
+    assert (needs.max_open_shards, needs.max_decode_actors) == (num_workers, num_workers)
+    of_cluster = reserve(Placement(), CPUS_ONLY, ON_CPU, 100, num_bytes)
+    assert of_cluster.max_open_shards is None and of_cluster.max_decode_actors is None
+
+
 def test_a_cluster_without_accelerators_is_refused_and_the_remedy_named():
     with pytest.raises(RefusedByCluster, match=r"needs 1 GPU, .* has 32 CPU on 2 nodes, .*--device cpu"):
         placed(CPUS_ONLY)
