@@ -143,11 +143,13 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
         new = _call_job("start", settings, FakeEngineConfig())
         finish_by_stand_ins(settings, GROWTH_UNFINISHED)
         resumed = _call_job("start", settings, FakeEngineConfig())
-        runs[num_shards] = {"new": new, "resumed": resumed, "status_s": _call_job("status", settings.output)}
+        status = _call_job("status", settings.output)
+        runs[num_shards] = {"new": new, "resumed": resumed, "status": status, "load": os.getloadavg()[1]}
         print(
             f"  {num_shards:,} shards: first rows after {new['first_rows_s']:.1f} s, on a resume after "
-            f"{resumed['first_rows_s']:.1f} s, status {runs[num_shards]['status_s']:.1f} s, "
-            f"driver {max(new['driver_peak_mib'], resumed['driver_peak_mib']):.0f} MiB"
+            f"{resumed['first_rows_s']:.1f} s, status {status['wall_s']:.1f} s, "
+            f"driver {max(new['driver_peak_mib'], resumed['driver_peak_mib']):.0f} MiB",
+            flush=True,
         )
     return {
         "runs": runs,

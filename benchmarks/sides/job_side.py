@@ -76,7 +76,12 @@ class JobSide:
         set_ray_environment()
 
     def start(self, settings: CaptionSettings, engine: EngineBuilder) -> dict[str, float]:
-        """Run a job until its first rows; return the seconds from the command, and the driver's memory."""
+        """Run a job until its first rows.
+
+        Returns:
+            Seconds from the command to the first rows, those of CPU time that the driver used until it had
+            ended, and its memory.
+        """
         from pipeline import prepare, run_job
         from pipeline.errors import StoppedBySignal
 
@@ -84,15 +89,19 @@ class JobSide:
         recorder = StopAtFirstRows()
         with contextlib.suppress(StoppedBySignal):
             run_job(prepare(settings, engine), recorder)
-        return {"first_rows_s": recorder.seen[0][0] + offset - self._started, "driver_peak_mib": _peak_mib()}
+        return {
+            "first_rows_s": recorder.seen[0][0] + offset - self._started,
+            "driver_cpu_s": time.process_time(),
+            "driver_peak_mib": _peak_mib(),
+        }
 
-    def status(self, output: str) -> float:
-        """Return the seconds that the lines of `blip2 status` take."""
+    def status(self, output: str) -> dict[str, float]:
+        """Return the seconds of wall-clock and of CPU time that the lines of `blip2 status` take."""
         from pipeline.report.status import status_lines
 
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         status_lines(output)
-        return time.monotonic() - began
+        return {"wall_s": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
 
     def run(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, float]:
         """Run a job and return a `JobRun` as a dictionary; the first run counts from the command."""

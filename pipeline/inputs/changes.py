@@ -11,20 +11,20 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import Unread
-from pipeline.inputs.find_files import Files
 from pipeline.inputs.listing import (
     MAX_STAMPED_IMAGES,
     ListedFiles,
+    local_stamps_by_path,
     path_of,
     shards_of,
     shards_of_file,
-    stamps_by_path,
     take_rows,
 )
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
 from pipeline.progress import count
+from pipeline.storage.file_table import FileTable, ListedFile
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
 MAX_NAMED = 10
@@ -109,17 +109,17 @@ def find_changes(
             shard is finished.
         known_changed: shards of which a read task or a commit has said that they had changed.
     """
-    now: Files = {
-        path_of(root, file): entry
+    now = FileTable(
+        (path_of(root, file), entry)
         for (root, _), files in listed.chosen.items()
-        for file, entry in files.items()
-    }
+        for file, entry in files.entries()
+    )
     num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
     has_stamps = {
         shard.name: bool(shard.stamps) or shard.format != "folder" or num_images <= MAX_STAMPED_IMAGES
         for shard in shards
     }
-    stamps_of = stamps_by_path([shard for shard in shards if has_stamps[shard.name]], now)
+    on_disk = local_stamps_by_path(shard for shard in shards if has_stamps[shard.name])
     kept: list[Shard] = []
     gone: dict[str, None] = {}
     changed: dict[str, str] = {}
@@ -131,7 +131,7 @@ def find_changes(
         if not has_stamps[shard.name]:
             kept.append(shard)
             continue
-        stamps = tuple(stamps_of[path] for path in paths)
+        stamps = tuple(on_disk[p] if p in on_disk else now.get(p, ListedFile()).stamp for p in paths)
         how = _difference(shard, stamps)
         if how and _is_copy(shard, stamps, content_of, copies):
             how = None
@@ -260,13 +260,12 @@ def _is_copy(
 
 
 def _not_in(shards: Iterable[Shard], listed: ListedFiles) -> ListedFiles:
-    known = {path_of(shard.root, file) for shard in shards for file in shard.files}
-    new = {
-        (root, file_format): {
-            file: entry for file, entry in files.items() if path_of(root, file) not in known
-        }
-        for (root, file_format), files in listed.chosen.items()
-    }
+    known = FileTable((path_of(shard.root, file), ListedFile()) for shard in shards for file in shard.files)
+
+    def new_below(root: str, files: FileTable) -> FileTable:
+        return files.select(lambda file: path_of(root, file) not in known)
+
+    new = {key: new_below(key[0], files) for key, files in listed.chosen.items()}
     return replace(listed, chosen={key: files for key, files in new.items() if files})
 
 

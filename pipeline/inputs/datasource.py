@@ -22,7 +22,7 @@ from pipeline.inputs.stamps import read_unchanged
 MAX_READ_TASKS = 2000
 """Each task costs the driver milliseconds before the first row is read. With more tasks, one that runs again
 repeats fewer shards."""
-MAX_TASK_FILES = 10_000
+MAX_TASK_FILES = 50_000
 """Ray warns of tasks above 1 MiB; the slice of a folder names each of its files."""
 
 OnEnd = Callable[[ShardReport], None]

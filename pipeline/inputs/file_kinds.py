@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
-from pipeline.inputs.find_files import Files, FoundFiles
+from pipeline.inputs.find_files import FoundFiles
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
 from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
+from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 
 FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
@@ -37,8 +38,6 @@ FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
 """The formats that `--format` may name."""
-
-FilesByFormat = dict[Format, list[str]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Unread:
 class Chosen:
     """What is made of the files of one input."""
 
-    files: dict[Format, Files]
+    files: dict[Format, FileTable]
     """The files that are read, by format."""
     unread: Unread
 
@@ -99,30 +98,49 @@ def choose_files(
         InputError: there is no file of the wanted format, or there are files of several formats.
     """
     all_files = found.files
-    found = replace(found, files={file: listed for file, listed in all_files.items() if patterns.take(file)})
+    if patterns != Patterns():
+        found = replace(found, files=all_files.select(patterns.take))
     known_format = _only_format(known)
     root = without_secrets(found.root)
-    known_files = {file for shard in known if without_secrets(shard.root) == root for file in shard.files}
-    by_format, others = _sort_by_format(found, known_format if wanted == "auto" else wanted, known_files)
-    own: list[str] = []
+    known_files = {
+        file
+        for shard in known
+        if without_secrets(shard.root) == root
+        for file in shard.files
+        if format_of(file) != "folder"
+    }
+    kinds = _Kinds(found, known_format if wanted == "auto" else wanted, known_files)
+    own: set[str] = set()
     if found.one_by_one:
-        chosen = _choose_named_files(found, wanted, by_format, others)
+        formats = _choose_named_files(wanted, kinds)
     else:
+        formats = set(kinds.counts)
         if wanted != "auto":
-            by_format = {name: files for name, files in by_format.items() if name == wanted}
-        elif known_format in by_format:
-            by_format = {known_format: by_format[known_format]}
-        elif len(by_format) > 1 and "parquet" in by_format:
-            by_format["parquet"] = _without_metadata(by_format)
-        own = _own_outputs(found.root, by_format.get("parquet", ()), known_files)
-        chosen = {name: sorted(set(files).difference(own)) for name, files in by_format.items()}
-        chosen = {name: files for name, files in chosen.items() if files}
-        _refuse_several(found, chosen)
-    rest = set(found.files).difference(own, *chosen.values())
-    if not chosen:
+            formats = {name for name in formats if name == wanted}
+        elif known_format in formats:
+            formats = {known_format}
+        elif len(formats) > 1 and "parquet" in formats:
+            kinds.drop_metadata()
+        if "parquet" in formats:
+            own = set(_own_outputs(found.root, kinds.tables, known_files))
+        kinds.counts["parquet"] -= len(own)
+        formats = {name for name in formats if kinds.counts[name]}
+        _refuse_several(found, {name: kinds.counts[name] for name in formats})
+    given = next(iter(formats)) if found.one_by_one and wanted in FORMATS else None
+
+    def format_in(file: str) -> Format | None:
+        file_format = given or kinds.of(file)
+        return file_format if file_format in formats and file not in own else None
+
+    rest = _count_endings(file for file in found.files if format_in(file) is None and file not in own)
+    if not formats:
         _refuse_nothing(found, wanted, rest, len(own))
-    files = {name: {file: found.files[file] for file in files} for name, files in chosen.items()}
-    return Chosen(files, Unread(_count_endings(rest), len(own), len(all_files) - len(found.files)))
+
+    def files_in(name: Format) -> FileTable:
+        return found.files.select(lambda file: format_in(file) == name)
+
+    files = {name: files_in(name) for name in formats}
+    return Chosen(files, Unread(rest, len(own), len(all_files) - len(found.files)))
 
 
 def _only_format(shards: Iterable[Shard]) -> Format | None:
@@ -130,32 +148,63 @@ def _only_format(shards: Iterable[Shard]) -> Format | None:
     return formats.pop() if len(formats) == 1 else None
 
 
-def _sort_by_format(
-    found: FoundFiles, wanted: str | None, known: Collection[str]
-) -> tuple[FilesByFormat, list[str]]:
-    """Return the files of each format, and those of none; of the known ones none is opened."""
-    by_format: FilesByFormat = {}
-    others, unnamed = [], []
-    for file in found.files:
-        file_format = format_of(file) if found.one_by_one or not _belongs_to_a_tool(file) else None
-        if file_format is not None:
-            by_format.setdefault(file_format, []).append(file)
-        elif wanted in (None, "folder") and not posixpath.splitext(file)[1]:
-            if file in known:
-                by_format.setdefault("folder", []).append(file)
-            else:
+class _Kinds:
+    """What each file of an input is, by its name, or by its first bytes if the name has no ending."""
+
+    def __init__(self, found: FoundFiles, wanted: str | None, known: Collection[str]) -> None:
+        """Look at all files; of the known ones none is opened."""
+        self._found = found
+        self._images: set[str] = set()
+        self._metadata: set[str] = set()
+        self.counts: Counter[Format] = Counter()
+        self.tables: list[str] = []
+        """The Parquet files."""
+        self.first_other: str | None = None
+        """A file that is none of these."""
+        unnamed = []
+        for file in found.files:
+            kind = self.of(file)
+            if kind is not None:
+                self.counts[kind] += 1
+                self.tables += [file] if kind == "parquet" else []
+            elif wanted in (None, "folder") and not posixpath.splitext(file)[1]:
                 unnamed.append(file)
-        else:
-            others.append(file)
-    if unnamed:
-        filesystem, base = open_filesystem(found.root)
+            else:
+                self.first_other = self.first_other or file
+        self._images = self._find_images(unnamed, known)
+        self.counts += Counter({"folder": len(self._images)})
+        others = (file for file in unnamed if file not in self._images)
+        self.first_other = self.first_other or next(others, None)
+
+    def of(self, file: str) -> Format | None:
+        """Return the format in which a file can be read, or None."""
+        if file in self._images:
+            return "folder"
+        is_left_out = file in self._metadata or (not self._found.one_by_one and _belongs_to_a_tool(file))
+        return None if is_left_out else format_of(file)
+
+    def drop_metadata(self) -> None:
+        """Leave out the tables that share their name with a tar or with a folder of images."""
+        names: set[str] = set()
+        for file in self._found.files:
+            kind = self.of(file)
+            if kind == "webdataset":
+                names.add(_without_ending(file))
+            elif kind == "folder":
+                names.add(posixpath.dirname(file))
+        self._metadata = {table for table in self.tables if _without_ending(table) in names}
+        self.tables = [table for table in self.tables if table not in self._metadata]
+        self.counts["parquet"] = len(self.tables)
+
+    def _find_images(self, unnamed: Sequence[str], known: Collection[str]) -> set[str]:
+        new = [file for file in unnamed if file not in known]
+        if not new:
+            return set(unnamed)
+        filesystem, base = open_filesystem(self._found.root)
         with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-            heads = threads.map(partial(_head, filesystem), [join(base, file) for file in unnamed])
-            images = {file for file, head in zip(unnamed, heads, strict=True) if looks_like_image(head)}
-        if images:
-            by_format.setdefault("folder", []).extend(sorted(images))
-        others += [file for file in unnamed if file not in images]
-    return by_format, others
+            heads = threads.map(partial(_head, filesystem), [join(base, file) for file in new])
+            no_images = {file for file, head in zip(new, heads, strict=True) if not looks_like_image(head)}
+        return set(unnamed) - no_images
 
 
 def _head(filesystem: pafs.FileSystem, path: str) -> bytes:
@@ -196,34 +245,30 @@ def _belongs_to_a_tool(file: str) -> bool:
     return (file.startswith("_") or "/_" in file) and format_of(file) != "folder"
 
 
-def _choose_named_files(
-    found: FoundFiles, wanted: str, by_format: FilesByFormat, others: list[str]
-) -> FilesByFormat:
-    """Choose among files that were named one by one: `--format` decides, whatever their names are."""
-    given = next((format for format in FORMATS if format == wanted), None)
-    if given is not None:
-        return {given: list(found.files)}
-    if others:
+def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
+    """Choose the formats of files that were named one by one: `--format` decides, if it is given."""
+    given: set[Format] = {name for name in FORMATS if name == wanted}
+    if given:
+        return given
+    if kinds.first_other is not None:
         raise InputError(
-            f"the name {others[0]} does not tell whether the file is a tar, a Parquet table or an image; "
-            "leave it out, or say what it is with --format"
+            f"the name {kinds.first_other} does not tell whether the file is a tar, a Parquet table or an "
+            "image; leave it out, or say what it is with --format"
         )
-    return by_format
+    return set(kinds.counts)
 
 
-def _refuse_several(found: FoundFiles, by_format: FilesByFormat) -> None:
-    if len(by_format) > 1:
-        counts = " and ".join(
-            f"{len(files)} {FORMAT_NOUNS[format]}" for format, files in sorted(by_format.items())
-        )
-        flags = " or ".join(f"--format {format}" for format in sorted(by_format))
+def _refuse_several(found: FoundFiles, counts: Mapping[Format, int]) -> None:
+    if len(counts) > 1:
+        named = " and ".join(f"{number} {FORMAT_NOUNS[name]}" for name, number in sorted(counts.items()))
+        flags = " or ".join(f"--format {name}" for name in sorted(counts))
         raise InputError(
-            f"{found.name} must hold one kind of file, got {counts}; choose one with {flags}, "
+            f"{found.name} must hold one kind of file, got {named}; choose one with {flags}, "
             "or name each kind as an input of its own"
         )
 
 
-def _refuse_nothing(found: FoundFiles, wanted: str, rest: Collection[str], num_own: int) -> None:
+def _refuse_nothing(found: FoundFiles, wanted: str, rest: Mapping[str, int], num_own: int) -> None:
     nouns = " or ".join(FORMAT_NOUNS[name] for name in FORMATS if wanted in ("auto", name))
     if not (rest or num_own):
         raise InputError(f"{found.name} holds no file that --include and --exclude take; change the patterns")
@@ -233,16 +278,8 @@ def _refuse_nothing(found: FoundFiles, wanted: str, rest: Collection[str], num_o
             "another input, or name these files one by one to read them"
         )
     raise InputError(
-        f"{found.name} holds no {nouns}, only {_most_frequent(_count_endings(rest))}; "
-        "name another input or --format"
+        f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format"
     )
-
-
-def _without_metadata(by_format: FilesByFormat) -> list[str]:
-    """Return the tables that do not share their name with a tar or with a folder of images."""
-    tars = {_without_ending(file) for file in by_format.get("webdataset", ())}
-    folders = {posixpath.dirname(file) for file in by_format.get("folder", ())}
-    return [file for file in by_format["parquet"] if _without_ending(file) not in tars | folders]
 
 
 def _without_ending(file: str) -> str:

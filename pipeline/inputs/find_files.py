@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -17,23 +17,13 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
-from pipeline.inputs.stamps import UNKNOWN, stamp_of
+from pipeline.inputs.stamps import stamp_of
+from pipeline.storage.file_table import FileTable, ListedFile
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
 """Never part of an input, like everything whose name begins with a dot."""
-
-
-class ListedFile(NamedTuple):
-    """What a listing tells about a file: that of a store everything, that of a disk nothing."""
-
-    size_bytes: int | None = None
-    stamp: str = UNKNOWN
-
-
-Files = dict[str, ListedFile]
-"""Files by their paths below a root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +34,8 @@ class FoundFiles:
     """The input as the user named it."""
     root: str
     """URI of the folder that holds the files: the folder named, or what precedes the pattern."""
-    files: Files = field(repr=False)
+    files: FileTable = field(repr=False)
+    """By their paths below the root."""
     one_by_one: bool
     """Whether the user named every file itself. Otherwise the files may include some that were not meant."""
 
@@ -99,8 +90,8 @@ def find_named(name: str, root: str, files: Sequence[str]) -> FoundFiles:
         raise InputError(
             f"{name} names a file that is not there: {join(without_secrets(root), absent[0])}{more}"
         )
-    listed = {file: _listed(filesystem, info) for file, info in zip(files, infos, strict=True)}
-    return FoundFiles(name=name, root=root, files=listed, one_by_one=True)
+    listed = ((file, _listed(filesystem, info)) for file, info in zip(files, infos, strict=True))
+    return FoundFiles(name=name, root=root, files=FileTable(listed), one_by_one=True)
 
 
 def same_place(name: str, folder: str) -> str:
@@ -160,43 +151,44 @@ def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, pa
         hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
         raise InputError(f"no such file or folder: {name}{hint}")
     if info.type == pafs.FileType.Directory:
-        files = dict(_all_below(filesystem, path))
+        files = FileTable(_all_below(filesystem, path))
         if not files:
             raise InputError(f"{name} is an empty folder; name a folder that holds files")
         return FoundFiles(name=name, root=uri + query, files=files, one_by_one=False)
     folder, _, file = uri.rpartition("/")
-    return FoundFiles(
-        name=name, root=(folder or "/") + query, files={file: _listed(filesystem, info)}, one_by_one=True
-    )
+    files = FileTable([(file, _listed(filesystem, info))])
+    return FoundFiles(name=name, root=(folder or "/") + query, files=files, one_by_one=True)
 
 
 def _find_matching(
     filesystem: pafs.FileSystem, base: str, patterns: list[str]
-) -> tuple[Files, list[str], bool]:
+) -> tuple[FileTable, list[str], bool]:
     """Find the files that patterns match.
 
     Returns:
         The files, the patterns that match none, and whether every pattern is a plain file name.
     """
-    files: Files = {}
+    tables, named = [], []
     absent = []
     globs = [pattern for pattern in patterns if is_glob(pattern)]
     one_by_one = not globs
     for pattern in globs:
-        matched = dict(_matching(filesystem, base, pattern.split("/")))
-        files.update(matched)
-        if not matched:
+        tables.append(FileTable(_matching(filesystem, base, pattern.split("/"))))
+        if not tables[-1]:
             absent.append(pattern)
     plain = [pattern for pattern in patterns if not is_glob(pattern)]
     infos = filesystem.get_file_info([join(base, path) for path in plain])
     for path, info in zip(plain, infos, strict=True):
         if info.type == pafs.FileType.Directory:
             one_by_one = False
-            files.update((join(path, file), listed) for file, listed in _all_below(filesystem, info.path))
+            below = _all_below(filesystem, info.path)
+            tables.append(FileTable((join(path, file), listed) for file, listed in below))
         elif info.type == pafs.FileType.NotFound:
             absent.append(path)
         else:
-            files[path] = _listed(filesystem, info)
+            named.append((path, _listed(filesystem, info)))
+    tables.append(FileTable(named))
+    files = tables[0] if len(tables) == 1 else FileTable(chain.from_iterable(t.entries() for t in tables))
     return files, absent, one_by_one
 
 

@@ -6,16 +6,17 @@ are unique, and they are sorted.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from functools import partial
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.inputs.file_kinds import FORMATS, Unread, choose_files
-from pipeline.inputs.find_files import Files, ListedFile
+from pipeline.inputs.file_kinds import FORMATS, Chosen, Unread, choose_files
 from pipeline.inputs.formats import count_rows
 from pipeline.inputs.formats.manifests import manifest
 from pipeline.inputs.formats.manifests.named_files import find_input
@@ -24,6 +25,7 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard, is_local, refuse_duplicates, refuse_unwritable
 from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
+from pipeline.storage.file_table import FileTable, ListedFile
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
 from pipeline.storage.secrets import without_secrets
 
@@ -40,7 +42,7 @@ each. In a larger folder, an image that is replaced under its own name is not no
 class ListedFiles:
     """The files of an input that are read."""
 
-    chosen: dict[tuple[str, Format], Files]
+    chosen: dict[tuple[str, Format], FileTable]
     """Files by their root and format."""
     prefixes: dict[str, str]
     """What begins the names of the shards below each root."""
@@ -127,28 +129,29 @@ def list_files(
         raise InputError("no input given; name a file, a folder or a pattern")
     if format not in ("auto", *FORMATS):
         raise InputError(f"format must be auto, {', '.join(FORMATS)}, got {format!r}")
-    chosen: dict[tuple[str, Format], Files] = {}
+    chosen: dict[tuple[str, Format], FileTable] = {}
     addresses: dict[str, tuple[str, ...]] = {}
     unread = Unread()
     for found, is_manifest in chain.from_iterable(map(find_input, inputs)):
         addresses[found.root] = found.address
-        if is_manifest:
-            chosen.setdefault((found.root, "manifest"), {}).update(found.files)
-            continue
-        choice = choose_files(found, format, known, patterns)
+        choice = (
+            Chosen({"manifest": found.files}, Unread())
+            if is_manifest
+            else choose_files(found, format, known, patterns)
+        )
         unread += choice.unread
         for file_format, files in choice.files.items():
-            chosen.setdefault((found.root, file_format), {}).update(files)
+            before = chosen.get((found.root, file_format))
+            chosen[found.root, file_format] = files if before is None else before | files
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
-        refuse_duplicates(
-            _join_name(prefixes[root], file) for (root, _), files in chosen.items() for file in files
-        )
+        names = [map(partial(_join_name, prefixes[root]), files) for (root, _), files in chosen.items()]
+        refuse_duplicates(heapq.merge(*names))
     return ListedFiles(chosen, prefixes, _folder_names(chosen, prefixes, addresses), unread)
 
 
 def _folder_names(
-    chosen: Mapping[tuple[str, Format], Files],
+    chosen: Mapping[tuple[str, Format], FileTable],
     prefixes: Mapping[str, str],
     addresses: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
@@ -161,7 +164,7 @@ def _folder_names(
     for root, address in addresses.items():
         names[root] = prefixes[root] or address[-1]
         if num_roots[address] > 1:
-            names[root] = join(names[root], min(chosen.get((root, "folder"), {}), default=""))
+            names[root] = join(names[root], next(iter(chosen.get((root, "folder"), ())), ""))
     return names
 
 
@@ -188,9 +191,10 @@ def shards_of(
             shards += _folder_shards(root, name, files, files_per_shard, (num_before or {}).get(name, 0))
         else:
             shards += _file_shards(root, listed.prefixes[root], file_format, files, range_bytes, options)
+    shards.sort(key=lambda shard: shard.name)
     refuse_duplicates(shard.name for shard in shards)
     refuse_unwritable(shards)
-    return sorted(shards, key=lambda shard: shard.name)
+    return shards
 
 
 def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_BYTES) -> list[Shard]:
@@ -200,28 +204,20 @@ def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_
     return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
 
 
-def stamps_now(root: str, files: Sequence[str], listed: Files) -> tuple[str, ...]:
+def stamps_now(root: str, entries: Sequence[tuple[str, ListedFile]]) -> tuple[str, ...]:
     """Return the stamps of files; those that the listing does not tell are asked of the disk."""
     if is_local(root):
-        return tuple(local_stamps([join(root, file) for file in files]))
-    return tuple(listed.get(file, ListedFile()).stamp for file in files)
+        return tuple(local_stamps([join(root, file) for file, _ in entries]))
+    return tuple(listed.stamp for _, listed in entries)
 
 
-def stamps_by_path(shards: Iterable[Shard], now: Files) -> dict[str, str]:
-    """Return the stamps that the files of shards have now; a disk is asked for all at once.
-
-    Args:
-        now: the files of the input, by the same paths as the result: those of `path_of`.
-    """
-    stamps: dict[str, str] = {}
-    local: dict[str, None] = {}
+def local_stamps_by_path(shards: Iterable[Shard]) -> dict[str, str]:
+    """Return the stamps that the files of shards on a disk have now; the disk is asked for all at once."""
+    paths: dict[str, None] = {}
     for shard in shards:
-        paths = [path_of(shard.root, file) for file in shard.files]
         if is_local(shard.root):
-            local.update(dict.fromkeys(paths))
-        else:
-            stamps.update((path, now.get(path, ListedFile()).stamp) for path in paths)
-    return stamps | dict(zip(local, local_stamps(list(local)), strict=True))
+            paths.update(dict.fromkeys(path_of(shard.root, file) for file in shard.files))
+    return dict(zip(paths, local_stamps(list(paths)), strict=True))
 
 
 def path_of(root: str, file: str) -> str:
@@ -241,12 +237,13 @@ def _join_name(prefix: str, file: str) -> str:
 
 
 def _file_shards(
-    root: str, prefix: str, file_format: Format, files: Files, range_bytes: int, options: ReadOptions
+    root: str, prefix: str, file_format: Format, files: FileTable, range_bytes: int, options: ReadOptions
 ) -> list[Shard]:
     """Make one shard of each tar or Parquet file, and several of a large Parquet file."""
     shards = []
-    for file, stamp in zip(files, stamps_now(root, list(files), files), strict=True):
-        size_bytes = files[file].size_bytes
+    entries = list(files.entries())
+    for (file, listed), stamp in zip(entries, stamps_now(root, entries), strict=True):
+        size_bytes = listed.size_bytes
         if size_bytes is None and stamp != UNKNOWN:
             size_bytes = int(size_in(stamp))
         shards.append(
@@ -267,24 +264,23 @@ def _file_shards(
 
 
 def _folder_shards(
-    root: str, name: str, files: Files, files_per_shard: int, num_before: int
+    root: str, name: str, files: FileTable, files_per_shard: int, num_before: int
 ) -> Iterator[Shard]:
     """Yield slices of the sorted listing of a folder of images; they are numbered from `num_before` on."""
-    paths = sorted(files)
-    width = len(str(num_before + len(paths) - 1))
-    has_stamps = not is_local(root) or len(paths) <= MAX_STAMPED_IMAGES
-    for start in range(0, len(paths), files_per_shard):
-        part = paths[start : start + files_per_shard]
-        sizes = [files[path].size_bytes for path in part]
-        first, last = num_before + start, num_before + start + len(part) - 1
+    width = len(str(num_before + len(files) - 1))
+    has_stamps = not is_local(root) or len(files) <= MAX_STAMPED_IMAGES
+    entries, last = files.entries(), num_before - 1
+    while part := list(islice(entries, files_per_shard)):
+        sizes = [listed.size_bytes for _, listed in part]
+        first, last = last + 1, last + len(part)
         yield Shard(
             name=f"{name}~{first:0{width}}-{last:0{width}}",
             format="folder",
             root=root,
-            files=tuple(part),
+            files=tuple(file for file, _ in part),
             num_rows=len(part),
             size_bytes=None if None in sizes else sum(filter(None, sizes)),
-            stamps=stamps_now(root, part, files) if has_stamps else (),
+            stamps=stamps_now(root, part) if has_stamps else (),
         )
 
 

@@ -1,20 +1,25 @@
 """A shard: the unit of input, of retry and of output.
 
-A shard holds plain values that JSON can store: `json.dumps(dataclasses.asdict(shard))` stores a shard,
-`Shard(**json.loads(text))` restores it. A stored shard holds no secrets; `with_secrets` puts those of the
-user's inputs back. This module needs only the standard library.
+JSON can store a shard: `Shard(**json.loads(shard.to_json()))` is the same shard. A stored shard holds no
+secrets; `with_secrets` puts those of the user's inputs back.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from pipeline.errors import InputError
+from pipeline.storage.packed_texts import PackedTexts
 from pipeline.storage.secrets import with_secrets_of, without_secrets
+
+PACKED_FROM = 100
+"""Fewer paths of a shard need little memory as they are."""
 
 Format = Literal["webdataset", "parquet", "folder", "manifest"]
 
@@ -31,8 +36,8 @@ class Shard:
     format: Format
     root: str
     """URI of the folder that holds the files, as `open_filesystem` takes it."""
-    files: tuple[str, ...]
-    """Paths below `root`: one per row for a folder, else one."""
+    files: Sequence[str]
+    """Paths below `root`: one per row for a folder, else one. Many are packed."""
     row_groups: tuple[int, int] | None = None
     """Half-open range of the Parquet file's row groups; None means all of them."""
     span: tuple[int, int] | None = None
@@ -43,7 +48,7 @@ class Shard:
     """Rows from this number on do not belong to the shard (`--limit`)."""
     size_bytes: int | None = None
     """Bytes to be read, if the listing knows them."""
-    stamps: tuple[str, ...] = ()
+    stamps: Sequence[str] = ()
     """For each file a string that changes with its content; see `pipeline.inputs.stamps`. Empty if they are
     not known, as in runs of version 0.1.0."""
     generation: int = 0
@@ -51,7 +56,10 @@ class Shard:
 
     def __post_init__(self) -> None:
         for name in ("files", "stamps"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            texts = getattr(self, name)
+            if not isinstance(texts, PackedTexts):
+                kept = PackedTexts(texts) if len(texts) >= PACKED_FROM else tuple(texts)
+                object.__setattr__(self, name, kept)
         for name in ("row_groups", "span"):
             if getattr(self, name) is not None:
                 first, stop = getattr(self, name)
@@ -68,6 +76,10 @@ class Shard:
         """What is read, for messages: the file, or the folder of a slice. It holds no secrets."""
         root = without_secrets(self.root)
         return root if self.format == "folder" else f"{root.rstrip('/')}/{self.files[0]}"
+
+    def to_json(self) -> str:
+        """Return a line that stores the shard."""
+        return json.dumps(asdict(self), default=list)
 
     def limit_rows(self, num_rows: int) -> int:
         """Return how many of the `num_rows` rows of its files belong to the shard."""
@@ -129,12 +141,14 @@ def is_local(root: str) -> bool:
 
 
 def refuse_duplicates(names: Iterable[str]) -> None:
-    """Raise InputError if a name occurs twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+    """Raise InputError if a name occurs twice.
+
+    Args:
+        names: in order, because a set of 10^8 names has no room.
+    """
+    for name, following in pairwise(names):
+        if name == following:
             raise InputError(f"the inputs overlap: {name} occurs twice; name each file in one input only")
-        seen.add(name)
 
 
 def refuse_unwritable(shards: Iterable[Shard]) -> None:

@@ -21,11 +21,10 @@ from pipeline.errors import InputError
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
+from pipeline.storage.file_table import UNKNOWN
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 
-UNKNOWN = ""
-"""The stamp of a file of which the storage tells nothing, or that is gone."""
 STAMPED_AT_ONCE = 64
 """Files that a thread asks for in one task; a task costs more than a stamp."""
 NUM_SAMPLES = 16

@@ -18,6 +18,7 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
 from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, OpenFile
 
 FORMAT_VERSION = 1
 """Raised when a reader of the version before would misread the file."""
@@ -193,8 +194,11 @@ def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
 
 def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:
     stored = (replace(shard, root=without_secrets(shard.root)) for shard in shards)
-    lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in stored)
-    folder.put(SHARD_LIST, gzip.compress(lines.encode(), mtime=0))
+    with folder.spool() as file:
+        with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as lines:
+            for shard in stored:
+                lines.write(f"{shard.to_json()}\n".encode())
+        folder.put(SHARD_LIST, file)
 
 
 def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
@@ -206,8 +210,8 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
     Raises:
         ValueError: a newer version of this program has written the record.
     """
-    record, shards = folder.get(RUN_FILE), folder.get(SHARD_LIST)
-    if record is None or shards is None:
+    record = folder.get(RUN_FILE)
+    if record is None:
         return None
     values = json.loads(record)
     version = values.get("format_version", 0)
@@ -217,6 +221,10 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
             f"{version}, and this version reads up to {FORMAT_VERSION}; use the newer version, or give "
             "another --output"
         )
+    try:
+        shards = folder.read(SHARD_LIST, partial(_read_shards, inputs=inputs))
+    except FileNotFoundError:
+        return None
     return Run(
         fingerprint=Fingerprint(values["fingerprint"]),
         settings=values["settings"],
@@ -226,14 +234,17 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         kept=_read_schema(values.get("kept")),
         id=values.get("id") or hashlib.sha256(record).hexdigest()[:16],
         quantization=_read_choice(values.get("quantization")),
-        shards=tuple(
-            with_secrets(Shard(**json.loads(line)), inputs) for line in gzip.decompress(shards).splitlines()
-        ),
+        shards=shards,
     )
 
 
 def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
     return None if stored is None else QuantizationChoice.from_dict(stored)
+
+
+def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:
+    with gzip.GzipFile(fileobj=file) as lines:
+        return tuple(with_secrets(Shard(**json.loads(line)), inputs) for line in lines)
 
 
 def _read_schema(stored: str | None) -> pa.Schema | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +126,7 @@ class _Rows:
     """The rows of one file as they are read: how many, with which statuses, and what is wrong."""
 
     shard: Shard
-    files: tuple[str, ...] | None
+    files: Sequence[str] | None
     """The file of each row, whose name is its key; None if keys are not known before reading."""
     num_rows: int = 0
     by_status: Counter[str] = field(default_factory=Counter)

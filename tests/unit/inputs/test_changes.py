@@ -23,7 +23,7 @@ from pipeline.progress import Console
 from pipeline.report.status import status_lines
 from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, WrittenFile
 from tests.unit.inputs.formats.reading_cases import tar_bytes
 from tests.unit.inputs.run_without_ray import captions, prepare_run, retry, run, work
 from tests.unit.ledger.test_fragments import rows as fragment_rows
@@ -182,17 +182,20 @@ def test_a_start_lists_the_output_once_and_writes_the_file_of_a_changed_shard_on
     job = prepare_run(tmp_path)
     write_tar(tmp_path / "in/0.tar", "a", "b", "c")
     (partial,) = work(job).partial
-    written = (tmp_path / "out/0.tar.parquet").stat()
+    written = (tmp_path / "out/0.tar.parquet").stat().st_mtime_ns
     listed: list[str] = []
     original = Folder._list_once
-    monkeypatch.setattr(
-        Folder, "_list_once", lambda folder, under: [listed.append(under), original(folder, under)][1]
-    )
+
+    def list_once(folder: Folder, under: str) -> list[WrittenFile]:
+        listed.append(under)
+        return original(folder, under)
+
+    monkeypatch.setattr(Folder, "_list_once", list_once)
     monkeypatch.setattr("pipeline.run.run_job.connected", lambda: pytest.fail("Ray is not needed"))
     job = dataclasses.replace(job, is_new=False)
     assert run_job(job, Console(io.StringIO())).partial == [partial]
     assert listed.count("") == 1
-    assert (tmp_path / "out/0.tar.parquet").stat() == written
+    assert (tmp_path / "out/0.tar.parquet").stat().st_mtime_ns == written
 
 
 def test_other_bytes_of_the_same_size_are_another_input(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from pipeline.inputs.datasource import MAX_READ_TASKS, MAX_TASK_FILES, group_work
 from pipeline.inputs.reader import ShardWork
 from pipeline.inputs.shards import Shard
+from pipeline.storage.packed_texts import PackedTexts
 
 
 def work_of(num_shards: int, num_files: int = 1) -> list[ShardWork]:
-    files = tuple(map(str, range(num_files)))
+    files = PackedTexts(map(str, range(num_files)))
     shards = (Shard(name=str(n), format="folder", root="/in", files=files) for n in range(num_shards))
     return [ShardWork(shard=shard) for shard in shards]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 
@@ -41,7 +40,7 @@ def test_a_folder_of_tars_is_listed_below_its_root_and_sorted(tmp_path):
 def test_shards_survive_json(tmp_path):
     touch(tmp_path, "x.jpg", "y.jpg")
     shards = list_shards(str(tmp_path))
-    again = [Shard(**json.loads(json.dumps(dataclasses.asdict(shard)))) for shard in shards]
+    again = [Shard(**json.loads(shard.to_json())) for shard in shards]
     assert again == shards and hash(again[0]) == hash(shards[0])
 
 

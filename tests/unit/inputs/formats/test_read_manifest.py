@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def test_a_manifest_is_divided_and_each_part_is_read_alone(
     path.write_text("path,note\n" + "".join(f'{n}.jpg,"a\n\nb"\n\n' for n in range(10)))
     shards = list_shards(f"@{path}")
     assert [shard.name for shard in shards] == ["list.csv~0-3", "list.csv~4-7", "list.csv~8-9"]
-    assert [Shard(**json.loads(json.dumps(asdict(shard)))) for shard in shards] == shards
+    assert [Shard(**json.loads(shard.to_json())) for shard in shards] == shards
     keys = [row["key"] for shard in shards for row in read_rows(shard, table_rows=3)[0]]
     assert keys == [f"{n}.jpg" for n in range(10)]
     rows, report = read_rows(shards[1], missing=((1, 2), (3, None)))

@@ -1,0 +1,139 @@
+"""`FileTable`: the files of a listing, sorted by path, in a few bytes each.
+
+A folder may have 10^8 files, for which a dictionary needs some 30 GB. The table sorts parts of what a listing
+yields, merges them, and holds blocks of packed paths.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice, pairwise, repeat
+from typing import NamedTuple
+
+from pipeline.storage.packed_texts import PackedTexts
+
+BLOCK_FILES = 1000
+SORTED_AT_ONCE = 1 << 18
+"""Files that are sorted in memory; they need some 50 MB."""
+UNKNOWN = ""
+"""The stamp of a file of which the storage tells nothing, or that is gone."""
+
+
+class ListedFile(NamedTuple):
+    """What a listing tells about a file: that of a store everything, that of a disk nothing."""
+
+    size_bytes: int | None = None
+    stamp: str = UNKNOWN
+
+
+Entry = tuple[str, ListedFile]
+
+
+class _Block(NamedTuple):
+    paths: PackedTexts
+    facts: PackedTexts | None
+    """Size and stamp of each file; None if nothing is known of any."""
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> _Block:
+        paths = PackedTexts(path for path, _ in entries)
+        if all(listed == ListedFile() for _, listed in entries):
+            return cls(paths, None)
+        facts = (f"{'' if size is None else size}|{stamp}" for _, (size, stamp) in entries)
+        return cls(paths, PackedTexts(facts))
+
+    def entry(self, index: int) -> ListedFile:
+        if self.facts is None:
+            return ListedFile()
+        size, _, stamp = self.facts[index].partition("|")
+        return ListedFile(int(size) if size else None, stamp)
+
+    def entries(self) -> Iterator[Entry]:
+        if self.facts is None:
+            return zip(self.paths[:], repeat(ListedFile()), strict=False)
+        return ((path, self.entry(index)) for index, path in enumerate(self.paths[:]))
+
+
+class FileTable(Mapping[str, ListedFile]):
+    """Files by their paths, in the order of the paths; immutable."""
+
+    def __init__(self, files: Iterable[Entry] = ()) -> None:
+        """Sort and pack files; of two with the same path the later one counts."""
+        rest, parts = iter(files), []
+        while part := dict(islice(rest, SORTED_AT_ONCE)):
+            parts.append(deque(_pack(iter(sorted(part.items())))))
+        if any(left[-1].paths[-1] >= right[0].paths[0] for left, right in pairwise(parts)):
+            self._hold(_pack(_last_of_each(_merged(parts))))
+        else:
+            self._hold(chain.from_iterable(parts))
+
+    def _hold(self, blocks: Iterable[_Block]) -> None:
+        self._blocks = list(blocks)
+        self._firsts = [block.paths[0] for block in self._blocks]
+        self._length = sum(len(block.paths) for block in self._blocks)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[str]:
+        for block in self._blocks:
+            yield from block.paths
+
+    def __getitem__(self, path: str) -> ListedFile:
+        position = bisect_right(self._firsts, path) - 1
+        if position >= 0:
+            block = self._blocks[position]
+            paths = block.paths[:]  # Unpacked once.
+            index = bisect_left(paths, path)
+            if index < len(paths) and paths[index] == path:
+                return block.entry(index)
+        raise KeyError(path)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all files in order; `items` would look up each."""
+        for block in self._blocks:
+            yield from block.entries()
+
+    def select(self, is_wanted: Callable[[str], bool]) -> FileTable:
+        """Return the files whose paths are wanted."""
+        selected = FileTable()
+        selected._hold(_pack(entry for entry in self.entries() if is_wanted(entry[0])))
+        return selected
+
+    def __or__(self, other: FileTable) -> FileTable:
+        return FileTable(entry for table in (self, other) for entry in table.entries())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the packed paths and facts need."""
+        packed = (texts for block in self._blocks for texts in block if texts is not None)
+        return sum(texts.num_bytes for texts in packed)
+
+
+def _pack(entries: Iterator[Entry]) -> Iterator[_Block]:
+    while some := list(islice(entries, BLOCK_FILES)):
+        yield _Block.of(some)
+
+
+def _merged(parts: list[deque[_Block]]) -> Iterator[Entry]:
+    """Yield the entries of sorted parts in order, those with the same path in the order of their parts."""
+    return heapq.merge(*map(_taken, parts), key=lambda entry: entry[0])
+
+
+def _taken(part: deque[_Block]) -> Iterator[Entry]:
+    """Yield the entries of a part, which gives up its blocks meanwhile."""
+    while part:
+        yield from list(part.popleft().entries())
+
+
+def _last_of_each(entries: Iterator[Entry]) -> Iterator[Entry]:
+    before: Entry | None = None
+    for entry in entries:
+        if before is not None and before[0] != entry[0]:
+            yield before
+        before = entry
+    if before is not None:
+        yield before
