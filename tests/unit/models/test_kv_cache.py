@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip2_actor.models.kv_cache import KVCache
-from tests.unit.checkpoints.test_safetensors_file import status_bytes
+from tests.unit.checkpoints.weights.test_safetensors_file import status_bytes
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
