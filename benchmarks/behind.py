@@ -78,8 +78,9 @@ class Load:
 def measure(threads: int | None, slots: int) -> dict[str, float | str]:
     config = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=threads, max_slots=slots)
     with config.build() as engine:
+        Load(engine, 0.0, has_batch=True).run()  # warm-up
         full = Load(engine, 0.0, has_batch=True)
-        full.run()  # warm-up, and the engine's own speed
+        full.run()
         per_s = ONLINE_SHARE * full.num_done / full.seconds
         loads = {
             "online alone": Load(engine, per_s, has_batch=False),
