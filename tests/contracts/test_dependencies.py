@@ -73,7 +73,7 @@ def imported(*folders: str) -> dict[str, str]:
         ("blip2_actor", ("heic",)),
         ("pipeline", ("batch",)),
         ("deploy", ("serve",)),
-        ("examples", ("batch",)),
+        ("examples", ("batch", "dev")),
         ("benchmarks", ("dev",)),
         ("tests", ("dev",)),
     ],
