@@ -1,5 +1,6 @@
-"""From a data set of the `datasets` library to one with captions, and on to the hub. Needs no Ray.
+"""From a data set of the `datasets` library to one with captions, and on to the hub.
 
+    pip install datasets    # Ray is not needed
     python -m examples.with_datasets --output captioned.parquet
     python -m examples.with_datasets beans --model Salesforce/blip2-opt-2.7b --output captioned.parquet
 

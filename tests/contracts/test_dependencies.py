@@ -74,7 +74,7 @@ def imported(*folders: str) -> dict[str, str]:
         ("blip2_actor", ("heic",)),
         ("pipeline", ("batch",)),
         ("deploy", ("serve", "otel")),
-        ("examples", ("batch",)),
+        ("examples", ("batch", "dev")),
         ("benchmarks", ("dev",)),
         ("tests", ("dev",)),
     ],

@@ -25,7 +25,7 @@ import pytest
 from blip2_actor.testing.tiny_checkpoints import save_tiny_checkpoint
 from examples.drawn_pictures import draw_pictures
 from tests.contracts.installed_wheel import build_wheel
-from tests.integration.test_readme import Block, blocks
+from tests.integration.test_readme import ROOT, Block, blocks
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 MODELS = {"Salesforce/blip2-flan-t5-xl": "t5", "Salesforce/blip2-opt-2.7b-coco": "opt"}
@@ -97,6 +97,7 @@ class Newcomer:
         of_pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         self.environment = of_pip | {
             "HOME": str(root / "home"),
+            "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),  # the versions that are tested
             "PATH": f"{self.venv / 'bin'}:/usr/bin:/bin",
             "HF_ENDPOINT": hub,
             "LANG": "C.UTF-8",
