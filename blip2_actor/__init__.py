@@ -34,7 +34,11 @@ from blip2_actor.status import Status
 from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
-    from blip2_actor.checkpoints.training import load_for_training, save_model
+    from blip2_actor.checkpoints.training import (
+        load_for_training,
+        load_retrieval_for_training,
+        save_model,
+    )
     from blip2_actor.device import resolve_device, resolve_dtype
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
@@ -83,6 +87,7 @@ __all__ = [
     "find_quality_flags",
     "free_bytes",
     "load_for_training",
+    "load_retrieval_for_training",
     "require_image_layout",
     "resize_image",
     "resolve_device",
@@ -105,6 +110,7 @@ _LAZY = {
     "resolve_device": "blip2_actor.device",
     "resolve_dtype": "blip2_actor.device",
     "load_for_training": "blip2_actor.checkpoints.training",
+    "load_retrieval_for_training": "blip2_actor.checkpoints.training",
     "save_model": "blip2_actor.checkpoints.training",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",

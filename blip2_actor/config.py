@@ -77,8 +77,9 @@ class EngineConfig(ModelConfig):
     """Hub name, folder, s3:// or gs:// folder, or "demo" for the small checkpoint that is part of this
     package."""
     adapter: str | None = None
-    """LoRA adapter of PEFT to merge into the model: hub name, folder, or s3:// or gs:// folder; default: the
-    adapter in the folder of the model, if there is one."""
+    """LoRA adapter of PEFT to merge into the model: hub name, folder, or s3:// or gs:// folder; or a .pth
+    file that LAVIS has trained from the model; default: the adapter in the folder of the model, if there is
+    one."""
     max_slots: int | None = None
     """Texts generated at once; by default, as many as free memory allows."""
     encode_batch: int | None = None

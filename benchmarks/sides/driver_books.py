@@ -36,8 +36,7 @@ class DriverBooks:
             run = begin_run(Fingerprint({}), settings, listing, None)
             ledger.begin(run)
         with self._part("sweep"):
-            ledger.sweep(run, {})
-            left = ledger.unfinished(run, ledger.scan())
+            left = ledger.unfinished(run, ledger.sweep(run, ledger.scan(), {}))
             Tracker(left)
         with self._part("read_tasks"):
             work = [progress.work for progress in left]
@@ -51,8 +50,7 @@ class DriverBooks:
         with self._part("resume"):
             run = ledger.require_run(settings.input)
             ledger.compare_input(run, settings.input)
-            ledger.sweep(run, {})
-            Tracker(ledger.unfinished(run, ledger.scan()))
+            Tracker(ledger.unfinished(run, ledger.sweep(run, ledger.scan(), {})))
         with self._part("status"):
             status_lines(settings.output)
         return self._parts

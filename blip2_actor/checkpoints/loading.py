@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
+from blip2_actor.checkpoints.weights.lavis import overlay_lavis
 from blip2_actor.checkpoints.weights.load_weights import load_weights
 from blip2_actor.checkpoints.weights.name_map import Rule, find_target, opt_rules, retrieval_rules, t5_rules
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
@@ -20,6 +22,8 @@ from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.quantization.measurement import choose, layers_of
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
+phases = logging.getLogger("blip2_actor.phases")
+"""Says what an engine does at its start, for hosts that show it to a person."""
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 """Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -50,6 +54,7 @@ def load_model(
             that does not exist.
         OSError: a file is missing or broken.
     """
+    phases.info("loading the weights")
     model = _build(checkpoint, dtype)
     split = None
     if device_map is not None:
@@ -97,6 +102,7 @@ def load_quantized(
         choice: from `choose_quantization`, perhaps of another machine.
         calibration: images and a text, for which the quantized layers are calibrated.
     """
+    phases.info("loading and quantizing the weights")
     model = _build(checkpoint, dtype)
     _allocate(model, device)
     readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, choice.parts)))
@@ -156,22 +162,24 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
         model = Blip2Retrieval(config)
     model = model.cast(dtype).eval().requires_grad_(False)
     _allocate(model, device)
-    rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
-    load_weights(model, stored_tensors(checkpoint), rules, str(checkpoint.folder))
+    load_weights(model, stored_tensors(checkpoint), rules_of(checkpoint), str(checkpoint.folder))
     model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
 def rules_of(checkpoint: Checkpoint) -> list[Rule]:
-    """Return the name map of a captioning model."""
-    config = checkpoint.config
-    return LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
+    """Return the name map of a model."""
+    config = checkpoint.retrieval_config if checkpoint.is_retrieval else checkpoint.config
+    make = retrieval_rules if checkpoint.is_retrieval else LANGUAGE_RULES[config.text_config.model_type]
+    return make(config.qformer_config.cross_attention_frequency)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Return the weights by their names in transformers' model, with the adapter merged."""
-    tensors = list_weights(checkpoint.folder)
-    return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)
+    tensors, adapter = list_weights(checkpoint.folder), checkpoint.adapter
+    if adapter is None:
+        return tensors
+    return (overlay_lavis if adapter.is_lavis else merge_adapter)(tensors, adapter.folder)
 
 
 def _normalizer(checkpoint: Checkpoint) -> PixelNormalizer:

@@ -13,7 +13,7 @@ import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized
+from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized, phases
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test
@@ -138,6 +138,8 @@ def _variant(image_size_px: int | None, quantization: QuantizationRecord | None)
 def _test(
     runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, variant: str
 ) -> self_test.SelfTestRecord:
+    is_compiled = runner.encoders.compiled_batch is not None
+    phases.info("compiling and testing the model" if is_compiled else "testing the model")
     record = self_test.check(runner, input_processor.prompts.empty_ids, input_processor.image_size_px)
     self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
     return record

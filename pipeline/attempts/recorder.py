@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Point, WorkerLoad
+from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Attempts, Point, WorkerLoad
 from pipeline.attempts.environment import command_line, hardware_of, versions
-from pipeline.attempts.store import make_room, write_attempt
+from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.exit_status import status_of
 from pipeline.placement.cluster import Cluster
@@ -43,6 +43,11 @@ class AttemptRecorder:
         """
         self._folder = folder
         self._is_begun = is_begun
+        self.earlier = Attempts()
+        """The attempts of this run before this one."""
+        if is_begun:
+            with contextlib.suppress(OSError):
+                self.earlier = read_attempts(folder)
         self._attempt = attempt
         self._started = self._phase_began = time.monotonic()
         self._phases: dict[str, float] = {}
@@ -89,6 +94,7 @@ class AttemptRecorder:
         loads: Mapping[str, Mapping[str, WorkerLoad]],
         warnings: Mapping[str, int],
         quantization: Mapping[str, int],
+        shard_rows: float | None = None,
     ) -> None:
         """Note how far the attempt is.
 
@@ -97,8 +103,10 @@ class AttemptRecorder:
             loads: by stage and worker.
             warnings: of workers, and how often each was given.
             quantization: what workers have quantized, and how many of them.
+            shard_rows: mean number of rows of the shards of known length.
         """
         self._quantization |= quantization
+        self._attempt = dataclasses.replace(self._attempt, shard_rows=shard_rows)
         self._warnings = self._warnings_before + Counter(warnings)
         seconds = self._seconds
         is_first_row = self._note_start(seconds, rows, loads.get("caption", {}))
@@ -122,6 +130,11 @@ class AttemptRecorder:
             reason=hide_secrets(reason)[:MAX_REASON_CHARS],
         )
         self._write()
+
+    @property
+    def all(self) -> Attempts:
+        """All attempts of this run, with this one as far as it is."""
+        return Attempts((*self.earlier, self._attempt))
 
     @property
     def _seconds(self) -> float:

@@ -29,7 +29,7 @@ from pipeline.ledger.fragments import (
     read_shard_report,
     store_shard_report,
 )
-from pipeline.ledger.layout import is_report_of_change, output_name, shard_report_name
+from pipeline.ledger.layout import is_report_of_change, output_name
 from pipeline.ledger.merge import Merge, Piece, PieceGone
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
@@ -75,9 +75,12 @@ def commit_shard(
     metadata: Mapping[bytes, bytes],
     empty_schema: pa.Schema = ROW_CONTRACT,
     file_name: str | None = None,
-    may_have_file: bool = True,
+    is_shared: bool = False,
 ) -> Summary | None:
     """Merge the file and the fragments of a shard into its file.
+
+    The file that is there counts at every commit: one that dies while it deletes the fragments has put rows
+    into the file that the remaining fragments may lack, or have as failed.
 
     A shard whose rows no merge can write gets a file without rows, which says why: it is partial. Its
     fragments stay, and `retry` merges them again.
@@ -87,15 +90,17 @@ def commit_shard(
         metadata: for the footer: the run's fingerprint.
         empty_schema: the schema of a shard without rows.
         file_name: name of the file; default: that of the shard.
-        may_have_file: False saves asking for the file of a shard that has none. If another process has made
-            it meanwhile, that process has deleted fragments too, and their rows are missing here.
+        is_shared: whether the shard's folder may hold those of other shards; see `shared_folders`.
 
     Returns:
-        What the file contains now, or None when rows are missing: then nothing has changed.
+        What the file contains now, or None when rows are missing, or another process commits the shard: then
+        nothing has changed.
     """
     name = file_name or output_name(report.shard)
     try:
-        return _commit(folder, report, metadata, empty_schema, name, may_have_file)
+        return _commit(folder, report, metadata, empty_schema, name, is_shared)
+    except PieceGone:
+        return None
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
         reason = f"the rows cannot be written as one table: {error}"
         logger.exception("Shard %s: %s", report.shard, reason)
@@ -113,10 +118,10 @@ def _commit(
     metadata: Mapping[bytes, bytes],
     empty_schema: pa.Schema,
     name: str,
-    may_have_file: bool,
+    is_shared: bool,
 ) -> Summary | None:
     files = list_shard_files(folder, report.shard, report.generation)
-    before, num_before = _pieces_of_file(folder, report.shard) if may_have_file else ([], 0)
+    before, num_before = _pieces_of_file(folder, report.shard)
     merge = Merge([*_pieces_of_fragments(folder, files.fragments), *before])
     report = _with_changes(folder, report, merge, files.report)
     if report.changed:
@@ -136,18 +141,12 @@ def _commit(
         note=report.note,
     )
     schema, row_groups = merge.schema or empty_schema, merge.row_groups(num_rows)
-    try:
-        summary = _write(folder, name, schema, row_groups, metadata, summary)
-    except PieceGone:
-        return None
+    summary = _write(folder, name, schema, row_groups, metadata, summary)
     if report.changed:  # The next run must know.
         delete_files(folder, [fragment.name for fragment in files.fragments])
-    elif any(fragment.last >= num_rows for fragment in files.fragments):
-        # Rows past the end of a shard that was read less far are kept for a better reading.
-        delete_files(folder, [fragment.name for fragment in files.fragments if fragment.last < num_rows])
-        folder.delete(shard_report_name(report.shard, report.generation))
     else:
-        delete_shard_files(folder, report.shard, files, report.generation)
+        # Rows past the end of a shard that was read less far are kept for a better reading.
+        delete_shard_files(folder, files, num_rows, is_shared)
     return summary
 
 
@@ -158,9 +157,10 @@ def _pieces_of_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[
 def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
     """Return the row groups of the file that a shard has already, and its number of rows."""
     name = output_name(shard)
-    if not folder.exists(name):
+    try:
+        metadata = folder.read(name, pq.read_metadata)
+    except FileNotFoundError:
         return [], 0
-    metadata = folder.read(name, pq.read_metadata)
 
     def read(group: int) -> pa.Table:
         return folder.read(name, lambda file: pq.ParquetFile(file).read_row_group(group))
@@ -235,6 +235,14 @@ def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) 
 def read_summary(folder: Folder, shard: str) -> Summary:
     """Return the summary in the footer of a finished shard's file."""
     return summary_in(folder.read(output_name(shard), lambda file: pq.read_metadata(file).metadata or {}))
+
+
+def find_summary(folder: Folder, shard: str) -> Summary | None:
+    """Return the summary of a shard, or None when it has no file."""
+    try:
+        return read_summary(folder, shard)
+    except FileNotFoundError:
+        return None
 
 
 def summary_in(metadata: Mapping[bytes, bytes]) -> Summary:

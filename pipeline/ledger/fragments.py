@@ -23,11 +23,13 @@ import pyarrow.compute as pc
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.layout import (
+    ROWS,
     folder_of_shard,
     is_report_of_change,
     output_name,
     parse_folder_of_shard,
     parse_shard_report_name,
+    parse_state_name,
     shard_report_name,
 )
 from pipeline.rowset import RowSet, ranges_of
@@ -137,25 +139,26 @@ def parse_fragment(name: str) -> Fragment | None:
 class ShardFiles:
     """What the folder of an unfinished shard holds."""
 
+    folder: str
     fragments: tuple[Fragment, ...] = ()
-    report: str | None = None
-    """Name of the latest report."""
-    is_shared: bool = False
-    """Whether it holds the folder of another shard: those of "a" and "a.rows/b", for example."""
+    reports: tuple[str, ...] = ()
+    """Names of its reports, the latest first."""
+
+    @property
+    def report(self) -> str | None:
+        """Name of the latest report."""
+        return self.reports[0] if self.reports else None
 
 
 def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
     """List the folder of an unfinished shard."""
-    own = (shard, generation)
-    files = folder.files(folder_of_shard(shard, generation))
+    own, below = (shard, generation), folder_of_shard(shard, generation)
+    files = folder.files(below)
     found = [fragment for file in files if (fragment := parse_fragment(file.name)) is not None]
     fragments = tuple(f for f in found if (f.shard, f.generation) == own)
     reports = [file for file in files if parse_shard_report_name(file.name) == own]
-    return ShardFiles(
-        fragments,
-        report=max(reports, key=report_order).name if reports else None,
-        is_shared=len(files) > len(fragments) + len(reports),
-    )
+    latest_first = sorted(reports, key=report_order, reverse=True)
+    return ShardFiles(below, fragments, tuple(file.name for file in latest_first))
 
 
 def report_order(file: WrittenFile) -> tuple[float, bool]:
@@ -182,16 +185,36 @@ def rows_in(folder: Folder, fragments: Mapping[str, Iterable[Fragment]]) -> dict
     return finished
 
 
-def delete_shard_files(folder: Folder, shard: str, files: ShardFiles, generation: int = 0) -> None:
-    """Delete the folder of a shard that has been committed.
+def shared_folders(shards: Iterable[Shard]) -> frozenset[str]:
+    """Return the names of shards whose folders may hold those of others: "a" if there is "a.rows/b"."""
+    found = set()
+    for shard in shards:
+        above, *rest = shard.name.split(f"{ROWS}/")
+        for part in rest:
+            found.add(parse_state_name(above)[0])
+            above += f"{ROWS}/{part}"
+    return frozenset(found)
 
-    A store deletes a folder in a few requests, however many files it holds.
+
+def delete_shard_files(folder: Folder, files: ShardFiles, num_rows: int, is_shared: bool) -> None:
+    """Delete the files of a shard that has been committed.
+
+    A store deletes a folder in a few requests, however many files it holds; a shared one, or one with rows
+    that stay, loses its files one by one. A disk loses just the files that were merged: what another process
+    has written meanwhile stays.
+
+    Args:
+        files: what the commit has found.
+        num_rows: fragments with later rows stay.
+        is_shared: whether the folder may hold those of other shards.
     """
-    if files.is_shared:
-        delete_files(folder, [fragment.name for fragment in files.fragments])
-        folder.delete(shard_report_name(shard, generation))
-    else:
-        folder.erase(folder_of_shard(shard, generation))
+    merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
+    if len(merged) == len(files.fragments) and not (is_shared or folder.is_local):
+        folder.erase(files.folder)
+        return
+    delete_files(folder, merged)
+    delete_files(folder, files.reports)  # While fragments are left, a report says what to make of them.
+    folder.drop_if_empty(files.folder)
 
 
 def delete_files(folder: Folder, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from gzip import BadGzipFile
 from json import JSONDecodeError
 
@@ -27,11 +28,12 @@ import pyarrow as pa
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import RunSlice
-from pipeline.ledger.commit import Summary, commit_shard, read_summary
+from pipeline.ledger.commit import Summary, commit_shard, find_summary
 from pipeline.ledger.fragments import (
     Fragment,
     read_shard_reports,
     rows_in,
+    shared_folders,
     store_shard_report,
     write_fragment,
 )
@@ -56,6 +58,8 @@ class Ledger:
     folder: Folder
     generations: Mapping[str, int] = field(default_factory=dict)
     """Of the shards that were begun again (`Shard.generation`); what was made before is left alone."""
+    shared: frozenset[str] = frozenset()
+    """Shards whose folders may hold those of others; see `shared_folders`."""
 
     def __str__(self) -> str:
         """Return the URI of the folder, without secrets."""
@@ -67,7 +71,8 @@ class Ledger:
 
     def of(self, run: Run) -> Ledger:
         """Return this ledger for the shards of a run as they are now."""
-        return replace(self, generations={s.name: s.generation for s in run.shards if s.generation})
+        generations = {s.name: s.generation for s in run.shards if s.generation}
+        return replace(self, generations=generations, shared=shared_folders(run.shards))
 
     def begin(self, run: Run) -> None:
         """Write the record of a run."""
@@ -127,8 +132,7 @@ class Ledger:
 
     def are_partial(self, shards: Iterable[str]) -> bool:
         """Return whether none of these shards has a file with all its rows."""
-        finished = self.scan().finished
-        return not any(read_summary(self.folder, s).complete for s in shards if s in finished)
+        return not any(s is not None and s.complete for s in (find_summary(self.folder, n) for n in shards))
 
     def to_retry(self, run: Run, state: OutputState, choice: RowChoice) -> list[ShardProgress]:
         """Return the shards of a finished run with rows to run again."""
@@ -156,20 +160,22 @@ class Ledger:
         report: ShardReport,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema = ROW_CONTRACT,
-        may_have_file: bool = True,
     ) -> Summary | None:
         """Merge the file and the fragments of a shard into its file; see `commit_shard`."""
-        return commit_shard(self.folder, report, metadata, empty_schema, may_have_file=may_have_file)
+        is_shared = report.shard in self.shared
+        return commit_shard(self.folder, report, metadata, empty_schema, is_shared=is_shared)
 
     def sweep(
         self,
         run: Run,
+        state: OutputState,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema = ROW_CONTRACT,
         is_slice: bool = False,
-    ) -> None:
+    ) -> OutputState:
         """Delete half-written files, and commit the shards that lack no row; see `sweep`."""
-        sweep(self.folder, run, self.scan(), metadata, empty_schema, is_slice)
+        commit = partial(self.commit, metadata=metadata, empty_schema=empty_schema)
+        return sweep(self.folder, run, state, commit, is_slice)
 
     def drop_markers(self, run: Run, state: OutputState) -> None:
         """Delete the empty objects that a store keeps for emptied folders, when all shards are finished."""
@@ -185,11 +191,11 @@ class Ledger:
 
     def tidy_summaries(self, state: OutputState, done: Reconciliation) -> None:
         """Keep the summaries of all finished shards in few files; see `tidy_summaries`."""
-        tidy_summaries(self.folder, state, done.summaries)
+        tidy_summaries(self.folder, state, done.summaries, done.unkept)
 
     def compare_input(self, run: Run, inputs: Sequence[str] = ()) -> InputChanges:
         """Compare the shards of the run with what its input holds now; see `reconcile.compare_input`."""
-        return compare_input(self.folder, run, self.scan(), inputs)
+        return compare_input(self.folder, run, inputs)
 
     def drivers(self) -> dict[RunSlice | None, Holder]:
         """Return the drivers that hold a lease, dead or alive, by the slice of the run; None is the whole."""

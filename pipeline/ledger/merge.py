@@ -29,14 +29,17 @@ Piece = Callable[[], "pa.Table | None"]
 
 
 class PieceGone(Exception):
-    """Another process has deleted a piece after the first pass: it has committed the shard."""
+    """Another process has deleted a piece: it commits the shard, or has done so."""
 
 
 class Merge:
     """The rows of several pieces, each row number once: an ok row if there is one, else the first piece's.
 
     Args:
-        pieces: in any order; those that are gone are left out.
+        pieces: in any order.
+
+    Raises:
+        PieceGone: a piece is no longer there. Without it, a failed row would stand for an ok one.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
@@ -47,7 +50,9 @@ class Merge:
         schemas: dict[pa.Schema, None] = {}
         parts = []
         for number, table in _read(pieces, range(len(pieces))):
-            if table is None or not len(table):
+            if table is None:
+                raise PieceGone
+            if not len(table):
                 continue
             schemas[table.schema] = None
             parts.append(_index(number, table))

@@ -17,10 +17,10 @@ from pipeline.inputs.changes import NO_FILES, InputChanges, find_changes
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_files
 from pipeline.inputs.shards import Shard
-from pipeline.ledger.commit import Summary, read_summary
-from pipeline.ledger.fragments import read_shard_reports
+from pipeline.ledger.commit import Summary, find_summary
+from pipeline.ledger.layout import FRAGMENTS, is_report_of_change
 from pipeline.ledger.run_record import Run
-from pipeline.ledger.scan import OutputState
+from pipeline.ledger.scan import OutputState, scan_output
 from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.storage.folder import Folder
@@ -37,6 +37,8 @@ class Reconciliation:
     summaries: tuple[Summary, ...]
     missing: tuple[str, ...]
     """Shards without a file."""
+    unkept: frozenset[str] = frozenset()
+    """Shards whose summary is in no file of kept summaries; it was read from a footer."""
 
     @cached_property
     def num_rows(self) -> int:
@@ -92,6 +94,8 @@ class Reconciliation:
             f"{len(self.missing):,} {'missing' if is_over else 'left'}",
         ]
         lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
+        if self.partial:
+            lines.append("blip2 retry reads partial shards again; repair or replace their files first")
         lines += _shorten([f"note: {s.shard}: {s.note}" for s in self.summaries if s.note])
         lines += _shorten([f"missing: {shard}" for shard in self.missing]) if is_over else []
         return lines + self.captions.warnings()
@@ -100,12 +104,12 @@ class Reconciliation:
 def reconcile(folder: Folder, shards: Sequence[Shard], state: OutputState) -> Reconciliation:
     """Compare the listed shards with the finished files."""
     names = [shard.name for shard in shards]
-    summaries = load_summaries(folder, state, [name for name in names if name in state.finished])
+    summaries, unkept = load_summaries(folder, state, [name for name in names if name in state.finished])
     missing = tuple(name for name in names if name not in state.finished)
-    return Reconciliation(len(names), tuple(summaries), missing)
+    return Reconciliation(len(names), tuple(summaries), missing, unkept)
 
 
-def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence[str] = ()) -> InputChanges:
+def compare_input(folder: Folder, run: Run, inputs: Sequence[str] = ()) -> InputChanges:
     """Compare the shards of a run with what its input holds now.
 
     Args:
@@ -119,10 +123,12 @@ def compare_input(folder: Folder, run: Run, state: OutputState, inputs: Sequence
     listed = list_files(inputs or run.inputs, wanted, run.shards, patterns)
 
     def content_of(shard: str) -> str | None:
-        return read_summary(folder, shard).content if shard in state.finished else None
+        summary = find_summary(folder, shard)
+        return None if summary is None else summary.content
 
-    reports = read_shard_reports(folder, state.shard_reports.values())
-    known_changed = {report.shard for report in reports if report.changed}
+    generations = {shard.name: shard.generation for shard in run.shards if shard.generation}
+    reports = scan_output(folder, generations, FRAGMENTS).shard_reports
+    known_changed = {shard for shard, name in reports.items() if is_report_of_change(name)}
     changes = find_changes(run.shards, listed, content_of, known_changed)
     return changes if limit is None else replace(changes, new=NO_FILES)
 

@@ -82,7 +82,7 @@ def to_retry(folder: Folder, run: Run, state: OutputState, choice: RowChoice) ->
     Shards that were begun again have no file, and all their rows are run.
     """
     by_name = {shard.name: shard for shard in run.shards if shard.name in state.finished}
-    summaries = load_summaries(folder, state, list(by_name))
+    summaries, _ = load_summaries(folder, state, list(by_name))
     concerned = [summary for summary in summaries if choice.concerns(summary)]
     in_fragments = rows_in(folder, {s.shard: state.fragments.get(s.shard, ()) for s in concerned})
     progress = unfinished(folder, run, state)

@@ -75,6 +75,12 @@ class Run:
         folder = self.working_folder or os.getcwd()
         return tuple(same_place(name, folder) for name in self.settings.get("input", ()))
 
+    def commit_of(self, engine: Any) -> str | None:
+        """Return the commit of the run's model on the hub, or None if an engine is of another model."""
+        model = self.settings.get("engine", {}).get("model")
+        is_same = getattr(engine, "model", None) == model and model is not None
+        return self.fingerprint.parts["model"].partition("+")[0] if is_same else None
+
     def with_shards(self, shards: Iterable[Shard], inputs: Sequence[str] = ()) -> Run:
         """Return the run with other shards, and with other inputs if they are given."""
         settings = dict(self.settings)

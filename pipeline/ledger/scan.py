@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 from pipeline.inputs.reader import ShardReport, ShardWork
 from pipeline.inputs.shards import Shard
@@ -43,12 +43,18 @@ class OutputState:
         """Shards that have their file."""
         return self.written.keys()
 
+    def without(self, redone: Iterable[str]) -> OutputState:
+        """Return the state after the files of shards were deleted."""
+        gone = set(redone)
+        return replace(self, written={name: file for name, file in self.written.items() if name not in gone})
 
-def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) -> OutputState:
+
+def scan_output(folder: Folder, generations: Mapping[str, int] | None = None, under: str = "") -> OutputState:
     """List the output once, and sort its files.
 
     Args:
         generations: of the shards that were begun again; all others have generation 0.
+        under: the folder to list; default: all.
     """
     generations = generations or {}
     written: dict[str, WrittenFile] = {}
@@ -56,7 +62,7 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None) ->
     reports: dict[str, WrittenFile] = {}
     leftovers: list[str] = []
     fragments: dict[str, list[Fragment]] = {}
-    for file in folder.files():
+    for file in folder.files(under):
         name = file.name
         if name.startswith((f"{FRAGMENTS}/", f"{OLD_SHARD_REPORTS}/")):
             fragment, about = parse_fragment(name), parse_shard_report_name(name)

@@ -11,7 +11,7 @@ import gzip
 import json
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from gzip import BadGzipFile
@@ -31,45 +31,57 @@ MAX_SPARE_FILES = 8
 """Files of summaries beyond those that are needed, after which they are written anew."""
 
 
-def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> None:
-    """Store summaries of shards whose files have just been written.
+def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> list[str]:
+    """Store summaries of shards whose files have just been written; return the names of the new files.
 
     Args:
         summaries: as `commit_shard` has returned them.
     """
-    rest = iter(summaries)
+    rest, names = iter(summaries), []
     while some := list(islice(rest, SUMMARIES_PER_FILE)):
         content = json.dumps([asdict(summary) for summary in some], separators=(",", ":")).encode()
-        folder.put(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz", gzip.compress(content, compresslevel=3))
+        names.append(f"{SUMMARIES}/{uuid.uuid4().hex}.json.gz")
+        folder.put(names[-1], gzip.compress(content, compresslevel=3))
+    return names
 
 
-def load_summaries(folder: Folder, state: OutputState, shards: Sequence[str]) -> list[Summary]:
+def load_summaries(
+    folder: Folder, state: OutputState, shards: Sequence[str]
+) -> tuple[list[Summary], frozenset[str]]:
     """Return the summaries of finished shards; those that were not kept are read from the footers.
 
     Args:
         state: the output as a listing has shown it.
         shards: names of finished shards.
+
+    Returns:
+        The summaries in the order of the shards, and the names of the shards whose summaries were not kept.
     """
     kept = _load_kept(folder, state)
     unknown = [shard for shard in shards if shard not in kept]
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         read = zip(unknown, pool.map(lambda shard: read_summary(folder, shard), unknown), strict=True)
         kept.update((shard, _of_file(summary, state.written[shard])) for shard, summary in read)
-    return [kept[shard] for shard in shards]
+    return [kept[shard] for shard in shards], frozenset(unknown)
 
 
-def tidy_summaries(folder: Folder, state: OutputState, summaries: Sequence[Summary]) -> None:
-    """Keep all summaries of a run in as few files as needed, unless its files are nearly so already.
+def tidy_summaries(
+    folder: Folder, state: OutputState, summaries: Sequence[Summary], unkept: Set[str]
+) -> None:
+    """Keep the summaries of a run that are not kept yet; write all anew when they are in too many files.
 
     Args:
         state: the listing for which the summaries were loaded.
+        summaries: of all finished shards.
+        unkept: the shards whose summaries are in no file yet.
     """
     num_needed = -(-len(summaries) // SUMMARIES_PER_FILE)
-    num_kept = len(_load_kept(folder, state)) if state.summaries else 0
-    if num_kept == len(summaries) and len(state.summaries) <= num_needed + MAX_SPARE_FILES:
-        return
-    keep_summaries(folder, (_of_file(summary, state.written[summary.shard]) for summary in summaries))
-    delete_files(folder, [file.name for file in state.summaries])
+    num_files = len(state.summaries) + -(-len(unkept) // SUMMARIES_PER_FILE)
+    is_full = num_files > num_needed + MAX_SPARE_FILES
+    to_keep = summaries if is_full else [summary for summary in summaries if summary.shard in unkept]
+    keep_summaries(folder, (_of_file(summary, state.written[summary.shard]) for summary in to_keep))
+    if is_full:
+        delete_files(folder, [file.name for file in state.summaries])
 
 
 def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:

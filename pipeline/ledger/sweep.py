@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-
-import pyarrow as pa
+from dataclasses import replace
 
 from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.commit import commit_shard, read_summary
-from pipeline.ledger.fragments import delete_files, load_shard_report, read_shard_reports, store_shard_report
-from pipeline.ledger.layout import FRAGMENTS, OLD_SHARD_REPORTS
+from pipeline.ledger.commit import Summary, read_summary
+from pipeline.ledger.fragments import (
+    delete_files,
+    list_shard_files,
+    load_shard_report,
+    read_shard_reports,
+    store_shard_report,
+)
+from pipeline.ledger.layout import FRAGMENTS, OLD_SHARD_REPORTS, output_name, shard_report_name
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
@@ -25,49 +29,90 @@ def sweep(
     folder: Folder,
     run: Run,
     state: OutputState,
-    metadata: Mapping[bytes, bytes],
-    empty_schema: pa.Schema,
+    commit: Callable[[ShardReport], Summary | None],
     is_slice: bool = False,
-) -> None:
+) -> OutputState:
     """Delete half-written files, and commit the shards that lack no row.
 
     A finished shard with fragments is committed again: a straggler or a retry wrote them after its file.
 
     Args:
+        state: the output as a listing has shown it.
+        commit: commits a shard.
         is_slice: whether `run` has only the shards of a slice. Then other drivers may be writing: no file is
             deleted that may be theirs.
+
+    Returns:
+        What a listing would show now.
     """
     names = {shard.name for shard in run.shards}
     if not is_slice:
         delete_files(folder, state.leftovers)
-    _move_old_reports(folder, state, names)
+        state = replace(state, leftovers=())
+    state = _move_old_reports(folder, state, names)
     reports = [p.report for p in unfinished(folder, run, state) if p.report is not None and p.is_complete]
     for shard in sorted(names & state.finished & (state.fragments.keys() | state.shard_reports.keys())):
-        report = _report_of_finished(folder, shard)
+        report = _report_of_finished(folder, shard, shard in state.fragments)
         if report is not None:
             reports.append(report)
-    commit = partial(commit_shard, folder, metadata=metadata, empty_schema=empty_schema)
     with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
-        keep_summaries(folder, filter(None, pool.map(commit, reports)))
+        committed = [summary for summary in pool.map(commit, reports) if summary is not None]
+    return _after_commits(folder, state, committed, keep_summaries(folder, committed))
 
 
-def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> None:
+def _move_old_reports(folder: Folder, state: OutputState, shards: Set[str]) -> OutputState:
     """Put reports of these shards that version 0.1.0 has stored next to the fragments."""
     reports = (state.shard_reports[shard] for shard in state.shard_reports.keys() & shards)
     old = [name for name in reports if name.startswith(f"{OLD_SHARD_REPORTS}/")]
+    moved = {}
     for report in read_shard_reports(folder, old):
         store_shard_report(folder, report)
+        moved[report.shard] = shard_report_name(report.shard, report.generation, report.changed)
     delete_files(folder, old)
+    return replace(state, shard_reports={**state.shard_reports, **moved})
 
 
-def _report_of_finished(folder: Folder, shard: str) -> ShardReport | None:
-    """Return the report to commit a finished shard with, or None to leave its fragments where they are.
+def _report_of_finished(folder: Folder, shard: str, has_fragments: bool) -> ShardReport | None:
+    """Return the report to commit a finished shard with, or None to leave its files as they are.
 
     A complete shard stays complete. A partial shard needs the report of a new reading: without one, its
-    fragments may belong to a retry that will be resumed.
+    fragments may belong to a retry that will be resumed. The report of a change stays until the shard is
+    begun again, and its file says so already.
     """
     summary = read_summary(folder, shard)
-    return report_of(summary) or load_shard_report(folder, shard, summary.generation)
+    if summary.complete:
+        return report_of(summary)
+    report = load_shard_report(folder, shard, summary.generation)
+    is_said = report is not None and report.changed and report.reason == summary.reason
+    return None if is_said and not has_fragments else report
+
+
+def _after_commits(
+    folder: Folder, state: OutputState, committed: Sequence[Summary], kept_in: Sequence[str]
+) -> OutputState:
+    """Return what a listing would show after some shards were committed.
+
+    Args:
+        kept_in: names of the files in which their summaries are kept.
+    """
+    names = [summary.shard for summary in committed]
+    fragments = {shard: found for shard, found in state.fragments.items() if shard not in names}
+    reports = {shard: name for shard, name in state.shard_reports.items() if shard not in names}
+    for summary in committed:
+        if not summary.complete:  # Rows past its end stay, and the report of a change.
+            left = list_shard_files(folder, summary.shard, summary.generation)
+            fragments |= {summary.shard: left.fragments} if left.fragments else {}
+            reports |= {summary.shard: left.report} if left.report else {}
+    with ThreadPoolExecutor(MAX_CONCURRENT_COMMITS) as pool:
+        files = [*pool.map(folder.file, [*map(output_name, names), *kept_in])]
+    written = {shard: file for shard, file in zip(names, files, strict=False) if file is not None}
+    return replace(
+        state,
+        fragments=fragments,
+        shard_reports=reports,
+        written={**state.written, **written},
+        summaries=(*state.summaries, *filter(None, files[len(names) :])),
+    )
 
 
 def drop_markers(folder: Folder, run: Run, state: OutputState) -> None:

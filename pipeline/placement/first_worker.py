@@ -19,7 +19,7 @@ from blip2_actor import EngineBuilder, ModelInfo, QuantizationChoice
 from pipeline.errors import RefusedByCluster, Stopped
 from pipeline.placement.own_accelerator import use_own_accelerator
 from pipeline.placement.reservations import Reservations, resolve_engine
-from pipeline.placement.waiting import Say, wait_for
+from pipeline.watch.waiting import Say, wait_for
 
 AUTO = "auto"
 

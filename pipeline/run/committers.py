@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from pipeline.errors import noted
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
@@ -37,10 +38,9 @@ class Committer:
         report: ShardReport,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
-        may_have_file: bool,
     ) -> Summary | None:
-        with timed(COMMIT_S):
-            return ledger.commit(report, metadata, empty_schema, may_have_file)
+        with timed(COMMIT_S), noted(f"committing {report.shard}"):
+            return ledger.commit(report, metadata, empty_schema)
 
 
 class Committers:
@@ -51,7 +51,6 @@ class Committers:
         ledger: Ledger,
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
-        may_have_file: bool,
         coordinator: Any,
     ) -> None:
         """Start no actor yet: when a job starts, the processes of its stages come first.
@@ -60,10 +59,9 @@ class Committers:
             ledger: the output; its requests are retried.
             metadata: for the footer of every file.
             empty_schema: the schema of a shard without rows.
-            may_have_file: whether shards may have a file already, as in a retry.
             coordinator: handle of the job's `Coordinator` actor, which hears when the output fails.
         """
-        self._arguments = (metadata, empty_schema, may_have_file)
+        self._arguments = (metadata, empty_schema)
         self._ledger = ledger
         self._class = ray.remote(Committer).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 
@@ -37,6 +39,8 @@ from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
@@ -71,7 +75,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             settings,
             engine,
             info,
-            ledger,
+            ledger.of(run),
             run,
             is_new=True,
             asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),
@@ -120,14 +124,32 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 
 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
-    """Return the engine with what its run has recorded of the first worker's device, and its model.
+    """Return the engine with what its run has recorded of its device and its commit, and its model.
 
     The driver of a cluster does not caption, and may lack the device.
     """
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
-        engine = with_quantization(engine, run.quantization)
-    return engine, describe_without_device(engine) if is_cluster() else engine.info()
+        engine = pinned(with_quantization(engine, run.quantization), run.commit_of(engine))
+    info = describe_without_device(engine) if is_cluster() else engine.info()
+    return pinned(engine, info.digest.partition("+")[0]), info
+
+
+def pinned(engine: EngineBuilder, commit: str | None) -> EngineBuilder:
+    """Return the engine with the commit of its model on the hub, if the user has named no revision.
+
+    The driver asks the hub once. Its workers, and later starts, take what it has found, whatever the hub's
+    branch names then.
+    """
+    known: Any = engine
+    if getattr(known, "revision", "") is not None or not is_on_hub(known.model):
+        return engine
+    return dataclasses.replace(known, revision=commit) if commit and COMMIT.fullmatch(commit) else engine
+
+
+def is_on_hub(model: str) -> bool:
+    """Return whether a model is named as the hub does."""
+    return model != "demo" and "://" not in model and not os.path.exists(model)
 
 
 def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:

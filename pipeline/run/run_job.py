@@ -14,13 +14,15 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import describe_work
-from pipeline.ledger.scan import ShardProgress
+from pipeline.ledger.scan import OutputState, ShardProgress
 from pipeline.placement.cluster import Cluster, look_at_cluster
 from pipeline.placement.first_worker import ask_first_worker
 from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.report.models import demo_warning
+from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
@@ -28,6 +30,8 @@ from pipeline.run.signals import StopRequest
 from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
+from pipeline.watch.members import Members
+from pipeline.watch.view import CAPTIONING, DECODING
 
 
 def run_job(job: Job, console: Console) -> Reconciliation:
@@ -45,30 +49,36 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     stop = StopRequest(job.stop_at)
     with (
         stop.by_signals(),
+        console.area(),
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
     ):
         ledger = job.ledger.with_retries()
-        is_slice = job.run_slice is not None
-        left = _left(job, ledger)
+        state = ledger.scan()
+        left = _left(job, ledger, state)
         if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
+            console.phase("starting Ray")
             with connected() as cluster:
                 attempt.connected(cluster)
+                console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
-                job, left = _begin(job, ledger, console, attempt)
+                job, state = _begin(job, ledger, state, console, attempt)
+                left = _left(job, ledger, state)
+                _announce(job, console, left)
                 _drive(job, ledger, left, cluster, lease, stop, console, attempt)
+            state = _sweep(job, ledger, ledger.scan())
         else:
-            job, _ = _begin(job, ledger, console, attempt)
-        ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
-        state = ledger.scan()
+            job, state = _begin(job, ledger, state, console, attempt)
+            _announce(job, console, left)
         ledger.drop_markers(job.run, state)
         done = ledger.reconcile(job.part, state)
-        if not is_slice:
+        if job.run_slice is None:
             ledger.tidy_summaries(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        console.say(total_line(attempt.all))
         return done
 
 
@@ -111,20 +121,29 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
 
 
 def _begin(
-    job: Job, ledger: Ledger, console: Console, attempt: AttemptRecorder
-) -> tuple[Job, list[ShardProgress]]:
-    """Write what this start changes, commit what is complete, and return the shards with rows to do."""
+    job: Job, ledger: Ledger, state: OutputState, console: Console, attempt: AttemptRecorder
+) -> tuple[Job, OutputState]:
+    """Write what this start changes, and commit what is complete.
+
+    Args:
+        state: the output as the lease was taken.
+
+    Returns:
+        The job with its run, and the output as it is now.
+    """
     if job.is_new:
         job = _begin_or_join(job, ledger)
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
+        state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
-    ledger.sweep(job.part, job.metadata, job.empty_schema, job.run_slice is not None)
-    left = _left(job, ledger)
-    _announce(job, console, len(left))
-    if job.is_retry:
-        console.say(describe_work(left, job.choice))
-    return job, left
+    if attempt.earlier.all:
+        console.say(f"attempt {len(attempt.all):,} of this run; before it: {total_line(attempt.earlier)}")
+    return job, _sweep(job, ledger, state)
+
+
+def _sweep(job: Job, ledger: Ledger, state: OutputState) -> OutputState:
+    return ledger.sweep(job.part, state, job.metadata, job.empty_schema, job.run_slice is not None)
 
 
 def _drive(
@@ -141,8 +160,10 @@ def _drive(
     held: list[Any] = []
     while left:
         reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
+        needs = {CAPTIONING: reservations.caption, DECODING: reservations.decode}
+        members = Members(console.say, needs, cluster.is_local)
         try:
-            Driver(job, ledger, left, reservations, lease, stop, console, attempt).run()
+            Driver(job, ledger, left, reservations, lease, stop, console, attempt, members).run()
             return
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids
@@ -152,10 +173,10 @@ def _drive(
             if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
-            left = _left(job, ledger)
+            left = _left(job, ledger, ledger.scan())
             attempt.begin_driver()
 
 
@@ -169,7 +190,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
-            console.say(phrase)
+            console.warn(phrase)
         return stop.number is None
 
     listen(say)
@@ -179,16 +200,16 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         listen(None)
 
 
-def _left(job: Job, ledger: Ledger) -> list[ShardProgress]:
+def _left(job: Job, ledger: Ledger, state: OutputState) -> list[ShardProgress]:
     """Return the shards with rows to read or to caption."""
-    state = ledger.scan()
     if job.is_retry:
         # Rows in the fragments of an earlier retry may have failed again; those that have go again.
         return ledger.to_retry(job.part, state, job.choice)
     return [progress for progress in ledger.unfinished(job.part, state) if not progress.is_complete]
 
 
-def _announce(job: Job, console: Console, num_left: int) -> None:
+def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
+    num_left = len(left)
     total = len(job.part.shards)
     of_run = "" if job.run_slice is None else f" of slice {job.run_slice}"
     console.say(
@@ -198,8 +219,9 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
     )
     if job.run.quantization is not None:
         console.say(f"quantized to {job.run.quantization}")
-    if job.info.caveat:
-        console.say(f"note: {job.info.caveat}")
+    caveat = demo_warning(job.run)
+    if caveat is not None:
+        console.warn(caveat)
     if job.info.generation_config:
         listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
         console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")
@@ -208,3 +230,5 @@ def _announce(job: Job, console: Console, num_left: int) -> None:
     if num_left:
         with DecodePool(job.info.image_size_px) as pool:
             console.say(str(pool.sandbox_report()))
+    if job.is_retry:
+        console.say(describe_work(left, job.choice))

@@ -115,6 +115,8 @@ class News:
     """Warnings of workers, and how often each was given since the start."""
     quantization: dict[str, int] = field(default_factory=dict)
     """What workers have quantized, and how many of them since the start."""
+    starting: tuple[str, ...] = ()
+    """What the captioning workers do that are not ready, those that have spoken last at the end."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Coordinator:
         self._failures = DeviceFailures()
         self._warnings: dict[tuple[str, str], int] = {}
         self._quantization: dict[str, str] = {}
+        self._starting: dict[str, str] = {}
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
@@ -208,6 +211,12 @@ class Coordinator:
             STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
         STAGE_WORKERS.set(len(workers), {"stage": stage})
 
+    def starts(self, worker: str, text: str | None) -> None:
+        """Note what a captioning worker does before it is ready; None if it is."""
+        self._starting.pop(worker, None)
+        if text is not None:
+            self._starting[worker] = text
+
     def warned(self, worker: str, text: str, number: int) -> None:
         """Note that a worker has given a warning `number` times; of too many, the first are kept."""
         if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
@@ -245,9 +254,16 @@ class Coordinator:
         warnings: Counter[str] = Counter()
         for (_, text), number in self._warnings.items():
             warnings[text] += number
-        quantization = Counter(self._quantization.values())
-        failures = self._failures.take()
-        return News(receipts, reports, loads, troubles, failures, dict(warnings), dict(quantization))
+        return News(
+            receipts,
+            reports,
+            loads,
+            troubles,
+            self._failures.take(),
+            dict(warnings),
+            dict(Counter(self._quantization.values())),
+            tuple(self._starting.values()),
+        )
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,12 @@ class Folder:
         return self._retry(lambda: self._list_once(under))
 
     def exists(self, name: str) -> bool:
+        return self.file(name) is not None
+
+    def file(self, name: str) -> WrittenFile | None:
+        """Return a file as a listing tells about it, or None when there is none."""
         (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
-        return info.type == pafs.FileType.File
+        return self._written(info) if info.type == pafs.FileType.File else None
 
     def require_names(self, names: Iterable[str]) -> None:
         """Raise ValueError when one of these names is too long for the store."""
@@ -265,10 +269,13 @@ class Folder:
         base = self.path(under).rstrip("/")
         selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
         return [
-            WrittenFile(info.path[len(self.root) + 1 :], info.size, (info.mtime_ns or 0) / 1e9)
+            self._written(info)
             for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.File
         ]
+
+    def _written(self, info: pafs.FileInfo) -> WrittenFile:
+        return WrittenFile(info.path[len(self.root) + 1 :], info.size, (info.mtime_ns or 0) / 1e9)
 
 
 def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None:

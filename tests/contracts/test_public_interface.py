@@ -53,6 +53,7 @@ PUBLIC = [
     "find_quality_flags",
     "free_bytes",
     "load_for_training",
+    "load_retrieval_for_training",
     "require_image_layout",
     "resize_image",
     "resolve_device",

@@ -100,7 +100,7 @@ def test_a_shard_costs_eight_requests_and_three_for_each_fragment(bucket, num_fr
         ledger.write_fragment(rows([first], shard="x/0.tar"))
     report = ShardReport(shard="x/0.tar", num_rows=num_fragments, complete=True)
     ledger.store_shard_report(report)
-    assert ledger.commit(report, {}, may_have_file=False)
+    assert ledger.commit(report, {})
     assert REQUESTS.total() <= 3 * num_fragments + 8, REQUESTS
     keys = [key.partition("/")[2] for key in raw_keys(bucket, f"cost-{num_fragments}/")]
     assert keys == ["_blip2/fragments/x/", "x/0.tar.parquet"]

@@ -55,8 +55,7 @@ def work(
     elif job.is_revised:
         ledger.revise(job.run, job.redone)
     is_slice = job.run_slice is not None
-    ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
-    state = ledger.scan()
+    state = ledger.sweep(job.part, ledger.scan(), job.metadata, job.empty_schema, is_slice)
     if job.is_retry:
         left = ledger.to_retry(job.part, state, job.choice)
     else:
@@ -75,8 +74,16 @@ def work(
                     after_table()
         except StopIteration as end:
             ledger.store_shard_report(end.value)
-    ledger.sweep(job.part, job.metadata, job.empty_schema, is_slice)
-    return ledger.reconcile(job.part, ledger.scan())
+    state = ledger.sweep(job.part, ledger.scan(), job.metadata, job.empty_schema, is_slice)
+    now = ledger.scan()
+    assert (state.written, state.fragments, state.shard_reports, set(state.summaries), state.leftovers) == (
+        now.written,
+        now.fragments,
+        now.shard_reports,
+        set(now.summaries),
+        now.leftovers,
+    ), "the sweep knows what it has done without another listing"
+    return ledger.reconcile(job.part, state)
 
 
 def _rows(table: pa.Table, kept: pa.Schema | None) -> pa.Table:

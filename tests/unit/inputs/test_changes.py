@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -173,6 +174,25 @@ def test_a_finished_run_whose_input_was_copied_starts_no_ray(tmp_path, monkeypat
     job = prepare_run(tmp_path)
     assert job.is_revised and run_job(job, Console(io.StringIO())).exit_status(0.0) == 0
     assert not prepare_run(tmp_path).is_revised
+
+
+def test_a_start_lists_the_output_once_and_writes_the_file_of_a_changed_shard_once(tmp_path, monkeypatch):
+    """Three listings took up to half a minute in a store; the file was written again at each start."""
+    write_tar(tmp_path / "in/0.tar", "a", "b")
+    job = prepare_run(tmp_path)
+    write_tar(tmp_path / "in/0.tar", "a", "b", "c")
+    (partial,) = work(job).partial
+    written = (tmp_path / "out/0.tar.parquet").stat()
+    listed: list[str] = []
+    original = Folder._list_once
+    monkeypatch.setattr(
+        Folder, "_list_once", lambda folder, under: [listed.append(under), original(folder, under)][1]
+    )
+    monkeypatch.setattr("pipeline.run.run_job.connected", lambda: pytest.fail("Ray is not needed"))
+    job = dataclasses.replace(job, is_new=False)
+    assert run_job(job, Console(io.StringIO())).partial == [partial]
+    assert listed.count("") == 1
+    assert (tmp_path / "out/0.tar.parquet").stat() == written
 
 
 def test_other_bytes_of_the_same_size_are_another_input(tmp_path):

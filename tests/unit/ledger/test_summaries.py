@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 
 import pytest
@@ -11,7 +13,7 @@ from pipeline.ledger import summaries
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.ledger.summaries import SUMMARIES_PER_FILE, tidy_summaries
+from pipeline.ledger.summaries import SUMMARIES_PER_FILE
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
@@ -79,8 +81,8 @@ def test_a_damaged_file_of_summaries_is_replaced_by_what_the_footers_say(ledger,
     done = ledger.reconcile(RUN, state)
     assert (sorted(opened), done.num_rows) == (NAMES, 9)
     ledger.tidy_summaries(state, done)
-    (new,) = ledger.scan().summaries
-    assert new.name != kept.name
+    opened.clear()
+    assert (ledger.reconcile(RUN, ledger.scan()).num_rows, opened) == (9, [])
 
 
 def test_summaries_of_a_run_are_tidied_into_few_files_that_stay_true(ledger, opened, monkeypatch):
@@ -96,6 +98,27 @@ def test_summaries_of_a_run_are_tidied_into_few_files_that_stay_true(ledger, ope
     assert opened == ["a.tar"]
 
 
+def test_summaries_are_read_once_and_only_those_that_changed_are_written(ledger, monkeypatch):
+    """Each end of a run read all files of summaries twice, and wrote all anew for one shard."""
+    ledger.keep_summaries([commit(ledger, name) for name in NAMES])
+    age(ledger, "b.tar", seconds=60)
+    (before,) = ledger.scan().summaries
+    read: list[str] = []
+    original = Folder.get
+
+    def get(folder: Folder, name: str) -> bytes | None:
+        read.append(name)
+        return original(folder, name)
+
+    monkeypatch.setattr(Folder, "get", get)
+    state = ledger.scan()
+    ledger.tidy_summaries(state, ledger.reconcile(RUN, state))
+    assert read == [before.name]
+    (new,) = [file.name for file in ledger.scan().summaries if file.name != before.name]
+    (kept,) = json.loads(gzip.decompress(ledger.folder.get(new) or b""))
+    assert kept["shard"] == "b.tar"
+
+
 def test_a_thousand_summaries_are_one_file_and_one_more_a_second(ledger):
     summary = commit(ledger, "a.tar")
     ledger.keep_summaries([summary] * (SUMMARIES_PER_FILE + 1))
@@ -106,7 +129,7 @@ def test_runs_of_before_have_no_kept_summaries_until_a_run_ends(ledger, opened):
     for name in NAMES:
         commit(ledger, name)
     state = ledger.scan()
-    tidy_summaries(ledger.folder, state, ledger.reconcile(RUN, state).summaries)
+    ledger.tidy_summaries(state, ledger.reconcile(RUN, state))
     opened.clear()
     ledger.reconcile(RUN, ledger.scan())
     assert opened == []

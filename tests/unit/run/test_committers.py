@@ -15,5 +15,5 @@ def test_committers_take_no_process_before_the_stages_have_theirs(monkeypatch: p
     """Ray starts two processes at a time on two cores, and the model was loaded a second later."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: pytest.fail("an actor is about to be started"))
     ledger: Any = None
-    committers = Committers(ledger, {}, pa.schema([]), may_have_file=False, coordinator=None)
+    committers = Committers(ledger, {}, pa.schema([]), coordinator=None)
     committers.close()

@@ -16,7 +16,7 @@ from pipeline.storage import retrying
 from pipeline.storage.folder import Folder
 from tests.unit.storage.test_retrying import Clock
 
-REQUESTS = ("_put_once", "_get_once", "_list_once", "_erase_once")
+REQUESTS = ("_put_once", "_get_once", "_list_once", "_delete_once")
 REPORT = ShardReport(shard="a.tar", num_rows=20, complete=True)
 
 
