@@ -1,4 +1,4 @@
-"""Images per second of CPU time in int8, over the same engine in float32 and in bfloat16.
+"""Images per second of a quantized engine, over the same engine in float32 and in bfloat16.
 
 The mid-size model of `benchmarks.engine` with random weights, texts of 4 to 30 forced tokens. Each side has a
 process of its own, and the sides run in turn. CPU time is compared, because other work on the machine hardly
@@ -9,6 +9,12 @@ Products of bytes depend on the CPU's instructions. A variable limits oneDNN to 
 
     python -m benchmarks.quantized
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.quantized --dtypes float32
+
+On a GPU, only the time by the clock counts. Nothing has been measured on one yet:
+
+    pytest -m gpu tests/parity/models/test_quantized_gpu.py
+    python -m benchmarks.quantized --device cuda --methods int8 fp8 --dtypes bfloat16 --size blip2-opt-2.7b \\
+        --images 256 --max-slots 128
 """
 
 from __future__ import annotations
@@ -30,9 +36,8 @@ from benchmarks.sides.engine_sides import EngineSide, ReferenceSide
 from blip2_actor import EngineConfig
 from blip2_actor.testing import save_random_checkpoint
 
-REFERENCE = "reference float32"
+REFERENCE, OVER = "reference float32", " over "
 REFERENCE_BATCH = 16
-MAX_SLOTS = 32
 
 
 class TimedEngine(EngineSide):
@@ -64,6 +69,10 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_models(parser)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to compare with")
+    parser.add_argument("--methods", nargs="+", default=["int8"], help="methods of --quantize")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", default="midsize", help="model of random weights, such as blip2-opt-2.7b")
+    parser.add_argument("--max-slots", type=int, default=32)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -73,23 +82,24 @@ def main() -> None:
     work = [(image, None, draw.randint(4, 30)) for image in range(arguments.images)]
     with tempfile.TemporaryDirectory() as temporary:
         models = arguments.models or Path(temporary)
-        folder = save_random_checkpoint("midsize", models, "cpu", torch.float32)
+        stored = torch.float32 if arguments.size == "midsize" else torch.bfloat16
+        folder = save_random_checkpoint(arguments.size, models, arguments.device, stored)
         sides: dict[str, Contender] = {}
         for dtype in arguments.dtypes:
-            for quantize in (None, "int8"):
+            for quantize in (None, *arguments.methods):
                 config = EngineConfig(
                     model=str(folder),
                     dtype=dtype,
-                    device="cpu",
-                    max_slots=MAX_SLOTS,
+                    device=arguments.device,
+                    max_slots=arguments.max_slots,
                     num_threads=arguments.threads,
                     quantize=quantize,
                 )
-                name = f"{quantize} over {dtype}" if quantize else dtype
+                name = f"{quantize}{OVER}{dtype}" if quantize else dtype
                 sides[name] = Contender(TimedEngine, config, work, 1, threads=arguments.threads)
         if not arguments.skip_reference:
             sides[REFERENCE] = Contender(
-                TimedReference, folder, "float32", "cpu", work, 1, threads=arguments.threads
+                TimedReference, folder, "float32", arguments.device, work, 1, threads=arguments.threads
             )
         found = {"benchmark": "quantized", "threads_per_side": arguments.threads}
         report(found | _measure(sides, arguments.images, arguments.rounds), arguments.output)
@@ -102,18 +112,16 @@ def _measure(sides: dict[str, Contender], num_images: int, rounds: int) -> dict[
         for name, side in sides.items():
             seconds[name].append(side.call("timed"))
     found: dict[str, Any] = {"num_images": num_images, "rounds": rounds}
-    found["quantization"] = {
-        name: side.call("quantization") for name, side in sides.items() if name.startswith("int8")
-    }
+    found["quantization"] = {name: side.call("quantization") for name, side in sides.items() if OVER in name}
     for index, clock in ((0, "by_the_clock"), (1, "by_cpu_time")):
         medians = {name: statistics.median(t[index] for t in times[1:]) for name, times in seconds.items()}
         found[f"images_per_s_{clock}"] = {name: num_images / median for name, median in medians.items()}
         found[f"ratios_{clock}"] = {
             f"{name}, compared with {other}": medians[other] / medians[name]
             for name in medians
-            if name.startswith("int8")
+            if OVER in name
             for other in medians
-            if not other.startswith("int8")
+            if OVER not in other
         }
     found["peak_memory_gib"] = {name: side.close() for name, side in sides.items()}
     return found

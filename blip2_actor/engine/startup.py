@@ -9,6 +9,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized, phases
@@ -82,7 +84,7 @@ def start_model(
     if quantize is None:
         loaded = load_model(checkpoint, place, resolved, device_map, image_size_px)
     else:
-        require_method(quantize, place)
+        _require_quantization(quantize, place, compile)
         choice = quantization_choice or choose_quantization(checkpoint, quantize, place, resolved, size_px)
         calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
         loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
@@ -119,6 +121,12 @@ def _generation_config(checkpoint: Checkpoint, is_ignored: bool) -> dict[str, An
     if found:
         logger.info("Options of the checkpoint's generation_config.json: %s", found)
     return found
+
+
+def _require_quantization(quantize: str, place: torch.device, compile: bool | Literal["auto"]) -> None:
+    require_method(quantize, place)
+    if compile is True and place.type == "cpu":
+        raise ValueError("compile must not be true with quantize on a CPU, got both; drop one of them")
 
 
 def _variant(image_size_px: int | None, quantization: QuantizationRecord | None) -> str:

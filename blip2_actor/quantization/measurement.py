@@ -19,7 +19,7 @@ from blip2_actor.models.layers import Linear, pack_for_cpu
 from blip2_actor.models.vision_qformer import VisionQFormer
 from blip2_actor.quantization.choice import PARTS, QuantizationChoice
 from blip2_actor.quantization.int8 import Int8Weight, largest_weight
-from blip2_actor.quantization.methods import instructions, weight_bits
+from blip2_actor.quantization.methods import fixed_parts, instructions, weight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def choose(
         dtype: in which the layers compute otherwise.
         image_size_px: side of the images, which decides how many rows a layer of the vision encoder has.
     """
-    fractions = _measure(model, dtype, image_size_px)
+    fixed = fixed_parts(method, device)
+    fractions = _measure(model, dtype, image_size_px) if fixed is None else {}
     return QuantizationChoice(
         method=method,
-        parts=tuple(fractions),
+        parts=tuple(fractions) if fixed is None else fixed,
         weight_bits=weight_bits(method, device),
         instructions=instructions(device),
         time_fractions=tuple(fractions.values()),

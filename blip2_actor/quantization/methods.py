@@ -1,4 +1,11 @@
-"""The methods that `quantize` names: where each runs, and how it stores a weight."""
+"""The methods that `quantize` names: where each runs, and how it stores a weight.
+
+| method | weight | input | product | where |
+|---|---|---|---|---|
+| int8 | int8, a scale per output channel | int8, a scale per row | of bytes | CPU (oneDNN), CUDA |
+| fp8 | e4m3, a scale per output channel | e4m3, a scale per row | of bytes | CUDA |
+| int8-weights | int8, a scale per output channel | engine's dtype | engine's dtype | CPU, CUDA |
+"""
 
 from __future__ import annotations
 
@@ -10,26 +17,58 @@ import torch
 from torch import Tensor
 
 from blip2_actor.models.layers import QuantizedWeight
-from blip2_actor.quantization import int8
+from blip2_actor.quantization import int8, row_scaled
 from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.row_scaled import RowScaledWeight
+from blip2_actor.quantization.weight_only import Int8StoredWeight
 
+INT8, FP8, INT8_WEIGHTS = "int8", "fp8", "int8-weights"
 StoreWeight: TypeAlias = Callable[[Tensor], QuantizedWeight]
 """Turns float32[N, D] into a weight of fewer bits."""
+MIN_CAPABILITY = {INT8: (7, 5), FP8: (8, 9)}
+"""The compute capability from which NVIDIA's GPUs multiply such numbers."""
+ENCODERS = ("vision", "qformer", "language_projection")
+"""What a GPU quantizes: the parts that have many rows and are compiled, which fuses the quantization of an
+input with what stands before it. A decode step has few rows and is not compiled."""
 
 
 def require_method(method: str, device: torch.device) -> None:
     """Raise ValueError unless a device computes in a method."""
-    int8.require_int8(device)
+    if method == INT8_WEIGHTS:
+        return
+    if device.type == "cpu":
+        if method == FP8:
+            raise ValueError("quantize must be int8 or int8-weights on a CPU, got fp8; give --quantize int8")
+        int8.require_int8()
+        return
+    if torch.version.cuda is None:
+        raise ValueError(f"quantize must be int8-weights on {device} with ROCm, got {method}; leave it out")
+    found, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY[method]
+    if found < needed:
+        wanted, has = (".".join(map(str, capability)) for capability in (needed, found))
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"quantize must be int8-weights or left out on {name}, got {method}; it needs compute "
+            f"capability {wanted}, and this GPU has {has}"
+        )
+
+
+def fixed_parts(method: str, device: torch.device) -> tuple[str, ...] | None:
+    """Return the parts that a method quantizes whatever their speed; None if a measurement decides."""
+    if method == INT8_WEIGHTS:
+        return ("language_model",)
+    return None if device.type == "cpu" else ENCODERS
 
 
 def weight_bits(method: str, device: torch.device) -> int:
     """Return the bits of a weight: 7 if products of 8 bits are wrong on this CPU."""
-    return 8 if int8.largest_weight() == int8.FULL_WEIGHT else 7
+    saturates = method == INT8 and device.type == "cpu" and int8.largest_weight() < int8.FULL_WEIGHT
+    return 7 if saturates else 8
 
 
 def instructions(device: torch.device) -> str:
     """Return the instruction set of a CPU for products of bytes, or the name of a GPU."""
-    return int8.instructions()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else int8.instructions()
 
 
 def storage(choice: QuantizationChoice, device: torch.device) -> StoreWeight:
@@ -38,6 +77,12 @@ def storage(choice: QuantizationChoice, device: torch.device) -> StoreWeight:
     Raises:
         ValueError: the choice is of a machine with other instructions, and products would be wrong here.
     """
+    if choice.method == INT8_WEIGHTS:
+        return Int8StoredWeight
+    if choice.method == FP8:
+        return partial(RowScaledWeight, dtype=row_scaled.FP8)
+    if device.type != "cpu":
+        return partial(RowScaledWeight, dtype=torch.int8)
     largest = int8.FULL_WEIGHT if choice.weight_bits == 8 else int8.HALF_WEIGHT
     if largest > int8.largest_weight():
         raise ValueError(

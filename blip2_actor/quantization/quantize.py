@@ -8,6 +8,7 @@ and one plain weight is in memory at a time.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class _Pending:
         self.read()
         output = F.linear(input, self.linear.weight, bias)
         self._quantize(_some_rows(input))
+        _release_freed_memory()
         return output
 
     def _quantize(self, input: Tensor) -> None:
@@ -162,6 +164,16 @@ def quantize(
         too_different=tuple(too_different),
         logits_error=_logits_error(found, expected),
     )
+
+
+def _release_freed_memory() -> None:
+    """Give the plain weights that have been freed back to the system.
+
+    glibc keeps blocks of less than 32 MB for later, and most weights are that small.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _some_rows(input: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ The speed of a model does not depend on its weights, so a benchmark needs no dow
 
 from __future__ import annotations
 
-import gc
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -19,7 +21,8 @@ from transformers import (
     T5Config,
 )
 
-from blip2_actor.testing.random_weights import randomize_weights
+from blip2_actor.checkpoints.weights.write_weights import write_safetensors
+from blip2_actor.testing.random_weights import random_weights
 from blip2_actor.testing.tokenizer import IMAGE_TOKEN, byte_tokenizer
 
 _OPT_IDS = {"vocab_size": 50304, "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 50118}
@@ -27,6 +30,7 @@ _OPT_IDS = {"vocab_size": 50304, "bos_token_id": 2, "pad_token_id": 1, "eos_toke
 _OPT_IMAGE_TOKEN_ID = 50265
 _T5_IMAGE_TOKEN_ID = 32100
 _NUM_QUERIES = 32
+SHARD_BYTES = 1 << 30
 _FIRST_BYTE_ID = 100
 _OPT_SIZES = {
     "blip2-opt-2.7b": {"hidden_size": 2560, "num_layers": 32, "num_heads": 32},
@@ -95,6 +99,8 @@ def _opt(*, hidden_size: int, num_layers: int, num_heads: int) -> OPTConfig:
 def save_random_checkpoint(size: str, folder: Path, device: str, dtype: torch.dtype) -> Path:
     """Write a random checkpoint, unless an earlier call has written it.
 
+    One shard at a time is in memory.
+
     Args:
         size: as for `random_config`.
         folder: folder that keeps the checkpoints; each has a folder of its own inside.
@@ -110,16 +116,38 @@ def save_random_checkpoint(size: str, folder: Path, device: str, dtype: torch.dt
     config = random_config(size)
     with torch.device("meta"):
         model = Blip2ForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
     model.tie_weights()
-    randomize_weights(model, std=0.02, vector_std=0)
-    model.save_pretrained(path)
+    path.mkdir(parents=True, exist_ok=True)
+    _save_shards(path, random_weights(model, torch.device(device), std=0.02, vector_std=0))
     random_tokenizer(config).save_pretrained(path)
-    del model
-    gc.collect()  # the modules refer to each other
+    model.generation_config.save_pretrained(path)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.save_pretrained(path)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # other processes use this GPU next, and size themselves by its free memory
     return path
+
+
+def _save_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write weights as they come into files of about `SHARD_BYTES`, and the index that names them."""
+    weight_map: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+
+    def save() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, values in weights:
+        shard[name] = values
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            save()
+    if shard:
+        save()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def random_tokenizer(config: Blip2Config) -> PreTrainedTokenizerFast:

@@ -55,6 +55,12 @@ def test_a_choice_is_stored_as_json_and_is_not_made_again(timed: list[Shape]) ->
     assert dataclasses.replace(DEMO, quantize=None).choose_quantization() is None
 
 
+def test_weights_alone_are_quantized_in_the_language_model_whatever_the_speed(timed: list[Shape]) -> None:
+    choice = dataclasses.replace(DEMO, quantize="int8-weights").choose_quantization()
+    assert choice is not None and choice.parts == ("language_model",)
+    assert not timed
+
+
 def test_eight_bits_of_another_cpu_are_refused_where_their_products_saturate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,83 @@
+"""A linear layer in int8 or fp8 on a GPU, by torch's own products of matrices of bytes.
+
+Each output channel of the weight has a scale, and so has each row of the input, found at run time. The
+product itself is unscaled, in int32 or float32; then both scales are applied. `torch.compile` fuses what
+stands before and after the product. The products also run on a CPU, slowly, so that tests need no GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
+
+FP8 = torch.float8_e4m3fn
+LARGEST = {torch.int8: float(FULL_WEIGHT), FP8: torch.finfo(FP8).max}
+"""Largest magnitude of a number in each dtype."""
+MULTIPLE, MIN_ROWS = 16, 32
+"""cuBLAS multiplies matrices whose sides are multiples of 16, and in int8 of more than 16 rows."""
+
+
+class RowScaledWeight:
+    """The weight of a linear layer in int8 or fp8 (e4m3), padded with zeros for the product."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """
+        Args:
+            weight: float32[N, D].
+            dtype: torch.int8 or `FP8`.
+        """
+        self._dtype, self._num_channels = dtype, len(weight)
+        levels, largest = scale_rows(weight, dtype)
+        self._scale = largest.flatten() / LARGEST[dtype] ** 2  # times the largest magnitude of a row
+        self._levels = _padded(levels, len(weight))
+        self._one = torch.ones((), device=weight.device)
+
+    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply, and add the bias: float[..., D] -> float[..., N], in the dtype of `input`."""
+        rows = input.reshape(-1, input.shape[-1])
+        levels, largest = scale_rows(rows, self._dtype)
+        product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
+        output = product[: len(rows), : self._num_channels] * (largest * self._scale)
+        if bias is not None:
+            output = output + bias
+        return output.to(input.dtype).unflatten(0, input.shape[:-1])
+
+    def _multiply(self, levels: Tensor) -> Tensor:
+        """[M, D] of bytes -> int32[M, N] or float32[M, N], with padded sides."""
+        if self._dtype is torch.int8:
+            return torch._int_mm(levels, self._levels.T)
+        return torch._scaled_mm(
+            levels, self._levels.T, scale_a=self._one, scale_b=self._one, out_dtype=torch.float32
+        )
+
+
+def scale_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale each row so that its largest magnitude is that of the dtype.
+
+    If a row holds NaN or an infinity, its largest magnitude is not finite, and so the product of this row is
+    not either.
+
+    Args:
+        rows: float[M, D].
+        dtype: torch.int8 or `FP8`.
+
+    Returns:
+        [M, D] in `dtype`, and the largest magnitude of each row, float32[M, 1].
+    """
+    largest = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=SMALLEST_SCALE)
+    scaled = rows.float() * (LARGEST[dtype] / largest)
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), largest
+
+
+def _padded(levels: Tensor, num_rows: int) -> Tensor:
+    """Append zeros, so that there are at least `num_rows` rows and both sides are multiples of `MULTIPLE`."""
+    rows, columns = levels.shape
+    more = (-columns % MULTIPLE, num_rows - rows + -num_rows % MULTIPLE)
+    if not any(more):
+        return levels
+    return F.pad(levels.view(torch.uint8), (0, more[0], 0, more[1])).view(
+        levels.dtype
+    )  # zero is zero in both

@@ -1,0 +1,61 @@
+"""Quantized engines on a GPU: they say nearly what the plain engine says, alone and together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor.quantization.methods import MIN_CAPABILITY
+from blip2_actor.quantization.row_scaled import FP8, RowScaledWeight
+from blip2_actor.testing import save_random_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (4, 224, 224, 3), dtype=np.uint8))
+
+
+def require(method: str) -> None:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY.get(method, (0, 0)):
+        pytest.skip(f"this GPU does not compute in {method}")
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("int8", torch.int8), ("fp8", FP8)])
+@pytest.mark.parametrize("num_rows", [1, 17, 2056])
+def test_a_product_equals_that_of_the_cpu(method: str, dtype: torch.dtype, num_rows: int) -> None:
+    require(method)
+    weight, x = torch.randn(3072, 768), torch.randn(num_rows, 768)
+    expected = RowScaledWeight(weight, dtype)(x, None)
+    found = RowScaledWeight(weight.cuda(), dtype)(x.cuda(), None).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.std()))
+    assert (found - F.linear(x, weight)).norm() < 0.06 * F.linear(x, weight).norm()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_checkpoint("midsize", tmp_path_factory.mktemp("models"), "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "int8-weights"])
+def test_an_engine_is_near_the_plain_one_and_batches_do_not_matter(
+    folder: Path, method: str, dtype: str, compiled: bool
+) -> None:
+    require(method)
+    config = EngineConfig(model=str(folder), device="cuda", dtype=dtype, max_slots=32, compile=compiled)  # type: ignore[arg-type]
+    options = GenerationOptions(max_new_tokens=8)
+    with replace(config, quantize=method).build() as quantized:  # type: ignore[arg-type]  # its self-test compares
+        assert quantized.quantization is not None and any(quantized.quantization.num_layers.values())
+        together = quantized.generate([Request(image=image) for image in IMAGES], options)
+        assert all(result.ok for result in together)
+        near = [score.logprob for score in quantized.score(IMAGES, ["a dog"] * 4)]
+    with config.build() as plain:
+        assert near == pytest.approx([s.logprob for s in plain.score(IMAGES, ["a dog"] * 4)], rel=0.1)
