@@ -48,6 +48,8 @@ def create_api(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # FastAPI would begin a trace of its own; the spans of a request belong to Serve's.
+        telemetry={"tracing": False},
     )
     for make_router in ROUTERS:
         api.include_router(make_router(service))
