@@ -14,6 +14,7 @@ from blip2_actor.config import EngineConfig, MatchingConfig
 from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
 from blip2_actor.protocols import EngineBuilder, EngineLike
+from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.request import (
     Completion,
     Embedding,
@@ -33,7 +34,11 @@ from blip2_actor.status import Status
 from blip2_actor.version import __version__
 
 if TYPE_CHECKING:
-    from blip2_actor.checkpoints.training import load_for_training, save_model
+    from blip2_actor.checkpoints.training import (
+        load_for_training,
+        load_retrieval_for_training,
+        save_model,
+    )
     from blip2_actor.device import resolve_device, resolve_dtype
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
@@ -68,6 +73,7 @@ __all__ = [
     "MatchingConfig",
     "MatchingEngine",
     "ModelInfo",
+    "QuantizationChoice",
     "Request",
     "Result",
     "SandboxReport",
@@ -81,6 +87,7 @@ __all__ = [
     "find_quality_flags",
     "free_bytes",
     "load_for_training",
+    "load_retrieval_for_training",
     "require_image_layout",
     "resize_image",
     "resolve_device",
@@ -103,6 +110,7 @@ _LAZY = {
     "resolve_device": "blip2_actor.device",
     "resolve_dtype": "blip2_actor.device",
     "load_for_training": "blip2_actor.checkpoints.training",
+    "load_retrieval_for_training": "blip2_actor.checkpoints.training",
     "save_model": "blip2_actor.checkpoints.training",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",

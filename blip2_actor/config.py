@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from blip2_actor.flags import formerly
+from blip2_actor.flags import formerly, without_flag
 from blip2_actor.inputs.field_types import require_types
+from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.request import ModelInfo
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class EngineConfig(ModelConfig):
     """Hub name, folder, s3:// or gs:// folder, or "demo" for the small checkpoint that is part of this
     package."""
     adapter: str | None = None
-    """LoRA adapter of PEFT to merge into the model: hub name, folder, or s3:// or gs:// folder; default: the
-    adapter in the folder of the model, if there is one."""
+    """LoRA adapter of PEFT to merge into the model: hub name, folder, or s3:// or gs:// folder; or a .pth
+    file that LAVIS has trained from the model; default: the adapter in the folder of the model, if there is
+    one."""
     max_slots: int | None = None
     """Texts generated at once; by default, as many as free memory allows."""
     encode_batch: int | None = None
@@ -102,6 +104,9 @@ class EngineConfig(ModelConfig):
     quantize: Literal["int8"] | None = None
     """Compute in int8 on a CPU: faster for large models, but some captions change. Parts of the model that
     would not be faster stay as they are. blip2 plan with this flag shows the gain and the changes."""
+    quantization_choice: QuantizationChoice | None = field(default=None, metadata=without_flag())
+    """What `choose_quantization` has chosen, perhaps on another machine; default: chosen when the engine is
+    built. The workers of one job take the same choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +143,11 @@ class EngineConfig(ModelConfig):
         """
         from blip2_actor.checkpoints.checkpoint import describe
 
+        if self.quantize is not None:
+            from blip2_actor.device import resolve_device
+            from blip2_actor.quantization.methods import require_method
+
+            require_method(self.quantize, resolve_device(self.device))
         info = describe(
             self.model,
             self.revision,
@@ -149,6 +159,26 @@ class EngineConfig(ModelConfig):
             image_size_px=self.image_size_px,
         )
         return replace(info, quantize=self.quantize)
+
+    def choose_quantization(self) -> QuantizationChoice | None:
+        """Choose what `quantize` means on this machine, by a measurement of seconds; no weights are read.
+
+        Returns:
+            The choice, for `quantization_choice`; None without `quantize`.
+
+        Raises:
+            ValueError, OSError: as from `info`.
+        """
+        if self.quantize is None or self.quantization_choice is not None:
+            return self.quantization_choice
+        from blip2_actor.checkpoints.checkpoint import resolve
+        from blip2_actor.checkpoints.loading import choose_quantization
+        from blip2_actor.device import resolve_device, resolve_dtype
+
+        place, info = resolve_device(self.device), self.info()
+        checkpoint = resolve(self.model, self.revision, with_weights=False, adapter=self.adapter)
+        dtype = resolve_dtype(self.dtype, place)
+        return choose_quantization(checkpoint, self.quantize, place, dtype, info.image_size_px)
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
         """Refuse prompts that the model cannot take, before any work begins; no weights are read.

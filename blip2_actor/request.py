@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from blip2_actor.options import GenerationOptions
 from blip2_actor.status import Status
@@ -29,13 +29,11 @@ image that `Engine.image` returned."""
 
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 """A function of int64[N, T], the token ids so far, and float32[N, V], their scores, that returns new scores.
-
-N is 1, or num_beams in beam search. Image tokens and prompt are the first ids, as the reference's logits
-processors see them. The processors of `transformers.LogitsProcessorList` have this form."""
+N is 1, or num_beams in beam search; image tokens and prompt come first. The processors of
+`transformers.LogitsProcessorList` have this form."""
 
 StepWatcher = Callable[[float, int, int], None]
-"""A function of the seconds of one step of the engine, the images that it encoded and the tokens that it
-generated. It runs in the engine's thread, so it must return at once and raise nothing."""
+"""A function of the seconds of one step, its encoded images and its tokens; it must return at once."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
@@ -46,9 +44,8 @@ class Request:
     """One image, and what to do with it.
 
     Examples:
-        >>> request = Request(image=picture, options=GenerationOptions(max_new_tokens=3))
-        >>> engine.generate([request])[0].finish_reason
-        'length'
+        >>> engine.generate([Request(image=picture, options=GenerationOptions(max_new_tokens=3))])[0].text
+        'a red circle'
     """
 
     image: ImageLike | None = field(repr=False)
@@ -59,9 +56,10 @@ class Request:
     options: GenerationOptions | None = None
     """Options of this request, in place of those of the call."""
     logits_processor: LogitsProcessor | None = None
-    """Changes the scores of each step, after the options' own logits processors and before temperature, top_k
-    and so on. It runs in the engine's thread. If it raises, the result has the status `failed`. After a lack
-    of memory, the text may begin again."""
+    """Changes the scores of each step, after the options' own logits processors and before temperature and
+    top_k. It runs in the engine's thread. If it raises, the status is `failed`."""
+    low_priority: bool = False
+    """Take only what no other request wants. A slot that another wants is given up; the text begins again."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, GenerationOptions | None):
@@ -258,6 +256,8 @@ class EngineStats:
     num_images_encoded: int = 0
     num_decode_steps: int = 0
     num_tokens: int = 0
+    num_preempted: int = 0
+    """Requests of low priority that gave their slots up, and began again."""
     num_running: int = 0
     """Slots that are in use now."""
     num_waiting: int = 0
@@ -266,13 +266,13 @@ class EngineStats:
     """Seconds that the engine's thread spent in `step()`."""
 
 
-DEMO_CAVEAT = "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a host must know about a model before it starts it; no weights are read."""
 
+    DEMO_CAVEAT: ClassVar = (
+        "the demonstration checkpoint knows drawn scenes only; about other images it says nonsense"
+    )
     model: str
     """The model as the user named it."""
     image_size_px: int
@@ -297,4 +297,4 @@ class ModelInfo:
     @property
     def caveat(self) -> str | None:
         """What a user must know before reading this model's texts; None for published models."""
-        return DEMO_CAVEAT if self.model == "demo" else None
+        return self.DEMO_CAVEAT if self.model == "demo" else None

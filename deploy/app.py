@@ -7,6 +7,7 @@ A Serve config file names it as `import_path: deploy.app:build`; `blip2 serve` r
 
 # Without `from __future__ import annotations`: Serve reads the annotation of `build` to check its `args`. An
 # annotation that is a string would have Serve pass an unchecked dictionary.
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import RootModel, model_validator
@@ -70,17 +71,32 @@ def compose(
     engine: EngineBuilder,
     settings: Settings,
     *,
+    others: Mapping[str, EngineBuilder] | None = None,
     captioner: dict[str, Any] | None = None,
     gateway: dict[str, Any] | None = None,
 ) -> Application:
     """Put gateways in front of captioners that run any engine.
 
     Args:
+        engine: of the first model.
+        settings: of the service.
+        others: engines of further models by name; those of the settings by default.
         captioner: Serve's deployment options of the captioners.
         gateway: Serve's deployment options of the gateways.
     """
     drain_s = settings.longest_request_s + 10
-    engines = CAPTIONER.options(graceful_shutdown_timeout_s=drain_s, **(captioner or {})).bind(
-        engine, settings.options, settings.matching
+    replicas = CAPTIONER.options(graceful_shutdown_timeout_s=drain_s, **(captioner or {}))
+    others = settings.other_engines if others is None else others
+    further = {
+        name: replicas.options(name=captioner_of(name)).bind(other, settings.options)
+        for name, other in others.items()
+    }
+    first = replicas.bind(engine, settings.options, settings.matching)
+    return GATEWAY.options(graceful_shutdown_timeout_s=drain_s, **(gateway or {})).bind(
+        first, settings, further
     )
-    return GATEWAY.options(graceful_shutdown_timeout_s=drain_s, **(gateway or {})).bind(engines, settings)
+
+
+def captioner_of(model: str) -> str:
+    """Return the name of the deployment that runs a further model."""
+    return f"{CAPTIONER.name}_{model}"

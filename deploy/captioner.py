@@ -34,14 +34,16 @@ from blip2_actor import (
 )
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import observe_step, show_engine
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
 STALLED_AFTER_S = 120.0
 """An engine that has work and makes no progress for this long is replaced; compiling takes less."""
-CROSS_ATTENTIONS = "*.cross_attention"
+CROSS_ATTENTIONS = "qformer.*.cross_attention"
 """The maps that say where in the image the Q-Former looked."""
+GATHER_S = 0.02
+"""Results of a batch travel together if they are finished within this time of each other."""
 NUM_WAITING_THREADS = 64
 """Threads that wait for scores and vectors; the engine computes those of all threads in one batch."""
 
@@ -102,6 +104,39 @@ class Captioner:
         finally:
             making.cancel()
 
+    async def run_batch(
+        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        """Generate texts for uint8[N, S, S, 3] at low priority; yield positions and results as they finish.
+
+        A caller that leaves frees their slots.
+        """
+        shared = [self._actor.engine.image(pixels) for pixels in images]
+        running = {
+            self._submit(
+                Request(
+                    image=shared[one.image],
+                    prompt=one.text.prompt,
+                    options=one.text.options,
+                    low_priority=True,
+                ),
+                index,
+                None,
+            ): index
+            for index, one in enumerate(texts)
+        }
+        try:
+            while running:
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.sleep(GATHER_S)
+                done = [future for future in running if future.done()]
+                with _end_replica_on_fault():
+                    results = [(running.pop(future), future.result()) for future in done]
+                yield results
+        finally:
+            for future in running:
+                future.cancel()
+
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         """Return the retrieval model's vectors of texts."""
         with _end_replica_on_fault():
@@ -112,6 +147,7 @@ class Captioner:
     ) -> ImageOutputs:
         engine, matcher = self._actor.engine, self._matcher
         image = engine.image(pixels)  # encoded once, however much is asked of it
+        image.keeps_image_embeds = work.attention  # so that the maps need no second pass
         texts = [
             self._submit(Request(image=image, prompt=text.prompt, options=text.options), index, report)
             for index, text in enumerate(work.texts)

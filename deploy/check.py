@@ -93,18 +93,18 @@ def check_serve_config(document: Mapping[str, Any]) -> None:
     """Raise ValueError unless `serve deploy` would take the config and ignore nothing in it."""
     from ray.serve.schema import ServeDeploySchema
 
-    from deploy.app import CAPTIONER, GATEWAY, ServeArgs
+    from deploy.app import CAPTIONER, GATEWAY, ServeArgs, captioner_of
 
     ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in document["applications"]:
-        ServeArgs.model_validate(application.get("args", {})).root.require_keys("a cluster")
+        settings = ServeArgs.model_validate(application.get("args", {})).root
+        settings.require_keys("a cluster")
+        known = [GATEWAY.name, CAPTIONER.name, *map(captioner_of, settings.other_engines)]
         for deployment in application.get("deployments", []):
-            if deployment["name"] not in (CAPTIONER.name, GATEWAY.name):
-                raise ValueError(
-                    f"deployments must be {CAPTIONER.name} or {GATEWAY.name}, got {deployment['name']}"
-                )
+            if deployment["name"] not in known:
+                raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment['name']}")
 
 
 def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[str]:

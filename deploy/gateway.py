@@ -8,46 +8,63 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, Result, Status
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
-from deploy.guard.decoding import Decoding
+from deploy.guard.decoding import DecodingBySize
 from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
 from deploy.http.errors import of_status
 from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
+from deploy.http.service import ServedModel
 from deploy.observe.fleet import Fleet
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
 from deploy.observe.request_record import RECORD, AccessLog, timed
 from deploy.readiness import Readiness
-from deploy.remote_captioner import RemoteCaptioner
+from deploy.remote_captioner import Models, RemoteCaptioner
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
-from deploy.settings import Settings, require_same_image_size
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.settings import Settings
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
+
+STORE_WITHIN_S = 5.0
+"""Seconds for asking the cluster whether the service is drained."""
 
 
 class Gateway:
     """Admits, reads and decodes requests, and hands uint8[S, S, 3] to the engine's replicas."""
 
-    model: ModelInfo
-    matching: ModelInfo | None
+    first: ServedModel
 
-    async def __init__(self, captioner: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self,
+        captioner: DeploymentHandle,
+        settings: Settings,
+        others: Mapping[str, DeploymentHandle] | None = None,
+    ) -> None:
+        """Wait for the engines of the first model; those of others may sleep until a request names them.
+
+        Args:
+            captioner: the replicas of the first model.
+            settings: what the endpoint is built from.
+            others: the replicas of further models, by name.
+        """
         self.image_policy: FetchPolicy = settings.image_policy
         self._access: dict[str, Any] = {
             "allowed_hosts": settings.allowed_hosts,
@@ -59,22 +76,25 @@ class Gateway:
         self._admission = Admission(
             slots=settings.slots, max_in_flight=settings.max_in_flight, timeout_s=settings.timeout_s
         )
-        self._captioner = RemoteCaptioner(captioner)
-        # Only the captioner knows what "auto" means on its device; this also waits for the weights.
-        self.model = await self._captioner.info()
-        self.matching = await self._captioner.matching_info()
-        require_same_image_size(self.model, self.matching)
-        self.options: GenerationOptions = settings.options.resolve(self.model.generation_config)
-        self._readiness = Readiness(captioner)
-        self.fleet = Fleet(captioner.app_name)
+        others = others or {}
+        remote = {name: RemoteCaptioner(handle) for name, handle in others.items()}
+        self._models = Models(RemoteCaptioner(captioner), remote, settings)
+        self.first = await self._models.start()
+        deployments = [handle.deployment_name for handle in (captioner, *others.values())]
+        self._readiness = Readiness(captioner.app_name, deployments)
+        self.fleet = Fleet(captioner.app_name, deployments)
         self._shared_work = SharedWork(settings.cache_bytes)
         self._finished_run: FinishedRun | None = None
         if settings.cache_from is not None:
-            self._finished_run = FinishedRun(settings.cache_from, self.model, settings.image)
+            self._finished_run = FinishedRun(settings.cache_from, self.first.info, settings.image)
             await asyncio.to_thread(self._finished_run.read_index)
-        self._decoding = Decoding(self.model.image_size_px, settings.image, settings.decode_children)
+        self._decoding = DecodingBySize(settings.image, settings.decode_children)
         self._fetching = Fetching(self.image_policy)
-        logger.info("%s", self._decoding.sandbox_report())
+        logger.info("%s", self._decoding.of(self.first.info.image_size_px).sandbox_report())
+        self._is_ending = False
+        await self.check_health()
+        if self.stats()["is_draining"]:
+            logger.warning("an operator has drained the service; POST /admin/resume ends that")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = create_api(self)
@@ -82,56 +102,82 @@ class Gateway:
         api.add_middleware(AccessLog)
         return api
 
+    @property
+    def model_names(self) -> Sequence[str]:
+        return self._models.names
+
+    async def model(self, name: str | None) -> ServedModel:
+        model = self.first if name is None else await self._models.get(name)
+        if (record := RECORD.get()) is not None:
+            record.model = model.name
+        return model
+
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
         if (record := RECORD.get()) is not None:
             record.slots, record.steps = cost.slots, cost.steps
         return self._admission.admit(cost)
 
+    def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
+        if (record := RECORD.get()) is not None:
+            record.slots, record.steps = cost.slots, cost.steps
+        return self._admission.admit_batch(cost)
+
     async def load(self, image: ImageSource) -> bytes:
         return image if isinstance(image, bytes) else await self._fetching.fetch(image)
 
-    async def decode(self, image: bytes) -> DecodedImage:
+    async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
         with timed("decode", IMAGE_DECODE_SECONDS):
-            decoded = await self._decoding.decode(image)
+            decoded = await self._decoding.of(model.info.image_size_px).decode(image)
         if decoded.status is not Status.OK:
             raise of_status(decoded.status, decoded.error)
         return decoded
 
-    async def make(self, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False) -> Made:
+    async def make(
+        self, model: ServedModel, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False
+    ) -> Made:
         image = await self.load(source)
         digest = await in_lane(len(image), lambda: sha256_of(image))
-        if self._finished_run is not None and not needs_tokens:
+        if self._finished_run is not None and model is self.first and not needs_tokens:
             stored = await asyncio.to_thread(self._finished_run.find, digest, work)
             if stored is not None:
                 CACHE_REQUESTS.inc(1, {"result": "run"})
                 return stored
-        return await self._shared_work.get((digest, work), lambda: self._make(image, digest, work))
+        key = (model.name, digest, work)
+        return await self._shared_work.get(key, lambda: self._make(model, image, digest, work))
 
-    async def _make(self, image: bytes, digest: str, work: ImageWork) -> Made:
-        decoded = await self.decode(image)
-        return Made.of(digest, decoded, await self.run(decoded, work))
+    async def _make(self, model: ServedModel, image: bytes, digest: str, work: ImageWork) -> Made:
+        decoded = await self.decode(model, image)
+        return Made.of(digest, decoded, await self.run(model, decoded, work))
 
-    async def run(self, image: DecodedImage, work: ImageWork) -> ImageOutputs:
+    async def run(self, model: ServedModel, image: DecodedImage, work: ImageWork) -> ImageOutputs:
         """Make everything that is asked of an image; raise ApiError unless every part is ok."""
         with timed("engine"):
-            outputs = await self._captioner.run(image.array(self.model.image_size_px), work)
+            captioner = self._models.captioner(model)
+            outputs = await captioner.run(image.array(model.info.image_size_px), work)
         if outputs.failure is not None:
             raise of_status(*outputs.failure)
         return outputs
 
     async def stream(
-        self, image: DecodedImage, work: ImageWork
+        self, model: ServedModel, image: DecodedImage, work: ImageWork
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        pixels = image.array(self.model.image_size_px)
+        pixels = image.array(model.info.image_size_px)
         with timed("engine"):
-            async with aclosing(self._captioner.stream(pixels, work)) as items:
+            async with aclosing(self._models.captioner(model).stream(pixels, work)) as items:
                 async for item in items:
                     if isinstance(item, ImageOutputs) and item.failure is not None:
                         raise of_status(*item.failure)
                     yield item
 
+    async def run_batch(
+        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        async with aclosing(self._models.captioner(model).run_batch(images, texts)) as finished:
+            async for results in finished:
+                yield results
+
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
-        embeddings = await self._captioner.embed_texts(texts)
+        embeddings = await self._models.captioner(self.first).embed_texts(texts)
         for embedding in embeddings:
             if embedding.status is not Status.OK:
                 raise of_status(embedding.status, embedding.error)
@@ -139,7 +185,17 @@ class Gateway:
 
     async def drain(self) -> None:
         """Be unready, refuse new requests, and return when the running ones have their answers."""
+        self._is_ending = True
         await self._admission.drain()
+
+    async def check_health(self) -> None:
+        """Follow what the operator has asked of all gateways; this one may have missed it at its start."""
+        try:
+            async with asyncio.timeout(STORE_WITHIN_S):
+                is_draining = await self.fleet.is_draining()
+        except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
+            return
+        self.set_draining(self._is_ending or is_draining)
 
     def set_draining(self, is_draining: bool) -> None:
         """Be unready and refuse new requests, or take them again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import secrets
 import signal
@@ -58,11 +59,16 @@ def serve_until_stopped(settings: ServeSettings) -> None:
     stop = threading.Event()
     _set_on_signal(stop)
     try:
-        _start_ray(settings.metrics_port)
+        _start_ray(settings)
         _set_on_signal(stop)  # again, because Ray has set its own handlers
-        num_gpus = 1 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        num_gpus = 0.0
+        if engine.device != "cpu":
+            # Each model starts with one engine. Ray counts a fourth digit of a GPU, and no fifth.
+            share = ray.cluster_resources().get("GPU", 0) / (1 + len(settings.other_models))
+            num_gpus = 1 if share >= 1 else math.floor(share * 10_000) / 10_000
+        reserved = {"num_cpus": 1, "num_gpus": num_gpus}
         application = compose(
-            engine, settings, captioner={"ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus}}
+            engine, dataclasses.replace(settings, engine=engine), captioner={"ray_actor_options": reserved}
         )
         logs = serve_logging(settings.log_level)
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=logs)
@@ -104,7 +110,7 @@ def _drain(limit_s: float) -> None:
             return
 
 
-def _start_ray(metrics_port: int | None) -> None:
+def _start_ray(settings: ServeSettings) -> None:
     import ray
     from ray.job_config import JobConfig
 
@@ -119,13 +125,13 @@ def _start_ray(metrics_port: int | None) -> None:
         ray.init(
             address="local",
             # Logical CPUs place our actors; they do not bind threads.
-            num_cpus=max(4, os.cpu_count() or 1),
+            num_cpus=max(4 + len(settings.other_models), os.cpu_count() or 1),
             object_store_memory=512 << 20,
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,
             job_config=OurPackagesFirst(),
-            _metrics_export_port=metrics_port,
+            _metrics_export_port=settings.metrics_port,
         )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
         _end_started_processes(error)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from deploy.http.errors import not_ready
 
@@ -18,10 +18,16 @@ ANSWER_WITHIN_S = 5.0
 class Readiness:
     """Ready while an engine runs, however long its line is, and while all were stopped for want of work."""
 
-    def __init__(self, engines: DeploymentHandle) -> None:
-        self._application = engines.app_name
-        self._deployment = engines.deployment_name
-        self._is_ready = True  # a gateway starts after an engine has answered
+    def __init__(self, application: str, deployments: Sequence[str]) -> None:
+        """Start as ready, as a gateway starts after an engine has answered.
+
+        Args:
+            application: the application.
+            deployments: the captioners of each model; the service is ready while one model is.
+        """
+        self._application = application
+        self._deployments = deployments
+        self._is_ready = True
         self._known_at_s = time.monotonic()
         self._asking: asyncio.Task[None] | None = None
 
@@ -38,7 +44,8 @@ class Readiness:
         status = await asyncio.to_thread(serve.status)
         self._known_at_s = time.monotonic()
         application = status.applications.get(self._application)
-        engines = None if application is None else application.deployments.get(self._deployment)
-        self._is_ready = engines is not None and (
-            engines.replica_states.get("RUNNING", 0) > 0 or engines.status == "HEALTHY"
+        known = {} if application is None else application.deployments
+        engines = [known[name] for name in self._deployments if name in known]
+        self._is_ready = any(
+            one.replica_states.get("RUNNING", 0) > 0 or one.status == "HEALTHY" for one in engines
         )

@@ -1,10 +1,10 @@
-"""The captioner as a gateway sees it: calls through Serve's handle, with a caller's departure passed on."""
+"""The captioners as a gateway sees them: calls through Serve's handles, and the models that they run."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,73 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import Embedding, ModelInfo
-from deploy.http.errors import overloaded
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from blip2_actor import Embedding, ModelInfo, Result
+from deploy.http.errors import overloaded, unavailable
+from deploy.http.service import ServedModel, require_name
+from deploy.settings import Settings
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+
+
+class Models:
+    """The models of a service by name, each with captioners of its own.
+
+    Only its engines know what decides a model's answers. They are asked when a request names the model for
+    the first time, so that those of a model that nobody uses may stay stopped.
+    """
+
+    def __init__(
+        self, first: RemoteCaptioner, others: Mapping[str, RemoteCaptioner], settings: Settings
+    ) -> None:
+        self._first = first
+        self._others = others
+        self._settings = settings
+        self._served: dict[str, ServedModel] = {}
+        self._asking: dict[str, asyncio.Task[ServedModel]] = {}
+
+    async def start(self) -> ServedModel:
+        """Wait for the engines of the first model, and return it.
+
+        Raises:
+            ValueError: the options of the service, or its retrieval model, do not fit the model.
+        """
+        info = await self._first.info()
+        served = self._describe(info.model, info, await self._first.matching_info())
+        self._served = {served.name: served}
+        return served
+
+    @property
+    def names(self) -> list[str]:
+        return [*(name for name in self._served if name not in self._others), *self._others]
+
+    def captioner(self, model: ServedModel) -> RemoteCaptioner:
+        return self._others.get(model.name, self._first)
+
+    async def get(self, name: str) -> ServedModel:
+        """Return a model; if it is asked for the first time, its engines are.
+
+        Raises:
+            ApiError: 404 or 503.
+        """
+        require_name(self.names, name)
+        if name not in self._served:
+            asking = self._asking.get(name)
+            if asking is None or asking.done():
+                asking = self._asking[name] = asyncio.create_task(self._ask(name))
+            try:
+                async with asyncio.timeout(self._settings.timeout_s):
+                    self._served[name] = await asyncio.shield(asking)
+            except TimeoutError:
+                raise unavailable(f"the engines of {name} are starting") from None
+        return self._served[name]
+
+    async def _ask(self, name: str) -> ServedModel:
+        with _no_engine_is_503():
+            return self._describe(name, await self._others[name].info(), None)
+
+    def _describe(self, name: str, info: ModelInfo, matching: ModelInfo | None) -> ServedModel:
+        self._settings.require_fit(info, matching)
+        options = self._settings.options.resolve(info.generation_config)
+        return ServedModel(name=name, info=info, options=options, matching=matching)
 
 
 class RemoteCaptioner:
@@ -49,7 +113,21 @@ class RemoteCaptioner:
         self, pixels: np.ndarray, work: ImageWork
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """As `Captioner.stream`; raises what `run` raises, at the start or later."""
-        response = self._handle.options(method_name="stream", stream=True).remote(pixels, work)
+        async with aclosing(self._items("stream", pixels, work)) as items:
+            async for item in items:
+                yield item
+
+    async def run_batch(
+        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
+        async with aclosing(self._items("run_batch", images, texts)) as items:
+            async for item in items:
+                yield item
+
+    async def _items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        """Yield what a method of the captioner yields; if that ends early, free the slots of the engine."""
+        response = self._handle.options(method_name=method, stream=True).remote(*arguments)
         is_complete = False
         try:
             with _no_engine_is_503():

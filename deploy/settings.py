@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from ipaddress import ip_address
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from blip2_actor import EngineConfig, FetchPolicy, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
-from blip2_actor.flags import hiding, prefixed
+from blip2_actor.flags import Parser, add_flags, hiding, prefixed, written_as
 from deploy.observe.logs import LogLevel
 
 BODY_WITHIN_S = 60.0
@@ -24,6 +26,7 @@ FETCH_WITHIN_S = 15.0
 MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
 
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
@@ -46,6 +49,9 @@ class Settings:
     """model and device"""
     options: GenerationOptions = field(default=GenerationOptions())
     """generation, if a request does not say otherwise"""
+    other_models: tuple[str, ...] = field(default=(), metadata=written_as("NAME=MODEL"))
+    """Further model that requests may name, with engines of its own, such as
+    tuned="folder --quantize int8": flags of the engine after it differ from those of --model."""
     score_model: str | None = None
     """Retrieval checkpoint that compares images with texts, next to the captioning model, such as
     Salesforce/blip2-itm-vit-g."""
@@ -85,6 +91,11 @@ class Settings:
     """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
     gateway."""
 
+    @cached_property
+    def other_engines(self) -> dict[str, EngineConfig]:
+        """The engines of `other_models`, by name."""
+        return dict(_engine_of(given, self.engine) for given in self.other_models)
+
     @property
     def matching(self) -> MatchingConfig | None:
         """The retrieval checkpoint, with the device, dtype and threads of the engine; None without one."""
@@ -97,14 +108,34 @@ class Settings:
         """Refuse models that cannot be served, without loading weights.
 
         Raises:
-            ValueError: a checkpoint cannot be run, or the two take images of different sizes.
+            ValueError: a checkpoint cannot be run, the two take images of different sizes, or an option has
+                token ids that the model does not have.
             OSError: a checkpoint cannot be found or fetched.
         """
-        require_same_image_size(self.engine.info(), None if self.matching is None else self.matching.info())
+        self.require_fit(self.engine.info(), None if self.matching is None else self.matching.info())
+        for engine in self.other_engines.values():
+            self.require_fit(engine.info(), None)
+
+    def require_fit(self, model: ModelInfo, matching: ModelInfo | None) -> None:
+        """Raise ValueError unless the models fit each other and the options.
+
+        An image is decoded once, so both take the same size.
+        """
+        if matching is not None and matching.image_size_px != model.image_size_px:
+            raise ValueError(
+                f"score_model must take images of {model.image_size_px} px as the model does, got "
+                f"{matching.image_size_px} px; name another checkpoint"
+            )
+        if model.vocab_size:  # an engine that is not EngineConfig's may not know it
+            self.options.require_known_tokens(model.vocab_size)
 
     def __post_init__(self) -> None:
         if self.score_revision is not None and self.score_model is None:
             raise ValueError("score_revision must be left out without score_model; name the checkpoint")
+        names = [self.engine.model, *(given.partition("=")[0] for given in self.other_models)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"other_models must have different names, got {', '.join(names)}; rename one")
+        assert len(self.other_engines) == len(self.other_models)  # which refuses what is wrong in them
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
@@ -148,15 +179,6 @@ class Settings:
             )
 
 
-def require_same_image_size(model: ModelInfo, matching: ModelInfo | None) -> None:
-    """Raise ValueError if the retrieval model takes images of another size; an image is decoded once."""
-    if matching is not None and matching.image_size_px != model.image_size_px:
-        raise ValueError(
-            f"score_model must take images of {model.image_size_px} px as the model does, got "
-            f"{matching.image_size_px} px; name another checkpoint"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(Settings):
     """Serve captions over HTTP from this machine, until Ctrl-C or SIGTERM."""
@@ -187,3 +209,28 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+class _EngineFlags(Parser):
+    """The flags behind a further model; what is wrong is a ValueError."""
+
+    def __init__(self) -> None:
+        super().__init__(requires=False)
+        add_flags(self, EngineConfig, frozenset({"model", "allow_urls"}))
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _engine_of(given: str, first: EngineConfig) -> tuple[str, EngineConfig]:
+    """Return the name and the engine of one of `other_models`."""
+    name, _, rest = given.partition("=")
+    try:
+        model, *words = shlex.split(rest) or [""]
+        if not model or not _MODEL_NAME.fullmatch(name):
+            raise ValueError("the name has at most 64 letters, digits and the characters . _ -")
+        flags = vars(_EngineFlags().parse_args(words))
+        own = {field.name: flags[field.name] for field in fields(EngineConfig) if field.name in flags}
+        return name, replace(first, **{"model": model, "revision": None, "adapter": None} | own)
+    except ValueError as error:
+        raise ValueError(f"other_models must be NAME=MODEL, got {given!r}: {error}") from None

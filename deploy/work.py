@@ -21,6 +21,14 @@ class TextToGenerate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextOfBatch:
+    """A text of a batch job, for one of the images that came with it."""
+
+    image: int
+    text: TextToGenerate
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextToScore:
     """A text whose probability after the image and a prompt is asked."""
 

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WHILE = "while "
+"""Begins the note that `noted` adds to an exception."""
+
+
+@contextmanager
+def noted(doing: str) -> Iterator[None]:
+    """Note in an exception of the block what was being done, and on which node; the driver says it.
+
+    Args:
+        doing: a stage and a file, such as "reading part0.tar".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(WHILE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{WHILE}{doing} on node {os.uname().nodename}")
+        raise
 
 
 class InputError(ValueError):

@@ -29,7 +29,7 @@ from pipeline.errors import (
     StoppedBySignal,
     TooManyFailures,
 )
-from pipeline.progress import write
+from pipeline.progress import Console
 from pipeline.run.signals import StopRequest
 from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.secrets import hide_secrets
@@ -91,7 +91,9 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             reason = f"the engine has failed: {error}" if isinstance(error, EngineFault) else error
             if args and dataclasses.is_dataclass(args[0]):
                 reason = with_flags(str(reason), type(args[0]))
-            write(sys.stderr, f"blip2: {hide_secrets(str(reason))}\n")
+            sentence = hide_secrets(str(reason))
+            Console().event("error", text=sentence, exit_status=status)
+            Console(sys.stderr).error(f"blip2: {sentence}")
             return status
 
     return wrapped

@@ -30,6 +30,7 @@ from blip2_actor.checkpoints.json_file import read_json_object
 from blip2_actor.checkpoints.model_config import read_model_config
 from blip2_actor.checkpoints.vocabulary import require_vocabulary
 from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
+from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.request import ModelInfo
 
@@ -44,10 +45,21 @@ class Checkpoint:
     """A checkpoint whose files are on this machine."""
 
     folder: Path
+    """With the files; of an adapter of LAVIS, the file itself."""
     version: str | None = None
     """Identifies the content at its source: the hub's commit, or a digest of the bucket's listing."""
     adapter: Checkpoint | None = None
-    """The LoRA adapter that is merged into the weights; it may be in the same folder."""
+    """The LoRA adapter that is merged into the weights, which may be in the same folder; or the checkpoint of
+    LAVIS whose tensors take the place of some of them."""
+
+    @property
+    def is_lavis(self) -> bool:
+        return self.folder.suffix == LAVIS_SUFFIX and not self.folder.is_dir()
+
+    @cached_property
+    def is_retrieval(self) -> bool:
+        """Whether the model has no language model, and matches images with texts."""
+        return RETRIEVAL in (read_model_config(self.folder).architectures or [])
 
     @cached_property
     def config(self) -> Blip2Config:
@@ -135,7 +147,10 @@ class Checkpoint:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
             return self.folder.name  # a folder in the hub's own cache
-        files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
+        if self.is_lavis:
+            files = [self.folder]
+        else:
+            files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
         cached = CACHE_FOLDER / "digests" / key
@@ -179,7 +194,8 @@ def resolve(
 
 
 def _adapted(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    AdapterConfig.read(adapter.folder)
+    if not adapter.is_lavis:
+        AdapterConfig.read(adapter.folder)
     if (base.folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"adapter must be left out for a model with an adapter in its folder, got {adapter.folder} and "
@@ -190,17 +206,21 @@ def _adapted(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Checkpoint:
     """Find one folder of files; `field` is what messages call the setting that names it."""
+    is_lavis = field == "adapter" and name.endswith(LAVIS_SUFFIX)
     if name == "demo":
         return Checkpoint(DEMO_FOLDER)
     if "://" in name:
-        return Checkpoint(*fetch_from_bucket(name, with_weights))
+        folder, version = fetch_from_bucket(name, with_weights)
+        return Checkpoint(folder / Path(name).name if is_lavis else folder, version)
     if Path(name).is_dir():
         return Checkpoint(Path(name))
     if Path(name).is_file():
+        if is_lavis:
+            return Checkpoint(Path(name))
         raise NotADirectoryError(
             f"{field} must be a folder of files in the format of transformers, got the file {name}; name its "
-            "folder, or convert it with transformers' save_pretrained (for LAVIS with "
-            "convert_blip_2_original_to_pytorch.py of transformers 4)"
+            f"folder, or for a {LAVIS_SUFFIX} of LAVIS set --model to the checkpoint that it began with, and "
+            "--adapter to the file"
         )
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from blip2_actor.checkpoints.hub_patience import patiently
+from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
 
@@ -117,19 +120,20 @@ def _hub() -> str:
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Bring files of a hub repository into the hub's cache; say so first if they are large.
+    """Bring files of a hub repository into the hub's cache, with patience; say so first if they are large.
 
     Raises:
         NotEnoughDisk: they do not fit there.
         OSError: as from the hub's own function.
     """
+    asked = partial(snapshot_download, model, revision=revision, allow_patterns=list(patterns))
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
         with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
-            files = snapshot_download(model, revision=revision, allow_patterns=list(patterns), dry_run=True)
+            files = patiently(partial(asked, dry_run=True))
             missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
             if missing_bytes > SMALL_BYTES:
                 _announce(model, missing_bytes)
-    return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    return Path(patiently(asked))
 
 
 def _announce(model: str, missing_bytes: int) -> None:
@@ -146,7 +150,7 @@ def _announce(model: str, missing_bytes: int) -> None:
 
 
 def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
-    """Fetch a bucket's folder; return its folder on this machine and a digest of its listing.
+    """Fetch a bucket's folder, or one file of LAVIS; return its folder here and a digest of its listing.
 
     Raises:
         OSError: it cannot be read, holds no checkpoint, or cannot be stored here.
@@ -187,7 +191,7 @@ def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
     except Exception as error:  # each store's library has its own exceptions
         raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
     by_name = {Path(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
-    files = [by_name[name] for name in select_files(by_name)]
+    files = [by_name[name] for name in ([*by_name] if uri.endswith(LAVIS_SUFFIX) else select_files(by_name))]
     if not files:
         raise FileNotFoundError(
             f"{uri} holds no checkpoint: it has no file {', '.join((*DESCRIPTION, *WEIGHTS))}; name the "

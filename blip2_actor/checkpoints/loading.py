@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from blip2_actor.checkpoints.checkpoint import Checkpoint
 from blip2_actor.checkpoints.download import CACHE_FOLDER
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
+from blip2_actor.checkpoints.weights.lavis import overlay_lavis
 from blip2_actor.checkpoints.weights.load_weights import load_weights
 from blip2_actor.checkpoints.weights.name_map import Rule, find_target, opt_rules, retrieval_rules, t5_rules
 from blip2_actor.checkpoints.weights.stored_tensor import StoredTensor
@@ -16,9 +18,12 @@ from blip2_actor.checkpoints.weights.weight_files import list_weights
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.retrieval import Blip2Retrieval
 from blip2_actor.models.vision import PixelNormalizer
-from blip2_actor.quantization.choice import choose_parts, layers_of
+from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.measurement import choose, layers_of
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 
+phases = logging.getLogger("blip2_actor.phases")
+"""Says what an engine does at its start, for hosts that show it to a person."""
 LANGUAGE_RULES = {"opt": opt_rules, "t5": t5_rules}
 """Name maps by `model_type` of the text configuration."""
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
@@ -49,6 +54,7 @@ def load_model(
             that does not exist.
         OSError: a file is missing or broken.
     """
+    phases.info("loading the weights")
     model = _build(checkpoint, dtype)
     split = None
     if device_map is not None:
@@ -66,23 +72,42 @@ def load_model(
     return model
 
 
-def load_quantized(
-    checkpoint: Checkpoint, dtype: torch.dtype, image_size_px: int | None, calibration: Calibration
-) -> tuple[Blip2, QuantizationRecord]:
-    """Load a captioning model on the CPU, and quantize the parts that are faster in int8 while they are read.
-
-    A plain weight that is to be quantized takes memory only until its layer is done, because the system gives
-    memory to what has been written. The other arguments, and the errors, are those of `load_model`.
+def choose_quantization(
+    checkpoint: Checkpoint, method: str, device: torch.device, dtype: torch.dtype, image_size_px: int
+) -> QuantizationChoice:
+    """Choose which parts of a captioning model are quantized on this machine; no weights are read.
 
     Args:
+        method: as in `EngineConfig.quantize`.
+        image_size_px: size of the images.
+    """
+    return choose(_build(checkpoint, dtype), method, device, dtype, image_size_px)
+
+
+def load_quantized(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    image_size_px: int | None,
+    choice: QuantizationChoice,
+    calibration: Calibration,
+) -> tuple[Blip2, QuantizationRecord]:
+    """Load a captioning model, and quantize the chosen parts while they are read.
+
+    On a CPU, a plain weight that is to be quantized takes memory only until its layer is done, because the
+    system gives memory to what has been written. The other arguments, and the errors, are those of
+    `load_model`.
+
+    Args:
+        choice: from `choose_quantization`, perhaps of another machine.
         calibration: images and a text, for which the quantized layers are calibrated.
     """
+    phases.info("loading and quantizing the weights")
     model = _build(checkpoint, dtype)
-    fractions = choose_parts(model, dtype)
-    _allocate(model, torch.device("cpu"))
-    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, fractions)))
-    model.normalizer = _normalizer(checkpoint)
-    return model, quantize(model, readers, fractions, calibration)
+    _allocate(model, device)
+    readers = _fill(model, checkpoint, image_size_px, later=tuple(layers_of(model, choice.parts)))
+    model.normalizer = _normalizer(checkpoint).to(device)
+    return model, quantize(model, readers, choice, calibration)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2:
@@ -137,22 +162,24 @@ def load_retrieval(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
         model = Blip2Retrieval(config)
     model = model.cast(dtype).eval().requires_grad_(False)
     _allocate(model, device)
-    rules = retrieval_rules(config.qformer_config.cross_attention_frequency)
-    load_weights(model, stored_tensors(checkpoint), rules, str(checkpoint.folder))
+    load_weights(model, stored_tensors(checkpoint), rules_of(checkpoint), str(checkpoint.folder))
     model.normalizer = _normalizer(checkpoint).to(device)
     return model
 
 
 def rules_of(checkpoint: Checkpoint) -> list[Rule]:
-    """Return the name map of a captioning model."""
-    config = checkpoint.config
-    return LANGUAGE_RULES[config.text_config.model_type](config.qformer_config.cross_attention_frequency)
+    """Return the name map of a model."""
+    config = checkpoint.retrieval_config if checkpoint.is_retrieval else checkpoint.config
+    make = retrieval_rules if checkpoint.is_retrieval else LANGUAGE_RULES[config.text_config.model_type]
+    return make(config.qformer_config.cross_attention_frequency)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Return the weights by their names in transformers' model, with the adapter merged."""
-    tensors = list_weights(checkpoint.folder)
-    return tensors if checkpoint.adapter is None else merge_adapter(tensors, checkpoint.adapter.folder)
+    tensors, adapter = list_weights(checkpoint.folder), checkpoint.adapter
+    if adapter is None:
+        return tensors
+    return (overlay_lavis if adapter.is_lavis else merge_adapter)(tensors, adapter.folder)
 
 
 def _normalizer(checkpoint: Checkpoint) -> PixelNormalizer:

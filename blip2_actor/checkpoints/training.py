@@ -1,7 +1,8 @@
-"""A captioning model to train, and a trained one back in a folder that transformers loads.
+"""A model to train, and a trained one back in a folder that transformers loads.
 
 An engine holds its weights in the form that computes fastest, and never changes them. Here they are plain
-parameters of a PyTorch module: `Blip2.forward` returns the loss of given texts, with gradients.
+parameters of a PyTorch module: `Blip2.forward` returns the loss of given texts, and `Blip2Retrieval` has
+methods for the scores and embeddings of images and texts, all with gradients.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import DESCRIPTION, matches
 from blip2_actor.checkpoints.json_file import read_json_object
-from blip2_actor.checkpoints.loading import load_model, rules_of, stored_tensors
+from blip2_actor.checkpoints.loading import load_model, load_retrieval, rules_of, stored_tensors
 from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG
 from blip2_actor.checkpoints.weights.write_weights import tensors_to_write, write_safetensors
 from blip2_actor.device import resolve_device, resolve_dtype
 from blip2_actor.models.blip2 import Blip2
+from blip2_actor.models.retrieval import Blip2Retrieval
 
 
 def load_for_training(
@@ -52,8 +54,31 @@ def load_for_training(
     return load_model(checkpoint, on, resolve_dtype(dtype, on)).requires_grad_(True)
 
 
+def load_retrieval_for_training(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> Blip2Retrieval:
+    """Load a model for image-text retrieval whose parameters have gradients.
+
+    The arguments and the errors are those of `load_for_training`. Of the module, `image_features` reads
+    normalized images, `matching_logits` and `contrastive_scores` score them with texts.
+
+    Examples:
+        >>> model = load_retrieval_for_training("Salesforce/blip2-itm-vit-g")
+        >>> logits = model.matching_logits(model.image_features(pixel_values), texts)
+        >>> torch.nn.functional.cross_entropy(logits, labels).backward()
+    """
+    on = resolve_device(device)
+    checkpoint = _resolve(model, revision, adapter)
+    return load_retrieval(checkpoint, on, resolve_dtype(dtype, on)).requires_grad_(True)
+
+
 def save_model(
-    model: Blip2,
+    model: Blip2 | Blip2Retrieval,
     folder: str | Path,
     like: str | Path,
     *,
@@ -66,7 +91,7 @@ def save_model(
     in the checkpoint, its configuration, and its processor and tokenizer files.
 
     Args:
-        model: from `load_for_training`.
+        model: from `load_for_training` or `load_retrieval_for_training`.
         folder: a folder that does not exist yet, or is empty.
         like, revision, adapter: the checkpoint that the model was loaded from, as for `load_for_training`.
 
@@ -104,7 +129,7 @@ def _is_replaced(name: str) -> bool:
     return name in ("config.json", ADAPTER_CONFIG) or name.endswith(".index.json")
 
 
-def _config(model: Blip2, checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(model: Blip2 | Blip2Retrieval, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the checkpoint's configuration with the dtype of the model, and whether its head is shared."""
     config = read_json_object(checkpoint.folder / "config.json") or {}
     dtype = str(model.dtype).removeprefix("torch.")
@@ -112,8 +137,11 @@ def _config(model: Blip2, checkpoint: Checkpoint) -> dict[str, Any]:
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         part |= {key: dtype for key in ("dtype", "torch_dtype") if part.get(key) is not None}
-    language_model = model.language_model
-    if language_model.lm_head.weight is not language_model.embed_tokens.weight:
+    if isinstance(model, Blip2) and not _shares_head(model):
         for part in (config, config["text_config"]):
             part["tie_word_embeddings"] = False
     return config
+
+
+def _shares_head(model: Blip2) -> bool:
+    return model.language_model.lm_head.weight is model.language_model.embed_tokens.weight

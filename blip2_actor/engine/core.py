@@ -152,6 +152,8 @@ class EngineCore:
         """Return counters since the start."""
         return EngineStats(
             **asdict(self.scheduler.counters),
+            num_encode_calls=self.scheduler.encoding.num_calls,
+            num_images_encoded=self.scheduler.encoding.num_images,
             num_requests=self._num_requests,
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting + len(self._arrived),
@@ -209,14 +211,14 @@ class EngineCore:
             atexit.unregister(self._abandon)
 
     def _step(self) -> None:
-        counters = self.scheduler.counters
-        num_images, num_tokens = counters.num_images_encoded, counters.num_tokens
+        counters, encoding = self.scheduler.counters, self.scheduler.encoding
+        num_images, num_tokens = encoding.num_images, counters.num_tokens
         started = time.perf_counter()
         self.scheduler.step()
         seconds = time.perf_counter() - started
         self._busy_s += seconds
         for watch in self.step_watchers:
-            watch(seconds, counters.num_images_encoded - num_images, counters.num_tokens - num_tokens)
+            watch(seconds, encoding.num_images - num_images, counters.num_tokens - num_tokens)
 
     def _load(self) -> None:
         self.started = started = self._start(self._num_threads)

@@ -72,6 +72,7 @@ class Engine:
                 ignore_generation_config=config.ignore_generation_config,
                 image_size_px=config.image_size_px,
                 quantize=config.quantize,
+                quantization_choice=config.quantization_choice,
             )
 
         self._core = EngineCore(start, config.num_threads)

@@ -109,7 +109,7 @@ class InputProcessor:
                 TextSearch(options, prefix_ids, self.prompts, seed, on_token, processor) for seed in seeds
             ]
 
-        return RequestState(image, prompt_ids, options, make_searches)
+        return RequestState(image, prompt_ids, options, make_searches, request.low_priority)
 
     def text_to_score(
         self, image: EncodedImage, prompt: str | None, text: str

@@ -14,7 +14,7 @@ import torch
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import Limits, OutOfMemory
-from blip2_actor.engine.request_queues import EncodeQueue, ReadyQueue
+from blip2_actor.engine.request_queues import Lanes
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import SlotTable
 from blip2_actor.request import Result
@@ -24,23 +24,16 @@ from blip2_actor.status import Status
 class MemoryRecovery:
     """Puts failed work back into the scheduler's queues, and lowers the limits."""
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        limits: Limits,
-        waiting: EncodeQueue,
-        ready: ReadyQueue,
-        slots: SlotTable,
-    ) -> None:
+    def __init__(self, runner: ModelRunner, limits: Limits, lanes: Lanes, slots: SlotTable) -> None:
         self._runner = runner
         self._limits = limits
-        self._waiting = waiting
-        self._ready = ready
+        self._lanes = lanes
         self._slots = slots
 
     def after_encode(self, images: list[EncodedImage], out_of_memory: OutOfMemory) -> None:
         """Queue the images again, and encode fewer at once."""
-        self._waiting.put_back(images)
+        for image in reversed(images):
+            self._lanes.of_image(image).waiting.put_back([image])
         if len(images) > self._limits.encode_batch:
             return  # this pass began before the batch was halved for another one
         if self._limits.halve_encode_batch():
@@ -48,17 +41,17 @@ class MemoryRecovery:
         if self._limits.max_slots > 1:
             self.after_step(out_of_memory)
         else:
-            _fail(self._waiting.take_first(), out_of_memory)
+            _fail(self._lanes.of_image(images[0]).waiting.take_first(), out_of_memory)
 
     def after_prefill(self, requests: list[RequestState], out_of_memory: OutOfMemory) -> None:
         """Take the requests out of their slots, and prefill fewer at once."""
-        self._restart(requests)
+        self.restart(requests)
         if self._limits.halve_prefill_batch(len(requests)):
             return
         if self._limits.max_slots > 1:
             self.after_step(out_of_memory)
         else:
-            _fail([self._ready.take_first()], out_of_memory)
+            _fail([self._lanes.of(requests[0]).ready.take_first()], out_of_memory)
 
     def after_step(self, out_of_memory: OutOfMemory) -> None:
         """Go on with half the slots. All texts start again, because there is no memory to move them in.
@@ -70,10 +63,11 @@ class MemoryRecovery:
         """
         requests = self._slots.requests
         if self._limits.halve_slots():
-            self._restart(requests)
+            self.restart(requests)
             self._slots.shrink(self._limits.max_slots)
             self._runner.shrink(self._limits.max_slots)
-            self._ready.check_again()
+            for lane in self._lanes:
+                lane.ready.check_again()
         elif requests:
             self._slots.free(self._slots.texts)
             self._runner.shrink(1)
@@ -81,13 +75,14 @@ class MemoryRecovery:
         else:
             raise torch.OutOfMemoryError(out_of_memory.reason)
 
-    def _restart(self, requests: list[RequestState]) -> None:
-        """Take requests out of their slots, and put them in front of the ready queue."""
+    def restart(self, requests: list[RequestState]) -> None:
+        """Take requests out of their slots, and put them in front of the ready queue of their lane."""
         restarting = set(requests)
         self._slots.free([text for text in self._slots.texts if text.request in restarting])
         for request in requests:
             request.restart()
-        self._ready.put_back(requests)
+        for lane in self._lanes:
+            lane.ready.put_back([request for request in requests if self._lanes.of(request) is lane])
 
 
 def _fail(requests: Sequence[RequestState], out_of_memory: OutOfMemory) -> None:

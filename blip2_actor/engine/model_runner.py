@@ -162,12 +162,21 @@ class ModelRunner:
         return self._text_batches.run(read, token_ids)
 
     @torch.inference_mode()
-    def record(self, images: list[EncodedImage], recorder: Recorder | None) -> list[None]:
-        """Run one image through both encoders once more, for the recorder."""
-        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.device)
-        image_embeds = self.model.vision(self.model.normalizer(pixels, self.dtype), recorder)
+    def record(
+        self, images: list[EncodedImage], recorder: Recorder | None, from_image_embeds: bool = False
+    ) -> None:
+        """Run one image through the encoders once more, for the recorder.
+
+        Args:
+            from_image_embeds: the vision encoder does not run again; its output is kept.
+        """
+        if from_image_embeds:
+            kept = [image.image_embeds for image in images if image.image_embeds is not None]
+            image_embeds = torch.stack(kept)
+        else:
+            pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.device)
+            image_embeds = self.model.vision(self.model.normalizer(pixels, self.dtype), recorder)
         self.model.qformer_features(image_embeds, recorder)
-        return [None] * len(images)
 
     @torch.inference_mode()
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:

@@ -40,9 +40,10 @@ class Readings:
     ) -> list[Features]:
         """See `Engine.features`."""
         names = _Names(with_hidden_states, with_attention_maps)
-        encoded = self._encode(to_list("images", images), with_image_embeds)
+        keeps_image_embeds = with_image_embeds or names.are_of("qformer")
+        encoded = self._encode(to_list("images", images), keeps_image_embeds)
         served = [image for image in encoded if isinstance(image, EncodedImage)]
-        recorders = iter(self._read(served, self._core.runner.record, names) if names else [])
+        recorders = iter(self._read(served, partial(self._record, names), names) if names else [])
         return [
             to_features(image, with_image_embeds, next(recorders, (None, None))[1])
             if isinstance(image, EncodedImage)
@@ -109,8 +110,13 @@ class Readings:
             for row in prepared
         ]
 
+    def _record(self, names: _Names, images: list[EncodedImage], recorder: Recorder | None) -> list[None]:
+        """Run one image through the encoders once more, or through the Q-Former if all names are of it."""
+        self._core.runner.record(images, recorder, from_image_embeds=names.are_of("qformer"))
+        return [None] * len(images)
+
     def _encode(
-        self, images: Sequence[ImageLike], with_image_embeds: bool = False
+        self, images: Sequence[ImageLike], keeps_image_embeds: bool = False
     ) -> list[EncodedImage | RequestRefused]:
         """Run images through the encoders, in batches with whatever else is running."""
         self._core.require_caller_may_wait()
@@ -118,7 +124,7 @@ class Readings:
         for image in images:
             try:
                 shared = self._input_processor.image(image)
-                shared.keeps_image_embeds |= with_image_embeds
+                shared.keeps_image_embeds |= keeps_image_embeds
                 encoded.append(shared)
             except RequestRefused as refusal:
                 encoded.append(refusal)
@@ -149,6 +155,11 @@ class _Names:
     def __init__(self, with_hidden_states: Names, with_attention_maps: Names) -> None:
         self.hidden_states = to_names("with_hidden_states", with_hidden_states)
         self.attention_maps = to_names("with_attention_maps", with_attention_maps)
+
+    def are_of(self, part: str) -> bool:
+        """Return whether there are names, and all begin with a part of the model, such as `qformer`."""
+        names = (*self.hidden_states, *self.attention_maps)
+        return bool(names) and all(name.startswith(f"{part}.") for name in names)
 
     def __bool__(self) -> bool:
         return bool(self.hidden_states or self.attention_maps)

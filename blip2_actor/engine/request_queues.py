@@ -1,12 +1,13 @@
-"""The two queues in front of the slots: images that wait for the encoders, and requests that wait for a slot.
+"""The queues in front of the slots: images that wait for the encoders, and requests that wait for a slot.
 
-One thread, the engine's, uses both. Only the length may be read from other threads.
+Each priority has both, a `Lane`. One thread, the engine's, uses them. Only lengths may be read from other
+threads.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -29,6 +30,10 @@ class EncodeQueue:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def __contains__(self, image: EncodedImage) -> bool:
+        """True if a request waits for this image, which is queued or being encoded."""
+        return image in self._requests
 
     def add(self, request: RequestState) -> None:
         """Queue a request behind its image, and the image if it is neither queued nor being encoded."""
@@ -73,6 +78,11 @@ class EncodeQueue:
     def take_first(self) -> list[RequestState]:
         """Remove the first image, and return the requests that waited for it."""
         return self.take_requests(self._images.popleft())
+
+    def drop(self, image: EncodedImage) -> None:
+        """Take an image out of the queue that has been encoded for others; its requests go on waiting."""
+        if image in self._images:
+            self._images.remove(image)
 
 
 class ReadyQueue:
@@ -137,3 +147,49 @@ class ReadyQueue:
         requests, self._requests, self.num_slots = self._requests, deque(), 0
         for request in requests:
             self.add(request)
+
+
+class Lane:
+    """The requests of one priority that have no slot yet."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.waiting = EncodeQueue()
+        self.ready = ReadyQueue(limits)
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.ready)
+
+    def add(self, request: RequestState) -> None:
+        """Queue a request; an image that is already encoded is not encoded again."""
+        if request.image.is_encoded:
+            self.ready.add(request)
+        else:
+            self.waiting.add(request)
+
+    @property
+    def is_overdue(self) -> bool:
+        """True if an image waits that came before every ready request.
+
+        Requests for images that are encoded already overtake it; they must not do so without end.
+        """
+        return bool(self.waiting and self.ready) and self.waiting.first_arrival < self.ready.first_arrival
+
+
+class Lanes:
+    """One lane for each priority; iteration begins with those that go first."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.normal, self.low = Lane(limits), Lane(limits)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter((self.normal, self.low))
+
+    def __len__(self) -> int:
+        return len(self.normal) + len(self.low)
+
+    def of(self, request: RequestState) -> Lane:
+        return self.low if request.low_priority else self.normal
+
+    def of_image(self, image: EncodedImage) -> Lane:
+        """Return the first lane with a request that waits for an image."""
+        return self.normal if image in self.normal.waiting else self.low

@@ -28,6 +28,7 @@ class RequestState:
     prompt_ids: list[int] = field(default_factory=list)
     options: GenerationOptions = field(default_factory=GenerationOptions().resolve)
     make_searches: Callable[[], Searches] = list
+    low_priority: bool = False
     future: Future[Result] = field(default_factory=Future)
     arrival: int = 0
     """Position in the order of arrival; the scheduler sets it."""

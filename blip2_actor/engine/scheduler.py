@@ -5,6 +5,9 @@
 One `step` encodes at most one batch of images on this thread, fills free slots from the ready queue, appends
 one token to every running text, and retires the texts that are complete. One thread drives the scheduler, so
 there are no locks.
+
+A request of low priority takes what no other request wants. When another one needs its slots, it gives them
+up and begins again later; its tokens stay the same.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from blip2_actor.engine.encode_stage import EncodeStage
 from blip2_actor.engine.encode_worker import EncodeWorker
-from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.memory_recovery import MemoryRecovery
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import Limits, OutOfMemory, catch_out_of_memory
-from blip2_actor.engine.request_queues import EncodeQueue, ReadyQueue
+from blip2_actor.engine.request_queues import Lanes
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import RunningText, SlotTable
 from blip2_actor.generation.step import advance
@@ -31,13 +34,12 @@ MIN_FREE_SLOTS = 4
 
 @dataclass
 class Counters:
-    """What `EngineStats` reports."""
+    """What `EngineStats` reports of the texts."""
 
-    num_encode_calls: int = 0
-    num_images_encoded: int = 0
     num_decode_steps: int = 0
     num_tokens: int = 0
     num_finished: int = 0
+    num_preempted: int = 0
 
 
 class Scheduler:
@@ -57,47 +59,40 @@ class Scheduler:
             encode_worker: a second thread that encodes; None encodes everything on this thread.
         """
         self.runner = runner
-        self.encode_worker = encode_worker
         self.limits = Limits(max_slots, encode_batch)
-        self.waiting = EncodeQueue()
-        self.ready = ReadyQueue(self.limits)
+        self.lanes = Lanes(self.limits)
         self.slots = SlotTable(max_slots)
         self.counters = Counters()
-        self._recovery = MemoryRecovery(runner, self.limits, self.waiting, self.ready, self.slots)
+        self._recovery = MemoryRecovery(runner, self.limits, self.lanes, self.slots)
+        self.encoding = EncodeStage(
+            runner, self.limits, self.lanes, self.slots, self._recovery, encode_worker
+        )
         self._num_arrived = 0
 
     def add(self, request: RequestState) -> None:
         """Queue a request; an image that is already encoded is not encoded again."""
         request.arrival = self._num_arrived
         self._num_arrived += 1
-        if request.image.is_encoded:
-            self.ready.add(request)
-        else:
-            self.waiting.add(request)
+        self.lanes.of(request).add(request)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.ready or self.slots.texts or self._num_in_encode_worker)
+        return bool(self.lanes or self.slots.texts or self.encoding.num_in_worker)
 
     @property
     def can_step(self) -> bool:
         """True if a step would do something; False while only the encode worker is busy."""
-        is_encoded = self.encode_worker is not None and self.encode_worker.is_done
-        return bool(self.waiting or self.ready or self.slots.texts or is_encoded)
+        return bool(self.lanes or self.slots.texts or self.encoding.has_finished_batch)
 
     @property
     def num_waiting(self) -> int:
         """Images not yet encoded and requests without a slot; safe to read from any thread."""
-        return len(self.waiting) + self._num_in_encode_worker + len(self.ready)
+        return len(self.lanes) + self.encoding.num_in_worker
 
     @property
     def num_running(self) -> int:
         """Slots in use; safe to read from any thread."""
         return self.slots.num_used
-
-    @property
-    def _num_in_encode_worker(self) -> int:
-        return self.encode_worker.num_images if self.encode_worker else 0
 
     def step(self) -> None:
         """Queue work on the device: a batch of images, the prefill of earlier ones, a decode step.
@@ -105,7 +100,7 @@ class Scheduler:
         The host does not wait for the device, except for the selected tokens, which are one small tensor.
         """
         self._drop_cancelled()
-        for stage in (self._encode, self._fill_slots, self._decode):
+        for stage in (self.encoding.step, self._fill_slots, self._decode):
             outcome = catch_out_of_memory(stage)
             if isinstance(outcome, OutOfMemory):
                 self._recovery.after_step(outcome)
@@ -115,80 +110,19 @@ class Scheduler:
         if cancelled:
             self._retire(cancelled)
 
-    # Encoding -------------------------------------------------------------------------------------------
-
-    def _encode(self) -> None:
-        """Encode a batch on this thread while the ready requests do not cover the free slots."""
-        if self.encode_worker is not None:
-            self._use_encode_worker(self.encode_worker)
-        is_behind = self._num_uncovered_slots > 0
-        is_alone_and_overdue = self.encode_worker is None and self._is_overdue
-        if not is_behind and not is_alone_and_overdue:
-            return
-        if images := self._next_images(self.limits.encode_batch):
-            self._encoded(images, catch_out_of_memory(lambda: self.runner.encode(images)))
-
-    def _use_encode_worker(self, encode_worker: EncodeWorker) -> None:
-        """Take the finished batches, and give new ones.
-
-        The worker goes on until enough requests are ready to fill all slots once more.
-        """
-        while encode_worker.is_done:
-            self._encoded(*encode_worker.take())
-        num_uncovered = self._num_uncovered_slots
-        this_thread_encodes_too = num_uncovered > 0
-        # If both threads encode, divide the last images between them, so that neither is idle.
-        max_images = len(self.waiting) // 2 if this_thread_encodes_too else len(self.waiting)
-        is_short = num_uncovered > -self.limits.max_slots
-        while encode_worker.has_room and (is_short or self._is_overdue):
-            images = self._next_images(max_images)
-            if not images:
-                return
-            max_images -= len(images)
-            encode_worker.give(images)
-
-    @property
-    def _num_uncovered_slots(self) -> int:
-        """Free slots for which no request is ready; negative if more requests are ready than slots are
-        free."""
-        return self.slots.num_free - self.ready.num_slots
-
-    @property
-    def _is_overdue(self) -> bool:
-        """True if an image waits that came before every ready request.
-
-        Requests for images that are encoded already overtake it; they must not do so without end.
-        """
-        return bool(self.waiting and self.ready) and self.waiting.first_arrival < self.ready.first_arrival
-
-    def _next_images(self, max_images: int) -> list[EncodedImage]:
-        """Take a batch of waiting images; none while it would not be full and older requests are ready."""
-        encode_batch = self.limits.encode_batch
-        if len(self.waiting) < encode_batch and self.ready and not self._is_overdue:
-            return []
-        return self.waiting.take(min(max_images, encode_batch))
-
-    def _encoded(self, images: list[EncodedImage], out_of_memory: OutOfMemory | None) -> None:
-        """Make the requests of a finished batch ready, or recover from a batch that did not fit."""
-        if out_of_memory is not None:
-            self._recovery.after_encode(images, out_of_memory)
-            return
-        self.counters.num_encode_calls += 1
-        self.counters.num_images_encoded += len(images)
-        for image in images:
-            if not image.is_encoded:  # more of it is wanted than when its pass began
-                self.waiting.put_behind(image)
-                continue
-            for request in self.waiting.take_requests(image):
-                self.ready.add(request)
-
     # Filling slots --------------------------------------------------------------------------------------
 
     def _fill_slots(self) -> None:
         """Prefill the ready requests that fit, in order of arrival, and take their first tokens."""
         if not self._is_worth_a_prefill:
             return
-        requests = self.ready.take(self.slots.num_free, self.limits.prefill_batch)
+        normal, low = self.lanes
+        max_requests = self.limits.prefill_batch
+        requests = normal.ready.take(self.slots.num_free + self.slots.num_low_priority, max_requests)
+        num_slots = sum(request.num_slots for request in requests)
+        self._preempt(num_slots - self.slots.num_free)
+        if not normal.ready:
+            requests += low.ready.take(self.slots.num_free - num_slots, max_requests - len(requests))
         if not requests:
             return
         groups = [self._place(request) for request in requests]
@@ -209,8 +143,18 @@ class Scheduler:
         """A prefill of one text costs as much as a decode step, so wait until a few slots are free."""
         if not self.slots.texts:
             return True
+        ready, num_free = self.lanes.low.ready, self.slots.num_free
+        if self.lanes.normal.ready:
+            ready, num_free = self.lanes.normal.ready, num_free + self.slots.num_low_priority
         min_free = max(MIN_FREE_SLOTS, self.limits.max_slots // 8)
-        return self.slots.num_free >= min(self.ready.num_slots, min_free)
+        return num_free >= min(ready.num_slots, min_free)
+
+    def _preempt(self, num_slots: int) -> None:
+        """Take slots from the youngest texts of low priority; they have the least to lose."""
+        requests = self.slots.youngest_of_low_priority(num_slots)
+        if requests:
+            self._recovery.restart(requests)
+            self.counters.num_preempted += len(requests)
 
     def _place(self, request: RequestState) -> list[RunningText]:
         prefix_length = self.runner.cached_length(request)
@@ -243,7 +187,8 @@ class Scheduler:
             for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
                 token_ids[slot], lengths[slot] = token_id, text.length
         logits = self.runner.decode(token_ids, lengths)
-        self.runner.upload_ahead(self.waiting.first_batch(self.limits.encode_batch))
+        lane = self.lanes.normal if self.lanes.normal.waiting else self.lanes.low
+        self.runner.upload_ahead(lane.waiting.first_batch(self.limits.encode_batch))
         for text in texts:
             text.length += 1
         self.counters.num_decode_steps += 1

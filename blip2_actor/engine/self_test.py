@@ -68,7 +68,9 @@ def check_quantization(record: QuantizationRecord, is_refused: bool) -> None:
     """
     logger.info("Quantized to %s", record.summary())
     if not any(record.num_layers.values()):
-        logger.warning("quantize=%s changes nothing: no part of this model is faster in it", record.method)
+        logger.warning(
+            "quantize=%s changes nothing: no part of this model is faster in it", record.choice.method
+        )
     if record.logits_error <= MAX_QUANTIZATION_ERROR:
         return
     message = (

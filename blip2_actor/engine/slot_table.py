@@ -49,6 +49,25 @@ class SlotTable:
         return len(self._free)
 
     @property
+    def num_low_priority(self) -> int:
+        """Slots of texts of low priority, which a request of normal priority may take."""
+        return sum(len(text.slots) for text in self.texts if text.request.low_priority)
+
+    def youngest_of_low_priority(self, num_slots: int) -> list[RequestState]:
+        """Return the last requests of low priority that hold at least `num_slots` together, if there are.
+
+        They are in the order in which they were placed.
+        """
+        chosen: dict[RequestState, None] = {}
+        for text in reversed(self.texts):
+            if num_slots <= 0 and text.request not in chosen:
+                break
+            if text.request.low_priority:
+                chosen[text.request] = None
+                num_slots -= len(text.slots)
+        return list(reversed(chosen))
+
+    @property
     def order(self) -> list[int]:
         """The slots of all texts, one text after the other."""
         return [slot for text in self.texts for slot in text.slots]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import CACHE_FOLDER
-from blip2_actor.checkpoints.loading import load_model, load_quantized
+from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized, phases
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test
@@ -20,7 +20,8 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
-from blip2_actor.quantization.int8 import require_int8
+from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.methods import require_method
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def start_model(
     allow_urls: bool,
     ignore_generation_config: bool,
     image_size_px: int | None,
-    quantize: Literal["int8"] | None,
+    quantize: str | None,
+    quantization_choice: QuantizationChoice | None,
 ) -> StartedModel:
     """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
 
@@ -80,9 +82,10 @@ def start_model(
     if quantize is None:
         loaded = load_model(checkpoint, place, resolved, device_map, image_size_px)
     else:
-        require_int8(place)
+        require_method(quantize, place)
+        choice = quantization_choice or choose_quantization(checkpoint, quantize, place, resolved, size_px)
         calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
-        loaded, quantization = load_quantized(checkpoint, resolved, image_size_px, calibration)
+        loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
     is_compiled = resolve_compile(compile, device_map, place)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
@@ -98,9 +101,7 @@ def start_model(
         compiled_batch=sizes.encode_batch if is_compiled else None,
         capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
     )
-    # With images of another size, or quantized, the model writes other captions.
-    variant = "" if image_size_px is None else f" {image_size_px} px"
-    variant += "" if quantization is None else f" {quantization.method} {quantization.weight_bits} bits"
+    variant = _variant(image_size_px, quantization)
     has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
     return StartedModel(
         runner=runner,
@@ -120,9 +121,17 @@ def _generation_config(checkpoint: Checkpoint, is_ignored: bool) -> dict[str, An
     return found
 
 
+def _variant(image_size_px: int | None, quantization: QuantizationRecord | None) -> str:
+    """Name what makes a checkpoint write other captions: images of another size, or quantized parts."""
+    variant = "" if image_size_px is None else f" {image_size_px} px"
+    return variant if quantization is None else f"{variant} {quantization.choice}"
+
+
 def _test(
     runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, variant: str
 ) -> self_test.SelfTestRecord:
+    is_compiled = runner.encoders.compiled_batch is not None
+    phases.info("compiling and testing the model" if is_compiled else "testing the model")
     record = self_test.check(runner, input_processor.prompts.empty_ids, input_processor.image_size_px)
     self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
     return record

@@ -26,6 +26,7 @@ from blip2_actor.flags.fields import (
     prefixed,
     with_current_names,
     with_flags,
+    without_flag,
     written_as,
 )
 from blip2_actor.flags.parser import WRONG_FLAGS, Parser, flag_names
@@ -49,5 +50,6 @@ __all__ = [
     "settings_as_words",
     "with_current_names",
     "with_flags",
+    "without_flag",
     "written_as",
 ]

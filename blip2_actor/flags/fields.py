@@ -33,7 +33,7 @@ def add_flags(
     """
     hints = typing.get_type_hints(cls)
     help_of = field_docs(cls)
-    for field in dataclasses.fields(cls):
+    for field in _flag_fields(cls):
         if field.name in without:
             continue
         hint = hints[field.name]
@@ -67,7 +67,7 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, cls)):
+    for field in _flag_fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             values[field.name] = build(typing.cast(type, hint), given, _prefix(field))
@@ -83,7 +83,7 @@ def build(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 def defaults_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the name of each flag's field, as `build` takes it, and its default; None if it has none."""
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in _flag_fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             inside = defaults_of(typing.cast(type, hints[field.name]), _prefix(field))
             hidden = {_prefix(field) + name for name in _hidden(field)}
@@ -112,7 +112,7 @@ def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
     """Return the flag of each field of a dataclass, and of the dataclasses inside it."""
     hints = typing.get_type_hints(cls)
     flags: dict[str, str] = {}
-    for field in dataclasses.fields(cls):
+    for field in _flag_fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             inside = _flags_of(typing.cast(type, hints[field.name]), _prefix(field))
             flags |= {name: flag for name, flag in inside.items() if name not in _hidden(field)}
@@ -123,6 +123,11 @@ def _flags_of(cls: type, prefix: str = "") -> dict[str, str]:
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def without_flag() -> dict[str, Any]:
+    """Return metadata for a field that only programs set."""
+    return {"has_flag": False}
 
 
 def hiding(*names: str) -> dict[str, Any]:
@@ -171,6 +176,11 @@ def written_as(metavar: str, positional: bool = False) -> dict[str, Any]:
 def positional() -> dict[str, Any]:
     """Return metadata for a field whose flag may be left out: its values stand where no flag takes them."""
     return {"positional": True}
+
+
+def _flag_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    fields = dataclasses.fields(typing.cast(Any, cls))
+    return [field for field in fields if field.metadata.get("has_flag", True)]
 
 
 def _hidden(field: dataclasses.Field[Any]) -> frozenset[str]:

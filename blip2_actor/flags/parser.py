@@ -28,7 +28,7 @@ _OUR_WORDS = {
 }
 """Messages of argparse, as patterns, and ours for them."""
 
-_NOT_IN_FILES = frozenset({"help", "help_all", "config", "verbose", "version"})
+_NOT_IN_FILES = frozenset({"help", "help_all", "config", "verbose", "quiet", "json_lines", "version"})
 """What a configuration file cannot hold."""
 _LONG_HELP = 12
 """Help with more flags than this shows the frequent ones, and --help-all shows the rest."""

@@ -1,124 +1,45 @@
-"""Which parts of a model are quantized: those that are faster in int8, by a measurement on this machine.
+"""`QuantizationChoice`: which parts of a model are quantized, and in how many bits.
 
-A small layer is slower in int8, because quantizing its input takes longer than its product saves. So each
-shape is timed in both ways when a model is loaded. The layers of one part are taken together: a part is then
-clearly faster or clearly slower, and two starts on one kind of machine decide alike.
+It is made once, by a measurement (`measurement.py`). All engines of one job take the same choice, so that the
+rows of all machines are of one precision. This module imports no torch.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
-
-from blip2_actor.models.layers import Linear, pack_for_cpu
-from blip2_actor.models.vision_qformer import VisionQFormer
-from blip2_actor.quantization.int8 import Int8Weight, largest_weight
-
-logger = logging.getLogger(__name__)
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 PARTS = ("vision", "qformer", "language_projection", "language_model")
 """The parts of a model, by the names of their modules, in the order in which an image runs through them."""
-NEVER = ("vision.patch_embedding", "language_model.lm_head")
-"""Layers that are not quantized: pixels enter the one, and tokens are chosen by the other."""
-NUM_IMAGES, NUM_TEXTS = 8, 64
-"""Images in the Q-Former and texts in a decode step for which shapes are timed: those of a busy engine. A
-layer of the vision encoder has enough rows for one image."""
-MAX_TIME = 0.8
-"""A part is quantized if it takes at most this fraction of its time; a smaller gain might be noise."""
-NUM_RUNS = 5
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the time of a layer depends on."""
+@dataclass(frozen=True, kw_only=True)
+class QuantizationChoice:
+    """What `quantize` means on the machine that was asked first."""
 
-    in_features: int
-    out_features: int
-    has_activation: bool
-    num_rows: int
+    method: str
+    """As in `EngineConfig.quantize`."""
+    parts: tuple[str, ...]
+    """The parts of `PARTS` that are quantized."""
+    weight_bits: int
+    """Bits of a weight: 7 if products of 8 bits saturate with these instructions."""
+    instructions: str
+    """The CPU's instructions for products of bytes, or the name of the GPU."""
+    time_fractions: tuple[float, ...] = ()
+    """Time of each of `parts` over its time before; empty if it was not measured."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
 
-def eligible(model: VisionQFormer) -> dict[str, dict[str, Linear]]:
-    """Return the layers that can be quantized, by part and by name; a part without any is left out."""
-    by_part: dict[str, dict[str, Linear]] = {}
-    for name, module in model.named_modules():
-        part = name.partition(".")[0]
-        if isinstance(module, Linear) and part in PARTS and name not in NEVER:
-            by_part.setdefault(part, {})[name] = module
-    return by_part
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` has made, also after it has been in JSON."""
+        plain: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
+        return cls(**plain)
 
-
-def choose_parts(model: VisionQFormer, dtype: torch.dtype) -> dict[str, float]:
-    """Measure which parts are faster in int8.
-
-    Args:
-        model: its weights need not be loaded.
-        dtype: in which the layers compute otherwise.
-
-    Returns:
-        The time in int8 over the time in `dtype`, of each part that is to be quantized.
-    """
-    times: dict[Shape, tuple[float, float]] = {}
-    chosen = {}
-    for part, layers in eligible(model).items():
-        shapes = [_shape(model, name, linear) for name, linear in layers.items()]
-        for shape in set(shapes).difference(times):
-            times[shape] = _time_both_ways(shape, dtype)
-        plain, quantized = (sum(times[shape][way] for shape in shapes) for way in (0, 1))
-        logger.info("%s in int8 takes %.2f of its time in %s", part, quantized / plain, dtype)
-        if quantized <= MAX_TIME * plain:
-            chosen[part] = round(quantized / plain, 2)
-    return chosen
-
-
-def layers_of(model: VisionQFormer, parts: Mapping[str, float]) -> dict[str, Linear]:
-    """Return the eligible layers of some parts, by name."""
-    return {
-        name: linear
-        for part, layers in eligible(model).items()
-        if part in parts
-        for name, linear in layers.items()
-    }
-
-
-def _shape(model: VisionQFormer, name: str, linear: Linear) -> Shape:
-    vision, num_queries = model.config.vision_config, model.config.num_query_tokens
-    num_image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    if name.startswith("vision") or name == "qformer.cross_kv":
-        num_rows = num_image_tokens
-    elif name.startswith("language_model"):
-        num_rows = NUM_TEXTS
-    else:
-        num_rows = NUM_IMAGES * num_queries
-    return Shape(linear.in_features, linear.out_features, linear.activation is not None, num_rows)
-
-
-@torch.inference_mode()
-def _time_both_ways(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the seconds of a layer of this shape in `dtype` and in int8."""
-    activation = "gelu" if shape.has_activation else None
-    plain, quantized = (
-        Linear(shape.in_features, shape.out_features, activation=activation).requires_grad_(False)
-        for _ in range(2)
-    )
-    for parameter in (*plain.parameters(), *quantized.parameters()):
-        parameter.fill_(0.01)  # the time does not depend on the values
-    quantized.take(Int8Weight(quantized.weight, largest_weight()))
-    pack_for_cpu(nn.Sequential(plain.to(dtype)))
-    input = torch.ones(shape.num_rows, shape.in_features, dtype=dtype)
-    return _time(plain, input), _time(quantized.to(dtype), input)
-
-
-def _time(layer: Callable[[Tensor], Tensor], input: Tensor) -> float:
-    """Return the shortest of several runs, in seconds of this thread; the first run prepares the kernel."""
-    times = []
-    for _ in range(NUM_RUNS + 1):
-        started = time.thread_time()
-        layer(input)
-        times.append(time.thread_time() - started)
-    return min(times[1:])
+    def __str__(self) -> str:
+        """Return one line for people."""
+        parts = ", ".join(part.replace("_", " ") for part in self.parts) or "no part"
+        return f"{self.method}: {parts}, in {self.weight_bits} bits ({self.instructions})"

@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import Linear
-from blip2_actor.quantization.choice import eligible
-from blip2_actor.quantization.int8 import FULL_WEIGHT, Int8Weight, instructions, largest_weight
+from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.measurement import eligible
+from blip2_actor.quantization.methods import StoreWeight, instructions, storage
 from blip2_actor.quantization.smoothing import Norm, divide, preceding_norms, smoothing_factors
 
 logger = logging.getLogger(__name__)
 
 MAX_LAYER_ERROR = 0.1
-"""A layer stays as it is if its result in int8 differs by more, relative to the length of the result."""
+"""A layer stays as it is if its result differs by more, relative to the length of the result."""
 CALIBRATION_ROWS = 256
 """Maximum number of a layer's input rows by which it is calibrated."""
 TEXT = range(5, 13)
@@ -37,17 +38,14 @@ TEXT = range(5, 13)
 class QuantizationRecord:
     """What was quantized, and how near the result is."""
 
-    method: str
+    choice: QuantizationChoice
+    """Which parts are quantized, and in how many bits; of a job, what its first worker has chosen."""
     instructions: str
-    """The CPU's instructions for products of bytes."""
-    weight_bits: int
-    """8, or 7 if products of 8 bits saturate with these instructions."""
+    """The instructions of this CPU for products of bytes, or the name of this GPU."""
     num_layers: Mapping[str, int]
     """Quantized layers by part: vision, qformer, language_projection, language_model."""
     num_eligible: Mapping[str, int]
     """All layers of these parts that can be quantized."""
-    time_fractions: Mapping[str, float]
-    """Time of each quantized part over its time before, as measured at the start."""
     too_different: tuple[str, ...]
     """Layers that stay as they are, because their result would differ too much."""
     logits_error: float
@@ -58,7 +56,8 @@ class QuantizationRecord:
         """Return one line for the log."""
         parts = (f"{p} {self.num_layers.get(p, 0)} of {n} layers" for p, n in self.num_eligible.items())
         return (
-            f"{self.method} ({self.instructions}, {self.weight_bits}-bit weights): {', '.join(parts)}; "
+            f"{self.choice.method} ({self.instructions}, {self.choice.weight_bits}-bit weights): "
+            f"{', '.join(parts)}; "
             f"logits of built-in images differ by {self.logits_error:.2g} standard deviations"
         )
 
@@ -91,6 +90,7 @@ class _Pending:
     name: str
     read: Callable[[], None]
     norm: Norm | None
+    store: StoreWeight
     too_different: list[str]
 
     def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,11 +103,11 @@ class _Pending:
     def _quantize(self, input: Tensor) -> None:
         weight = self.linear.weight.float()
         expected = F.linear(input, weight)
-        plain = Int8Weight(weight, largest_weight())
+        plain = self.store(weight)
         found, error, factors = plain, _error(plain(input, None), expected), None
         if self.norm is not None:
             candidate = smoothing_factors(input, weight)
-            smooth = Int8Weight(weight * candidate, largest_weight())
+            smooth = self.store(weight * candidate)
             smooth_error = _error(smooth(input / candidate, None), expected)
             if smooth_error < error:
                 found, error, factors = smooth, smooth_error, candidate
@@ -123,7 +123,7 @@ class _Pending:
 def quantize(
     model: Blip2,
     readers: dict[str, Callable[[], None]],
-    time_fractions: Mapping[str, float],
+    choice: QuantizationChoice,
     calibration: Calibration,
 ) -> QuantizationRecord:
     """Read and quantize the layers whose weights are not read yet.
@@ -132,31 +132,33 @@ def quantize(
         model: all its other weights are loaded.
         readers: fills the plain weight of each layer that is to be quantized, by the layer's name; emptied,
             because a reader holds the memory that it fills.
-        time_fractions: as in the record.
+        choice: how they are quantized.
         calibration: what to run the model on.
     """
     norms, modules = preceding_norms(model), dict(model.named_modules())
+    device = model.query_tokens.device
+    store = storage(choice, device)
     too_different: list[str] = []
     while readers:
         name, read = readers.popitem()
         linear = modules[name]
         assert isinstance(linear, Linear)
-        linear.quantized = _Pending(linear, name, read, norms.get(linear), too_different)
+        linear.quantized = _Pending(linear, name, read, norms.get(linear), store, too_different)
     expected = calibration.logits(model)
     found = calibration.logits(model)
     layers = eligible(model)
     if too_different:
-        logger.warning("Too different in int8, these layers stay as they are: %s", ", ".join(too_different))
+        logger.warning(
+            "Too different in %s, these layers stay as they are: %s", choice.method, ", ".join(too_different)
+        )
     return QuantizationRecord(
-        method="int8",
-        instructions=instructions(),
-        weight_bits=8 if largest_weight() == FULL_WEIGHT else 7,
+        choice=choice,
+        instructions=instructions(device),
         num_layers={
             part: sum(linear.quantized is not None for linear in named.values())
             for part, named in layers.items()
         },
         num_eligible={part: len(named) for part, named in layers.items()},
-        time_fractions=time_fractions,
         too_different=tuple(too_different),
         logits_error=_logits_error(found, expected),
     )

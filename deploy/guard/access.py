@@ -7,6 +7,7 @@ and so are the origins of other pages.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from ipaddress import ip_address
 
 from starlette.datastructures import MutableHeaders
@@ -115,7 +116,7 @@ class Access:
             )
         if (record := RECORD.get()) is not None:
             record.key = caller.name
-        return Caller(name=caller.name, max_in_flight=caller.max_in_flight or self._max_in_flight)
+        return replace(caller, max_in_flight=caller.max_in_flight or self._max_in_flight)
 
 
 def _sharing_with(origin: str, send: Send) -> Send:

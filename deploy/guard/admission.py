@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from deploy.guard.callers import CALLER, Caller
@@ -20,6 +21,8 @@ from deploy.observe.metrics import (
 )
 from deploy.observe.request_record import timed
 
+BATCH_LEAD = 2
+"""Batch work for this many times the slots is held, so that an engine always has some."""
 SMALL_SLOT_STEPS = 1024
 """Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
 
@@ -39,6 +42,8 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._timeout_s = timeout_s
         self._num_in_flight_of: Counter[str] = Counter()
+        self._max_batch_slots = BATCH_LEAD * slots
+        self._batch_slots = 0
         self._is_draining = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -64,6 +69,7 @@ class Admission:
             "num_callers": len(self._num_in_flight_of),
             "num_waiting": self._gate.num_waiting,
             "slots_held": self._gate.units_held,
+            "batch_slots_held": self._batch_slots,
             "is_draining": self._is_draining,
         }
 
@@ -97,6 +103,37 @@ class Admission:
             raise ApiError(504, "timeout", message) from None
         finally:
             self._count(caller, -1)
+
+    @asynccontextmanager
+    async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:
+        """Hold what batch work costs, next to all other requests, while the block runs.
+
+        The block gets a function that raises ApiError when it should end: the gateway is draining, or the
+        time is over. Batch work does not hold up draining, and nothing waits for its slots.
+
+        Raises:
+            ApiError: 403 or 503.
+        """
+        caller = CALLER.get()
+        self.check_open()
+        if not caller.may_send_batches:
+            message = f"the key {caller.name} has no right to send batch work; make one with --batch"
+            raise ApiError(403, "no_batch_right", message)
+        if self._batch_slots and self._batch_slots + cost.slots > self._max_batch_slots:
+            REFUSED_REQUESTS.inc(1, {"reason": "batch"})
+            raise overloaded(f"batch work for {self._batch_slots} slots waits already")
+        ends_at_s = time.monotonic() + self._timeout_s
+        self._batch_slots += cost.slots
+
+        def check() -> None:
+            self.check_open()
+            if time.monotonic() > ends_at_s:
+                raise ApiError(504, "timeout", f"not finished within {self._timeout_s:g} s; ask again")
+
+        try:
+            yield check
+        finally:
+            self._batch_slots -= cost.slots
 
     def _count(self, caller: Caller, num_more: int) -> None:
         """Note that a caller has one request more or less in flight."""

@@ -14,6 +14,8 @@ class Caller:
     """Name of the key, or the address of a caller without one."""
     max_in_flight: int | None = None
     """Requests of this caller that one gateway serves at once; None sets no limit of its own."""
+    may_send_batches: bool = True
+    """Whether batch work is taken from this caller; keys need a right to it."""
 
 
 ANYBODY = Caller(name="")

@@ -50,6 +50,24 @@ class Decoding:
         self._large.close()
 
 
+class DecodingBySize:
+    """Decoding processes for each size of image that the models take; they start when a model needs them."""
+
+    def __init__(self, limits: ImageLimits, num_children: int) -> None:
+        self._limits = limits
+        self._num_children = num_children
+        self._by_size: dict[int, Decoding] = {}
+
+    def of(self, size_px: int) -> Decoding:
+        if size_px not in self._by_size:
+            self._by_size[size_px] = Decoding(size_px, self._limits, self._num_children)
+        return self._by_size[size_px]
+
+    def close(self) -> None:
+        for decoding in self._by_size.values():
+            decoding.close()
+
+
 class _Lane:
     """A pool of processes and the line before it."""
 

@@ -2,9 +2,9 @@
 
     python -m deploy.guard.keys alice >> keys.txt      # prints the key itself on the terminal, once
 
-A line is `NAME SHA256 [MAX_IN_FLIGHT]`, and `#` begins a comment. A name may have several lines, so that a
-new key can be handed out before the old one is taken away. A key is 256 random bits, so its plain hash tells
-nobody what it is.
+A line is `NAME SHA256 [MAX_IN_FLIGHT] [batch]`, and `#` begins a comment; `batch` is the right to send batch
+work. A name may have several lines, so that a new key can be handed out before the old one is taken away. A
+key is 256 random bits, so its plain hash tells nobody what it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from deploy.guard.callers import Caller
 
 PROG = "python -m deploy.guard.keys"
 READ_AGAIN_AFTER_S = 1.0
+BATCH = "batch"
+"""Word at the end of a line: the key may send batch work."""
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -88,12 +90,15 @@ def read_keys(path: Path) -> list[tuple[str, Caller]]:
 
 
 def _key(words: list[str], where: str) -> tuple[str, Caller]:
+    may_send_batches = words[-1] == BATCH and len(words) > 2
+    words = words[:-1] if may_send_batches else words
     name, digest, *quota = [*words, ""][: max(2, len(words))]
     right = _NAME.fullmatch(name) and _SHA256.fullmatch(digest) and len(quota) <= 1
     if not right or not all(word.isdecimal() and int(word) > 0 for word in quota):
         # The line is not shown: it may hold a key instead of its hash.
-        raise ValueError(f"{where} must be NAME SHA256 [MAX_IN_FLIGHT]; make one with: {PROG} NAME")
-    return digest, Caller(name=name, max_in_flight=int(quota[0]) if quota else None)
+        raise ValueError(f"{where} must be NAME SHA256 [MAX_IN_FLIGHT] [batch]; make one with: {PROG} NAME")
+    max_in_flight = int(quota[0]) if quota else None
+    return digest, Caller(name=name, max_in_flight=max_in_flight, may_send_batches=may_send_batches)
 
 
 def _change_of(path: Path) -> tuple[int, int, int]:
@@ -111,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="requests of this name that a gateway serves at once; default: half of the gateway's own limit",
     )
+    parser.add_argument(
+        "--batch", action="store_true", help="also take batch work from this name (blip2 caption --endpoint)"
+    )
     given = parser.parse_args(argv)
     if not _NAME.fullmatch(given.name):
         parser.error(
@@ -120,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--max-in-flight must be at least 1, got {given.max_in_flight}")
     key = secrets.token_urlsafe(32)
     quota = "" if given.max_in_flight is None else f" {given.max_in_flight}"
-    sys.stdout.write(f"{given.name} {hashlib.sha256(key.encode()).hexdigest()}{quota}\n")
+    right = f" {BATCH}" if given.batch else ""
+    sys.stdout.write(f"{given.name} {hashlib.sha256(key.encode()).hexdigest()}{quota}{right}\n")
     sys.stderr.write(f"the key of {given.name}, shown only now: {key}\n")
     return 0
 

@@ -25,6 +25,7 @@ from blip2_actor import (
     Score,
     find_quality_flags,
 )
+from deploy.http.service import ServedModel
 from deploy.http.wishes import Wishes
 from deploy.reuse.made import Made
 from deploy.work import ImageWork, TextToGenerate
@@ -116,7 +117,7 @@ class CaptionAnswer(Answer):
     to 1. The grid covers the whole image, whatever its shape."""
 
 
-def caption_answer(model: ModelInfo, wishes: Wishes, work: ImageWork, made: Made) -> dict[str, Any]:
+def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Made) -> dict[str, Any]:
     """Return a `CaptionAnswer` as JSON; parts that were not asked for are left out.
 
     Args:
@@ -142,8 +143,8 @@ def caption_answer(model: ModelInfo, wishes: Wishes, work: ImageWork, made: Made
         "width": made.image.width,
         "height": made.image.height,
         "sha256": made.sha256,
-        "model": model.model,
-        "fingerprint": fingerprint(model, work.texts[0]),
+        "model": model.name,
+        "fingerprint": fingerprint(model.info, work.texts[0]),
     }
     choices, scored = wishes.choices or [], wishes.score or []
     parts = {

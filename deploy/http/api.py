@@ -17,6 +17,7 @@ from deploy.openai.chat import chat_router
 from deploy.openai.embeddings import openai_embeddings_router
 from deploy.openai.models import models_router
 from deploy.routes.admin import admin_router
+from deploy.routes.batch import batch_router
 from deploy.routes.captions import captions_router
 from deploy.routes.embeddings import embeddings_router
 from deploy.routes.image_to_text import image_to_text_router
@@ -25,6 +26,7 @@ from deploy.routes.scores import scores_router
 
 ROUTERS = (
     captions_router,
+    batch_router,
     scores_router,
     embeddings_router,
     chat_router,

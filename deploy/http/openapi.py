@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from deploy.http.request_body import FORM, JSON
+from deploy.http.request_body import FILE_FIELDS, FORM, JSON, PLAIN_TEXTS
 
 _REF = "#/components/schemas/{model}"
 _documented: dict[str, type[BaseModel]] = {}
@@ -18,7 +18,9 @@ _documented: dict[str, type[BaseModel]] = {}
 CODES = {
     400: "the body or a field is wrong, or a URL is not allowed; the message names the field",
     401: "the key is missing or wrong",
+    403: "the key has no right to send batch work",
     404: "the service has another model, or no such route",
+    409: "the service has another model than the job",
     413: "the body or an image has more bytes or pixels than the limits allow",
     415: "the content type is not one that the route reads",
     422: "the image cannot be decoded, or the model cannot serve the request; the type is the row status, or "
@@ -50,7 +52,7 @@ class ErrorAnswer(BaseModel):
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Return the error answers of a route: those of every route that has work done, or only some."""
-    codes = codes or tuple(CODES.keys() - {401, 404})
+    codes = codes or tuple(CODES.keys() - {401, 403, 409})
     return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(codes)}
 
 
@@ -58,13 +60,13 @@ def body_of(body_type: type[BaseModel], *, forms: bool = False, raw: bool = Fals
     """Return the description of a body that the route reads itself.
 
     Args:
-        forms: it may be a form too, whose fields are JSON except for images and the prompt.
+        forms: it may be a form too, whose fields are JSON except for images, the prompt and the model.
         raw: it may be the bytes of an image too, with the other fields in the query.
     """
     content: dict[str, Any] = {JSON: {"schema": _reference(body_type)}}
     if forms:
         fields = {name: _in_form(name) for name in body_type.model_fields}
-        required = [name for name in ("image", "images") if name in fields]
+        required = [name for name in FILE_FIELDS if name in fields]
         content[FORM] = {"schema": {"type": "object", "required": required, "properties": fields}}
     if raw:
         binary = {"schema": {"type": "string", "format": "binary"}}
@@ -102,8 +104,8 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 
 def _in_form(name: str) -> dict[str, Any]:
     binary = {"type": "string", "format": "binary"}
-    if name == "image":
+    if name in ("image", "pixels"):
         return binary
     if name == "images":
         return {"type": "array", "items": binary}
-    return {"type": "string"} if name == "prompt" else {"type": "string", "contentMediaType": JSON}
+    return {"type": "string"} if name in PLAIN_TEXTS else {"type": "string", "contentMediaType": JSON}

@@ -29,8 +29,12 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 """Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
+FILE_FIELDS = ("image", "images", "pixels")
+"""Fields that are files in a form."""
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of everything in a body that is no image."""
+PLAIN_TEXTS = ("prompt", "model")
+"""Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
 MAX_COMMAS = 100_000
 """Every value but the first follows a comma. While JSON is parsed, no other thread runs: 27 MB of empty lists
@@ -56,7 +60,7 @@ async def read_body(
     media = header.partition(";")[0].strip().lower()
     fields = body_type.model_fields
     is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
-    if not (is_raw or media == JSON or (media == FORM and {"image", "images"} & fields.keys())):
+    if not (is_raw or media == JSON or (media == FORM and fields.keys() & {*FILE_FIELDS})):
         raise ApiError(
             415,
             "unsupported_media_type",
@@ -203,7 +207,7 @@ def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> di
     texts = []
     for raw_name, text in form.texts:
         name = _text("the name of a part", raw_name)
-        if name in ("image", "images"):
+        if name in FILE_FIELDS:
             raise bad_request(f'{name} must be a file, as curl sends with -F "{name}=@photo.jpg"')
         texts.append((name, _text(name, text)))
     return _merged(fields, _from_texts(texts, known))
@@ -216,7 +220,7 @@ def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Mapping[s
             raise bad_request(f"images must be at most {MAX_IMAGES} files")
     elif name in fields:
         raise bad_request(f"{name} must be given once")
-    elif name in known and name != "image":
+    elif name in known and name not in FILE_FIELDS:
         raise bad_request(f"{name} must be text, got a file")
     else:
         fields[name] = image
@@ -235,8 +239,8 @@ def _text(what: str, value: bytes) -> str:
 def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that stand in a form or in a query, where everything is text.
 
-    A prompt is plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each option
-    may stand under its own name.
+    `PLAIN_TEXTS` are plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each
+    option may stand under its own name.
     """
     fields: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -248,7 +252,7 @@ def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[
         elif name in place:
             raise bad_request(f"{name} must be given once")
         else:
-            place[name] = text if name == "prompt" or not text else parse_json(name, text)
+            place[name] = text if name in PLAIN_TEXTS or not text else parse_json(name, text)
     return _merged(fields, {"options": options} if options else {})
 
 
@@ -282,4 +286,6 @@ def _raw_image(media: str, body: bytes) -> bytes:
 def _content_types(fields: Mapping[str, Any]) -> str:
     if "image" in fields:
         return f"image/*, {FORM} or {JSON}"
+    if "pixels" in fields:
+        return FORM
     return f"{FORM} or {JSON}" if "images" in fields else JSON

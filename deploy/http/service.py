@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo
+import numpy as np
+
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Result
 from deploy.guard.cost import Cost, cost_of
+from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
 from deploy.observe.logs import LogLevel
 from deploy.reuse.made import Made
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedModel:
+    """One of the models of the service, as its engines have described it."""
+
+    name: str
+    """By which requests choose it."""
+    info: ModelInfo
+    options: GenerationOptions
+    """Options of a request that names none."""
+    matching: ModelInfo | None = None
+    """The retrieval model next to it; None if it has none."""
+
+
+def require_name(names: Sequence[str], name: str) -> None:
+    """Raise ApiError 404, in the shape of OpenAI, unless a model has this name."""
+    if name not in names:
+        known = " or ".join(names)
+        raise ApiError(404, "model_not_found", f"model must be {known}, got {shorten(name)}; see /v1/models")
 
 
 class Operated(Protocol):
@@ -28,17 +52,27 @@ class Operated(Protocol):
 class Service(Protocol):
     """Admits, decodes, and has an engine work; a status other than ok is raised as an `ApiError`."""
 
-    model: ModelInfo
-    options: GenerationOptions
-    """Options of a request that names none."""
-    matching: ModelInfo | None
-    """The retrieval model; None if the service has none."""
+    first: ServedModel
+    """The model of a request that names none."""
     image_policy: FetchPolicy
     """Maximum size of one image, and the hosts whose images are fetched; without hosts, none is."""
 
     @property
+    def model_names(self) -> Sequence[str]:
+        """The names of all models, that of the first one first."""
+        ...
+
+    @property
     def fleet(self) -> Operated:
         """All replicas, for the operator."""
+        ...
+
+    async def model(self, name: str | None) -> ServedModel:
+        """Return the model that a request names, or the first one; the engines of others may start for it.
+
+        Raises:
+            ApiError: 404 no model has this name, 503 its engines do not run.
+        """
         ...
 
     def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
@@ -50,15 +84,36 @@ class Service(Protocol):
         """
         ...
 
+    def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
+        """Admit batch work next to all other requests; the block calls what it gets now and then.
+
+        Raises:
+            ApiError: 403 when the key has no right to it; 503 when there is enough, and from the call when
+                the work should end because the service does, or its time is over.
+        """
+        ...
+
+    def run_batch(
+        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
+    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        """Generate texts at low priority; yield positions and results as they are finished.
+
+        Args:
+            images: uint8[N, S, S, 3].
+        """
+        ...
+
     async def load(self, image: ImageSource) -> bytes:
         """Return the encoded bytes of an image, fetched if it is a URL; raise ApiError if they cannot be."""
         ...
 
-    async def decode(self, image: bytes) -> DecodedImage:
-        """Decode untrusted bytes; raise ApiError unless the status is ok."""
+    async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
+        """Decode untrusted bytes for a model; raise ApiError unless the status is ok."""
         ...
 
-    async def make(self, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False) -> Made:
+    async def make(
+        self, model: ServedModel, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False
+    ) -> Made:
         """Load and decode an image, and make everything that is asked of it; equal requests share the work.
 
         Args:
@@ -69,7 +124,9 @@ class Service(Protocol):
         """
         ...
 
-    def stream(self, image: DecodedImage, work: ImageWork) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
+    def stream(
+        self, model: ServedModel, image: DecodedImage, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
         """Yield texts in pieces, and at the end all outputs; raise ApiError unless every part is ok."""
         ...
 
@@ -82,14 +139,16 @@ class Service(Protocol):
         ...
 
 
-async def make_each(service: Service, images: Sequence[ImageSource], work: ImageWork) -> list[Made]:
+async def make_each(
+    service: Service, model: ServedModel, images: Sequence[ImageSource], work: ImageWork
+) -> list[Made]:
     """Score or embed images, admitted together; the first that fails ends all.
 
     Raises:
         ApiError: as from `Service`.
     """
     async with service.admit(cost_of(work, num_images=len(images))):
-        tasks = [asyncio.ensure_future(service.make(source, work)) for source in images]
+        tasks = [asyncio.ensure_future(service.make(model, source, work)) for source in images]
         try:
             return await asyncio.gather(*tasks)
         finally:

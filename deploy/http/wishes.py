@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from deploy.http.errors import ApiError
 from deploy.http.options import options_schema, parse_options
-from deploy.http.service import Service
+from deploy.http.service import ServedModel
 from deploy.work import ImageWork, TextToGenerate, TextToScore
 
 MAX_TEXT_CHARS = 8_192
@@ -21,6 +21,7 @@ MAX_QUESTIONS = 16
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Texts = Annotated[list[Text], Field(max_length=MAX_TEXTS)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
+ModelName = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Options = Annotated[dict[str, Any], WithJsonSchema(options_schema())]
 EmbeddingKind = Literal["vision", "qformer", "queries", "contrastive"]
 
@@ -34,6 +35,8 @@ class Body(BaseModel):
 class Wishes(Body):
     """What is asked of an image; all of it shares one pass of the vision encoder."""
 
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
     prompt: Text | None = None
     """Text that the caption continues; without one, the image is described."""
     options: Options | None = None
@@ -52,13 +55,13 @@ class Wishes(Body):
     attention: bool = False
     """Say where in the image the Q-Former looked."""
 
-    def work(self, service: Service) -> ImageWork:
+    def work(self, model: ServedModel) -> ImageWork:
         """Return what the engine has to do for each image; raise ApiError 400 if it cannot."""
-        options = parse_options(self.options, service.options)
+        options = parse_options(self.options, model.options)
         answer_options = replace(options, num_return_sequences=1)  # only the best answer is reported
         kinds = self.embed or []
         if self.match or "contrastive" in kinds:
-            require_matching(service, "match" if self.match else "embed")
+            require_matching(model, "match" if self.match else "embed")
         asked = (self.ask or {}).values()
         return ImageWork(
             texts=(
@@ -76,12 +79,12 @@ class Wishes(Body):
         )
 
 
-def require_matching(service: Service, what: str) -> None:
-    """Raise ApiError 400 unless the service has a retrieval model."""
-    if service.matching is None:
+def require_matching(model: ServedModel, what: str) -> None:
+    """Raise ApiError 400 unless a retrieval model stands next to the model."""
+    if model.matching is None:
         raise ApiError(
             400,
             "unsupported",
-            f"{what} needs a retrieval model, and {service.model.model} is a captioning model, which gives "
+            f"{what} needs a retrieval model, and {model.name} is a captioning model, which gives "
             "texts, log-probabilities and features; start the service with --score-model, or use score",
         )

@@ -1,46 +1,82 @@
-"""All replicas of the application at once: for the operator, whose request reaches only one gateway."""
+"""All replicas of the application at once: for the operator, whose request reaches only one gateway.
+
+That the service is drained is stored in the cluster, so that gateways which start later know it too.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deploy.observe.logs import LogLevel
 
-GATEWAYS, CAPTIONERS = "Gateway", "Captioner"
-"""The deployments of an application."""
+GATEWAYS = "Gateway"
+"""The deployment of the gateways."""
 ATTEMPTS, PAUSE_S = 20, 0.1
 """A new handle learns after a moment which replicas run."""
+
+
+NAMESPACE = "blip2"
+"""Of what is stored in the cluster."""
 
 
 class Fleet:
     """The gateways and the captioners; every call reaches each replica that runs."""
 
-    def __init__(self, application: str) -> None:
+    def __init__(self, application: str, captioners: Sequence[str]) -> None:
+        """Know where the replicas are.
+
+        Args:
+            application: the application.
+            captioners: the deployments of captioners, one for each model.
+        """
         self._application = application
+        self._captioners = captioners
         self._handles: dict[str, DeploymentHandle] = {}
 
     async def set_draining(self, is_draining: bool) -> None:
-        """Have every gateway refuse new requests, or take them again."""
+        """Have every gateway refuse new requests, or take them again, those that start later included."""
+        await asyncio.to_thread(self._store_draining, is_draining)
         await self._everywhere(GATEWAYS, "set_draining", is_draining)
 
+    async def is_draining(self) -> bool:
+        """Return whether an operator has drained the service and not resumed it."""
+        found = await asyncio.to_thread(internal_kv._internal_kv_get, self._drained, namespace=NAMESPACE)
+        return found is not None
+
+    @property
+    def _drained(self) -> str:
+        return f"drained:{self._application}"
+
+    def _store_draining(self, is_draining: bool) -> None:
+        if is_draining:
+            internal_kv._internal_kv_put(self._drained, "1", namespace=NAMESPACE)
+        else:
+            internal_kv._internal_kv_del(self._drained, namespace=NAMESPACE)
+
     async def set_log_level(self, level: LogLevel) -> None:
-        await asyncio.gather(
-            self._everywhere(GATEWAYS, "set_log_level", level),
-            self._everywhere(CAPTIONERS, "set_log_level", level),
-        )
+        everyone = (GATEWAYS, *self._captioners)
+        await asyncio.gather(*(self._everywhere(name, "set_log_level", level) for name in everyone))
 
     async def stats(self) -> dict[str, list[dict[str, Any]]]:
         """Return the counters of each replica."""
-        gateways, engines = await asyncio.gather(
-            self._everywhere(GATEWAYS, "stats"), self._everywhere(CAPTIONERS, "stats")
-        )
-        return {"gateways": gateways, "engines": [asdict(stats) for stats in engines]}
+        everyone = (GATEWAYS, *self._captioners)
+        gateways, *engines = await asyncio.gather(*(self._everywhere(name, "stats") for name in everyone))
+        return {
+            "gateways": gateways,
+            "engines": [
+                asdict(stats) | {"deployment": deployment}
+                for deployment, found in zip(self._captioners, engines, strict=True)
+                for stats in found
+            ],
+        }
 
     async def _everywhere(self, deployment: str, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every replica; none is started, so the list is empty if none runs."""

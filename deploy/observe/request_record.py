@@ -32,6 +32,8 @@ class RequestRecord:
 
     key: str | None = None
     """Name of the caller's key."""
+    model: str | None = None
+    """Name of the model that it has chosen, or got by default."""
     slots: int = 0
     steps: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -100,6 +102,7 @@ class AccessLog:
             "http_route": route,
             "code": code,
             "key": record.key,
+            "model": record.model,
             "slots": record.slots,
             "steps": record.steps,
             **{f"{phase}_ms": round(1000 * seconds, 1) for phase, seconds in record.seconds.items()},

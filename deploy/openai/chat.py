@@ -22,7 +22,7 @@ from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service
+from deploy.http.service import ServedModel, Service
 from deploy.openai.chat_request import ChatBody
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
@@ -98,7 +98,7 @@ class ChatCompletionChunk(Answer):
 
 def chat_router(service: Service) -> APIRouter:
     """Return the route of chat completions."""
-    router = APIRouter(tags=["OpenAI"], responses=errors() | errors(404))
+    router = APIRouter(tags=["OpenAI"], responses=errors())
 
     @router.post(
         "/v1/chat/completions",
@@ -113,10 +113,11 @@ def chat_router(service: Service) -> APIRouter:
         text; everything else is refused by name.
         """
         body = await read_body(request, ChatBody, service.image_policy)
-        body.check(service)
-        text = body.text(service)
-        image = await in_lane(body.num_chars, lambda: body.image(service))
-        chat = _Chat(service, text, image, bool(body.logprobs))
+        body.check()
+        model = await service.model(body.model)
+        text = body.text(model)
+        image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
+        chat = _Chat(service, model, text, image, bool(body.logprobs))
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(lambda emit: chat.stream(emit, wants_usage), _error_event)
@@ -129,25 +130,31 @@ class _Chat:
     """One completion under way."""
 
     def __init__(
-        self, service: Service, text: TextToGenerate, image: ImageSource, wants_logprobs: bool
+        self,
+        service: Service,
+        model: ServedModel,
+        text: TextToGenerate,
+        image: ImageSource,
+        wants_logprobs: bool,
     ) -> None:
         self._service = service
+        self._model = model
         self._text = text
         self._image = image
         self._wants_logprobs = wants_logprobs
-        by_default = TextToGenerate(prompt=None, options=service.options)
+        by_default = TextToGenerate(prompt=None, options=model.options)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.model.model,
-            "system_fingerprint": fingerprint(service.model, by_default),
+            "model": model.name,
+            "system_fingerprint": fingerprint(model.info, by_default),
         }
 
     async def complete(self) -> dict[str, Any]:
         """Return a `ChatCompletion`."""
         service, work = self._service, self._work(self._text)
         async with service.admit(cost_of(work)):
-            outputs = (await service.make(self._image, work, needs_tokens=True)).outputs
+            outputs = (await service.make(self._model, self._image, work, needs_tokens=True)).outputs
         choices = [
             {
                 "index": index,
@@ -174,8 +181,8 @@ class _Chat:
                 await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
 
         async with service.admit(cost_of(work)):
-            image = await service.decode(await service.load(self._image))
-            async with aclosing(service.stream(image, work)) as items:
+            image = await service.decode(self._model, await service.load(self._image))
+            async with aclosing(service.stream(self._model, image, work)) as items:
                 async for item in items:
                     if isinstance(item, TextPiece):
                         await emit_text(item.index, item.text)
@@ -207,7 +214,7 @@ class _Chat:
         return event(chunk | {"usage": usage} if wants_usage else chunk)
 
     def _usage(self, outputs: ImageOutputs) -> dict[str, int]:
-        prompt = self._service.model.num_queries + outputs.texts[0].num_prompt_tokens
+        prompt = self._model.info.num_queries + outputs.texts[0].num_prompt_tokens
         completion = sum(len(one.token_ids) for one in outputs.completions)
         return {
             "prompt_tokens": prompt,

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from blip2_actor import GenerationOptions
-from deploy.http.errors import ApiError, bad_request, shorten
+from blip2_actor import FetchPolicy, GenerationOptions
+from deploy.http.errors import bad_request
 from deploy.http.images import ImageSource, read_text
 from deploy.http.options import MAX_OPTIONS, parse_options
-from deploy.http.service import Service
+from deploy.http.service import ServedModel
 from deploy.http.wishes import Body, Text
 from deploy.work import TextToGenerate
 
@@ -116,9 +116,8 @@ class ChatBody(BaseModel):
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: ResponseFormat | None = None
 
-    def check(self, service: Service) -> None:
-        """Refuse another model, and fields that would have no effect; raise ApiError 400 or 404."""
-        require_model(service, self.model)
+    def check(self) -> None:
+        """Refuse fields that would have no effect; raise ApiError 400."""
         for name, value in (self.model_extra or {}).items():
             if name not in NO_EFFECT and value not in (None, False, [], {}, 0):
                 raise bad_request(f"{name} is not supported by BLIP-2; leave it out")
@@ -137,15 +136,15 @@ class ChatBody(BaseModel):
         """Length of the image as it is written."""
         return len(content_of(self.messages)[1])
 
-    def text(self, service: Service) -> TextToGenerate:
+    def text(self, model: ServedModel) -> TextToGenerate:
         """Return the prompt, and how its answer is generated."""
         prompt, _ = content_of(self.messages)
-        return TextToGenerate(prompt=prompt, options=self._options(service.options))
+        return TextToGenerate(prompt=prompt, options=self._options(model.options))
 
-    def image(self, service: Service) -> ImageSource:
+    def image(self, policy: FetchPolicy) -> ImageSource:
         """Return the one image; raise ApiError 400 or 413."""
         _, url = content_of(self.messages)
-        return read_text("image_url", url, service.image_policy)
+        return read_text("image_url", url, policy)
 
     def _options(self, defaults: GenerationOptions) -> GenerationOptions:
         max_tokens = self.max_completion_tokens or self.max_tokens
@@ -179,16 +178,6 @@ class ChatBody(BaseModel):
         if self.temperature == 0:
             return GREEDY
         return {"seed": seed} if defaults.do_sample else {}
-
-
-def require_model(service: Service, name: str) -> None:
-    """Raise ApiError 404 unless the service has the model that a client names."""
-    if name != service.model.model:
-        raise ApiError(
-            404,
-            "model_not_found",
-            f"model must be {service.model.model}, got {shorten(name)}; see /v1/models",
-        )
 
 
 def content_of(messages: list[Message]) -> tuple[str | None, str]:

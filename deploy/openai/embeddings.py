@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from blip2_actor import FetchPolicy
 from deploy.http.answers import Answer, vector_of
 from deploy.http.errors import bad_request
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageSource, read_text
@@ -24,7 +25,7 @@ from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, make_each
 from deploy.http.wishes import Body
-from deploy.openai.chat_request import Message, content_of, require_model
+from deploy.openai.chat_request import Message, content_of
 from deploy.work import ImageWork
 
 Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]
@@ -48,16 +49,15 @@ class EmbeddingsBody(Body):
             return len(content_of(self.messages)[1])
         return sum(map(len, [self.input] if isinstance(self.input, str) else self.input or []))
 
-    def images(self, service: Service) -> list[ImageSource]:
-        """Return the images; raise ApiError 400, 404 or 413."""
-        require_model(service, self.model)
+    def images(self, policy: FetchPolicy) -> list[ImageSource]:
+        """Return the images; raise ApiError 400 or 413."""
         if (self.input is None) == (self.messages is None):
             raise bad_request("input or messages must be given, one of them")
         if self.messages is not None:
             text, url = content_of(self.messages)
             if text is not None:
                 raise bad_request("messages must contain an image alone; BLIP-2 embeds images without a text")
-            return [read_text("image_url", url, service.image_policy)]
+            return [read_text("image_url", url, policy)]
         urls = [self.input] if isinstance(self.input, str) else self.input or []
         for url in urls:
             if not re.match(r"(data|https?):", url, re.IGNORECASE):
@@ -65,7 +65,7 @@ class EmbeddingsBody(Body):
                     "input must be images as data URIs or URLs: BLIP-2 embeds no texts here; a retrieval "
                     "model does, with /v1/embed"
                 )
-        return [read_text("input", url, service.image_policy) for url in urls]
+        return [read_text("input", url, policy) for url in urls]
 
 
 class OneEmbedding(Answer):
@@ -89,20 +89,21 @@ class Embeddings(Answer):
 
 def openai_embeddings_router(service: Service) -> APIRouter:
     """Return the route of embeddings."""
-    router = APIRouter(tags=["OpenAI"], responses=errors() | errors(404))
+    router = APIRouter(tags=["OpenAI"], responses=errors())
 
     @router.post("/v1/embeddings", openapi_extra=body_of(EmbeddingsBody), response_model=Embeddings)
     async def embeddings(request: Request) -> JSONResponse:
         """Embed images with the Q-Former."""
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
-        images = await in_lane(body.num_chars, lambda: body.images(service))
-        found = await make_each(service, images, ImageWork(features=True))
+        model = await service.model(body.model)
+        images = await in_lane(body.num_chars, lambda: body.images(service.image_policy))
+        found = await make_each(service, model, images, ImageWork(features=True))
         vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
-        num_tokens = service.model.num_queries * len(images)
+        num_tokens = model.info.num_queries * len(images)
         answer = {
             "object": "list",
             "data": _data(vectors, body.encoding_format),
-            "model": service.model.model,
+            "model": model.name,
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
         return JSONResponse(answer)

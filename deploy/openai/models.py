@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the one model of the service."""
+"""`GET /v1/models`: the models of the service, by their names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from starlette.responses import JSONResponse
 
 from deploy.http.answers import Answer
 from deploy.http.openapi import errors
-from deploy.http.service import Service
-from deploy.openai.chat_request import require_model
+from deploy.http.service import Service, require_name
 
 
 class Model(Answer):
@@ -26,21 +25,21 @@ class Models(Answer):
 
 
 def models_router(service: Service) -> APIRouter:
-    """Return the routes that list the model."""
+    """Return the routes that list the models."""
     router = APIRouter(tags=["OpenAI"])
 
-    def describe() -> dict[str, Any]:
-        return {"id": service.model.model, "object": "model", "created": 0, "owned_by": "blip2"}
+    def describe(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "blip2"}
 
     @router.get("/v1/models", response_model=Models)
     async def models() -> JSONResponse:
-        """List the model."""
-        return JSONResponse({"object": "list", "data": [describe()]})
+        """List the models; the first one answers requests that name none."""
+        return JSONResponse({"object": "list", "data": [describe(name) for name in service.model_names]})
 
     @router.get("/v1/models/{name:path}", response_model=Model, responses=errors(404))
     async def model(name: str) -> JSONResponse:
-        """Describe the model, if it has this name."""
-        require_model(service, name)
-        return JSONResponse(describe())
+        """Describe the model of this name; its engines are not asked."""
+        require_name(service.model_names, name)
+        return JSONResponse(describe(name))
 
     return router

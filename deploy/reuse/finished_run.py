@@ -7,11 +7,14 @@ that decide the rows (`blip2.run`). In memory is only where each image's row is:
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -21,6 +24,8 @@ from deploy.work import ImageOutputs, ImageWork, TextToGenerate
 
 RUN_KEY = b"blip2.run"
 """In the footer of each file: the settings that decide the rows, as JSON."""
+KEPT_ROW_GROUPS = 32
+"""Row groups that stay in memory for the next requests; images of one shard are often asked for together."""
 _COLUMNS = [
     "caption",
     "captions",
@@ -55,6 +60,8 @@ class FinishedRun:
         self._store = store
         self._paths = sorted(info.path for info in found if _is_output(info))
         self._digests, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.uint32)
+        self._group_starts: list[list[int]] = []
+        self._row_group = lru_cache(KEPT_ROW_GROUPS)(self._read_row_group)
         if not self._paths:
             raise ValueError(
                 f"cache_from must be the output of blip2 caption, got {folder}, which has no rows"
@@ -75,7 +82,10 @@ class FinishedRun:
         for number, path in enumerate(self._paths):
             if self._run_of(path) != self._run:
                 raise ValueError(f"cache_from must hold one run, got another in {path}")
-            table = self._open(path).read(["sha256", "status"])
+            file = self._open(path)
+            sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            self._group_starts.append([0, *accumulate(sizes)])
+            table = file.read(["sha256", "status"])
             rows = np.flatnonzero([status == "ok" for status in table["status"].to_pylist()])
             starts = b"".join((digest or bytes(8))[:8] for digest in table["sha256"].to_pylist())
             digests.append(np.frombuffer(starts, ">u8")[rows].astype(np.uint64))
@@ -84,14 +94,14 @@ class FinishedRun:
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
     def find(self, sha256: str, work: ImageWork) -> Made | None:
-        """Return the caption of an image, if the run has made it; this reads a file."""
+        """Return the caption of an image, if the run has made it; this may read a file."""
         if work != self.work:
             return None
         digest = bytes.fromhex(sha256)
         start = np.uint64(int.from_bytes(digest[:8], "big"))
         first, last = (np.searchsorted(self._digests, start, side) for side in ("left", "right"))
         for file, row in self._places[first:last]:
-            columns = self._row(self._paths[file], int(row))
+            columns = self._row(int(file), int(row))
             if columns["sha256"] == digest:
                 return _made_of(sha256, columns)
         return None
@@ -100,13 +110,14 @@ class FinishedRun:
         settings: bytes | None = (self._open(path).schema_arrow.metadata or {}).get(RUN_KEY)
         return settings
 
-    def _row(self, path: str, row: int) -> dict[str, Any]:
-        file = self._open(path)
-        group = 0
-        while row >= (num_rows := file.metadata.row_group(group).num_rows):
-            row, group = row - num_rows, group + 1
-        [columns] = file.read_row_group(group, _COLUMNS).slice(row, 1).to_pylist()
+    def _row(self, file: int, row: int) -> dict[str, Any]:
+        starts = self._group_starts[file]
+        group = bisect_right(starts, row) - 1
+        [columns] = self._row_group(file, group).slice(row - starts[group], 1).to_pylist()
         return dict(columns)
+
+    def _read_row_group(self, file: int, group: int) -> pa.Table:
+        return self._open(self._paths[file]).read_row_group(group, _COLUMNS)
 
     def _open(self, path: str) -> pq.ParquetFile:
         return pq.ParquetFile(path, filesystem=self._store)

@@ -19,7 +19,7 @@ from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service
+from deploy.http.service import ServedModel, Service
 from deploy.http.wishes import Wishes
 from deploy.reuse.made import Made, sha256_of
 from deploy.work import ImageWork, TextPiece
@@ -81,10 +81,11 @@ def captions_router(service: Service) -> APIRouter:
         The body is a form, JSON, or the image itself with everything else in the query.
         """
         body = await read_body(request, CaptionBody, service.image_policy)
-        work = body.work(service)  # what cannot be done is refused before anything is decoded
+        model = await service.model(body.model)
+        work = body.work(model)  # what cannot be done is refused before anything is decoded
         if not body.stream:
-            return JSONResponse(await _caption(service, body, work, body.image))
-        return EventStream(lambda emit: _stream(service, body, work, emit), _error_event)
+            return JSONResponse(await _caption(service, model, body, work, body.image))
+        return EventStream(lambda emit: _stream(service, model, body, work, emit), _error_event)
 
     @router.post(
         "/v1/captions",
@@ -98,11 +99,12 @@ def captions_router(service: Service) -> APIRouter:
         With `Accept: text/event-stream` the lines are the data of server-sent events.
         """
         body = await read_body(request, CaptionsBody, service.image_policy, MAX_BODIES)
-        work = body.work(service)
+        model = await service.model(body.model)
+        work = body.work(model)
         wants_events = EVENTS in request.headers.get("accept", "")
         encode = event if wants_events else line
         return EventStream(
-            lambda emit: _caption_all(service, body, work, lambda answer: emit(encode(answer))),
+            lambda emit: _caption_all(service, model, body, work, lambda answer: emit(encode(answer))),
             lambda error: encode({"status": error.type, "error": error.message}),
             EVENTS if wants_events else LINES,
         )
@@ -110,35 +112,41 @@ def captions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _caption(service: Service, wishes: Wishes, work: ImageWork, source: ImageSource) -> dict[str, Any]:
+async def _caption(
+    service: Service, model: ServedModel, wishes: Wishes, work: ImageWork, source: ImageSource
+) -> dict[str, Any]:
     async with service.admit(cost_of(work)):
-        made = await service.make(source, work)
-    return caption_answer(service.model, wishes, work, made)
+        made = await service.make(model, source, work)
+    return caption_answer(model, wishes, work, made)
 
 
-async def _stream(service: Service, body: CaptionBody, work: ImageWork, emit: Emit) -> None:
+async def _stream(
+    service: Service, model: ServedModel, body: CaptionBody, work: ImageWork, emit: Emit
+) -> None:
     names = ["caption", *(body.ask or {})]
     async with service.admit(cost_of(work)):
         image = await service.load(body.image)
         digest = await in_lane(len(image), lambda: sha256_of(image))
-        decoded = await service.decode(image)
-        async with aclosing(service.stream(decoded, work)) as items:
+        decoded = await service.decode(model, image)
+        async with aclosing(service.stream(model, decoded, work)) as items:
             async for item in items:
                 if isinstance(item, TextPiece):
                     await emit(event({"output": names[item.index], "text": item.text}, "text"))
                 else:
-                    answer = caption_answer(service.model, body, work, Made.of(digest, decoded, item))
+                    answer = caption_answer(model, body, work, Made.of(digest, decoded, item))
                     await emit(event(answer, "answer"))
 
 
-async def _caption_all(service: Service, body: CaptionsBody, work: ImageWork, send: Any) -> None:
+async def _caption_all(
+    service: Service, model: ServedModel, body: CaptionsBody, work: ImageWork, send: Any
+) -> None:
     """Caption every image, some at the same time; one that fails does not stop the others."""
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def caption(index: int, image: ImageSource) -> None:
         async with slots:
             try:
-                answer = {"index": index} | await _caption(service, body, work, image)
+                answer = {"index": index} | await _caption(service, model, body, work, image)
             except ApiError as error:
                 answer = {"index": index, "status": error.type, "error": error.message}
             await send(answer)

@@ -16,13 +16,15 @@ from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import Service, make_each
-from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, Text, require_matching
+from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, ModelName, Text, require_matching
 from deploy.work import ImageWork
 
 
 class EmbedBody(Body):
     """An image, or texts."""
 
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
     image: ImageField | None = None
     embed: Annotated[list[EmbeddingKind], Field(min_length=1)] = Field(default=["qformer"])
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
@@ -59,27 +61,28 @@ def embeddings_router(service: Service) -> APIRouter:
         body = await read_body(request, EmbedBody, service.image_policy)
         if (body.image is None) == (body.texts is None):
             raise bad_request("image or texts must be given, one of them")
+        model = await service.model(body.model)
         if body.texts is not None:
-            require_matching(service, "texts")
-            assert service.matching is not None
+            require_matching(model, "texts")
+            assert model.matching is not None
             async with service.admit(cost_of(ImageWork())):
                 found = await service.embed_texts(body.texts)
             vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
-            return JSONResponse({"embeddings": vectors, "model": service.matching.model})
+            return JSONResponse({"embeddings": vectors, "model": model.matching.model})
         assert body.image is not None
         if "contrastive" in body.embed:
-            require_matching(service, "embed")
+            require_matching(model, "embed")
         work = ImageWork(
             features=any(kind != "contrastive" for kind in body.embed),
             contrastive="contrastive" in body.embed,
         )
-        [made] = await make_each(service, [body.image], work)
+        [made] = await make_each(service, model, [body.image], work)
         answer = {
             "embeddings": vectors_of(body.embed, made.outputs.features, made.outputs.contrastive),
             "width": made.image.width,
             "height": made.image.height,
             "sha256": made.sha256,
-            "model": service.model.model,
+            "model": model.name,
         }
         return JSONResponse(answer)
 

@@ -16,7 +16,7 @@ from deploy.http.openapi import body_of, errors
 from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
 from deploy.http.service import Service
-from deploy.http.wishes import Body, Options
+from deploy.http.wishes import Body, ModelName, Options
 from deploy.work import ImageWork, TextToGenerate
 
 
@@ -38,6 +38,8 @@ class ImageToTextBody(Body):
 
     image: ImageField = Field(validation_alias=AliasChoices("inputs", "image"))
     parameters: ImageToTextParameters = ImageToTextParameters()
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
 
 
 class GeneratedText(Answer):
@@ -52,10 +54,11 @@ def image_to_text_router(service: Service) -> APIRouter:
     async def image_to_text(request: Request) -> JSONResponse:
         """Caption one image, as `huggingface_hub.InferenceClient.image_to_text` asks."""
         body = await read_body(request, ImageToTextBody, service.image_policy)
-        options = parse_options(body.parameters.options, service.options)
+        model = await service.model(body.model)
+        options = parse_options(body.parameters.options, model.options)
         work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
         async with service.admit(cost_of(work)):
-            made = await service.make(body.image, work)
+            made = await service.make(model, body.image, work)
         return JSONResponse([{"generated_text": one.text} for one in made.outputs.completions])
 
     return router

@@ -54,15 +54,17 @@ def pages_router(service: Service) -> APIRouter:
     """Return the routes that only describe."""
     router = APIRouter(tags=["service"])
 
-    @router.get("/v1/model", response_model=ModelAnswer)
-    async def model() -> JSONResponse:
-        """Describe the model, and the options of a request that names none."""
+    @router.get("/v1/model", response_model=ModelAnswer, responses=errors(404, 503))
+    async def describe(model: str | None = None) -> JSONResponse:
+        """Describe a model, by default the first, and the options of a request that names none."""
+        served = await service.model(model)
         return JSONResponse(
-            asdict(service.model)
+            asdict(served.info)
             | {
-                "caveat": service.model.caveat,
-                "options": asdict(service.options),
-                "score_model": None if service.matching is None else service.matching.model,
+                "model": served.name,
+                "caveat": served.info.caveat,
+                "options": asdict(served.options),
+                "score_model": None if served.matching is None else served.matching.model,
             }
         )
 
@@ -89,7 +91,7 @@ def pages_router(service: Service) -> APIRouter:
     @router.get("/scene.png", include_in_schema=False)
     def scene() -> Response:
         """Draw a picture that the demonstration model can caption; other models have no such route."""
-        if service.model.model != "demo":
+        if service.first.info.model != "demo":
             raise HTTPException(404)
         png, caption = draw_scene_png()
         return Response(png, media_type="image/png", headers={"X-Caption": caption})

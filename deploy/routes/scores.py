@@ -16,8 +16,8 @@ from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource, 
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, make_each
-from deploy.http.wishes import MAX_TEXTS, Body, Text, require_matching
+from deploy.http.service import ServedModel, Service, make_each
+from deploy.http.wishes import MAX_TEXTS, Body, ModelName, Text, require_matching
 from deploy.work import ImageWork, TextToScore
 
 SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
@@ -26,6 +26,8 @@ SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
 class ScoreBody(Body):
     """Texts to score after one image."""
 
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
     image: ImageField
     texts: SomeTexts
     prompt: Text | None = None
@@ -35,6 +37,8 @@ class ScoreBody(Body):
 class MatchBody(Body):
     """Texts to compare with one image."""
 
+    model: ModelName | None = None
+    """One of `/v1/models` that has a retrieval model; without one, the first of them."""
     image: ImageField
     texts: SomeTexts
 
@@ -63,8 +67,8 @@ class RerankBody(Body):
     """How many of the best are returned; all by default."""
     return_documents: bool = False
     """Whether the texts are returned with their scores; images never are."""
-    model: str | None = None
-    """Accepted for clients that send it; the service has one model."""
+    model: ModelName | None = None
+    """One of `/v1/models`; without one, the first of them."""
 
     @property
     def num_chars(self) -> int:
@@ -113,10 +117,11 @@ def scores_router(service: Service) -> APIRouter:
     async def score(request: Request) -> JSONResponse:
         """Return the log-probability of texts after an image and a prompt."""
         body = await read_body(request, ScoreBody, service.image_policy)
+        model = await service.model(body.model)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
-        [made] = await make_each(service, [body.image], ImageWork(scores=scores))
+        [made] = await make_each(service, model, [body.image], ImageWork(scores=scores))
         answer = score_answers(body.texts, made.outputs.scores)
-        return JSONResponse({"scores": answer, "model": service.model.model})
+        return JSONResponse({"scores": answer, "model": model.name})
 
     @router.post(
         "/v1/match", openapi_extra=body_of(MatchBody, forms=True, raw=True), response_model=MatchesAnswer
@@ -127,27 +132,29 @@ def scores_router(service: Service) -> APIRouter:
         This needs a retrieval model (--score-model).
         """
         body = await read_body(request, MatchBody, service.image_policy)
-        require_matching(service, "match")
-        [made] = await make_each(service, [body.image], ImageWork(matches=tuple(body.texts)))
-        assert service.matching is not None
+        model = await service.model(body.model)
+        require_matching(model, "match")
+        [made] = await make_each(service, model, [body.image], ImageWork(matches=tuple(body.texts)))
+        assert model.matching is not None
         answer = match_answers(body.texts, made.outputs.matches)
-        return JSONResponse({"matches": answer, "model": service.matching.model})
+        return JSONResponse({"matches": answer, "model": model.matching.model})
 
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody), response_model=RerankAnswer)
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
         body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
+        model = await service.model(body.model)
         query, documents = await in_lane(body.num_chars, lambda: body.contents(service))
-        relevance = await _relevance(service, query, documents)
+        relevance = await _relevance(service, model, query, documents)
         order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
         results = [{"index": index, "relevance_score": relevance[index]} for index in order]
         if body.return_documents:
             for result, index in zip(results, order, strict=True):
                 if isinstance(text := documents[index], str):
                     result["document"] = {"text": text}  # type: ignore[assignment]
-        scored_by = "likelihood" if service.matching is None else "itm"
-        model = service.matching or service.model
-        return JSONResponse({"results": results, "scored_by": scored_by, "model": model.model})
+        scored_by = "likelihood" if model.matching is None else "itm"
+        name = model.name if model.matching is None else model.matching.model
+        return JSONResponse({"results": results, "scored_by": scored_by, "model": name})
 
     return router
 
@@ -168,7 +175,7 @@ def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> s
 
 
 async def _relevance(
-    service: Service, query: str | ImageSource, documents: list[str | ImageSource]
+    service: Service, model: ServedModel, query: str | ImageSource, documents: list[str | ImageSource]
 ) -> list[float]:
     texts = [part for part in (query, *documents) if isinstance(part, str)]
     images = [part for part in (query, *documents) if not isinstance(part, str)]
@@ -176,10 +183,10 @@ async def _relevance(
         raise bad_request(f"documents must be at most {MAX_IMAGES} images, got {len(images)}")
     if any(isinstance(document, str) == isinstance(query, str) for document in documents):
         raise bad_request("documents must be texts if query is an image, and images if query is a text")
-    if service.matching is None:
+    if model.matching is None:
         work = ImageWork(scores=tuple(TextToScore(text=text) for text in texts))
     else:
         work = ImageWork(matches=tuple(texts))
-    outputs = [made.outputs for made in await make_each(service, images, work)]
+    outputs = [made.outputs for made in await make_each(service, model, images, work)]
     likelihoods = [math.exp(-(score.loss or 0.0)) for output in outputs for score in output.scores]
     return likelihoods or [match.itm or 0.0 for output in outputs for match in output.matches]

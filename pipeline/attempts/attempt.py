@@ -58,8 +58,12 @@ class Attempt:
     ready_s: float | None = None
     """When the first captioning worker was ready; None if none ever was."""
     points: Sequence[Point] = ()
+    shard_rows: float | None = None
+    """Mean number of rows of the shards of known length: the next attempt estimates with it what is left."""
     warnings: Mapping[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given."""
+    quantization: Mapping[str, int] = field(default_factory=dict)
+    """What workers have quantized and how near the result is, and how many of them."""
     ended_s: float | None = None
     exit_status: int | None = None
     reason: str | None = None
@@ -127,19 +131,33 @@ class Attempts:
         return self.rows / self.active_s if self.rows and self.active_s else None
 
     @property
+    def shard_rows(self) -> float | None:
+        """Mean number of rows of a shard, as the last attempt knew it; None if none did."""
+        known = [attempt.shard_rows for attempt in self.all if attempt.shard_rows is not None]
+        return known[-1] if known else None
+
+    @property
     def busy_s(self) -> Counter[str]:
         return _total(attempt.points[-1].busy_s for attempt in self.all if attempt.points)
 
     @property
+    def alive_s(self) -> Counter[str]:
+        """Seconds for which the workers of each stage existed, all of them together."""
+        return _total(attempt.points[-1].alive_s for attempt in self.all if attempt.points)
+
+    @property
     def busy_fractions(self) -> dict[str, float]:
         """The busy share of each stage: busy seconds over seconds of existence, of all its workers."""
-        alive_s = _total(attempt.points[-1].alive_s for attempt in self.all if attempt.points)
-        busy_s = self.busy_s
+        alive_s, busy_s = self.alive_s, self.busy_s
         return {stage: min(1.0, busy_s[stage] / alive_s[stage]) for stage in STAGES if alive_s[stage]}
 
     @property
     def warnings(self) -> Counter[str]:
         return _total(attempt.warnings for attempt in self.all)
+
+    @property
+    def quantization(self) -> Counter[str]:
+        return _total(attempt.quantization for attempt in self.all)
 
 
 def _total(mappings: Iterable[Mapping[str, Any]]) -> Counter[str]:
@@ -164,7 +182,9 @@ def fold(first: Attempt, second: Attempt) -> Attempt:
         phases={},
         ready_s=0.0,
         points=(last,),
+        shard_rows=second.shard_rows,
         warnings=dict(Attempts((first, second)).warnings.most_common(MAX_WARNINGS)),
+        quantization=dict(Attempts((first, second)).quantization.most_common(MAX_WARNINGS)),
         ended_s=None,
         exit_status=None,
         reason=f"{num_attempts:,} attempts, of which only the sums are kept",

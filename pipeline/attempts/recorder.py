@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Point, WorkerLoad
+from pipeline.attempts.attempt import MAX_WARNINGS, Attempt, Attempts, Point, WorkerLoad
 from pipeline.attempts.environment import command_line, hardware_of, versions
-from pipeline.attempts.store import make_room, write_attempt
+from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.exit_status import status_of
 from pipeline.placement.cluster import Cluster
@@ -43,6 +43,11 @@ class AttemptRecorder:
         """
         self._folder = folder
         self._is_begun = is_begun
+        self.earlier = Attempts()
+        """The attempts of this run before this one."""
+        if is_begun:
+            with contextlib.suppress(OSError):
+                self.earlier = read_attempts(folder)
         self._attempt = attempt
         self._started = self._phase_began = time.monotonic()
         self._phases: dict[str, float] = {}
@@ -50,6 +55,7 @@ class AttemptRecorder:
         self._before = self._now = Point(0.0, 0)
         self._warnings_before: Counter[str] = Counter()
         self._warnings: Counter[str] = Counter()
+        self._quantization: dict[str, int] = {}
         self._write()
 
     def run_has_begun(self, run: str, dtype: str) -> None:
@@ -83,7 +89,12 @@ class AttemptRecorder:
         self._warnings_before = self._warnings
 
     def note(
-        self, rows: int, loads: Mapping[str, Mapping[str, WorkerLoad]], warnings: Mapping[str, int]
+        self,
+        rows: int,
+        loads: Mapping[str, Mapping[str, WorkerLoad]],
+        warnings: Mapping[str, int],
+        quantization: Mapping[str, int],
+        shard_rows: float | None = None,
     ) -> None:
         """Note how far the attempt is.
 
@@ -91,7 +102,11 @@ class AttemptRecorder:
             rows: rows that this driver has counted.
             loads: by stage and worker.
             warnings: of workers, and how often each was given.
+            quantization: what workers have quantized, and how many of them.
+            shard_rows: mean number of rows of the shards of known length.
         """
+        self._quantization |= quantization
+        self._attempt = dataclasses.replace(self._attempt, shard_rows=shard_rows)
         self._warnings = self._warnings_before + Counter(warnings)
         seconds = self._seconds
         is_first_row = self._note_start(seconds, rows, loads.get("caption", {}))
@@ -117,6 +132,11 @@ class AttemptRecorder:
         self._write()
 
     @property
+    def all(self) -> Attempts:
+        """All attempts of this run, with this one as far as it is."""
+        return Attempts((*self.earlier, self._attempt))
+
+    @property
     def _seconds(self) -> float:
         return time.monotonic() - self._started
 
@@ -140,6 +160,7 @@ class AttemptRecorder:
             phases=dict(self._phases),
             points=self._timeline.points,
             warnings=dict(self._warnings.most_common(MAX_WARNINGS)),
+            quantization=dict(self._quantization),
         )
         if not self._is_begun:
             return

@@ -10,7 +10,7 @@ from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.retry_settings import RetrySettings
-from pipeline.show.outcome import outcome_lines
+from pipeline.show.outcome import tell_outcome
 
 
 @errors_to_exit_status
@@ -48,6 +48,4 @@ def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
 def _run(job: Job) -> int:
     console = Console()
     result = run_job(job, console)
-    for line in [*result.lines(), *outcome_lines(job.ledger.folder, result)]:
-        console.say(line)
-    return result.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
+    return tell_outcome(console, job, result)

@@ -45,8 +45,8 @@ def print_settings(arguments: Sequence[str], parse: Parse) -> int:
         build(command.settings, vars(given))
     console = Console()
     if as_json:
-        console.say(settings_as_json(given.command, settings))
+        console.result(settings_as_json(given.command, settings))
     else:
         for line in settings_as_toml(given.command, settings):
-            console.say(line)
+            console.result(line)
     return 0

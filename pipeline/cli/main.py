@@ -8,6 +8,7 @@ then imports what it needs. `pipeline.exit_status` has the exit statuses.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,13 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
                 action="store_true",
                 help="Also print log messages, and the traceback of an error.",
             )
+            sub.add_argument(
+                "-q", "--quiet", action="store_true", help="Print results, warnings and errors only."
+            )
+            if "json" not in {field.name for field in dataclasses.fields(command.settings)}:
+                sub.add_argument(
+                    "--json", dest="json_lines", action="store_true", help="Print one JSON object a line."
+                )
             add_flags(sub, command.settings, command.without)
         else:
             commands.add_parser(name, help=command.summary)
@@ -119,6 +127,7 @@ def _run(arguments: list[str]) -> int:
         arguments, job = split_arguments(arguments)
     command, given = parse(arguments)
     settings = _build(given, _read_job(job))
+    _choose_style(given)
     if given.verbose:
         from pipeline.cli.verbose import print_log
 
@@ -128,6 +137,19 @@ def _run(arguments: list[str]) -> int:
 
         set_ray_environment()
     return command.load()(settings)
+
+
+def _choose_style(given: argparse.Namespace) -> None:
+    """Let the consoles of this process speak as the flags ask for it.
+
+    A command with a setting `json` prints one document by itself.
+    """
+    from pipeline.progress import choose_style
+
+    is_json = getattr(given, "json_lines", False)
+    if is_json and given.quiet:
+        raise ValueError("--quiet must be given without --json, got both; leave one of them out")
+    choose_style("json" if is_json else "quiet" if given.quiet else "text", may_be_live=not given.verbose)
 
 
 def parse(arguments: Sequence[str], requires: bool = True) -> tuple[Command, argparse.Namespace]:

@@ -35,7 +35,7 @@ def command(settings: CompareSettings) -> int:
         write(sys.stdout, json.dumps(_to_dict(comparison, scores), indent=1) + "\n")
     else:
         for line in summary_lines(comparison, scores):
-            console.say(line)
+            console.result(line)
     if settings.html:
         page, num_pictures = comparison_page(before, after, comparison, scores, settings.thumbnails)
         Path(settings.html).write_text(page, encoding="utf-8")

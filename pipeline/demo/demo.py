@@ -77,7 +77,11 @@ def demo(settings: DemoSettings) -> int:
     _show_odd_rows(console, rows, truth, comparison)
     console.say(f"output: {captions}/**/*.parquet")
     done = result.exit_status(1.0) == 0 and not comparison.wrong_status
-    return 0 if done and comparison.accuracy >= MIN_ACCURACY else 1
+    status = 0 if done and comparison.accuracy >= MIN_ACCURACY else 1
+    if status:
+        console.fail(f"exit status {status}: a row has another status than expected, or captions are wrong")
+    console.event("end", exit_status=status, accuracy=comparison.accuracy, num_rows=result.num_rows)
+    return status
 
 
 def compare(rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> Comparison:

@@ -34,9 +34,9 @@ def doctor(settings: DoctorSettings) -> int:
         findings.append(finding)
         if not settings.json:
             for line in finding.lines():
-                console.say(hide_secrets(line))
+                console.finding(hide_secrets(line), finding.verdict)
     if settings.json:
-        console.say(hide_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
+        console.result(hide_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
     has_failed = any(finding.verdict == "fail" for finding in findings)
     return ExitStatus.FAILED if has_failed else ExitStatus.DONE
 

@@ -40,6 +40,7 @@ def export(settings: ExportSettings) -> int:
             destination.finish(shard)
             num_written += 1
             console.say(f"{destination.name_of(shard)}: {count(num_rows, 'row')}")
+            console.event("shard", name=destination.name_of(shard), num_rows=num_rows)
         if settings.to == "imagefolder":
             finish_imagefolder(destination, found.shards)
     num_kept = len(found.shards) - num_written
@@ -49,7 +50,7 @@ def export(settings: ExportSettings) -> int:
     )
     if not found.is_whole:
         left = len(found.run.shards) - len(found.shards)
-        console.say(f"{left:,} shards of the run have no file yet; export again when the run has finished")
+        console.warn(f"{left:,} shards of the run have no file yet; export again when the run has finished")
     return ExitStatus.DONE
 
 

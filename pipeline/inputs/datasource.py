@@ -15,6 +15,7 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
+from pipeline.errors import noted
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork
 from pipeline.inputs.stamps import read_unchanged
 
@@ -115,5 +116,6 @@ def _read(
     if on_start is not None:
         on_start()
     for work in group:
-        report = yield from read_unchanged(work, options, kept)
-        on_end(report)
+        with noted(f"reading {work.shard.uri}"):
+            report = yield from read_unchanged(work, options, kept)
+            on_end(report)

@@ -94,6 +94,8 @@ class Reconciliation:
             f"{len(self.missing):,} {'missing' if is_over else 'left'}",
         ]
         lines += _shorten([f"partial: {summary.shard}: {summary.reason}" for summary in self.partial])
+        if self.partial:
+            lines.append("blip2 retry reads partial shards again; repair or replace their files first")
         lines += _shorten([f"note: {s.shard}: {s.note}" for s in self.summaries if s.note])
         lines += _shorten([f"missing: {shard}" for shard in self.missing]) if is_over else []
         return lines + self.captions.warnings()

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from blip2_actor import QuantizationChoice
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.changes import name_some
 from pipeline.inputs.file_kinds import Unread
@@ -52,6 +53,8 @@ class Run:
     """Files of the input that are not read."""
     kept: pa.Schema | None = None
     """The kept columns, with the types that they have in every file; None in runs of 0.1.0."""
+    quantization: QuantizationChoice | None = None
+    """What every worker quantizes; None if nothing is."""
 
     @property
     def schema_version(self) -> int:
@@ -72,6 +75,12 @@ class Run:
         """The inputs of the first command, without secrets, each in the one spelling of `same_place`."""
         folder = self.working_folder or os.getcwd()
         return tuple(same_place(name, folder) for name in self.settings.get("input", ()))
+
+    def commit_of(self, engine: Any) -> str | None:
+        """Return the commit of the run's model on the hub, or None if an engine is of another model."""
+        model = self.settings.get("engine", {}).get("model")
+        is_same = getattr(engine, "model", None) == model and model is not None
+        return self.fingerprint.parts["model"].partition("+")[0] if is_same else None
 
     def with_shards(self, shards: Iterable[Shard], inputs: Sequence[str] = ()) -> Run:
         """Return the run with other shards, and with other inputs if they are given."""
@@ -157,6 +166,8 @@ def _write_record(folder: Folder, run: Run) -> None:
     }
     if run.kept is not None:
         record["kept"] = base64.b64encode(run.kept.serialize()).decode()
+    if run.quantization is not None:
+        record["quantization"] = run.quantization.to_dict()
     folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
 
 
@@ -215,6 +226,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         hides_options=values.get("hides_options", True),
         unread=Unread(**values.get("unread", {})),
         kept=_read_schema(values.get("kept")),
+        quantization=_read_choice(values.get("quantization")),
         shards=shards,
     )
 
@@ -222,6 +234,10 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
 def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:
     with gzip.GzipFile(fileobj=file) as lines:
         return tuple(with_secrets(Shard(**json.loads(line)), inputs) for line in lines)
+
+
+def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
+    return None if stored is None else QuantizationChoice.from_dict(stored)
 
 
 def _read_schema(stored: str | None) -> pa.Schema | None:

@@ -56,8 +56,12 @@ def clean(settings: CleanSettings) -> int:
         ledger.folder.drop_if_empty(ASIDE)
     else:
         found = _find(ledger, run, has_dead_lease)
+    if console.is_json:
+        by_reason = {reason: list(names) for reason, names in found.removable.by_reason.items()}
+        console.event("clean", files=by_reason, num_bytes=found.num_bytes, is_deleted=settings.yes)
+        return ExitStatus.DONE
     for line in _lines(found, settings.yes):
-        console.say(line)
+        console.result(line)
     return ExitStatus.DONE
 
 
@@ -68,6 +72,10 @@ class Found:
     removable: Removable
     sizes: Mapping[str, int]
     """Bytes of each file."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
 
 
 def _find(ledger: Ledger, run: Run | None, has_dead_lease: bool) -> Found:
@@ -119,7 +127,7 @@ def _lines(found: Found, is_deleted: bool) -> Iterator[str]:
     waiting = sum(found.removable.waiting.values())
     if waiting:
         yield f"kept: {count(waiting, 'fragment')} of a retry that was stopped; blip2 retry goes on with them"
-    total = f"{count(len(found.removable.names), 'file')}, {format_bytes(sum(found.sizes.values()))}"
+    total = f"{count(len(found.removable.names), 'file')}, {format_bytes(found.num_bytes)}"
     if is_deleted:
         yield f"deleted: {total}"
     elif found.removable.names:

@@ -53,14 +53,14 @@ def verify(settings: VerifySettings) -> int:
         findings.append(finding)
         if not settings.json:
             for line in finding.lines():
-                console.say(hide_secrets(line))
+                console.finding(hide_secrets(line), finding.verdict)
     left = tuple(shard.name for shard in run.shards if shard.name not in summaries)
     done = Reconciliation(len(run.shards), tuple(summaries.values()), left)
     if settings.json:
-        console.say(hide_secrets(json.dumps(_document(ledger, done, findings), indent=1)))
+        console.result(hide_secrets(json.dumps(_document(ledger, done, findings), indent=1)))
     else:
         for line in [*done.lines(is_over=not left), _verdict(ledger, done, findings)]:
-            console.say(hide_secrets(line))
+            console.result(hide_secrets(line))
     return ExitStatus.FAILED if _num_faults(findings) else ExitStatus.DONE
 
 

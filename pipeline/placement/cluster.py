@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import ray
 
+from pipeline.placement.labels import has_labels
 from pipeline.placement.node_types import NodeType, autoscaler_node_types
 from pipeline.progress import count
 
 NODE_TYPE = "ray.io/node-group"
 """Label with the node type of a node that the autoscaler has started."""
-SELECTOR_SIGNS = "!("
-"""A value of a label selector with one of these, such as "!in(a, b)", is left to Ray to evaluate."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ class Cluster:
 
 def _fit(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
     """Return how many workers fit on one node if nothing else runs there."""
-    for name, value in labels.items():
-        is_plain = not any(sign in value for sign in SELECTOR_SIGNS)
-        if is_plain and node.labels.get(name) != value:
-            return 0
+    if not has_labels(node.labels, labels):
+        return 0
     needs = {name: amount for name, amount in resources.items() if amount}
     return min((math.floor(node.resources.get(n, 0.0) / amount) for n, amount in needs.items()), default=1)
 

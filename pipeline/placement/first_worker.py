@@ -1,25 +1,36 @@
-"""What only a worker knows: which dtype "auto" means on the device that captions.
+"""What only a worker knows: which dtype "auto" means on the device that captions, and what it quantizes.
 
 The driver of a cluster often has no accelerator. It describes the model without a device, and the first
-worker that has what an actor reserves is asked for the dtype. The answer is recorded with the run, and later
-starts take the recorded one.
+worker that has what an actor reserves is asked for the dtype. It also measures which parts of the model are
+quantized, so that all workers quantize the same parts. The answer is recorded with the run, and later starts
+take the recorded one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from blip2_actor import EngineBuilder, ModelInfo
+from blip2_actor import EngineBuilder, ModelInfo, QuantizationChoice
 from pipeline.errors import RefusedByCluster, Stopped
 from pipeline.placement.own_accelerator import use_own_accelerator
 from pipeline.placement.reservations import Reservations, resolve_engine
-from pipeline.placement.waiting import Say, wait_for
+from pipeline.watch.waiting import Say, wait_for
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class WorkerAnswer:
+    """What the first worker has found."""
+
+    info: ModelInfo
+    quantization: QuantizationChoice | None
+    """None if the engine does not quantize."""
 
 
 def leaves_dtype_open(engine: EngineBuilder) -> bool:
@@ -33,6 +44,18 @@ def with_dtype(engine: EngineBuilder, dtype: str) -> EngineBuilder:
     return dataclasses.replace(known, dtype=dtype) if leaves_dtype_open(engine) else engine
 
 
+def leaves_quantization_open(engine: EngineBuilder) -> bool:
+    """Return whether a measurement decides which parts are quantized."""
+    is_wanted = getattr(engine, "quantize", None) is not None
+    return is_wanted and getattr(engine, "quantization_choice", None) is None
+
+
+def with_quantization(engine: EngineBuilder, choice: QuantizationChoice | None) -> EngineBuilder:
+    """Return the engine with what its run quantizes, if that is known."""
+    known: Any = engine
+    return engine if choice is None else dataclasses.replace(known, quantization_choice=choice)
+
+
 def describe_without_device(engine: EngineBuilder) -> ModelInfo:
     """Describe the model on a machine that does not run it; an open dtype is that of this machine's CPU.
 
@@ -42,14 +65,16 @@ def describe_without_device(engine: EngineBuilder) -> ModelInfo:
     known: Any = engine
     if not {"device", "dtype"} <= {each.name for each in dataclasses.fields(known)}:
         return engine.info()
-    if leaves_dtype_open(engine):
-        return dataclasses.replace(known, device="cpu").info()
-    info = dataclasses.replace(known, device="cpu", dtype="float32").info()
-    return dataclasses.replace(info, dtype=known.dtype)
+    dtype = known.dtype
+    known = dataclasses.replace(known, device="cpu", **({} if dtype == AUTO else {"dtype": "float32"}))
+    if (quantize := getattr(known, "quantize", None)) is not None:  # only its device knows if it can
+        known = dataclasses.replace(known, quantize=None)
+    info = dataclasses.replace(known.info(), quantize=quantize)
+    return info if dtype == AUTO else dataclasses.replace(info, dtype=dtype)
 
 
-def ask_first_worker(engine: EngineBuilder, reservations: Reservations, say: Say) -> ModelInfo:
-    """Return the model as the first worker with the reservation of an actor sees it; wait for that worker.
+def ask_first_worker(engine: EngineBuilder, reservations: Reservations, say: Say) -> WorkerAnswer:
+    """Return what the first worker with the reservation of an actor finds; wait for that worker.
 
     Raises:
         RefusedByCluster: the worker cannot run the model, for example as torch cannot use its accelerator.
@@ -57,7 +82,7 @@ def ask_first_worker(engine: EngineBuilder, reservations: Reservations, say: Say
     """
     caption = reservations.caption
     options = caption.options
-    task = ray.remote(_describe).options(**options)
+    task = ray.remote(_answer).options(**options)
     answer = task.remote(resolve_engine(engine, reservations), caption.accelerators)
     try:
         return wait_for(answer, f"the first captioning worker ({caption})", say)
@@ -69,6 +94,8 @@ def ask_first_worker(engine: EngineBuilder, reservations: Reservations, say: Say
         raise Stopped(f"the first captioning worker has failed: {error}") from error
 
 
-def _describe(engine: EngineBuilder, accelerators: Mapping[str, float]) -> ModelInfo:
+def _answer(engine: EngineBuilder, accelerators: Mapping[str, float]) -> WorkerAnswer:
     use_own_accelerator(engine, accelerators)
-    return engine.info()
+    known: Any = engine
+    choice = known.choose_quantization() if leaves_quantization_open(engine) else None
+    return WorkerAnswer(engine.info(), choice)

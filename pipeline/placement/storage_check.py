@@ -19,11 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.errors import InputError, RefusedByCluster
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.shards import Shard
+from pipeline.placement.labels import has_labels
 from pipeline.placement.reservations import Reservation
-from pipeline.placement.waiting import Say, wait_for
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.folder import PROBE, Folder
 from pipeline.storage.retrying_file import open_input
+from pipeline.watch.waiting import Say, wait_for
 
 MAX_SAMPLE = 8
 """Files of the input that each node opens."""
@@ -124,9 +125,8 @@ def _sights(folder: Folder, proof: str, sample: Sequence[Shard], read: Reservati
 
 
 def _can_run(node: dict[str, Any], read: Reservation) -> bool:
-    labels = node.get("Labels") or {}
-    has_labels = all(labels.get(name) == value for name, value in read.labels.items())
-    return has_labels and node["Resources"].get("CPU", 0.0) >= read.num_cpus
+    is_chosen = has_labels(node.get("Labels") or {}, read.labels)
+    return is_chosen and node["Resources"].get("CPU", 0.0) >= read.num_cpus
 
 
 def _sight(answer: Any) -> Sight | None:

@@ -14,10 +14,13 @@ from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample
 from pipeline.plan.stage_costs import StageCosts
 from pipeline.progress import duration, format_bytes
-from pipeline.run.bottleneck import REMEDIES
+from pipeline.run.bottleneck import Machines
 from pipeline.settings.job_settings import CaptionSettings
 
 MAX_ERRORS_SHOWN = 5
+RAY_START_S = 10.0
+"""Seconds that Ray and the workers' imports take before an engine starts: 8 to 12 on two cores (AMD EPYC,
+November 2026)."""
 JSON_NAMES = {"min_rows": "least_rows", "max_rows": "most_rows"}
 """Fields of `SizeEstimate` that have another name in the JSON object, which never changes its keys."""
 
@@ -35,13 +38,38 @@ class Plan:
     unread: Unread
     """The files of the input that are not read."""
     num_cpus: int
-    """Cores of this machine that this process may use."""
+    """Cores of the measured machine that its process may use."""
+    num_accelerators: int = 0
+    """GPUs of the measured machine that actors of the engine may take."""
+    price_per_hour: float | None = None
+    """Of a captioning actor with the cores that keep it busy."""
+    place: str = "here"
+    """The measured machine, in words."""
 
     @property
     def prediction(self) -> Prediction:
         return predict(
-            self.stage_costs.costs, self.size_estimate.num_rows, self.num_cpus, self.settings.placement
+            self.stage_costs.costs,
+            self.size_estimate.num_rows,
+            self.num_cpus,
+            self.settings.placement,
+            self.start_s,
         )
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from the command to the first image."""
+        return RAY_START_S + self.stage_costs.start_s
+
+    @property
+    def _remedy(self) -> str:
+        num_decoders = self.settings.placement.max_decode_actors or self.num_cpus
+        machines = Machines(
+            num_cpus=self.num_cpus,
+            num_accelerators=self.num_accelerators,
+            num_workers={"caption": 1, "decode": min(self.num_cpus, num_decoders)},
+        )
+        return machines.remedy(self.prediction.bottleneck)
 
     @property
     def by_status(self) -> Counter[str]:
@@ -51,6 +79,11 @@ class Plan:
     @property
     def failed_fraction(self) -> float:
         return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
+
+    @property
+    def cost(self) -> float | None:
+        """What the whole input costs, in the currency of the price, if no actor ever waits."""
+        return None if self.price_per_hour is None else self.prediction.actor_s / 3600 * self.price_per_hour
 
     @property
     def output_bytes(self) -> float:
@@ -107,9 +140,15 @@ class Plan:
                 + f"{duration(prediction.actor_s / num_actors)}, with {num_cores:,.1f} cores"
             )
         yield (
-            f"here      {duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores; bottleneck: "
-            f"{prediction.bottleneck}; {REMEDIES[prediction.bottleneck]}"
+            f"{self.place:10}{duration(prediction.here_s)} with one actor on {self.num_cpus:,} cores, "
+            f"{duration(self.start_s)} of it start-up; bottleneck: {prediction.bottleneck}; {self._remedy}"
         )
+        if self.cost is not None:
+            rows = self.size_estimate.num_rows
+            yield (
+                f"cost      {self.cost:,.2f} for the whole input at {self.price_per_hour:g} per hour of an "
+                f"actor, {1e6 * self.cost / rows:,.2f} per million rows; starts and idle machines come on top"
+            )
         num_files = self.size_estimate.num_shards
         yield f"output    about {format_bytes(self.output_bytes)} in {num_files:,} Parquet files"
         if self.failed_fraction > self.settings.max_failed_fraction:
@@ -134,6 +173,9 @@ class Plan:
             "output_bytes": round(self.output_bytes),
             "start_s": self.stage_costs.start_s,
             "num_cpus": self.num_cpus,
+            "place": self.place,
+            "price_per_hour": self.price_per_hour,
+            "cost": self.cost,
             "quantization": None if effect is None else dataclasses.asdict(effect),
         }
 

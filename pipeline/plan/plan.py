@@ -1,22 +1,17 @@
 """The command `blip2 plan`: say what a job would take, without running it.
 
-The command lists the input, reads a sample, times each stage of the job on the sample in this process, and
-predicts the whole from that. It needs no Ray, and the output folder is as before when it ends.
+The plan is made here, or in a worker of a cluster. The output folder is as before when the command ends.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import sys
 
 from blip2_actor import EngineBuilder
 from pipeline.exit_status import before_work, errors_to_exit_status
-from pipeline.inputs.formats import check_options
-from pipeline.inputs.listing import list_input
-from pipeline.inputs.size_estimate import estimate_size
-from pipeline.plan.model import Plan
-from pipeline.plan.sample import take_sample
-from pipeline.plan.stage_costs import measure_stage_costs
+from pipeline.plan.make_plan import make_plan
+from pipeline.plan.on_cluster import make_plan_on_cluster
 from pipeline.progress import Console
 from pipeline.settings.plan_settings import AnyPlanSettings
 
@@ -24,51 +19,15 @@ from pipeline.settings.plan_settings import AnyPlanSettings
 @errors_to_exit_status
 def plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> int:
     """Print a plan, as lines or as one JSON object."""
-    with before_work(type(settings)):  # a plan starts nothing: all that it refuses, the job would refuse
-        found = make_plan(settings, engine)
     console = Console()
+    with before_work(type(settings)):  # a plan starts nothing: all that it refuses, the job would refuse
+        if settings.on_cluster:
+            found = make_plan_on_cluster(settings, engine, Console(sys.stderr).say)
+        else:
+            found = make_plan(settings, engine)
     if settings.json:
-        console.say(json.dumps(found.to_dict()))
+        console.result(json.dumps(found.to_dict()))
         return 0
     for line in found.lines():
-        console.say(line)
+        console.result(line)
     return 0
-
-
-def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> Plan:
-    """List the input, take a sample, and time the stages on it.
-
-    Args:
-        settings: the job, and the size of the sample.
-        engine: used in place of the job's engine.
-
-    Raises:
-        ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
-    """
-    job = settings.job()
-    engine = engine or job.builder
-    info = engine.info()
-    job = job.resolved(info)
-    job.spec(engine).check(info)
-    listing = list_input(
-        job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
-    )
-    shards = listing.shards
-    check_options(shards, job.read_options)
-    sample = take_sample(shards, job.read_options, settings.sample)
-    return Plan(
-        settings=job,
-        info=info,
-        size_estimate=estimate_size(shards, job.limit, job.read_options),
-        sample=sample,
-        unread=listing.unread,
-        stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
-        num_cpus=_num_cpus(),
-    )
-
-
-def _num_cpus() -> int:
-    """Return the cores that this process may use; on macOS those of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -37,7 +37,7 @@ class Prediction:
     cpus_per_actor: float
     """Cores that keep one captioning actor busy."""
     here_s: float
-    """Seconds on this machine, with one captioning actor."""
+    """Seconds on this machine, with one captioning actor, from the command to its end."""
     bottleneck: str
     """The stage that limits the pace on this machine."""
 
@@ -46,7 +46,9 @@ class Prediction:
         return self.stages["decode"].workers_per_actor
 
 
-def predict(costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: Placement) -> Prediction:
+def predict(
+    costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: Placement, start_s: float = 0.0
+) -> Prediction:
     """Predict what a run of `num_rows` rows will take.
 
     Args:
@@ -55,6 +57,7 @@ def predict(costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: 
         num_rows: rows of the input.
         num_cpus: cores of this machine.
         placement: the limits on the numbers of actors.
+        start_s: seconds from the command to the first image.
     """
     caption_s = costs["caption"].wall_s
     workers = {
@@ -81,6 +84,6 @@ def predict(costs: Mapping[str, Cost], num_rows: int, num_cpus: int, placement: 
         },
         actor_s=num_rows * caption_s,
         cpus_per_actor=cpu_s / caption_s,
-        here_s=num_rows * row_s,
+        here_s=start_s + num_rows * row_s,
         bottleneck=bottleneck,
     )

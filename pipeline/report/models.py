@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blip2_actor import ModelInfo
 from pipeline.demo.dataset import MARKER
 from pipeline.ledger.run_record import Run
 
 DEMO = "demo"
-DEMO_WARNING = (
-    'warning: the model "demo" knows the drawn scenes of `blip2 demo` only; what it says of other images is '
-    "wrong; choose a published checkpoint with --model"
-)
+DEMO_WARNING = f"warning: {ModelInfo.DEMO_CAVEAT}; choose a published checkpoint with --model"
 LICENSES = {
     "Salesforce/blip2-opt-": "OPT weights: Meta's OPT-175B license, non-commercial research only",
     "Salesforce/blip2-flan-t5-": "Flan-T5 weights: Apache-2.0",

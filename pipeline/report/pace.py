@@ -6,27 +6,51 @@ from datetime import timedelta
 
 from pipeline.attempts.attempt import Attempt, Attempts
 from pipeline.progress import count, duration
-from pipeline.run.bottleneck import describe_bottleneck
+from pipeline.run.bottleneck import Machines, describe_bottleneck
 
 UNKNOWN = "speed: unknown, the output has no record of what its attempts did"
 MAX_WARNINGS = 5
 
 
 def attempt_lines(attempts: Attempts) -> list[str]:
-    """Return the speed of a run, how its last attempt ended, and what its workers warned of."""
+    """Return the speed of a run, how its last attempt ended, and what its workers quantized and warned of."""
     if not attempts.all:
         return [UNKNOWN]
     lines = [_speed(attempts)]
     if attempts.rows:
-        lines.append(describe_bottleneck(attempts.busy_fractions))
+        lines.append(verdict(attempts))
     first, last = attempts.all[0], attempts.all[-1]
     span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
     lines.append(f"{span}; the last: {last.ending}")
+    quantization = attempts.quantization.most_common(MAX_WARNINGS)
+    lines += [f"quantized by {count(n, 'worker')}: {text}" for text, n in quantization]
     warnings = attempts.warnings.most_common()
     lines += [f"worker warning, at least {count(n, 'time')}: {text}" for text, n in warnings[:MAX_WARNINGS]]
     if len(warnings) > MAX_WARNINGS:
         lines.append(f"... and {len(warnings) - MAX_WARNINGS:,} more warnings of workers")
     return lines
+
+
+def total_line(attempts: Attempts) -> str:
+    """Return what all attempts of a run have done together, and when the first began and the last ended."""
+    first, last = attempts.all[0], attempts.all[-1]
+    span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
+    rate = f" ({attempts.rows_per_s:,.1f} rows/s)" if attempts.rows_per_s else ""
+    return f"{span}: {count(attempts.rows, 'row')} in {duration(attempts.active_s)} of work{rate}"
+
+
+def verdict(attempts: Attempts) -> str:
+    """Return the bottleneck of a run, as far as the records of its attempts tell it."""
+    if not attempts.rows:
+        return UNKNOWN
+    hardware, active_s = attempts.all[-1].hardware, attempts.active_s
+    alive_s = attempts.alive_s
+    machines = Machines(
+        num_cpus=hardware.get("cpus", 0.0),
+        num_accelerators=hardware.get("accelerators", 0.0),
+        num_workers={stage: seconds / active_s for stage, seconds in alive_s.items()} if active_s else {},
+    )
+    return describe_bottleneck(attempts.busy_fractions, active_s, machines)
 
 
 def time_of(attempt: Attempt, seconds: float = 0.0) -> str:

@@ -17,12 +17,11 @@ from pipeline.page.sheet import Card, Sheet, Text, used
 from pipeline.progress import duration
 from pipeline.report.model import Report, Sample
 from pipeline.report.models import license_of
-from pipeline.report.pace import UNKNOWN, attempt_lines, last_s, time_of
+from pipeline.report.pace import attempt_lines, last_s, time_of, verdict
 from pipeline.report.remedies import remedy
 from pipeline.report.rows import is_own_column, short_value
 from pipeline.report.samples import GROUPS
 from pipeline.report.statistics import LOGPROB_DIGITS, SCORE_DIGITS, size_class
-from pipeline.run.bottleneck import describe_bottleneck
 
 MAX_REASONS = 50
 MAX_TEXTS = 20
@@ -55,7 +54,7 @@ def _values(report: Report) -> dict[str, Any]:
         "flags": [(f, n.count, ", ".join(n.examples)) for f, n in sorted(statistics.flags.items())],
         "texts": list(_texts(report)),
         "speed": attempt_lines(attempts)[0],
-        "verdict": describe_bottleneck(attempts.busy_fractions) if attempts.rows else UNKNOWN,
+        "verdict": verdict(attempts),
         "throughput": throughput(attempts),
         "stages": _stages(attempts),
         "attempts": [_attempt_row(attempt) for attempt in attempts.all[-MAX_ATTEMPTS:]],

@@ -48,7 +48,7 @@ def report(settings: ReportSettings) -> int:
         write(sys.stdout, report_json(found) + "\n")
     else:
         for line in found.lines():
-            console.say(line)
+            console.result(line)
     if settings.html:
         Path(settings.html).write_text(render_page(found), encoding="utf-8")
         console.say(f"page: {settings.html}, with {len(found.thumbnails):,} thumbnails read from the input")

@@ -1,4 +1,4 @@
-"""The lines that `blip2 status` prints: what the output folder holds, and what has changed in the input.
+"""What `blip2 status` prints: what the output folder holds, and what has changed in the input.
 
 The command works while a driver writes to the output, and at any time afterwards. It takes no lease,
 and it needs no Ray and no model. It lists the input, but opens none of the files that the run knows.
@@ -7,7 +7,10 @@ and it needs no Ray and no model. It lists the input, but opens none of the file
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import Any
 
+from pipeline.attempts.attempt import Attempts
 from pipeline.attempts.store import read_attempts
 from pipeline.errors import InputError
 from pipeline.ledger.layout import lease_name
@@ -22,29 +25,87 @@ from pipeline.storage.folder import Folder
 SILENT_AFTER_S = 4 * BEAT_S
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What an output holds of its run at one moment."""
+
+    ledger: Ledger
+    run: Run
+    done: Reconciliation
+    num_open_shards: int
+    """Shards without a file that have finished rows."""
+    rows_in_progress: int
+    """Finished rows of these shards."""
+    attempts: Attempts
+
+    @classmethod
+    def read(cls, uri: str) -> RunStatus:
+        """Read an output folder.
+
+        Raises:
+            ValueError: the folder holds no run.
+        """
+        ledger = Ledger(Folder(uri))
+        run = ledger.require_run()
+        ledger = ledger.of(run)
+        state = ledger.scan()
+        open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
+        return cls(
+            ledger=ledger,
+            run=run,
+            done=ledger.reconcile(run, state),
+            num_open_shards=len(open_shards),
+            rows_in_progress=sum(len(rows) for rows in ledger.rows_in(open_shards).values()),
+            attempts=read_attempts(ledger.folder),
+        )
+
+    @property
+    def rows_left(self) -> int | None:
+        """Rows to do, estimated; None if the length of no shard is known."""
+        rows = _estimate_rows(self.run, self.done)
+        return None if rows is None else max(0, rows - self.rows_in_progress)
+
+    def lines(self) -> list[str]:
+        done, open_shards = self.done, count(self.num_open_shards, "shard")
+        lines = done.lines(is_over=not done.missing)
+        if self.rows_in_progress:
+            lines.append(f"in progress: {self.rows_in_progress:,} rows finished in {open_shards}")
+        if done.missing:
+            about = "" if self.rows_left is None else f"about {self.rows_left:,} rows, "
+            lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
+        lines += attempt_lines(self.attempts)
+        lines += _input_lines(self.ledger, self.run)
+        return lines + _driver_lines(self.ledger, bool(done.missing))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`; programs read them, so their keys never change."""
+        return {
+            "output": str(self.ledger),
+            "num_rows": self.done.num_rows,
+            "by_status": dict(self.done.by_status),
+            "num_shards": self.done.num_shards,
+            "num_left": len(self.done.missing),
+            "num_partial": len(self.done.partial),
+            "rows_in_progress": self.rows_in_progress,
+            "rows_left": self.rows_left,
+            "rows_per_s": self.attempts.rows_per_s,
+            "num_attempts": len(self.attempts),
+            "input": _input_lines(self.ledger, self.run),
+            "drivers": [
+                {"driver": str(holder), "slice": None if part is None else str(part), **holder.progress}
+                for part, holder in self.ledger.drivers().items()
+                if not holder.is_known_dead
+            ],
+        }
+
+
 def status_lines(uri: str) -> list[str]:
     """Return the status of the run in an output folder, line by line.
 
     Raises:
         ValueError: the folder holds no run.
     """
-    ledger = Ledger(Folder(uri))
-    run = ledger.require_run()
-    ledger = ledger.of(run)
-    state = ledger.scan()
-    done = ledger.reconcile(run, state)
-    open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
-    waiting = sum(len(rows) for rows in ledger.rows_in(open_shards).values())
-    lines = done.lines(is_over=not done.missing)
-    if waiting:
-        lines.append(f"in progress: {waiting:,} rows finished in {count(len(open_shards), 'shard')}")
-    if done.missing:
-        rows = _estimate_rows(run, done)
-        about = "" if rows is None else f"about {max(0, rows - waiting):,} rows, "
-        lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
-    lines += attempt_lines(read_attempts(ledger.folder))
-    lines += _input_lines(ledger, run)
-    return lines + _driver_lines(ledger, bool(done.missing))
+    return RunStatus.read(uri).lines()
 
 
 def _input_lines(ledger: Ledger, run: Run) -> list[str]:
@@ -108,7 +169,7 @@ def _driver_line(holder: Holder | None, is_unfinished: bool) -> str:
     if not holder.progress:
         return f"running: {holder}, starting"
     end = _expected_end(holder.progress["left_s"])
-    return f"running: {holder}: {ProgressSnapshot(**holder.progress).line()}{end}"
+    return f"running: {holder}: {ProgressSnapshot.from_dict(holder.progress).line()}{end}"
 
 
 def _expected_end(left_s: float | None) -> str:

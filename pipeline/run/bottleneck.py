@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipeline.attempts.attempt import STAGES, WorkerLoad
 
 BUSY = 0.7
 """A stage is the bottleneck from this busy fraction on."""
-REMEDIES = {
-    "caption": "more captioning actors (--max-actors) or a faster device would help",
-    "decode": "more decoding actors (--max-decode-actors, more CPUs) or --image-jpeg-draft would help",
-    "write": "a faster store for the output would help",
-    "read": "a faster store for the input, or more and smaller shards, would help",
-}
+MIN_STEADY_S = 60.0
+"""Less work than this says nothing about a bottleneck: the queues between the stages are still filling."""
+TOO_SHORT = f"bottleneck: not known, that takes {MIN_STEADY_S:.0f} s of work after the start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What a job runs on, and how much of it the stages use."""
+
+    num_cpus: float
+    num_accelerators: float
+    num_workers: Mapping[str, float]
+    """By stage."""
+
+    def remedy(self, stage: str) -> str:
+        """Return what makes a stage faster. More workers are advised only if there is something to run on."""
+        workers = round(self.num_workers.get(stage, 1))
+        if stage == "caption" and workers < self.num_accelerators:
+            return f"more captioning actors (--max-actors, up to {self.num_accelerators:,.0f}) would help"
+        if stage == "caption":
+            return "a faster device or more machines would help"
+        if stage == "decode" and workers < self.num_cpus:
+            return (
+                f"more decoding actors (--max-decode-actors, up to {self.num_cpus:,.0f}) or "
+                "--image-jpeg-draft would help"
+            )
+        if stage == "decode":
+            return "more CPUs or --image-jpeg-draft would help"
+        if stage == "write":
+            return "a faster store for the output would help"
+        return "a faster store for the input, or more and smaller shards, would help"
 
 
 def busy_fractions(loads: Mapping[str, Mapping[str, WorkerLoad]]) -> dict[str, float]:
@@ -27,12 +53,36 @@ def busy_fractions(loads: Mapping[str, Mapping[str, WorkerLoad]]) -> dict[str, f
     return fractions
 
 
-def describe_bottleneck(busy: Mapping[str, float]) -> str:
-    """Return one sentence. Reading is not measured: it is the bottleneck when no other stage is busy."""
-    if not busy:
-        return "bottleneck: none, there was nothing to do"
+def describe_bottleneck(busy: Mapping[str, float], steady_s: float, machines: Machines) -> str:
+    """Return one sentence. Reading is not measured: it is the bottleneck when no other stage is busy.
+
+    Args:
+        busy: busy fraction by stage.
+        steady_s: seconds of work, without the start.
+        machines: what the job ran on.
+    """
+    if not busy or steady_s < MIN_STEADY_S:
+        return TOO_SHORT
     stage = max(busy, key=lambda name: busy[name])
     if busy[stage] < BUSY:
         shown = ", ".join(f"{name} {part:.0%}" for name, part in busy.items())
-        return f"bottleneck: reading or start-up, no later stage was busy ({shown}); {REMEDIES['read']}"
-    return f"bottleneck: {stage}, busy {busy[stage]:.0%} of the time; {REMEDIES[stage]}"
+        return f"bottleneck: reading, no later stage was busy ({shown}); {machines.remedy('read')}"
+    return f"bottleneck: {stage}, busy {busy[stage]:.0%} of the time; {machines.remedy(stage)}"
+
+
+def describe_run(
+    loads: Mapping[str, Mapping[str, WorkerLoad]], steady_s: float, resources: Mapping[str, float]
+) -> str:
+    """Return the sentence about the bottleneck of a run.
+
+    Args:
+        loads: by stage and worker.
+        steady_s: as in `describe_bottleneck`.
+        resources: of the whole cluster, as Ray names them.
+    """
+    machines = Machines(
+        num_cpus=resources.get("CPU", 0.0),
+        num_accelerators=resources.get("GPU", 0.0),
+        num_workers={stage: len(workers) for stage, workers in loads.items()},
+    )
+    return describe_bottleneck(busy_fractions(loads), steady_s, machines)

@@ -9,6 +9,8 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RayStartFailed
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from pipeline.placement.cluster import Cluster
 
 
-QUIET = "raised in its creation task|retries remaining|infeasible resource requests"
+QUIET = (
+    "raised in its creation task|retries remaining|infeasible resource requests|Raylet is terminated"
+    "|has been marked dead"
+)
 """What Ray says on the terminal of every driver, and the job says in its own words."""
 
 
@@ -129,8 +134,16 @@ def start_ray(**options: Any) -> None:
             ) from error
         raise RayStartFailed(
             f"Ray did not start on this machine: {reason}; when the machine is busy or short of memory or "
-            "disk space, wait or free some, and run the same command again"
+            f"disk space, wait or free some, and run the same command again; its logs: {log_folder()}"
         ) from error
+
+
+def log_folder() -> str:
+    """Return the folder in which Ray keeps the logs of the processes of this machine."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return str(Path(gettempdir(), "ray/session_latest/logs")) if node is None else node.get_logs_dir_path()
 
 
 def _require_listener(address: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from pipeline.errors import noted
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
@@ -38,7 +39,7 @@ class Committer:
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
     ) -> Summary | None:
-        with timed(COMMIT_S):
+        with timed(COMMIT_S), noted(f"committing {report.shard}"):
             return ledger.commit(report, metadata, empty_schema)
 
 

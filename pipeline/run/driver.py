@@ -12,29 +12,26 @@ from typing import Any
 import ray
 
 from pipeline.attempts.recorder import AttemptRecorder
-from pipeline.errors import (
-    OutputInUse,
-    Stopped,
-    StoppedBySignal,
-    TooManyFailures,
-    name_of,
-)
+from pipeline.errors import OutputInUse, Stopped, StoppedBySignal, TooManyFailures, name_of
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
 from pipeline.metrics import SHARDS
 from pipeline.placement.reservations import Reservations
 from pipeline.progress import Console, ProgressSnapshot, Rate
-from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
+from pipeline.run.bottleneck import busy_fractions, describe_run
+from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
 from pipeline.run.failure import describe_failure
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
-from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.coordinator import Coordinator, Load, News
 from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
+from pipeline.watch.members import Members
+from pipeline.watch.waiting import LOOK_EVERY_S
 
 STEP_S = 0.2
 """How long one step waits for receipts."""
@@ -72,6 +69,7 @@ class Driver:
         stop: StopRequest,
         console: Console,
         attempt: AttemptRecorder,
+        members: Members,
     ) -> None:
         """Start the actors that are not stages.
 
@@ -82,6 +80,7 @@ class Driver:
             lease: its heartbeats carry the progress from now on.
             stop: notes the signals.
             attempt: its record gets the progress too.
+            members: says which nodes and workers come and go, and which are awaited.
         """
         self._job = job
         self._ledger = ledger
@@ -89,8 +88,9 @@ class Driver:
         self._stop = stop
         self._console = console
         self._attempt = attempt
+        self._members = members
         self._work = [progress.work for progress in left]
-        self._tracker = Tracker(left)
+        self._tracker = Tracker(left, attempt.earlier.shard_rows)
         self._reservations = reservations
         self._coordinator: Any = (
             ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -100,11 +100,12 @@ class Driver:
         self._max_failed_fraction = 1.0 if job.is_retry else job.settings.max_failed_fraction
         self._rate = Rate()
         self._snapshot: ProgressSnapshot | None = None
-        self._checked = 0.0
-        self._busy: dict[str, float] = {}
+        self._checked = self._looked = 0.0
+        self._loads: dict[str, dict[str, Load]] = {}
         self._trouble: str | None = None
         self._broken: Device | None = None
         lease.progress = self._progress
+        console.phase("starting the workers")
 
     def run(self) -> None:
         """Caption what is left and commit it, until it is done or stopped.
@@ -130,11 +131,13 @@ class Driver:
                 # The first error says more than one that follows from it.
                 with contextlib.suppress(ray.exceptions.RayError, OSError):
                     self._flush(stream)
+                self._console.fail(f"logs of this machine's workers: {log_folder()}")
                 raise Stopped(
                     f"the job has failed: {describe_failure(error)}; finished work is kept; fix the cause "
                     "and run the same command to resume"
                 ) from error
-        self._console.say(describe_bottleneck(self._busy))
+        self._console.say(describe_run(self._loads, self._rate.steady_s, ray.cluster_resources()))
+        self._console.say_repeated()
 
     def _step(self, stream: ReceiptStream) -> None:
         for receipt in stream.take(STEP_S):
@@ -143,10 +146,12 @@ class Driver:
         if now - self._checked >= CHECK_EVERY_S:
             self._checked = now
             self._check()
+        if now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._members.look()
         self._commit()
         self._rate.add(self._tracker.num_rows, now)
-        if self._console.wants_progress():
-            self._show()
+        self._show(stream)
 
     def _check(self) -> None:
         """Ask the coordinator what unfinished calls have written, and which shards were read to their end."""
@@ -155,12 +160,15 @@ class Driver:
             self._tracker.add(receipt)
         for report in news.shard_reports:
             self._tracker.add_report(report)
-        self._busy = busy_fractions(news.loads)
+        self._loads = news.loads
         self._export()
-        self._attempt.note(self._tracker.num_rows, news.loads, news.warnings)
+        tracker = self._tracker
+        self._attempt.note(tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows)
+        self._say_start(news)
+        self._console.count_warnings(news.warnings)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
-            self._console.say(f"{failure.device} has failed: {failure.reason}; its images go again")
+            self._console.fail(f"{failure.device} has failed: {failure.reason}; its images go again")
             if failure.is_last:
                 self._broken = failure.device
         self._committers.resize()
@@ -172,10 +180,19 @@ class Driver:
         SHARDS.set(num_committing, {"state": "committing"})
         SHARDS.set(len(self._job.part.shards) - num_open - num_committing, {"state": "done"})
 
+    def _say_start(self, news: News) -> None:
+        """Say what the workers do until the first row is there: the phase that the last of them has begun."""
+        if self._tracker.num_rows:
+            return
+        if news.loads.get("caption"):
+            self._console.phase("captioning the first images")
+        elif news.starting:
+            self._console.phase(news.starting[-1])
+
     def _say_trouble(self, trouble: str | None) -> None:
         """Say once that a store fails, and once that it works again; between, the progress says it."""
         if trouble and not self._trouble:
-            self._console.say(f"{trouble}; the job goes on when it works again")
+            self._console.warn(f"{trouble}; the job goes on when it works again")
         if self._trouble and not trouble:
             self._console.say(f"{self._trouble.split(';')[0]}, and works again")
         self._trouble = trouble
@@ -250,9 +267,9 @@ class Driver:
         """Return the last progress shown, for the heartbeat."""
         return dataclasses.asdict(self._snapshot) if self._snapshot else {}
 
-    def _show(self) -> None:
+    def _show(self, stream: ReceiptStream) -> None:
         rows_left = self._tracker.estimate_rows_left()
-        rate = self._rate.mean
+        rate = self._rate.mean or self._attempt.earlier.rows_per_s
         num_shards = len(self._job.part.shards)
         self._snapshot = ProgressSnapshot(
             num_rows=self._tracker.num_rows,
@@ -261,8 +278,10 @@ class Driver:
             shards_done=num_shards - self._tracker.num_open - self._committers.num_under_way,
             num_shards=num_shards,
             left_s=rows_left / rate if rate and rows_left is not None else None,
-            busy=self._busy,
-            trouble=self._trouble,
+            busy=busy_fractions(self._loads),
+            trouble=self._trouble or self._members.stalled,
+            total_rows=None if rows_left is None else self._tracker.num_rows + rows_left,
+            rows_by_stage=stream.rows_by_stage(),
         )
         self._console.show(self._snapshot)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pipeline.errors import WHILE
 from pipeline.storage.secrets import hide_secrets
 
 MAX_CHARS = 400
@@ -16,12 +17,15 @@ _OURS = ("ValueError", "OSError", "InputError", "EngineFault")
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return what a worker's exception said, as one phrase without secrets."""
+    """Return what a worker's exception said, and where it was raised, as one phrase without secrets."""
     text = _RAYS_ADVICE.split(str(error))[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = [match for match in map(_EXCEPTION.match, lines) if match]
-    phrase = lines[-1] if lines else type(error).__name__
+    said = [line for line in lines if not line.startswith(WHILE)]
+    phrase = said[-1] if said else type(error).__name__
     if found:
         kind, message = found[-1].group(1).rpartition(".")[2], found[-1].group(2)
         phrase = message if message and kind in _OURS else f"{kind}: {message}" if message else kind
-    return hide_secrets(phrase[:MAX_CHARS]).rstrip(".")
+    where = [line for line in lines if line.startswith(WHILE) and " on node " in line]
+    phrase = phrase[:MAX_CHARS].rstrip(".")
+    return hide_secrets(f"{phrase}, {where[-1][:MAX_CHARS]}" if where else phrase)

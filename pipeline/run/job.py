@@ -14,7 +14,7 @@ from pipeline.ledger.commit import RUN_KEY
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice
 from pipeline.ledger.run_record import Run
-from pipeline.placement.first_worker import with_dtype
+from pipeline.placement.first_worker import WorkerAnswer, with_dtype, with_quantization
 from pipeline.schema import FINGERPRINT_KEY, output_schema
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -31,8 +31,9 @@ class Job:
     run: Run
     is_new: bool
     """Whether the run must still be begun in its output."""
-    asks_dtype: bool = False
-    """Whether the first captioning worker of a new run must say what dtype "auto" means."""
+    asks_worker: bool = False
+    """Whether the first captioning worker of a new run must say what dtype "auto" means, or what it
+    quantizes."""
     stop_at: datetime | None = None
     """When to stop in good order, so that the job has ended by its deadline."""
     is_retry: bool = False
@@ -56,11 +57,18 @@ class Job:
             return self.run
         return self.run.with_shards(shard for shard in self.run.shards if part.has(shard.name))
 
-    def with_model(self, info: ModelInfo) -> Job:
-        """Return a new job with the model as the first captioning worker has described it."""
-        run = replace(self.run, fingerprint=self.settings.fingerprint(info))
-        engine = with_dtype(self.engine, info.dtype)
-        return replace(self, engine=engine, info=info, run=run, asks_dtype=False)
+    def with_answer(self, answer: WorkerAnswer) -> Job:
+        """Return a new job with the model as the first captioning worker has found it."""
+        info = answer.info
+        fingerprint = self.settings.fingerprint(info)
+        run = replace(self.run, fingerprint=fingerprint, quantization=answer.quantization)
+        engine = with_quantization(with_dtype(self.engine, info.dtype), answer.quantization)
+        return replace(self, engine=engine, info=info, run=run, asks_worker=False)
+
+    def joining(self, run: Run) -> Job:
+        """Return the job as part of a run that another driver has begun."""
+        engine = with_quantization(self.engine, run.quantization)
+        return replace(self, engine=engine, run=run, is_new=False)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

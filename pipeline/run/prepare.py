@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,7 +23,13 @@ from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.retry import RowChoice, read_keys
 from pipeline.ledger.run_record import Run, begin_run
-from pipeline.placement.first_worker import describe_without_device, leaves_dtype_open, with_dtype
+from pipeline.placement.first_worker import (
+    describe_without_device,
+    leaves_dtype_open,
+    leaves_quantization_open,
+    with_dtype,
+    with_quantization,
+)
 from pipeline.placement.storage_check import refuse_relative
 from pipeline.run.cluster import is_cluster
 from pipeline.run.job import Job
@@ -31,6 +39,8 @@ from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
@@ -60,6 +70,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         assert new is not None
         listing, kept = new
         run = begin_run(settings.fingerprint(info), settings, listing, kept)
+        run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
             settings,
             engine,
@@ -67,7 +78,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             ledger.of(run),
             run,
             is_new=True,
-            asks_dtype=is_cluster() and leaves_dtype_open(engine),
+            asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),
             stop_at=stop_at,
             run_slice=settings.run_slice,
             notes=tuple(listing.notes),
@@ -113,13 +124,32 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 
 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
-    """Return the engine with the recorded dtype of its run, if it leaves that open, and its model.
+    """Return the engine with what its run has recorded of its device and its commit, and its model.
 
     The driver of a cluster does not caption, and may lack the device.
     """
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
-    return engine, describe_without_device(engine) if is_cluster() else engine.info()
+        engine = pinned(with_quantization(engine, run.quantization), run.commit_of(engine))
+    info = describe_without_device(engine) if is_cluster() else engine.info()
+    return pinned(engine, info.digest.partition("+")[0]), info
+
+
+def pinned(engine: EngineBuilder, commit: str | None) -> EngineBuilder:
+    """Return the engine with the commit of its model on the hub, if the user has named no revision.
+
+    The driver asks the hub once. Its workers, and later starts, take what it has found, whatever the hub's
+    branch names then.
+    """
+    known: Any = engine
+    if getattr(known, "revision", "") is not None or not is_on_hub(known.model):
+        return engine
+    return dataclasses.replace(known, revision=commit) if commit and COMMIT.fullmatch(commit) else engine
+
+
+def is_on_hub(model: str) -> bool:
+    """Return whether a model is named as the hub does."""
+    return model != "demo" and "://" not in model and not os.path.exists(model)
 
 
 def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:

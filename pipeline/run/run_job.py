@@ -21,6 +21,8 @@ from pipeline.placement.held_device import hold_device
 from pipeline.placement.reservations import fit, reserve
 from pipeline.placement.storage_check import check_storage
 from pipeline.progress import LOG_EVERY_S, Console, count
+from pipeline.report.models import demo_warning
+from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
 from pipeline.run.driver import Driver
 from pipeline.run.job import Job
@@ -28,6 +30,8 @@ from pipeline.run.signals import StopRequest
 from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
 from pipeline.storage.retrying import Trouble, listen
+from pipeline.watch.members import Members
+from pipeline.watch.view import CAPTIONING, DECODING
 
 
 def run_job(job: Job, console: Console) -> Reconciliation:
@@ -45,6 +49,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     stop = StopRequest(job.stop_at)
     with (
         stop.by_signals(),
+        console.area(),
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
@@ -52,10 +57,12 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         ledger = job.ledger.with_retries()
         state = ledger.scan()
         left = _left(job, ledger, state)
-        if left or job.redone or job.asks_dtype:
+        if left or job.redone or job.asks_worker:
             attempt.end_phase("open the output")
+            console.phase("starting Ray")
             with connected() as cluster:
                 attempt.connected(cluster)
+                console.phase("looking at the cluster")
                 job = _place(job, left, cluster, console)
                 job, state = _begin(job, ledger, state, console, attempt)
                 left = _left(job, ledger, state)
@@ -71,6 +78,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
             ledger.tidy_summaries(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        console.say(total_line(attempt.all))
         return done
 
 
@@ -94,7 +102,7 @@ def _begin_or_join(job: Job, ledger: Ledger) -> Job:
         ledger.begin(job.run)
         return job
     begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
-    return dataclasses.replace(job, run=begun, is_new=False)
+    return job.joining(begun)
 
 
 def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Console) -> Job:
@@ -107,8 +115,8 @@ def _place(job: Job, left: list[ShardProgress], cluster: Cluster, console: Conso
     if not cluster.is_local:
         shards = [progress.shard for progress in left] or job.part.shards
         check_storage(job.ledger.folder, shards, reservations.read, console.say)
-    if job.asks_dtype:
-        job = job.with_model(ask_first_worker(job.engine, reservations, console.say))
+    if job.asks_worker:
+        job = job.with_answer(ask_first_worker(job.engine, reservations, console.say))
     return job
 
 
@@ -129,6 +137,8 @@ def _begin(
         ledger.revise(job.run, job.redone)
         state = state.without(job.redone)
     attempt.run_has_begun(job.run.fingerprint.digest, job.info.dtype)
+    if attempt.earlier.all:
+        console.say(f"attempt {len(attempt.all):,} of this run; before it: {total_line(attempt.earlier)}")
     return job, _sweep(job, ledger, state)
 
 
@@ -150,8 +160,10 @@ def _drive(
     held: list[Any] = []
     while left:
         reservations = reserve(job.settings.placement, cluster, job.engine, len(left))
+        needs = {CAPTIONING: reservations.caption, DECODING: reservations.decode}
+        members = Members(console.say, needs, cluster.is_local)
         try:
-            Driver(job, ledger, left, reservations, lease, stop, console, attempt).run()
+            Driver(job, ledger, left, reservations, lease, stop, console, attempt, members).run()
             return
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids
@@ -161,7 +173,7 @@ def _drive(
             if not ids or num_others < per_actor:
                 raise
             held += hold_device(error.device)
-            console.say(f"{error.device} is left out; the job goes on with {num_others:g} others")
+            console.warn(f"{error.device} is left out; the job goes on with {num_others:g} others")
             placement = fit(job.settings.placement, int(num_others / per_actor), cluster)
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, placement=placement))
             left = _left(job, ledger, ledger.scan())
@@ -178,7 +190,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
-            console.say(phrase)
+            console.warn(phrase)
         return stop.number is None
 
     listen(say)
@@ -205,8 +217,11 @@ def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}"
     )
-    if job.info.caveat:
-        console.say(f"note: {job.info.caveat}")
+    if job.run.quantization is not None:
+        console.say(f"quantized to {job.run.quantization}")
+    caveat = demo_warning(job.run)
+    if caveat is not None:
+        console.warn(caveat)
     if job.info.generation_config:
         listed = ", ".join(f"{name}={value}" for name, value in job.info.generation_config.items())
         console.say(f"from the checkpoint's generation_config.json, if not given: {listed}")

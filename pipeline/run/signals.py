@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import FrameType
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, name_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANDLED_WITHIN_S = 8.0
+"""Python handles a signal when the main thread next runs Python. A library that does not return until then,
+such as the client of a store that does not answer, holds the process no longer than this."""
 
 
 @contextmanager
@@ -43,6 +47,7 @@ class StopRequest:
         self.number: signal.Signals | None = None
         """The first signal that has arrived."""
         self._is_deferred = False
+        self._is_handled = threading.Event()
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
@@ -60,11 +65,12 @@ class StopRequest:
             handled.append(signal.SIGALRM)
         for number in handled:
             signal.signal(number, self._handle)
-        if self._stop_at is not None:
-            left = self._stop_at - datetime.now(UTC)
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
         try:
-            yield
+            with self._watched():
+                if self._stop_at is not None:
+                    left = self._stop_at - datetime.now(UTC)
+                    signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
+                yield
         finally:
             if self._stop_at is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -80,7 +86,35 @@ class StopRequest:
         finally:
             self._is_deferred = False
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End this process if a signal comes inside the block and is not handled in time."""
+        receiving, sending = os.pipe()
+        os.set_blocking(sending, False)  # as `signal.set_wakeup_fd` requires
+        before = signal.set_wakeup_fd(sending)
+        watching = threading.Thread(target=self._watch, args=(receiving,), daemon=True, name="signals")
+        watching.start()
+        try:
+            yield
+        finally:
+            self._is_handled.set()
+            signal.set_wakeup_fd(before)
+            os.close(sending)
+            watching.join()
+
+    def _watch(self, receiving: int) -> None:
+        with os.fdopen(receiving, "rb", buffering=0) as numbers:
+            first = numbers.read(1)
+            if not first or self._is_handled.wait(HANDLED_WITHIN_S):
+                numbers.read()  # until the end of the block: Python complains about a pipe that nobody reads
+                return
+        number = signal.Signals(first[0])
+        said = f"stopped at once by {name_of(number)}: a library did not return; finished work is kept"
+        os.write(2, f"blip2: {said}\n".encode())
+        os._exit(128 + (signal.SIGTERM if number == signal.SIGALRM else number))
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._is_handled.set()
         is_first = self.number is None
         if is_first:
             self.number = signal.Signals(number)

@@ -131,6 +131,16 @@ class ReceiptStream:
                 taken.append(item)
         return taken
 
+    def rows_by_stage(self) -> dict[str, int]:
+        """Return how many rows have been read, and how many of them decoded, as Ray Data counts them.
+
+        Rows of a call that has died and runs again count twice.
+        """
+        topology = None if self._executor is None else self._executor._topology
+        operators = [op for op in topology or () if op.metrics.num_tasks_submitted or op.input_dependencies]
+        counted = zip(("read", "decode"), operators, strict=False)
+        return {stage: op.metrics.rows_task_outputs_generated for stage, op in counted}
+
     def close(self) -> None:
         """Stop what still runs of the dataset, and wait for its threads."""
         self._is_closed = True

@@ -22,7 +22,13 @@ class Tracker:
     committed; later receipts of it are ignored.
     """
 
-    def __init__(self, unfinished: Iterable[ShardProgress]) -> None:
+    def __init__(self, unfinished: Iterable[ShardProgress], usual_rows: float | None = None) -> None:
+        """Begin with what is known of the shards.
+
+        Args:
+            usual_rows: number of rows of a shard, as long as the length of none is known.
+        """
+        self._usual_rows = usual_rows
         self._open = {progress.shard.name: progress for progress in unfinished}
         self._changed: set[str] = set(self._open)
         self._num_closed = self._closed_rows = 0
@@ -88,11 +94,16 @@ class Tracker:
 
     def estimate_rows_left(self) -> float | None:
         """Return the rows still to do, or None; an open shard of unknown length counts as an average one."""
-        num_known = len(self._open) - self._num_unknown + self._num_closed
-        if not num_known:
+        average = self.mean_rows
+        if average is None:
             return None
-        average = (self._known_rows + self._closed_rows) / num_known
         return max(0.0, self._known_rows + self._num_unknown * average - self._open_done)
+
+    @property
+    def mean_rows(self) -> float | None:
+        """Mean number of rows of the shards of known length; None if no length is known."""
+        num_known = len(self._open) - self._num_unknown + self._num_closed
+        return (self._known_rows + self._closed_rows) / num_known if num_known else self._usual_rows
 
     def has_too_many_failures(self, max_failed_fraction: float) -> bool:
         """Return whether so many rows have failed that the run should stop."""

@@ -32,6 +32,7 @@ NEWER_FIELDS = frozenset(
         "image_size_px",
         "max_flagged_fraction",
         "min_p",
+        "quantization_choice",
         "quantize",
         "read_label",
         "renormalize_logits",
@@ -73,6 +74,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value)
+    for one in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(one) and value is not None:
+            return from_dict(typing.cast(type, one), value)
     return tuple(value) if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
@@ -15,6 +16,12 @@ class PlanOptions:
     """Folder or URI in which writing is timed; no file stays there. Default: a temporary local folder."""
     sample: int = 64
     """Number of rows to read, decode, caption and write."""
+    on_cluster: bool = False
+    """Measure in one worker of the Ray cluster at RAY_ADDRESS, with the accelerator that a captioning actor
+    reserves, instead of on this machine."""
+    price_per_hour: float | None = None
+    """What one hour of a captioning actor and of the cores that keep it busy costs; the plan then has the
+    cost of the input and of a million rows, in the same currency."""
     json: bool = False
     """Print one JSON object."""
 
@@ -22,11 +29,13 @@ class PlanOptions:
         super().__post_init__()  # type: ignore[misc]  # of the job's settings, which stand next in line
         if self.sample < 1:
             raise ValueError(f"sample must be at least 1, got {self.sample}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise ValueError(f"price_per_hour must be 0 or more, got {self.price_per_hour}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(PlanOptions, CaptionSettings):
-    """Predict time, workers, bottleneck and bytes of a caption command from a sample. Needs no Ray."""
+    """Predict time, workers, bottleneck and bytes of a caption command from a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run says at its end: a few captions, failed rows, where the output is, and what to do with it."""
+"""What a run says at its end: rows by status, captions, failed rows, its exit status, what to do next."""
 
 from __future__ import annotations
 
@@ -12,30 +12,68 @@ import pyarrow.compute as pc
 from blip2_actor import Status
 from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.ledger.reconcile import Reconciliation
+from pipeline.progress import Console, count
 from pipeline.report.rows import one_line, short_value, tables_of
+from pipeline.run.job import Job
+from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
 NUM_CAPTIONS = 3
 MAX_FAILED = 5
 
 
-def outcome_lines(folder: Folder, done: Reconciliation) -> list[str]:
-    """Return the lines that end a run.
+def tell_outcome(console: Console, job: Job, done: Reconciliation) -> int:
+    """Say how a run has ended, and return its exit status.
 
-    A few row groups of the output are read. If they cannot be, the lines say so, and nothing is raised: the
+    A few row groups of the output are read. If they cannot be, a line says so, and nothing is raised: the
     work of the run is done.
-
-    Args:
-        folder: the output.
-        done: the reconciliation of the run.
     """
-    lines: list[str] = []
+    folder, settings = job.ledger.folder, job.settings
+    status = done.exit_status(settings.max_failed_fraction, settings.max_flagged_fraction)
+    reason = _reason(done, settings)
+    say = console.result if status else console.say
+    for line in done.lines():
+        say(line)
     try:
-        lines += _captions(folder, done)
-        lines += _failed(folder, done)
+        for line in _captions(folder, done):
+            console.say(line)
+        for line in _failed(folder, done):
+            console.fail(line) if status else console.say(line)
     except (OSError, pa.ArrowException) as error:
-        lines.append(f"the output cannot be read back now: {error}")
-    return [*lines, f"output: {folder}", *_next_commands(folder, done)]
+        console.warn(f"the output cannot be read back now: {error}")
+    if reason is not None:
+        console.fail(f"exit status {status}: {reason}")
+    for line in (f"output: {folder}", *_next_commands(folder, done)):
+        say(line)
+    console.event(
+        "end",
+        exit_status=status,
+        reason=reason,
+        output=str(folder),
+        num_rows=done.num_rows,
+        by_status=dict(done.by_status),
+        num_shards=done.num_shards,
+        num_missing=len(done.missing),
+        num_partial=len(done.partial),
+    )
+    return status
+
+
+def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
+    """Return why the exit status is not 0, or None if it is."""
+    failed, flagged = done.failed_fraction, done.captions.flagged_fraction
+    if done.missing:
+        have = "has" if len(done.missing) == 1 else "have"
+        return f"{count(len(done.missing), 'shard')} of {done.num_shards:,} {have} no file"
+    if done.num_rows != sum(done.by_status.values()):
+        return "the rows of the files and their statuses do not add up"
+    if failed > settings.max_failed_fraction:
+        limit = f"--max-failed-fraction {settings.max_failed_fraction:g}"
+        return f"{failed:.2%} of the rows failed, more than {limit} allows"
+    if flagged > settings.max_flagged_fraction:
+        limit = f"--max-flagged-fraction {settings.max_flagged_fraction:g}"
+        return f"{flagged:.2%} of the captions are flagged, more than {limit} allows"
+    return None
 
 
 def _captions(folder: Folder, done: Reconciliation) -> Iterator[str]:

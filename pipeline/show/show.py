@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import write
+from pipeline.progress import Console, write
 from pipeline.report.rows import FinishedRows, json_line
 from pipeline.settings.report_settings import ShowSettings
 from pipeline.show.choice import check_choice, chosen
@@ -33,7 +33,7 @@ def show(settings: ShowSettings) -> int:
     if not found.is_whole:
         total = len(found.run.shards)
         left = total - len(found.shards)
-        write(sys.stderr, f"{left:,} of {total:,} shards have no file yet and are not shown\n")
+        Console(sys.stderr).say(f"{left:,} of {total:,} shards have no file yet and are not shown")
     return ExitStatus.DONE
 
 

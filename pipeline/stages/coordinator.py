@@ -113,6 +113,10 @@ class News:
     """Of devices, since the last news."""
     warnings: dict[str, int] = field(default_factory=dict)
     """Warnings of workers, and how often each was given since the start."""
+    quantization: dict[str, int] = field(default_factory=dict)
+    """What workers have quantized, and how many of them since the start."""
+    starting: tuple[str, ...] = ()
+    """What the captioning workers do that are not ready, those that have spoken last at the end."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Coordinator:
         self._troubles: dict[str, _Trouble] = {}
         self._failures = DeviceFailures()
         self._warnings: dict[tuple[str, str], int] = {}
+        self._quantization: dict[str, str] = {}
+        self._starting: dict[str, str] = {}
         self._stopping = False
 
     def begin_call(self, call: str) -> CallHistory:
@@ -205,10 +211,20 @@ class Coordinator:
             STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
         STAGE_WORKERS.set(len(workers), {"stage": stage})
 
+    def starts(self, worker: str, text: str | None) -> None:
+        """Note what a captioning worker does before it is ready; None if it is."""
+        self._starting.pop(worker, None)
+        if text is not None:
+            self._starting[worker] = text
+
     def warned(self, worker: str, text: str, number: int) -> None:
         """Note that a worker has given a warning `number` times; of too many, the first are kept."""
         if (worker, text) in self._warnings or len(self._warnings) < MAX_WARNINGS:
             self._warnings[worker, text] = number
+
+    def quantized(self, worker: str, summary: str) -> None:
+        """Note what a worker has quantized."""
+        self._quantization[worker] = summary
 
     def report_trouble(self, worker: str, report: WorkerTrouble | None) -> bool:
         """Note that the requests of a worker fail, or no longer; return whether it should go on trying."""
@@ -238,7 +254,16 @@ class Coordinator:
         warnings: Counter[str] = Counter()
         for (_, text), number in self._warnings.items():
             warnings[text] += number
-        return News(receipts, reports, loads, troubles, self._failures.take(), dict(warnings))
+        return News(
+            receipts,
+            reports,
+            loads,
+            troubles,
+            self._failures.take(),
+            dict(warnings),
+            dict(Counter(self._quantization.values())),
+            tuple(self._starting.values()),
+        )
 
 
 @dataclass(frozen=True)

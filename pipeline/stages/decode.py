@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
+from pipeline.errors import noted
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.reader import ADDRESS
@@ -73,6 +74,10 @@ class DecodeStage:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Decode a block in small tables: a thousand small files become a large block of pixels."""
+        with noted(f"decoding {_shard_of(table)}"):
+            yield from self._decode_table(table)
+
+    def _decode_table(self, table: pa.Table) -> Iterator[pa.Table]:
         for start in range(0, len(table), BATCH_ROWS):
             batch, row = table.slice(start, BATCH_ROWS), 0
             started = time.monotonic()
@@ -134,6 +139,12 @@ class DecodeStage:
             return DecodedImage(status=Status.UNDECODABLE, error=str(error))
         width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
+
+
+def _shard_of(table: pa.Table) -> str:
+    """Return the shard of the first row, for messages; a user's own dataset has none."""
+    has_shard = "shard" in table.column_names and len(table)
+    return f"rows of {table['shard'][0]}" if has_shard else "a table"
 
 
 def _cells(table: pa.Table, image_column: str) -> list[Cell | Address]:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import ray
 
+from pipeline.errors import noted
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
 from pipeline.placement.own_accelerator import use_own_accelerator
@@ -36,6 +37,7 @@ from pipeline.stages.pools import CALL_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
+from pipeline.stages.worker_start import telling_start
 from pipeline.stages.worker_warnings import tell_warnings
 
 PIECE_S = 1.0
@@ -75,10 +77,12 @@ class WriteStage:
         Raises:
             ValueError: this machine finds other models, or torch cannot use the accelerator.
         """
+        self._worker = f"{os.uname().nodename}-{os.getpid()}"
         use_own_accelerator(spec.engine, accelerators)
-        require_same_models(models, Models.of(spec, spec.engine.info()))
-        with timed(MODEL_LOAD_S):
-            self._stage = CaptionStage(spec)
+        with telling_start(coordinator, self._worker):
+            require_same_models(models, Models.of(spec, spec.engine.info()))
+            with timed(MODEL_LOAD_S):
+                self._stage = CaptionStage(spec)
         self._kept = list(kept)
         self._writer = FragmentWriter(ledger)
         self._coordinator = coordinator
@@ -89,9 +93,11 @@ class WriteStage:
         self._device = Device.of_this_worker()
         self._calls: set[str] = set()
         self._giving_up = threading.Lock()
-        self._worker = f"{os.uname().nodename}-{os.getpid()}"
         self._started = time.monotonic()
         tell_warnings(coordinator, self._worker)
+        record = getattr(self._stage.actor.engine, "quantization", None)
+        if record is not None:
+            coordinator.quantized.remote(self._worker, record.summary())
         self._report()  # The driver sees that this worker is ready.
         Watchdog(self._stage.stats, step_timeout_s, self._give_up).start()
 
@@ -100,7 +106,8 @@ class WriteStage:
         call = _name_of(table)
         self._calls.add(call)
         try:
-            return receipts_to_table(self._run(call, table))
+            with noted(f"captioning {call}"):
+                return receipts_to_table(self._run(call, table))
         except EngineFault as error:
             self._give_up(str(error))
         finally:

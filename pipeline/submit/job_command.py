@@ -25,6 +25,7 @@ class JobCommand:
     arguments: tuple[str, ...]
     """The command and its flags."""
     output: str
+    """Where it writes. A plan leaves nothing there, and has a name instead."""
 
     @property
     def entrypoint(self) -> str:
@@ -57,11 +58,15 @@ def check_command(arguments: Sequence[str], settings: Any) -> JobCommand:
         if isinstance(checkpoint, str) and ("://" in checkpoint or Path(checkpoint).is_dir()):
             given[name] = checkpoint
     for name, value in given.items():
-        for path in (value,) if isinstance(value, str) else value or ():
+        for path in (value,) if value and isinstance(value, str) else value or ():
             path = path.removeprefix("@") if name == "input" else path  # of a manifest
             _require_same_everywhere(name, path)
             _require_no_secret(name, path)
-    return JobCommand(tuple(arguments), settings.output)
+    if not hasattr(settings, "on_cluster"):
+        return JobCommand(tuple(arguments), settings.output)
+    if not settings.on_cluster:
+        raise ValueError("on_cluster must be set for a submitted plan; without it, the head is measured")
+    return JobCommand(tuple(arguments), f"plan of {' '.join(settings.input)}")
 
 
 def _require_same_everywhere(name: str, path: str) -> None:

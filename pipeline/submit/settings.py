@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-JOBS = ("caption", "embed", "score", "retry")
+JOBS = ("caption", "embed", "score", "retry", "plan")
 """Commands that run as a job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitSettings:
-    """Run caption, embed, score or retry on a cluster: blip2 submit [--address ADDRESS] caption ..."""
+    """Run caption, embed, score, retry or plan on a cluster: blip2 submit [--address ADDRESS] caption ..."""
 
     address: str | None = None
     """Address of the cluster's dashboard, such as http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS."""

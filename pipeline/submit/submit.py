@@ -42,11 +42,12 @@ def submit(settings: SubmitSettings) -> int:
             console.say(f"sending {' and '.join(PACKAGES)}: {size}")
             submission_id = begin(client, command, package)
         console.say(f"submitted the job {submission_id}: {command.entrypoint}")
+    console.event("submitted", submission_id=submission_id, address=address)
     console.say(f"to stop it: ray job stop --address {address} {submission_id}")
     if settings.no_wait:
         return ExitStatus.DONE
     try:
-        job = follow(client, submission_id, lambda text: write(sys.stdout, text))
+        job = follow(client, submission_id, console.stream_log)
     except Interrupted:
         console.say(f"the job {submission_id} goes on; the same command follows its log again")
         raise
@@ -65,11 +66,12 @@ def _end(
 ) -> int:
     """Say how a job has ended, and return its own exit status."""
     if status == "STOPPED":
-        console.say(
+        console.warn(
             f"the job {submission_id} was stopped; what it has finished is kept in {command.output}, and the "
             "same command goes on from there"
         )
         return ExitStatus.TERMINATED
     own = ExitStatus.DONE if status == "SUCCEEDED" else exit_code
     console.say(f"the job {submission_id} has ended with exit status {'unknown' if own is None else own}")
+    console.event("end", submission_id=submission_id, exit_status=own)
     return ExitStatus.FAILED if own is None or own < 0 else own

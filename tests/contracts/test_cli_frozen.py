@@ -131,7 +131,7 @@ def test_a_plan_takes_the_flags_of_its_command(command):
     """A command line is planned by putting `plan` in front of it."""
     planned = flags_of("plan" if command == "caption" else f"plan {command}")
     flags = flags_of(command)
-    assert planned - flags == {"--sample", "--json"}
+    assert planned - flags == {"--sample", "--on-cluster", "--price-per-hour"}
     assert flags - planned == {"--fork", "--add-new", "--redo-changed", "--slice"}
 
 

@@ -33,6 +33,7 @@ from blip2_actor.demo import SceneSampler, draw
 from blip2_actor.testing import FakeEngineConfig
 from deploy.guard.access import Access
 from deploy.guard.keys import KeyFile
+from deploy.http.service import ServedModel
 from deploy.work import ImageOutputs, ImageWork, TextPiece
 from tests.unit.deploy.routes.engine_service import EngineService
 
@@ -51,9 +52,9 @@ class HeldService(EngineService):
         self.go_on.set()
 
     async def stream(
-        self, image: DecodedImage, work: ImageWork
+        self, model: ServedModel, image: DecodedImage, work: ImageWork
     ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        async for item in super().stream(image, work):
+        async for item in super().stream(model, image, work):
             yield item
             while not self.go_on.is_set():
                 await asyncio.sleep(0.01)

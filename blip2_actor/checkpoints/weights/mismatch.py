@@ -104,8 +104,8 @@ _REASONS: Sequence[tuple[Callable[[Mismatch], bool], str]] = [
     ),
     (
         _unexpected(r"^(visual_encoder|Qformer|opt_model|t5_model|opt_proj|t5_proj)\b"),
-        "they have the names of LAVIS: convert them with convert_blip_2_original_to_pytorch.py of "
-        "transformers 4",
+        "they have the names of LAVIS: set --model to the checkpoint that LAVIS began with, and --adapter to "
+        "this file, with a name that ends in .pth",
     ),
     (
         _unexpected(r"^language_model\.(encoder|shared)\."),

@@ -40,8 +40,13 @@ class MappedTensor:
             yield start, flat[start : start + step]
 
 
-def list_pytorch_tensors(path: Path) -> dict[str, StoredTensor]:
+def list_pytorch_tensors(path: Path, entry: str | None = None) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name.
+
+    Args:
+        path: the file.
+        entry: name under which programs for training store the tensors, next to other entries that are not
+            read; a file without it holds the tensors alone.
 
     Raises:
         OSError: the file is incomplete, or not of this format.
@@ -61,6 +66,8 @@ def list_pytorch_tensors(path: Path) -> dict[str, StoredTensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise _incomplete(path, type(error).__name__) from error
+    if isinstance(loaded, Mapping) and entry in loaded:
+        loaded = loaded[entry]
     if not isinstance(loaded, Mapping) or not all(isinstance(x, Tensor) for x in loaded.values()):
         found = f"entries {', '.join(map(str, [*loaded][:5]))}" if isinstance(loaded, Mapping) else "no names"
         raise ValueError(

@@ -113,8 +113,8 @@ def _no_weights(folder: Path, names: list[str]) -> str:
         )
     if others := [name for name in names if Path(name).suffix in (".pth", ".pt", ".ckpt", ".gguf")]:
         return (
-            f"{message} of these, but {_shortened(others)}; convert it to the format of transformers (for "
-            "LAVIS with convert_blip_2_original_to_pytorch.py of transformers 4), with save_pretrained"
+            f"{message} of these, but {_shortened(others)}; save the model with save_pretrained, or for a "
+            f".pth of LAVIS set --model to the checkpoint that it began with, and --adapter to the file"
         )
     return f"{message}; fetch the checkpoint again"
 

@@ -5,6 +5,10 @@ The accelerator exists only as a resource of Ray, because the engine is a fake.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +67,44 @@ def test_the_only_accelerator_that_hangs_ends_the_job_with_its_name(tmp_path: Pa
         assert driver.wait() == 1
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("blip2: accelerator 0 of ") and "there is no other" in last
+
+
+PLAN = """
+import sys
+from blip2_actor.testing import FakeEngineConfig
+from pipeline.plan.plan import plan
+from pipeline.settings.placement import Placement
+from pipeline.settings.plan_settings import PlanSettings
+
+options = {"on_cluster": True, "price_per_hour": 36.0, "json": True}
+settings = PlanSettings(input=(sys.argv[1],), placement=Placement(gpus_per_actor=1), **options)
+sys.exit(plan(settings, FakeEngineConfig(dtype="auto", seconds_per_image=0.01)))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_plan_is_measured_by_the_accelerator_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The driver's dtype "auto" is float32; that of the fake accelerator is bfloat16."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=30)
+    with cluster(num_nodes=1, num_gpus=1) as nodes:
+        environment = {**os.environ, "RAY_ADDRESS": nodes.address}
+        command = [sys.executable, "-c", PLAN, str(tmp_path / "in")]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    plan = json.loads(found.stdout)
+    assert (plan["model"]["dtype"], plan["place"]) == ("bfloat16", "its node")
+    assert plan["input"]["num_rows"] == 60
+    assert plan["cost"] == pytest.approx(plan["prediction"]["actor_s"] * 0.01)
+
+
+@pytest.mark.timeout(300)
+def test_a_plan_without_an_accelerator_in_the_cluster_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    with cluster(num_nodes=1) as nodes:
+        environment = {**os.environ, "RAY_ADDRESS": nodes.address}
+        command = [sys.executable, "-c", PLAN, str(tmp_path / "in")]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 3, found.stderr
+    assert "needs 1 GPU, and no node offers it" in found.stderr

@@ -15,12 +15,18 @@ import pytest
 import yaml
 from ray.util.metrics import Counter, Histogram, Metric
 
-from pipeline import metrics
+from deploy.observe import metrics as of_endpoint
+from pipeline import metrics as of_job
 
 ROOT = Path(__file__).parents[3]
 MONITORING = ROOT / "deploy/kubernetes/components/monitoring"
 RULES: list[dict[str, Any]] = yaml.safe_load((MONITORING / "alert_rules.yaml").read_text())["spec"]["groups"]
-OURS = [metric for metric in vars(metrics).values() if isinstance(metric, Metric)]
+OURS = [
+    metric
+    for module in (of_job, of_endpoint)
+    for metric in vars(module).values()
+    if isinstance(metric, Metric)
+]
 ADDED_BY_PROMETHEUS = {"le", "ray_io_cluster"}
 """The bound of a histogram's bucket, and the label that pod_monitors.yaml takes from the pods."""
 
@@ -39,8 +45,8 @@ def expressions() -> Iterator[str]:
 
 
 def exported(metric: Metric) -> set[str]:
-    """The names under which Prometheus sees a metric of the job."""
-    name = f"ray_{metric.info['name']}"
+    """The names under which Prometheus sees a metric of the job or the endpoint."""
+    name = f"ray_{metric.info['name']}".removesuffix("_total")
     if isinstance(metric, Counter):
         return {f"{name}_total"}
     if isinstance(metric, Histogram):
@@ -74,7 +80,7 @@ def test_each_expression_names_metrics_that_exist() -> None:
     assert not named("rate(ray_blip2_rowz_total[5m])") <= known
 
 
-def test_each_label_of_the_job_exists() -> None:
+def test_each_label_of_ours_exists() -> None:
     labels = {name: set(metric.info["tag_keys"]) for metric in OURS for name in exported(metric)}
     for expression in expressions():
         for name, selector in re.findall(r"(ray_blip2_\w+)\{([^}]*)\}", expression):
@@ -86,13 +92,14 @@ def test_each_label_of_the_job_exists() -> None:
                 assert {label.strip() for label in grouped.split(",")} - ADDED_BY_PROMETHEUS <= of_ours
 
 
-def test_every_metric_of_the_job_is_looked_at_and_documented() -> None:
+def test_every_metric_of_ours_is_looked_at_and_documented() -> None:
     documented = (ROOT / "docs/monitoring.md").read_text()
     looked_at = set().union(*map(named, expressions()))
     for metric in OURS:
         assert exported(metric) & looked_at, metric.info["name"]
         labels = " ".join(f"`{label}`" for label in metric.info["tag_keys"])
-        name = f"ray_{metric.info['name']}" + ("_total" if isinstance(metric, Counter) else "")
+        name = f"ray_{metric.info['name']}".removesuffix("_total")
+        name += "_total" if isinstance(metric, Counter) else ""
         assert re.search(rf"^\| `{name}` \| .*\| {re.escape(labels)} *\|", documented, re.MULTILINE), name
     listed = set(re.findall(r"^\| `(ray_blip2_\w+)`", documented, re.MULTILINE))
     assert len(listed) == len(OURS)
@@ -110,11 +117,30 @@ def test_prometheus_takes_the_rules_and_they_fire_when_they_should(tmp_path: Pat
     open_shards = _series('ray_blip2_shards{state="open"}', "5x60")
     rows = _series('ray_blip2_rows_total{status="ok"}', "0+80x60")
     failed = _series('ray_blip2_rows_total{status="undecodable"}', "0+20x60")
+    answers = _series(
+        'ray_blip2_http_request_duration_seconds_count{route="/v1/caption",code="200"}', "0+100x60"
+    )
+    refused = _series('ray_blip2_refused_requests_total{reason="overloaded"}', "0+10x60")
+    of_quota = _series('ray_blip2_refused_requests_total{reason="quota"}', "0+10x60")
+    waiting = _series("ray_blip2_engine_waiting", "3x60")
+    steps = _series('ray_blip2_engine_step_seconds_count{work="decode"}', "0+50x60")
+
+    def waits(within_1_s: str) -> list[dict[str, str]]:
+        """100 requests a minute, some of which wait for less than a second, and all for less than five."""
+        buckets = {"1.0": within_1_s, "5.0": "0+100x60", "+Inf": "0+100x60"}
+        return [_series(f'ray_blip2_queue_seconds_bucket{{le="{le}"}}', x) for le, x in buckets.items()]
+
     cases = [
         ([open_shards], "Blip2JobMakesNoProgress", "critical", True),
         ([open_shards, rows], "Blip2JobMakesNoProgress", "critical", False),
         ([open_shards, rows], "Blip2JobRowsFail", "warning", False),
         ([rows, failed], "Blip2JobRowsFail", "warning", True),
+        ([answers, refused], "Blip2EndpointRefuses", "warning", True),
+        ([answers, of_quota], "Blip2EndpointRefuses", "warning", False),
+        ([*waits("0+5x60")], "Blip2EndpointQueues", "warning", True),
+        ([*waits("0+100x60")], "Blip2EndpointQueues", "warning", False),
+        ([waiting], "Blip2EngineStalls", "critical", True),
+        ([waiting, steps], "Blip2EngineStalls", "critical", False),
     ]
     tests = [
         {"interval": "1m", "input_series": series, "alert_rule_test": [_fires(alert, severity, is_firing)]}

@@ -140,3 +140,21 @@ def test_a_folder_without_a_checkpoint_is_refused(bucket: str) -> None:
         resolve(f"{bucket}/empty")
     with pytest.raises(OSError, match="no-such-bucket/model cannot be read"):
         resolve("s3://no-such-bucket/model")
+
+
+def test_a_checkpoint_of_lavis_in_a_bucket_is_one_file(
+    bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its folder holds those of other epochs too, each as large as the model."""
+    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    client = boto3.client("s3")
+    for epoch in range(2):
+        client.put_object(Bucket="models", Key=f"lavis/checkpoint_{epoch}.pth", Body=b"%d" % epoch)
+    uri = f"{bucket}/lavis/checkpoint_1.pth"
+    described = resolve("demo", with_weights=False, adapter=uri)
+    assert fetched == []
+    adapter = resolve("demo", adapter=uri).adapter
+    assert adapter is not None
+    assert (adapter.folder.name, adapter.folder.read_bytes()) == ("checkpoint_1.pth", b"1")
+    assert resolve("demo", adapter=uri).digest() == described.digest()
+    assert len(fetched) == 1

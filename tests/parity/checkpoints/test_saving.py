@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
-from blip2_actor import EngineConfig, load_for_training, save_model
+from blip2_actor import EngineConfig, load_for_training, load_retrieval_for_training, save_model
 from blip2_actor.models.layers import pack_for_cpu
-from blip2_actor.testing import IMAGE_SIZE_PX, IMAGE_TOKEN_ID, NUM_QUERIES, random_images
+from blip2_actor.testing import (
+    IMAGE_SIZE_PX,
+    IMAGE_TOKEN_ID,
+    NUM_QUERIES,
+    random_images,
+    save_tiny_retrieval_checkpoint,
+)
 
 TOKEN_IDS = torch.randint(5, 260, (2, 6), generator=torch.Generator().manual_seed(1))
 
@@ -43,6 +49,31 @@ def test_a_trained_model_is_the_same_for_transformers(
     assert theirs.state_dict().keys() == same
     assert AutoTokenizer.from_pretrained(tmp_path / "trained")("a cat").input_ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trained"]
+
+
+def test_a_trained_retrieval_model_is_the_same_for_transformers(tmp_path: Path) -> None:
+    folder = save_tiny_retrieval_checkpoint(tmp_path / "base")
+    model = load_retrieval_for_training(folder, device="cpu")
+    pixel_values = torch.randn(2, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+    texts = list(TOKEN_IDS)
+    before = model.matching_logits(model.image_features(pixel_values), texts)
+    torch.nn.functional.cross_entropy(before, torch.tensor([1, 0])).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    save_model(model, tmp_path / "trained", like=folder)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "trained").eval()
+    inputs = {"pixel_values": pixel_values, "input_ids": TOKEN_IDS, "attention_mask": TOKEN_IDS > 0}
+    with torch.no_grad():
+        image = model.image_features(pixel_values)
+        matching = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
+        contrastive = theirs(**inputs, use_image_text_matching_head=False).logits_per_image.diagonal()
+        after = model.matching_logits(image, texts)
+        ours = model.contrastive_scores(model.image_embeddings(image), model.text_embeddings(texts))
+    assert (after - before).abs().max() > 0.01, "the step must have changed what is saved"
+    torch.testing.assert_close(after, matching, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, contrastive, atol=1e-4, rtol=1e-4)
+    same = Blip2ForImageTextRetrieval.from_pretrained(folder).state_dict().keys()
+    assert theirs.state_dict().keys() == same
+    assert AutoTokenizer.from_pretrained(tmp_path / "trained")("a cat").input_ids
 
 
 def test_an_untrained_model_gives_the_same_captions_in_a_smaller_dtype(

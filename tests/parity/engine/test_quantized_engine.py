@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor import Engine, EngineConfig, GenerationOptions, QuantizationChoice, Request
 from blip2_actor.engine import self_test
 from blip2_actor.engine.self_test import SelfTestFailure
 from blip2_actor.models.layers import Linear
-from blip2_actor.quantization import choice
+from blip2_actor.quantization.choice import PARTS
+from blip2_actor.quantization.int8 import FULL_WEIGHT, largest_weight
 from blip2_actor.testing import random_images
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 needs oneDNN")
 IMAGES = list(random_images(4).numpy())
+BITS = 8 if largest_weight() == FULL_WEIGHT else 7
+EVERYTHING = QuantizationChoice(method="int8", parts=PARTS, weight_bits=BITS, instructions="here")
 
 
 def test_a_small_model_is_left_alone(caplog) -> None:
@@ -40,9 +43,9 @@ def engines(request, checkpoint_folder: Callable[..., Path]) -> Iterator[tuple[E
     folder = str(checkpoint_folder(request.param))
     config = EngineConfig(model=folder, dtype="float32", device="cpu", num_threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "MAX_TIME", 1e9)
         patch.setattr(self_test, "MAX_QUANTIZATION_ERROR", 1.0)  # random weights of width 16 differ much
-        with config.build() as plain, replace(config, quantize="int8").build() as quantized:
+        everything = replace(config, quantize="int8", quantization_choice=EVERYTHING)
+        with config.build() as plain, everything.build() as quantized:
             yield plain, quantized
 
 
@@ -87,7 +90,6 @@ def test_scores_and_features_are_near_those_of_the_plain_engine(engines) -> None
 
 def test_a_difference_beyond_the_bound_is_refused(engines, monkeypatch, caplog) -> None:
     _, quantized = engines
-    monkeypatch.setattr(choice, "MAX_TIME", 1e9)
     monkeypatch.setattr(self_test, "MAX_QUANTIZATION_ERROR", 1e-6)
     with pytest.raises(SelfTestFailure, match=r"must differ by at most 1e-06 .* leave out --quantize$"):
         quantized.config.build()

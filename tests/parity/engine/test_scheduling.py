@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,20 @@ def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, a
             except CancelledError:
                 continue
     assert engine.stats().num_running == 0
+
+
+def test_texts_that_give_their_slots_up_have_the_same_tokens_in_the_end(engine, asked, alone) -> None:
+    """Requests of low priority fill all seven slots, and others come between any two steps."""
+    before = engine.stats().num_preempted
+    low = [replace(request, low_priority=True) for request in asked]
+    for seed in range(3):
+        choose = random.Random(seed)
+        futures = [(index, engine.submit(low[index])) for index in choose.sample(range(len(asked)), 24)]
+        for index in choose.sample(range(len(asked)), 24):
+            concurrent.futures.wait([choose.choice(futures)[1]], timeout=0.005)
+            futures.append((index, engine.submit(asked[index])))
+        assert [future.result(60).token_ids for _, future in futures] == [alone[i] for i, _ in futures], seed
+    assert engine.stats().num_preempted > before + 3
 
 
 def test_concurrent_callers_share_passes_of_the_encoder(folder) -> None:

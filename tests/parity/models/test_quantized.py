@@ -10,7 +10,9 @@ from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPT
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.vision import PixelNormalizer
 from blip2_actor.quantization import quantize as quantizing
-from blip2_actor.quantization.choice import PARTS, layers_of
+from blip2_actor.quantization.choice import PARTS, QuantizationChoice
+from blip2_actor.quantization.int8 import FULL_WEIGHT, largest_weight
+from blip2_actor.quantization.measurement import layers_of
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 from blip2_actor.quantization.smoothing import divide, preceding_norms
 from blip2_actor.testing.random_weights import randomize_weights
@@ -77,10 +79,10 @@ CALIBRATION = Calibration(images(3), [2])
 
 def quantize_all(model: Blip2) -> QuantizationRecord:
     """Quantize every eligible layer; the weights are in the model already, so there is nothing to read."""
-    fractions = dict.fromkeys(PARTS, 1.0)
-    return quantize(
-        model, {name: lambda: None for name in layers_of(model, fractions)}, fractions, CALIBRATION
-    )
+    bits = 8 if largest_weight() == FULL_WEIGHT else 7
+    choice = QuantizationChoice(method="int8", parts=PARTS, weight_bits=bits, instructions="here")
+    readers = {name: lambda: None for name in layers_of(model, choice.parts)}
+    return quantize(model, readers, choice, CALIBRATION)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Blip2ForConditionalGeneration, Blip2Model
 
-from blip2_actor import Engine, EngineConfig, Status
+from blip2_actor import Engine, EngineConfig, Request, Status
 from blip2_actor.testing import EOS_TOKEN_ID, IMAGE_TOKEN_ID, NUM_QUERIES, random_images, tiny_tokenizer
 
 BOTH = {"output_hidden_states": True, "output_attentions": True}
@@ -89,6 +89,30 @@ def test_both_encoders(engine, eager) -> None:
         maps |= {f"{n}_attention": m[row] for n, m in zip(names, qformer.attentions, strict=True)}
         assert_close(maps["qformer.layers.2.cross_attention"], qformer.cross_attentions[1][row])
         assert_equal(features.attention_maps, maps)
+
+
+def test_maps_of_the_qformer_alone_take_one_pass_of_the_vision_encoder(engine: Engine) -> None:
+    """The endpoint asks for them with every answer that says where the model looked."""
+    [expected] = engine.features([PICTURES[0].numpy()], with_attention_maps=True)
+    num_passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_passes
+        num_passes += 1
+
+    hook = engine.model.vision.register_forward_hook(count)
+    try:
+        image = engine.image(PICTURES[0].numpy())
+        image.keeps_image_embeds = True
+        engine.submit(Request(image=image)).result()
+        [found] = engine.features([image], with_attention_maps="qformer.*.cross_attention")
+    finally:
+        hook.remove()
+    assert num_passes == 1
+    assert found.image_embeds is None and expected.attention_maps is not None
+    cross = {name: torch.from_numpy(one) for name, one in expected.attention_maps.items() if "cross" in name}
+    assert len(cross) == 2
+    assert_equal(found.attention_maps, cross)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from pipeline.attempts.store import make_room, read_attempts, write_attempt
 from pipeline.attempts.timeline import Timeline
 from pipeline.errors import StoppedBySignal
 from pipeline.ledger.layout import ATTEMPTS
-from pipeline.report.pace import UNKNOWN, attempt_lines
+from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
+from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator, Load
 from pipeline.stages.worker_warnings import MAX_TEXTS, WarningCounter
 from pipeline.storage.folder import Folder
@@ -59,10 +60,18 @@ def test_a_rate_is_of_working_time_alone():
     assert attempts.busy_fractions == {"caption": 0.8}
     lines = attempt_lines(attempts)
     assert lines[0] == "speed: 2.0 rows/s, 20 rows in 10 s of work, start-up and pauses left out"
-    assert "caption, busy 80%" in lines[1]
+    assert lines[1] == TOO_SHORT
     assert lines[2].startswith(
         "3 attempts, 2026-01-01 00:01:00 UTC to 2026-01-01 00:03:00 UTC; the last: no "
     )
+
+
+def test_the_bottleneck_of_a_long_run_is_named_from_its_records():
+    hardware = {"cpus": 64.0, "accelerators": 8.0}
+    points = (Point(0.0, 0), Point(200.0, 400, {"caption": 320.0}, {"caption": 400.0}))
+    lines = attempt_lines(Attempts((attempt(1, points=points, ready_s=0.0, hardware=hardware),)))
+    assert lines[1].startswith("bottleneck: caption, busy 80% of the time; more captioning actors")
+    assert "up to 8" in lines[1]
 
 
 def test_nothing_is_invented_for_a_run_without_records():
@@ -119,15 +128,34 @@ def test_a_recorder_writes_from_the_start_and_says_how_the_attempt_ended(tmp_pat
         (first,) = read_attempts(folder)
         assert first.reason is None and first.versions["python"] and first.model == "m"
         record.end_phase("open the output")
-        record.note(0, {}, {})
-        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1})
+        record.note(0, {}, {}, {})
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {"w": 1}, {"int8: all": 1})
         record.begin_driver()
-        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2})
+        record.note(4, {"caption": {"b": Load(2.0, 0.0)}}, {"w": 2}, {"int8: all": 2})
         raise StoppedBySignal(signal.SIGTERM)
     (last,) = read_attempts(folder)
     assert (last.rows, last.points[-1].busy_s, last.warnings) == (7, {"caption": 3.0}, {"w": 3})
+    assert last.quantization == {"int8: all": 2}
     assert list(last.phases) == ["open the output", "load the model", "first row"]
     assert last.exit_status == 143 and "SIGTERM" in last.ending
+
+
+def test_an_attempt_knows_those_before_it_and_totals_count_all(tmp_path):
+    """After the death of a driver, progress and the end of a run told only of the last attempt."""
+    folder = Folder(str(tmp_path))
+    write_attempt(folder, attempt(1, shard_rows=50.0))
+    with recorded(folder, is_begun=True, run="digest") as record:
+        earlier = record.earlier
+        assert ([a.id for a in earlier], earlier.shard_rows) == (["0001"], 50.0)
+        record.note(3, {"caption": {"a": Load(1.0, 0.0)}}, {}, {}, shard_rows=60.0)
+    assert (record.all.rows, record.all.shard_rows) == (earlier.rows + 3, 60.0)
+    assert record.all.rows == read_attempts(folder).rows
+    said = total_line(record.all)
+    assert (
+        said.startswith("2 attempts, 20")
+        and said.count(" UTC") == 2
+        and f": {record.all.rows} rows in" in said
+    )
 
 
 def test_a_store_that_fails_does_not_end_the_run(tmp_path, monkeypatch):

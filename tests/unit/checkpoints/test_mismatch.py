@@ -54,7 +54,7 @@ REASONS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "int8": (quantized, "they are quantized: name the model"),
     "peft": (wrapped_by_peft, r"merge_and_unload\(\) before save_pretrained"),
-    "lavis": (lambda t: {"Qformer.bert.encoder.layer.0.x": torch.ones(1)}, "convert_blip_2_original"),
+    "lavis": (lambda t: {"Qformer.bert.encoder.layer.0.x": torch.ones(1)}, "and --adapter to this file"),
     "trained parts": (
         lambda t: {k: v for k, v in t.items() if k.startswith(("qformer", "language_proj", "query"))},
         "save the whole model",

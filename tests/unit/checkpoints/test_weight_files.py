@@ -88,7 +88,7 @@ def test_a_prefix_of_some_names_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("blip2_pretrained_opt2.7b.pth", r"got none of these, but blip2_.*\.pth; convert it"),
+        ("blip2_pretrained_opt2.7b.pth", r"got none of these, but blip2_.*\.pth; .* --adapter to the file"),
         ("adapter_config.json", "but an adapter; set --model to"),
         ("readme.md", "fetch the checkpoint again"),
     ],
@@ -102,7 +102,10 @@ def test_a_folder_without_weights_says_what_it_holds(name: str, message: str, tm
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     """LAVIS publishes single files."""
     (tmp_path / "blip2.pth").touch()
-    with pytest.raises(NotADirectoryError, match=r"model must be a folder .*blip2\.pth; name its folder, or"):
+    with pytest.raises(
+        NotADirectoryError,
+        match=r"model must be a folder .*blip2\.pth; name its folder, or .* --adapter to the file",
+    ):
         resolve(str(tmp_path / "blip2.pth"))
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RpcError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
+from deploy.observe import fleet
 from deploy.settings import Settings
 from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
@@ -64,7 +65,8 @@ class Handle:
     deployment_name = "Captioner"
 
     def __init__(self, answer: Any) -> None:
-        self.info = Method(Response(ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d")))
+        info = ModelInfo(model="m", image_size_px=8, dtype="float32", digest="d", vocab_size=100)
+        self.info = Method(Response(info))
         self.matching_info = Method(Response(None))
         self.run = Method(Response(answer))
         self.streaming = Method(Stream(answer))
@@ -74,15 +76,32 @@ class Handle:
         return self.streaming
 
 
+class Store(dict[str, str]):
+    """Stands for what is stored in the cluster."""
+
+    def _internal_kv_get(self, key: str, namespace: str) -> str | None:
+        if "is away" in self:
+            raise RpcError("the head is away")
+        return self.get(key)
+
+    def _internal_kv_put(self, key: str, value: str, namespace: str) -> None:
+        self[key] = value
+
+    def _internal_kv_del(self, key: str, namespace: str) -> None:
+        self.pop(key, None)
+
+
 @asynccontextmanager
-async def gateway(handle: Handle, **settings: Any) -> AsyncIterator[Gateway]:
+async def gateway(handle: Handle, store: Store | None = None, **settings: Any) -> AsyncIterator[Gateway]:
     made = Gateway.__new__(Gateway)
-    await made.__init__(handle, Settings(decode_children=1, **settings))  # type: ignore[misc]
-    try:
-        yield made
-    finally:
-        made.__del__()
-        del made._decoding  # already closed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet, "internal_kv", Store() if store is None else store)
+        await made.__init__(handle, Settings(decode_children=1, **settings))  # type: ignore[misc]
+        try:
+            yield made
+        finally:
+            made.__del__()
+            del made._decoding  # already closed
 
 
 WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
@@ -91,7 +110,7 @@ WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions())
 async def picture(gateway: Gateway) -> DecodedImage:
     file = io.BytesIO()
     Image.new("RGB", (10, 6)).save(file, "PNG")
-    return await gateway.decode(file.getvalue())
+    return await gateway.decode(gateway.first, file.getvalue())
 
 
 def refusals(answers: list[Any]) -> list[tuple[int, str]]:
@@ -104,14 +123,22 @@ def refusals(answers: list[Any]) -> list[tuple[int, str]]:
             for answer in answers:
                 handle.run, handle.streaming = Method(Response(answer)), Method(Stream(answer))
                 with pytest.raises(ApiError) as caught:
-                    await made.run(image, WORK)
+                    await made.run(made.first, image, WORK)
                 with pytest.raises(ApiError) as streamed:
-                    [item async for item in made.stream(image, WORK)]
+                    [item async for item in made.stream(made.first, image, WORK)]
                 assert (streamed.value.code, streamed.value.type) == (caught.value.code, caught.value.type)
                 said.append((caught.value.code, caught.value.type))
         return said
 
     return asyncio.run(ask())
+
+
+def test_a_gateway_with_options_that_no_request_can_have_does_not_start() -> None:
+    async def start() -> None:
+        with pytest.raises(ValueError, match="suppress_tokens must be token ids below 100, got 100"):
+            await gateway(Handle(None), options=GenerationOptions(suppress_tokens=(100,))).__aenter__()
+
+    asyncio.run(start())
 
 
 def test_the_log_says_what_the_decode_sandbox_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -133,11 +160,11 @@ def test_a_timeout_cancels_the_work() -> None:
             assert (image.width, image.height) == (10, 6)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    await made.run(image, WORK)
+                    await made.run(made.first, image, WORK)
             items = []
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
-                    async for item in made.stream(image, WORK):
+                    async for item in made.stream(made.first, image, WORK):
                         items.append(item)
             assert items == [TextPiece(index=0, text="a")]
 
@@ -151,7 +178,7 @@ def test_a_stream_that_ends_is_not_cancelled() -> None:
 
     async def ask() -> list[Any]:
         async with gateway(handle) as made:
-            return [item async for item in made.stream(await picture(made), WORK)]
+            return [item async for item in made.stream(made.first, await picture(made), WORK)]
 
     assert asyncio.run(ask())[-1] is answer
     assert not handle.streaming.response.cancelled
@@ -199,5 +226,35 @@ def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
                 with pytest.raises(ApiError) as ending:
                     await call
                 assert (ending.value.code, ending.value.type) == (503, "unavailable")
+
+    asyncio.run(run())
+
+
+def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that replaced another took requests again, in the middle of the operator's drain."""
+
+    async def run() -> None:
+        async def reach_none(*_: Any) -> list[Any]:
+            return []
+
+        monkeypatch.setattr(fleet.Fleet, "_everywhere", reach_none)
+        store = Store()
+        async with gateway(Handle(None), store) as old:
+            await old.fleet.set_draining(True)
+            await old.check_health()  # as if the call to all replicas had missed this one
+            async with gateway(Handle(None), store) as new:
+                for made in (old, new):
+                    with pytest.raises(ApiError):
+                        await made.check_ready()
+                await new.fleet.set_draining(False)
+                store["is away"] = "yes"
+                await new.check_health()
+                assert new.stats()["is_draining"]
+                del store["is away"]
+                await new.check_health()
+                await new.check_ready()
+                await new.drain()
+                await new.check_health()  # the end of the service is no operator's drain
+                assert new.stats()["is_draining"]
 
     asyncio.run(run())

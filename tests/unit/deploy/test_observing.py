@@ -176,7 +176,7 @@ def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pyte
     known = {"Gateway": Replicas(2, [{"num_in_flight": 0}]), "Captioner": Replicas(math.inf, [])}
     monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: known[name])
     monkeypatch.setattr(fleet, "PAUSE_S", 0.0)
-    stats = asyncio.run(fleet.Fleet("blip2").stats())
+    stats = asyncio.run(fleet.Fleet("blip2", ["Captioner"]).stats())
     assert stats == {"gateways": [{"num_in_flight": 0}], "engines": []}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ray import serve
@@ -14,12 +13,14 @@ from deploy import readiness
 from deploy.http.errors import ApiError
 from deploy.readiness import Readiness
 
-HANDLE: Any = SimpleNamespace(app_name="app", deployment_name="Captioner")
+DEPLOYMENTS = ("Captioner", "Captioner_other")
 
 
 def records(status: str, **replicas: int) -> SimpleNamespace:
     engines = SimpleNamespace(status=status, replica_states=replicas)
-    return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Captioner": engines})})
+    others = SimpleNamespace(status="UNHEALTHY", replica_states={})
+    deployments = {"Captioner": others, "Captioner_other": engines}
+    return SimpleNamespace(applications={"app": SimpleNamespace(deployments=deployments)})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_ready_while_an_engine_runs_or_none_is_needed(
     monkeypatch.setattr(serve, "status", status)
 
     async def run() -> None:
-        probe = Readiness(HANDLE)
+        probe = Readiness("app", DEPLOYMENTS)
         await probe.check()  # an engine has just answered
         probe._known_at_s -= 10
         for _ in range(20):
@@ -71,7 +72,7 @@ def test_a_silent_controller_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(serve, "status", status)
 
     async def run() -> None:
-        probe = Readiness(HANDLE)
+        probe = Readiness("app", DEPLOYMENTS)
         probe._known_at_s -= 10
         for _ in range(3):
             await probe.check()

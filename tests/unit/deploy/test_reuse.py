@@ -14,6 +14,7 @@ import pytest
 from blip2_actor import DecodedImage, EngineConfig, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from deploy.command import main
+from deploy.reuse import finished_run
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made
 from deploy.reuse.shared_work import SharedWork
@@ -176,7 +177,7 @@ def pictures() -> list[bytes]:
 
 
 def run_of(demo: EngineService, folder: Path = STORED_RUN / "finished") -> FinishedRun:
-    found = FinishedRun(str(folder), demo.model, ImageLimits())
+    found = FinishedRun(str(folder), demo.first.info, ImageLimits())
     found.read_index()
     return found
 
@@ -212,6 +213,36 @@ def test_every_row_of_a_run_is_found(demo: EngineService) -> None:
         run.find(row["sha256"].hex(), run.work) for row in rows if row["status"] != "ok" and row["sha256"]
     ]
     assert not any(failed)
+
+
+def test_a_row_group_is_read_once_and_few_are_kept(
+    demo: EngineService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each hit opened its file again; with every group kept, memory would grow to that of the whole run."""
+    for path in (STORED_RUN / "finished").glob("*.parquet"):
+        pq.write_table(pq.read_table(path), tmp_path / path.name, row_group_size=2)
+    monkeypatch.setattr(finished_run, "KEPT_ROW_GROUPS", 2)
+    run = run_of(demo, tmp_path)
+    opened: list[str] = []
+    open_file = run._open
+
+    def open_and_note(path: str) -> pq.ParquetFile:
+        opened.append(path)
+        return open_file(path)
+
+    monkeypatch.setattr(run, "_open", open_and_note)
+    path = sorted(tmp_path.glob("*.parquet"))[0]
+    rows = [row for row in rows_of(path) if row["status"] == "ok"]
+    assert len(rows) == 6
+    for _ in range(3):
+        for row in rows[:2]:
+            made = run.find(row["sha256"].hex(), run.work)
+            assert made is not None and made.outputs.texts[0].text == row["caption"]
+    assert 1 <= len(opened) <= 2
+    for row in rows:
+        made = run.find(row["sha256"].hex(), run.work)
+        assert made is not None and made.outputs.texts[0].text == row["caption"]
+    assert run._row_group.cache_info().currsize == 2
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
 from pipeline.plan import stage_costs
-from pipeline.plan.plan import make_plan
+from pipeline.plan.make_plan import make_plan
 from pipeline.report.status import status_lines
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.plan_settings import PlanSettings

@@ -14,5 +14,7 @@ def test_it_counts_partial_shards_and_missing_ones():
     assert done.failed_fraction == pytest.approx(3 / 101)
     assert [done.exit_status(limit) for limit in (0.0, 0.03)] == [2, 0]
     assert any("partial: b: ends early" in line for line in done.lines())
+    assert any(line.startswith("blip2 retry reads partial shards again") for line in done.lines())
+    assert not any("retry" in line for line in Reconciliation(1, (good,), ()).lines())
     assert Reconciliation(3, (good, bad), ("c",)).exit_status(1.0) == 1
     assert Reconciliation(1, (Summary("a", 5, {"ok": 4}),), ()).exit_status(1.0) == 1

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import store_shard_report, write_fragment
 from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import Holder, Lease
 from pipeline.maintenance.clean import clean
 from pipeline.maintenance.settings import CleanSettings
+from pipeline.progress import choose_style
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.run_without_ray import retry
 from tests.unit.ledger.test_fragments import rows
@@ -122,3 +124,11 @@ def test_a_folder_without_a_run_loses_only_what_a_plan_has_left(tmp_path, capsys
     assert cleaned(Folder(str(tmp_path)), yes=True) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine", "_blip2"]
     assert folder.names("_blip2") == []
+
+
+def test_a_program_reads_what_is_to_be_deleted(folder, capsys):
+    assert main(["clean", folder.uri, "--json"]) == 0
+    choose_style("text")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["event"], found["is_deleted"]) == ("clean", False)
+    assert found["num_bytes"] > 0 and any(LEASE in names for names in found["files"].values())

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from blip2_actor import EngineConfig, ModelInfo
+from blip2_actor import EngineConfig, QuantizationChoice
 from blip2_actor.testing import FakeEngineConfig
-from pipeline.placement.first_worker import describe_without_device, with_dtype
+from pipeline.placement.first_worker import WorkerAnswer, describe_without_device, with_dtype
 from pipeline.run.prepare import prepare
+from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.inputs import write_tars
 
@@ -32,15 +33,15 @@ def test_a_resume_takes_the_recorded_dtype(tmp_path: Path, monkeypatch: pytest.M
     settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"))
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     job = prepare(settings, AUTO)
-    assert job.asks_dtype
-    answer: ModelInfo = dataclasses.replace(job.info, dtype="bfloat16")
-    job = job.with_model(answer)
-    assert job.run.fingerprint.parts["dtype"] == "bfloat16" and not job.asks_dtype
+    assert job.asks_worker
+    answer = WorkerAnswer(dataclasses.replace(job.info, dtype="bfloat16"), None)
+    job = job.with_answer(answer)
+    assert job.run.fingerprint.parts["dtype"] == "bfloat16" and not job.asks_worker
     job.ledger.begin(job.run)
     for address in ("head:6379", ""):
         monkeypatch.setenv("RAY_ADDRESS", address)
         again = prepare(settings, AUTO)
-        assert not again.asks_dtype and again.info.dtype == "bfloat16"
+        assert not again.asks_worker and again.info.dtype == "bfloat16"
         assert again.engine == with_dtype(AUTO, "bfloat16")
 
 
@@ -53,9 +54,47 @@ def test_a_fork_of_another_dtype_is_found_again(tmp_path: Path, monkeypatch: pyt
     first.ledger.begin(first.run)
     other = dataclasses.replace(settings, fork=True, prompt="a photo of")
     fork = prepare(other, AUTO)
-    fork = fork.with_model(dataclasses.replace(fork.info, dtype="bfloat16"))
+    fork = fork.with_answer(WorkerAnswer(dataclasses.replace(fork.info, dtype="bfloat16"), None))
     assert fork.is_new
     fork.ledger.begin(fork.run)
     again = prepare(other, AUTO)
     assert not again.is_new and again.ledger.folder.uri == fork.ledger.folder.uri
     assert again.info.dtype == "bfloat16"
+
+
+CHOICE = QuantizationChoice(
+    method="int8", parts=("vision",), weight_bits=7, instructions="AVX2", time_fractions=(0.5,)
+)
+
+
+def test_all_workers_and_a_resume_quantize_what_the_first_worker_has_chosen(tmp_path: Path) -> None:
+    """Each worker measured by itself, and the rows of one output were of several precisions."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    engine = EngineConfig(model="demo", device="cpu", dtype="float32", quantize="int8")
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), engine=engine)
+    job = prepare(settings)
+    assert job.asks_worker
+    job = job.with_answer(WorkerAnswer(job.info, CHOICE))
+    assert not job.asks_worker and job.engine == dataclasses.replace(engine, quantization_choice=CHOICE)
+    job.ledger.begin(job.run)
+    again = prepare(settings)
+    assert not again.asks_worker and again.run.quantization == CHOICE
+    assert again.engine.quantization_choice == CHOICE  # type: ignore[attr-defined]
+    assert again.run.fingerprint == job.run.fingerprint
+    other = job.joining(dataclasses.replace(job.run, quantization=dataclasses.replace(CHOICE, parts=())))
+    assert other.engine.quantization_choice.parts == ()  # type: ignore[attr-defined]
+
+
+def test_a_given_choice_is_kept_and_stored(tmp_path: Path) -> None:
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    engine = EngineConfig(model="demo", device="cpu", quantize="int8", quantization_choice=CHOICE)
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), engine=engine)
+    job = prepare(settings)
+    assert not job.asks_worker and job.run.quantization == CHOICE
+    job.ledger.begin(job.run)
+    assert from_dict(CaptionSettings, {**job.ledger.require_run().settings, "output": "out"}).engine == engine
+
+
+def test_a_driver_without_the_device_does_not_decide_what_can_be_quantized() -> None:
+    info = describe_without_device(EngineConfig(model="demo", quantize="int8"))
+    assert info.quantize == "int8"

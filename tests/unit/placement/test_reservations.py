@@ -122,7 +122,9 @@ def test_types_and_labels_choose_the_nodes():
     assert labeled.max_actors == 2 and labeled.decode.options["label_selector"] == {"pool": "cpu"}
     with pytest.raises(RefusedByCluster, match="needs 1 GPU, pool=small"):
         placed(cluster, caption_label=("pool=small",))
-    assert placed(cluster, caption_label=("pool=in(big, small)",)).caption.labels, "left to Ray"
+    assert placed(cluster, caption_label=("pool=in(big, small)",)).max_actors == 2
+    without_label = placed(cluster, caption_label=("pool=!big",))
+    assert without_label.max_actors == GPU_TYPE.max_nodes
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2_actor import EngineConfig
+from blip2_actor import EngineConfig, QuantizationChoice
 from blip2_actor.demo.scenes import SceneSampler, draw
-from blip2_actor.quantization import choice
+from blip2_actor.quantization import int8
 from blip2_actor.quantization import quantize as quantizing
+from blip2_actor.quantization.choice import PARTS
 from blip2_actor.testing import FakeEngineConfig, captions_made, save_tiny_retrieval_checkpoint
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
@@ -29,7 +30,9 @@ from pipeline.inputs.size_estimate import estimate_size
 from pipeline.ledger.scan import scan_output
 from pipeline.plan import cost, sample, stage_costs
 from pipeline.plan.cost import Cost
-from pipeline.plan.plan import make_plan, plan
+from pipeline.plan.make_plan import make_plan
+from pipeline.plan.model import RAY_START_S
+from pipeline.plan.plan import plan
 from pipeline.plan.prediction import predict
 from pipeline.plan.sample import take_sample
 from pipeline.progress import format_bytes
@@ -68,7 +71,11 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
     prediction = found.prediction
     assert found.size_estimate.num_rows == 200
     assert 1.0 <= prediction.actor_s <= 1.0 * SLACK
-    assert prediction.here_s == prediction.actor_s
+    assert prediction.here_s == pytest.approx(found.start_s + prediction.actor_s)
+    assert found.start_s > RAY_START_S
+    assert "of it start-up; bottleneck: caption; a faster device or more machines would help" in "\n".join(
+        found.lines()
+    )
     assert (prediction.bottleneck, prediction.stages["caption"].workers_per_actor) == ("caption", 1)
     assert len(found.sample.shards) == 4
 
@@ -272,12 +279,17 @@ def test_a_plan_says_what_quantization_changes(tmp_path, monkeypatch):
         Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
         files[str(number)] = file.getvalue()
     write_tar(tmp_path / "in" / "0.tar", files)
-    for module in (choice, quantizing):
-        monkeypatch.setattr(module, "largest_weight", lambda: 1)
-    monkeypatch.setattr(choice, "MAX_TIME", 1e9)
+    monkeypatch.setattr(int8, "HALF_WEIGHT", 1)
+    choice = QuantizationChoice(method="int8", parts=PARTS, weight_bits=7, instructions="here")
     monkeypatch.setattr(quantizing, "MAX_LAYER_ERROR", 100)
     engine = EngineConfig(
-        model="demo", device="cpu", dtype="float32", num_threads=1, quantize="int8", skip_self_test=True
+        model="demo",
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        quantize="int8",
+        quantization_choice=choice,
+        skip_self_test=True,
     )
     found = make_plan(settings(tmp_path / "in", engine=engine, sample=6))
     effect = found.stage_costs.quantization
@@ -297,3 +309,25 @@ def test_a_plan_without_quantization_compares_nothing(tmp_path):
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
     found = make_plan(settings(tmp_path / "in"), FakeEngineConfig())
     assert found.to_dict()["quantization"] is None
+
+
+def test_a_price_gives_the_cost_of_the_input_and_of_a_million_rows(tmp_path, capsys):
+    write_tars(tmp_path / "in", num_tars=2, rows_per_tar=50)
+    found = make_plan(settings(tmp_path / "in", price_per_hour=3.6), FakeEngineConfig(seconds_per_image=0.01))
+    assert found.cost is not None
+    assert found.cost == pytest.approx(found.prediction.actor_s * 0.001)
+    assert 0.9e-3 <= found.cost <= 1e-3 * SLACK
+    line = next(line for line in found.lines() if line.startswith("cost"))
+    said = re.search(r"([\d.]+) per million rows", line)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(found.cost * 1e6 / 100, abs=0.01)
+    assert found.to_dict()["cost"] == found.cost
+    with pytest.raises(ValueError, match="price_per_hour must be 0 or more, got -1"):
+        settings(tmp_path / "in", price_per_hour=-1)
+
+
+def test_a_plan_on_a_cluster_needs_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=2)
+    assert main(["plan", str(tmp_path / "in"), "--on-cluster"]) == 3
+    assert "--on-cluster needs the address of a cluster in RAY_ADDRESS" in capsys.readouterr().err

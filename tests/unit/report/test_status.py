@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.ledger.layout import LEASE
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.progress import ProgressSnapshot
+from pipeline.progress import ProgressSnapshot, choose_style
 from pipeline.report.pace import UNKNOWN
 from pipeline.report.status import status_lines
 from pipeline.schema import ROW_CONTRACT
@@ -74,12 +75,23 @@ def test_a_run_with_a_driver_shows_its_rate_and_its_end(folder, capsys):
         left_s=90.0,
         busy={"decode": 0.5},
     )
-    with Lease(folder, progress=lambda: dataclasses.asdict(snapshot)):
+    with Lease(folder, progress=lambda: dataclasses.asdict(snapshot) | {"of_a_newer_version": 1}):
         assert main(["status", "--output", folder.uri]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("running: process ")
     assert "150 images · 12.5/s · 3 failed · shards 1/5 · ETA 1 min 30 s · busy decode 50%" in last
     assert ", ends about 20" in last
+
+
+def test_a_program_reads_how_far_a_run_is(folder, capsys):
+    with Lease(folder, progress=lambda: {"num_rows": 150, "of_a_newer_version": 1}):
+        assert main(["status", folder.uri, "--json"]) == 0
+    choose_style("text")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["event"], found["num_rows"], found["rows_in_progress"]) == ("status", 100, 50)
+    assert (found["by_status"], found["rows_left"]) == ({"ok": 97, "too_large": 3}, 200)
+    [driver] = found["drivers"]
+    assert driver["num_rows"] == 150 and driver["driver"].startswith("process ")
 
 
 def test_a_driver_that_cannot_write_its_heartbeat_is_explained(folder, monkeypatch):

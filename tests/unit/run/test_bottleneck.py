@@ -1,11 +1,40 @@
 """The bottleneck decides what a person changes: naming the wrong stage costs money and helps nothing."""
 
-from pipeline.run.bottleneck import busy_fractions, describe_bottleneck
+import pytest
+
+from pipeline.run.bottleneck import TOO_SHORT, Machines, busy_fractions, describe_bottleneck
 from pipeline.stages.coordinator import Load
+
+TWO_CORES = Machines(num_cpus=2, num_accelerators=0, num_workers={"caption": 1, "decode": 2})
 
 
 def test_the_busiest_stage_is_the_bottleneck_and_reading_when_none_is_busy():
     loads = {"decode": {"a": Load(1, 10), "b": Load(3, 10)}, "caption": {"c": Load(9, 10)}}
-    assert busy_fractions(loads) == {"decode": 0.2, "caption": 0.9}
-    assert describe_bottleneck({"decode": 0.2, "caption": 0.9}).startswith("bottleneck: caption, busy 90%")
-    assert "reading" in describe_bottleneck({"decode": 0.2, "caption": 0.3})
+    busy = busy_fractions(loads)
+    assert busy == {"decode": 0.2, "caption": 0.9}
+    assert describe_bottleneck(busy, 60, TWO_CORES).startswith("bottleneck: caption, busy 90%")
+    assert "reading" in describe_bottleneck({"decode": 0.2, "caption": 0.3}, 60, TWO_CORES)
+
+
+def test_a_short_run_names_none():
+    """The engine of a run of ten seconds is busy 40 % of the time, because it has just been filled."""
+    assert describe_bottleneck({"caption": 0.9}, 59.9, TWO_CORES) == TOO_SHORT
+    assert describe_bottleneck({}, 100, TWO_CORES) == TOO_SHORT
+
+
+@pytest.mark.parametrize(
+    ("stage", "cpus", "accelerators", "workers", "advice"),
+    [
+        ("caption", 2, 0, 1, "a faster device or more machines"),
+        ("caption", 64, 8, 8, "a faster device or more machines"),
+        ("caption", 64, 8, 3, "--max-actors, up to 8"),
+        ("decode", 2, 0, 2, "more CPUs or --image-jpeg-draft"),
+        ("decode", 16, 0, 2, "--max-decode-actors, up to 16"),
+    ],
+)
+def test_more_actors_are_advised_only_if_there_is_something_to_run_on(
+    stage, cpus, accelerators, workers, advice
+):
+    """On two cores the advice was more captioning actors, which would have shared the same two cores."""
+    machines = Machines(num_cpus=cpus, num_accelerators=accelerators, num_workers={stage: workers})
+    assert advice in describe_bottleneck({stage: 0.9}, 3600, machines)

@@ -34,7 +34,7 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(failing, monkeypatch, k
         pass
     said = str(refusal.value)
     assert said.startswith("Ray did not start on this machine: The current node timed out; when the machine")
-    assert said.endswith("run the same command again")
+    assert "run the same command again; its logs: " in said and said.endswith("/logs")
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(failing, monkeypatch):

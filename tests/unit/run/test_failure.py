@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import traceback
+
 import pytest
 
+from pipeline.errors import noted
 from pipeline.run.failure import describe_failure
 
 TRACE = """ray::MapWorker(MapBatches(WriteStage)).submit() (pid=7, ip=10.0.0.1)
@@ -30,3 +35,20 @@ To change retry attempts, backoff, or which errors are retried, configure `ray.d
 def test_the_cause_alone_is_said(said, expected):
     assert describe_failure(Exception(said)).startswith(expected)
     assert "retry attempts" not in describe_failure(Exception(said))
+
+
+def test_stage_node_and_file_are_said_of_a_worker_of_ray():
+    """An error said what was wrong, but not with which of ten thousand files."""
+    with pytest.raises(PermissionError) as caught, noted("a wider block"), noted("reading /in/a.tar"):
+        raise PermissionError(13, "no", "/in/a.tar")
+    moved = pickle.loads(pickle.dumps(caught.value))
+    said = "".join(traceback.format_exception(moved))
+    where = f"while reading /in/a.tar on node {os.uname().nodename}"
+    expected = f"PermissionError: [Errno 13] no: '/in/a.tar', {where}"
+    assert describe_failure(Exception(f"{TRACE}{said}{ADVICE}")) == expected
+
+
+def test_the_note_of_the_innermost_block_counts():
+    with pytest.raises(KeyError) as caught, noted("outer"), noted("inner"):
+        raise KeyError("x")
+    assert [note.partition(" on node ")[0] for note in caught.value.__notes__] == ["while inner"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipeline.errors import Interrupted
+from pipeline.run import signals
 from pipeline.run.signals import SIGNALS, StopRequest, keeping_handlers
 
 
@@ -85,3 +88,32 @@ def test_outside_the_main_thread_nothing_changes():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+HELD = """
+import hashlib, signal, sys, threading, time
+from pipeline.run import signals
+
+signals.HANDLED_WITHIN_S = 0.2
+with signals.StopRequest().by_signals():
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # hours, without any Python code
+"""
+
+
+def test_a_library_that_does_not_return_holds_no_signal():
+    ended = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 143
+    assert ended.stderr == (
+        "blip2: stopped at once by SIGTERM: a library did not return; finished work is kept\n"
+    )
+
+
+def test_a_signal_that_is_handled_ends_nothing_later(monkeypatch):
+    monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.05)
+    request = StopRequest()
+    with request.by_signals(), request.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        threading.Event().wait(0.2)
+    assert request.number == signal.SIGTERM

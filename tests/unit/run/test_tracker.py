@@ -66,3 +66,11 @@ def test_an_input_that_fails_is_noticed_after_enough_rows():
     tracker.add(receipt(400, 600, status="undecodable"))
     assert tracker.has_too_many_failures(0.0)
     assert not tracker.has_too_many_failures(1.0)
+
+
+def test_a_resume_estimates_with_the_lengths_that_the_attempt_before_knew():
+    """The ETA of a run was unknown after each death of its driver, until a shard had been read to its end."""
+    tracker = Tracker([open_shard("a"), open_shard("b", done=[(0, 30)])], usual_rows=100)
+    assert (tracker.mean_rows, tracker.estimate_rows_left()) == (100, 170)
+    tracker.add_report(report_of(60))
+    assert (tracker.mean_rows, tracker.estimate_rows_left()) == (60, 90)

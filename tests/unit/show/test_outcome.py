@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ from pipeline.cli.commands import _run
 from pipeline.cli.main import make_parser
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
-from pipeline.show.outcome import outcome_lines
+from pipeline.progress import Console, choose_style
+from pipeline.show.outcome import tell_outcome
 from pipeline.storage.folder import Folder
 from tests.unit.show.test_show import write_output
 
@@ -28,6 +31,18 @@ def finished(tmp_path: Path) -> tuple[Folder, Reconciliation]:
     ledger = Ledger(folder)
     done = ledger.reconcile(ledger.require_run(), ledger.scan())
     return folder, dataclasses.replace(done, missing=())
+
+
+def job_of(folder: Folder, allowed_failed: float = 1.0, allowed_flagged: float = 1.0) -> Any:
+    settings = SimpleNamespace(max_failed_fraction=allowed_failed, max_flagged_fraction=allowed_flagged)
+    return SimpleNamespace(ledger=Ledger(folder), settings=settings)
+
+
+def outcome_lines(folder: Folder, done: Reconciliation, allowed_failed: float = 1.0) -> list[str]:
+    """What is said after the reconciliation."""
+    said = io.StringIO()
+    tell_outcome(Console(said), job_of(folder, allowed_failed), done)
+    return said.getvalue().splitlines()[len(done.lines()) :]
 
 
 def test_captions_failures_and_commands(finished):
@@ -59,11 +74,40 @@ def test_the_commands_are_commands(finished):
 
 def test_a_command_ends_with_them(finished, monkeypatch, capsys):
     folder, done = finished
-    settings = SimpleNamespace(max_failed_fraction=1.0, max_flagged_fraction=1.0)
-    job: Any = SimpleNamespace(ledger=Ledger(folder), settings=settings)
     monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: done)
-    assert _run(job) == 0
+    assert _run(job_of(folder)) == 0
     assert capsys.readouterr().out.splitlines()[-13:] == outcome_lines(folder, done)
+
+
+def test_an_exit_status_is_explained(finished):
+    folder, done = finished
+    lines = outcome_lines(folder, done, allowed_failed=0.1)
+    assert "exit status 2: 20.00% of the rows failed, more than --max-failed-fraction 0.1 allows" in lines
+    lines = outcome_lines(folder, dataclasses.replace(done, missing=("4.tar",)))
+    assert "exit status 1: 1 shard of 5 has no file" in lines
+
+
+@pytest.mark.parametrize(("allowed", "speaks"), [(1.0, False), (0.1, True)])
+def test_a_quiet_run_says_something_only_if_it_has_failed(finished, capsys, allowed, speaks):
+    folder, done = finished
+    choose_style("quiet")
+    try:
+        tell_outcome(Console(), job_of(folder, allowed), done)
+    finally:
+        choose_style("text")
+    assert bool(capsys.readouterr().out) == speaks
+
+
+def test_a_program_reads_how_a_run_has_ended(finished, capsys):
+    folder, done = finished
+    choose_style("json")
+    try:
+        tell_outcome(Console(), job_of(folder, 0.1), done)
+    finally:
+        choose_style("text")
+    end = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (end["event"], end["exit_status"], end["num_rows"]) == ("end", 2, 40)
+    assert end["by_status"] == {"ok": 32, "undecodable": 8} and end["reason"].startswith("20.00% of the rows")
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(1.0, 0), (0.5, 2)])
@@ -73,11 +117,9 @@ def test_the_share_of_flagged_captions_decides_the_exit_status_of_a_command(
     folder, done = finished
     flagged = CaptionCounts(num_captions=10, num_flagged=6)
     summaries = tuple(dataclasses.replace(summary, captions=flagged) for summary in done.summaries)
-    settings = SimpleNamespace(max_failed_fraction=1.0, max_flagged_fraction=allowed)
-    job: Any = SimpleNamespace(ledger=Ledger(folder), settings=settings)
     result = dataclasses.replace(done, summaries=summaries)
     monkeypatch.setattr("pipeline.cli.commands.run_job", lambda job, console: result)
-    assert _run(job) == status
+    assert _run(job_of(folder, allowed_flagged=allowed)) == status
 
 
 def test_a_run_without_failures_needs_no_retry(finished):

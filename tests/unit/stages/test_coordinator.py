@@ -1,5 +1,11 @@
 """The row that kills its process must be found, and no row next to it may fail with it."""
 
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
 from pipeline.inputs.reader import ShardReport
 from pipeline.rowset import RowSet
 from pipeline.stages.careful_replay import STEP_ROWS, steps
@@ -7,6 +13,7 @@ from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
+from pipeline.stages.worker_start import telling_start
 from pipeline.storage.retrying import Trouble
 
 DEVICE = Device("node", "host", ())
@@ -17,6 +24,22 @@ def test_a_call_that_ends_is_forgotten():
     assert coordinator.begin_call("call").num_starts == 1
     coordinator.end_call("call")
     assert coordinator.begin_call("call").num_starts == 1
+
+
+def test_what_a_worker_does_at_its_start_is_news_until_it_is_ready():
+    """For the minutes in which 15 GB are fetched, the terminal said "starting"."""
+    coordinator: Any = Coordinator()
+    remote = SimpleNamespace(starts=SimpleNamespace(remote=coordinator.starts))
+    phases, other = logging.getLogger("blip2_actor.phases"), logging.getLogger("blip2_actor.engine")
+    before = phases.level
+    with telling_start(remote, "a"):
+        phases.info("loading the weights")
+        other.info("a detail")
+        coordinator.starts("b", "fetching a model: 15.5 GB")
+        phases.info("testing the model")
+        assert coordinator.news().starting == ("fetching a model: 15.5 GB", "testing the model")
+    assert coordinator.news().starting == ("fetching a model: 15.5 GB",)
+    assert (phases.level, phases.handlers) == (before, [])
 
 
 def test_a_call_that_died_starts_again_with_what_it_had_written():

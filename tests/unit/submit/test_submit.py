@@ -22,10 +22,11 @@ IN, OUT = "s3://bucket/in", "s3://bucket/captions"
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ("", 3, "a command must come last, one of caption, embed, score, retry"),
+        ("", 3, "a command must come last, one of caption, embed, score, retry, plan"),
         (f"caption --input {IN} --ouptut {OUT}", 3, "did you mean --output?"),
         (f"caption --input {IN} --output {OUT} --num-beams 0", 3, "--num-beams must be at least 1, got 0"),
         (f"-- caption --input {IN} --output {OUT}", 3, "--address must be given, or RAY_API_SERVER_ADDRESS"),
+        (f"plan --input {IN}", 3, "--on-cluster must be set for a submitted plan"),
         (f"caption --input {IN} --output captions", 3, "--output must be a URI or an absolute path"),
         (
             f"--address http://127.0.0.1:1 caption --input {IN}?region=us-east-1 --output {OUT}",

@@ -14,6 +14,7 @@ import pytest
 import ray
 from ray import serve
 
+from blip2_actor import EngineBuilder
 from blip2_actor.testing import FakeEngineConfig
 from deploy.app import compose
 from deploy.guard.front import CALLBACK
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.timeout(300)
 NUM_CALLERS = 4
 LOOK_BACK_S = 11.0
 """Just above the ten seconds that Serve takes for its own interval."""
+PROBED_S = 120.0
 SCALES_TO_ZERO = {
     "min_replicas": 0,
     "initial_replicas": 1,
@@ -56,18 +58,27 @@ def url(own_ray: None) -> Iterator[str]:
     ray.shutdown()
 
 
-def deploy(engine: FakeEngineConfig, captioner: dict[str, Any] | None = None, **settings: Any) -> None:
+def deploy(
+    engine: FakeEngineConfig,
+    captioner: dict[str, Any] | None = None,
+    others: dict[str, EngineBuilder] | None = None,
+    **settings: Any,
+) -> None:
     """Deploy the application, or update it; without kept answers, so that every request reaches an engine."""
     free = {"ray_actor_options": {"num_cpus": 0}}
     application = compose(
-        engine, Settings(cache_bytes=0, **settings), captioner=free | (captioner or {}), gateway=free
+        engine,
+        Settings(cache_bytes=0, **settings),
+        others=others,
+        captioner=free | (captioner or {}),
+        gateway=free,
     )
     serve.run(application, name="/", route_prefix="/")
 
 
-def engines() -> int:
+def engines(deployment: str = "Captioner") -> int:
     """Return the number of engines that run or start."""
-    replicas = serve.status().applications["/"].deployments["Captioner"].replica_states
+    replicas = serve.status().applications["/"].deployments[deployment].replica_states
     return sum(replicas.values())
 
 
@@ -109,7 +120,7 @@ def test_probes_start_no_engine_and_a_request_does(url: str) -> None:
     assert post(url, png(1)).status_code == 200
     wait_for(lambda: engines() == 0, seconds=60)
     codes = set()
-    ends_at_s = time.monotonic() + 2 * LOOK_BACK_S
+    ends_at_s = time.monotonic() + PROBED_S
     while time.monotonic() < ends_at_s:  # a request starts one at once, as the end of this test shows
         for path in ("/livez", "/readyz", "/healthz", "/startupz"):
             codes.add(httpx.get(f"{url}{path}").status_code)
@@ -117,6 +128,19 @@ def test_probes_start_no_engine_and_a_request_does(url: str) -> None:
     assert codes == {200}
     assert until_answered(lambda: post(url, png(1))).json()["caption"] == caption_of(png(1))
     assert engine_stats().num_finished == 1
+
+
+def test_each_model_sleeps_until_a_request_names_it(url: str) -> None:
+    """A gateway that asked all engines at its start would wake the models that nobody uses."""
+    others: dict[str, EngineBuilder] = {"second": FakeEngineConfig(model="folder")}
+    deploy(FakeEngineConfig(model="first"), {"autoscaling_config": SCALES_TO_ZERO}, others)
+    wait_for(lambda: engines() == engines("Captioner_second") == 0, seconds=90)
+    listed = httpx.get(f"{url}/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["first", "second"]
+    answer = until_answered(lambda: post(url, png(1), model="second"))
+    assert answer.json()["model"] == "second" and answer.json()["caption"] == caption_of(png(1))
+    assert (engines(), engines("Captioner_second")) == (0, 1)
+    assert post(url, png(1), model="third").status_code == 404
 
 
 def until_answered(call: Callable[[], httpx.Response]) -> httpx.Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import threading
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from deploy.http.scene import draw_scene_png
+from tests.integration.online.endpoint import wait_for
 from tests.integration.online.endpoint_process import free_port, serving
 
 pytestmark = pytest.mark.timeout(400)
@@ -80,6 +82,21 @@ def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -
         assert [answer.result().status_code for answer in slow] == [200, 200, 200]
         assert refused
         assert command.wait(60) == 0
+
+
+def test_a_gateway_that_is_replaced_during_a_drain_is_drained(tmp_path: Path) -> None:
+    """Its successor took requests again, although the operator had drained the service."""
+    admins, key = tmp_path / "admins.txt", "the key of the operator"
+    admins.write_text(f"operator {hashlib.sha256(key.encode()).hexdigest()}\n")
+    headers = {"authorization": f"Bearer {key}"}
+    with endpoint(tmp_path, "--admin-keys-file", str(admins)) as (url, command):
+        assert ask(url).status_code == 200
+        assert httpx.post(f"{url}/admin/drain", headers=headers, timeout=30).status_code == 200
+        process_of(command, "ServeReplica:blip2:Gateway").kill()
+        wait_for(lambda: httpx.get(f"{url}/startupz", timeout=60).status_code == 200, seconds=120)
+        assert ask(url).status_code == httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.post(f"{url}/admin/resume", headers=headers, timeout=30).status_code == 200
+        assert ask(url).status_code == 200
 
 
 def test_killed_parts_are_503_until_they_are_replaced(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ def get_node(*_):
     skipped_s += 15
     raise RuntimeError("the node is not there")
 
-def start_ray_too_late():
+def start_ray_too_late(settings):
     from ray._private import node, services  # not before the endpoint has set the environment for Ray
 
     services.get_node = get_node
     node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + skipped_s})
-    start_ray()
+    start_ray(settings)
 
 local_service._start_ray = start_ray_too_late
 

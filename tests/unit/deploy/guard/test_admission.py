@@ -141,3 +141,53 @@ def test_beams_samples_and_texts_are_slots() -> None:
 def test_scores_and_features_cost_a_step_per_image() -> None:
     for work in (ImageWork(scores=(TextToScore(text="a dog"),)), ImageWork(features=True), ImageWork()):
         assert cost_of(work, num_images=5) == Cost(slots=5, steps=1)
+
+
+def test_batch_work_neither_waits_for_others_nor_makes_them_wait() -> None:
+    """It has slots of its own, twice those of the gateway, and what is beyond is refused at once."""
+
+    async def run() -> None:
+        door = admission(slots=8, max_in_flight=1)
+        async with door.admit_batch(Cost(slots=10, steps=30)), door.admit_batch(Cost(slots=6, steps=30)):
+            with pytest.raises(ApiError) as caught:
+                async with door.admit_batch(CAPTION):
+                    pass
+            assert (caught.value.code, caught.value.headers["Retry-After"]) == (503, "1")
+            async with door.admit(CAPTION):
+                assert door.stats()["num_in_flight"] == 1 and door.stats()["num_waiting"] == 0
+        async with door.admit_batch(Cost(slots=1000, steps=30)):
+            assert door.stats()["batch_slots_held"] == 1000, "more than fits may go alone"
+        assert door.stats()["batch_slots_held"] == 0
+
+    asyncio.run(run())
+
+
+def test_a_key_needs_the_right_to_send_batch_work() -> None:
+    async def run() -> ApiError:
+        CALLER.set(Caller(name="alice", may_send_batches=False))
+        with pytest.raises(ApiError) as caught:
+            async with admission().admit_batch(CAPTION):
+                pass
+        return caught.value
+
+    error = asyncio.run(run())
+    assert (error.code, error.type) == (403, "no_batch_right") and "--batch" in error.message
+
+
+def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it_up() -> None:
+    async def run() -> None:
+        door = admission(timeout_s=0.05)
+        async with door.admit_batch(CAPTION) as check:
+            check()
+            await asyncio.wait_for(door.drain(), 1)
+            with pytest.raises(ApiError, match="the service is ending"):
+                check()
+            with pytest.raises(ApiError, match="the service is ending"):
+                async with door.admit_batch(CAPTION):
+                    pass
+            door.set_draining(False)
+            await asyncio.sleep(0.06)
+            with pytest.raises(ApiError, match=r"not finished within 0\.05 s"):
+                check()
+
+    asyncio.run(run())

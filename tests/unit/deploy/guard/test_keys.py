@@ -35,6 +35,18 @@ def test_a_new_key_opens_and_its_line_does_not_hold_it(tmp_path: Path, capsys) -
         assert file.caller_of(wrong) is None
 
 
+@pytest.mark.parametrize("quota", [(), ("--max-in-flight", "3")], ids=["plain", "quota"])
+def test_a_key_may_send_batch_work_only_if_its_line_says_so(tmp_path: Path, quota, capsys) -> None:
+    plain, plain_key = new_key(capsys, "batch", *quota)
+    line, key = new_key(capsys, "nightly", *quota, "--batch")
+    path = tmp_path / "keys.txt"
+    path.write_text(plain + line)
+    file = KeyFile(str(path))
+    callers = [file.caller_of(plain_key), file.caller_of(key)]
+    assert [caller.may_send_batches for caller in callers if caller] == [False, True]
+    assert [caller.max_in_flight for caller in callers if caller] == [3 if quota else None] * 2
+
+
 def test_keys_are_rotated_by_writing_the_file(tmp_path: Path, capsys, caplog) -> None:
     old_line, old_key = new_key(capsys, "alice")
     new_line, new_key_ = new_key(capsys, "alice")

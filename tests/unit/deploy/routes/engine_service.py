@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from blip2_actor import (
     FetchPolicy,
     GenerationOptions,
     MatchingConfig,
-    ModelInfo,
     Status,
     decode_image,
 )
@@ -32,8 +31,11 @@ from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
+from deploy.http.service import ServedModel
+from deploy.remote_captioner import Models
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.shared_work import SharedWork
+from deploy.settings import Settings
 
 SIDE_PX = FakeEngineConfig().image_size_px
 
@@ -48,15 +50,20 @@ class EngineService(Gateway):
         matching: MatchingConfig | None = None,
         image_policy: FetchPolicy = FetchPolicy(hosts=(), max_bytes=20_000),
     ) -> None:
-        self.model: ModelInfo = engine.info()
-        self.matching = None if matching is None else matching.info()
-        self.options = options.resolve(self.model.generation_config)
+        info = engine.info()
+        self.first = ServedModel(
+            name=info.model,
+            info=info,
+            options=options.resolve(info.generation_config),
+            matching=None if matching is None else matching.info(),
+        )
         self.image_policy = image_policy
         self._fetching = Fetching(image_policy)
         self._shared_work = SharedWork(max_bytes=0)
         self._finished_run: FinishedRun | None = None
         self.captioner = Captioner(engine, options, matching)
-        self._captioner = self.captioner  # type: ignore[assignment]
+        self._models = Models(self.captioner, {}, Settings(options=options))  # type: ignore[arg-type]
+        self._models._served = {info.model: self.first}
         self.api = create_api(self)
         self.costs: list[Cost] = []
         self.num_in_flight = 0
@@ -74,13 +81,18 @@ class EngineService(Gateway):
         finally:
             self.num_in_flight -= 1
 
+    @asynccontextmanager
+    async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:
+        async with self.admit(cost):
+            yield lambda: None
+
     async def load(self, image: ImageSource) -> bytes:
         assert self.num_in_flight, "a request must be admitted before an image is fetched for it"
         return await super().load(image)
 
-    async def decode(self, image: bytes) -> DecodedImage:
+    async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
         assert self.num_in_flight, "a request must be admitted before it is served"
-        decoded = await asyncio.to_thread(decode_image, image, self.model.image_size_px)
+        decoded = await asyncio.to_thread(decode_image, image, model.info.image_size_px)
         if decoded.status is not Status.OK:
             raise of_status(decoded.status, decoded.error)
         return decoded

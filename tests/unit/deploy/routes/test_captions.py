@@ -18,11 +18,11 @@ from blip2_actor import GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
-from deploy.guard.decoding import Decoding
+from deploy.guard.decoding import DecodingBySize
 from deploy.http.answers import CaptionAnswer
 from deploy.http.errors import ApiError
 from deploy.routes.captions import AT_ONCE
-from deploy.settings import OnlineImageLimits, ServeSettings
+from deploy.settings import OnlineImageLimits
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -108,9 +108,10 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "model": "demo",
     }
     assert len(fingerprint) == 64
-    service.model = replace(service.model, quantize="int8")
+    plain = service.first
+    service.first = replace(plain, info=replace(plain.info, quantize="int8"))
     quantized = post(service, "/v1/caption", image=base64_of(IMAGE)).json()["fingerprint"]
-    service.model = replace(service.model, quantize=None)
+    service.first = plain
     assert quantized != fingerprint
     other = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a").json()
     assert other["fingerprint"] != fingerprint and other["flags"] == []
@@ -288,7 +289,7 @@ def test_an_accepted_image_without_its_end_is_flagged() -> None:
 
     async def answers() -> list[tuple[int, object]]:
         service = EngineService()
-        service._decoding = Decoding(32, ServeSettings(image=accepting).image, 1)
+        service._decoding = DecodingBySize(accepting, 1)
         service.decode = partial(Gateway.decode, service)  # type: ignore[method-assign]
         transport = httpx.ASGITransport(service.api)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -146,7 +146,7 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineService
 def test_log_probabilities_are_those_of_the_tokens_of_the_text(
     bytewise: EngineService, sampling: dict[str, Any]
 ) -> None:
-    asked = {"model": bytewise.model.model, "messages": MESSAGES, "logprobs": True} | sampling
+    asked = {"model": bytewise.first.name, "messages": MESSAGES, "logprobs": True} | sampling
     made = with_client(bytewise, lambda client: client.chat.completions.create(**asked))
     results = bytewise.captioner._actor.engine.generate([requested(sampling)])[0].completions
     for choice, result in zip(made.choices, results, strict=True):
@@ -178,7 +178,7 @@ def requested(sampling: dict[str, Any]) -> Request:
 
 def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewise: EngineService) -> None:
     asked = {
-        "model": bytewise.model.model,
+        "model": bytewise.first.name,
         "messages": MESSAGES,
         "temperature": 1,
         "seed": 5,

@@ -8,6 +8,7 @@ import pytest
 
 from blip2_actor import ModelInfo
 from deploy.http.errors import ApiError
+from deploy.http.service import ServedModel
 from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of
 
 
@@ -38,7 +39,8 @@ def test_the_page_uses_routes_that_exist(service: EngineService) -> None:
 
 
 def test_only_the_demonstration_draws_scenes(service: EngineService) -> None:
-    service.model = ModelInfo(model="some/model", image_size_px=64, dtype="float32", digest="d")
+    info = ModelInfo(model="some/model", image_size_px=64, dtype="float32", digest="d")
+    service.first = ServedModel(name="some/model", info=info, options=service.first.options)
     assert error_of(ask(service, "GET", "/scene.png"))[0] == 404
     assert ask(service, "GET", "/v1/model").json()["model"] == "some/model"
 

@@ -124,8 +124,8 @@ def test_vectors_are_those_of_the_engine(captioning: EngineService) -> None:
 def test_a_retrieval_model_matches_ranks_and_embeds(retrieval: EngineService) -> None:
     matches = post(retrieval, "/v1/match", image=base64_of(IMAGE), texts=TEXTS).json()["matches"]
     assert [match["text"] for match in matches] == TEXTS
-    assert retrieval.matching is not None
-    side_px = retrieval.matching.image_size_px
+    assert retrieval.first.matching is not None
+    side_px = retrieval.first.matching.image_size_px
     image = png(5, side_px)
     with_everything = post(
         retrieval,
@@ -148,4 +148,4 @@ def test_a_retrieval_model_matches_ranks_and_embeds(retrieval: EngineService) ->
     too_long = post(retrieval, "/v1/embed", texts=["a dog", "a dog " * 1000])
     assert error_of(too_long)[:2] == (422, "refused")
     model = ask(retrieval, "GET", "/v1/model").json()
-    assert model["score_model"] == retrieval.matching.model
+    assert model["score_model"] == retrieval.first.matching.model

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from blip2_actor import GenerationOptions
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -14,36 +11,9 @@ from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import RequestState, Searches
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.generation.search import TextSearch
+from tests.unit.engine.scheduling.no_model import NoModel, Words
 
 OPTIONS = GenerationOptions(max_new_tokens=2).resolve()
-
-
-class Words:
-    end_ids = frozenset({0})
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "word " * len(token_ids)
-
-
-class NoModel:
-    """A runner whose texts end only at `max_new_tokens`."""
-
-    def cached_length(self, request: RequestState) -> int:
-        return 1
-
-    def encode(self, images: Sequence[EncodedImage]) -> None:
-        for image in images:
-            image.prefix = torch.zeros(1, 1)
-
-    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> Tensor:
-        return self.decode(slots, slots)
-
-    def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
-        return torch.tensor([0.0, 1.0]).expand(len(token_ids), 2).clone()
-
-    def upload_ahead(self, images: list[EncodedImage]) -> None: ...
-
-    def copy_slots(self, *_: object) -> None: ...
 
 
 def make_scheduler() -> Scheduler:
@@ -84,11 +54,11 @@ def test_batches_that_began_together_and_do_not_fit_halve_the_limit_once() -> No
     scheduler = make_scheduler()
     for _ in range(12):
         scheduler.add(make_request(make_image()))
-    batches = [scheduler.waiting.take(4) for _ in range(3)]
+    batches = [scheduler.lanes.normal.waiting.take(4) for _ in range(3)]
     for images in batches:
-        scheduler._encoded(images, OutOfMemory("no more than two"))
+        scheduler.encoding.finish(images, OutOfMemory("no more than two"))
     assert (scheduler.limits.encode_batch, scheduler.limits.max_slots) == (2, 4)
-    assert len(scheduler.waiting) == 12
+    assert len(scheduler.lanes.normal.waiting) == 12
 
 
 def test_an_image_that_nobody_wants_any_longer_is_not_encoded() -> None:
@@ -99,7 +69,7 @@ def test_an_image_that_nobody_wants_any_longer_is_not_encoded() -> None:
     requests[0].future.cancel()
     while scheduler.has_work:
         scheduler.step()
-    assert scheduler.counters.num_images_encoded == 1
+    assert scheduler.encoding.num_images == 1
     assert requests[1].future.result(0).ok
     scheduler.add(make_request(requests[0].image))  # wanted again, so it is queued again
-    assert len(scheduler.waiting) == 1
+    assert len(scheduler.lanes.normal.waiting) == 1

@@ -1,0 +1,133 @@
+"""Which images are encoded next, on which thread, and for whom.
+
+Images of requests of normal priority go first. Those of low priority are encoded for slots that no other
+request wants.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from blip2_actor.engine.encode_worker import EncodeWorker
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.memory_recovery import MemoryRecovery
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.out_of_memory import Limits, OutOfMemory, catch_out_of_memory
+from blip2_actor.engine.request_queues import Lane, Lanes
+from blip2_actor.engine.slot_table import SlotTable
+
+
+class EncodeStage:
+    """Takes images from the lanes, a batch at a time, and makes their requests ready."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: Limits,
+        lanes: Lanes,
+        slots: SlotTable,
+        recovery: MemoryRecovery,
+        worker: EncodeWorker | None,
+    ) -> None:
+        """
+        Args:
+            worker: a second thread that encodes; None encodes everything on the thread that calls `step`.
+        """
+        self.num_calls = 0
+        """Passes through the encoders."""
+        self.num_images = 0
+        """Images encoded."""
+        self._runner = runner
+        self._limits = limits
+        self._lanes = lanes
+        self._slots = slots
+        self._recovery = recovery
+        self._worker = worker
+
+    @property
+    def num_in_worker(self) -> int:
+        """Images that the second thread has; safe to read from any thread."""
+        return self._worker.num_images if self._worker else 0
+
+    @property
+    def has_finished_batch(self) -> bool:
+        """True if the second thread has finished a batch that `step` would take."""
+        return self._worker is not None and self._worker.is_done
+
+    def step(self) -> None:
+        """Encode a batch on this thread while the ready requests do not cover the free slots."""
+        if self._worker is not None:
+            self._use_worker(self._worker)
+        for lane in self._lanes:
+            is_behind = self._num_uncovered_slots(lane) > 0
+            is_alone_and_overdue = self._worker is None and lane.is_overdue
+            if not is_behind and not is_alone_and_overdue:
+                continue
+            if images := self._next_images(lane, self._limits.encode_batch):
+                self.finish(images, catch_out_of_memory(partial(self._runner.encode, images)))
+                return
+
+    def finish(self, images: list[EncodedImage], out_of_memory: OutOfMemory | None) -> None:
+        """Make the requests of a finished batch ready, or recover from a batch that did not fit."""
+        if out_of_memory is not None:
+            self._recovery.after_encode(images, out_of_memory)
+            return
+        self.num_calls += 1
+        self.num_images += len(images)
+        for image in images:
+            if not image.is_encoded:  # more of it is wanted than when its pass began
+                self._lanes.of_image(image).waiting.put_behind(image)
+                continue
+            wanting = [lane for lane in self._lanes if image in lane.waiting]
+            for lane in wanting:
+                if len(wanting) > 1:
+                    lane.waiting.drop(image)
+                for request in lane.waiting.take_requests(image):
+                    lane.ready.add(request)
+
+    def _use_worker(self, worker: EncodeWorker) -> None:
+        """Take the finished batches, and give new ones.
+
+        The worker goes on until enough requests are ready to fill all slots once more.
+        """
+        while worker.is_done:
+            self.finish(*worker.take())
+        for lane in self._lanes:
+            num_uncovered = self._num_uncovered_slots(lane)
+            this_thread_encodes_too = num_uncovered > 0
+            # If both threads encode, divide the last images between them, so that neither is idle.
+            max_images = len(lane.waiting) // 2 if this_thread_encodes_too else len(lane.waiting)
+            is_short = num_uncovered > -self._limits.max_slots
+            while worker.has_room and (is_short or lane.is_overdue):
+                images = self._next_images(lane, max_images)
+                if not images:
+                    break
+                max_images -= len(images)
+                worker.give(images)
+
+    def _num_uncovered_slots(self, lane: Lane) -> int:
+        """Return how many slots a lane could have, less those that ready requests will take.
+
+        To requests of normal priority, slots of texts of low priority are free.
+        """
+        normal, low = self._lanes
+        num_left = self._slots.num_free - normal.ready.num_slots
+        return num_left - low.ready.num_slots if lane is low else num_left + self._slots.num_low_priority
+
+    def _next_images(self, lane: Lane, max_images: int) -> list[EncodedImage]:
+        """Take a batch of waiting images; none while it would not be full and older requests are ready.
+
+        A batch of normal priority has as many images of low priority as could get slots at once: more would
+        make the others wait.
+        """
+        encode_batch = self._limits.encode_batch
+        if len(lane.waiting) < encode_batch and lane.ready and not lane.is_overdue:
+            return []
+        size = min(max_images, encode_batch)
+        images = lane.waiting.take(size)
+        low = self._lanes.low
+        if images and lane is not low:
+            num_left = self._num_uncovered_slots(low) - len(images)
+            more = low.waiting.take(min(num_left, size - len(images)))
+            images += [image for image in more if image not in lane.waiting]
+        return images

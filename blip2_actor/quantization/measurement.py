@@ -1,0 +1,138 @@
+"""Choosing which parts of a model are quantized: those that are faster, by a measurement on this machine.
+
+A small layer is slower in int8, because quantizing its input takes longer than its product saves. So each
+shape is timed in both ways when a model is loaded. The layers of one part are taken together: a part is then
+clearly faster or clearly slower, and two starts on one kind of machine decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blip2_actor.models.layers import Linear, pack_for_cpu
+from blip2_actor.models.vision_qformer import VisionQFormer
+from blip2_actor.quantization.choice import PARTS, QuantizationChoice
+from blip2_actor.quantization.int8 import Int8Weight, largest_weight
+from blip2_actor.quantization.methods import instructions, weight_bits
+
+logger = logging.getLogger(__name__)
+
+NEVER = ("vision.patch_embedding", "language_model.lm_head")
+"""Layers that are not quantized: pixels enter the one, and tokens are chosen by the other."""
+NUM_IMAGES, NUM_TEXTS = 8, 64
+"""Images in the Q-Former and texts in a decode step for which shapes are timed: those of a busy engine. A
+layer of the vision encoder has enough rows for one image."""
+MAX_TIME = 0.8
+"""A part is quantized if it takes at most this fraction of its time; a smaller gain might be noise."""
+NUM_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the time of a layer depends on."""
+
+    in_features: int
+    out_features: int
+    has_activation: bool
+    num_rows: int
+
+
+def eligible(model: VisionQFormer) -> dict[str, dict[str, Linear]]:
+    """Return the layers that can be quantized, by part and by name; a part without any is left out."""
+    by_part: dict[str, dict[str, Linear]] = {}
+    for name, module in model.named_modules():
+        part = name.partition(".")[0]
+        if isinstance(module, Linear) and part in PARTS and name not in NEVER:
+            by_part.setdefault(part, {})[name] = module
+    return by_part
+
+
+def choose(
+    model: VisionQFormer, method: str, device: torch.device, dtype: torch.dtype, image_size_px: int
+) -> QuantizationChoice:
+    """Choose the parts that are quantized.
+
+    Args:
+        model: its weights need not be loaded.
+        method: as in `EngineConfig.quantize`.
+        device: where the model is to run.
+        dtype: in which the layers compute otherwise.
+        image_size_px: side of the images, which decides how many rows a layer of the vision encoder has.
+    """
+    fractions = _measure(model, dtype, image_size_px)
+    return QuantizationChoice(
+        method=method,
+        parts=tuple(fractions),
+        weight_bits=weight_bits(method, device),
+        instructions=instructions(device),
+        time_fractions=tuple(fractions.values()),
+    )
+
+
+def _measure(model: VisionQFormer, dtype: torch.dtype, image_size_px: int) -> dict[str, float]:
+    """Return the time in int8 over the time in `dtype`, of each part that is faster in int8."""
+    times: dict[Shape, tuple[float, float]] = {}
+    chosen = {}
+    for part, layers in eligible(model).items():
+        shapes = [_shape(model, image_size_px, name, linear) for name, linear in layers.items()]
+        for shape in set(shapes).difference(times):
+            times[shape] = _time_both_ways(shape, dtype)
+        plain, quantized = (sum(times[shape][way] for shape in shapes) for way in (0, 1))
+        logger.info("%s in int8 takes %.2f of its time in %s", part, quantized / plain, dtype)
+        if quantized <= MAX_TIME * plain:
+            chosen[part] = round(quantized / plain, 2)
+    return chosen
+
+
+def layers_of(model: VisionQFormer, parts: Iterable[str]) -> dict[str, Linear]:
+    """Return the eligible layers of some parts, by name."""
+    wanted = set(parts)
+    return {
+        name: linear
+        for part, layers in eligible(model).items()
+        if part in wanted
+        for name, linear in layers.items()
+    }
+
+
+def _shape(model: VisionQFormer, image_size_px: int, name: str, linear: Linear) -> Shape:
+    num_image_tokens = (image_size_px // model.config.vision_config.patch_size) ** 2 + 1
+    if name.startswith("vision") or name == "qformer.cross_kv":
+        num_rows = num_image_tokens
+    elif name.startswith("language_model"):
+        num_rows = NUM_TEXTS
+    else:
+        num_rows = NUM_IMAGES * model.config.num_query_tokens
+    return Shape(linear.in_features, linear.out_features, linear.activation is not None, num_rows)
+
+
+@torch.inference_mode()
+def _time_both_ways(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the seconds of a layer of this shape in `dtype` and in int8."""
+    activation = "gelu" if shape.has_activation else None
+    plain, quantized = (
+        Linear(shape.in_features, shape.out_features, activation=activation).requires_grad_(False)
+        for _ in range(2)
+    )
+    for parameter in (*plain.parameters(), *quantized.parameters()):
+        parameter.fill_(0.01)  # the time does not depend on the values
+    quantized.take(Int8Weight(quantized.weight, largest_weight()))
+    pack_for_cpu(nn.Sequential(plain.to(dtype)))
+    input = torch.ones(shape.num_rows, shape.in_features, dtype=dtype)
+    return _time(plain, input), _time(quantized.to(dtype), input)
+
+
+def _time(layer: Callable[[Tensor], Tensor], input: Tensor) -> float:
+    """Return the shortest of several runs, in seconds of this thread; the first run prepares the kernel."""
+    times = []
+    for _ in range(NUM_RUNS + 1):
+        started = time.thread_time()
+        layer(input)
+        times.append(time.thread_time() - started)
+    return min(times[1:])

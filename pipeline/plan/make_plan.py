@@ -1,0 +1,64 @@
+"""Make a plan: list the input, read a sample, time each stage of the job on it in this process. No Ray."""
+
+from __future__ import annotations
+
+import os
+
+from blip2_actor import EngineBuilder
+from pipeline.inputs.formats import check_options
+from pipeline.inputs.listing import list_input
+from pipeline.inputs.size_estimate import estimate_size
+from pipeline.plan.model import Plan
+from pipeline.plan.sample import take_sample
+from pipeline.plan.stage_costs import measure_stage_costs
+from pipeline.settings.plan_settings import AnyPlanSettings
+
+
+def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> Plan:
+    """List the input, take a sample, and time the stages on it.
+
+    Args:
+        settings: the job, and the size of the sample.
+        engine: used in place of the job's engine.
+
+    Raises:
+        ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
+    """
+    job = settings.job()
+    engine = engine or job.builder
+    info = engine.info()
+    job = job.resolved(info)
+    job.spec(engine).check(info)
+    listing = list_input(
+        job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
+    )
+    shards = listing.shards
+    check_options(shards, job.read_options)
+    sample = take_sample(shards, job.read_options, settings.sample)
+    return Plan(
+        settings=job,
+        info=info,
+        size_estimate=estimate_size(shards, job.limit, job.read_options),
+        sample=sample,
+        unread=listing.unread,
+        stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
+        num_cpus=_num_cpus(),
+        num_accelerators=_num_accelerators(engine),
+        price_per_hour=settings.price_per_hour,
+    )
+
+
+def _num_accelerators(engine: EngineBuilder) -> int:
+    """Return the GPUs that actors of this engine may take."""
+    if getattr(engine, "device", "cpu") == "cpu":
+        return 0
+    import torch  # the engine has imported it by now
+
+    return torch.cuda.device_count()
+
+
+def _num_cpus() -> int:
+    """Return the cores that this process may use; on macOS those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

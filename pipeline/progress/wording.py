@@ -1,0 +1,37 @@
+"""Numbers, durations and sizes as messages say them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+
+def cut(text: str, max_chars: int) -> str:
+    """Return a text that is at most so long, with an ellipsis if it was longer."""
+    return text if len(text) <= max_chars else text[: max(0, max_chars - 1)] + "…"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 shard, 2,000 shards."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration in at most two units: 3 d 4 h, 5 min 6 s."""
+    if seconds is None:
+        return "unknown"
+    seconds = int(seconds + 0.5)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (big, big_s), (small, small_s) in pairwise(units):
+        if seconds >= big_s:
+            rest = seconds % big_s // small_s
+            return f"{seconds // big_s} {big} {rest} {small}" if rest else f"{seconds // big_s} {big}"
+    return f"{seconds} s"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Format a number of bytes with three digits, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"

@@ -1,0 +1,39 @@
+"""Write to a stream of this process, whatever it can take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TextIO
+
+
+def write(stream: TextIO | None, text: str) -> bool:
+    """Write a text for people, whatever the stream can take; return whether anybody may read it.
+
+    Characters that its encoding lacks are replaced. A stream whose reader has gone (`| head`, a closed
+    terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on.
+    """
+    if stream is None:  # Python was started without it
+        return False
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            plain = text.replace("·", "|").replace("…", "...")
+            stream.write(plain.encode("ascii", "backslashreplace").decode())
+        stream.flush()
+    except OSError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+        return False
+    return True
+
+
+def columns(stream: TextIO | None) -> int:
+    """Return the width of a terminal as it is now."""
+    try:
+        columns = 0 if stream is None else os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # not a terminal of the system
+        columns = 0
+    return columns or shutil.get_terminal_size().columns

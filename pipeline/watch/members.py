@@ -1,0 +1,153 @@
+"""`Members`: sentences about nodes and workers that come and go, and about those that a job waits for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+import ray
+
+from pipeline.progress import count
+from pipeline.watch.autoscaler import autoscaler_says
+from pipeline.watch.view import CAPTIONING, DECODING, LOADS, RUNS, WAITS, View, WorkerSeen, look_at_members
+from pipeline.watch.waiting import Reminder, Say, at
+
+MAX_NAMED = 3
+
+
+def node_changes(before: View, now: View) -> list[str]:
+    """Return which nodes are gone and which have joined between two views, as sentences."""
+    said = []
+    for key, node in now.nodes.items():
+        if key in before.nodes and before.nodes[key].is_alive and not node.is_alive:
+            gone = "was lost" if node.is_missed else "was stopped"
+            reason = f": {node.reason}" if node.reason else ""
+            said.append(f"node {node} {gone}{reason}; the cluster has {count(now.num_nodes, 'node')} left")
+    joined = [node for key, node in now.nodes.items() if node.is_alive and key not in before.nodes]
+    if joined and before.nodes:
+        more = f" and {len(joined) - MAX_NAMED} more" if len(joined) > MAX_NAMED else ""
+        names = f"{', '.join(map(str, joined[:MAX_NAMED]))}{more}"
+        nodes = "node" if len(joined) == 1 else "nodes"
+        said.append(f"{nodes} {names} joined; the cluster has {count(now.num_nodes, 'node')}")
+    return said
+
+
+def lost_workers(before: View, now: View) -> list[str]:
+    """Return the workers that were at work and whose process is gone, as sentences."""
+    said = []
+    for key in [*before.of(CAPTIONING), *before.of(DECODING)]:
+        worker, after = before.workers[key], now.workers.get(key)
+        if after is None or (after.state == RUNS and after.pid == worker.pid):
+            continue
+        node = now.nodes.get(worker.node)
+        why = "its process has died" if node is None or node.is_alive else "its node is gone"
+        left = count(len(now.of(worker.stage)), f"{worker.stage} worker")
+        said.append(f"{before.name(worker)} was lost: {why}; {left} left, and its images go again")
+    return said
+
+
+def ready_workers(before: View, now: View, stage: str) -> list[WorkerSeen]:
+    """Return the workers of a stage that have come to work, or have come back, between two views."""
+    found = []
+    for key in now.of(stage):
+        known, worker = before.workers.get(key), now.workers[key]
+        if known is None or known.state != RUNS or known.pid != worker.pid:
+            found.append(worker)
+    return found
+
+
+class Members:
+    """Says what changes in a cluster while a job runs, and what the job waits for."""
+
+    def __init__(self, say: Say, needs: Mapping[str, object], is_local: bool) -> None:
+        """Begin with an empty view.
+
+        Args:
+            say: prints a line.
+            needs: what a worker of each stage reserves, in words.
+            is_local: whether the Ray is this machine's own; then only losses, and their ends, are news.
+        """
+        self._say, self._needs, self._is_local = say, needs, is_local
+        self._view = View()
+        self._num_lost: Counter[str] = Counter()
+        """Workers of each stage that were lost and have not been replaced."""
+        self._since: dict[str, tuple[str, datetime]] = {}
+        self._reminder = Reminder(say)
+        self.awaited: str | None = None
+        """Workers that are not at work, since when and why, and what the autoscaler does; None if all are."""
+
+    @property
+    def stalled(self) -> str | None:
+        """What is awaited while no image can be captioned, for the line of progress."""
+        is_stalled = self.awaited is not None and not self._view.of(CAPTIONING)
+        return f"waiting for {self.awaited}" if is_stalled else None
+
+    def look(self) -> None:
+        """Look at the cluster, and say what is new."""
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):
+            self.take(look_at_members())
+
+    def take(self, view: View) -> None:
+        """Say what is new in a view."""
+        if not self._is_local:
+            self._say_all(node_changes(self._view, view))
+        lost = lost_workers(self._view, view)
+        self._say_all(lost)
+        for stage in (CAPTIONING, DECODING):
+            self._num_lost[stage] += sum(sentence.startswith(stage) for sentence in lost)
+            self._say_ready(view, ready_workers(self._view, view, stage))
+        now = datetime.now(UTC)
+        states = {key: worker.state for key, worker in view.workers.items()}
+        known = self._since
+        self._since = {
+            key: known[key] if key in known and known[key][0] == state else (state, now)
+            for key, state in states.items()
+        }
+        self._view = view
+        self.awaited = self._describe_awaited()
+        self._reminder.remind(self.awaited)
+
+    def _say_all(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self._say(sentence)
+
+    def _say_ready(self, view: View, ready: Sequence[WorkerSeen]) -> None:
+        if not ready:
+            return
+        stage = ready[0].stage
+        num_again = min(len(ready), self._num_lost[stage])
+        self._num_lost[stage] -= num_again
+        if num_again or (stage == CAPTIONING and not self._is_local):
+            who = view.name(ready[0]) if len(ready) == 1 else f"{len(ready)} {stage} workers"
+            self._say(f"{who} {'is' if len(ready) == 1 else 'are'} ready; {len(view.of(stage))} at work")
+
+    def _describe_awaited(self) -> str | None:
+        view, phrases = self._view, []
+        for stage in (CAPTIONING, DECODING):
+            if stage == DECODING and view.of(DECODING):
+                continue  # Some decode, so rows move.
+            for state in (LOADS, WAITS):
+                workers = view.of(stage, state)
+                if workers:
+                    since = at(min(self._since[key][1] for key in workers))
+                    phrases.append(
+                        f"{count(len(workers), f'{stage} worker')} {self._why(workers)} since {since}"
+                    )
+        if not phrases:
+            return None
+        at_work = len(view.of(CAPTIONING))
+        waits = view.of(CAPTIONING, WAITS) or view.of(DECODING, WAITS)
+        tail = autoscaler_says() if waits and not self._is_local else ""
+        return f"{' and '.join(phrases)}{f'; {at_work} at work' if at_work else ''}{tail}"
+
+    def _why(self, workers: Sequence[str]) -> str:
+        """Return what some workers of one stage and in one state are doing, as the end of a phrase."""
+        first = self._view.workers[workers[0]]
+        if first.state == WAITS:
+            return f"({self._needs[first.stage]}), for which no node has room,"
+        hosts = sorted({self._view.host(self._view.workers[key]) for key in workers})
+        more = f" and {len(hosts) - MAX_NAMED} more nodes" if len(hosts) > MAX_NAMED else ""
+        does = "loading the model" if first.stage == CAPTIONING else "starting"
+        return f"{does} on {', '.join(hosts[:MAX_NAMED])}{more}"

@@ -1,0 +1,77 @@
+"""Waiting for the cluster, never in silence: what is awaited, since when, and what the autoscaler says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+
+from pipeline.progress import LOG_EVERY_S
+from pipeline.watch.autoscaler import autoscaler_says
+
+Say = Callable[[str], Any]
+"""Prints a line for people."""
+LOOK_EVERY_S = 2.0
+MAX_EVERY_S = 600.0
+"""Seconds between two lines that say the same, when the wait has become long."""
+
+
+def at(moment: datetime) -> str:
+    """Return a time of day in words; of another day, with its date."""
+    is_today = moment.date() == datetime.now(UTC).date()
+    return f"{moment:%H:%M:%S} UTC" if is_today else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+class Reminder:
+    """Says what is awaited: after a little while, when its reason changes, and then ever less often.
+
+    A wait of a few seconds is not worth a word.
+    """
+
+    def __init__(
+        self, say: Say, every_s: float = LOG_EVERY_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._first_s, self._clock = say, every_s, clock
+        self._since: float | None = None
+        self._said: str | None = None
+        self._next = 0.0
+        self._every_s = every_s
+
+    def remind(self, awaited: str | None) -> None:
+        """Take what is awaited now; None if nothing is."""
+        now = self._clock()
+        if awaited is None:
+            self._since = self._said = None
+            return
+        if self._since is None:
+            self._since, self._every_s = now, self._first_s
+            self._next = now + self._first_s
+        is_news = self._said is not None and awaited != self._said
+        if now < self._next and not is_news:
+            return
+        self._say(f"waiting for {awaited}")
+        self._said = awaited
+        self._every_s = self._first_s if is_news else min(2 * self._every_s, MAX_EVERY_S)
+        self._next = now + self._every_s
+
+
+def wait_for(answer: Any, what: str, say: Say, every_s: float = LOG_EVERY_S) -> Any:
+    """Return the value of an object reference; while it is not there, say now and then what is awaited.
+
+    Args:
+        what: is awaited, in words.
+        every_s: seconds until the first line.
+
+    Raises:
+        ray.exceptions.RayError: the task has failed.
+    """
+    since = datetime.now(UTC)
+    reminder = Reminder(say, every_s)
+    while True:
+        done, _ = ray.wait([answer], timeout=min(every_s, LOOK_EVERY_S))
+        if done:
+            return ray.get(answer)
+        reminder.remind(f"{what} since {at(since)}{autoscaler_says()}")

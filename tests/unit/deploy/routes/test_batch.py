@@ -1,0 +1,158 @@
+"""`POST /v1/batch`: decoded images and texts in one form, results in lines, all at low priority."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from blip2_actor import GenerationOptions, Request
+from blip2_actor.testing import FakeEngineConfig, fake_caption
+from deploy.guard.cost import Cost
+from deploy.http.errors import unavailable
+from deploy.routes import batch
+from tests.unit.deploy.routes.engine_service import SIDE_PX, EngineService, ask, error_of
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (3, SIDE_PX, SIDE_PX, 3), np.uint8)
+REFUSED = IMAGES[2]
+
+
+@pytest.fixture(scope="module")
+def service() -> EngineService:
+    return EngineService(FakeEngineConfig(model="demo", refuses_on=(fake_caption(REFUSED),)))
+
+
+def npy(images: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images)
+    return file.getvalue()
+
+
+def send(service: EngineService, pixels: bytes, texts: list[dict], **fields: Any) -> httpx.Response:
+    form = {name: json.dumps(value) for name, value in ({"texts": texts} | fields).items()}
+    return ask(service, "POST", "/v1/batch", files={"pixels": pixels}, data=form)
+
+
+def lines_of(response: httpx.Response) -> list[dict]:
+    assert response.status_code == 200, response.text
+    return [json.loads(line) for line in response.text.splitlines() if line]
+
+
+def test_each_text_gets_the_result_of_the_engine(service: EngineService) -> None:
+    texts: list[dict] = [
+        {"image": 1},
+        {"image": 0, "prompt": "a photo of"},
+        {"image": 1, "prompt": "été"},
+        {"image": 2},
+    ]
+    options = asdict(GenerationOptions(num_beams=2, num_return_sequences=2, max_new_tokens=9).resolve())
+    lines = sorted(lines_of(send(service, npy(IMAGES), texts, options=options)), key=lambda x: x["index"])
+    first, second, third, refused = lines
+    caption = fake_caption(IMAGES[1], None)
+    assert [one["text"] for one in first["completions"]] == [caption, f"{caption} 1"]
+    assert second["completions"][0]["text"] == fake_caption(IMAGES[0], "a photo of")
+    assert third["completions"][0]["text"] == fake_caption(IMAGES[1], "été")
+    assert third["completions"][0] | {"text": ""} == {
+        "text": "",
+        "token_ids": [1, 2, 3],
+        "logprob": -1.5,
+        "finish_reason": "stop",
+        "token_logprobs": [-0.5] * 3,
+    }
+    assert (first["status"], first["error"], first["num_prompt_tokens"]) == ("ok", None, 1)
+    assert (refused["status"], refused["completions"]) == ("refused", [])
+    assert service.costs[-1] == Cost(slots=8, steps=9)
+
+
+def test_every_request_to_the_engine_has_low_priority(service: EngineService, monkeypatch) -> None:
+    asked: list[Request] = []
+    submit = service.captioner._actor.submit
+
+    def note(request: Request, on_text: Any = None) -> Any:
+        asked.append(request)
+        return submit(request, on_text)
+
+    monkeypatch.setattr(service.captioner._actor, "submit", note)
+    lines_of(send(service, npy(IMAGES), [{"image": n} for n in (0, 1, 0)]))
+    assert [request.low_priority for request in asked] == [True] * 3
+    assert asked[0].image is asked[2].image, "an image is encoded once for all its texts"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "texts", "said"),
+    [
+        (b"no array", [{}], "pixels must be a file of NumPy's format .npy"),
+        (npy(IMAGES[:, :8]), [{}], f"pixels must be uint8[N, {SIDE_PX}, {SIDE_PX}, 3], got uint8[3, 8, "),
+        (npy(IMAGES.astype(np.float32)), [{}], "got float32[3, "),
+        (npy(np.array([{}], dtype=object)), [{}], "pixels must be a file of NumPy's format .npy"),
+        (npy(IMAGES[:0]), [{}], "pixels must be from 1 to 64 images, got 0"),
+        (npy(IMAGES), [{"image": 3}], "texts: image must be below the number of images, 3"),
+        (npy(IMAGES), [{"image": -1}], "texts.0.image must be greater than or equal to 0, got -1"),
+        (npy(IMAGES), [], "texts must have at least 1 item"),
+    ],
+    ids=["no-npy", "size", "dtype", "pickle", "empty", "image", "negative", "no-texts"],
+)
+def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: list[dict], said: str) -> None:
+    code, kind, message = error_of(send(service, pixels, texts))
+    assert (code, kind) == (400, "bad_request") and said in message
+
+
+def test_a_job_for_another_model_is_refused(service: EngineService) -> None:
+    model = {"digest": service.first.info.digest, "dtype": service.first.info.dtype, "quantize": None}
+    assert lines_of(send(service, npy(IMAGES), [{}], **model))
+    for name in model:
+        code, kind, message = error_of(send(service, npy(IMAGES), [{}], **(model | {name: "int8"})))
+        assert (code, kind, message) == (
+            409,
+            "wrong_model",
+            f"the model of the service has another {name}",
+        )
+
+
+def test_while_nothing_is_finished_empty_lines_come_and_the_end_of_the_service_is_noticed(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(batch, "PULSE_S", 0.02)
+    gate = tmp_path / "closed"
+    gate.touch()
+    service = EngineService(FakeEngineConfig(model="demo", gate=str(gate)))
+    num_checks = 0
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 3:
+            raise unavailable("the service is ending")
+
+    async def run() -> list[bytes]:
+        sent: list[bytes] = []
+
+        async def emit(piece: bytes) -> None:
+            sent.append(piece)
+
+        model = service.first
+        texts = [batch.TextOfBatch(image=0, text=batch.TextToGenerate(prompt=None, options=model.options))]
+        monkeypatch.setattr(service, "admit_batch", lambda cost: _Checked(check))
+        with pytest.raises(Exception, match="the service is ending"):
+            await batch._generate(service, model, IMAGES, texts, Cost(slots=1, steps=1), emit)
+        return sent
+
+    assert asyncio.run(run()) == [b"\n"] * 3
+    gate.unlink()
+
+
+class _Checked:
+    def __init__(self, check: Any) -> None:
+        self.check = check
+
+    async def __aenter__(self) -> Any:
+        return self.check
+
+    async def __aexit__(self, *_: object) -> None: ...

@@ -1,0 +1,155 @@
+"""Requests of low priority take what others leave: counted in steps of a scheduler without a model."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from blip2_actor import GenerationOptions
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.out_of_memory import OutOfMemory
+from blip2_actor.engine.request_state import RequestState, Searches
+from blip2_actor.engine.scheduler import Scheduler
+from blip2_actor.generation.search import TextSearch
+from tests.unit.engine.scheduling.no_model import NoModel, Words
+
+MAX_SLOTS, ENCODE_BATCH = 32, 16
+MEAN_TOKENS = 20
+NUM_STEPS = 250
+
+
+def make_scheduler(max_slots: int = MAX_SLOTS) -> Scheduler:
+    return Scheduler(NoModel(), max_slots, ENCODE_BATCH)  # type: ignore[arg-type]  # a stand-in
+
+
+def make_request(
+    num_tokens: int, low_priority: bool = False, image: EncodedImage | None = None, num_texts: int = 1
+) -> RequestState:
+    options = GenerationOptions(max_new_tokens=num_tokens).resolve()
+
+    def searches() -> Searches:
+        return [TextSearch(options, [1], Words()) for _ in range(num_texts)]
+
+    image = EncodedImage(np.zeros((2, 2, 3), np.uint8)) if image is None else image
+    return RequestState(image, [1], options, searches, low_priority)
+
+
+class Load:
+    """Online requests that arrive at random, and a batch job that always has enough waiting."""
+
+    def __init__(self, online_share: float, has_batch: bool) -> None:
+        self.scheduler = make_scheduler()
+        self.online_steps: list[int] = []
+        """Steps from arrival to result of each online request."""
+        self.num_batch_tokens = 0
+        self._choose = random.Random(0)
+        self._per_step = online_share * MAX_SLOTS / MEAN_TOKENS
+        self._has_batch = has_batch
+        self._online: list[tuple[RequestState, int]] = []
+        self._batch: list[RequestState] = []
+
+    def run(self) -> None:
+        for step in range(NUM_STEPS):
+            for _ in range(int(self._per_step) + (self._choose.random() < self._per_step % 1)):
+                self._online.append((make_request(self._length()), step))
+                self.scheduler.add(self._online[-1][0])
+            while self._has_batch and len(self._batch) < 3 * MAX_SLOTS:
+                self._batch.append(make_request(self._length(), low_priority=True))
+                self.scheduler.add(self._batch[-1])
+            self.scheduler.step()
+            self.online_steps += [step - start for request, start in self._online if request.future.done()]
+            self._online = [one for one in self._online if not one[0].future.done()]
+            done = [request for request in self._batch if request.future.done()]
+            self.num_batch_tokens += sum(len(request.future.result(0).token_ids) for request in done)
+            self._batch = [request for request in self._batch if not request.future.done()]
+
+    def _length(self) -> int:
+        return self._choose.randint(MEAN_TOKENS // 2, MEAN_TOKENS * 3 // 2)
+
+
+def test_online_requests_hardly_notice_a_batch_job_which_keeps_most_of_its_speed() -> None:
+    """At 30 % online load; without priorities, online requests waited for all that the job had queued."""
+    online_alone, batch_alone = Load(0.3, has_batch=False), Load(0.0, has_batch=True)
+    both = Load(0.3, has_batch=True)
+    for load in (online_alone, batch_alone, both):
+        load.run()
+    assert len(both.online_steps) > 100
+    assert np.mean(both.online_steps) <= 1.1 * np.mean(online_alone.online_steps)
+    assert np.percentile(both.online_steps, 99) <= 1.1 * np.percentile(online_alone.online_steps, 99)
+    assert both.num_batch_tokens >= 0.7 * batch_alone.num_batch_tokens
+
+
+@pytest.mark.parametrize("num_texts", [1, 3])
+def test_a_low_priority_text_gives_its_slot_up_and_begins_again(num_texts: int) -> None:
+    scheduler = make_scheduler(max_slots=6)
+    low = [make_request(20, low_priority=True, num_texts=num_texts) for _ in range(6 // num_texts)]
+    for request in low:
+        scheduler.add(request)
+    for _ in range(5):
+        scheduler.step()
+    online = make_request(3)
+    scheduler.add(online)
+    for _ in range(3):
+        scheduler.step()
+    assert online.future.done(), "it got a slot at once"
+    assert scheduler.counters.num_preempted == 1
+    (oldest, *_) = low[0].searches[0].sequences()
+    assert len(oldest.token_ids) == 9, "the youngest text gave its slot up, not the oldest"
+    while scheduler.has_work:
+        scheduler.step()
+    lengths = [len(one.token_ids) for request in low for one in request.future.result(0).completions]
+    assert lengths == [20] * 6
+
+
+def test_a_request_that_does_not_fit_yet_preempts_nobody_in_vain() -> None:
+    """Its eight slots would not be free in any case while four are held by another online request."""
+    scheduler = make_scheduler(max_slots=8)
+    scheduler.add(make_request(50, num_texts=4))
+    for _ in range(4):
+        scheduler.add(make_request(50, low_priority=True))
+    scheduler.step()
+    scheduler.add(make_request(2, num_texts=8))
+    for _ in range(10):
+        scheduler.step()
+    assert scheduler.counters.num_preempted == 0
+
+
+def test_an_image_that_both_priorities_want_is_encoded_once() -> None:
+    scheduler = make_scheduler()
+    shared = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+    requests = [make_request(2, low_priority=low, image=shared) for low in (True, False, True)]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        scheduler.step()
+    assert all(request.future.result(0).ok for request in requests)
+    assert scheduler.encoding.num_images == 1
+
+
+def test_a_batch_of_both_priorities_that_does_not_fit_goes_back_to_both_lanes() -> None:
+    scheduler = make_scheduler()
+    for low_priority in (False, True, True):
+        scheduler.add(make_request(2, low_priority))
+    lanes = scheduler.lanes
+    images = lanes.normal.waiting.take(4) + lanes.low.waiting.take(4)
+    scheduler.encoding.finish(images, OutOfMemory("too much"))
+    assert (len(lanes.normal.waiting), len(lanes.low.waiting)) == (1, 2)
+
+
+def test_the_request_that_does_not_fit_alone_fails_and_no_other() -> None:
+    """A request of normal priority that waits is first in line, but it is not the one to blame."""
+    scheduler = make_scheduler(max_slots=1)
+    low = make_request(2, low_priority=True)
+    normal = make_request(2)
+    for request in (low, normal):
+        request.image.prefix = torch.zeros(1, 1)
+    scheduler.add(low)
+    taken = scheduler.lanes.low.ready.take(1, 1)
+    scheduler._place(taken[0])
+    scheduler.add(normal)
+    scheduler._recovery.after_prefill(taken, OutOfMemory("too much"))
+    assert low.future.result(0).error == "out of memory: too much"
+    assert not normal.future.done()

@@ -1,0 +1,69 @@
+"""Which parts are quantized: by the shapes of the model as it runs, and alike on all machines of a job."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from blip2_actor import EngineConfig, QuantizationChoice
+from blip2_actor.quantization import int8, measurement
+from blip2_actor.quantization.measurement import Shape
+from blip2_actor.quantization.methods import storage
+
+DEMO = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1, quantize="int8")
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """Return the shapes that are timed from now on; each takes half of its time when it is quantized."""
+    shapes: list[Shape] = []
+
+    def time(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+        shapes.append(shape)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(measurement, "_time_both_ways", time)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("image_size_px", "num_rows"), [(None, (64 // 8) ** 2 + 1), (128, (128 // 8) ** 2 + 1)]
+)
+def test_shapes_are_timed_at_the_size_of_the_images(
+    timed: list[Shape], image_size_px: int | None, num_rows: int
+) -> None:
+    """With --image-size-px, they were timed at the checkpoint's own size, at which other parts may gain."""
+    choice = dataclasses.replace(DEMO, image_size_px=image_size_px).choose_quantization()
+    assert choice is not None and choice.parts == (
+        "vision",
+        "qformer",
+        "language_projection",
+        "language_model",
+    )
+    assert num_rows in {shape.num_rows for shape in timed}
+    assert {shape.num_rows for shape in timed} <= {num_rows, 64, 8 * DEMO.info().num_queries}
+
+
+def test_a_choice_is_stored_as_json_and_is_not_made_again(timed: list[Shape]) -> None:
+    choice = DEMO.choose_quantization()
+    assert choice is not None
+    assert QuantizationChoice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
+    assert dataclasses.replace(DEMO, quantization_choice=choice).choose_quantization() is choice
+    assert dataclasses.replace(DEMO, quantize=None).choose_quantization() is None
+
+
+def test_eight_bits_of_another_cpu_are_refused_where_their_products_saturate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows of such a machine would be of other precision, or wrong."""
+    choice = QuantizationChoice(method="int8", parts=(), weight_bits=8, instructions="AVX512 VNNI")
+    monkeypatch.setattr(int8, "largest_weight", lambda: int8.HALF_WEIGHT)
+    with pytest.raises(ValueError, match=r"^quantize must use weights of 7 bits .* 8 bits \(AVX512 VNNI\)"):
+        storage(choice, torch.device("cpu"))
+    seven = dataclasses.replace(choice, weight_bits=7)
+    monkeypatch.setattr(int8, "largest_weight", lambda: int8.FULL_WEIGHT)
+    weight = storage(seven, torch.device("cpu"))(torch.eye(16))
+    torch.testing.assert_close(weight.scale * 127, torch.full((16,), 1 / 63))  # type: ignore[attr-defined]
