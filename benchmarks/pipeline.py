@@ -148,8 +148,7 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
         print(
             f"  {num_shards:,} shards: first rows after {new['first_rows_s']:.1f} s, on a resume after "
             f"{resumed['first_rows_s']:.1f} s, status {status['wall_s']:.1f} s, "
-            f"driver {max(new['driver_peak_mib'], resumed['driver_peak_mib']):.0f} MiB",
-            flush=True,
+            f"driver {max(new['driver_peak_mib'], resumed['driver_peak_mib']):.0f} MiB"
         )
     return {
         "runs": runs,

@@ -158,9 +158,8 @@ class _Kinds:
         self._metadata: set[str] = set()
         self.counts: Counter[Format] = Counter()
         self.tables: list[str] = []
-        """The Parquet files."""
         self.first_other: str | None = None
-        """A file that is none of these."""
+        """A file of no format."""
         unnamed = []
         for file in found.files:
             kind = self.of(file)
@@ -173,8 +172,7 @@ class _Kinds:
                 self.first_other = self.first_other or file
         self._images = self._find_images(unnamed, known)
         self.counts += Counter({"folder": len(self._images)})
-        others = (file for file in unnamed if file not in self._images)
-        self.first_other = self.first_other or next(others, None)
+        self.first_other = self.first_other or next((f for f in unnamed if f not in self._images), None)
 
     def of(self, file: str) -> Format | None:
         """Return the format in which a file can be read, or None."""

@@ -12,13 +12,7 @@ from typing import Any
 import ray
 
 from pipeline.attempts.recorder import AttemptRecorder
-from pipeline.errors import (
-    OutputInUse,
-    Stopped,
-    StoppedBySignal,
-    TooManyFailures,
-    name_of,
-)
+from pipeline.errors import OutputInUse, Stopped, StoppedBySignal, TooManyFailures, name_of
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import ShardProgress
