@@ -54,7 +54,10 @@ class ModelHub(BaseHTTPRequestHandler):
                 self.send(200, json.dumps(entries).encode())
                 return
             siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            num_parameters = sizes["model.safetensors"] // 4
+            counted = {"parameters": {"F32": num_parameters}, "total": num_parameters}
             info = {"id": found[1], "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            info["safetensors"] = counted
             self.send(200, json.dumps(info).encode())
         elif file and file[1] in self.folders and (self.folders[file[1]] / file[2]).is_file():
             self.send(200, (self.folders[file[1]] / file[2]).read_bytes())
