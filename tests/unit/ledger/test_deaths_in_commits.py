@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
@@ -50,11 +51,28 @@ def make_ledger(place: str, *shards: str) -> tuple[Ledger, Run]:
 
 @contextmanager
 def requests_seen_by(see: Callable[[str, Callable[[], object]], object]) -> Iterator[None]:
-    """Let `see` carry out each request of all folders; it gets the name of the request."""
+    """Let `see` carry out each request of all folders; it gets the name of the request.
+
+    What a request itself asks for is a part of it.
+    """
     originals = {name: getattr(Folder, name) for name in REQUESTS}
+    thread = threading.local()
 
     def through(name: str) -> Callable:
-        return lambda *args, **kwargs: see(name, lambda: originals[name](*args, **kwargs))
+        def request(*args: Any, **kwargs: Any) -> object:
+            if getattr(thread, "is_inside", False):
+                return originals[name](*args, **kwargs)
+
+            def carry_out() -> object:
+                thread.is_inside = True
+                try:
+                    return originals[name](*args, **kwargs)
+                finally:
+                    thread.is_inside = False
+
+            return see(name, carry_out)
+
+        return request
 
     try:
         for name in REQUESTS:
