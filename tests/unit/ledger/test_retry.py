@@ -139,7 +139,7 @@ def test_a_named_row_is_made_again_also_if_it_is_ok(tmp_path):
 def test_rows_that_have_failed_again_in_a_killed_retry_go_again(tmp_path, monkeypatch):
     """All of them were in fragments, and so nothing ran, after "1 row to run again" had been said."""
 
-    def connect():
+    def connect(run_id=""):
         raise RayStartFailed("Ray is asked for")
 
     monkeypatch.setattr("pipeline.run.run_job.connected", connect)

@@ -138,7 +138,7 @@ def test_a_run_that_another_driver_has_begun_and_ended_meanwhile_is_not_begun_ov
 def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_path, monkeypatch):
     """It needs no worker, and began the run in the dtype of the driver's own CPU."""
 
-    def connect():
+    def connect(run_id=""):
         raise RayStartFailed("no cluster")
 
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
