@@ -161,7 +161,7 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
 
 
 def make_driver_books() -> Any:
-    """Create `DriverBooks` in a contender's process. Its module imports Ray, whose environment must be set before."""
+    """Create `DriverBooks` in a contender's process; importing it imports Ray, which other cases must not do."""
     from benchmarks.sides.driver_books import DriverBooks
 
     return DriverBooks()
