@@ -36,6 +36,7 @@ from benchmarks.command_line import add_models, check_cases, make_parser
 from benchmarks.inputs import link_often, write_photographs, write_shards
 from benchmarks.measure import report
 from benchmarks.sides.contender import Contender
+from benchmarks.sides.driver_books import DriverBooks
 from benchmarks.sides.engine_alone import EngineAlone
 from benchmarks.sides.job_side import JobSide
 from benchmarks.sides.map_batches import MapBatchesSide
@@ -160,20 +161,13 @@ def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
     }
 
 
-def make_driver_books() -> Any:
-    """Create `DriverBooks` in a contender's process; importing it imports Ray, which other cases must not do."""
-    from benchmarks.sides.driver_books import DriverBooks
-
-    return DriverBooks()
-
-
 def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
     """Time the driver's own part of `measure_shards`."""
     runs = {}
     for num_shards in sizes:
         shards = write_shards(work, num_shards, GROWTH_SHARD_ROWS)
         settings = CaptionSettings(input=(str(shards),), output=str(work / f"books-{num_shards}"))
-        side = Contender(make_driver_books)
+        side = Contender(DriverBooks)
         side.call("begin", settings)
         finish_by_stand_ins(settings, GROWTH_UNFINISHED)
         parts = side.call("resume", settings)

@@ -57,8 +57,14 @@ ALL: tuple[Metric, ...] = (
     *(ROWS, FRAGMENTS, SHARDS, STAGE_BUSY_S, STAGE_WORKERS, COMMIT_S, MODEL_LOAD_S),
     *(STORE_RETRIES, REPLAYED_CALLS, DEVICE_FAILURES),
 )
-for _metric in ALL:  # A label without a value would be refused.
-    _metric.set_default_tags({RUN: ""})
+
+
+def _label(run: str) -> None:
+    for metric in ALL:
+        metric.set_default_tags({RUN: run})
+
+
+_label("")  # A label without a value would be refused.
 
 
 def label_with_run() -> None:
@@ -66,8 +72,7 @@ def label_with_run() -> None:
     if not ray.is_initialized():
         return
     metadata = dict(worker.global_worker.core_worker.get_job_config().metadata)
-    for metric in ALL:
-        metric.set_default_tags({RUN: metadata.get(RUN_ID, "")})
+    _label(metadata.get(RUN_ID, ""))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a driver does for every shard before the first row is read, without Ray and without a model."""
 
+# ruff: noqa: E402 -- Ray reads its environment when it is imported, which most of these imports do.
 from __future__ import annotations
 
 import resource
@@ -7,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline import CaptionSettings, set_ray_environment
+
+set_ray_environment()
+
 from ray import cloudpickle
 
-from pipeline import CaptionSettings
 from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.listing import list_input
 from pipeline.ledger.ledger import Ledger

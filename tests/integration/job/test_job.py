@@ -15,7 +15,7 @@ from blip2_actor import ImageLimits
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.commands import caption
 from pipeline.errors import OutputInUse
-from pipeline.ledger.layout import ATTEMPTS, RUN_FILE, SHARD_LIST, SUMMARIES
+from pipeline.ledger.layout import ATTEMPTS, LOGS, RUN_FILE, SHARD_LIST, SUMMARIES
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -37,7 +37,7 @@ from tests.integration.inputs import (
     write_tars,
 )
 
-RECORDS = (ATTEMPTS, SUMMARIES)
+RECORDS = (ATTEMPTS, LOGS, SUMMARIES)
 """What finished runs keep besides the run itself."""
 
 pytestmark = pytest.mark.usefixtures("local_ray")

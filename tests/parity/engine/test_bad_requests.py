@@ -27,12 +27,18 @@ def engine(request: pytest.FixtureRequest, checkpoint_folder: Callable[..., Path
         yield started
 
 
+def assert_same_text(found: Result, expected: Result) -> None:
+    """A step with other texts may use another product of matrices, which rounds the log-probabilities."""
+    assert (found.status, found.token_ids) == (expected.status, expected.token_ids)
+    assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
 def next_to_a_good_one(engine: Engine, bad: Request) -> Result:
     """Return the result of a bad request, after checking that the request next to it is not affected."""
     good = Request(image=GOOD, options=GenerationOptions(max_new_tokens=4))
     alone = engine.generate([good])[0]
     result, other = engine.generate([bad, good], GenerationOptions(max_new_tokens=4))
-    assert other == alone
+    assert_same_text(other, alone)
     return result
 
 
@@ -163,7 +169,7 @@ def test_a_text_that_does_not_fit_next_to_others_gets_fewer_slots_and_one_that_n
         results = engine.generate([short, long, endless, short])
         assert [r.status for r in results] == [Status.OK, Status.OK, Status.FAILED, Status.OK]
         assert len(results[1].token_ids) == 120
-        assert results[3] == results[0]
+        assert_same_text(results[3], results[0])
         assert "out of memory" in str(results[2].error)
         assert engine._core.scheduler.limits.max_slots == 1
 

@@ -229,7 +229,7 @@ def test_files_of_a_killed_plan_are_leftovers_and_no_results(tmp_path, monkeypat
     make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
     (output / "_blip2" / "probe-1").touch()
     left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert len(left) == 3 and not list(output.rglob("*.parquet"))
+    assert len(left) == 2 and not list(output.rglob("*.parquet"))
     assert set(scan_output(Folder(str(output))).leftovers) == left
 
 
