@@ -110,10 +110,10 @@ def test_a_library_that_does_not_return_holds_no_signal():
 
 
 def test_a_signal_that_is_handled_ends_nothing_later(monkeypatch):
-    monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.05)
+    monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.5)
     request = StopRequest()
     with request.by_signals(), request.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        threading.Event().wait(0.2)
+        threading.Event().wait(0.8)
     assert request.number == signal.SIGTERM
