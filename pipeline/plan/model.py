@@ -19,8 +19,7 @@ from pipeline.settings.job_settings import CaptionSettings
 
 MAX_ERRORS_SHOWN = 5
 RAY_START_S = 10.0
-"""Seconds that Ray and the workers' imports take before an engine starts: 8 to 12 on two cores (AMD EPYC,
-November 2026)."""
+"""Rough figure: seconds that Ray and the imports of workers take on two cores before an engine starts."""
 JSON_NAMES = {"min_rows": "least_rows", "max_rows": "most_rows"}
 """Fields of `SizeEstimate` that have another name in the JSON object, which never changes its keys."""
 
