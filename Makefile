@@ -23,7 +23,8 @@ demo: $(STAMP)  ## caption drawn scenes end to end on a local Ray and grade the 
 	$(BIN)/python -m pipeline demo
 
 test: $(STAMP)  ## run the default suite: unit, parity, contracts, integration
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup tests/unit tests/parity tests/contracts
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup tests/integration
 
 slow: $(STAMP)  ## run the tests that the default suite leaves to continuous integration
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import FrameType
@@ -66,7 +66,7 @@ class StopRequest:
         for number in handled:
             signal.signal(number, self._handle)
         try:
-            with self._watched():
+            with self._watched(handled):
                 if self._stop_at is not None:
                     left = self._stop_at - datetime.now(UTC)
                     signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
@@ -87,12 +87,14 @@ class StopRequest:
             self._is_deferred = False
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """End this process if a signal comes inside the block and is not handled in time."""
+    def _watched(self, handled: Collection[signal.Signals]) -> Iterator[None]:
+        """End this process if one of the signals comes inside the block and is not handled in time."""
         receiving, sending = os.pipe()
         os.set_blocking(sending, False)  # as `signal.set_wakeup_fd` requires
         before = signal.set_wakeup_fd(sending)
-        watching = threading.Thread(target=self._watch, args=(receiving,), daemon=True, name="signals")
+        watching = threading.Thread(
+            target=self._watch, args=(receiving, handled), daemon=True, name="signals"
+        )
         watching.start()
         try:
             yield
@@ -102,13 +104,14 @@ class StopRequest:
             os.close(sending)
             watching.join()
 
-    def _watch(self, receiving: int) -> None:
+    def _watch(self, receiving: int, handled: Collection[signal.Signals]) -> None:
         with os.fdopen(receiving, "rb", buffering=0) as numbers:
-            first = numbers.read(1)
-            if not first or self._is_handled.wait(HANDLED_WITHIN_S):
+            # All signals that Python handles are in the pipe, those of other parts of the program too.
+            number = next((n for n in iter(lambda: numbers.read(1), b"") if n[0] in handled), None)
+            if number is None or self._is_handled.wait(HANDLED_WITHIN_S):
                 numbers.read()  # until the end of the block: Python complains about a pipe that nobody reads
                 return
-        number = signal.Signals(first[0])
+        number = signal.Signals(number[0])
         said = f"stopped at once by {name_of(number)}: a library did not return; finished work is kept"
         os.write(2, f"blip2: {said}\n".encode())
         os._exit(128 + (signal.SIGTERM if number == signal.SIGALRM else number))

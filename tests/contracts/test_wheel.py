@@ -65,7 +65,7 @@ def test_it_says_version_license_and_extras(metadata):
     assert metadata["Version"] == blip2_actor.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"batch", "serve", "s3", "gcs", "heic", "all", "ray", "dev"}
+    assert extras == {"batch", "serve", "s3", "gcs", "heic", "otel", "all", "ray", "dev"}
     core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not any(line.startswith(("ray", "pyarrow", "fastapi")) for line in core)
 

@@ -117,3 +117,14 @@ def test_a_signal_that_is_handled_ends_nothing_later(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         threading.Event().wait(0.8)
     assert request.number == signal.SIGTERM
+
+
+def test_a_signal_of_another_part_of_the_program_ends_nothing(monkeypatch):
+    monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.2)
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    try:
+        with StopRequest().by_signals():
+            signal.raise_signal(signal.SIGCHLD)
+            threading.Event().wait(0.5)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
