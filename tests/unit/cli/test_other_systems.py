@@ -31,7 +31,7 @@ def open_without_proc(file, *arguments, **options):
 builtins.open = io.open = open_without_proc
 import numpy as np
 from blip2_actor import DecodePool, EngineConfig
-from pipeline.plan.plan import _num_cpus
+from pipeline.plan.make_plan import _num_cpus
 with EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=1).build() as engine:
     print(engine.generate(np.zeros((64, 64, 3), np.uint8))[0].status)
 with DecodePool(64) as pool:
