@@ -40,6 +40,21 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
 
 
+def assert_same_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Everything is equal but the rounding of log-probabilities: each step has other texts next to it."""
+
+    def split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float | None]]:
+        is_rounded = [name for name in rows[0] if "logprob" in name]
+        return (
+            [{name: row[name] for name in row if name not in is_rounded} for row in rows],
+            [row[name] for row in rows for name in is_rounded],
+        )
+
+    (rows, logprobs), (expected_rows, expected_logprobs) = split(found), split(expected)
+    assert rows == expected_rows
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
+
+
 def fingerprint_of(output: Path) -> Any:
     return json.loads((output / "_blip2" / "run.json").read_text())["fingerprint"]
 
@@ -62,7 +77,7 @@ def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     assert caption(CaptionSettings(**job, output=str(here)), engine) == 0
     serving = EndpointSettings(endpoint=url + route)
     assert caption(CaptionSettings(**job, output=str(there), serving=serving)) == 0
-    assert rows_of(there) == rows_of(here)
+    assert_same_rows(rows_of(there), rows_of(here))
     assert {row["status"] for row in rows_of(there)} >= {"ok", "undecodable"}
     assert fingerprint_of(there) == fingerprint_of(here)
     stats = engine_stats(route or "/")
@@ -70,7 +85,7 @@ def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     # Each may continue what the other has begun, and a retry may go either way.
     assert caption(CaptionSettings(**job, output=str(there)), engine) == 0
     assert main(["retry", str(here), "--endpoint", url + route]) == 0
-    assert rows_of(here) == rows_of(there)
+    assert_same_rows(rows_of(here), rows_of(there))
 
 
 def test_batch_work_and_a_caller_share_the_engine(url: str, table: str, tmp_path: Path) -> None:
