@@ -273,6 +273,9 @@ def test_nothing_of_a_finished_request_is_kept(engine) -> None:
         engine.features([PICTURE])
         next(engine.stream(requests[0]), None)
     del requests, futures
-    engine.generate([Request(image=PICTURE)])  # a step that drops what was cancelled
-    assert num_kept() <= before  # tests before this one may still have had some in flight
+    for _ in range(20):  # steps that drop what was cancelled; the engine's thread may be within its last one
+        engine.generate([Request(image=PICTURE)])
+        if num_kept() <= before:  # tests before this one may still have had some in flight
+            break
+    assert num_kept() <= before
     assert not engine._core._unfinished and not engine._core._arrived
