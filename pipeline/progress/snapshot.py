@@ -18,7 +18,7 @@ class ProgressSnapshot:
     """How far a run is at one moment; the heartbeat stores it by its field names, for `status`."""
 
     num_rows: int
-    """Rows finished in this session."""
+    """Rows finished in this attempt."""
     num_failed: int
     images_per_s: float
     """Over the last seconds."""
@@ -31,7 +31,7 @@ class ProgressSnapshot:
     trouble: str | None = None
     """What the run waits for, when a store fails."""
     total_rows: float | None = None
-    """Rows of this session, finished or not, as far as the shards tell; None if they do not."""
+    """Rows of this attempt, finished or not, as far as the shards tell; None if they do not."""
     rows_by_stage: Mapping[str, int] = field(default_factory=dict)
     """Rows that have left the stages before captioning: read and decode."""
 

@@ -286,7 +286,7 @@ class Driver:
 
 @contextmanager
 def _killed_after(actor: Any) -> Iterator[None]:
-    """Kill an actor at the end of the session, because Ray may live on."""
+    """Kill an actor at the end of the attempt, because Ray may live on."""
     try:
         yield
     finally:

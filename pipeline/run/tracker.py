@@ -38,7 +38,7 @@ class Tracker:
         self._known_rows = sum(length for length in lengths if length is not None)
         self._open_done = sum(len(progress.done) for progress in self._open.values())
         self.num_rows = 0
-        """Rows finished in this session."""
+        """Rows finished in this attempt."""
         self.by_status: Counter[str] = Counter()
 
     @property
