@@ -18,6 +18,7 @@ from blip2_actor import ModelInfo
 ANSWER_S = 120.0
 """How long one answer may take, and how long an endpoint that has too much to do is asked again."""
 CONNECT_S = 10.0
+MAX_PAUSE_S = 30.0
 
 
 class EndpointError(ValueError):
@@ -98,8 +99,12 @@ def read_key(key_file: str | None) -> str | None:
 
 
 def pause_s(retry_after: str | None) -> float:
-    """Return the seconds that an endpoint asks to wait; a proxy in front of it may write a date instead."""
-    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
+    """Return the seconds to wait, as an endpoint asks; a proxy in front of it may write a date instead.
+
+    They are bounded: a job that stops waits for the end of a pause.
+    """
+    asked = float(retry_after) if retry_after is not None and retry_after.isdecimal() else 1.0
+    return min(asked, MAX_PAUSE_S)
 
 
 def reason_in(body: bytes) -> str:

@@ -13,7 +13,7 @@ import pytest
 from blip2_actor import GenerationOptions, Request, Result, Status
 from blip2_actor.testing import fake_caption
 from pipeline.endpoint import connection, remote_engine, waiting
-from pipeline.endpoint.client import Endpoint, EndpointError
+from pipeline.endpoint.client import Endpoint, EndpointError, pause_s
 from pipeline.endpoint.remote_engine import RemoteEngine
 from pipeline.endpoint.settings import EndpointConfig
 from pipeline.storage.retrying import Trouble, listen
@@ -251,3 +251,11 @@ def test_the_trial_before_work_says_what_the_endpoint_refuses() -> None:
         config(url).try_out(GenerationOptions())
     with pytest.raises(EndpointError, match="gives no answer"):
         config(url)
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits_s"), [(None, 1.0), ("5", 5.0), ("86400", 30.0), ("Thu, 26 Nov 2026 13:00:00 GMT", 1.0)]
+)
+def test_no_answer_makes_a_job_wait_for_long(asked, waits_s):
+    """A job that stops waits for the end of a pause."""
+    assert pause_s(asked) == waits_s
