@@ -41,11 +41,18 @@ def measure_overload(command: ServeCommand, images: Sequence[bytes], seconds: fl
     saturated = SATURATING.offer(url, images, seconds / 8)
     before = sum(pss_bytes_by_name(command.process).values())
     probes: Counter[str] = Counter()
+    probe_seconds: list[float] = []
     stop = threading.Event()
 
     def probe() -> None:
         while not stop.wait(1):
-            probes[str(httpx.get(f"{command.url}/readyz", timeout=30).status_code)] += 1
+            began = time.monotonic()
+            try:
+                code = str(httpx.get(f"{command.url}/readyz", timeout=30).status_code)
+            except httpx.TransportError as error:
+                code = type(error).__name__
+            probes[code] += 1
+            probe_seconds.append(time.monotonic() - began)
 
     watch = threading.Thread(target=probe)
     watch.start()
@@ -62,6 +69,7 @@ def measure_overload(command: ServeCommand, images: Sequence[bytes], seconds: fl
     return run | {
         "saturated_per_s": saturated["per_s"],
         "readyz": dict(probes),
+        "readyz_longest_s": max(probe_seconds),
         "grown_mib": (after - before) / 2**20,
         "answers_again_after_s": time.monotonic() - recovered,
     }
