@@ -48,11 +48,11 @@ def main() -> None:
         type=int,
         help=f"new tokens of every text (default: each text ends by itself within {MAX_NEW_TOKENS})",
     )
-    add("--images", type=int, default=256, help="number of different images (default: %(default)s)")
+    add("--images", type=int, default=128, help="number of different images (default: %(default)s)")
     add("--callers", type=int, nargs="+", default=AT_ONCE, help="callers at once, one load for each number")
     add("--batches", type=int, nargs="+", default=AT_ONCE, help="values of max_batch_size of @serve.batch")
     add("--passive", action="store_true", help="threads of @serve.batch wait without spinning, as ours do")
-    add("--seconds", type=float, default=6, help="duration of one load (default: %(default)s)")
+    add("--seconds", type=float, default=5, help="duration of one load (default: %(default)s)")
     add("--rest-seconds", type=float, default=20, help="seconds at rest (default: %(default)s)")
     add("--overload-seconds", type=float, default=60, help="seconds of overload (default: %(default)s)")
     add("--rounds", type=int, default=1, help="rounds, each with new processes (default: %(default)s)")
