@@ -101,7 +101,9 @@ def quantize_rows(rows: Tensor, magic: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.empty(rows.shape, dtype=torch.uint8)
     largest = torch.empty(len(rows), 1)
     for of_rows, found, magnitude in _blocks(rows, levels, largest):
-        magnitude.copy_(of_rows.abs().amax(dim=-1, keepdim=True))
+        of_rows = of_rows.float()
+        high, low = of_rows.amax(dim=-1, keepdim=True), of_rows.amin(dim=-1, keepdim=True)
+        torch.maximum(high, low.neg_(), out=magnitude)
         found.copy_(torch.addcmul(magic, of_rows, LARGEST_INPUT / magnitude).view(torch.int32))
     return levels, largest
 

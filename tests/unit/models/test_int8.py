@@ -85,7 +85,9 @@ def test_a_row_has_the_same_bits_alone_and_between_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_rows_go_block_by_block_and_the_activation_is_applied_before_rounding(dtype: torch.dtype) -> None:
+def test_many_rows_go_block_by_block_and_the_activation_is_applied_before_rounding(
+    dtype: torch.dtype,
+) -> None:
     generator = torch.Generator().manual_seed(3)
     num_rows = 2 * (BLOCK_ELEMENTS // 96) + 1
     x = torch.randn(num_rows, 96, generator=generator).to(dtype)
