@@ -303,6 +303,8 @@ def test_the_command_exits_with_1_if_a_check_fails(monkeypatch, capsys, as_json)
 def test_everything_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(doctor, "check_ray", lambda: Finding("Ray", "ok", "starts"))
+    monkeypatch.setattr(accelerator, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr(accelerator, "COPIED_BYTES", 1 << 20)
     monkeypatch.setattr(accelerator, "MEASURED_S", 0.0)
     write_tar(tmp_path / "good.tar", {"b": png(0)})
     settings = DoctorSettings(model="demo", input=(str(tmp_path / "good.tar"),), output=str(tmp_path / "out"))
