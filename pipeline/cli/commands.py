@@ -29,33 +29,37 @@ from pipeline.storage.secrets import hide_secrets
 @errors_to_exit_status
 def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
     """Caption an input, or resume."""
-    return _run(settings, lambda: prepare(settings, engine))
+    return _start(settings, lambda: prepare(settings, engine))
 
 
 @errors_to_exit_status
 def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
     """Embed an input, or resume."""
-    return _run(settings, lambda: prepare(settings.job(), engine))
+    return _start(settings, lambda: prepare(settings.job(), engine))
 
 
 @errors_to_exit_status
 def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
     """Score the texts of an input, or resume."""
-    return _run(settings, lambda: prepare(settings.job(), engine))
+    return _start(settings, lambda: prepare(settings.job(), engine))
 
 
 @errors_to_exit_status
 def retry(settings: RetrySettings, engine: EngineBuilder | None = None) -> int:
     """Run the rows again that are not ok."""
-    return _run(settings, lambda: prepare_retry(settings, engine))
+    return _start(settings, lambda: prepare_retry(settings, engine))
 
 
-def _run(settings: Any, prepared: Callable[[], Job]) -> int:
+def _start(settings: Any, prepared: Callable[[], Job]) -> int:
     with _refusal_kept(settings.output, type(settings)):
         with before_work(type(settings)):
             job = prepared()
-        console = Console()
-        result = run_job(job, console)
+        return _run(job)
+
+
+def _run(job: Job) -> int:
+    console = Console()
+    result = run_job(job, console)
     return tell_outcome(console, job, result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -81,11 +82,11 @@ def test_a_retrieval_checkpoint_is_pinned_too(tmp_path: Path, hub: Hub, is_alone
     table = as_table({"a": png(0)}).append_column("alt", [["a dog"]])
     pq.write_table(table, tmp_path / "in/a.parquet")
     hub.folder = save_tiny_retrieval_checkpoint(tmp_path / "retrieval")
-    places = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
+    places: dict[str, Any] = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
+    engine: FakeEngineConfig | None = None
     if is_alone:
         cpu = EngineConfig(device="cpu", dtype="float32")
         settings = ScoreSettings(**places, text_column="alt", score_model="me/itm", engine=cpu).job()
-        engine = None
     else:
         outputs = Outputs(score=("fit=caption",), score_model="me/itm")
         settings = CaptionSettings(**places, outputs=outputs)
