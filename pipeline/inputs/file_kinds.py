@@ -22,21 +22,13 @@ from pipeline.errors import InputError
 from pipeline.inputs.find_files import FoundFiles
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
-from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, looks_like_image
-from pipeline.inputs.shards import Format, Shard, without_secrets
+from pipeline.inputs.image_kinds import HEAD_BYTES, looks_like_image
+from pipeline.inputs.shards import FILE_ENDINGS, Format, Shard, format_of, without_secrets
 from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 
-FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
-    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
-    "parquet": (".parquet", ".pq"),
-    "folder": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
-}
-"""The endings of file names that tell the format of a file. Upper and lower case are the same."""
-_FORMATS_BY_ENDING = {ending: format for format, endings in FILE_ENDINGS.items() for ending in endings}
-_COMPRESSIONS = {ending.rpartition(".")[2] for ending in FILE_ENDINGS["webdataset"] if ending.count(".") > 1}
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
 """The formats that `--format` may name."""
@@ -233,15 +225,6 @@ def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> li
     tables = [table for table in tables if table not in known]
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
         return [table for table, own in zip(tables, threads.map(is_own, tables), strict=True) if own]
-
-
-def format_of(file: str) -> Format | None:
-    """Return the format of a file by the ending of its name, or None."""
-    name = file.lower()
-    stem, _, ending = name.rpartition(".")
-    if ending in _COMPRESSIONS:
-        ending = f"{stem.rpartition('.')[2]}.{ending}"
-    return _FORMATS_BY_ENDING.get(f".{ending}") if len(ending) < len(name) else None
 
 
 def _belongs_to_a_tool(file: str) -> bool:
