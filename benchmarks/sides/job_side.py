@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.sides.contender import Contender
 from benchmarks.sides.memory_watch import MemoryWatch
-from benchmarks.steady_rate import steady_rate
+from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
 from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
 

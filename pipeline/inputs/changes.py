@@ -83,7 +83,7 @@ class InputChanges:
             what = (
                 "added to the run"
                 if is_added
-                else f"the first command with --add-new takes {them} into the run"
+                else f"run the first command again with --add-new to take {them} into the run"
             )
             lines.append(f"{count(len(names), 'new file')}: {name_some(names)}; {what}")
         return [*lines, *self.unread.lines()]
