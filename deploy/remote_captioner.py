@@ -78,7 +78,14 @@ class Models:
     def _describe(self, name: str, info: ModelInfo, matching: ModelInfo | None) -> ServedModel:
         self._settings.require_fit(info, matching)
         options = self._settings.options.resolve(info.generation_config)
-        return ServedModel(name=name, info=info, options=options, matching=matching)
+        return ServedModel(
+            name=name,
+            info=info,
+            options=options,
+            matching=matching,
+            calibration=self._settings.read_calibration(),
+            min_confidence=self._settings.min_confidence,
+        )
 
 
 class RemoteCaptioner:

@@ -15,7 +15,15 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import Any, ClassVar, NoReturn
 
-from blip2_actor import EngineConfig, FetchPolicy, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
+from blip2_actor import (
+    Calibration,
+    EngineConfig,
+    FetchPolicy,
+    GenerationOptions,
+    ImageLimits,
+    MatchingConfig,
+    ModelInfo,
+)
 from blip2_actor.flags import Parser, add_flags, hiding, prefixed, written_as
 from deploy.observe.logs import LogLevel
 
@@ -57,6 +65,11 @@ class Settings:
     Salesforce/blip2-itm-vit-g."""
     score_revision: str | None = None
     """Commit, tag or branch of --score-model."""
+    calibration: str | None = None
+    """File of blip2 calibrate: captions with its prompt and options get a confidence, the probability that
+    they are right."""
+    min_confidence: float = 0.0
+    """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1."""
     timeout_s: float = 60.0
     """Seconds from the whole request to its answer; after that the answer is 504."""
     max_in_flight: int = 512
@@ -104,17 +117,28 @@ class Settings:
         shared = {name: getattr(self.engine, name) for name in ("device", "dtype", "num_threads")}
         return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
 
+    def read_calibration(self) -> Calibration | None:
+        """Return the calibration of the captions, or None without one; ValueError if it cannot be read."""
+        return None if self.calibration is None else Calibration.load(self.calibration)
+
     def check_models(self) -> None:
         """Refuse models that cannot be served, without loading weights.
 
         Raises:
-            ValueError: a checkpoint cannot be run, the two take images of different sizes, or an option has
-                token ids that the model does not have.
+            ValueError: a checkpoint cannot be run, the two take images of different sizes, an option has
+                token ids that the model does not have, or the calibration is of another model.
             OSError: a checkpoint cannot be found or fetched.
         """
-        self.require_fit(self.engine.info(), None if self.matching is None else self.matching.info())
-        for engine in self.other_engines.values():
-            self.require_fit(engine.info(), None)
+        models = [self.engine.info(), *(engine.info() for engine in self.other_engines.values())]
+        self.require_fit(models[0], None if self.matching is None else self.matching.info())
+        for model in models[1:]:
+            self.require_fit(model, None)
+        calibration = self.read_calibration()
+        if calibration is not None and calibration.model not in [model.digest for model in models]:
+            raise ValueError(
+                f"calibration must be of a model that is served, got {self.calibration}; make a new one: "
+                "blip2 calibrate"
+            )
 
     def require_fit(self, model: ModelInfo, matching: ModelInfo | None) -> None:
         """Raise ValueError unless the models fit each other and the options.
@@ -143,6 +167,10 @@ class Settings:
         for name in ("decode_children", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must be from 0 to 1, got {self.min_confidence}")
+        if self.min_confidence and self.calibration is None:
+            raise ValueError("min_confidence must be left out without calibration; name its file")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         for host in self.allow_image_host:

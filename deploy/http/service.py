@@ -10,7 +10,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Result
+from blip2_actor import (
+    Calibration,
+    DecodedImage,
+    Embedding,
+    FetchPolicy,
+    GenerationOptions,
+    ModelInfo,
+    Result,
+)
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
@@ -30,6 +38,10 @@ class ServedModel:
     """Options of a request that names none."""
     matching: ModelInfo | None = None
     """The retrieval model next to it; None if it has none."""
+    calibration: Calibration | None = None
+    """Gives captions their confidence; None if the service has none."""
+    min_confidence: float = 0.0
+    """A caption with a lower confidence gets the flag `abstained`."""
 
 
 def require_name(names: Sequence[str], name: str) -> None:

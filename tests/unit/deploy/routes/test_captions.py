@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import httpx
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_actor import GenerationOptions
+from blip2_actor import Calibration, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
@@ -98,6 +98,7 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "logprob": -1.5,
         "num_tokens": 3,
         "finish_reason": "stop",
+        "confidence": None,
         "flags": [],
         "token_ids": [1, 2, 3],
         "status": "ok",
@@ -117,6 +118,25 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
     assert other["fingerprint"] != fingerprint and other["flags"] == []
     echo = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of").json()
     assert echo["flags"] == ["echoes_prompt"]
+
+
+def test_a_caption_says_how_sure_it_is_if_it_is_made_as_the_calibrated_ones(service: EngineService) -> None:
+    plain = service.first
+    calibration = Calibration(
+        coefficients={"log_odds": 0.0, "num_tokens": 1.0},
+        intercept=0.0,
+        curve=((0.0, 0.0), (10.0, 1.0)),
+        model=plain.info.digest,
+        options=asdict(plain.options),
+    )
+    service.first = replace(plain, calibration=calibration, min_confidence=0.5)
+    answer = post(service, "/v1/caption", image=base64_of(IMAGE)).json()
+    assert answer["confidence"] == pytest.approx(0.3)
+    assert answer["flags"] == ["abstained"] and answer["caption"] == caption_of(IMAGE)
+    for other in ({"prompt": "a"}, {"options": {"num_beams": 3}}):
+        answer = post(service, "/v1/caption", image=base64_of(IMAGE), **other).json()
+        assert answer["confidence"] is None and answer["flags"] == []
+    service.first = plain
 
 
 def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineService) -> None:
