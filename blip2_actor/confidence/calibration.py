@@ -121,7 +121,7 @@ class Calibration:
 
     @cached_property
     def _options(self) -> GenerationOptions:
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options.items()}
         return GenerationOptions(**values).resolve()
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from blip2_actor import Calibration, GenerationOptions, fit_calibration
+from blip2_actor import Calibration, fit_calibration
 from pipeline.caption_counts import REGENERATED
 from pipeline.compare.metrics import words_of
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
@@ -95,12 +95,11 @@ def read_examples(rows: FinishedRows, settings: CalibrateSettings) -> Examples:
 def made_by(rows: FinishedRows) -> dict[str, Any]:
     """Return what a calibration must know of the run that has made its captions."""
     parts = rows.run.fingerprint.parts
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in parts["options"].items()}
     return {
         "model": parts["model"],
         "prompt": parts["prompt"] or None,
         "row_prompts": parts["columns"]["prompt"] is not None,
-        "options": dataclasses.asdict(GenerationOptions(**options).resolve()),
+        "options": parts["options"],
     }
 
 
