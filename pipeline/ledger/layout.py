@@ -22,6 +22,8 @@ ATTEMPTS = f"{STATE}/attempts"
 """Records of what each start of the run did; nothing that a resume needs."""
 LOGS = f"{STATE}/log"
 """What the driver of each attempt has said, as lines of JSON."""
+REFUSAL = f"{STATE}/refused.json"
+"""Why a submitted job was last refused here; it claims nothing, and a resume does not need it."""
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")

@@ -9,6 +9,7 @@
     <output>/_blip2/lease.json         the driver at work; with --slice, one in _blip2/leases/ for each slice
     <output>/_blip2/attempts/          what each start did, for the report (`pipeline.attempts`)
     <output>/_blip2/log/               what the driver of each start has said
+    <output>/_blip2/refused.json       why a submitted job was last refused, with a run or without one
 
 The state is the union of finished files and fragments. Nothing else must be right for a resume.
 
@@ -26,6 +27,7 @@ from json import JSONDecodeError
 
 import pyarrow as pa
 
+from pipeline.attempts.refusal import last_refusal
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import RunSlice
@@ -116,7 +118,9 @@ class Ledger:
         """
         run = self.load(inputs)
         if run is None:
-            raise ValueError(f"{self} holds no run; pass the folder given as --output")
+            refusal = last_refusal(self.folder)
+            said = "" if refusal is None else f"; {refusal}"
+            raise ValueError(f"{self} holds no run{said}; pass the folder given as --output")
         return run
 
     def scan(self) -> OutputState:

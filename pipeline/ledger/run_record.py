@@ -80,11 +80,15 @@ class Run:
         folder = self.working_folder or os.getcwd()
         return tuple(same_place(name, folder) for name in self.settings.get("input", ()))
 
-    def commit_of(self, engine: Any) -> str | None:
-        """Return the commit of the run's model on the hub, or None if an engine is of another model."""
-        model = self.settings.get("engine", {}).get("model")
-        is_same = getattr(engine, "model", None) == model and model is not None
-        return self.fingerprint.parts["model"].partition("+")[0] if is_same else None
+    def commit_of(self, model: str | None) -> str | None:
+        """Return the commit of a model of the run on the hub, or None if the run has no such model."""
+        parts, outputs = self.fingerprint.parts, self.settings.get("outputs", {})
+        digests = {
+            self.settings.get("engine", {}).get("model"): parts.get("model"),
+            outputs.get("score_model"): parts.get("score_model"),
+        }
+        digest = digests.get(model) if model is not None else None
+        return None if digest is None else digest.partition("+")[0]
 
     def with_shards(self, shards: Iterable[Shard], inputs: Sequence[str] = ()) -> Run:
         """Return the run with other shards, and with other inputs if they are given."""

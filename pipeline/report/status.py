@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.attempts.attempt import Attempts
+from pipeline.attempts.refusal import Refusal, last_refusal
 from pipeline.attempts.store import read_attempts
 from pipeline.errors import InputError
 from pipeline.ledger.layout import lease_name
@@ -37,6 +38,8 @@ class RunStatus:
     rows_in_progress: int
     """Finished rows of these shards."""
     attempts: Attempts
+    refusal: Refusal | None
+    """Why a submitted job was refused since the last attempt."""
 
     @classmethod
     def read(cls, uri: str) -> RunStatus:
@@ -50,13 +53,17 @@ class RunStatus:
         ledger = ledger.of(run)
         state = ledger.scan()
         open_shards = {name: found for name, found in state.fragments.items() if name not in state.finished}
+        attempts = read_attempts(ledger.folder)
+        refusal = last_refusal(ledger.folder)
+        is_old = refusal is not None and any(refusal.time < attempt.begun for attempt in attempts)
         return cls(
             ledger=ledger,
             run=run,
             done=ledger.reconcile(run, state),
             num_open_shards=len(open_shards),
             rows_in_progress=sum(len(rows) for rows in ledger.rows_in(open_shards).values()),
-            attempts=read_attempts(ledger.folder),
+            attempts=attempts,
+            refusal=None if is_old else refusal,
         )
 
     @property
@@ -83,6 +90,7 @@ class RunStatus:
             about = "" if self.rows_left is None else f"about {self.rows_left:,} rows, "
             lines.append(f"remaining: {about}{count(len(done.missing), 'shard')}")
         lines += attempt_lines(self.attempts)
+        lines += [] if self.refusal is None else [str(self.refusal)]
         lines += _input_lines(self.ledger, self.run)
         return lines + _driver_lines(self.ledger, bool(done.missing))
 

@@ -61,17 +61,19 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         settings = settings.without_generation_config()
     wanted = engine or settings.builder
     engine, info = _describe(wanted, run)
-    settings = settings.resolved(info)
+    given = settings.resolved(info)
+    settings = _with_pinned_scores(given, engine, info, run)
     settings.spec(engine).check(info)
     new = _list_input(settings, ledger) if run is None else None
     if run is not None and settings.fork and not _continues(run, settings, info):
-        settings, ledger, run = _find_fork(settings, ledger, _in_any_dtype(wanted))
+        given, ledger, run = _find_fork(given, ledger, _in_any_dtype(wanted))
         engine, info = _describe(wanted, run)
+        settings = _with_pinned_scores(given, engine, info, run)
         new = _list_input(settings, ledger) if run is None else None
     if run is None:
         assert new is not None
         listing, kept = new
-        run = begin_run(settings.fingerprint(info), settings, listing, kept)
+        run = begin_run(settings.fingerprint(info), given, listing, kept)
         run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
             settings,
@@ -121,6 +123,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     if run.predates_generation_config:
         first = first.without_generation_config()
     engine, info = _describe(engine or first.builder, run)
+    first = _with_pinned_scores(first, engine, info, run)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
@@ -135,7 +138,8 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
         engine = engine.with_info()
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
-        engine = pinned(with_quantization(engine, run.quantization), run.commit_of(engine))
+        engine = with_quantization(engine, run.quantization)
+        engine = pinned(engine, run.commit_of(getattr(engine, "model", None)))
     info = describe_without_device(engine) if is_cluster() else engine.info()
     return pinned(engine, info.digest.partition("+")[0]), info
 
@@ -150,6 +154,23 @@ def pinned(engine: EngineBuilder, commit: str | None) -> EngineBuilder:
     if getattr(known, "revision", "") is not None or not is_on_hub(known.model):
         return engine
     return dataclasses.replace(known, revision=commit) if commit and COMMIT.fullmatch(commit) else engine
+
+
+def _with_pinned_scores(
+    settings: CaptionSettings, engine: EngineBuilder, info: ModelInfo, run: Run | None
+) -> CaptionSettings:
+    """Return the settings with the commit of a retrieval checkpoint on the hub; see `pinned`."""
+    outputs = settings.outputs
+    found: Any = outputs.matching(engine)
+    if found is None:
+        return settings
+    if outputs.only_matches:
+        found = engine
+    else:
+        commit = None if run is None else run.commit_of(outputs.score_model)
+        found = pinned(found, commit or outputs.score_digest(engine, info))
+    revision = getattr(found, "revision", outputs.score_revision)
+    return dataclasses.replace(settings, outputs=dataclasses.replace(outputs, score_revision=revision))
 
 
 def is_on_hub(model: str) -> bool:

@@ -1,22 +1,26 @@
 """What cannot work is refused before Ray starts: one sentence that says what to do, and exit status 3."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import ray
 
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.attempts.refusal import last_refusal
 from pipeline.cli.commands import caption, retry
 from pipeline.cli.main import main
 from pipeline.cli.status import status
 from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
 from pipeline.exit_status import ExitStatus
 from pipeline.inputs.reader import ReadOptions
+from pipeline.placement.storage_check import SUBMITTED
 from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.report_settings import StatusSettings
 from pipeline.settings.retry_settings import RetrySettings
+from pipeline.storage.folder import Folder
 from tests.integration.inputs import png, write_tar
 
 
@@ -54,6 +58,23 @@ def test_unknown_model_folder(tmp_path, capsys):
     assert caption(settings) == 3
     assert "no-such-checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_job_of_a_cluster_says_so_in_its_output_and_claims_nothing(tmp_path, refused, monkeypatch):
+    """A RayJob has a cluster for each try, and the log of a try goes with it."""
+    folder = Folder(str(tmp_path / "out"))
+    refused(reading=ReadOptions(image_column="jpg"))
+    assert not (tmp_path / "out").exists(), "of a person at a terminal"
+    monkeypatch.setenv(SUBMITTED, "{}")
+    for _ in range(2):
+        refused(reading=ReadOptions(image_column="jpg"))
+        assert folder.names() == ["_blip2/refused.json"]
+    refusal = last_refusal(folder)
+    assert refusal is not None and refusal.reason.startswith("--image-column must be")
+    settings = CaptionSettings(input=(str(tmp_path / "in"),), output=folder.uri)
+    assert prepare(settings, FakeEngineConfig()).is_new, "another command may begin here"
+    refused(output="out")  # in a folder that Ray deletes
+    assert not Path("out").exists()
 
 
 def test_a_refusal_of_a_setting_names_its_flag_and_leaves_paths_alone(tmp_path, refused):

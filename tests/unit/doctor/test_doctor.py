@@ -134,6 +134,7 @@ def test_a_ray_that_does_not_start(ray_environment):
     ray_environment.setattr("ray.init", no_memory)
     finding = ray_start.check_ray()
     require(finding, "fail", "Ray did not start on this machine: The current node timed out")
+    assert finding.remedy is not None
     assert "wait or free some" in finding.remedy
 
 

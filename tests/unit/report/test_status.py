@@ -13,6 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.attempts.attempt import Attempt
+from pipeline.attempts.refusal import Refusal, keep_refusal
+from pipeline.attempts.store import write_attempt
 from pipeline.cli import status as command
 from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
@@ -166,3 +169,18 @@ def test_a_run_that_has_only_started(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["status", "--output", str(tmp_path)]) == 3
     assert "holds no run; pass the folder given as --output" in capsys.readouterr().err
+
+
+def test_a_job_that_was_refused_since_the_last_attempt_is_named(tmp_path, capsys):
+    """The log of a job goes with its cluster."""
+    folder = Folder(str(tmp_path))
+    refusal = Refusal("2026-01-31T08:00:00.123+00:00", "blip2 caption", "1", "input must be a folder, got x")
+    keep_refusal(folder, refusal)
+    assert main(["status", "--output", str(tmp_path)]) == 3
+    said = "a job was refused at 2026-01-31 08:00:00 UTC: input must be a folder, got x"
+    assert f"holds no run; {said}; pass the folder given as --output" in capsys.readouterr().err
+    shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
+    Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
+    assert said in status_lines(folder.uri)
+    write_attempt(folder, Attempt(id="1", run="", begun="2026-01-31T09:00:00.000000+00:00"))
+    assert said not in status_lines(folder.uri)
