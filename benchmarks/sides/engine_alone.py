@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from benchmarks.steady_rate import steady_rate
-
+from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, decode_image
 
 
