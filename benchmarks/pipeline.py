@@ -1,4 +1,5 @@
-"""The batch job: how much of the engine's speed it keeps, what users do instead, and how it grows.
+"""The batch job: how much of the engine's speed it keeps, what users do instead, and how it grows with
+its rows; `benchmarks.growth` has the shards.
 
     engine       mid-size random model, 20 tokens, 32 slots: rows/s of the job over the images/s of the engine
     alone
@@ -8,10 +9,6 @@
                  describes it, with the defaults of both sides (theirs: float32, one thread per actor) and
                  with equal dtype and threads
     scale        an engine that costs nothing, 10,000 to 1,000,000 rows: rows/s and the driver's memory
-    shards       an engine that costs nothing, 1,000 to 100,000 shards of 10 rows: seconds from the command to
-                 the first rows of a new run, and of a resume with 100 shards to do; the driver's memory;
-                 seconds of `blip2 status`. The finished shards of the resume are stand-ins: links to one file
-    books        1,000 to 100,000 shards, without Ray: the driver's own part of the case shards
     resume       1,000 shards of which 990 are finished: seconds from the command to the first new rows
 
 Every run has processes and a Ray of its own; the runs of the two sides alternate.
@@ -25,29 +22,21 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.command_line import add_models, check_cases, make_parser
-from benchmarks.inputs import link_often, write_photographs, write_shards
+from benchmarks.inputs import write_photographs, write_shards
 from benchmarks.measure import report
 from benchmarks.sides.contender import Contender
-from benchmarks.sides.driver_books import DriverBooks
 from benchmarks.sides.engine_alone import EngineAlone
-from benchmarks.sides.job_side import JobSide
+from benchmarks.sides.job_side import call_job
 from benchmarks.sides.map_batches import MapBatchesSide
 from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, save_random_checkpoint
 from pipeline import CaptionSettings
-from pipeline.inputs.reader import ShardReport
-from pipeline.ledger.layout import FRAGMENTS, output_name
-from pipeline.ledger.ledger import Ledger
-from pipeline.schema import ROW_CONTRACT
-from pipeline.storage.folder import Folder
 
 NUM_TOKENS = 20
 OPTIONS = GenerationOptions(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS)
@@ -59,8 +48,7 @@ THEIRS = {"defaults": (64, None, None), "equal": (160, "bfloat16", NUM_THREADS)}
 """Images, dtype and threads of `map_batches`, whose rate is steady from the second batch on."""
 SCALE_SHARD_ROWS, RESUME_SHARD_ROWS = 1000, 20
 RESUME_SHARDS, RESUME_UNFINISHED = 1000, 10
-GROWTH_SHARD_ROWS, GROWTH_UNFINISHED = 10, 100
-CASES = ("engine", "map-batches", "scale", "shards", "books", "resume")
+CASES = ("engine", "map-batches", "scale", "resume")
 
 
 def compare_with_engine(folder: Path, work: Path, num_images: int, rounds: int) -> dict[str, Any]:
@@ -134,78 +122,6 @@ def measure_scale(work: Path, sizes: list[int]) -> dict[str, Any]:
     }
 
 
-def measure_shards(work: Path, sizes: list[int]) -> dict[str, Any]:
-    """Time what a driver does for every shard: the start of a run, a resume, and `blip2 status`."""
-    runs = {}
-    for num_shards in sizes:
-        shards = write_shards(work, num_shards, GROWTH_SHARD_ROWS)
-        settings = CaptionSettings(input=(str(shards),), output=str(work / f"growth-{num_shards}"))
-        new = _call_job("start", settings, FakeEngineConfig())
-        finish_by_stand_ins(settings, GROWTH_UNFINISHED)
-        resumed = _call_job("start", settings, FakeEngineConfig())
-        status = _call_job("status", settings.output)
-        runs[num_shards] = {"new": new, "resumed": resumed, "status": status, "load": os.getloadavg()[1]}
-        print(
-            f"  {num_shards:,} shards: first rows after {new['first_rows_s']:.1f} s, on a resume after "
-            f"{resumed['first_rows_s']:.1f} s, status {status['wall_s']:.1f} s, "
-            f"driver {max(new['driver_peak_mib'], resumed['driver_peak_mib']):.0f} MiB"
-        )
-    return {
-        "runs": runs,
-        "first_rows_to_stay_below_s": 60,
-        "status_to_stay_below_s": 5,
-        "driver_to_stay_below_mib": 1024,
-        "shard_rows": GROWTH_SHARD_ROWS,
-        "num_left": GROWTH_UNFINISHED,
-        "stand_ins": "finished shards of the resume are links to the file of one shard",
-    }
-
-
-def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
-    """Time the driver's own part of `measure_shards`."""
-    runs = {}
-    for num_shards in sizes:
-        shards = write_shards(work, num_shards, GROWTH_SHARD_ROWS)
-        settings = CaptionSettings(input=(str(shards),), output=str(work / f"books-{num_shards}"))
-        side = Contender(DriverBooks)
-        side.call("begin", settings)
-        finish_by_stand_ins(settings, GROWTH_UNFINISHED)
-        parts = side.call("resume", settings)
-        runs[num_shards] = {"parts": parts, "driver_peak_mib": side.call("peak_mib")}
-        side.close()
-        print(f"  {num_shards:,} shards: " + ", ".join(f"{n} {p['cpu_s']:.1f} s" for n, p in parts.items()))
-    return {
-        "runs": runs,
-        "shard_rows": GROWTH_SHARD_ROWS,
-        "num_left": GROWTH_UNFINISHED,
-        "stand_ins": "no Ray runs; finished shards of the resume are links to the file of one shard",
-    }
-
-
-def finish_by_stand_ins(settings: CaptionSettings, num_left: int) -> None:
-    """Give all shards of a run but the last ones a file: that of one shard, with the same number of rows."""
-    ledger = Ledger(Folder(settings.output))
-    run = ledger.require_run()
-    ledger.folder.erase(FRAGMENTS)
-    first, *others = run.shards[: len(run.shards) - num_left]
-    rows = ROW_CONTRACT.empty_table().from_pylist(
-        [
-            {"key": str(row), "shard": first.name, "row": row, "caption": "a", "status": "ok", "flags": []}
-            for row in range(GROWTH_SHARD_ROWS)
-        ],
-        schema=ROW_CONTRACT,
-    )
-    ledger.write_fragment(rows)
-    report = ShardReport(shard=first.name, num_rows=GROWTH_SHARD_ROWS, complete=True)
-    summary = ledger.commit(report, {})
-    assert summary is not None
-    paths = [Path(ledger.folder.path(output_name(shard.name))) for shard in (first, *others)]
-    for path in paths[1:]:
-        path.unlink(missing_ok=True)
-    link_often(paths[0], paths[1:])
-    ledger.keep_summaries(replace(summary, shard=shard.name) for shard in (first, *others))
-
-
 def measure_resume(work: Path, num_shards: int, num_left: int, rounds: int) -> dict[str, Any]:
     """Time the start of a job of which only `num_left` of `num_shards` shards are unfinished."""
     shards = write_shards(work, num_shards, RESUME_SHARD_ROWS)
@@ -235,15 +151,8 @@ def _caption(images: Path, output: Path, config: EngineConfig) -> dict[str, Any]
 
 def _run_job(settings: CaptionSettings, engine: FakeEngineConfig | None = None) -> dict[str, Any]:
     """Run one job in a fresh process; its times count from now."""
-    run: dict[str, Any] = _call_job("run", settings, engine)
+    run: dict[str, Any] = call_job("run", settings, engine)
     return run
-
-
-def _call_job(method: str, *arguments: Any) -> Any:
-    side = Contender(JobSide, time.time())
-    result = side.call(method, *arguments)
-    side.close()
-    return result
 
 
 def _show(rates: dict[str, list[float]]) -> None:
@@ -265,13 +174,6 @@ def main() -> None:
         default=[10_000, 100_000, 1_000_000],
         help="job sizes of the case scale",
     )
-    parser.add_argument(
-        "--shards",
-        type=int,
-        nargs="+",
-        default=[1000, 10_000, 100_000],
-        help="job sizes of the cases shards and books",
-    )
     parser.add_argument("--rounds", type=int, default=2)
     add_models(parser)
     arguments = parser.parse_args()
@@ -287,10 +189,6 @@ def main() -> None:
                 results[name] = compare(folder, work, arguments.images, arguments.rounds)
             elif name == "scale":
                 results[name] = measure_scale(work, arguments.rows)
-            elif name == "shards":
-                results[name] = measure_shards(work, arguments.shards)
-            elif name == "books":
-                results[name] = measure_books(work, arguments.shards)
             else:
                 results[name] = measure_resume(work, RESUME_SHARDS, RESUME_UNFINISHED, arguments.rounds)
             report({"benchmark": "pipeline", "cases": results}, arguments.output)

@@ -8,9 +8,12 @@ import resource
 import signal
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 
+from benchmarks.sides.contender import Contender
+from benchmarks.sides.memory_watch import MemoryWatch
 from benchmarks.sides.steady_rate import steady_rate
 from blip2_actor import EngineBuilder
 from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
@@ -122,6 +125,20 @@ class JobSide:
             driver_growth_mib=(recorder.peak_rss - recorder.first_rss) / 2**20,
         )
         return asdict(run)
+
+    def run_watched(self, settings: CaptionSettings, engine: EngineBuilder | None = None) -> dict[str, Any]:
+        """Run a job as `run` does, and add the peak memory of its processes in MiB, by what they do."""
+        with MemoryWatch() as watch:
+            run = self.run(settings, engine)
+        return {**run, "peak_mib": watch.peak_mib}
+
+
+def call_job(method: str, *arguments: Any) -> Any:
+    """Call a method of a `JobSide` in a fresh process; its times count from now."""
+    side = Contender(JobSide, time.time())
+    result = side.call(method, *arguments)
+    side.close()
+    return result
 
 
 def _peak_mib() -> float:

@@ -20,10 +20,11 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import InputError
 from pipeline.inputs.find_files import FoundFiles
+from pipeline.inputs.formats.endings import format_of, without_ending
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.image_kinds import HEAD_BYTES, looks_like_image
-from pipeline.inputs.shards import FILE_ENDINGS, Format, Shard, format_of, without_secrets
+from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.file_table import FileTable
@@ -185,10 +186,10 @@ class _Kinds:
         for file in self._found.files:
             kind = self.of(file)
             if kind == "webdataset":
-                names.add(_without_ending(file))
+                names.add(without_ending(file))
             elif kind == "folder":
                 names.add(posixpath.dirname(file))
-        self._metadata = {table for table in self.tables if _without_ending(table) in names}
+        self._metadata = {table for table in self.tables if without_ending(table) in names}
         self.tables = [table for table in self.tables if table not in self._metadata]
         self.counts["parquet"] = len(self.tables)
 
@@ -270,14 +271,6 @@ def _refuse_nothing(found: FoundFiles, wanted: str, rest: Mapping[str, int], num
     raise InputError(
         f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format"
     )
-
-
-def _without_ending(file: str) -> str:
-    for endings in FILE_ENDINGS.values():
-        for ending in endings:
-            if file.lower().endswith(ending):
-                return file[: -len(ending)]
-    return file
 
 
 def _count_endings(files: Iterable[str]) -> dict[str, int]:

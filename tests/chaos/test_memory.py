@@ -1,7 +1,7 @@
-"""The memory of an engine is flat over 10,000 requests with prompts of many lengths.
+"""Memory that does not grow with the work: an engine's with its requests, a reader's with the size of a tar.
 
-It grows at first: oneDNN keeps a kernel for each shape, up to `MAX_CPU_KERNELS`, and the allocator keeps what
-the largest batches needed.
+An engine's grows at first: oneDNN keeps a kernel for each shape, up to `MAX_CPU_KERNELS`, and the allocator
+keeps what the largest batches needed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+
+from benchmarks.growth.generated_tar import GeneratedTar, TarServer
 
 PROGRAM = """
 import random, re
@@ -46,3 +48,34 @@ def test_memory_is_flat_over_ten_thousand_requests() -> None:
     used_mb = [int(line) for line in done.stdout.split()]
     print(used_mb)
     assert max(used_mb[15:]) - used_mb[15] <= MAX_GROWTH_MB, used_mb
+
+
+READ = """
+import resource, sys
+from pipeline.inputs.formats import webdataset
+from pipeline.inputs.listing import list_shards
+from pipeline.inputs.reader import ReadOptions, ShardWork
+
+[shard] = list_shards(sys.argv[1])
+tables = webdataset.read(ShardWork(shard=shard), ReadOptions())
+num_rows = sum(map(len, tables))
+print(num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+SMALL_TAR_BYTES, LARGE_TAR_BYTES = 100 * 10**6, 10**9
+MAX_READER_GROWTH_MB = 40
+
+
+def test_a_tar_of_any_size_is_read_in_constant_memory() -> None:
+    """A reader that keeps the headers of a tar, its names or a part of its bytes cannot read 50 GB."""
+    peaks_mb = []
+    for size in (SMALL_TAR_BYTES, LARGE_TAR_BYTES):
+        server = TarServer(GeneratedTar(size))
+        command = [sys.executable, "-c", READ, server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        server.server_close()
+        assert done.returncode == 0, done.stderr
+        num_rows, peak_mb = map(int, done.stdout.split())
+        assert num_rows == server.tar.num_images
+        peaks_mb.append(peak_mb)
+    print(peaks_mb)
+    assert peaks_mb[1] - peaks_mb[0] <= MAX_READER_GROWTH_MB, peaks_mb
