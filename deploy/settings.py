@@ -26,6 +26,7 @@ from blip2_actor import (
 )
 from blip2_actor.flags import Parser, add_flags, hiding, prefixed, written_as
 from deploy.observe.logs import LogLevel
+from deploy.trials.share import Share
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
@@ -60,6 +61,17 @@ class Settings:
     other_models: tuple[str, ...] = field(default=(), metadata=written_as("NAME=MODEL"))
     """Further model that requests may name, with engines of its own, such as
     tuned="folder --quantize int8": flags of the engine after it differ from those of --model."""
+    ab_test: str | None = field(default=None, metadata=written_as("NAME=SHARE"))
+    """Have one of --other-models answer a share of the requests that name no model, such as tuned=0.1. A
+    request with the same X-Request-ID always gets the same model; each answer says which."""
+    shadow: str | None = field(default=None, metadata=written_as("NAME=SHARE"))
+    """Have one of --other-models make again what the first model has made, for a share of the requests. It
+    has low priority, its answers are thrown away, and under load it makes none."""
+    trial_record: str | None = None
+    """Folder of this machine where the captions of both models are written as Parquet files, with the
+    SHA-256 of the image, for blip2 compare; by default nothing is recorded."""
+    trial_prompts: bool = False
+    """Also record prompts, which may be private."""
     score_model: str | None = None
     """Retrieval checkpoint that compares images with texts, next to the captioning model, such as
     Salesforce/blip2-itm-vit-g."""
@@ -108,6 +120,14 @@ class Settings:
     def other_engines(self) -> dict[str, EngineConfig]:
         """The engines of `other_models`, by name."""
         return dict(_engine_of(given, self.engine) for given in self.other_models)
+
+    @cached_property
+    def ab_test_share(self) -> Share | None:
+        return None if self.ab_test is None else Share.parse("ab_test", self.ab_test, self.other_engines)
+
+    @cached_property
+    def shadow_share(self) -> Share | None:
+        return None if self.shadow is None else Share.parse("shadow", self.shadow, self.other_engines)
 
     @property
     def matching(self) -> MatchingConfig | None:
@@ -160,6 +180,10 @@ class Settings:
         if len(set(names)) < len(names):
             raise ValueError(f"other_models must have different names, got {', '.join(names)}; rename one")
         assert len(self.other_engines) == len(self.other_models)  # which refuses what is wrong in them
+        if (self.ab_test_share or self.shadow_share) is None and self.trial_record is not None:
+            raise ValueError("trial_record must be left out without ab_test or shadow; give one of them")
+        if self.trial_record is None and self.trial_prompts:
+            raise ValueError("trial_prompts must be left out without trial_record; name a folder")
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:

@@ -130,6 +130,7 @@ def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Ma
         made: what was made of it.
     """
     outputs = made.outputs
+    model = model.made_by(outputs.model)
     caption, *answers = map(_text_answer, outputs.texts, work.texts)
     if made.image.is_truncated:
         caption["flags"].append("truncated")

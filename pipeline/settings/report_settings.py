@@ -39,7 +39,8 @@ class CompareSettings:
     """Compare the captions of two runs over the same images. Needs no Ray."""
 
     before: str = field(metadata=written_as("A", positional=True))
-    """Folder or URI of the first run."""
+    """Folder or URI of the first run, or of Parquet files with the columns of one, as an endpoint records
+    them (--trial-record)."""
     after: str = field(metadata=written_as("B", positional=True))
     """Folder or URI of the second run."""
     reference: str | None = None

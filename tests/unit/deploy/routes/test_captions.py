@@ -20,9 +20,11 @@ from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import DecodingBySize
 from deploy.http.answers import CaptionAnswer
+from deploy.http.answers import fingerprint as fingerprint_of
 from deploy.http.errors import ApiError
 from deploy.routes.captions import AT_ONCE
 from deploy.settings import OnlineImageLimits
+from deploy.work import TextToGenerate
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -109,11 +111,9 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "model": "demo",
     }
     assert len(fingerprint) == 64
-    plain = service.first
-    service.first = replace(plain, info=replace(plain.info, quantize="int8"))
-    quantized = post(service, "/v1/caption", image=base64_of(IMAGE)).json()["fingerprint"]
-    service.first = plain
-    assert quantized != fingerprint
+    text = TextToGenerate(prompt=None, options=service.first.options)
+    assert fingerprint == fingerprint_of(service.first.info, text)
+    assert fingerprint != fingerprint_of(replace(service.first.info, quantize="int8"), text)
     other = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a").json()
     assert other["fingerprint"] != fingerprint and other["flags"] == []
     echo = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of").json()
