@@ -32,7 +32,7 @@ class SlowToLoad(FakeEngineConfig):
 
 # Without `from __future__ import annotations`, Serve would read this annotation as a class; it reads text too
 # late. So the parameter is checked here.
-def build(args: dict) -> Application:  # type: ignore[type-arg]
+def build(args: dict) -> Application:
     missing = args.pop("missing")
     settings = ServeArgs.model_validate(args).root
     model = settings.engine.model
