@@ -217,7 +217,7 @@ def test_a_share_that_cannot_be_is_refused(given: str) -> None:
 
 def test_the_two_trials_choose_independently() -> None:
     ids = [f"id-{n}" for n in range(2_000)]
-    ab_test, shadow = (Share.parse(kind, "b=0.25", ["b"]) for kind in ("ab_test", "shadow"))  # type: ignore[arg-type]
+    ab_test, shadow = (Share.parse(kind, "b=0.25", ["b"]) for kind in ("ab_test", "shadow"))
     both = sum(ab_test.has(one) and shadow.has(one) for one in ids)
     assert 400 < sum(map(ab_test.has, ids)) < 600 and 80 < both < 170
 

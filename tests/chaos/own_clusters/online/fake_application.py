@@ -30,9 +30,8 @@ class SlowToLoad(FakeEngineConfig):
         return super().build()
 
 
-# Without `from __future__ import annotations`, Serve would read this annotation as a class; it reads text too
-# late. So the parameter is checked here.
-def build(args: dict) -> Application:  # type: ignore[type-arg]
+def build(args: dict) -> Application:
+    """Build the application from the `args` of a config and the name of the file."""
     missing = args.pop("missing")
     settings = ServeArgs.model_validate(args).root
     model = settings.engine.model

@@ -100,7 +100,6 @@ def test_a_job_outlives_the_death_of_its_endpoint(tmp_path: Path) -> None:
                 raise
         with endpoint(tmp_path, port):
             said = job.communicate(timeout=300)[0]
-        print(said)
     assert job.returncode == 0, said
     assert "and works again" in said
     (path,) = output.rglob("*.tar.parquet")
