@@ -5,6 +5,7 @@
     python -m benchmarks.preprocess    images/s of image decoding, compared with transformers' image processor
     python -m benchmarks.pipeline      rows/s of the batch job, compared with Ray Data's `map_batches`
     python -m benchmarks.serve         cost of the endpoint, and captions/s compared with `@serve.batch`
+    python -m benchmarks.reading       time and memory of the commands that read an output, by its rows
 
 `LOG.md` is the dated log of experiments, `results/` holds figures with their hardware.
 """
