@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from pipeline.errors import InputError
@@ -269,18 +269,18 @@ def _folder_shards(
     """Yield slices of the sorted listing of a folder of images; they are numbered from `num_before` on."""
     width = len(str(num_before + len(files) - 1))
     has_stamps = not is_local(root) or len(files) <= MAX_STAMPED_IMAGES
-    entries, last = files.entries(), num_before - 1
-    while part := list(islice(entries, files_per_shard)):
-        sizes = [listed.size_bytes for _, listed in part]
-        first, last = last + 1, last + len(part)
+    last = num_before - 1
+    for paths, listed in files.slices(files_per_shard):
+        sizes = [file.size_bytes for file in listed]
+        first, last = last + 1, last + len(paths)
         yield Shard(
             name=f"{name}~{first:0{width}}-{last:0{width}}",
             format="folder",
             root=root,
-            files=tuple(file for file, _ in part),
-            num_rows=len(part),
+            files=paths,
+            num_rows=len(paths),
             size_bytes=None if None in sizes else sum(filter(None, sizes)),
-            stamps=stamps_now(root, part) if has_stamps else (),
+            stamps=stamps_now(root, list(zip(paths, listed, strict=True))) if has_stamps else (),
         )
 
 

@@ -57,7 +57,7 @@ class Shard:
     def __post_init__(self) -> None:
         for name in ("files", "stamps"):
             texts = getattr(self, name)
-            if not isinstance(texts, PackedTexts):
+            if not isinstance(texts, PackedTexts) or len(texts) < PACKED_FROM:
                 kept = PackedTexts(texts) if len(texts) >= PACKED_FROM else tuple(texts)
                 object.__setattr__(self, name, kept)
         for name in ("row_groups", "span"):

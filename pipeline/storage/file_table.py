@@ -18,8 +18,8 @@ from pipeline.storage.filesystems import join
 from pipeline.storage.packed_texts import PackedTexts
 
 BLOCK_FILES = 1000
-SORTED_AT_ONCE = 1 << 18
-"""Files that are sorted in memory; they need some 50 MB."""
+SORTED_AT_ONCE = 256 * BLOCK_FILES
+"""Files that are sorted in memory; they need some 50 MB. They fill their blocks."""
 UNKNOWN = ""
 """The stamp of a file of which the storage tells nothing, or that is gone."""
 
@@ -110,6 +110,20 @@ class FileTable(Mapping[str, ListedFile]):
         """Yield all files in order; `items` would look up each."""
         for block in self._blocks:
             yield from block.entries()
+
+    def slices(self, num_files: int) -> Iterator[tuple[Sequence[str], list[ListedFile]]]:
+        """Yield the paths of `num_files` files at a time, the last ones fewer, and what is known of each.
+
+        The paths of a full block stay packed as they are, so that both keepers share them.
+        """
+        lengths = [len(block.paths) for block in self._blocks]
+        if {num_files}.issuperset(lengths[:-1]) and max(lengths, default=0) <= num_files:
+            for block in self._blocks:
+                yield block.paths, [listed for _, listed in block.entries()]
+            return
+        entries = self.entries()
+        while part := list(islice(entries, num_files)):
+            yield tuple(path for path, _ in part), [listed for _, listed in part]
 
     def select(self, is_wanted: Callable[[str], bool]) -> FileTable:
         """Return the files whose paths are wanted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tracemalloc
+from itertools import chain
 
 import pytest
 
@@ -40,6 +41,10 @@ def test_a_table_has_the_files_of_a_dictionary_in_order(num_files, is_sorted):
     odd = table.select(lambda path: int(path) % 2 == 1)
     assert list(odd) == [path for path in table if int(path) % 2]
     assert dict(odd | table) == dict(table)
+    for size in (2, 3, 100):
+        slices = [list(zip(paths, listed, strict=True)) for paths, listed in table.slices(size)]
+        assert [len(part) for part in slices[:-1]] == [size] * (len(slices) - 1)
+        assert list(chain.from_iterable(slices)) == list(table.entries())
 
 
 @pytest.mark.usefixtures("small_parts")
