@@ -1,7 +1,7 @@
 # Everything a developer types. Each target sets up .venv by itself.
 PYTHON ?= python3
 # make TORCH=cpu installs the build of torch without CUDA, which is 2.5 GB smaller.
-TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu)
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--no-deps --index-url https://download.pytorch.org/whl/cpu)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
