@@ -6,8 +6,11 @@ Ray or the application does not start. Printing help imports neither torch, Ray 
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from blip2_actor.flags import (
@@ -80,14 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_taken_port(settings.host, settings.port)
         if settings.metrics_port is not None:
             _refuse_taken_port("127.0.0.1", settings.metrics_port, "--metrics-port")
-        settings.check_models()
-        if settings.cache_from is not None:
-            _refuse_other_run(settings.cache_from, settings)
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED
     except (ValueError, OSError) as error:
         return _fail(error, REFUSED)
+    if refusal := _in_child(refusal_of, settings):
+        return _fail(refusal, REFUSED)
     from deploy.local_service import serve_until_stopped
 
     try:
@@ -98,13 +100,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse_other_run(folder: str, settings: ServeSettings) -> None:
-    from deploy.reuse.finished_run import FinishedRun
+def refusal_of(settings: ServeSettings) -> str | None:
+    """Return why the models, or the run that answers come from, cannot be served; None if they can."""
+    try:
+        settings.check_models()
+        if settings.cache_from is not None:
+            from deploy.reuse.finished_run import FinishedRun
 
-    FinishedRun(folder, settings.engine.info(), settings.image)
+            FinishedRun(settings.cache_from, settings.engine.info(), settings.image)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
-def _fail(error: Exception, status: int) -> int:
+def _in_child(call: Callable[[ServeSettings], str | None], settings: ServeSettings) -> str | None:
+    """Call it in a process of its own, with which the 160 MiB of torch and transformers end."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        return child.submit(call, settings).result()
+
+
+def _fail(error: Exception | str, status: int) -> int:
     sys.stderr.write(f"{PROG}: {error}\n")
     return status
 

@@ -6,6 +6,7 @@ packages whatever the working folder holds, and every process ends with this one
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.observe.logs import serve_logging
@@ -38,23 +40,11 @@ def serve_until_stopped(settings: ServeSettings) -> None:
         RayStartFailed: Ray does not start.
         RuntimeError: the application does not start.
     """
-    # No other process knows the token of this cluster, and no token file is left behind.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
-    # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.update(serve_environment())
-    # Ray reads its environment when it is imported, and these import it.
+    set_ray_environment()
     import ray
     from ray import serve
 
     from deploy.app import compose
-    from deploy.guard.front import CALLBACK
-
-    os.environ.update([CALLBACK])
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     engine = dataclasses.replace(settings.engine, num_threads=settings.engine.num_threads or os.cpu_count())
@@ -85,27 +75,41 @@ def serve_until_stopped(settings: ServeSettings) -> None:
         ray.shutdown()
 
 
+def set_ray_environment() -> None:
+    """Set what Ray and Serve read from the environment; Ray must not have been imported before."""
+    # No other process knows the token of this cluster, and no token file is left behind.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
+    # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(serve_environment())
+    from deploy.app import NODE_ENVIRONMENT  # imports Ray, which reads its environment now
+
+    os.environ.update(NODE_ENVIRONMENT)
+
+
 def _drain(limit_s: float) -> None:
     """End the application when its last request has its answer; another signal ends it at once."""
     from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
 
     from deploy.observe.fleet import GATEWAYS
 
     hurry = threading.Event()
     _set_on_signal(hurry)
     ends_at_s = time.monotonic() + limit_s
+
+    async def drain_gateways() -> None:
+        drained = asyncio.ensure_future(serve.get_deployment_handle(GATEWAYS, APPLICATION).drain.remote())
+        while time.monotonic() < ends_at_s and not hurry.is_set():
+            if (await asyncio.wait([drained], timeout=0.1))[0]:
+                drained.exception()  # a gateway has ended, and with it every request that could be waited for
+                return
+
     # Serve would stop the engine together with the gateway, whose requests would wait for it in vain.
-    drained = serve.get_deployment_handle(GATEWAYS, APPLICATION).drain.remote()
-    while time.monotonic() < ends_at_s and not hurry.is_set():
-        try:
-            drained.result(timeout_s=0.1)
-        except TimeoutError:
-            continue
-        except (RayError, RayServeException):
-            pass  # the gateway has ended, and with it every request that could be waited for
-        break
+    asyncio.run(drain_gateways())
     serve.delete(APPLICATION, _blocking=False)
     while APPLICATION in serve.status().applications and time.monotonic() < ends_at_s:
         if hurry.wait(0.1):
@@ -124,17 +128,18 @@ def _start_ray(settings: ServeSettings) -> None:
             return super()._serialize()
 
     try:
-        ray.init(
-            address="local",
-            # Logical CPUs place our actors; they do not bind threads.
-            num_cpus=max(4 + len(settings.other_models), os.cpu_count() or 1),
-            object_store_memory=512 << 20,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            job_config=OurPackagesFirst(),
-            _metrics_export_port=settings.metrics_port,
-        )
+        with _without_idle_processes():
+            ray.init(
+                address="local",
+                # Logical CPUs place our actors; they do not bind threads.
+                num_cpus=max(4 + len(settings.other_models), os.cpu_count() or 1),
+                object_store_memory=512 << 20,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                job_config=OurPackagesFirst(),
+                _metrics_export_port=settings.metrics_port,
+            )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late
         _end_started_processes(error)
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
@@ -142,6 +147,26 @@ def _start_ray(settings: ServeSettings) -> None:
             f"Ray did not start on this machine: {reason}; when the machine is busy or short of "
             "memory or disk space, wait or free some, and run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_idle_processes() -> Iterator[None]:
+    """Let `ray.init` leave out the autoscaler, what copies the output of workers, and the dashboard's server.
+
+    They have nothing to do on one machine, hold 55 MiB each, and Ray has no settings for this (Ray 2.60).
+    """
+    from ray._private.node import Node
+
+    starts = {
+        name: getattr(Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")
+    }
+    try:
+        for name in starts:
+            setattr(Node, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, start in starts.items():
+            setattr(Node, name, start)
 
 
 def _end_started_processes(error: Exception) -> None:

@@ -34,6 +34,11 @@ class Contender:
         far.close()
         self._receive()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def call(self, method: str, *args: Any) -> Any:
         self._pipe.send((method, args))
         return self._receive()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from benchmarks.steady_rate import steady_rate
+
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, decode_image
 
 

@@ -10,8 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 
 import psutil
-
 from benchmarks.steady_rate import steady_rate
+
 from blip2_actor import EngineBuilder
 from pipeline import CaptionSettings, Console, ProgressSnapshot, set_ray_environment
 

@@ -1,16 +1,14 @@
-"""The endpoint, and the alternative that users write: a deployment with `@serve.batch` around `generate`."""
+"""Applications of Serve: `@serve.batch` around `generate`, and the endpoint without a model."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import ray
 from PIL import Image
 from ray import serve
@@ -18,14 +16,12 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from benchmarks.sides.map_batches import Captioner
-from blip2_actor import EngineConfig, EngineStats, GenerationOptions
-from deploy.app import compose
+from blip2_actor import EngineConfig, GenerationOptions
+from blip2_actor.testing import FakeEngineConfig
+from deploy.app import CAPTIONER, compose
+from deploy.local_service import APPLICATION
+from deploy.observe.logs import serve_logging
 from deploy.settings import Settings
-
-PARTS = {"proxy": "ProxyActor", "gateway": ":Gateway", "model": ":Captioner", "serve_batch": ":ServeBatch"}
-"""The processes of an application, with words from the title that Ray gives them."""
-DECODERS = "decoders"
-"""The children of the gateway."""
 
 
 class ServeBatch:
@@ -42,7 +38,6 @@ class ServeBatch:
         self._thread = ThreadPoolExecutor(1)
         self._captioner = self._thread.submit(Captioner, *captioner).result()
         self._captioner.model.to(device)
-        self._num_images = self._num_batches = 0
 
     async def __call__(self, request: Request) -> dict[str, str]:
         form = await request.form()
@@ -53,22 +48,22 @@ class ServeBatch:
 
     @serve.batch(max_batch_size=1)
     async def _caption(self, images: list[Image.Image]) -> list[str]:
-        self._num_images += len(images)
-        self._num_batches += 1
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._captioner.captions, images)
 
     def set_max_batch_size(self, size: int) -> None:
         self._caption.set_max_batch_size(size)
 
-    def stats(self) -> EngineStats:
-        return EngineStats(num_images_encoded=self._num_images, num_encode_calls=self._num_batches)
 
+class LocalServe:
+    """A local Ray with one application, whose driver is this process."""
 
-class ServeSide:
-    """Deploy one application at a time on a local Ray, whose driver is this process."""
+    def __init__(self, deployment: str, application: serve.Application) -> None:
+        """Start Ray and the application.
 
-    def __init__(self, config: EngineConfig, options: GenerationOptions) -> None:
+        Args:
+            deployment: whose replica `ask_replica` asks.
+        """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray.init(
             address="local",
@@ -79,60 +74,38 @@ class ServeSide:
             logging_level=logging.ERROR,
         )
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        serve.start(http_options={"host": "127.0.0.1", "port": self._port})
-        self._config, self._options = config, options
-        self._resources = {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))}
-
-    def endpoint(self) -> str:
-        """Deploy the endpoint; return the URL that takes a form."""
-        # Without kept answers: a load asks for the same images again.
-        settings = Settings(engine=self._config, options=self._options, cache_bytes=0)
-        captioner = {"ray_actor_options": self._resources}
-        return self._deploy(compose(self._config, settings, captioner=captioner), "Captioner") + "v1/caption"
-
-    def serve_batch(self) -> str:
-        """Deploy `ServeBatch`; return the URL that takes a form."""
-        config, options = self._config, self._options
-        # Serve's default limit of 5 requests would also limit the batch.
-        deployment = serve.deployment(
-            ServeBatch, max_ongoing_requests=2048, ray_actor_options=self._resources
+            self._url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        logs = serve_logging("info")
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": int(self._url.rpartition(":")[2])}, logging_config=logs
         )
-        arguments = (config.model, config.info().dtype, config.num_threads, options.max_new_tokens)
-        return self._deploy(deployment.bind(config.device, *arguments, options.min_new_tokens), "ServeBatch")
+        serve.run(application, name=APPLICATION, logging_config=logs)
+        self._replica = serve.get_deployment_handle(deployment, APPLICATION)
+
+    def url(self) -> str:
+        return self._url
 
     def ask_replica(self, method: str, *args: Any) -> Any:
         return getattr(self._replica, method).remote(*args).result()
 
-    def cpu_s(self) -> dict[str, float]:
-        """Return the CPU seconds that each part of the running application has used so far."""
-        used = dict.fromkeys([*PARTS, DECODERS], 0.0)
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(process.cmdline())
-                part = next((part for part, words in PARTS.items() if words in title), None)
-                if part is None:
-                    continue
-                used[part] += _cpu_s(process)
-                if part == "gateway":
-                    used[DECODERS] += sum(map(_cpu_s, process.children(recursive=True)))
-        return used
-
-    def delete(self) -> None:
-        serve.delete("default")
-
     def shutdown(self) -> None:
         ray.shutdown()
 
-    def _deploy(self, application: serve.Application, deployment: str) -> str:
-        serve.run(application)
-        self._replica = serve.get_deployment_handle(deployment, "default")
-        return f"http://127.0.0.1:{self._port}/"
+
+def serve_batch(config: EngineConfig, options: GenerationOptions) -> LocalServe:
+    """Deploy `ServeBatch`, which takes a form at any path."""
+    resources = {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))}
+    # Serve's default limit of 5 requests would also limit the batch.
+    deployment = serve.deployment(ServeBatch, max_ongoing_requests=2048, ray_actor_options=resources)
+    arguments = (config.model, config.info().dtype, config.num_threads, options.max_new_tokens)
+    bound = deployment.bind(config.device, *arguments, options.min_new_tokens)
+    return LocalServe(ServeBatch.__name__, bound)
 
 
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def endpoint_without_model(image_size_px: int) -> LocalServe:
+    """Deploy the endpoint with an engine that computes nothing."""
+    engine = FakeEngineConfig(image_size_px=image_size_px)
+    return LocalServe(CAPTIONER.name, compose(engine, Settings(cache_bytes=0)))
 
 
 def _decode(encoded: bytes) -> Image.Image:

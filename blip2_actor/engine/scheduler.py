@@ -12,8 +12,11 @@ up and begins again later; its tokens stay the same.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -26,6 +29,7 @@ from blip2_actor.engine.request_queues import Lanes
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import RunningText, SlotTable
 from blip2_actor.generation.step import advance
+from blip2_actor.request import Result
 from blip2_actor.transfer import to_device
 
 MIN_FREE_SLOTS = 4
@@ -68,11 +72,15 @@ class Scheduler:
             runner, self.limits, self.lanes, self.slots, self._recovery, encode_worker
         )
         self._num_arrived = 0
+        self._cancelled: deque[Future[Result]] = deque()
+        """Futures that callers have cancelled since the last step. Looking at every running text would cost
+        each step more than anything else here."""
 
     def add(self, request: RequestState) -> None:
         """Queue a request; an image that is already encoded is not encoded again."""
         request.arrival = self._num_arrived
         self._num_arrived += 1
+        request.future.add_done_callback(partial(_note_cancelled, self._cancelled))
         self.lanes.of(request).add(request)
 
     @property
@@ -106,6 +114,9 @@ class Scheduler:
                 self._recovery.after_step(outcome)
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        self._cancelled.clear()  # before looking: a later one comes with an entry of its own
         cancelled = [text for text in self.slots.texts if text.request.is_dropped()]
         if cancelled:
             self._retire(cancelled)
@@ -186,8 +197,9 @@ class Scheduler:
         self._close_gaps()
         token_ids, lengths = [0] * self.num_running, [0] * self.num_running
         for text in texts:
+            length = text.length
             for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
-                token_ids[slot], lengths[slot] = token_id, text.length
+                token_ids[slot], lengths[slot] = token_id, length
         logits = self.runner.decode(token_ids, lengths)
         lane = self.lanes.normal if self.lanes.normal.waiting else self.lanes.low
         self.runner.upload_ahead(lane.waiting.first_batch(self.limits.encode_batch))
@@ -238,3 +250,8 @@ class Scheduler:
             if not request.is_dropped() and all(search.done for search in request.searches):
                 request.finish()
                 self.counters.num_finished += 1
+
+
+def _note_cancelled(cancelled: deque[Future[Result]], future: Future[Result]) -> None:
+    if future.cancelled():
+        cancelled.append(future)

@@ -37,6 +37,8 @@ class SlotTable:
         """In the order in which they were placed."""
         self.num_used = 0
         """Slots with an owner; safe to read from any thread."""
+        self.num_low_priority = 0
+        """Slots of texts of low priority, which a request of normal priority may take."""
         self._owners: list[RunningText | None] = [None] * num_slots
         self._free: list[int] = list(range(num_slots))
         """A heap: the lowest free slot is given away first."""
@@ -44,11 +46,6 @@ class SlotTable:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_low_priority(self) -> int:
-        """Slots of texts of low priority, which a request of normal priority may take."""
-        return sum(len(text.slots) for text in self.texts if text.request.low_priority)
 
     def youngest_of_low_priority(self, num_slots: int) -> list[RequestState]:
         """Return the last requests of low priority that hold at least `num_slots` together, if there are.
@@ -76,7 +73,7 @@ class SlotTable:
         slots = [heapq.heappop(self._free) for _ in range(search.num_slots)]
         text = RunningText(request, search, slots, prefix_length, prefix_length)
         self.texts.append(text)
-        self.num_used += len(slots)
+        self._count(text, len(slots))
         for slot in slots:
             self._owners[slot] = text
         return text
@@ -86,10 +83,15 @@ class SlotTable:
         removed = set(texts)
         self.texts = [text for text in self.texts if text not in removed]
         for text in removed:
-            self.num_used -= len(text.slots)
+            self._count(text, -len(text.slots))
             for slot in text.slots:
                 self._owners[slot] = None
                 heapq.heappush(self._free, slot)
+
+    def _count(self, text: RunningText, num_slots: int) -> None:
+        self.num_used += num_slots
+        if text.request.low_priority:
+            self.num_low_priority += num_slots
 
     def close_gaps(self) -> tuple[list[int], list[int]]:
         """Let texts in the last slots own free slots further in front, so that the used slots come first.

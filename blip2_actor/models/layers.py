@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+_ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -23,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def find_activation(name: str) -> Callable[[Tensor], Tensor]:
+def find_activation(name: str) -> Activation:
     """Return the activation function that a configuration calls `name`.
 
     Raises:
@@ -37,8 +39,11 @@ def find_activation(name: str) -> Callable[[Tensor], Tensor]:
 class QuantizedWeight(Protocol):
     """A weight that is stored in fewer bits and multiplies by itself (`blip2_actor/quantization/`)."""
 
-    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply, and add the bias: float[..., D] -> float[..., N], in the dtype of `input`."""
+    def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        """Multiply, add the bias, and apply the activation.
+
+        float[..., D] -> float[..., N], in the dtype of `input`.
+        """
         ...
 
 
@@ -68,9 +73,8 @@ class Linear(nn.Linear):
             post, algorithm = _ONEDNN_POST_OPS[self._activation_name]
             return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
         if self.quantized is not None:
-            output = self.quantized(input, self.bias)
-        else:
-            output = F.linear(input, self.weight, self.bias)
+            return self.quantized(input, self.bias, self.activation)
+        output = F.linear(input, self.weight, self.bias)
         return output if self.activation is None else self.activation(output)
 
     def pack(self) -> None:

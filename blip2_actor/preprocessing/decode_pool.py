@@ -124,11 +124,10 @@ class DecodePool:
 
 def _feed(processes: list[DecodeProcess], waiting: deque[tuple[int, bytes]]) -> None:
     """Hand out images, to the least busy child first, until each child has enough ahead."""
-    while waiting:
-        takers = [p for p in processes if _takes_more(p)]
-        if not takers:
-            return
+    while waiting and (takers := [p for p in processes if _takes_more(p)]):
         min(takers, key=lambda p: p.num_pending).add(*waiting.popleft())
+    for process in processes:
+        process.send()
 
 
 def _takes_more(process: DecodeProcess) -> bool:

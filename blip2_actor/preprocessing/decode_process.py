@@ -61,7 +61,7 @@ class DecodeProcess:
         return sum(len(data) for _, data in self._pending)
 
     def add(self, index: int, data: bytes) -> None:
-        """Send an image, or as much of it as fits; `index` comes back with its result."""
+        """Queue an image, which `send` sends; `index` comes back with its result."""
         if not self._pending:
             self._restart_clock()
         self._pending.append((index, data))
@@ -69,7 +69,11 @@ class DecodeProcess:
             self._child = self._start()
         else:
             self._child.queue(data)
-        self._child.send()
+
+    def send(self) -> None:
+        """Send the queued images, or as much of them as fits; many small ones in one write."""
+        if self._child is not None:
+            self._child.send()
 
     def wait_on(self) -> list[tuple[int, bool]]:
         """Return the file descriptors that `advance` waits for, each with whether it is for writing."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.layers import Linear
+from blip2_actor.models.layers import Activation, Linear
 from blip2_actor.quantization.choice import QuantizationChoice
 from blip2_actor.quantization.measurement import eligible
 from blip2_actor.quantization.methods import StoreWeight, instructions, storage
@@ -94,13 +94,13 @@ class _Pending:
     store: StoreWeight
     too_different: list[str]
 
-    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         self.linear.quantized = None
         self.read()
         output = F.linear(input, self.linear.weight, bias)
         self._quantize(_some_rows(input))
         _release_freed_memory()
-        return output
+        return output if activation is None else activation(output)
 
     def _quantize(self, input: Tensor) -> None:
         weight = self.linear.weight.float()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.models.layers import Activation
 from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
 
 FP8 = torch.float8_e4m3fn
@@ -35,15 +36,19 @@ class RowScaledWeight:
         self._levels = _padded(levels, len(weight))
         self._one = torch.ones((), device=weight.device)
 
-    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply, and add the bias: float[..., D] -> float[..., N], in the dtype of `input`."""
+    def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        """Multiply, add the bias, and apply the activation.
+
+        float[..., D] -> float[..., N], in the dtype of `input`.
+        """
         rows = input.reshape(-1, input.shape[-1])
         levels, largest = scale_rows(rows, self._dtype)
         product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
         output = product[: len(rows), : self._num_channels] * (largest * self._scale)
         if bias is not None:
             output = output + bias
-        return output.to(input.dtype).unflatten(0, input.shape[:-1])
+        output = output.to(input.dtype).unflatten(0, input.shape[:-1])
+        return output if activation is None else activation(output)
 
     def _multiply(self, levels: Tensor) -> Tensor:
         """[M, D] of bytes -> int32[M, N] or float32[M, N], with padded sides."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.models.layers import Activation
 from blip2_actor.quantization.int8 import FULL_WEIGHT, quantize_weight
 
 BLOCK_ELEMENTS = 256 * 2560
@@ -28,8 +29,15 @@ class Int8StoredWeight:
         self._levels, self._scale = quantize_weight(weight, FULL_WEIGHT)
         self._block_channels = max(1, BLOCK_ELEMENTS // weight.shape[1])
 
-    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply, and add the bias: float[..., D] -> float[..., N], in the dtype of `input`."""
+    def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        """Multiply, add the bias, and apply the activation.
+
+        float[..., D] -> float[..., N], in the dtype of `input`.
+        """
+        output = self._multiply(input, bias)
+        return output if activation is None else activation(output)
+
+    def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
         scale = self._scale.to(input.dtype)
         if input.dtype is torch.float16:  # sums of unscaled levels would exceed its range
             return F.linear(input, self._levels * scale[:, None], bias)

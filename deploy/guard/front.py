@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import Uploads
-from deploy.http.errors import ApiError, not_ready, unavailable
+from deploy.http.errors import ApiError, not_ready, overloaded, unavailable
 from deploy.observe.metrics import FRONT_ANSWERS
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
@@ -31,6 +32,10 @@ SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
+SLOW_REFUSAL_S = 0.5
+"""A gateway that takes this long to refuse a request has more to refuse than it can."""
+SHED_FOR_S = 2.0
+"""How long the front refuses in its place, at most."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,6 +52,7 @@ class Front:
     def __init__(self, serve: ASGIApp) -> None:
         self._serve = serve
         self._uploads = Uploads()
+        self._sheds_until_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in SERVE_PATHS:
@@ -67,7 +73,18 @@ class Front:
             return JSONResponse({"status": "ok"})
         if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
+        if scope["method"] == "POST" and time.monotonic() < self._sheds_until_s:
+            raise overloaded("more requests come than the gateways can refuse")
         return None
+
+    def _shed_after(self, refused_in_s: float) -> None:
+        """Refuse here for a while if a refusal of the gateway has taken long.
+
+        The way to the gateway costs ten times what an answer of the front does. Without this, a flood of
+        several times what the way can carry waits minutes for its refusals, and probes wait behind it.
+        """
+        if refused_in_s > SLOW_REFUSAL_S:
+            self._sheds_until_s = time.monotonic() + min(refused_in_s, SHED_FOR_S)
 
     async def _is_accepting(self, scope: Scope) -> bool:
         """Ask Serve's proxy whether it has routes and is not being drained."""
@@ -99,6 +116,8 @@ class Front:
             logger.exception("Serve's proxy failed on a request")
         finally:
             body.release()
+        if answer.code == 503 and body.complete_at_s is not None:
+            self._shed_after(time.monotonic() - body.complete_at_s)
         if not answer.is_started:
             response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
@@ -118,6 +137,8 @@ class Answer:
     def __init__(self, send: Send) -> None:
         self.is_started = False
         """Something was sent to the client."""
+        self.code: int | None = None
+        """The code that was sent to the client."""
         self.held_back: int | None = None
         """The code of Serve's own answer, which was not sent."""
         self._send = send
@@ -127,6 +148,7 @@ class Answer:
             self.held_back = message["status"]
         if self.held_back is None:
             self.is_started = True
+            self.code = message.get("status", self.code)
             await self._send(message)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 
 from starlette.types import Message, Receive
@@ -66,7 +67,8 @@ class Body:
     def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
-        self.is_complete = False
+        self.complete_at_s: float | None = None
+        """When its last byte came, on the monotonic clock."""
         self._uploads = uploads
         self._client = client
         self._receive = receive
@@ -75,7 +77,7 @@ class Body:
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     async def __call__(self) -> Message:
-        if self.is_complete:
+        if self.complete_at_s is not None:
             return await self._receive()  # waits until the client has left
         try:
             if not self._num_bytes:  # what cannot fit is refused before any of it is here
@@ -85,7 +87,8 @@ class Body:
                 message = await self._receive()
             if message["type"] == "http.request":
                 self._hold(len(message.get("body", b"")))
-                self.is_complete = not message.get("more_body", False)
+                if not message.get("more_body", False):
+                    self.complete_at_s = time.monotonic()
             return message
         except TimeoutError:
             self.refusal = ApiError(

@@ -139,7 +139,11 @@ COMMANDS = {
         "Report on the rows of a run: failures, lengths, repeated captions.",
         _READ + "ReportSettings",
         "pipeline.report.report:report",
-        (("blip2 report captions --html report.html", "a page with sample rows and their pictures"),),
+        (
+            ("blip2 report captions", "the figures, in the terminal"),
+            ("blip2 report captions --html report.html", "a page with sample rows and their pictures"),
+            ("blip2 report captions --card README.md", "a dataset card for the Hugging Face hub"),
+        ),
         needs=NO_RAY,
     ),
     "compare": Command(
@@ -149,6 +153,7 @@ COMMANDS = {
         (
             ("blip2 compare captions captions_coco", "what has changed from one run to the other"),
             ("blip2 compare before after --html changes.html", "the largest changes on a page"),
+            ("blip2 compare before after --reference txt", "which one is nearer to a kept column"),
         ),
         needs=NO_RAY,
     ),
@@ -156,7 +161,11 @@ COMMANDS = {
         "Check this machine, and a model, an input and an output.",
         "pipeline.settings.doctor_settings:DoctorSettings",
         "pipeline.doctor.doctor:doctor",
-        (("blip2 doctor -m Salesforce/blip2-opt-2.7b", "whether the model can be read, and fits"),),
+        (
+            ("blip2 doctor", "check this machine"),
+            ("blip2 doctor -m Salesforce/blip2-opt-2.7b", "whether the model can be read, and fits"),
+            ("blip2 doctor -m demo --input photos -o captions", "everything that a run needs"),
+        ),
         needs=NO_RAY,
     ),
     "export": Command(
@@ -166,6 +175,7 @@ COMMANDS = {
         (
             ("blip2 export captions --to csv --into tables", "every row with every column"),
             ("blip2 export captions --to webdataset --into tars", "new tars of images and captions"),
+            ("blip2 export captions --to imagefolder --into images", "images with metadata.jsonl"),
         ),
         needs=NO_RAY,
     ),
@@ -184,7 +194,10 @@ COMMANDS = {
         "Show how far a run is.",
         _READ + "StatusSettings",
         "pipeline.cli.status:status",
-        (("blip2 status captions", "finished rows, failures by status, and the ETA"),),
+        (
+            ("blip2 status captions", "finished rows, failures by status, and the ETA"),
+            ("blip2 status captions --watch", "the same again every 5 s"),
+        ),
         needs=NO_RAY,
     ),
     "verify": Command(
@@ -212,7 +225,7 @@ COMMANDS = {
         ),
     ),
     SUBMIT: Command(
-        "Run caption, embed, score or retry on a cluster.",
+        "Run caption, embed, score, retry or plan on a cluster.",
         "pipeline.submit.settings:SubmitSettings",
         "pipeline.submit.submit:submit",
         (

@@ -92,7 +92,7 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
                 )
             if "json" not in {field.name for field in dataclasses.fields(command.settings)}:
                 sub.add_argument(
-                    "--json", dest="json_lines", action="store_true", help="Print one JSON object a line."
+                    "--json", dest="json_lines", action="store_true", help="Print one JSON object per line."
                 )
             add_flags(sub, command.settings, command.without)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +12,10 @@ from blip2_actor import free_bytes, resolve_device, resolve_dtype
 from pipeline.finding import Finding, gib
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+PRODUCT_ROWS = 2048
+COPIED_BYTES = 256 << 20
+"""Larger than the caches of a processor."""
+MEASURED_S = 0.3
 
 
 def check_torch() -> Finding:
@@ -35,3 +41,42 @@ def check_device() -> Finding:
         name, count = torch.cuda.get_device_name(device), torch.cuda.device_count()
         return Finding("device", "ok", f"{count} × {name}, {dtype}, {free} free on {device}")
     return Finding("device", "ok", f"CPU with {torch.get_num_threads()} threads, {dtype}, {free} free")
+
+
+def check_speed() -> Finding:
+    """Measure a product of matrices in the dtype of a run, and a copy within the memory of the device."""
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    try:
+        left, right = torch.randn(2, PRODUCT_ROWS, PRODUCT_ROWS, device=device).to(dtype)
+        product_s = _seconds(lambda: left @ right, device)
+        source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy_s = _seconds(lambda: target.copy_(source), device)
+    except RuntimeError as error:  # no kernel for this GPU, no memory
+        remedy = "free memory, or install a build of torch for this device"
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return Finding("speed", "fail", f"torch cannot compute on {device}: {first_line}", remedy)
+    tera = 2 * PRODUCT_ROWS**3 / product_s / 1e12
+    name = str(dtype).removeprefix("torch.")
+    copied = COPIED_BYTES / copy_s / 1e9
+    return Finding("speed", "ok", f"{tera:,.2f} TFLOP/s in {name}, copies {copied:,.1f} GB/s on {device}")
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest of the times that some work takes."""
+    times: list[float] = []
+    work()
+    while not times or sum(times) < MEASURED_S:
+        _finish(device)
+        began = time.perf_counter()
+        work()
+        _finish(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _finish(device: torch.device) -> None:
+    """Wait until a device has done what was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.doctor.accelerator import check_device, check_torch
+from pipeline.doctor.accelerator import check_device, check_speed, check_torch
 from pipeline.doctor.machine import (
     check_memory,
     check_open_files,
@@ -16,7 +16,8 @@ from pipeline.doctor.machine import (
     check_temporary_disk,
 )
 from pipeline.doctor.model import check_cache_disk, check_hub, check_model, is_on_hub
-from pipeline.doctor.packages import check_hidden_packages, check_image_formats, check_ray, check_what_is_sent
+from pipeline.doctor.packages import check_hidden_packages, check_image_formats, check_what_is_sent
+from pipeline.doctor.ray_start import check_ray
 from pipeline.doctor.stores import check_input, check_output
 from pipeline.exit_status import ExitStatus, errors_to_exit_status
 from pipeline.finding import Finding
@@ -50,6 +51,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield check_temporary_disk()
     yield check_torch()
     yield check_device()
+    yield check_speed()
     yield check_ray()
     yield check_hidden_packages(Path.cwd())
     yield check_image_formats()

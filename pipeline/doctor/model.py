@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -25,6 +26,9 @@ TIMEOUT_S = 5.0
 DEMO = Path(blip2_actor.demo.__file__).parent / "checkpoint"
 ACTIVATIONS = 1.25
 """Memory for weights, activations and a small KV cache over memory for weights."""
+ENCODER_PARAMETERS = 1_100_000_000
+"""Of the vision encoder and the Q-Former of published checkpoints, which int8-weights leaves as they are."""
+WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)")
 BYTES_PER_STORED_PARAMETER = 4
 """Of checkpoints without safetensors, which are stored in float32."""
 
@@ -66,29 +70,48 @@ def check_model(model: str, revision: str | None) -> Finding:
     """Check that a checkpoint can be read, and compare its size with the free memory of the device."""
     try:
         info = EngineConfig(model=model, revision=revision).info()
-        num_parameters = count_parameters(model, revision)
     except (ValueError, OSError) as error:
         return Finding("model", "fail", str(error), "give another --model, or restore it")
+    try:
+        num_parameters = count_parameters(model, revision)
+    except FileNotFoundError as error:
+        remedy = "unset HF_HUB_OFFLINE, or download the model before"
+        return Finding("model", "fail", str(error), remedy)
+    except OSError as error:
+        remedy = "compare its size in docs/checkpoints.md with the free memory"
+        return Finding("model", "warn", f"{model} can be read, its size is unknown: {error}", remedy)
     if not num_parameters:
         return Finding("model", "fail", f"{model} holds no weights", "give a folder with safetensors files")
     device = resolve_device("auto")
-    needed = num_parameters * getattr(torch, info.dtype).itemsize * ACTIVATIONS
-    free = free_bytes(device)
+    item_bytes = getattr(torch, info.dtype).itemsize
+    needed, free = num_parameters * item_bytes * ACTIVATIONS, free_bytes(device)
     found = (
         f"{model}, {num_parameters / 1e9:.2f} billion parameters in {info.dtype}: needs about {gib(needed)}, "
         f"{gib(free)} free on {device}"
     )
-    if needed > free:
-        remedy = "add --device-map auto, or free memory"
-        return Finding("model", "warn", f"{found}: needs --device-map", remedy)
-    return Finding("model", "ok", f"{found}: fits")
+    if needed <= free:
+        return Finding("model", "ok", f"{found}: fits")
+    encoder = min(num_parameters, ENCODER_PARAMETERS)
+    quantized = (encoder * item_bytes + num_parameters - encoder) * ACTIVATIONS
+    if quantized <= free:
+        remedy = (
+            f"add --quantize int8-weights, which needs about {gib(quantized)} and changes some captions, or "
+            "--device-map auto, which is slower; or free memory"
+        )
+        return Finding("model", "warn", f"{found}: needs --quantize or --device-map", remedy)
+    remedy = "add --device-map auto, which is slower, or free memory; or choose a smaller checkpoint"
+    return Finding("model", "warn", f"{found}: needs --device-map", remedy)
 
 
 def count_parameters(model: str, revision: str | None) -> int:
     """Count the parameters of a checkpoint without reading its weights.
 
+    Returns:
+        0 if it has no weights.
+
     Raises:
-        OSError: it cannot be read.
+        FileNotFoundError: its weights are not here, and the hub may not be asked.
+        OSError: it cannot be read, or the hub does not tell.
     """
     if is_on_hub(model):
         return _count_on_hub(model, revision)
@@ -118,11 +141,18 @@ def _count_on_hub(model: str, revision: str | None) -> int:
     with suppress(OSError):
         if cached := _count_in_folder(snapshot_download(model, revision=revision, local_files_only=True)):
             return cached
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"the weights of {model} are not in the cache, and HF_HUB_OFFLINE is set")
     try:
         found = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        if found.safetensors is not None:
+            return found.safetensors.total
+        files = {file.rfilename: file.size for file in found.siblings or ()}
+        weights = {name: size for name, size in files.items() if WEIGHTS.fullmatch(name)}
+        if any(name.endswith(".safetensors") for name in weights):
+            return sum(HfApi().get_safetensors_metadata(model, revision=revision).parameter_count.values())
     except Exception as error:  # The client also raises the errors of its HTTP library.
-        raise OSError(f"the hub does not tell the size of {model}: {error}") from error
-    if found.safetensors is not None:
-        return found.safetensors.total
-    sizes = (file.size or 0 for file in found.siblings or () if file.rfilename.startswith("pytorch_model"))
-    return sum(sizes) // BYTES_PER_STORED_PARAMETER
+        raise OSError(f"the hub does not tell it ({error})") from error
+    if not files or None in weights.values():
+        raise OSError("the hub does not tell the sizes of its files")
+    return sum(size or 0 for size in weights.values()) // BYTES_PER_STORED_PARAMETER

@@ -1,4 +1,4 @@
-"""Checks of installed packages: Ray, image formats, files that hide a package, what is sent."""
+"""Checks of installed packages: image formats, files that hide a package, what is sent."""
 
 from __future__ import annotations
 
@@ -36,18 +36,6 @@ IMPORTED = (
 NEEDED_FORMATS = ("JPEG", "PNG", "WEBP")
 FORMATS = (*NEEDED_FORMATS, "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 OURS = Path(__file__).resolve().parents[2]
-
-
-def check_ray() -> Finding:
-    try:
-        ray = importlib.import_module("ray")
-        importlib.import_module("ray.data")
-    except Exception as error:  # Whatever a broken installation raises is the finding.
-        found = f"cannot be imported: {type(error).__name__}: {error}"
-        return Finding("Ray", "fail", found, f"run: {pip_install('batch')}")
-    address = os.environ.get("RAY_ADDRESS")
-    where = f"the cluster at {address}" if address else "a cluster of its own on this machine"
-    return Finding("Ray", "ok", f"{ray.__version__}, a run uses {where}")
 
 
 def check_hidden_packages(folder: Path) -> Finding:

@@ -6,7 +6,7 @@ joined by their number; new files become further shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import InputError
@@ -21,10 +21,10 @@ from pipeline.inputs.listing import (
     take_rows,
 )
 from pipeline.inputs.reader import ReadOptions
-from pipeline.inputs.shards import Shard, without_secrets
+from pipeline.inputs.shards import Shard, is_local, without_secrets
 from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
 from pipeline.progress import count
-from pipeline.storage.file_table import FileTable, ListedFile
+from pipeline.storage.file_table import FilesBelowRoots, FileTable, ListedFile
 
 NO_FILES = ListedFiles({}, {}, {}, Unread())
 MAX_NAMED = 10
@@ -83,7 +83,7 @@ class InputChanges:
             what = (
                 "added to the run"
                 if is_added
-                else f"the first command with --add-new takes {them} into the run"
+                else f"run the first command again with --add-new to take {them} into the run"
             )
             lines.append(f"{count(len(names), 'new file')}: {name_some(names)}; {what}")
         return [*lines, *self.unread.lines()]
@@ -109,11 +109,7 @@ def find_changes(
             shard is finished.
         known_changed: shards of which a read task or a commit has said that they had changed.
     """
-    now = FileTable(
-        (path_of(root, file), entry)
-        for (root, _), files in listed.chosen.items()
-        for file, entry in files.entries()
-    )
+    now = FilesBelowRoots((without_secrets(root), files) for (root, _), files in listed.chosen.items())
     num_images = sum(len(shard.files) for shard in shards if shard.format == "folder")
     has_stamps = {
         shard.name: bool(shard.stamps) or shard.format != "folder" or num_images <= MAX_STAMPED_IMAGES
@@ -126,16 +122,20 @@ def find_changes(
     changed_stamps: dict[str, tuple[str, ...]] = {}
     copies: dict[str, bool] = {}
     for shard in shards:
-        paths = [path_of(shard.root, file) for file in shard.files]
-        gone |= dict.fromkeys(file for file, path in zip(shard.files, paths, strict=True) if path not in now)
+        found = now.find(without_secrets(shard.root), shard.files)
+        if None in found:
+            gone |= dict.fromkeys(f for f, file in zip(shard.files, found, strict=True) if file is None)
         if not has_stamps[shard.name]:
             kept.append(shard)
             continue
-        stamps = tuple(on_disk[p] if p in on_disk else now.get(p, ListedFile()).stamp for p in paths)
+        if is_local(shard.root):
+            stamps = tuple(on_disk[path_of(shard.root, file)] for file in shard.files)
+        else:
+            stamps = tuple(UNKNOWN if file is None else file.stamp for file in found)
         how = _difference(shard, stamps)
         if how and _is_copy(shard, stamps, content_of, copies):
             how = None
-        if shard.name in known_changed and paths[0] in now:
+        if shard.name in known_changed and found[0] is not None:
             how = how or "while it was read"
         if how:
             changed[shard.name], changed_stamps[shard.name] = how, stamps
@@ -145,7 +145,7 @@ def find_changes(
             merged = tuple(new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
             kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
     return InputChanges(
-        tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, listed), listed.unread
+        tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, now, listed), listed.unread
     )
 
 
@@ -259,7 +259,14 @@ def _is_copy(
     return copies[path]
 
 
-def _not_in(shards: Iterable[Shard], listed: ListedFiles) -> ListedFiles:
+def _not_in(shards: Sequence[Shard], now: FilesBelowRoots, listed: ListedFiles) -> ListedFiles:
+    """Return the listed files that are in no shard."""
+    parts = {
+        (without_secrets(shard.root), shard.files) for shard in shards
+    }  # Ranges of a table share a file.
+    num_known = sum(len(files) - now.find(root, files).count(None) for root, files in parts)
+    if num_known == sum(map(len, listed.chosen.values())):
+        return replace(listed, chosen={})
     known = FileTable((path_of(shard.root, file), ListedFile()) for shard in shards for file in shard.files)
 
     def new_below(root: str, files: FileTable) -> FileTable:

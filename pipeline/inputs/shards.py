@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from pipeline.errors import InputError
+from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
 from pipeline.storage.packed_texts import PackedTexts
 from pipeline.storage.secrets import with_secrets_of, without_secrets
 
@@ -22,6 +23,14 @@ PACKED_FROM = 100
 """Fewer paths of a shard need little memory as they are."""
 
 Format = Literal["webdataset", "parquet", "folder", "manifest"]
+FILE_ENDINGS: dict[Format, tuple[str, ...]] = {
+    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    "parquet": (".parquet", ".pq"),
+    "folder": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
+}
+"""The endings of file names that tell the format of a file. Upper and lower case are the same."""
+_FORMATS_BY_ENDING = {ending: format for format, endings in FILE_ENDINGS.items() for ending in endings}
+_COMPRESSIONS = {ending.rpartition(".")[2] for ending in FILE_ENDINGS["webdataset"] if ending.count(".") > 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +170,12 @@ def refuse_unwritable(shards: Iterable[Shard]) -> None:
                 f"the file name {shard.name!a} is not valid UTF-8, so no output file can be named after it; "
                 "rename the file"
             ) from None
+
+
+def format_of(file: str) -> Format | None:
+    """Return the format of a file by the ending of its name, or None."""
+    name = file.lower()
+    stem, _, ending = name.rpartition(".")
+    if ending in _COMPRESSIONS:
+        ending = f"{stem.rpartition('.')[2]}.{ending}"
+    return _FORMATS_BY_ENDING.get(f".{ending}") if len(ending) < len(name) else None

@@ -146,7 +146,8 @@ def _commit(
         delete_files(folder, [fragment.name for fragment in files.fragments])
     else:
         # Rows past the end of a shard that was read less far are kept for a better reading.
-        delete_shard_files(folder, files, num_rows, is_shared)
+        may_improve = summary.num_failed > 0 or not summary.complete
+        delete_shard_files(folder, files, num_rows, is_shared, may_improve)
     return summary
 
 

@@ -149,6 +149,11 @@ class ShardFiles:
         """Name of the latest report."""
         return self.reports[0] if self.reports else None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all its files."""
+        return frozenset((*(fragment.name for fragment in self.fragments), *self.reports))
+
 
 def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
     """List the folder of an unfinished shard."""
@@ -196,20 +201,26 @@ def shared_folders(shards: Iterable[Shard]) -> frozenset[str]:
     return frozenset(found)
 
 
-def delete_shard_files(folder: Folder, files: ShardFiles, num_rows: int, is_shared: bool) -> None:
+def delete_shard_files(
+    folder: Folder, files: ShardFiles, num_rows: int, is_shared: bool, may_improve: bool
+) -> None:
     """Delete the files of a shard that has been committed.
 
     A store deletes a folder in a few requests, however many files it holds; a shared one, or one with rows
     that stay, loses its files one by one. A disk loses just the files that were merged: what another process
-    has written meanwhile stays.
+    has written meanwhile stays. A store is listed once more if such a row could improve the shard's file.
 
     Args:
         files: what the commit has found.
         num_rows: fragments with later rows stay.
         is_shared: whether the folder may hold those of other shards.
+        may_improve: whether rows that were written meanwhile may be better than those of the file.
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
-    if len(merged) == len(files.fragments) and not (is_shared or folder.is_local):
+    is_all = len(merged) == len(files.fragments) and not (is_shared or folder.is_local)
+    if is_all and may_improve:
+        is_all = files.names.issuperset(folder.names(files.folder))
+    if is_all:
         folder.erase(files.folder)
         return
     delete_files(folder, merged)

@@ -36,7 +36,7 @@ def choose_style(style: Style, may_be_live: bool = True) -> None:
     """Choose how every console of this process speaks, as `--quiet` and `--json` ask for it.
 
     Args:
-        style: text for people; quiet leaves out notes and progress; json is one object a line.
+        style: text for people; quiet leaves out notes and progress; json is one object per line.
         may_be_live: whether a terminal may have lines that change; log messages would tear them.
     """
     global _style, _may_be_live

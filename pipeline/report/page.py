@@ -90,10 +90,12 @@ def _sheet(report: Report) -> Sheet:
 def _card(report: Report, sample: Sample, scores: Mapping[str, str]) -> Card:
     row, jpeg = sample.row, report.thumbnails.get(sample.address)
     size = "" if row["width"] is None else f", {row['width']:,} × {row['height']:,}"
+    logprob = row.get("logprob")
+    likely = "" if logprob is None else f", log-probability {logprob:.2f}"
     return Card(
         key=row["key"],
         texts=list(_card_texts(row)),
-        source=f"{row['shard']}{size}",
+        source=f"{row['shard']}{size}{likely}",
         picture=None if jpeg is None else data_uri(jpeg),
         groups=sample.groups,
         values=_card_values(row, scores),

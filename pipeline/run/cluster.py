@@ -9,8 +9,10 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from tempfile import gettempdir
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RayStartFailed
@@ -92,7 +94,8 @@ def connected(run_id: str = "") -> Iterator[Cluster]:
             # Only of the workers: as an argument of `ray.init` it would change the log of this process too.
             config = ray.LoggingConfig("JSON", _worker_level, additional_log_standard_attrs=["name"])
             job_config.set_py_logging_config(config)
-        with _silent_stderr(), nullcontext() if address else without_idle_processes():
+        quietly = nullcontext() if address else without_idle_processes()
+        with _silent_stderr(), quietly, _importing_ray_data():
             start_ray(
                 address=address or "local",
                 log_to_driver=False,
@@ -229,6 +232,17 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
+
+
+@contextmanager
+def _importing_ray_data() -> Iterator[None]:
+    """Import Ray Data inside the block, which waits for Ray's processes and leaves the time for it."""
+    importing = Thread(target=import_module, args=("ray.data",), daemon=True)
+    importing.start()
+    try:
+        yield
+    finally:
+        importing.join()
 
 
 def quiet_ray_data() -> None:

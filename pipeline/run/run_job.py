@@ -25,7 +25,6 @@ from pipeline.progress import LOG_EVERY_S, Console, count
 from pipeline.report.models import demo_warning
 from pipeline.report.pace import total_line
 from pipeline.run.cluster import connected
-from pipeline.run.driver import Driver
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.stages.device_health import DeviceLeftOut
@@ -161,6 +160,8 @@ def _drive(
     attempt: AttemptRecorder,
 ) -> None:
     """Drive what is left. When an accelerator is broken, go on with the others."""
+    from pipeline.run.driver import Driver  # imports Ray Data, which `connected` has done meanwhile
+
     held: list[Any] = []
     while left:
         num_bytes = _bytes_to_read(job, left)

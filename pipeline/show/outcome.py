@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -77,13 +78,14 @@ def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
 
 
 def _captions(folder: Folder, done: Reconciliation) -> Iterator[str]:
-    """Yield the first caption of a few shards from all over the output."""
+    """Yield the first captions of a few shards from all over the output, the same number of each."""
     captioned = [summary.shard for summary in done.summaries if summary.by_status.get(Status.OK.value)]
-    for shard in evenly_spaced(captioned, NUM_CAPTIONS):
-        for row in _rows(folder, shard, ["key", "status", "caption"], is_ok=True):
+    shards = evenly_spaced(captioned, NUM_CAPTIONS)
+    for shard in shards:
+        rows = _rows(folder, shard, ["key", "status", "caption"], is_ok=True)
+        for row in islice(rows, NUM_CAPTIONS // len(shards)):
             if row.get("caption") is not None:
                 yield f"  {one_line(row['key'])}: {short_value(row['caption'])}"
-            break
 
 
 def _failed(folder: Folder, done: Reconciliation) -> Iterator[str]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, islice, pairwise, repeat
 from typing import NamedTuple
 
+from pipeline.storage.filesystems import join
 from pipeline.storage.packed_texts import PackedTexts
 
 BLOCK_FILES = 1000
@@ -92,6 +94,18 @@ class FileTable(Mapping[str, ListedFile]):
                 return block.entry(index)
         raise KeyError(path)
 
+    def find(self, paths: Sequence[str]) -> list[ListedFile | None]:
+        """Return what is known of some files, at least one; None for each that is not there.
+
+        If the paths were packed from a listing that was the same, nothing is unpacked.
+        """
+        position = bisect_right(self._firsts, paths[0]) - 1
+        if position >= 0:
+            block = self._blocks[position]
+            if block.paths == paths:
+                return [listed for _, listed in block.entries()]
+        return [self.get(path) for path in paths]
+
     def entries(self) -> Iterator[Entry]:
         """Yield all files in order; `items` would look up each."""
         for block in self._blocks:
@@ -111,6 +125,39 @@ class FileTable(Mapping[str, ListedFile]):
         """Bytes that the packed paths and facts need."""
         packed = (texts for block in self._blocks for texts in block if texts is not None)
         return sum(texts.num_bytes for texts in packed)
+
+
+class FilesBelowRoots:
+    """The files of several tables, each with the folder that its paths begin from.
+
+    Args:
+        tables: with the URIs of their roots, without secrets.
+    """
+
+    def __init__(self, tables: Iterable[tuple[str, FileTable]]) -> None:
+        self._tables = list(tables)
+        self._roots = {root for root, _ in self._tables}
+
+    def find(self, root: str, files: Sequence[str]) -> list[ListedFile | None]:
+        """Return what is known of some files below a root; None for each that is not there.
+
+        The same files may be listed below another root: a folder that was named alone before, or the files of
+        a folder one by one.
+        """
+        found: list[ListedFile | None] = [None] * len(files)
+        for table in (table for table_root, table in self._tables if table_root == root):
+            of_table = table.find(files)
+            found = [new if old is None else old for old, new in zip(found, of_table, strict=True)]
+        if None in found and self._roots != {root}:
+            paths = (join(root, file) for file in files)
+            found = [self._by_path.get(p) if f is None else f for p, f in zip(paths, found, strict=True)]
+        return found
+
+    @cached_property
+    def _by_path(self) -> FileTable:
+        return FileTable(
+            (join(root, file), entry) for root, table in self._tables for file, entry in table.entries()
+        )
 
 
 def _pack(entries: Iterator[Entry]) -> Iterator[_Block]:

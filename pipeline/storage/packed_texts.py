@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import overload
@@ -14,12 +13,16 @@ SEPARATOR = "\0"
 class PackedTexts(Sequence[str]):
     """Texts without a NUL in an order of their own; immutable. Those used last are kept unpacked."""
 
-    __slots__ = ("_length", "_packed")
+    __slots__ = ("_length", "_num_raw_bytes", "_packed")
 
     def __init__(self, texts: Iterable[str]) -> None:
+        from pyarrow import Codec  # The command line has shards in its types, and must start without pyarrow.
+
         texts = tuple(texts)
+        raw = SEPARATOR.join(texts).encode(errors="surrogatepass")
         self._length = len(texts)
-        self._packed = zlib.compress(SEPARATOR.join(texts).encode(errors="surrogatepass"), level=1)
+        self._num_raw_bytes = len(raw)
+        self._packed: bytes = Codec("zstd", compression_level=1).compress(raw, asbytes=True)
 
     def __len__(self) -> int:
         return self._length
@@ -45,9 +48,12 @@ class PackedTexts(Sequence[str]):
         return len(self._packed)
 
     def _unpacked(self) -> tuple[str, ...]:
-        return _unpack(self._packed) if self._length else ()
+        return _unpack(self._packed, self._num_raw_bytes) if self._length else ()
 
 
 @lru_cache(maxsize=16)
-def _unpack(packed: bytes) -> tuple[str, ...]:
-    return tuple(zlib.decompress(packed).decode(errors="surrogatepass").split(SEPARATOR))
+def _unpack(packed: bytes, num_raw_bytes: int) -> tuple[str, ...]:
+    from pyarrow import Codec
+
+    raw = Codec("zstd").decompress(packed, num_raw_bytes, asbytes=True)
+    return tuple(raw.decode(errors="surrogatepass").split(SEPARATOR))

@@ -14,10 +14,10 @@ def local_ray() -> Iterator[None]:
     """Start Ray with two CPUs and a small object store, apart from any other Ray of this machine."""
     import ray
 
-    from deploy.guard.front import CALLBACK
+    from deploy.app import NODE_ENVIRONMENT
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.update([CALLBACK])  # the proxies of the endpoint inherit it
+    os.environ.update(NODE_ENVIRONMENT)  # the processes of the endpoint inherit it
     # A short path: those of Ray's sockets may have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder

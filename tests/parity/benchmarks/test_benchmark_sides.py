@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.load import Answer, summary
+from benchmarks.serve.load import Answer, summary
 from benchmarks.sides.engine_sides import EngineSide, ReferenceSide, Work
 from benchmarks.sides.map_batches import Captioner
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request

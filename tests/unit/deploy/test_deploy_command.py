@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from blip2_actor import EngineConfig
-from deploy import local_service
+from deploy import command, local_service
 from deploy.command import main
 from deploy.settings import ServeSettings
 
@@ -22,6 +22,13 @@ from deploy.settings import ServeSettings
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def checks_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check settings in this process, which has imported torch anyway; a new one takes seconds to do so."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(command, "_in_child", lambda call, settings: call(settings))
 
 
 def test_a_taken_port_is_refused_by_number(capsys) -> None:
@@ -78,6 +85,25 @@ def test_all_settings_reach_the_service(monkeypatch: pytest.MonkeyPatch, free_po
     assert settings.engine == EngineConfig(model="demo", max_slots=3, num_threads=1)
     assert (settings.options.max_new_tokens, settings.timeout_s, settings.port) == (7, 9.0, free_port)
     assert settings.image == dataclasses.replace(ServeSettings().image, max_pixels=99)
+
+
+@pytest.mark.slow
+def test_the_command_itself_imports_no_torch(tmp_path: Path, free_port: int) -> None:
+    """It held 160 MiB of torch and transformers as long as the endpoint ran, to have checked the model."""
+    script = tmp_path / "serve.py"
+    script.write_text(
+        f"""if __name__ == "__main__":
+    import sys
+    from deploy import command, local_service
+    local_service.serve_until_stopped = lambda settings: print("torch" in sys.modules)
+    flags = ["--model", "demo", "--port", "{free_port}"]
+    command.main(flags)
+    sys.exit(command.main([*flags, "--suppress-tokens", "999999"]))
+"""
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "False\nstopped\n"
+    assert (run.returncode, run.stderr.count("suppress_tokens must be token ids below")) == (3, 1)
 
 
 def test_nothing_imports_ray_before_its_token_is_set() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from ray.serve.schema import LoggingConfig
 
-from deploy.app import ServeArgs
+from deploy.app import NODE_ENVIRONMENT, ServeArgs
 from deploy.command import make_parser
 from deploy.observe.logs import serve_logging
 from deploy.settings import ServeSettings, Settings
@@ -28,6 +28,13 @@ def test_every_flag_is_an_argument_or_a_setting_of_serve() -> None:
     assert own == {*SERVES_OWN, "metrics_port"}
     for name, place in SERVES_OWN.items():
         assert name in DOCUMENT[place]
+
+
+def test_the_image_gives_the_processes_of_serve_what_the_one_machine_form_does() -> None:
+    image = (files("deploy") / "Dockerfile").read_text("utf-8")
+    assert [
+        f"{name}={value}" for name, value in NODE_ENVIRONMENT.items() if f" {name}={value} " not in image
+    ] == []
 
 
 def test_the_file_is_a_command_line() -> None:

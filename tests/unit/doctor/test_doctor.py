@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import socket
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +19,9 @@ from huggingface_hub import constants
 
 from blip2_actor import ModelInfo
 from pipeline.cli.main import main
-from pipeline.doctor import accelerator, doctor, machine, model, packages, stores
+from pipeline.doctor import accelerator, doctor, machine, model, packages, ray_start, stores
 from pipeline.finding import GIB, Finding
+from pipeline.placement.cluster import Cluster, Node
 from pipeline.settings.doctor_settings import DoctorSettings
 from tests.integration.inputs import BROKEN, png, write_tar
 
@@ -96,11 +99,63 @@ def test_the_device_that_auto_takes(monkeypatch):
     require(accelerator.check_device(), "ok", "CPU with")
 
 
+def test_speed(monkeypatch):
+    monkeypatch.setattr(accelerator, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr(accelerator, "COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(accelerator, "MEASURED_S", 0.0)
+    require(accelerator.check_speed(), "ok", "TFLOP/s in ")
+
+    def no_kernel(*args: object, **options: object) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nsee the documentation")
+
+    monkeypatch.setattr(torch, "randn", no_kernel)
+    require(accelerator.check_speed(), "fail", "cannot compute on cpu: no kernel image is available")
+
+
 def test_ray_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    finding = packages.check_ray()
+    finding = ray_start.check_ray()
     require(finding, "fail", "cannot be imported: ModuleNotFoundError")
     assert finding.remedy == "run: pip install 'blip2-ray[batch]'"
+
+
+@pytest.fixture
+def ray_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Variables of Ray that a test may set: they are as before afterwards."""
+    for name in [*filter(lambda name: name.startswith("RAY_"), os.environ), "RAY_ADDRESS", "RAY_AUTH_MODE"]:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_ray_that_does_not_start(ray_environment):
+    def no_memory(**options: object) -> None:
+        raise RuntimeError("The current node timed out.\nMore")
+
+    ray_environment.setattr("ray.init", no_memory)
+    finding = ray_start.check_ray()
+    require(finding, "fail", "Ray did not start on this machine: The current node timed out")
+    assert finding.remedy is not None
+    assert "wait or free some" in finding.remedy
+
+
+def test_a_cluster_that_is_not_there(ray_environment, closed_port):
+    ray_environment.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
+    finding = ray_start.check_ray()
+    require(finding, "fail", "nothing listens there")
+    assert finding.remedy == (
+        "start the cluster or correct RAY_ADDRESS, or unset it to start Ray on this machine"
+    )
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_the_token_of_a_cluster(ray_environment, mode):
+    cluster = Cluster((Node({"CPU": 8}),), is_local=False)
+    ray_environment.setattr(ray_start, "connected", lambda: nullcontext(cluster))
+    ray_environment.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ray_environment.setenv("RAY_AUTH_MODE", mode)
+    finding = ray_start.check_ray()
+    require(finding, "ok" if mode == "token" else "warn", "reaches 10.0.0.1:6379; the cluster has 8 CPU")
+    assert ("for a token" if mode == "token" else "everybody can run code on it") in finding.found
 
 
 def test_files_that_hide_packages(monkeypatch, tmp_path):
@@ -151,11 +206,18 @@ def test_whether_the_model_fits(monkeypatch, tmp_path):
     finding = model.check_model("demo", None)
     require(finding, "ok", ": fits")
     assert model.count_parameters("demo", None) > 100_000
-    monkeypatch.setattr(model, "free_bytes", lambda device: 1 << 10)
-    require(model.check_model("demo", None), "warn", "needs --device-map")
     require(model.check_model(str(tmp_path), None), "fail", str(tmp_path))
-    info = ModelInfo(model="x", image_size_px=64, dtype="float32", digest="")
+    info = ModelInfo(model="x", image_size_px=64, dtype="bfloat16", digest="")
     monkeypatch.setattr(model.EngineConfig, "info", lambda self: info)
+    num_parameters = model.count_parameters("demo", None)
+    monkeypatch.setattr(model, "ENCODER_PARAMETERS", num_parameters // 2)
+    for bytes_per_parameter, verdict in (
+        (2, "needs --quantize or --device-map"),
+        (1, "needs --device-map"),
+    ):
+        free = bytes_per_parameter * num_parameters
+        monkeypatch.setattr(model, "free_bytes", lambda device, free=free: free)
+        require(model.check_model("demo", None), "warn", f"0.0 GiB free on cpu: {verdict}")
     require(model.check_model(str(tmp_path), None), "fail", "holds no weights")
     (tmp_path / "pytorch_model-1.bin").write_bytes(bytes(4000))
     assert model.count_parameters(str(tmp_path), None) == 1000
@@ -179,8 +241,9 @@ def test_the_size_of_a_model_on_the_hub(monkeypatch):
     monkeypatch.setattr(model.EngineConfig, "info", lambda self: info)
     monkeypatch.setattr(model, "snapshot_download", not_cached)
     monkeypatch.setattr(model, "free_bytes", lambda device: 8 * GIB)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     ask(RuntimeError("no route"))
-    require(model.check_model("who/knows", None), "fail", "does not tell the size of who/knows: no route")
+    require(model.check_model("who/knows", None), "warn", "its size is unknown: the hub does not tell it (no")
     ask(SimpleNamespace(safetensors=SimpleNamespace(total=3_745_000_000)))
     require(
         model.check_model("who/knows", None), "warn", "3.75 billion parameters in bfloat16: needs about 8.7"
@@ -188,6 +251,18 @@ def test_the_size_of_a_model_on_the_hub(monkeypatch):
     files = [SimpleNamespace(rfilename="pytorch_model-1.bin", size=4_000_000_000)]
     ask(SimpleNamespace(safetensors=None, siblings=files))
     require(model.check_model("who/knows", None), "ok", "1.00 billion parameters")
+    tensors = [SimpleNamespace(rfilename="model.safetensors", size=None)]
+    ask(SimpleNamespace(safetensors=None, siblings=tensors))
+    header = SimpleNamespace(parameter_count={"F32": 1_500_000_000, "I64": 500_000_000})
+    monkeypatch.setattr(model.HfApi, "get_safetensors_metadata", lambda self, name, revision: header)
+    require(model.check_model("who/knows", None), "ok", "2.00 billion parameters")
+    for siblings in (None, [SimpleNamespace(rfilename="pytorch_model.bin", size=None)]):
+        ask(SimpleNamespace(safetensors=None, siblings=siblings))
+        require(model.check_model("who/knows", None), "warn", "does not tell the sizes of its files")
+    ask(SimpleNamespace(safetensors=None, siblings=[SimpleNamespace(rfilename="README.md", size=1)]))
+    require(model.check_model("who/knows", None), "fail", "holds no weights")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    require(model.check_model("who/knows", None), "fail", "are not in the cache, and HF_HUB_OFFLINE is set")
     monkeypatch.setattr(model, "snapshot_download", lambda *args, **options: str(model.DEMO))
     assert model.count_parameters("who/knows", None) == model.count_parameters("demo", None)
 
@@ -228,6 +303,10 @@ def test_the_command_exits_with_1_if_a_check_fails(monkeypatch, capsys, as_json)
 
 def test_everything_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(doctor, "check_ray", lambda: Finding("Ray", "ok", "starts"))
+    monkeypatch.setattr(accelerator, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr(accelerator, "COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(accelerator, "MEASURED_S", 0.0)
     write_tar(tmp_path / "good.tar", {"b": png(0)})
     settings = DoctorSettings(model="demo", input=(str(tmp_path / "good.tar"),), output=str(tmp_path / "out"))
     subjects = [finding.subject for finding in doctor.examine(settings)]
@@ -239,6 +318,7 @@ def test_everything_is_checked(monkeypatch, tmp_path):
         "temporary disk",
         "torch",
         "device",
+        "speed",
         "Ray",
         "hidden packages",
         "image formats",

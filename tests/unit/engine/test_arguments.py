@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from blip2_actor import Engine, EngineConfig, GenerationOptions, MatchingConfig, Request, Status
+from blip2_actor import (
+    Engine,
+    EngineConfig,
+    FetchPolicy,
+    GenerationOptions,
+    MatchingConfig,
+    Request,
+    Status,
+)
 from tests.unit.engine.random_calls import CALLS, call_at_random
+from tests.unit.fetching.web_server import web_server
 
+of_this_machine = partial(FetchPolicy, private_hosts=("127.0.0.1",))
+"""The guard refuses the server of a test as it refuses every private address."""
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
@@ -113,8 +125,10 @@ def test_urls_are_fetched_through_the_guard_if_asked_for(
 ) -> None:
     result = engine.generate("http://127.0.0.1:1/a.png")[0]
     assert result.status is Status.REFUSED and "public address" in str(result.error)
-    monkeypatch.setattr("blip2_actor.inputs.image_input.fetch_image", lambda url, policy: png())
-    assert engine.generate("HTTPS://example.com/a.png", max_new_tokens=5) == expected
+    monkeypatch.setattr("blip2_actor.inputs.image_input.FetchPolicy", of_this_machine)
+    with web_server({"/a.png": [png()]}) as site:
+        assert engine.generate(f"{site.url}/a.png".replace("http", "HTTP"), max_new_tokens=5) == expected
+        assert engine.generate(f"{site.url}/b.png")[0].status is Status.FETCH_FAILED
     monkeypatch.setattr(engine._input_processor, "allow_urls", False)
     result = engine.generate("https://example.com/a.png")[0]
     assert result.status is Status.REFUSED and "allow_urls=True" in str(result.error)

@@ -28,6 +28,8 @@ from tests.unit.inputs.formats.reading_cases import tar_bytes
 from tests.unit.inputs.run_without_ray import captions, prepare_run, retry, run, work
 from tests.unit.ledger.test_fragments import rows as fragment_rows
 
+TAKE_IT = "run the first command again with --add-new to take it into the run"
+
 
 def write_tar(path: Path, *keys: str, content: str = "old", bad: tuple[str, ...] = ()) -> None:
     """Write a tar with the given samples; each image says which sample it is of."""
@@ -292,7 +294,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     begun = (tmp_path / "out/_blip2/run.json").stat().st_mtime_ns
     write_images(tmp_path / "in", "0.jpg")
     job = prepare_run(tmp_path)
-    assert job.notes == ("1 new file: 0.jpg; the first command with --add-new takes it into the run",)
+    assert job.notes == (f"1 new file: 0.jpg; {TAKE_IT}",)
     assert job.notes[0] in status_lines(str(tmp_path / "out"))
     assert run(tmp_path).num_rows == 11
     assert prepare_run(tmp_path, add_new=True).notes == ("1 new file: 0.jpg; added to the run",)
@@ -309,7 +311,7 @@ def test_new_tars_are_added_under_the_names_that_a_listing_gives_them(tmp_path):
     write_tar(tmp_path / "in/a/1.tar", "a1")
     write_tar(tmp_path / "in/b/0.tar", "b0")
     assert prepare_run(tmp_path).notes == (
-        "2 new files: a/1.tar, b/0.tar; the first command with --add-new takes them into the run",
+        "2 new files: a/1.tar, b/0.tar; run the first command again with --add-new to take them into the run",
     )
     run(tmp_path, add_new=True)
     assert list(captions(tmp_path)) == ["a/0.tar", "a/1.tar", "b/0.tar"]
@@ -375,7 +377,7 @@ def test_the_job_says_what_is_new_at_its_start(tmp_path):
     write_tar(tmp_path / "in/1.tar", "b")
     said = io.StringIO()
     run_job(prepare_run(tmp_path), Console(said))
-    assert "1 new file: 1.tar; the first command with --add-new takes it into the run" in said.getvalue()
+    assert f"1 new file: 1.tar; {TAKE_IT}" in said.getvalue()
 
 
 # The same input in other words ---------------------------------------------------------------------------

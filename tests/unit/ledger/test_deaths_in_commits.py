@@ -186,10 +186,15 @@ def test_a_commit_deletes_no_row_of_a_shard_whose_folder_lies_in_its_own(place, 
         assert len(state.fragments[inner]) == 1, arrival
 
 
-def test_a_disk_keeps_a_row_that_arrives_while_its_shard_is_committed():
-    """A straggler's ok row was deleted with the folder, and the file has that row as failed."""
+@pytest.mark.parametrize("place", PLACES)
+def test_a_row_that_arrives_while_its_shard_is_committed_is_kept(place):
+    """A straggler's ok row was deleted with the folder, and the file has that row as failed.
+
+    One moment is left, because a store deletes a folder, and not names, in one request. A row that arrives
+    between the last look at the folder and its deletion stays failed, and `retry` makes it again.
+    """
     for arrival in count():
-        ledger, run = make_ledger("disk", SHARD)
+        ledger, run = make_ledger(place, SHARD)
         ledger.write_fragment(rows([0], SHARD, status="failed"))
         ledger.store_shard_report(report(1, SHARD))
         with happens_at(arrival, partial(ledger.write_fragment, rows([0], SHARD))) as made:
@@ -197,7 +202,8 @@ def test_a_disk_keeps_a_row_that_arrives_while_its_shard_is_committed():
         if len(made) <= arrival:
             return
         live(ledger, run, True, 1)
-        assert statuses(ledger) == ["ok"], arrival
+        is_too_late = made[arrival + 1 : arrival + 2] == ["_erase_once"]
+        assert statuses(ledger) == (["failed"] if is_too_late else ["ok"]), (arrival, made)
 
 
 @pytest.mark.parametrize("place", PLACES)

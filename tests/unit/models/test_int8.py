@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blip2_actor.quantization.int8 import (
+    BLOCK_ELEMENTS,
     FULL_WEIGHT,
     HALF_WEIGHT,
     MAGIC,
@@ -81,6 +82,24 @@ def test_a_row_has_the_same_bits_alone_and_between_others() -> None:
     quantized = Int8Weight(torch.randn(48, 96), largest_weight())
     together = quantized(x, None)
     assert all(torch.equal(together[i : i + 1], quantized(x[i : i + 1], None)) for i in (0, 1, 30, 63))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_go_block_by_block_and_the_activation_is_applied_before_rounding(
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    num_rows = 2 * (BLOCK_ELEMENTS // 96) + 1
+    x = torch.randn(num_rows, 96, generator=generator).to(dtype)
+    bias = torch.randn(48, generator=generator).to(dtype)
+    quantized = Int8Weight(torch.randn(48, 96, generator=generator), largest_weight())
+    together = quantized(x, bias, torch.nn.functional.gelu)
+    assert all(
+        torch.equal(together[i], quantized(x[i : i + 1], bias, torch.nn.functional.gelu)[0])
+        for i in (0, num_rows // 2 - 1, num_rows // 2, num_rows - 1)
+    )
+    plain = quantized(x[:2].float(), bias.float())
+    assert torch.equal(together[:2], torch.nn.functional.gelu(plain).to(dtype))
 
 
 def test_zeros_stay_zero_and_bad_numbers_stay_in_their_row() -> None:

@@ -64,6 +64,17 @@ def test_captions_failures_and_commands(finished):
     ]
 
 
+@pytest.mark.parametrize(("num_shards", "shown"), [(1, ["0-0", "0-1", "0-2"]), (2, ["0-0", "1-0"])])
+def test_a_folder_of_photos_is_one_shard_and_shows_a_few_captions(tmp_path, num_shards, shown):
+    folder = Folder(str(tmp_path))
+    write_output(folder, num_shards)
+    ledger = Ledger(folder)
+    done = ledger.reconcile(ledger.require_run(), ledger.scan())
+    lines = outcome_lines(folder, dataclasses.replace(done, missing=()))
+    captions = [line for line in lines if "cat" in line]
+    assert [line.split(":")[0].removeprefix("  photo-") for line in captions] == shown
+
+
 def test_the_commands_are_commands(finished):
     folder, done = finished
     for line in outcome_lines(folder, done):

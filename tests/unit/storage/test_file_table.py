@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.inputs.shards import PACKED_FROM, Shard
 from pipeline.storage import file_table
-from pipeline.storage.file_table import FileTable, ListedFile
+from pipeline.storage.file_table import FilesBelowRoots, FileTable, ListedFile
 from pipeline.storage.packed_texts import PackedTexts
 
 AWKWARD = ["", "a b", "a\nb", "a\tb", "ä", "\udcff", "|", "x" * 5000]
@@ -40,6 +40,29 @@ def test_a_table_has_the_files_of_a_dictionary_in_order(num_files, is_sorted):
     odd = table.select(lambda path: int(path) % 2 == 1)
     assert list(odd) == [path for path in table if int(path) % 2]
     assert dict(odd | table) == dict(table)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_files_are_found_by_a_part_of_the_same_listing_and_by_any_other():
+    files = {f"{number:02d}": ListedFile(number, f"{number}@1") for number in range(20)}
+    table = FileTable(files.items())
+    for start in range(19):
+        for paths in ([f"{number:02d}" for number in range(start, start + 3)], ["04", "x", "01"]):
+            wanted = [files.get(path) for path in paths]
+            assert table.find(paths) == table.find(PackedTexts(paths)) == wanted
+    assert FileTable().find(["a"]) == [None]
+
+
+def test_files_are_found_below_another_root_than_they_were_listed_from():
+    """A resume may name the files of a folder one by one, or a folder that was a part of its input alone."""
+    inner, outer = ListedFile(1, "inner"), ListedFile(2, "outer")
+    now = FilesBelowRoots(
+        [("/in", FileTable({"a": outer}.items())), ("/in/b", FileTable({"c": inner}.items()))]
+    )
+    assert now.find("/in", ["a", "b/c", "d"]) == [outer, inner, None]
+    assert now.find("/in/b", ["c", "a"]) == [inner, None]
+    assert now.find("/", ["in/a", "in/b/c", "c"]) == [outer, inner, None]
+    assert FilesBelowRoots([]).find("/in", ["a"]) == [None]
 
 
 def test_names_of_every_kind_come_back():

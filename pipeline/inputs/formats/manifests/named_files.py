@@ -9,10 +9,10 @@ from typing import cast
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.inputs.file_kinds import format_of
 from pipeline.inputs.find_files import FoundFiles, find_files, find_named
 from pipeline.inputs.formats.addresses import folder_of, resolve
 from pipeline.inputs.formats.manifests.records import kind_of, records
+from pipeline.inputs.shards import format_of
 from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 from pipeline.storage.secrets import without_secrets

@@ -16,8 +16,7 @@ from ray import serve
 
 from blip2_actor import EngineBuilder
 from blip2_actor.testing import FakeEngineConfig
-from deploy.app import compose
-from deploy.guard.front import CALLBACK
+from deploy.app import NODE_ENVIRONMENT, compose
 from deploy.settings import Settings
 from tests.integration.online.endpoint import caption_of, engine_stats, png, post, wait_for
 from tests.integration.online.endpoint_process import free_port
@@ -43,7 +42,7 @@ PUSHES_OFTEN = {
 
 @pytest.fixture(scope="module")
 def url(own_ray: None) -> Iterator[str]:
-    os.environ.update([CALLBACK, *PUSHES_OFTEN.items()])
+    os.environ.update(NODE_ENVIRONMENT | PUSHES_OFTEN)
     port = free_port()
     ray.init(
         address="local",

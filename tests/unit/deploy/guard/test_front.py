@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from deploy.guard import uploads
+from deploy.guard import front, uploads
 from deploy.guard.front import Front
 from deploy.guard.uploads import Uploads
 
@@ -130,6 +131,44 @@ def test_serves_own_answers_have_our_shape(code: int, expected: tuple[int, str])
     assert error_of(answer) == expected
     assert answer.headers["x-request-id"] == "mine"
     assert (answer.headers.get("retry-after") == "1") == (expected[0] == 503)
+
+
+@pytest.mark.parametrize(
+    ("code", "refused_in_s", "shed_for_s"),
+    [(503, 0.1, 0.0), (503, 1.5, 1.5), (503, 60.0, 2.0), (200, 60.0, 0.0)],
+)
+def test_while_gateways_are_behind_with_refusing_the_front_refuses(
+    monkeypatch: pytest.MonkeyPatch, code: int, refused_in_s: float, shed_for_s: float
+) -> None:
+    """Offered five times what the endpoint can do, refusals and probes took longer than 30 s."""
+    clock = SimpleNamespace(now_s=100.0)
+    for module in (front, uploads):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+
+    class Slow(Proxy):
+        async def _answer(self, *answer: Any) -> None:
+            if self.scopes and self.scopes[-1]["method"] == "POST":
+                clock.now_s += refused_in_s
+            await super()._answer(*answer)
+
+    serve = Slow(code)
+    guarded = Front(serve)
+
+    def is_refused_here() -> bool:
+        num_passed_on = len(serve.scopes)
+        answer = ask(guarded, content=b"x")
+        return len(serve.scopes) == num_passed_on and error_of(answer) == (503, "overloaded")
+
+    assert not is_refused_here()
+    until_s = clock.now_s + shed_for_s
+    if shed_for_s:
+        clock.now_s = until_s - 0.01
+        assert is_refused_here()
+        assert ask(guarded, "GET", "/livez").status_code == 200
+        ask(guarded, "GET", "/v1/model")
+        assert serve.scopes[-1]["path"] == "/v1/model"  # pages and probes pass
+    clock.now_s = until_s
+    assert not is_refused_here()
 
 
 def test_an_error_inside_serves_proxy_is_503() -> None:

@@ -12,14 +12,17 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 import numpy as np
 
 MIN_REQUESTS_PER_CALLER = 4
+STREAM = {"stream": "true"}
+"""Fields of a form that asks for the text in pieces."""
 TIMEOUT_S = 120.0
 """How long a caller waits for an answer: twice the endpoint's own limit."""
 BOUNDARY = "image"
@@ -33,6 +36,8 @@ class Answer:
     answered: float
     error: str | None
     """HTTP status other than 200, or the name of the exception; None for a caption."""
+    begun: float | None = None
+    """When the first piece of a caption came."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,20 @@ class Load:
     def __str__(self) -> str:
         return f"{self.callers} callers" if self.callers else f"{self.per_s:.3g}/s offered"
 
-    def offer(self, url: str, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-        """Send encoded images in turn, each as the field `image` of a form; return the `summary`."""
-        return asyncio.run(self._offer(url, [_form(image) for image in images], seconds))
+    def offer(
+        self,
+        url: str,
+        images: Sequence[bytes],
+        seconds: float,
+        fields: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Send encoded images in turn, each as the field `image` of a form; return the `summary`.
+
+        Args:
+            url: a route that takes a form.
+            fields: further fields of each form.
+        """
+        return asyncio.run(self._offer(url, [_form(image, fields) for image in images], seconds))
 
     async def _offer(self, url: str, forms: Sequence[bytes], seconds: float) -> dict[str, Any]:
         answers: list[Answer] = []
@@ -60,13 +76,16 @@ class Load:
 
             async def ask(asked: float) -> None:
                 error: str | None = None
+                begun: float | None = None
                 try:
                     async with session.post(url, data=next(turn)) as response:
+                        await response.content.readany()
+                        begun = time.perf_counter()
                         await response.read()
                         error = None if response.status == 200 else str(response.status)
                 except (aiohttp.ClientError, TimeoutError) as failure:
                     error = type(failure).__name__
-                answers.append(Answer(asked, time.perf_counter(), error))
+                answers.append(Answer(asked, time.perf_counter(), error, begun))
 
             async def caller() -> float:
                 num_asked = 0
@@ -96,23 +115,35 @@ def summary(answers: Sequence[Answer], until: float) -> dict[str, Any]:
             the load is lower than the one that was asked for.
 
     Returns:
-        Captions per second up to `until`, percentiles of the latency of all captions, and the errors.
+        Captions per second up to `until`, percentiles of the latency of all captions and of their first
+        pieces, and the errors, with the latency of those that have an HTTP status.
     """
     good = [answer for answer in answers if answer.error is None]
     if not good:
         raise RuntimeError(f"none of {len(answers)} requests was answered with status 200")
     in_time = sum(answer.answered <= until for answer in good)
     p50, p95, p99 = np.percentile([1000 * (answer.answered - answer.asked) for answer in good], (50, 95, 99))
+    begun = [1000 * (answer.begun - answer.asked) for answer in good if answer.begun is not None]
+    refused = [
+        1000 * (answer.answered - answer.asked) for answer in answers if (answer.error or "").isdigit()
+    ]
     return {
         "num_answers": len(good),
         "per_s": in_time / (until - min(answer.asked for answer in answers)),
         "p50_ms": float(p50),
         "p95_ms": float(p95),
         "p99_ms": float(p99),
+        "first_p50_ms": float(np.median(begun)) if begun else None,
+        "refused_p99_ms": float(np.percentile(refused, 99)) if refused else None,
         "errors": dict(Counter(answer.error for answer in answers if answer.error)),
     }
 
 
-def _form(image: bytes) -> bytes:
+def _form(image: bytes, fields: Mapping[str, str]) -> bytes:
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
     head = 'Content-Disposition: form-data; name="image"; filename="image.png"\r\nContent-Type: image/png'
-    return f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    start = "".join(parts) + f"--{BOUNDARY}\r\n{head}\r\n\r\n"
+    return start.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()

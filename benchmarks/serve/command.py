@@ -1,0 +1,100 @@
+"""`blip2 serve` as a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.serve.processes import cpu_s_by_name, pss_bytes_by_name
+
+READY_WITHIN_S = 120.0
+SETTLED_AFTER_S = 10.0
+"""Seconds after the start during which processes still give memory back and import what comes later."""
+
+
+class ServeCommand:
+    """A running endpoint on a free port of this machine, which keeps no answers."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            RuntimeError: it has ended, or is not ready in time.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._folder = tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        began = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "serve", "--port", str(port), "--cache-bytes", "0", *flags],
+            env=environment | {"RAY_TMPDIR": self._folder.name},
+            stdout=subprocess.DEVNULL,
+        )
+        self.process = psutil.Process(self._process.pid)
+        while not self.is_ready():
+            if self._process.poll() is not None or time.monotonic() - began > READY_WITHIN_S:
+                self.close()
+                raise RuntimeError("blip2 serve did not become ready")
+            time.sleep(0.05)
+        self.ready_s = time.monotonic() - began
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def start(self) -> dict[str, Any]:
+        """Return the time of the start, and the CPU time that it has taken by process."""
+        used = cpu_s_by_name(self.process)
+        return {"ready_s": self.ready_s, "cpu_s": sum(used.values()), "cpu_s_by_process": _largest(used)}
+
+    def at_rest(self, seconds: float) -> dict[str, Any]:
+        """Return the memory of all processes, and the CPU time that they use while nobody asks.
+
+        Returns:
+            MiB by process, and milliseconds of CPU time for each second.
+        """
+        time.sleep(SETTLED_AFTER_S)
+        before = cpu_s_by_name(self.process)
+        time.sleep(seconds)
+        after = cpu_s_by_name(self.process)
+        used = {name: 1000 * (after[name] - before.get(name, 0)) / seconds for name in after}
+        memory = {name: size / 2**20 for name, size in pss_bytes_by_name(self.process).items()}
+        return {
+            "pss_mib": sum(memory.values()),
+            "cpu_ms_per_s": sum(used.values()),
+            "pss_mib_by_process": _largest(memory),
+            "cpu_ms_per_s_by_process": _largest(used),
+        }
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        self._process.wait(120)
+        self._folder.cleanup()
+
+    def __enter__(self) -> ServeCommand:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def _largest(figures: dict[str, float]) -> dict[str, float]:
+    """Return the figures above nothing, the largest first."""
+    rows = sorted(figures.items(), key=lambda row: -row[1])
+    return {name: round(figure, 2) for name, figure in rows if figure >= 0.005}
