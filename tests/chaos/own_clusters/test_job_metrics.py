@@ -66,7 +66,7 @@ def test_a_job_exports_its_metrics_and_its_workers_log_where_a_row_has_failed(
     assert (failed["run"], failed["shard"], failed["status"]) == (record["id"], shard, "undecodable")
     assert failed["node"] == os.uname().nodename and failed["node_id"] and failed["worker_id"]
     rows = pq.read_table(tmp_path / "out" / f"{shard}.parquet").to_pylist()
-    assert rows[failed["row"]]["key"] == "7"
+    assert rows[failed["row"]]["key"] == "7.png"
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
