@@ -1,7 +1,8 @@
 # Everything a developer types. Each target sets up .venv by itself.
 PYTHON ?= python3
-# make install TORCH=cpu takes the build of torch without CUDA, whose download is 2.8 GB smaller.
-TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu)
+# make install TORCH=cpu takes the build of torch without CUDA, whose download is 2.8 GB smaller. That index does not
+# have every version of constraints.txt, so what torch needs comes with the rest.
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--no-deps --index-url https://download.pytorch.org/whl/cpu)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
