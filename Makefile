@@ -1,13 +1,14 @@
 # Everything a developer types. Each target sets up .venv by itself.
 PYTHON ?= python3
-# make TORCH=cpu installs the build of torch without CUDA, which is 2.5 GB smaller.
-TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu)
+# make install TORCH=cpu takes the build of torch without CUDA, whose download is 2.8 GB smaller. That index does not
+# have every version of constraints.txt, so what torch needs comes with the rest.
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--no-deps --index-url https://download.pytorch.org/whl/cpu)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow cluster lint types docs coverage chaos pages wheel ci clean
+.PHONY: help install demo test slow cluster lint types docs coverage chaos pages wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_INDEX) torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+install: $(STAMP)  ## set up .venv, as every other target does by itself; TORCH=cpu for torch without CUDA
 
 demo: $(STAMP)  ## caption drawn scenes end to end on a local Ray and grade the captions
 	$(BIN)/python -m pipeline demo

@@ -6,6 +6,7 @@
     python -m benchmarks.pipeline      rows/s of the batch job, compared with Ray Data's `map_batches`
     python -m benchmarks.growth        the batch job with 10^5 shards, in an object store, and on a huge tar
     python -m benchmarks.serve         cost of the endpoint, and captions/s compared with `@serve.batch`
+    python -m benchmarks.reading       time and memory of the commands that read an output, by its rows
 
 `LOG.md` is the dated log of experiments, `results/` holds figures with their hardware.
 """

@@ -1,25 +1,34 @@
 """What callers and a batch job lose when they share an engine: latency of the one, speed of the other.
 
-The demonstration checkpoint. Callers come at random at a share of the engine's own speed; the job always has
-enough waiting, at low priority. Three conditions take turns, so that other work on the machine disturbs all:
-callers alone, the job alone, and both.
+Callers come at random at a share of the engine's own speed; the job always has enough waiting, at low
+priority. Three conditions take turns, so that other work on the machine disturbs all: callers alone, the job
+alone, and both. This is done twice: with the demonstration checkpoint, whose steps take longer the more texts
+run, and with a device that takes the same time however many there are, as an accelerator nearly does.
 
     python -m benchmarks.behind
 """
 
 from __future__ import annotations
 
+import queue
 import random
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from benchmarks.command_line import make_parser
 from benchmarks.measure import report
-from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Result
+from blip2_actor import EngineConfig, GenerationOptions, Request, Result
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.scheduler import Scheduler
+from blip2_actor.generation.search import TextSearch
 
 ONLINE_SHARE = 0.3
 NUM_ROUNDS = 5
@@ -28,10 +37,84 @@ BACKLOG = 256
 """Requests of the job that wait or run."""
 
 
+ENCODE_BATCH = 16
+ENCODE_S, PASS_S = 0.010, 0.005
+"""What the device of `SteadyEngine` takes for a batch of images, and for a prefill or decode step."""
+
+
+class Submits(Protocol):
+    def submit(self, request: Request) -> Future[Result]: ...
+
+
+class SteadyDevice:
+    """A runner whose passes take the same time whatever is in them; texts end at `max_new_tokens`."""
+
+    def cached_length(self, request: RequestState) -> int:
+        return 1
+
+    def encode(self, images: Sequence[EncodedImage]) -> None:
+        time.sleep(ENCODE_S)
+        for image in images:
+            image.prefix = torch.zeros(1, 1)
+
+    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> torch.Tensor:
+        return self.decode(slots, slots)
+
+    def decode(self, token_ids: list[int], lengths: list[int]) -> torch.Tensor:
+        time.sleep(PASS_S)
+        return torch.tensor([0.0, 1.0]).repeat(len(token_ids), 1)
+
+    def upload_ahead(self, images: list[EncodedImage]) -> None: ...
+
+    def copy_slots(self, *_: object) -> None: ...
+
+
+class NoWords:
+    """A vocabulary without texts; 0 would end one."""
+
+    end_ids = frozenset({0})
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+
+class SteadyEngine:
+    """The scheduler on a `SteadyDevice`, in a thread of its own."""
+
+    def __init__(self, slots: int) -> None:
+        self.scheduler = Scheduler(SteadyDevice(), slots, ENCODE_BATCH)  # type: ignore[arg-type]
+        self._arrived: queue.SimpleQueue[RequestState | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Future[Result]:
+        assert request.options is not None
+        options = request.options.resolve()
+        image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+        state = RequestState(
+            image, [1], options, lambda: [TextSearch(options, [1], NoWords())], request.low_priority
+        )
+        self._arrived.put(state)
+        return state.future
+
+    def close(self) -> None:
+        self._arrived.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            while not self.scheduler.has_work or not self._arrived.empty():
+                state = self._arrived.get()
+                if state is None:
+                    return
+                self.scheduler.add(state)
+            self.scheduler.step()
+
+
 class Load:
     """One condition, measured over all rounds."""
 
-    def __init__(self, engine: Engine, per_s: float, has_batch: bool) -> None:
+    def __init__(self, engine: Submits, per_s: float, has_batch: bool) -> None:
         """
         Args:
             per_s: callers that come in a second; 0 for none.
@@ -75,33 +158,35 @@ class Load:
         return lambda _: self.latencies_s.append(time.perf_counter() - began_s)
 
 
-def measure(threads: int | None, slots: int) -> dict[str, float | str]:
-    config = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=threads, max_slots=slots)
-    with config.build() as engine:
-        Load(engine, 0.0, has_batch=True).run()  # warm-up
-        full = Load(engine, 0.0, has_batch=True)
-        full.run()
-        per_s = ONLINE_SHARE * full.num_done / full.seconds
-        loads = {
-            "online alone": Load(engine, per_s, has_batch=False),
-            "batch alone": Load(engine, 0.0, has_batch=True),
-            "both": Load(engine, per_s, has_batch=True),
-        }
-        for _ in range(NUM_ROUNDS):
-            for load in loads.values():
-                load.run()
-        num_preempted = engine.stats().num_preempted
-    alone, batch, both = loads.values()
+def measure(engine: Submits) -> dict[str, float]:
+    Load(engine, 0.0, has_batch=True).run()  # warm-up
+    full = Load(engine, 0.0, has_batch=True)
+    full.run()
+    per_s = ONLINE_SHARE * full.num_done / full.seconds
+    alone = Load(engine, per_s, has_batch=False)
+    batch = Load(engine, 0.0, has_batch=True)
+    both = Load(engine, per_s, has_batch=True)
+    for _ in range(NUM_ROUNDS):
+        for load in (alone, batch, both):
+            load.run()
     return {
-        "benchmark": "behind",
         "online_per_s": per_s,
         "online_alone_median_s": statistics.median(alone.latencies_s),
         "online_both_median_s": statistics.median(both.latencies_s),
         "online_slower": statistics.median(both.latencies_s) / statistics.median(alone.latencies_s),
         "batch_alone_per_s": batch.num_done / batch.seconds,
         "batch_keeps": (both.num_done / both.seconds) / (batch.num_done / batch.seconds),
-        "num_preempted": num_preempted,
     }
+
+
+def measure_both(threads: int | None, slots: int) -> dict[str, Any]:
+    steady = SteadyEngine(slots)
+    figures: dict[str, Any] = {"benchmark": "behind", "steady device": measure(steady)}
+    steady.close()
+    config = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=threads, max_slots=slots)
+    with config.build() as engine:
+        figures["demo on CPUs"] = measure(engine)
+    return figures
 
 
 def main() -> None:
@@ -109,7 +194,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--slots", type=int, default=32, help="texts generated at once (default: 32)")
     arguments = parser.parse_args()
-    report(measure(arguments.threads, arguments.slots), arguments.output)
+    report(measure_both(arguments.threads, arguments.slots), arguments.output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blip2_actor.actor import Blip2Actor
+from blip2_actor.confidence.calibration import Calibration, abstention_flags
 from blip2_actor.config import EngineConfig, MatchingConfig
 from blip2_actor.generation.quality_flags import find_quality_flags, stricter_options
 from blip2_actor.options import GenerationOptions
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         load_retrieval_for_training,
         save_model,
     )
+    from blip2_actor.confidence.fitting import fit_calibration
     from blip2_actor.device import resolve_device, resolve_dtype
     from blip2_actor.engine.engine import Engine
     from blip2_actor.engine.matching_engine import MatchingEngine
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Blip2Actor",
+    "Calibration",
     "Completion",
     "DecodePool",
     "DecodedImage",
@@ -83,10 +86,12 @@ __all__ = [
     "Status",
     "TextFeatures",
     "__version__",
+    "abstention_flags",
     "array_to_rgb",
     "decode_image",
     "fetch_image",
     "find_quality_flags",
+    "fit_calibration",
     "free_bytes",
     "load_for_training",
     "load_retrieval_for_training",
@@ -115,6 +120,7 @@ _LAZY = {
     "load_for_training": "blip2_actor.checkpoints.training",
     "load_retrieval_for_training": "blip2_actor.checkpoints.training",
     "save_model": "blip2_actor.checkpoints.training",
+    "fit_calibration": "blip2_actor.confidence.fitting",
     "fetch_image": "blip2_actor.inputs.fetching",
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",

@@ -35,7 +35,7 @@ from blip2_actor import (
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import observe_step, show_engine
 from deploy.observe.tracing import TextSpans, is_tracing
-from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+from deploy.work import ImageOutputs, ImageWork, OtherModel, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,7 +70,11 @@ class Captioner:
         """Make everything that is asked of uint8[S, S, 3]; a caller that disconnects frees its slots.
 
         Without a retrieval model, `matches` and `contrastive` must not be asked for.
+
+        Raises:
+            OtherModel: the model takes images of another size.
         """
+        self._require_size(pixels)
         with _end_replica_on_fault():
             return await self._make(pixels, work)
 
@@ -80,7 +84,11 @@ class Captioner:
         """Yield the texts in pieces as they grow, and at the end what `run` returns.
 
         Texts of beam search, and several texts per prompt, come in no pieces.
+
+        Raises:
+            OtherModel: as `run`.
         """
+        self._require_size(pixels)
         loop = asyncio.get_running_loop()
         grown: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
 
@@ -106,12 +114,17 @@ class Captioner:
             making.cancel()
 
     async def run_batch(
-        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+        self, images: np.ndarray, texts: Sequence[TextOfBatch], digest: str
     ) -> AsyncGenerator[list[tuple[int, Result]], None]:
         """Generate texts for uint8[N, S, S, 3] at low priority; yield positions and results as they finish.
 
         A caller that leaves frees their slots.
+
+        Raises:
+            OtherModel: the digest of the model is another one.
         """
+        if self._actor.info.digest != digest:
+            raise OtherModel
         shared = [self._actor.engine.image(pixels) for pixels in images]
         running = {
             self._submit(
@@ -175,10 +188,15 @@ class Captioner:
             features=next((replace(one, attention_maps=None) for one in features), None),
             attention=next((one.attention_grid for one in features), None),
             contrastive=next(iter(vectors), None),
+            model=self._actor.info,
         )
         ids = [completion.token_ids for completion in outputs.completions] if work.token_texts else []
         token_texts = await self._wait(ids, lambda: [tuple(engine.prompts.token_texts(one)) for one in ids])
         return replace(outputs, token_texts=tuple(token_texts))
+
+    def _require_size(self, pixels: np.ndarray) -> None:
+        if len(pixels) != self._actor.info.image_size_px:
+            raise OtherModel
 
     def _submit(
         self, request: Request, index: int, report: Callable[[int, str], None] | None

@@ -29,11 +29,15 @@ UNKNOWN_FILE = (
 )
 
 
-def check(path: Path) -> None:
+def check(path: Path, with_models: bool = False) -> None:
     """Check a cluster file, a Serve config or Kubernetes manifests, told apart by their keys.
 
+    Args:
+        with_models: whether to look at the models of the endpoint too.
+
     Raises:
-        ValueError: the file is wrong; the message names the key.
+        ValueError: the file is wrong; the message names the key, or the model that cannot be served.
+        OSError: the file cannot be read, or a model cannot be found or fetched.
     """
     import yaml
 
@@ -46,9 +50,9 @@ def check(path: Path) -> None:
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise ValueError(UNKNOWN_FILE)
     if all("kind" in document for document in documents):
-        check_manifests(documents)
+        check_manifests(documents, with_models)
     elif len(documents) == 1 and "applications" in documents[0]:
-        check_serve_config(documents[0])
+        check_serve_config(documents[0], with_models)
     elif len(documents) == 1 and "cluster_name" in documents[0]:
         check_cluster(documents[0])
     else:
@@ -58,8 +62,8 @@ def check(path: Path) -> None:
             raise ValueError(f"{key} holds {placeholder}; write your own value there")
 
 
-def check_manifests(documents: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless the KubeRay operator and Serve would take the manifests."""
+def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) -> None:
+    """Raise ValueError unless the KubeRay operator and Serve would take the manifests; see `check`."""
     import yaml
 
     for manifest in documents:
@@ -75,7 +79,8 @@ def check_manifests(documents: list[dict[str, Any]]) -> None:
         for complaint in found:
             raise ValueError(f"{manifest['kind']}: {complaint}")
         if manifest["kind"] == "RayService":
-            check_serve_config(yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {})
+            config = yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {}
+            check_serve_config(config, with_models)
 
 
 def check_cluster(document: Mapping[str, Any]) -> None:
@@ -89,8 +94,8 @@ def check_cluster(document: Mapping[str, Any]) -> None:
         raise ValueError(f"{error.json_path.removeprefix('$.')}: {error.message}") from None
 
 
-def check_serve_config(document: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `serve deploy` would take the config and ignore nothing in it."""
+def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -> None:
+    """Raise ValueError unless `serve deploy` would take the config and ignore nothing in it; see `check`."""
     from ray.serve.schema import ServeDeploySchema
 
     from deploy.app import CAPTIONER, GATEWAY, ServeArgs, captioner_of
@@ -105,6 +110,8 @@ def check_serve_config(document: Mapping[str, Any]) -> None:
         for deployment in application.get("deployments", []):
             if deployment["name"] not in known:
                 raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment['name']}")
+        if with_models:
+            settings.check_models()
 
 
 def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[str]:
@@ -143,19 +150,26 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help=f"default: the Serve config of this package, and {CLUSTER_FILE} of the working folder if any",
     )
-    paths: list[str] = parser.parse_args(argv).files
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="also find the models of the endpoint, as its engines would, without loading weights; do it "
+        "before each update",
+    )
+    arguments = parser.parse_args(argv)
+    paths: list[str] = arguments.files
     try:
         require_packages(PROG, NEEDS, "serve")
     except MissingPackages as error:
         sys.stderr.write(f"{error}\n")
         return WRONG_FLAGS
     if paths:
-        num_wrong = sum(_is_wrong(Path(path)) for path in paths)
+        num_wrong = sum(_is_wrong(Path(path), arguments.models) for path in paths)
     else:
         with as_file(files("deploy") / "serve_config.yaml") as packaged:
-            num_wrong = _is_wrong(packaged)
+            num_wrong = _is_wrong(packaged, arguments.models)
         if Path(CLUSTER_FILE).exists():
-            num_wrong += _is_wrong(Path(CLUSTER_FILE))
+            num_wrong += _is_wrong(Path(CLUSTER_FILE), arguments.models)
         else:
             sys.stdout.write(
                 f"no cluster was checked: there is no {CLUSTER_FILE} in this folder; name one: {PROG} FILE\n"
@@ -163,9 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if num_wrong else 0
 
 
-def _is_wrong(path: Path) -> bool:
+def _is_wrong(path: Path, with_models: bool) -> bool:
     try:
-        check(path)
+        check(path, with_models)
     except (ValueError, OSError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         sys.stderr.write(f"error: {path}: {reason}\n")

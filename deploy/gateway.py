@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, Result, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, ModelInfo, Result, Status
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -25,7 +25,7 @@ from deploy.guard.cost import Cost
 from deploy.guard.decoding import DecodingBySize
 from deploy.guard.keys import KeyFile
 from deploy.http.api import create_api
-from deploy.http.errors import of_status
+from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.service import ServedModel
@@ -39,6 +39,7 @@ from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings
+from deploy.trials.trials import Trials
 from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
 
 logger = logging.getLogger("ray.serve")
@@ -80,6 +81,7 @@ class Gateway:
         remote = {name: RemoteCaptioner(handle) for name, handle in others.items()}
         self._models = Models(RemoteCaptioner(captioner), remote, settings)
         self.first = await self._models.start()
+        self._trials = Trials(settings, self._models, lambda: self._admission.is_busy)
         deployments = [handle.deployment_name for handle in (captioner, *others.values())]
         self._readiness = Readiness(captioner.app_name, deployments)
         self.fleet = Fleet(captioner.app_name, deployments)
@@ -106,16 +108,25 @@ class Gateway:
     def model_names(self) -> Sequence[str]:
         return self._models.names
 
-    async def model(self, name: str | None) -> ServedModel:
+    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> ServedModel:
         model = self.first if name is None else await self._models.get(name)
+        if name is None and may_be_on_trial:
+            model = self._trials.choose(model)
         if (record := RECORD.get()) is not None:
             record.model = model.name
         return model
 
-    def admit(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def admit(self, cost: Cost) -> AsyncIterator[None]:
         if (record := RECORD.get()) is not None:
             record.slots, record.steps = cost.slots, cost.steps
-        return self._admission.admit(cost)
+        try:
+            async with self._admission.admit(cost):
+                yield
+        except ApiError as error:
+            if error.code == 504:
+                await self._readiness.check()  # without any engine it is 503
+            raise
 
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
         if (record := RECORD.get()) is not None:
@@ -135,6 +146,13 @@ class Gateway:
     async def make(
         self, model: ServedModel, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False
     ) -> Made:
+        made = await self._make_or_find(model, source, work, needs_tokens)
+        self._trials.record_answer(model, work, made)
+        return made
+
+    async def _make_or_find(
+        self, model: ServedModel, source: ImageSource, work: ImageWork, needs_tokens: bool
+    ) -> Made:
         image = await self.load(source)
         digest = await in_lane(len(image), lambda: sha256_of(image))
         if self._finished_run is not None and model is self.first and not needs_tokens:
@@ -142,12 +160,15 @@ class Gateway:
             if stored is not None:
                 CACHE_REQUESTS.inc(1, {"result": "run"})
                 return stored
-        key = (model.name, digest, work)
+        key = (model.name, model.info.digest, digest, work)
         return await self._shared_work.get(key, lambda: self._make(model, image, digest, work))
 
     async def _make(self, model: ServedModel, image: bytes, digest: str, work: ImageWork) -> Made:
         decoded = await self.decode(model, image)
-        return Made.of(digest, decoded, await self.run(model, decoded, work))
+        made = Made.of(digest, decoded, await self.run(model, decoded, work))
+        if model is self.first:
+            self._trials.copy(model, decoded.array(model.info.image_size_px), work, made)
+        return made
 
     async def run(self, model: ServedModel, image: DecodedImage, work: ImageWork) -> ImageOutputs:
         """Make everything that is asked of an image; raise ApiError unless every part is ok."""
@@ -156,7 +177,16 @@ class Gateway:
             outputs = await captioner.run(image.array(model.info.image_size_px), work)
         if outputs.failure is not None:
             raise of_status(*outputs.failure)
+        if outputs.model is not None and outputs.model != model.info:
+            self._update(model, outputs.model)
         return outputs
+
+    def _update(self, model: ServedModel, info: ModelInfo) -> None:
+        """Know a model as it is now; its engines may be replaced after this gateway has asked them."""
+        updated = self._models.update(model, info)
+        if model is self.first:
+            self.first = updated
+            self._finished_run = None  # it was of the former model
 
     async def stream(
         self, model: ServedModel, image: DecodedImage, work: ImageWork
@@ -172,7 +202,8 @@ class Gateway:
     async def run_batch(
         self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
     ) -> AsyncGenerator[list[tuple[int, Result]], None]:
-        async with aclosing(self._models.captioner(model).run_batch(images, texts)) as finished:
+        captioner = self._models.captioner(model)
+        async with aclosing(captioner.run_batch(images, texts, model.info.digest)) as finished:
             async for results in finished:
                 yield results
 
@@ -196,6 +227,7 @@ class Gateway:
         except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
             return
         self.set_draining(self._is_ending or is_draining)
+        self._trials.write_if_due()
 
     def set_draining(self, is_draining: bool) -> None:
         """Be unready and refuse new requests, or take them again."""
@@ -216,3 +248,4 @@ class Gateway:
         if hasattr(self, "_decoding"):
             self._decoding.close()
             self._fetching.close()
+            self._trials.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from blip2_actor import Embedding, ModelInfo, Result
 from deploy.http.errors import overloaded, unavailable
 from deploy.http.service import ServedModel, require_name
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+from deploy.work import ImageOutputs, ImageWork, OtherModel, TextOfBatch, TextPiece
 
 
 class Models:
@@ -33,7 +34,7 @@ class Models:
         self._others = others
         self._settings = settings
         self._served: dict[str, ServedModel] = {}
-        self._asking: dict[str, asyncio.Task[ServedModel]] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> ServedModel:
         """Wait for the engines of the first model, and return it.
@@ -53,6 +54,12 @@ class Models:
     def captioner(self, model: ServedModel) -> RemoteCaptioner:
         return self._others.get(model.name, self._first)
 
+    def known(self, name: str) -> ServedModel | None:
+        """Return a model whose engines have answered; else have them started, and return None."""
+        if name not in self._served:
+            self._begin_to_ask(name)
+        return self._served.get(name)
+
     async def get(self, name: str) -> ServedModel:
         """Return a model; if it is asked for the first time, its engines are.
 
@@ -61,24 +68,44 @@ class Models:
         """
         require_name(self.names, name)
         if name not in self._served:
-            asking = self._asking.get(name)
-            if asking is None or asking.done():
-                asking = self._asking[name] = asyncio.create_task(self._ask(name))
+            asking = self._begin_to_ask(name)
             try:
                 async with asyncio.timeout(self._settings.timeout_s):
-                    self._served[name] = await asyncio.shield(asking)
+                    await asyncio.shield(asking)
             except TimeoutError:
                 raise unavailable(f"the engines of {name} are starting") from None
         return self._served[name]
 
-    async def _ask(self, name: str) -> ServedModel:
+    def _begin_to_ask(self, name: str) -> asyncio.Task[None]:
+        asking = self._asking.get(name)
+        if asking is None or asking.done():
+            asking = self._asking[name] = asyncio.create_task(self._ask(name))
+            asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # which reads it
+        return asking
+
+    async def _ask(self, name: str) -> None:
         with _no_engine_is_503():
-            return self._describe(name, await self._others[name].info(), None)
+            self._served[name] = self._describe(name, await self._others[name].info(), None)
+
+    def update(self, model: ServedModel, info: ModelInfo) -> ServedModel:
+        """Return a model as the engine has described it that has just answered, and take it from now on."""
+        options = self._settings.options.resolve(info.generation_config)
+        updated = replace(model.made_by(info), options=options)
+        self._served.pop(model.name, None)
+        self._served = {updated.name: updated, **self._served}
+        return updated
 
     def _describe(self, name: str, info: ModelInfo, matching: ModelInfo | None) -> ServedModel:
         self._settings.require_fit(info, matching)
         options = self._settings.options.resolve(info.generation_config)
-        return ServedModel(name=name, info=info, options=options, matching=matching)
+        return ServedModel(
+            name=name,
+            info=info,
+            options=options,
+            matching=matching,
+            calibration=self._settings.read_calibration(),
+            min_confidence=self._settings.min_confidence,
+        )
 
 
 class RemoteCaptioner:
@@ -101,12 +128,12 @@ class RemoteCaptioner:
         Raises:
             ApiError: 503; no engine can take the request.
         """
-        outputs: ImageOutputs = await _answer(self._handle.run.remote(pixels, work))
+        outputs: ImageOutputs = await self._answer("run", pixels, work)
         return outputs
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         """As `Captioner.embed_texts`; raises what `run` raises."""
-        embeddings: list[Embedding] = await _answer(self._handle.embed_texts.remote(texts))
+        embeddings: list[Embedding] = await self._answer("embed_texts", texts)
         return embeddings
 
     async def stream(
@@ -118,35 +145,62 @@ class RemoteCaptioner:
                 yield item
 
     async def run_batch(
-        self, images: np.ndarray, texts: Sequence[TextOfBatch]
+        self, images: np.ndarray, texts: Sequence[TextOfBatch], digest: str
     ) -> AsyncGenerator[list[tuple[int, Result]], None]:
         """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
-        async with aclosing(self._items("run_batch", images, texts)) as items:
+        async with aclosing(self._items("run_batch", images, texts, digest)) as items:
             async for item in items:
                 yield item
 
+    async def _answer(self, method: str, *arguments: Any) -> Any:
+        """Return what a method of a captioner returns.
+
+        A captioner may die meanwhile. Then another one is asked, once: an image that kills its captioner must
+        not reach all of them.
+        """
+        with _no_engine_is_503():
+            try:
+                return await self._ask(method, *arguments)
+            except RayActorError:
+                return await self._ask(method, *arguments)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Ask one captioner; if the wait is cancelled, free the slots of its engine."""
+        response = getattr(self._handle, method).remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
     async def _items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
-        """Yield what a method of the captioner yields; if that ends early, free the slots of the engine."""
+        """Yield what a method of a captioner yields; as in `_answer`, until the first item is there."""
+        is_started = False
+        with _no_engine_is_503():
+            try:
+                async with aclosing(self._ask_for_items(method, *arguments)) as items:
+                    async for item in items:
+                        is_started = True
+                        yield item
+                return
+            except RayActorError:
+                if is_started:
+                    raise
+            async with aclosing(self._ask_for_items(method, *arguments)) as items:
+                async for item in items:
+                    yield item
+
+    async def _ask_for_items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        """Ask one captioner; if that ends early, free the slots of its engine."""
         response = self._handle.options(method_name=method, stream=True).remote(*arguments)
         is_complete = False
         try:
-            with _no_engine_is_503():
-                async for item in response:
-                    yield item
+            async for item in response:
+                yield item
             is_complete = True
         finally:
             if not is_complete:
                 response.cancel()
-
-
-async def _answer(response: Any) -> Any:
-    """Wait for Serve's response; if the wait is cancelled, free the slots of the engine."""
-    try:
-        with _no_engine_is_503():
-            return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
 
 
 @contextmanager
@@ -155,3 +209,5 @@ def _no_engine_is_503() -> Iterator[None]:
         yield
     except (BackPressureError, DeploymentUnavailableError, RayActorError):
         raise overloaded("no engine can take the request now") from None
+    except OtherModel:
+        raise unavailable("the model is being updated") from None

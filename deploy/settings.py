@@ -15,9 +15,18 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import Any, ClassVar, NoReturn
 
-from blip2_actor import EngineConfig, FetchPolicy, GenerationOptions, ImageLimits, MatchingConfig, ModelInfo
+from blip2_actor import (
+    Calibration,
+    EngineConfig,
+    FetchPolicy,
+    GenerationOptions,
+    ImageLimits,
+    MatchingConfig,
+    ModelInfo,
+)
 from blip2_actor.flags import Parser, add_flags, hiding, prefixed, written_as
 from deploy.observe.logs import LogLevel
+from deploy.trials.share import Share
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
@@ -52,11 +61,27 @@ class Settings:
     other_models: tuple[str, ...] = field(default=(), metadata=written_as("NAME=MODEL"))
     """Further model that requests may name, with engines of its own, such as
     tuned="folder --quantize int8": flags of the engine after it differ from those of --model."""
+    ab_test: str | None = field(default=None, metadata=written_as("NAME=SHARE"))
+    """Have one of --other-models answer a share of the requests that name no model, such as tuned=0.1. A
+    request with the same X-Request-ID always gets the same model; each answer says which."""
+    shadow: str | None = field(default=None, metadata=written_as("NAME=SHARE"))
+    """Have one of --other-models make again what the first model has made, for a share of the requests. It
+    has low priority, its answers are thrown away, and under load it makes none."""
+    trial_record: str | None = None
+    """Folder of this machine where the captions of both models are written as Parquet files, with the
+    SHA-256 of the image, for blip2 compare; by default nothing is recorded."""
+    trial_prompts: bool = False
+    """Also record prompts, which may be private."""
     score_model: str | None = None
     """Retrieval checkpoint that compares images with texts, next to the captioning model, such as
     Salesforce/blip2-itm-vit-g."""
     score_revision: str | None = None
     """Commit, tag or branch of --score-model."""
+    calibration: str | None = None
+    """File of blip2 calibrate: captions with its prompt and options get a confidence, the probability that
+    they are right."""
+    min_confidence: float = 0.0
+    """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1."""
     timeout_s: float = 60.0
     """Seconds from the whole request to its answer; after that the answer is 504."""
     max_in_flight: int = 512
@@ -96,6 +121,14 @@ class Settings:
         """The engines of `other_models`, by name."""
         return dict(_engine_of(given, self.engine) for given in self.other_models)
 
+    @cached_property
+    def ab_test_share(self) -> Share | None:
+        return None if self.ab_test is None else Share.parse("ab_test", self.ab_test, self.other_engines)
+
+    @cached_property
+    def shadow_share(self) -> Share | None:
+        return None if self.shadow is None else Share.parse("shadow", self.shadow, self.other_engines)
+
     @property
     def matching(self) -> MatchingConfig | None:
         """The retrieval checkpoint, with the device, dtype and threads of the engine; None without one."""
@@ -104,17 +137,28 @@ class Settings:
         shared = {name: getattr(self.engine, name) for name in ("device", "dtype", "num_threads")}
         return MatchingConfig(model=self.score_model, revision=self.score_revision, **shared)
 
+    def read_calibration(self) -> Calibration | None:
+        """Return the calibration of the captions, or None without one; ValueError if it cannot be read."""
+        return None if self.calibration is None else Calibration.load(self.calibration)
+
     def check_models(self) -> None:
         """Refuse models that cannot be served, without loading weights.
 
         Raises:
-            ValueError: a checkpoint cannot be run, the two take images of different sizes, or an option has
-                token ids that the model does not have.
+            ValueError: a checkpoint cannot be run, the two take images of different sizes, an option has
+                token ids that the model does not have, or the calibration is of another model.
             OSError: a checkpoint cannot be found or fetched.
         """
-        self.require_fit(self.engine.info(), None if self.matching is None else self.matching.info())
-        for engine in self.other_engines.values():
-            self.require_fit(engine.info(), None)
+        models = [self.engine.info(), *(engine.info() for engine in self.other_engines.values())]
+        self.require_fit(models[0], None if self.matching is None else self.matching.info())
+        for model in models[1:]:
+            self.require_fit(model, None)
+        calibration = self.read_calibration()
+        if calibration is not None and calibration.model not in [model.digest for model in models]:
+            raise ValueError(
+                f"calibration must be of a model that is served, got {self.calibration}; make a new one: "
+                "blip2 calibrate"
+            )
 
     def require_fit(self, model: ModelInfo, matching: ModelInfo | None) -> None:
         """Raise ValueError unless the models fit each other and the options.
@@ -136,6 +180,10 @@ class Settings:
         if len(set(names)) < len(names):
             raise ValueError(f"other_models must have different names, got {', '.join(names)}; rename one")
         assert len(self.other_engines) == len(self.other_models)  # which refuses what is wrong in them
+        if (self.ab_test_share or self.shadow_share) is None and self.trial_record is not None:
+            raise ValueError("trial_record must be left out without ab_test or shadow; give one of them")
+        if self.trial_record is None and self.trial_prompts:
+            raise ValueError("trial_prompts must be left out without trial_record; name a folder")
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
@@ -143,6 +191,10 @@ class Settings:
         for name in ("decode_children", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must be from 0 to 1, got {self.min_confidence}")
+        if self.min_confidence and self.calibration is None:
+            raise ValueError("min_confidence must be left out without calibration; name its file")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         for host in self.allow_image_host:

@@ -9,7 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blip2_actor import Completion, Embedding, Features, GenerationOptions, Match, Result, Score, Status
+from blip2_actor import (
+    Completion,
+    Embedding,
+    Features,
+    GenerationOptions,
+    Match,
+    ModelInfo,
+    Result,
+    Score,
+    Status,
+)
+
+
+class OtherModel(RuntimeError):
+    """The captioner has another model than the gateway asks for: one of them is being updated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,8 @@ class ImageOutputs:
     contrastive: Embedding | None = None
     attention: np.ndarray | None = None
     """float32[R, R], as `Features.attention_grid`; only if it is wanted."""
+    model: ModelInfo | None = None
+    """What made them. During an update, not every captioner has the model that a gateway knows."""
     token_texts: tuple[tuple[str, ...], ...] = ()
     """What each token adds to its text, one entry for each of `completions`; only if it is wanted."""
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 REGENERATED = "regenerated"
 """The flag of a caption that was generated again, because the first one had flags; it is no fault itself."""
-NO_FAULTS = {REGENERATED, "truncated"}
+NO_FAULTS = {REGENERATED, "truncated", "abstained"}
 """Flags that say something else of a row than that its caption looks wrong."""
 MIN_CAPTIONS = 20
 """Fewer captions may well be the same."""

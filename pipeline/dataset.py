@@ -40,6 +40,8 @@ def caption(
     score_revision: str | None = None,
     score_kind: ScoreKind | None = None,
     regenerate: bool = False,
+    calibration: str | None = None,
+    min_confidence: float = 0.0,
     reuse_identical: bool = False,
     placement: Placement = Placement(),
     limits: ImageLimits = ImageLimits(),
@@ -65,6 +67,9 @@ def caption(
         score_kind: score of the retrieval checkpoint: "itm" (probability of a match, the default) or "itc"
             (cosine).
         regenerate: caption an image again if the quality check sets `flags` on its caption.
+        calibration: file of `blip2 calibrate`; adds the column confidence, the probability that the caption
+            is right.
+        min_confidence: set the flag `abstained` on captions whose confidence is lower.
         reuse_identical: generate the texts of byte-identical images once per actor.
         placement: how many actors run, and on what.
         limits: what decoding one image may cost.
@@ -99,6 +104,8 @@ def caption(
         score_revision=score_revision,
         score_kind=score_kind,
         regenerate=regenerate,
+        calibration=calibration,
+        min_confidence=min_confidence,
     )
     spec = CaptionSpec(
         engine=engine,
@@ -107,6 +114,7 @@ def caption(
         prompt=prompt,
         prompt_column=prompt_column,
         outputs=outputs,
+        calibration=outputs.read_calibration(),
         reuse_identical=reuse_identical,
         limits=limits,
         fetch=fetch,

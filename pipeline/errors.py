@@ -6,24 +6,32 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+SHARD: ContextVar[str | None] = ContextVar("shard", default=None)
+"""The shard that this thread works on; messages of its log say so."""
 WHILE = "while "
 """Begins the note that `noted` adds to an exception."""
 
 
 @contextmanager
-def noted(doing: str) -> Iterator[None]:
+def noted(doing: str, shard: str | None = None) -> Iterator[None]:
     """Note in an exception of the block what was being done, and on which node; the driver says it.
 
     Args:
         doing: a stage and a file, such as "reading part0.tar".
+        shard: the shard, for the log.
     """
+    before = SHARD.get()
+    SHARD.set(shard)
     try:
         yield
     except Exception as error:
         if not any(note.startswith(WHILE) for note in getattr(error, "__notes__", ())):
             error.add_note(f"{WHILE}{doing} on node {os.uname().nodename}")
         raise
+    finally:
+        SHARD.set(before)  # Not by a token: a generator may be closed in another thread.
 
 
 class InputError(ValueError):

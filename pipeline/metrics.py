@@ -67,12 +67,18 @@ def _label(run: str) -> None:
 _label("")  # A label without a value would be refused.
 
 
-def label_with_run() -> None:
-    """Label the metrics of this process with the id of the run, which the job in Ray carries."""
+def run_of_job() -> str:
+    """Return the id of the run, which the job in Ray carries; "" without a job."""
     if not ray.is_initialized():
-        return
+        return ""
     metadata = dict(worker.global_worker.core_worker.get_job_config().metadata)
-    _label(metadata.get(RUN_ID, ""))
+    return metadata.get(RUN_ID, "")
+
+
+def label_with_run() -> None:
+    """Label the metrics of this process with the id of the run."""
+    if ray.is_initialized():
+        _label(run_of_job())
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class Int8Weight:
                 torch.addcmul(bias, found, factor, out=found)
             if activation is not None:
                 found = activation(found)
-            if found is not result:
+            if found.data_ptr() != result.data_ptr():
                 result.copy_(found)
         return output.unflatten(0, input.shape[:-1])
 

@@ -62,6 +62,11 @@ class Admission:
         self.set_draining(True)
         await self._is_idle.wait()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits, or one that came now would."""
+        return self._gate.num_waiting > 0 or self._gate.is_full
+
     def stats(self) -> dict[str, int | bool]:
         """Return what is admitted and waits now."""
         return {
@@ -109,7 +114,8 @@ class Admission:
         """Hold what batch work costs, next to all other requests, while the block runs.
 
         The block gets a function that raises ApiError when it should end: the gateway is draining, or the
-        time is over. Batch work does not hold up draining, and nothing waits for its slots.
+        time is over. Then 504 says that the work is too long for it, and 503 that others have the slots.
+        Batch work does not hold up draining, and nothing waits for its slots.
 
         Raises:
             ApiError: 403 or 503.
@@ -128,6 +134,8 @@ class Admission:
         def check() -> None:
             self.check_open()
             if time.monotonic() > ends_at_s:
+                if self._gate.is_full:
+                    raise unavailable(f"other requests have the slots, for {self._timeout_s:g} s now")
                 raise ApiError(504, "timeout", f"not finished within {self._timeout_s:g} s; ask again")
 
         try:

@@ -58,6 +58,10 @@ class FairGate:
     def units_held(self) -> int:
         return self._units_held
 
+    @property
+    def is_full(self) -> bool:
+        return self._units_held >= self._capacity
+
     async def enter(self, units: int, work: int, caller: str) -> Callable[[], None]:
         """Wait in line, then hold units until the returned function is called.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from blip2_actor import (
     ModelInfo,
     Result,
     Score,
+    abstention_flags,
     find_quality_flags,
 )
 from deploy.http.service import ServedModel
@@ -90,8 +91,11 @@ class CaptionAnswer(Answer):
     """Sum of the log-probabilities of the tokens, natural log."""
     num_tokens: int
     finish_reason: FinishReason
+    confidence: float | None
+    """Probability that the caption is right; null without a calibration of its prompt and options."""
     flags: list[str]
-    """What looks degenerate: empty, looping, echoes_prompt; and truncated if the image lacks its end."""
+    """What looks degenerate: empty, looping, echoes_prompt; truncated if the image lacks its end; abstained
+    if the confidence is below the service's limit."""
     status: str
     error: str | None
     width: int | None
@@ -126,17 +130,21 @@ def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Ma
         made: what was made of it.
     """
     outputs = made.outputs
+    model = model.made_by(outputs.model)
     caption, *answers = map(_text_answer, outputs.texts, work.texts)
     if made.image.is_truncated:
         caption["flags"].append("truncated")
     if made.num_tokens is not None:
         caption |= {"num_tokens": made.num_tokens, "token_ids": None}
+    confidence = _confidence(model, work.texts[0], caption)
+    caption["flags"] += abstention_flags(confidence, model.min_confidence)
     completions = outputs.texts[0].completions
     several = len(completions) > 1
     answer = {
         "caption": caption.pop("text"),
         "captions": [completion.text for completion in completions] if several else None,
         "logprobs": [completion.logprob for completion in completions] if several else None,
+        "confidence": confidence,
         **caption,
         "status": "ok",
         "error": None,
@@ -157,6 +165,13 @@ def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Ma
         "attention": None if outputs.attention is None else outputs.attention.tolist(),
     }
     return answer | {name: part for name, part in parts.items() if part}
+
+
+def _confidence(model: ServedModel, asked: TextToGenerate, caption: Mapping[str, Any]) -> float | None:
+    calibration = model.calibration
+    if calibration is None or not calibration.fits(model.info.digest, asked.prompt, asked.options):
+        return None
+    return calibration.probability(caption["logprob"], caption["num_tokens"])
 
 
 def _text_answer(result: Result, asked: TextToGenerate) -> dict[str, Any]:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, GenerationOptions, ModelInfo, Result
+from blip2_actor import (
+    Calibration,
+    DecodedImage,
+    Embedding,
+    FetchPolicy,
+    GenerationOptions,
+    ModelInfo,
+    Result,
+)
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
@@ -30,6 +38,18 @@ class ServedModel:
     """Options of a request that names none."""
     matching: ModelInfo | None = None
     """The retrieval model next to it; None if it has none."""
+    calibration: Calibration | None = None
+    """Gives captions their confidence; None if the service has none."""
+    min_confidence: float = 0.0
+    """A caption with a lower confidence gets the flag `abstained`."""
+
+    def made_by(self, info: ModelInfo | None) -> ServedModel:
+        """Return the model as the engine describes it that has made an answer; None is this one."""
+        if info is None or info == self.info:
+            return self
+        # The first model has no other name than that of its checkpoint.
+        name = info.model if self.name == self.info.model else self.name
+        return replace(self, name=name, info=info)
 
 
 def require_name(names: Sequence[str], name: str) -> None:
@@ -67,8 +87,11 @@ class Service(Protocol):
         """All replicas, for the operator."""
         ...
 
-    async def model(self, name: str | None) -> ServedModel:
+    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> ServedModel:
         """Return the model that a request names, or the first one; the engines of others may start for it.
+
+        Args:
+            may_be_on_trial: whether the model of an A/B test may take the place of the first one.
 
         Raises:
             ApiError: 404 no model has this name, 503 its engines do not run.
@@ -80,7 +103,7 @@ class Service(Protocol):
 
         Raises:
             ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
-                when the time is over.
+                when the time is over, or 503 if no engine runs then.
         """
         ...
 

@@ -41,6 +41,14 @@ CACHE_REQUESTS = Counter(
     ("result",),
 )
 CACHE_BYTES = Gauge("blip2_cache_bytes", "Memory of the answers that are kept, about.")
+SHADOW_REQUESTS = Counter(
+    "blip2_shadow_requests_total",
+    "Requests of the share for the shadow model, by what became of their copy: made, failed, or dropped.",
+    ("result",),
+)
+TRIAL_ROWS = Counter(
+    "blip2_trial_rows_total", "Rows recorded of models on trial: written, or dropped.", ("result",)
+)
 
 # Serve's proxies --------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ CLIENT_LEFT = 499
 class RequestRecord:
     """One request."""
 
+    request_id: str = ""
+    """What the client has sent as X-Request-ID, or what the front has made in its place."""
     key: str | None = None
     """Name of the caller's key."""
     model: str | None = None
@@ -78,7 +80,8 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record, code, began_s = RequestRecord(), CLIENT_LEFT, time.perf_counter()
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        record, code, began_s = RequestRecord(request_id), CLIENT_LEFT, time.perf_counter()
         RECORD.set(record)
 
         async def send_with_timing(message: Message) -> None:

@@ -114,7 +114,7 @@ def chat_router(service: Service) -> APIRouter:
         """
         body = await read_body(request, ChatBody, service.image_policy)
         body.check()
-        model = await service.model(body.model)
+        model = await service.model(body.model, may_be_on_trial=True)
         text = body.text(model)
         image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
         chat = _Chat(service, model, text, image, bool(body.logprobs))
@@ -142,13 +142,17 @@ class _Chat:
         self._text = text
         self._image = image
         self._wants_logprobs = wants_logprobs
-        by_default = TextToGenerate(prompt=None, options=model.options)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model.name,
-            "system_fingerprint": fingerprint(model.info, by_default),
+            **self._identity(),
         }
+
+    def _identity(self, outputs: ImageOutputs | None = None) -> dict[str, str]:
+        """Say which model answers."""
+        model = self._model if outputs is None else self._model.made_by(outputs.model)
+        by_default = TextToGenerate(prompt=None, options=model.options)
+        return {"model": model.name, "system_fingerprint": fingerprint(model.info, by_default)}
 
     async def complete(self) -> dict[str, Any]:
         """Return a `ChatCompletion`."""
@@ -165,7 +169,8 @@ class _Chat:
             for index, (completion, logprobs) in enumerate(self._completions(outputs))
         ]
         usage = self._usage(outputs)
-        return self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
+        head = self._head | self._identity(outputs)
+        return head | {"object": "chat.completion", "choices": choices, "usage": usage}
 
     async def stream(self, emit: Emit, wants_usage: bool) -> None:
         """Emit each `ChatCompletionChunk`."""

@@ -73,7 +73,7 @@ class BatchBody(Body):
             raise ApiError(409, "wrong_model", f"the model of the service has another {', '.join(wrong)}")
 
 
-class GeneratedText(BaseModel):
+class BatchCompletion(BaseModel):
     text: str
     token_ids: list[int]
     logprob: float
@@ -89,7 +89,7 @@ class BatchLine(BaseModel):
     status: str
     error: str | None
     num_prompt_tokens: int
-    completions: list[GeneratedText]
+    completions: list[BatchCompletion]
 
 
 class BrokenOff(BaseModel):

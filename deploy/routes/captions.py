@@ -81,7 +81,7 @@ def captions_router(service: Service) -> APIRouter:
         The body is a form, JSON, or the image itself with everything else in the query.
         """
         body = await read_body(request, CaptionBody, service.image_policy)
-        model = await service.model(body.model)
+        model = await service.model(body.model, may_be_on_trial=True)
         work = body.work(model)  # what cannot be done is refused before anything is decoded
         if not body.stream:
             return JSONResponse(await _caption(service, model, body, work, body.image))
@@ -99,7 +99,7 @@ def captions_router(service: Service) -> APIRouter:
         With `Accept: text/event-stream` the lines are the data of server-sent events.
         """
         body = await read_body(request, CaptionsBody, service.image_policy, MAX_BODIES)
-        model = await service.model(body.model)
+        model = await service.model(body.model, may_be_on_trial=True)
         work = body.work(model)
         wants_events = EVENTS in request.headers.get("accept", "")
         encode = event if wants_events else line

@@ -43,18 +43,18 @@ class MatchBody(Body):
     texts: SomeTexts
 
 
-class ImagePart(Body):
+class RankedImage(Body):
     """An image among texts."""
 
     image: str
     """In base64, a data URI, or a URL of a host that the service allows."""
 
 
-class TextPart(Body):
+class RankedText(Body):
     text: Text
 
 
-Part = Text | TextPart | ImagePart
+Part = Text | RankedText | RankedImage
 """A text, or an image; a plain string that starts with `data:image/` is an image too."""
 
 
@@ -97,7 +97,7 @@ class Ranked(Answer):
     relevance_score: float
     """From 0 to 1: the probability of a match by the retrieval model; without one, the mean probability of a
     token of the text after the image."""
-    document: TextPart | None = None
+    document: RankedText | None = None
 
 
 class RerankAnswer(Answer):
@@ -159,15 +159,15 @@ def scores_router(service: Service) -> APIRouter:
     return router
 
 
-def _written(part: str | TextPart | ImagePart) -> str:
+def _written(part: str | RankedText | RankedImage) -> str:
     if isinstance(part, str):
         return part
-    return part.text if isinstance(part, TextPart) else part.image
+    return part.text if isinstance(part, RankedText) else part.image
 
 
-def _content(service: Service, name: str, part: str | TextPart | ImagePart) -> str | ImageSource:
+def _content(service: Service, name: str, part: str | RankedText | RankedImage) -> str | ImageSource:
     """Return a text, or an image."""
-    if isinstance(part, TextPart):
+    if isinstance(part, RankedText):
         return part.text
     if isinstance(part, str) and not part.startswith("data:image/"):
         return part

@@ -157,6 +157,16 @@ COMMANDS = {
         ),
         needs=NO_RAY,
     ),
+    "calibrate": Command(
+        "Fit the probability that a caption is right, on captions whose truth is known.",
+        _READ + "CalibrateSettings",
+        "pipeline.compare.calibrate:command",
+        (
+            ("blip2 calibrate captions --reference truth", "by a column that was kept with --keep truth"),
+            ("blip2 calibrate captions --judged judged.csv", "by what a person says of some captions"),
+        ),
+        needs=NO_RAY,
+    ),
     "doctor": Command(
         "Check this machine, and a model, an input and an output.",
         "pipeline.settings.doctor_settings:DoctorSettings",

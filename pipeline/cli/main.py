@@ -36,6 +36,7 @@ from pipeline.cli.command_table import (
     SUBMIT,
     Command,
 )
+from pipeline.cli.log_level import LEVELS, print_log
 from pipeline.cli.serve import become_deployment
 
 EXAMPLES = (
@@ -82,6 +83,13 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
             sub.add_argument(
                 "-q", "--quiet", action="store_true", help="Print results, warnings and errors only."
             )
+            if command.starts_ray and "ray" in command.needs:
+                sub.add_argument(
+                    "--log-level",
+                    choices=LEVELS,
+                    help="Print log messages of this level and above, and let the workers write them as JSON "
+                    "to Ray's session folder.",
+                )
             if "json" not in {field.name for field in dataclasses.fields(command.settings)}:
                 sub.add_argument(
                     "--json", dest="json_lines", action="store_true", help="Print one JSON object per line."
@@ -128,14 +136,17 @@ def _run(arguments: list[str]) -> int:
     command, given = parse(arguments)
     settings = _build(given, _read_job(job))
     _choose_style(given)
+    level = getattr(given, "log_level", None)
     if given.verbose:
-        from pipeline.cli.verbose import print_log
-
-        print_log()
+        print_log("debug")
+    elif level is not None:
+        print_log(level)
     if command.starts_ray:
-        from pipeline.run.cluster import set_ray_environment
+        from pipeline.run.cluster import choose_log_level, set_ray_environment
 
         set_ray_environment()
+        if level is not None:
+            choose_log_level(level)
     return command.load()(settings)
 
 
@@ -147,9 +158,10 @@ def _choose_style(given: argparse.Namespace) -> None:
     from pipeline.progress import choose_style
 
     is_json = getattr(given, "json_lines", False)
+    is_logged = given.verbose or getattr(given, "log_level", None) is not None
     if is_json and given.quiet:
         raise ValueError("--quiet must be given without --json, got both; leave one of them out")
-    choose_style("json" if is_json else "quiet" if given.quiet else "text", may_be_live=not given.verbose)
+    choose_style("json" if is_json else "quiet" if given.quiet else "text", may_be_live=not is_logged)
 
 
 def parse(arguments: Sequence[str], requires: bool = True) -> tuple[Command, argparse.Namespace]:
@@ -197,4 +209,5 @@ def _read_job(arguments: Sequence[str]) -> dict[str, Any]:
     words = list(arguments)
     if "config" in given:  # the file is not on the cluster
         words = [given.command, *settings_as_words(effective_settings(given, command.settings))]
+        words += ["--log-level", given.log_level] if given.log_level else []
     return {"job": words, "job_settings": _build(given, {})}

@@ -8,6 +8,7 @@ from blip2_actor import Status
 from pipeline.compare.comparison import LOGPROB_DIGITS, Change, Comparison
 from pipeline.compare.edit_distance import diff
 from pipeline.compare.metrics import Score
+from pipeline.compare.plain_rows import Rows
 from pipeline.page.figures import histogram
 from pipeline.page.render import data_uri, render, shorten
 from pipeline.page.sheet import Card, Piece, Sheet, Text, used
@@ -19,8 +20,8 @@ ORDERS = {"distance": "edit distance", "change": "change of log-probability"}
 
 
 def comparison_page(
-    before: FinishedRows,
-    after: FinishedRows,
+    before: Rows,
+    after: Rows,
     comparison: Comparison,
     scores: dict[str, Score],
     num_thumbnails: int,
@@ -32,7 +33,9 @@ def comparison_page(
     """
     changes = comparison.largest()
     rows = [change.pair.before for change in changes]
-    pictures = thumbnails_of_run(before.run, rows, num_thumbnails)
+    pictures = {}
+    if isinstance(before, FinishedRows):  # the images of others are not known
+        pictures = thumbnails_of_run(before.run, rows, num_thumbnails)
     cards = [_card(change, pictures) for change in changes]
     figures = (
         histogram("Edit distance of captions in words", comparison.distances, "distance"),

@@ -11,6 +11,7 @@ from pipeline.compare.as_page import comparison_page
 from pipeline.compare.comparison import Comparison, compare
 from pipeline.compare.join import Join
 from pipeline.compare.metrics import Score
+from pipeline.compare.plain_rows import PlainRows, Rows, find_rows
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.ledger.ledger import Ledger
 from pipeline.progress import Console, write
@@ -22,7 +23,7 @@ from pipeline.settings.report_settings import CompareSettings
 def command(settings: CompareSettings) -> int:
     """Compare two outputs; the exit status says nothing of what has changed."""
     with before_work(type(settings)):
-        before, after = FinishedRows.find(settings.before), FinishedRows.find(settings.after)
+        before, after = find_rows(settings.before), find_rows(settings.after)
         _check(before, after, settings.reference)
         num_rows = max(_num_rows(before), _num_rows(after))
     others = [] if settings.reference is None else [settings.reference]
@@ -70,7 +71,7 @@ def _unmatched(comparison: Comparison) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in sorted(comparison.unmatched.items())) or "none"
 
 
-def _check(before: FinishedRows, after: FinishedRows, reference: str | None) -> None:
+def _check(before: Rows, after: Rows, reference: str | None) -> None:
     names = [side.schema().names for side in (before, after)]
     for side, columns in zip((before, after), names, strict=True):
         if "caption" not in columns:
@@ -82,7 +83,9 @@ def _check(before: FinishedRows, after: FinishedRows, reference: str | None) -> 
         )
 
 
-def _num_rows(rows: FinishedRows) -> int:
+def _num_rows(rows: FinishedRows | PlainRows) -> int:
+    if isinstance(rows, PlainRows):
+        return rows.num_rows
     ledger = Ledger(rows.folder)
     return ledger.reconcile(rows.run, ledger.of(rows.run).scan()).num_rows
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.report.rows import FinishedRows
+from pipeline.compare.plain_rows import Rows
 
 COLUMNS = ("key", "shard", "row", "sha256", "caption", "logprob", "status", "error", "width", "height")
 ROWS_AT_ONCE = 100_000
@@ -38,9 +38,7 @@ class Pair:
 class Join:
     """Iterate once over all pairs; then the counts of what has no partner are complete."""
 
-    def __init__(
-        self, before: FinishedRows, after: FinishedRows, num_rows: int, others: Sequence[str]
-    ) -> None:
+    def __init__(self, before: Rows, after: Rows, num_rows: int, others: Sequence[str]) -> None:
         """Prepare a join.
 
         Args:
@@ -61,7 +59,7 @@ class Join:
                 before, after = (_read(Path(folder) / f"{side}-{part}") for side in (0, 1))
                 yield from self._match(before, after)
 
-    def _split(self, rows: FinishedRows, folder: Path, side: int) -> None:
+    def _split(self, rows: Rows, folder: Path, side: int) -> None:
         """Write the rows of an output into as many files as there are parts."""
         writers: dict[int, pa.RecordBatchFileWriter] = {}
         with ExitStack() as files:

@@ -13,8 +13,6 @@ from pipeline.endpoint.client import Endpoint, pause_s, reason_in
 
 SILENT_S = 60.0
 """The endpoint sends an empty line each second; after this long without any, it is gone."""
-ORDERLY = ("timeout", "unavailable")
-"""Types with which an answer ends early and no text is to blame."""
 
 
 class WorkRefused(Exception):
@@ -28,9 +26,13 @@ class WorkRefused(Exception):
 class BrokenOff(Exception):
     """An answer ended before its last text."""
 
-    def __init__(self, reason: str, is_orderly: bool) -> None:
+    def __init__(self, reason: str, type: str = "") -> None:
+        """
+        Args:
+            type: what the endpoint says of it; "unavailable" and "timeout" are orderly ends.
+        """
         super().__init__(reason)
-        self.is_orderly = is_orderly
+        self.type = type
 
 
 class Connection:
@@ -67,10 +69,10 @@ class Connection:
                     continue
                 found = json.loads(line)
                 if "index" not in found:
-                    raise BrokenOff(str(found["error"]), found["status"] in ORDERLY)
+                    raise BrokenOff(str(found["error"]), found["status"])
                 yield found["index"], result_of(found)
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-            raise BrokenOff(f"has broken its answer off: {error!r}", is_orderly=False) from error
+            raise BrokenOff(f"has broken its answer off: {error!r}") from error
         finally:
             if not response.isclosed():
                 self.close()

@@ -43,7 +43,8 @@ MAX_BYTES = 8 << 20
 PAUSE_S = 1.0
 """Least pause before the next try if the endpoint asks for none."""
 MAX_BREAKS = 3
-"""After so many answers that broke off, a text is sent alone; after as many alone, it fails."""
+"""After so many answers that broke off or were out of time, a text is sent alone; after as many alone, it
+fails."""
 BUSY = ("overloaded", "quota", "too_many_bytes")
 """Types of refusals that only ask for patience."""
 REFUSALS = (400, 413, 415, 422)
@@ -223,7 +224,7 @@ class RemoteEngine:
                     self._num_tokens += sum(len(one.token_ids) for one in result.completions)
                 texts[index].resolve(result)
             if not all(text.future.done() for text in texts):
-                raise BrokenOff("the answer lacks its end", is_orderly=False)
+                raise BrokenOff("the answer lacks its end")
         except WorkRefused as refusal:
             self._after_refusal(texts, refusal)
         except BrokenOff as end:
@@ -244,19 +245,20 @@ class RemoteEngine:
             time.sleep(refusal.pause_s)
             self._put_back(texts)
         elif refusal.code == 500:
-            self._after_break(texts, BrokenOff(str(refusal), is_orderly=False))
+            self._after_break(texts, BrokenOff(str(refusal)))
         else:
             self._pause(texts, str(refusal), refusal.pause_s)
 
     def _after_break(self, texts: list[_Text], end: BrokenOff) -> None:
         """Ask again. A text with which an answer breaks off each time must not break it for the others."""
-        left = [text for text in texts if not text.future.done()]
-        for text in left:
-            text.num_breaks += not end.is_orderly
+        # The first text of a request is the first to have slots, and the last to lose them to other callers.
+        suspects = {"unavailable": [], "timeout": texts[:1]}.get(end.type, texts)
+        for text in (text for text in suspects if not text.future.done()):
+            text.num_breaks += 1
             if text.num_breaks >= 2 * MAX_BREAKS:
                 error = f"the endpoint has failed each time on this image: {end}"
                 text.resolve(Result(status=Status.FAILED, error=error))
-        self._pause(left, str(end), PAUSE_S)
+        self._pause([text for text in texts if not text.future.done()], str(end), PAUSE_S)
 
     def _pause(self, texts: Sequence[_Text], state: str, at_least_s: float) -> None:
         if not self._waits:

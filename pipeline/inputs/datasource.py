@@ -116,6 +116,6 @@ def _read(
     if on_start is not None:
         on_start()
     for work in group:
-        with noted(f"reading {work.shard.uri}"):
+        with noted(f"reading {work.shard.uri}", work.shard.name):
             report = yield from read_unchanged(work, options, kept)
             on_end(report)

@@ -129,10 +129,10 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._refuse_while_held()
-        self._write(0)
+        self._take()
         self._thread.start()
-        # Of two drivers that start together the last to write wins; the other finds out here. If one is for a
-        # slice and one for the whole run, each sees the heartbeat of the other, and both may find out.
+        # Of two drivers that start together, one for a slice and one for the whole run, each sees the
+        # heartbeat of the other, and both may find out. In a store without conditions the last to write wins.
         try:
             self._refuse_while_held()
         except BaseException:
@@ -153,6 +153,16 @@ class Lease:
             if not self.lost and self._is_mine():
                 self._folder.delete(self._name)
 
+    def _take(self) -> None:
+        """Write the lease; raise OutputInUse if another driver has come first since nobody held it."""
+        if self._folder.put_new(self._name, self._content(0)):
+            return
+        holder = read_holder(self._folder, self._name)
+        known = {self._me.token, *self._dead}
+        if holder is not None and holder.token not in known and not holder.is_known_dead:
+            raise self._in_use(holder)
+        self._write(0)
+
     def _refuse_while_held(self) -> None:
         """Raise OutputInUse when another driver that lives works on the same shards."""
         for name, holder in read_holders(self._folder).items():
@@ -160,11 +170,14 @@ class Lease:
             if holder.token in known or holder.is_known_dead or not self._overlaps(parse_lease_name(name)):
                 continue
             if holder.is_on_this_machine or self._beats(name, holder):
-                raise OutputInUse(
-                    f"output must have one driver at a time, got {self._folder} while {holder} works on it; "
-                    "wait for it, stop it, or give another --output"
-                )
+                raise self._in_use(holder)
             self._dead.add(holder.token)
+
+    def _in_use(self, holder: Holder) -> OutputInUse:
+        return OutputInUse(
+            f"output must have one driver at a time, got {self._folder} while {holder} works on it; "
+            "wait for it, stop it, or give another --output"
+        )
 
     def _overlaps(self, other: RunSlice | None) -> bool:
         """Return whether a driver for that slice, or for the whole run, may work on our shards."""
@@ -202,8 +215,10 @@ class Lease:
         return holder is not None and holder.token == self._me.token
 
     def _write(self, beat: int) -> None:
-        holder = asdict(self._me) | {"beat": beat, "progress": self.progress()}
-        self._folder.put(self._name, json.dumps(holder).encode())
+        self._folder.put(self._name, self._content(beat))
+
+    def _content(self, beat: int) -> bytes:
+        return json.dumps(asdict(self._me) | {"beat": beat, "progress": self.progress()}).encode()
 
 
 def _machine() -> str:

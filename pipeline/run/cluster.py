@@ -30,6 +30,8 @@ QUIET = (
 """What Ray says on the terminal of every driver, and the job says in its own words."""
 
 
+_worker_level: str | None = None
+
 CONNECT_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
@@ -50,6 +52,12 @@ def set_ray_environment() -> None:
     if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def choose_log_level(level: str) -> None:
+    """Let the workers of jobs log as JSON from this level on, as `--log-level` asks for it."""
+    global _worker_level
+    _worker_level = level.upper()
 
 
 def is_cluster() -> bool:
@@ -82,6 +90,10 @@ def connected(run_id: str = "") -> Iterator[Cluster]:
     if not is_connected:
         job_config = JobConfig() if address else OurPackagesFirst()
         job_config.set_metadata(RUN_ID, run_id)
+        if _worker_level is not None:
+            # Only of the workers: as an argument of `ray.init` it would change the log of this process too.
+            config = ray.LoggingConfig("JSON", _worker_level, additional_log_standard_attrs=["name"])
+            job_config.set_py_logging_config(config)
         quietly = nullcontext() if address else without_idle_processes()
         with _silent_stderr(), quietly, _importing_ray_data():
             start_ray(

@@ -39,7 +39,7 @@ class Committer:
         metadata: Mapping[bytes, bytes],
         empty_schema: pa.Schema,
     ) -> Summary | None:
-        with timed(COMMIT_S), noted(f"committing {report.shard}"):
+        with timed(COMMIT_S), noted(f"committing {report.shard}", report.shard):
             return ledger.commit(report, metadata, empty_schema)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from blip2_actor import DecodePool
 from pipeline.attempts.recorder import AttemptRecorder, recorded
+from pipeline.errors import Stopped
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
@@ -52,6 +53,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         _said_to(console, stop),
         Lease(job.ledger.folder, job.run_slice, run=job.run.id) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
+        _total_said(console, attempt),
     ):
         console.keep(attempt.log.add)
         ledger = job.ledger.with_retries()
@@ -78,7 +80,6 @@ def run_job(job: Job, console: Console) -> Reconciliation:
             ledger.tidy_summaries(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
-        console.say(total_line(attempt.all))
         return done
 
 
@@ -203,6 +204,17 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
         yield
     finally:
         listen(None)
+
+
+@contextmanager
+def _total_said(console: Console, attempt: AttemptRecorder) -> Iterator[None]:
+    """Say at the end what all attempts have made, also when this one is stopped: that is kept."""
+    try:
+        yield
+    except Stopped:
+        console.say(total_line(attempt.all))
+        raise
+    console.say(total_line(attempt.all))
 
 
 def _left(job: Job, ledger: Ledger, state: OutputState) -> list[ShardProgress]:

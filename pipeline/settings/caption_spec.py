@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
+from blip2_actor import Calibration, EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
 from pipeline.endpoint.settings import EndpointConfig
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.outputs import Outputs
@@ -34,6 +34,8 @@ class CaptionSpec:
     """Column with the prompt of each row, instead of `prompt`."""
     outputs: Outputs = field(default=Outputs())
     """What is made of each image: the caption, answers, vectors, scores."""
+    calibration: Calibration | None = None
+    """What `outputs.calibration` names; the driver reads it, so that workers need no file."""
     reuse_identical: bool = False
     """Whether the texts of byte-identical images are generated once per actor."""
     limits: ImageLimits = field(default=ImageLimits())
@@ -61,9 +63,11 @@ class CaptionSpec:
         Raises:
             ValueError: the model cannot take a prompt that every row would have, an option has token ids that
                 the model does not have, the retrieval checkpoint does not fit the model (see
-                `Outputs.score_digest`), or the endpoint refuses such work.
+                `Outputs.score_digest`), the calibration is of other captions, or the endpoint refuses such
+                work.
         """
         self.outputs.score_digest(self.engine, info)
+        self._check_calibration(info)
         if info.vocab_size:  # an engine that is not EngineConfig's may not know it
             self.options.require_known_tokens(info.vocab_size)
         prompts = [text for text in (self.prompt, *self.outputs.asks.values()) if text]
@@ -71,6 +75,20 @@ class CaptionSpec:
             self.engine.try_out(self.options, prompts)
         elif prompts:
             self.engine.check_prompts(prompts, self.options.max_new_tokens)
+
+    def _check_calibration(self, info: ModelInfo) -> None:
+        if self.calibration is None:
+            return
+        if self.prompt_column is not None and not self.calibration.row_prompts:
+            misfit: str | None = "prompt"
+        else:
+            options = self.options.resolve(info.generation_config)
+            misfit = self.calibration.misfit(info.digest, self.prompt, options)
+        if misfit is not None:
+            raise ValueError(
+                f"calibration must be of captions with the {misfit} of this run, got "
+                f"{self.outputs.calibration}; make a new one: blip2 calibrate"
+            )
 
     @property
     def result_fields(self) -> tuple[pa.Field, ...]:

@@ -33,6 +33,7 @@ ADDED_LATER: Mapping[str, Any] = {
     "exclude": [],
     GENERATION_CONFIG: {},
     "quantize": None,
+    "confidence": None,
     "options.min_p": 0.0,
     "options.typical_p": 1.0,
     "options.suppress_tokens": [],

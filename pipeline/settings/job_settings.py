@@ -119,7 +119,7 @@ class CaptionSettings(JobSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.spec()  # validates what the caption stage is given
+        CaptionSpec(prompt=self.prompt, prompt_column=self.reading.prompt_column)  # which refuses both
         self.outputs.refuse_taken([*COLUMN_NAMES, *self.reading.kept])
 
     def job(self) -> CaptionSettings:
@@ -152,6 +152,7 @@ class CaptionSettings(JobSettings):
             prompt=self.prompt,
             prompt_column=None if self.reading.prompt_column is None else PROMPT,
             outputs=self.outputs,
+            calibration=self.outputs.read_calibration(),
             reuse_identical=self.reuse_identical,
             limits=self.limits,
             fetch=self.fetching,
@@ -186,8 +187,7 @@ class CaptionSettings(JobSettings):
         return dataclasses.replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
-        """Return all that decides what the rows say: not the limits on time and memory of an image, because
-        the machine decides which images exceed them."""
+        """Return all that decides what the rows say; time and memory of an image depend on the machine."""
         limits, reading = self.limits, self.reading
         parts = {
             "input": [without_secrets(uri) for uri in self.input],
@@ -202,6 +202,7 @@ class CaptionSettings(JobSettings):
             "options": dataclasses.asdict(self.generation.resolve(info.generation_config)),
             GENERATION_CONFIG: info.generation_config,
             "outputs": self.outputs.parts,
+            "confidence": self.outputs.confidence_parts,
             "score_model": self.outputs.score_digest(self.engine, info),
             "image": {
                 "size_px": info.image_size_px,
@@ -276,9 +277,8 @@ class ScoreSettings(JobSettings):
         for name, value in (("prompt", self.prompt), ("prompt_column", self.reading.prompt_column)):
             if value is not None:
                 raise ValueError(f"{name} must be left out with score_model, which reads only the text")
-        for name in (option.name for option in dataclasses.fields(EngineConfig)):
-            if name in SHARED_WITH_SCORE_MODEL:
-                continue
+        options = [f.name for f in dataclasses.fields(EngineConfig) if f.name not in SHARED_WITH_SCORE_MODEL]
+        for name in options:
             if getattr(self.engine, name) != getattr(EngineConfig(), name):
                 raise ValueError(f"{name} must be left out with score_model, the only model that is loaded")
 

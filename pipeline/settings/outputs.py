@@ -5,11 +5,12 @@ These are the caption, and columns that users name: answers to prompts ("ask"), 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from blip2_actor import EngineBuilder, MatchingConfig, ModelInfo
+from blip2_actor import Calibration, EngineBuilder, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 EmbedKind = Literal["vision", "qformer", "queries"]
 ScoreKind = Literal["itm", "itc"]
 CAPTION = "caption"
+CONFIDENCE = "confidence"
+"""Column with the probability that the caption is right; only with a calibration."""
 SHARED_WITH_SCORE_MODEL = ("device", "dtype", "num_threads")
 """Options of the engine that a retrieval checkpoint takes too."""
 FORMS = {"ask": "NAME=PROMPT", "embed": "NAME=KIND", "score": "NAME=COLUMN"}
@@ -50,6 +53,11 @@ class Outputs:
     their contrastive embeddings; default: itm."""
     regenerate: bool = False
     """If the quality check sets `flags` on a caption, generate it again with penalties for repetition."""
+    calibration: str | None = None
+    """File of blip2 calibrate: adds the column confidence, the probability that the caption is right."""
+    min_confidence: float = 0.0
+    """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1; they stay in the
+    output."""
 
     def __post_init__(self) -> None:
         for flag, form in FORMS.items():
@@ -71,9 +79,21 @@ class Outputs:
                 raise ValueError(f"{name} must be left out without score_model; add --score-model")
         if self.regenerate and not self.caption:
             raise ValueError("regenerate must be left out if no captions are made")
+        self._check_confidence()
         if not (self.caption or self.names):
             raise ValueError("outputs must name at least one column, got none")
         self.refuse_taken(COLUMN_NAMES)
+
+    def _check_confidence(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must be from 0 to 1, got {self.min_confidence}")
+        if self.calibration is None:
+            if self.min_confidence:
+                raise ValueError("min_confidence must be left out without calibration; add --calibration")
+            return
+        if not self.caption:
+            raise ValueError("calibration must be left out if no captions are made")
+        object.__setattr__(self, "calibration", os.path.abspath(self.calibration))
 
     @classmethod
     def of(
@@ -115,6 +135,22 @@ class Outputs:
         """Columns of the input whose texts are scored."""
         made = {*self.asks, *([CAPTION] if self.caption else [])}
         return tuple(dict.fromkeys(source for source in self.scores.values() if source not in made))
+
+    def read_calibration(self) -> Calibration | None:
+        """Return the calibration of the captions, or None without one.
+
+        Raises:
+            ValueError: its file cannot be read.
+        """
+        return None if self.calibration is None else Calibration.load(self.calibration)
+
+    @property
+    def confidence_parts(self) -> dict[str, Any] | None:
+        """What enters a run's fingerprint; None without a calibration."""
+        calibration = self.read_calibration()
+        if calibration is None:
+            return None
+        return {"calibration": calibration.digest, "min_confidence": self.min_confidence}
 
     @property
     def only_matches(self) -> bool:
@@ -163,6 +199,12 @@ class Outputs:
     def refuse_taken(self, taken: Sequence[str]) -> None:
         """Raise ValueError if the name of a column is taken or is given twice."""
         taken = list(taken)
+        if self.calibration is not None:
+            if CONFIDENCE in taken:
+                raise ValueError(
+                    f"calibration adds the column {CONFIDENCE}, which is there already; rename or drop it"
+                )
+            taken.append(CONFIDENCE)
         for flag in FORMS:
             names = [entry.partition("=")[0] for entry in getattr(self, flag)]
             refuse_taken_names(names, taken, flag)
@@ -179,6 +221,7 @@ class Outputs:
             "queries": pa.list_(vector, info.num_queries),
         }
         return (
+            *([] if self.calibration is None else [pa.field(CONFIDENCE, pa.float32())]),
             *(pa.field(name, pa.string()) for name in self.asks),
             *(pa.field(name, kinds[kind]) for name, kind in self.embeds.items()),
             *(pa.field(name, pa.float32()) for name in self.scores),

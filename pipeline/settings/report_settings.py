@@ -1,4 +1,5 @@
-"""The settings of commands that only read outputs: `blip2 report`, `compare`, `status`, `show`, `export`."""
+"""The settings of commands that only read outputs: `blip2 report`, `compare`, `calibrate`, `status`, `show`,
+`export`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class CompareSettings:
     """Compare the captions of two runs over the same images. Needs no Ray."""
 
     before: str = field(metadata=written_as("A", positional=True))
-    """Folder or URI of the first run."""
+    """Folder or URI of the first run, or of Parquet files with the columns of one, as an endpoint records
+    them (--trial-record)."""
     after: str = field(metadata=written_as("B", positional=True))
     """Folder or URI of the second run."""
     reference: str | None = None
@@ -56,6 +58,27 @@ class CompareSettings:
             raise ValueError(f"after must be another output than the first, got {self.after} twice")
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings:
+    """Fit the probability that a caption is right, on a run whose right captions are known. Needs no Ray."""
+
+    output: str = field(metadata=positional())
+    """Folder or URI of a run."""
+    reference: str | None = None
+    """Kept column with the right caption or a list of them, or with true and false for right and wrong."""
+    judged: str | None = None
+    """CSV file with the columns key and right (true or false), instead of --reference."""
+    into: str = "calibration.json"
+    """File to write, for --calibration of blip2 caption and blip2 serve."""
+    json: bool = False
+    """Print the calibration as one JSON object."""
+
+    def __post_init__(self) -> None:
+        if (self.reference is None) == (self.judged is None):
+            got = "neither" if self.reference is None else "both"
+            raise ValueError(f"reference must be given, or --judged in its place, got {got}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,13 @@ from blip2_actor import (
     Request,
     Result,
     Status,
+    abstention_flags,
     find_quality_flags,
     stricter_options,
 )
 from pipeline.caption_counts import REGENERATED
 from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.outputs import CONFIDENCE
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
 from pipeline.stages.embeddings_and_scores import EmbeddingsAndScores
 from pipeline.stages.engine_fault import engine_faults
@@ -184,6 +186,7 @@ class CaptionStage:
         if self._regenerate_options is not None:
             self._regenerate(rows, results)
         good = [(row, result) for row, result in zip(rows, results, strict=True) if result.result.ok]
+        self._add_confidence([result for _, result in good])
         with engine_faults():
             self._embeddings_and_scores.add(table, good)
         if TRUNCATED in table.column_names:
@@ -206,6 +209,15 @@ class CaptionStage:
         if self.captioned:
             finished.flags = find_quality_flags(finished.result.text or "", row.prompt)
         return finished
+
+    def _add_confidence(self, results: Sequence[RowResult]) -> None:
+        """Say how probable it is that each caption is right; one with other options has no calibration."""
+        if (calibration := self._spec.calibration) is None:
+            return
+        for row in results:
+            if REGENERATED not in row.flags and (sure := calibration.confidence(row.result)) is not None:
+                row.named[CONFIDENCE] = sure
+                row.flags += abstention_flags(sure, self._spec.outputs.min_confidence)
 
     def _regenerate(self, rows: Sequence[PendingRow], results: Sequence[RowResult]) -> None:
         """Generate captions that have flags again, with stricter options; find the flags of the new ones."""

@@ -28,6 +28,7 @@ from pipeline.rowset import Range, RowSet
 from pipeline.stages.device_health import Device, DeviceFailure, DeviceFailures
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble
+from pipeline.stages.worker_log import tell_origins
 
 MAX_DEATHS_ALONE = 2
 """Deaths of the process while a row runs alone, after which the row fails. One death may be chance: a node
@@ -134,6 +135,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         label_with_run()
+        tell_origins()
         self._calls: dict[str, _Call] = {}
         self._loads: dict[str, dict[str, tuple[float, float]]] = {}
         self._new_receipts: list[Receipt] = []

@@ -21,6 +21,7 @@ from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.reader import ADDRESS
 from pipeline.stages.image_column import Address, Cell, digest_of, read_images
 from pipeline.stages.worker_exit import exit_without_destructors
+from pipeline.stages.worker_log import tell_origins
 
 PIXELS = "_blip2_pixels"
 """Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
@@ -62,6 +63,7 @@ class DecodeStage:
             report: receives how busy this worker was.
         """
         exit_without_destructors()
+        tell_origins()
         self._size_px = size_px
         self._image_column = image_column
         self._dropped = {*DECODED, ADDRESS} if keeps_image else {*DECODED, ADDRESS, image_column}
@@ -74,7 +76,8 @@ class DecodeStage:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Decode a block in small tables: a thousand small files become a large block of pixels."""
-        with noted(f"decoding {_shard_of(table)}"):
+        shard = _shard_of(table)
+        with noted(f"decoding {f'rows of {shard}' if shard else 'a table'}", shard):
             yield from self._decode_table(table)
 
     def _decode_table(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -141,10 +144,10 @@ class DecodeStage:
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
 
 
-def _shard_of(table: pa.Table) -> str:
+def _shard_of(table: pa.Table) -> str | None:
     """Return the shard of the first row, for messages; a user's own dataset has none."""
     has_shard = "shard" in table.column_names and len(table)
-    return f"rows of {table['shard'][0]}" if has_shard else "a table"
+    return table["shard"][0].as_py() if has_shard else None
 
 
 def _cells(table: pa.Table, image_column: str) -> list[Cell | Address]:

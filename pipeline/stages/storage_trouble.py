@@ -15,6 +15,7 @@ import ray
 
 from pipeline.metrics import STORE_RETRIES, label_with_run
 from pipeline.progress import count, duration
+from pipeline.stages.worker_log import tell_origins
 from pipeline.storage.retrying import Trouble, listen
 
 SAID_AFTER_S = 2.0
@@ -31,13 +32,14 @@ class WorkerTrouble:
 
 
 def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> None:
-    """Let the coordinator know while requests of this process fail, and label its metrics with the run.
+    """Let the coordinator know while requests of this process fail; label its metrics and its log.
 
     Args:
         coordinator: handle of the job's `Coordinator` actor.
         count_held: returns how many finished rows this process has not written yet.
     """
     label_with_run()
+    tell_origins()
     worker = f"{os.uname().nodename}-{os.getpid()}"
 
     def tell(trouble: Trouble | None) -> bool:

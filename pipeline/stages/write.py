@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
+from blip2_actor import Status
 from pipeline.errors import noted
 from pipeline.ledger.ledger import Ledger
 from pipeline.metrics import MODEL_LOAD_S, ROWS, timed
@@ -106,7 +108,7 @@ class WriteStage:
         call = _name_of(table)
         self._calls.add(call)
         try:
-            with noted(f"captioning {call}"):
+            with noted(f"captioning {call}", table["shard"][0].as_py() if len(table) else None):
                 return receipts_to_table(self._run(call, table))
         except EngineFault as error:
             self._give_up(str(error))
@@ -169,6 +171,7 @@ class WriteStage:
     def _write_fragments(self, table: pa.Table, piece: FinishedRows) -> list[Receipt]:
         rows = output_rows(table, piece, self._kept, self._stage)
         self._writer.write(rows)
+        _log_failed(rows)
         receipts = []
         for of_shard in split_by_shard(rows):
             shard = of_shard["shard"][0].as_py()
@@ -183,6 +186,15 @@ class WriteStage:
         alive_s = time.monotonic() - self._started
         self._coordinator.report.remote("caption", self._worker, self._stage.busy_s, alive_s)
         self._coordinator.report.remote("write", self._worker, self._writer.busy_s, alive_s)
+
+
+def _log_failed(rows: pa.Table) -> None:
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    failed = rows.select(["shard", "row", "status", "error"]).filter(pc.field("status") != Status.OK.value)
+    for row in failed.to_pylist():
+        where = {"shard": row["shard"], "row": row["row"], "status": row["status"]}
+        logger.info("The row has failed: %s", row["error"], extra=where)
 
 
 def _name_of(table: pa.Table) -> str:

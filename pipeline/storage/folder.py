@@ -26,6 +26,7 @@ from typing import IO, NamedTuple, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.storage.exclusive import put_new
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
@@ -119,6 +120,11 @@ class Folder:
             content: bytes, or a file that can be read from its beginning, such as one of `spool`.
         """
         self._retry(lambda: self._put_once(name, content))
+
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Write a file unless there is one; return whether it was written. See `exclusive.put_new`."""
+        aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
+        return put_new(self.uri, self.filesystem, self.path(name), aside, content)
 
     def spool(self) -> IO[bytes]:
         """Return an empty file to prepare content in: in memory, or on a disk if it becomes large.

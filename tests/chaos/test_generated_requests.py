@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from typing import Any
 
 import httpx
 import schemathesis
@@ -23,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from deploy.http.api import create_api
+from deploy.observe.logs import LogLevel
 from tests.unit.deploy.routes.engine_service import EngineService, base64_of, data_uri, png
 
 NUM_EXAMPLES = 60
@@ -34,7 +36,21 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
+
+
+class Replicas:
+    """What an operator asks of all replicas, without any."""
+
+    async def set_draining(self, is_draining: bool) -> None: ...
+
+    async def set_log_level(self, level: LogLevel) -> None: ...
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]:
+        return {"gateways": [{"num_in_flight": 0}], "engines": []}
+
+
 SERVICE = EngineService()
+SERVICE.fleet = Replicas()  # type: ignore[assignment]
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_api(SERVICE))
 
 NAMES = ["image", "prompt", "options", "\ud800", "\udc00x", "\0", "é", "a" * 10_000, "", "__proto__"]

@@ -2,7 +2,7 @@
 
 The wheel and torch come from where pip finds packages, and published checkpoints from a hub on the loopback
 interface: of their layout and with random weights. What needs a bucket, a cluster or a source tree is left
-out. The test prints how long each command takes; most of it is pip.
+out. The test prints how long each command takes; most of it is pip (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class Newcomer:
         done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True)
         shown = shlex.join(command)
         self.minutes.append(((time.monotonic() - began) / 60, shown))
+        print(f"{self.minutes[-1][0]:6.1f} min  {shown}", flush=True)
         assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
@@ -135,6 +136,7 @@ def lines_of(block: Block) -> list[list[str]]:
     ]
 
 
+@pytest.mark.timeout(3600)  # most of it is pip
 def test_the_readme_and_the_tutorial_lead_to_captions(tmp_path: Path, hub: str) -> None:
     newcomer = Newcomer(tmp_path, hub)
     folder = newcomer.folder("readme")
@@ -158,7 +160,5 @@ def test_the_readme_and_the_tutorial_lead_to_captions(tmp_path: Path, hub: str) 
         assert f"output: {folder / name}" in said or f"output: {name}" in said
     assert said.count(f"{NUM_PHOTOS} rows = {NUM_PHOTOS} ok + 0 failed") == 3
     assert len(list((folder / "tables").glob("*.csv"))) == 1
-    for minutes, command in newcomer.minutes:
-        print(f"{minutes:6.1f} min  {command}")
     print(f"{sum(minutes for minutes, _ in newcomer.minutes):6.1f} min  all of it")
     assert os.listdir(tmp_path / "home"), "nothing was cached in the newcomer's own home"

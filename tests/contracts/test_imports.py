@@ -57,6 +57,16 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_command_starts_ray_before_it_imports_ray_data() -> None:
+    """Ray Data and pandas take half a second, and Ray's start leaves time for them."""
+    code = """
+import pipeline.cli.commands
+assert "ray" in sys.modules
+print(sorted({"ray.data", "pandas", "torch"}.intersection(sys.modules)))
+"""
+    assert run([], code).stdout == "[]\n"
+
+
 @pytest.mark.parametrize(("importer", "sibling"), [("pipeline", "deploy"), ("deploy", "pipeline")])
 def test_siblings_do_not_import_each_other(importer: str, sibling: str) -> None:
     code = f"""

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC = [
     "Blip2Actor",
+    "Calibration",
     "Completion",
     "DecodePool",
     "DecodedImage",
@@ -48,10 +49,12 @@ PUBLIC = [
     "Status",
     "TextFeatures",
     "__version__",
+    "abstention_flags",
     "array_to_rgb",
     "decode_image",
     "fetch_image",
     "find_quality_flags",
+    "fit_calibration",
     "free_bytes",
     "load_for_training",
     "load_retrieval_for_training",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tests.chaos.cluster import DEADLINE_S, descendants, kill
@@ -46,6 +47,22 @@ class Autoscaled:
     """The cluster, as tests see it."""
 
     address: str
+    configuration: Path
+    """The file that the autoscaler reads."""
+
+    @contextmanager
+    def paused_autoscaler(self) -> Iterator[None]:
+        """Let no node come or go inside the block."""
+        (autoscaler,) = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if {f"--autoscaling-config={self.configuration}", "-u"} <= set(process.info["cmdline"] or ())
+        ]
+        autoscaler.suspend()
+        try:
+            yield
+        finally:
+            autoscaler.resume()
 
     def nodes(self, resource: str) -> list[dict[str, Any]]:
         """Return the nodes that are alive and have a resource; the caller is connected."""
@@ -132,7 +149,7 @@ def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
         )
     try:
         _wait_for_head(head, log)
-        yield Autoscaled(_address_in(log))
+        yield Autoscaled(_address_in(log), file)
     finally:
         for pid in [*descendants(head.pid), head.pid]:
             kill(pid, signal.SIGKILL)

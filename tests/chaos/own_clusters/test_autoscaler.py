@@ -7,6 +7,7 @@ once, from what the cluster had when the job started, failed here: the job capti
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,10 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
     assert not cluster.nodes("GPU")
     engine = {"dtype": "auto", "trace": str(trace), "gate": str(gate), "gate_after": 20}
     driver = start_driver(cluster, settings, engine, log)
+    # The autoscaler pauses between the first CPU node and the first accelerator, until the job has said so.
+    wait_until(lambda: cluster.nodes("CPU"), driver, log)
+    with cluster.paused_autoscaler():
+        wait_until(lambda: "waiting for the first captioning worker" in log.read_text(), driver, log)
     nodes = wait_until(
         lambda: found if len(found := cluster.nodes("GPU")) == MAX_ACCELERATORS else None, driver, log
     )
@@ -84,7 +89,7 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
     check_output(tmp_path / "out", truth)
     assert_said(
         log,
-        "waiting for the first captioning worker (1 GPU) since … UTC…",
+        "waiting for the first captioning worker (1 GPU) since …",
         "…; 2 at work",
         "node … (1 CPU, 1 GPU) was lost: …; the cluster has … nodes left",
         "captioning worker … was lost: its node is gone; 1 captioning worker left, and its images go again",
@@ -95,6 +100,44 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
     dtype = Ledger(Folder(str(tmp_path / "out"))).require_run().fingerprint.parts["dtype"]
     assert dtype == "bfloat16", "what the accelerator computes in, and not the driver"
     wait(lambda: not cluster.nodes("GPU") and not cluster.nodes("CPU"))
+
+
+@pytest.mark.timeout(600)
+def test_a_second_driver_is_refused_and_a_stopped_run_says_what_is_kept_and_resumes(
+    cluster: Autoscaled, tmp_path: Path
+) -> None:
+    truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=40)
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+    first, second, resumed = (tmp_path / name for name in ("first.log", "second.log", "resumed.log"))
+    gate, trace = tmp_path / "gate", tmp_path / "trace"
+    gate.touch()
+    trace.mkdir()
+    engine = {"dtype": "auto", "trace": str(trace), "gate": str(gate), "gate_after": 10}
+    driver = start_driver(cluster, settings, engine, first)
+    wait_until(lambda: any(path.stat().st_size for path in trace.iterdir()), driver, first)
+    assert start_driver(cluster, settings, engine, second).wait() == 1, second.read_text()
+    assert_said(
+        second,
+        f"blip2: output must have one driver at a time, got {tmp_path / 'out'} while process … on …, started "
+        "… works on it; wait for it, stop it, or give another --output",
+    )
+    wait_until(lambda: list((tmp_path / "out").rglob("*.arrow")), driver, first)
+    kill(driver.pid, signal.SIGTERM)
+    assert driver.wait() == 143, first.read_text()
+    assert_said(
+        first,
+        "SIGTERM: writing what is finished, for at most 7 s; Ctrl-C ends it at once",
+        "1 attempt, … UTC to … UTC: … rows in … of work…",
+        "blip2: stopped by SIGTERM; finished work is kept; run the same command to resume",
+    )
+    gate.unlink()
+    assert start_driver(cluster, settings, engine, resumed).wait() == 0, resumed.read_text()
+    check_output(tmp_path / "out", truth)
+    assert_said(
+        resumed,
+        "attempt 2 of run …; before it: 1 attempt, … UTC to … UTC: … rows in … of work…",
+        "2 attempts, … UTC to … UTC: 80 rows in … of work…",
+    )
 
 
 @pytest.mark.timeout(600)

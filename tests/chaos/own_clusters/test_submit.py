@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ray.job_submission import JobSubmissionClient
 from blip2_actor.demo.scenes import SceneSampler, draw
 from tests.integration.job.job_cluster import BIN, ROOT, job_cluster, job_environment
 
+REFUSED_WITHIN_S = 30
+"""Submitting included: Ray copies the packages, and starts two Pythons."""
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -88,6 +91,25 @@ def test_a_refused_job_ends_the_command_with_its_own_status(start):
     assert "has ended with exit status 3" in out
 
 
+def test_a_typo_that_is_tried_again_ends_in_seconds_starts_nothing_and_is_noted(start, dashboard, tmp_path):
+    """A RayJob tries again by itself, each time on a fresh cluster: only the output can say why."""
+    for _ in range(2):
+        started = time.monotonic()
+        status, out, err = ended(start(input="nowhere", output="typo"))
+        assert status == 3, out + err
+        assert time.monotonic() - started < REFUSED_WITHIN_S
+    client = JobSubmissionClient(dashboard)
+    ours = [job for job in client.list_jobs() if str(job.submission_id).startswith("blip2-typo-")]
+    assert len(ours) == 2 and all(job.driver_info is None for job in ours), "no driver has joined the cluster"
+    output = tmp_path / "typo"
+    assert [path.name for path in output.rglob("*") if path.is_file()] == ["refused.json"]
+    command = [sys.executable, "-m", "pipeline", "status", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "no such file or folder" in done.stderr
+    status, out, err = ended(start(output="typo"))
+    assert status == 0 and "20 rows = 20 ok + 0 failed" in out, out + err
+
+
 def test_a_second_submission_follows_the_job_that_runs_and_a_stop_says_what_is_kept(
     start, dashboard, environment, tmp_path
 ):
@@ -106,5 +128,6 @@ def test_a_second_submission_follows_the_job_that_runs_and_a_stop_says_what_is_k
     status, out, err = ended(following)
     assert status == 143, out + err
     assert f"was stopped; what it has finished is kept in {tmp_path / 'stopped'}" in out
+    assert "stopped by SIGTERM; finished work is kept" in out or "stopped at once by SIGTERM" in out
     status, out, err = ended(start(output="stopped"))
     assert status == 0 and "20 rows = 20 ok + 0 failed" in out, out + err

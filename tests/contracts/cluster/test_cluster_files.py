@@ -45,6 +45,27 @@ def test_the_committed_files_lack_only_values_of_the_user(
     assert found and all(f"`{placeholder}`" in documented for placeholder in found)
 
 
+def test_before_an_update_its_models_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Serve would stop a replica that serves, and then find no model for the one in its place."""
+    config = tmp_path / "serve.yaml"
+
+    def check_models(**arguments: object) -> tuple[int, str]:
+        changed = load("deploy/serve_config.yaml")
+        changed["applications"][0]["args"] |= arguments
+        config.write_text(yaml.safe_dump(changed))
+        return main(["--models", str(config)]), capsys.readouterr().err
+
+    assert check_models(engine={"model": "demo"}) == (0, "")
+    missing = str(tmp_path / "missing")
+    status, said = check_models(engine={"model": missing})
+    assert status == 1 and missing in said
+    status, said = check_models(engine={"model": "demo"}, other_models=[f"second={missing}"])
+    assert status == 1 and missing in said
+    assert main([str(config)]) == 0, "without the flag, no model is looked for"
+
+
 def test_elsewhere_the_packaged_serve_config_is_checked_and_the_missing_cluster_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

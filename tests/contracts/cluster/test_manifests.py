@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from deploy.app import ServeArgs
 from deploy.check import check_manifests
 from deploy.cluster_files.placeholders import placeholders
 from pipeline.placement.node_types import node_types_of
@@ -242,15 +243,17 @@ def test_a_request_ends_before_its_replica_and_a_replica_before_its_pod() -> Non
     service = of_kind(build("endpoint"), "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (application,) = config["applications"]
+    longest_s = ServeArgs.model_validate(application["args"]).root.longest_request_s
+    assert longest_s < config["http_options"]["request_timeout_s"]
     for deployment in application["deployments"]:
         drain_s = deployment["graceful_shutdown_timeout_s"]
-        assert application["args"]["timeout_s"] < drain_s
+        assert longest_s < drain_s
         assert deployment["autoscaling_config"]["min_replicas"] >= 2
         for group in cluster_of(service)["workerGroupSpecs"]:
             pod = group["template"]["spec"]
             (hook,) = [container["lifecycle"]["preStop"] for container in pod["containers"]]
-            assert "--deadline-remaining-seconds 120" in hook["exec"]["command"][-1]
-            assert drain_s < 120 < pod["terminationGracePeriodSeconds"]
+            assert "--deadline-remaining-seconds 150" in hook["exec"]["command"][-1]
+            assert drain_s < 150 < pod["terminationGracePeriodSeconds"]
         assert drain_s < service["spec"]["rayClusterDeletionDelaySeconds"]
 
 

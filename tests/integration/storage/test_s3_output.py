@@ -30,6 +30,7 @@ from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import right_caption, write_tars
 from tests.unit.ledger.test_fragments import rows
+from tests.unit.ledger.test_lease import race_for
 
 REQUESTS: Counter[str] = Counter()
 """The requests that the server has answered, by method."""
@@ -88,6 +89,12 @@ def test_a_folder_in_a_bucket_works_as_on_a_disk(bucket):
     folder.require_writable()
     with Lease(folder), pytest.raises(OutputInUse), Lease(folder):
         pass
+
+
+def test_of_drivers_that_start_together_one_gets_the_lease(bucket, monkeypatch):
+    folder = Folder(bucket.format("race"))
+    assert len(race_for(folder, monkeypatch, 2)) == 1
+    assert folder.names() == []
 
 
 @pytest.mark.parametrize("num_fragments", [1, 12])

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 import blip2_actor
-from blip2_actor import EngineConfig, MatchingConfig
+from blip2_actor import Calibration, EngineConfig, MatchingConfig
+from blip2_actor.confidence.features import FEATURES
 from blip2_actor.testing import save_tiny_retrieval_checkpoint
 
 WHITE, RED = (248, 248, 248), (215, 35, 35)
@@ -19,6 +20,7 @@ WHITE, RED = (248, 248, 248), (215, 35, 35)
 
 WITH_EXAMPLES = [
     "Blip2Actor",
+    "Calibration",
     "Engine",
     "EngineConfig",
     "Features",
@@ -46,6 +48,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             "picture": picture,
             "retrieval_folder": str(folder),
             "engine": engine,
+            "calibration": Calibration(
+                coefficients=dict.fromkeys(FEATURES, 0.1), intercept=0, curve=[(0, 0.5)], model="demo"
+            ),
             "matching_engine": matching_engine,
         }
 

@@ -73,9 +73,12 @@ def test_a_submitted_job_does_not_need_the_file(tmp_path: Path, monkeypatch) -> 
     path = tmp_path / "b.toml"
     path.write_text('[caption]\nmodel = "demo"\nkeep = ["txt", "json"]\nreuse-identical = true\n')
     assert main(["submit", "caption", "s3://b/in", "-o", "s3://b/out", "--config", str(path)]) == 0
-    [job] = seen
+    job = seen[0]
     words = ["--input=s3://b/in", "--output=s3://b/out", "--keep=txt", "--keep=json", "--reuse-identical"]
     assert job[0] == "caption" and set(job[1:]) == {*words, "--model=demo"}
+    command = ["submit", "caption", "s3://b/in", "-o", "s3://b/out", "--config", str(path)]
+    assert main([*command, "--log-level", "debug"]) == 0
+    assert seen[1][-2:] == ("--log-level", "debug")
 
 
 def test_verbose_prints_the_traceback_of_an_error(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError, RpcError
@@ -20,7 +21,7 @@ from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
 from deploy.observe import fleet
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+from deploy.work import ImageOutputs, ImageWork, OtherModel, TextPiece, TextToGenerate
 
 NEVER = object()
 """The answer of a call that does not end."""
@@ -72,7 +73,7 @@ class Handle:
         self.streaming = Method(Stream(answer))
 
     def options(self, method_name: str, stream: bool) -> Method:
-        assert (method_name, stream) == ("stream", True)
+        assert method_name in ("stream", "run_batch") and stream
         return self.streaming
 
 
@@ -187,6 +188,70 @@ def test_a_stream_that_ends_is_not_cancelled() -> None:
 def test_an_engine_that_has_died_is_503() -> None:
     gone = [ActorDiedError(), DeploymentUnavailableError("Captioner")]
     assert refusals(gone) == [(503, "overloaded")] * 2
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_another_engine_answers_in_place_of_one_that_dies(streams: bool) -> None:
+    """During each update and each death, those who had just asked got 503."""
+    right = ImageOutputs(texts=(Result(),))
+    answers = [ActorDiedError(), right]
+
+    class Dying(Stream):
+        def __aiter__(self) -> Any:
+            return self._items()
+
+        async def _items(self) -> Any:
+            yield await self
+
+    class Methods(Method):
+        def remote(self, *_: Any) -> Response:
+            return Dying(answers.pop(0))
+
+    async def ask() -> Any:
+        async with gateway(handle := Handle(None)) as made:
+            image = await picture(made)
+            handle.run = handle.streaming = Methods(Response(None))
+            if streams:
+                return [item async for item in made.stream(made.first, image, WORK)]
+            return [await made.run(made.first, image, WORK)]
+
+    assert asyncio.run(ask()) == [right] and not answers
+
+
+def test_a_gateway_that_started_before_its_engines_were_updated_says_what_answers() -> None:
+    """It asks for the model once, and may ask an engine that is replaced a minute later."""
+    new = ModelInfo(model="new", image_size_px=8, dtype="float32", digest="e", vocab_size=100)
+
+    async def run() -> None:
+        async with gateway(handle := Handle(None)) as made:
+            before = made.first
+            handle.run = Method(Response(ImageOutputs(texts=(Result(),), model=new)))
+            outputs = await made.run(before, await picture(made), WORK)
+            assert before.made_by(outputs.model).name == "new"
+            assert (made.first.name, made.first.info, made.model_names) == ("new", new, ["new"])
+            assert (await made.model("new")) is made.first
+            handle.streaming = Method(Stream(OtherModel()))
+            with pytest.raises(ApiError) as caught:
+                [item async for item in made.run_batch(made.first, np.zeros((1, 8, 8, 3), np.uint8), ())]
+            assert (caught.value.code, caught.value.type) == (503, "unavailable")
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_time_is_over_without_any_engine_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> list[tuple[int, str]]:
+        said = []
+        async with gateway(Handle(NEVER), timeout_s=0.02) as made:
+            image = await picture(made)
+            for is_ready in (True, False):
+                monkeypatch.setattr(made._readiness, "_is_ready", is_ready)
+                with pytest.raises(ApiError) as caught:
+                    async with made.admit(Cost(slots=1, steps=30)):
+                        await made.run(made.first, image, WORK)
+                said.append((caught.value.code, caught.value.type))
+        return said
+
+    assert asyncio.run(run()) == [(504, "timeout"), (503, "not_ready")]
 
 
 def test_every_status_but_ok_is_an_error_of_its_name() -> None:

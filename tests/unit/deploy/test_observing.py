@@ -96,7 +96,7 @@ def test_a_client_that_leaves_has_a_code_of_its_own(seen: Seen, caplog: pytest.L
 
     async def run() -> None:
         with pytest.raises(asyncio.CancelledError):
-            await AccessLog(leave)({"type": "http", "method": "POST", "path": "/"}, None, None)  # type: ignore[arg-type]
+            await AccessLog(leave)({"type": "http", "method": "POST", "path": "/", "headers": []}, None, None)  # type: ignore[arg-type]
 
     with caplog.at_level(logging.INFO, "ray.serve"):
         asyncio.run(run())

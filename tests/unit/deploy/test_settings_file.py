@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from ray.serve.schema import LoggingConfig
 
+from blip2_actor import Calibration, EngineConfig
 from deploy.app import NODE_ENVIRONMENT, ServeArgs
 from deploy.command import make_parser
 from deploy.observe.logs import serve_logging
@@ -57,3 +60,16 @@ def test_the_file_is_a_command_line() -> None:
 
 def test_the_logs_of_a_cluster_are_those_of_one_machine() -> None:
     assert LoggingConfig(**DOCUMENT["logging_config"]) == LoggingConfig(**serve_logging("info"))
+
+
+def test_a_calibration_of_another_model_is_refused_before_work(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    settings = Settings(engine=EngineConfig(model="demo"), calibration=str(file), min_confidence=0.5)
+    flat: dict[str, Any] = {"coefficients": dict.fromkeys(("log_odds", "num_tokens"), 0.0), "intercept": 0.0}
+    Calibration(model=settings.engine.info().digest, curve=[(0, 0.5)], **flat).save(file)
+    settings.check_models()
+    Calibration(model="other", curve=[(0, 0.5)], **flat).save(file)
+    with pytest.raises(ValueError, match="calibration must be of a model that is served, got "):
+        settings.check_models()
+    with pytest.raises(ValueError, match="min_confidence must be left out without calibration"):
+        Settings(min_confidence=0.5)

@@ -163,6 +163,44 @@ def test_an_image_that_breaks_every_answer_fails_alone() -> None:
     assert num_broken == 6
 
 
+def test_a_text_that_takes_too_long_each_time_fails_and_the_others_do_not() -> None:
+    """It would be asked for without end."""
+    long = CAPTIONS[7]
+    num_late = 0
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal num_late
+        captions = [fake_caption(exchange.images[text["image"]], None) for text in exchange.texts]
+        exchange.begin()
+        exchange.answer(*(index for index, caption in enumerate(captions) if caption != long))
+        if long in captions:
+            num_late += 1
+            exchange.break_off("timeout")
+        else:
+            exchange.end()
+
+    found = results(answer)
+    assert [result.status for result in found] == [Status.OK] * 7 + [Status.FAILED] + [Status.OK] * 12
+    assert num_late == 7, "once behind the others, and six times as the first"
+
+
+def test_a_text_that_waits_behind_one_that_is_too_long_has_its_own_time() -> None:
+    """With time for one text in a request, each has its turn, and none is sent alone for being late."""
+    sizes: list[int] = []
+
+    def answer(exchange: Exchange) -> None:
+        sizes.append(len(exchange.texts))
+        exchange.begin()
+        exchange.answer(0)
+        if len(exchange.texts) > 1:
+            exchange.break_off("timeout")
+        else:
+            exchange.end()
+
+    assert texts_of(results(answer)) == CAPTIONS
+    assert sizes.count(1) <= remote_engine.NUM_CONNECTIONS, sizes
+
+
 def test_what_would_be_refused_again_is_a_result() -> None:
     def answer(exchange: Exchange) -> None:
         exchange.refuse(400, "bad_request", "options: num_beams must be at most 16, got 17")

@@ -33,9 +33,52 @@ def put(folder: Folder, holder: Holder) -> None:
     folder.put(LEASE, json.dumps(asdict(holder)).encode())
 
 
+def race_for(folder: Folder, monkeypatch: pytest.MonkeyPatch, number: int = 8) -> list[Lease]:
+    """Let leases of this process be taken at the same time, after each has seen none; return those held."""
+    at_once, held = threading.Barrier(number), list[Lease]()
+    take = Lease._take
+
+    def wait_and_take(lease: Lease) -> None:
+        at_once.wait()
+        take(lease)
+
+    monkeypatch.setattr(Lease, "_take", wait_and_take)
+    all_tried = threading.Barrier(number)
+
+    def hold() -> None:
+        try:
+            with Lease(folder) as lease:
+                held.append(lease)
+                all_tried.wait()
+        except OutputInUse as refusal:
+            assert "process" in str(refusal)
+            all_tried.wait()
+
+    threads = [threading.Thread(target=hold) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return held
+
+
 def test_a_second_driver_is_refused_with_the_name_of_the_first(folder):
     with Lease(folder), pytest.raises(OutputInUse, match=r"process \d+ on .* started"), Lease(folder):
         pass
+
+
+def test_of_drivers_that_start_together_one_gets_the_lease(folder, monkeypatch):
+    """Each saw that nobody held it, and wrote; the others found out seconds later."""
+    assert len(race_for(folder, monkeypatch)) == 1
+    assert folder.names() == []
+
+
+def test_the_lease_of_a_dead_driver_that_is_found_in_the_race_is_taken(folder, monkeypatch):
+    dead = elsewhere(token="dead")
+    monkeypatch.setattr(Lease, "_refuse_while_held", lambda lease: lease._dead.add("dead"))
+    put(folder, dead)
+    with Lease(folder):
+        assert holder_of(folder).token != "dead"
 
 
 def test_the_lease_is_released_at_the_end(folder):

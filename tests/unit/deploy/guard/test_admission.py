@@ -191,3 +191,21 @@ def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it
                 check()
 
     asyncio.run(run())
+
+
+def test_batch_work_that_others_have_kept_waiting_is_not_said_to_be_too_long() -> None:
+    """A job gives up a text that is too long; it must not give up one that an endpoint had no room for."""
+
+    async def run() -> None:
+        door = admission(slots=1, timeout_s=0.05)
+        async with door.admit_batch(CAPTION) as check:
+            await asyncio.sleep(0.06)
+            async with door.admit(CAPTION):
+                with pytest.raises(ApiError, match="other requests have the slots") as caught:
+                    check()
+                assert (caught.value.code, caught.value.type) == (503, "unavailable")
+            with pytest.raises(ApiError) as caught:
+                check()
+            assert (caught.value.code, caught.value.type) == (504, "timeout")
+
+    asyncio.run(run())

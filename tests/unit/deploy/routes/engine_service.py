@@ -36,6 +36,7 @@ from deploy.remote_captioner import Models
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings
+from deploy.trials.trials import Trials
 
 SIDE_PX = FakeEngineConfig().image_size_px
 
@@ -64,6 +65,7 @@ class EngineService(Gateway):
         self.captioner = Captioner(engine, options, matching)
         self._models = Models(self.captioner, {}, Settings(options=options))  # type: ignore[arg-type]
         self._models._served = {info.model: self.first}
+        self._trials = Trials(Settings(), self._models, lambda: False)
         self.api = create_api(self)
         self.costs: list[Cost] = []
         self.num_in_flight = 0

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import httpx
@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_actor import GenerationOptions
+from blip2_actor import Calibration, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import DecodingBySize
 from deploy.http.answers import CaptionAnswer
+from deploy.http.answers import fingerprint as fingerprint_of
 from deploy.http.errors import ApiError
 from deploy.routes.captions import AT_ONCE
 from deploy.settings import OnlineImageLimits
+from deploy.work import TextToGenerate
 from tests.unit.deploy.routes.engine_service import (
     EngineService,
     ask,
@@ -98,6 +100,7 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "logprob": -1.5,
         "num_tokens": 3,
         "finish_reason": "stop",
+        "confidence": None,
         "flags": [],
         "token_ids": [1, 2, 3],
         "status": "ok",
@@ -108,15 +111,32 @@ def test_the_answer_has_the_columns_of_the_batch_output(service: EngineService) 
         "model": "demo",
     }
     assert len(fingerprint) == 64
-    plain = service.first
-    service.first = replace(plain, info=replace(plain.info, quantize="int8"))
-    quantized = post(service, "/v1/caption", image=base64_of(IMAGE)).json()["fingerprint"]
-    service.first = plain
-    assert quantized != fingerprint
+    text = TextToGenerate(prompt=None, options=service.first.options)
+    assert fingerprint == fingerprint_of(service.first.info, text)
+    assert fingerprint != fingerprint_of(replace(service.first.info, quantize="int8"), text)
     other = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a").json()
     assert other["fingerprint"] != fingerprint and other["flags"] == []
     echo = post(service, "/v1/caption", image=base64_of(IMAGE), prompt="a photo of").json()
     assert echo["flags"] == ["echoes_prompt"]
+
+
+def test_a_caption_says_how_sure_it_is_if_it_is_made_as_the_calibrated_ones(service: EngineService) -> None:
+    plain = service.first
+    calibration = Calibration(
+        coefficients={"log_odds": 0.0, "num_tokens": 1.0},
+        intercept=0.0,
+        curve=((0.0, 0.0), (10.0, 1.0)),
+        model=plain.info.digest,
+        options=asdict(plain.options),
+    )
+    service.first = replace(plain, calibration=calibration, min_confidence=0.5)
+    answer = post(service, "/v1/caption", image=base64_of(IMAGE)).json()
+    assert answer["confidence"] == pytest.approx(0.3)
+    assert answer["flags"] == ["abstained"] and answer["caption"] == caption_of(IMAGE)
+    for other in ({"prompt": "a"}, {"options": {"num_beams": 3}}):
+        answer = post(service, "/v1/caption", image=base64_of(IMAGE), **other).json()
+        assert answer["confidence"] is None and answer["flags"] == []
+    service.first = plain
 
 
 def test_everything_that_is_asked_of_an_image_costs_one_encode(service: EngineService) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
+from pydantic import BaseModel
 
 from blip2_actor import ModelInfo
 from deploy.http.errors import ApiError
@@ -50,6 +52,19 @@ def test_pages_load_nothing_from_elsewhere(service: EngineService, path: str) ->
     page = ask(service, "GET", path)
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert not re.findall(r"(?:src|href)=.?https?:|@import|import\(", page.text)
+
+
+def test_each_model_of_the_document_has_a_name_of_its_own() -> None:
+    """Two had the same, and the answers of one route were documented with the columns of another."""
+
+    def below(model: type[BaseModel]) -> Iterator[str]:
+        for one in model.__subclasses__():
+            if one.__module__.startswith("deploy."):
+                yield one.__name__
+            yield from below(one)
+
+    names = list(below(BaseModel))
+    assert len(names) > 20 and len(names) == len(set(names)), sorted(names)
 
 
 def test_every_route_is_documented_with_its_answers(service: EngineService) -> None:

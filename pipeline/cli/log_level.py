@@ -1,4 +1,4 @@
-"""`--verbose`: log messages on standard error, without the secrets of URIs."""
+"""`--verbose` and `--log-level`: log messages on standard error, without the secrets of URIs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 
 from pipeline.storage.secrets import hide_secrets
 
+LEVELS = ("debug", "info", "warning", "error")
 LOGGERS = ("blip2_actor", "pipeline")
 
 
@@ -16,11 +17,15 @@ class SecretsHidden(logging.Formatter):
         return hide_secrets(super().format(record))
 
 
-def print_log() -> None:
-    """Print the log messages of our packages from now on."""
+def print_log(level: str) -> None:
+    """Print the log messages of our packages from now on.
+
+    Args:
+        level: one of `LEVELS`; messages below it are not printed.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(SecretsHidden("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.DEBUG)
+        logger.setLevel(level.upper())
         logger.addHandler(handler)

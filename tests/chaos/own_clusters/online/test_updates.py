@@ -1,0 +1,242 @@
+"""The committed Serve config under two requests a second: nobody notices updates, a rollback and deaths."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.guard.front import CALLBACK
+from tests.chaos.own_clusters.online.fake_application import NO_SUCH_MODEL
+from tests.integration.online.endpoint import caption_of, png, wait_for
+from tests.integration.online.endpoint_process import ROOT, free_port
+
+pytestmark = pytest.mark.timeout(580)
+
+CONFIG = ROOT / "deploy/serve_config.yaml"
+PER_S = 2.0
+MAX_P99_S = 5.0
+PATIENCE_S = 60.0
+TIMEOUT_S = 10.0
+"""`timeout_s` of the service, shorter than the committed one so that a test can wait for it."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    code: int
+    type: str | None
+    model: str | None
+    is_right: bool
+    seconds: float
+
+
+@dataclass
+class Load:
+    """Requests at a fixed rate, each with another picture, whatever becomes of those before it."""
+
+    url: str
+    answers: list[Answered] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def offer() -> None:
+            with ThreadPoolExecutor(64) as callers:
+                while not stop.wait(1 / PER_S):
+                    callers.submit(self._ask, next(self._numbers))
+
+        thread = threading.Thread(target=offer)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        image, began_s = png(number), time.monotonic()
+        try:
+            answer = httpx.post(f"{self.url}/v1/caption", files={"image": image}, timeout=PATIENCE_S)
+            code, found = answer.status_code, answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            code, found = 0, {"error": {"type": type(error).__name__}}
+        seconds = time.monotonic() - began_s
+        is_right = found.get("caption") == caption_of(image)
+        kind = found.get("error", {}).get("type")
+        self.answers.append(Answered(code, kind, found.get("model"), is_right, seconds))
+
+    def wait_for_model(self, model: str) -> None:
+        """Wait until the last answers are of one model."""
+        begun = len(self.answers)
+        wait_for(
+            lambda: (
+                len(self.answers) >= begun + 6 and {answer.model for answer in self.answers[-6:]} == {model}
+            ),
+            seconds=90,
+        )
+
+    def figures(self) -> dict[str, Any]:
+        seconds = sorted(answer.seconds for answer in self.answers)
+        failed = [f"{one.code} {one.type}" for one in self.answers if one.code != 200 or not one.is_right]
+        return {
+            "num_requests": len(seconds),
+            "failed": failed,
+            "p50_s": round(seconds[len(seconds) // 2], 3),
+            "p99_s": round(seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))], 3),
+            "max_s": round(seconds[-1], 3),
+        }
+
+
+@dataclass
+class Service:
+    """The application of the committed config on a Ray of this machine."""
+
+    url: str
+    missing: Path
+
+    def deploy(self, model: str, **captioner: Any) -> None:
+        """Apply the committed config with a fake engine that needs no accelerator."""
+        config = yaml.safe_load(CONFIG.read_text())
+        (application,) = config["applications"]
+        application["import_path"] = "tests.chaos.own_clusters.online.fake_application:build"
+        arguments = application["args"]
+        del arguments["keys_file"]
+        arguments |= {"allow_anonymous": True, "cache_bytes": 0, "missing": str(self.missing)}
+        arguments |= {"timeout_s": TIMEOUT_S, "engine": {"model": model}}
+        for deployment in application["deployments"]:
+            deployment["ray_actor_options"] = {"num_cpus": 0}
+            deployment.pop("max_replicas_per_node", None)  # there is one node
+        schema = ServeDeploySchema(applications=config["applications"])
+        _get_global_client().deploy_apps(schema)
+
+    def status(self) -> str:
+        return str(serve.status().applications["blip2"].status)
+
+    def is_whole(self) -> bool:
+        """Return whether two replicas of each part run, and nothing else."""
+        application = serve.status().applications["blip2"]
+        return application.status == "RUNNING" and all(
+            {state: number for state, number in part.replica_states.items() if number} == {"RUNNING": 2}
+            for part in application.deployments.values()
+        )
+
+    def process_of(self, part: str) -> psutil.Process:
+        for process in psutil.Process().children(recursive=True):
+            if f"ServeReplica:blip2:{part}" in " ".join(process.cmdline()):
+                return process
+        raise AssertionError(f"no process of {part}")
+
+
+@pytest.fixture(scope="module")
+def service(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    os.environ.update([CALLBACK])
+    os.environ["PYTHONPATH"] = str(ROOT)
+    port = free_port()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    one = Service(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("models") / "missing")
+    one.deploy("one")
+    wait_for(one.is_whole, seconds=120)
+    yield one
+    serve.shutdown()
+    ray.shutdown()
+
+
+def check(what: str, load: Load) -> None:
+    """Nobody was refused, misled or kept waiting."""
+    figures = load.figures()
+    print(json.dumps({"what": what, **figures}), flush=True)
+    assert not figures["failed"], figures
+    assert figures["p99_s"] < MAX_P99_S, figures
+
+
+def during(service: Service, what: str, act: Callable[[Load], None]) -> None:
+    load = Load(service.url)
+    with load.running():
+        wait_for(lambda: len(load.answers) >= 4)
+        act(load)
+    check(what, load)
+
+
+def test_an_update_and_a_rollback(service: Service) -> None:
+    def update(load: Load) -> None:
+        service.deploy("two")
+        load.wait_for_model("two")
+        wait_for(service.is_whole, seconds=120)
+
+    def roll_back(load: Load) -> None:
+        service.deploy("one")
+        load.wait_for_model("one")
+        wait_for(service.is_whole, seconds=120)
+
+    during(service, "update", update)
+    during(service, "rollback", roll_back)
+
+
+def test_a_bad_update_and_the_way_back(service: Service) -> None:
+    """The engines of an update that cannot start must not take the place of those that serve."""
+
+    def bad_update(load: Load) -> None:
+        service.deploy(NO_SUCH_MODEL)
+        wait_for(lambda: service.status() in ("DEPLOY_FAILED", "UNHEALTHY"), seconds=120)
+        load.wait_for_model("one")
+        service.deploy("one")
+        wait_for(service.is_whole, seconds=120)
+        load.wait_for_model("one")
+
+    during(service, "bad update and the way back", bad_update)
+
+
+@pytest.mark.parametrize("part", ["Captioner", "Gateway"])
+def test_the_death_of_a_replica(service: Service, part: str) -> None:
+    wait_for(service.is_whole, seconds=120)
+
+    def kill(load: Load) -> None:
+        service.process_of(part).kill()
+        wait_for(lambda: not service.is_whole(), seconds=60)
+        wait_for(service.is_whole, seconds=120)
+
+    during(service, f"death of a {part}", kill)
+
+
+def test_without_an_engine_the_answer_is_503_in_time(service: Service) -> None:
+    """Requests waited for an engine that did not come, until the client gave up."""
+    wait_for(service.is_whole, seconds=120)
+    service.missing.touch()
+    try:
+        for _ in range(2):
+            service.process_of("Captioner").kill()
+            time.sleep(0.5)
+        began_s = time.monotonic()
+        answer = httpx.post(f"{service.url}/v1/caption", files={"image": png(1)}, timeout=PATIENCE_S)
+        assert time.monotonic() - began_s < TIMEOUT_S + 3
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "not_ready", answer.text
+        assert int(answer.headers["retry-after"]) >= 1
+    finally:
+        service.missing.unlink()
+    wait_for(service.is_whole, seconds=120)
