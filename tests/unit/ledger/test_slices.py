@@ -80,10 +80,9 @@ def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_go
     have_written = threading.Barrier(2)
 
     class Simultaneous(Lease):
-        def _write(self, beat):
-            super()._write(beat)
-            if beat == 0:
-                have_written.wait(60)
+        def _take(self):
+            super()._take()
+            have_written.wait(60)
 
     def hold(part):
         try:
