@@ -129,7 +129,7 @@ class Service:
         _get_global_client().deploy_apps(schema)
 
     def status(self) -> str:
-        return str(serve.status().applications["blip2"].status)
+        return serve.status().applications["blip2"].status.value
 
     def is_whole(self) -> bool:
         """Return whether two replicas of each part run, and nothing else."""
