@@ -19,6 +19,8 @@ class Outage:
     def wait(self, state: str, at_least_s: float, is_ended: threading.Event) -> bool:
         """Pause before the next try, longer each time, and say why; return False to give up.
 
+        The pause is over once a try of another thread has succeeded, but no sooner than the endpoint asks.
+
         Args:
             state: what is wrong, in a phrase.
             at_least_s: what the endpoint asks for.
@@ -28,19 +30,23 @@ class Outage:
             since = self._since = self._since or time.monotonic()
             self._pause_s = pause_s = min(max(at_least_s, 2 * self._pause_s), max(MAX_PAUSE_S, at_least_s))
         shown = f"out of reach ({state.replace(';', ',')})"
-        next_try = time.monotonic() + pause_s
+        now = time.monotonic()
+        earliest, next_try = now + at_least_s, now + pause_s
         is_new = True
         while (left_s := next_try - time.monotonic()) > 0:
-            if not tell(Trouble("endpoint", shown, time.monotonic() - since, is_new)):
-                return False
+            with self._lock:  # or this would say that it fails after `end` has said that it works
+                if self._since != since:
+                    break
+                if not tell(Trouble("endpoint", shown, time.monotonic() - since, is_new)):
+                    return False
             is_new = False
             if is_ended.wait(min(left_s, TELL_EVERY_S)):
                 return False
-        return True
+        return not is_ended.wait(max(0.0, earliest - time.monotonic()))
 
     def end(self) -> None:
         """Say that the endpoint works again, if it did not."""
         with self._lock:
-            was_out, self._since, self._pause_s = self._since is not None, None, 0.0
-        if was_out:
-            tell(None)
+            if self._since is not None:
+                tell(None)
+            self._since, self._pause_s = None, 0.0

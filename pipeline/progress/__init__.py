@@ -6,13 +6,14 @@ elsewhere, as JSON lines for programs.
 
 from __future__ import annotations
 
-from pipeline.progress.console import LOG_EVERY_S, Console, choose_style
+from pipeline.progress.console import LINE_EVERY_S, LOG_EVERY_S, Console, choose_style
 from pipeline.progress.rate import Rate
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import count, cut, duration, format_bytes
 from pipeline.progress.writing import write
 
 __all__ = [
+    "LINE_EVERY_S",
     "LOG_EVERY_S",
     "Console",
     "ProgressSnapshot",

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import ray
 
-from pipeline.progress import count
+from pipeline.progress import LINE_EVERY_S, LOG_EVERY_S, count
 from pipeline.watch.autoscaler import autoscaler_says
 from pipeline.watch.view import CAPTIONING, DECODING, LOADS, RUNS, WAITS, View, WorkerSeen, look_at_members
 from pipeline.watch.waiting import Reminder, Say, at
@@ -69,14 +69,15 @@ class Members:
         Args:
             say: prints a line.
             needs: what a worker of each stage reserves, in words.
-            is_local: whether the Ray is this machine's own; then only losses, and their ends, are news.
+            is_local: whether the Ray is this machine's own; then only losses, their ends and long waits are
+                news: the phases of the start tell of the rest.
         """
         self._say, self._needs, self._is_local = say, needs, is_local
         self._view = View()
         self._num_lost: Counter[str] = Counter()
         """Workers of each stage that were lost and have not been replaced."""
         self._since: dict[str, tuple[str, datetime]] = {}
-        self._reminder = Reminder(say)
+        self._reminder = Reminder(say, LINE_EVERY_S if is_local else LOG_EVERY_S)
         self.awaited: str | None = None
         """Workers that are not at work, since when and why, and what the autoscaler does; None if all are."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.watch import members as members_module
 from pipeline.watch.autoscaler import says, words_of
 from pipeline.watch.members import Members
 from pipeline.watch.view import LOADS, RUNS, WAITS, NodeSeen, View, WorkerSeen, state_of
+from pipeline.watch.waiting import Reminder
 
 A = NodeSeen("host-a", {"CPU": 8.0, "GPU": 1.0})
 B = NodeSeen("host-b", {"CPU": 8.0, "GPU": 1.0})
@@ -104,6 +106,21 @@ def test_what_is_awaited_since_when_and_the_words_of_the_autoscaler(workers, awa
     told = Told(monkeypatch, says="; scaling")
     told({"a": A}, **workers)
     assert told.members.awaited == awaited
+
+
+@pytest.mark.parametrize(("is_local", "first_s"), [(False, 10), (True, 60)])
+def test_a_wait_of_a_local_ray_is_said_only_when_it_is_long(is_local, first_s, monkeypatch):
+    """The phases of the start tell of a model that loads; a local run said so in several lines more."""
+    now, said = 0.0, []
+    monkeypatch.setattr(members_module, "Reminder", functools.partial(Reminder, clock=lambda: now))
+    told = Told(monkeypatch, is_local=is_local)
+    for second in range(65):
+        now = float(second)
+        # Workers are asked for, then one loads the model before the other one does.
+        first, other = LOADS if second > 20 else WAITS, LOADS if second > 40 else WAITS
+        said += [(second, line) for line in told({"a": A}, x=worker(first), y=worker(other))]
+    assert said[0][0] == first_s and said[0][1].startswith("waiting for ")
+    assert len(said) == 1 or not is_local
 
 
 def actor(state: str, pid: int = 7, node: str = "a", reason: int | None = None) -> dict[str, Any]:

@@ -28,7 +28,9 @@ SIZE_PX = 64
 
 @contextmanager
 def endpoint(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    with serving(folder, "--port", str(port), "--num-threads", "1", "--max-slots", "4") as command:
+    with serving(
+        folder, "--port", str(port), "--dtype", "float32", "--num-threads", "1", "--max-slots", "4"
+    ) as command:
         assert command.stdout is not None
         assert "is ready" in command.stdout.readline(), command.communicate()[1]
         try:

@@ -23,7 +23,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.guard.front import CALLBACK
+from deploy.app import NODE_ENVIRONMENT
 from tests.chaos.own_clusters.online.fake_application import NO_SUCH_MODEL
 from tests.integration.online.endpoint import caption_of, png, wait_for
 from tests.integration.online.endpoint_process import ROOT, free_port
@@ -81,7 +81,7 @@ class Load:
             code, found = 0, {"error": {"type": type(error).__name__}}
         seconds = time.monotonic() - began_s
         is_right = found.get("caption") == caption_of(image)
-        kind = found.get("error", {}).get("type")
+        kind = (found.get("error") or {}).get("type")
         self.answers.append(Answered(code, kind, found.get("model"), is_right, seconds))
 
     def wait_for_model(self, model: str) -> None:
@@ -129,7 +129,7 @@ class Service:
         _get_global_client().deploy_apps(schema)
 
     def status(self) -> str:
-        return str(serve.status().applications["blip2"].status)
+        return serve.status().applications["blip2"].status.value
 
     def is_whole(self) -> bool:
         """Return whether two replicas of each part run, and nothing else."""
@@ -148,7 +148,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    os.environ.update([CALLBACK])
+    os.environ.update(NODE_ENVIRONMENT)
     os.environ["PYTHONPATH"] = str(ROOT)
     port = free_port()
     ray.init(
