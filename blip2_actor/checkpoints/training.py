@@ -93,7 +93,9 @@ def save_model(
     Args:
         model: from `load_for_training` or `load_retrieval_for_training`.
         folder: a folder that does not exist yet, or is empty.
-        like, revision, adapter: the checkpoint that the model was loaded from, as for `load_for_training`.
+        like: the checkpoint that the model was loaded from, as for `load_for_training`.
+        revision: its revision, if one was named.
+        adapter: its adapter, if one was named.
 
     Raises:
         ValueError: the model is not like this checkpoint; the message names the weight.
