@@ -75,8 +75,8 @@ def test_without_a_flag_accelerators_come_from_zero_a_lost_one_costs_nothing_and
 ) -> None:
     # Work for both workers, however late the second one is: Ray Data lets a worker go that finds none left.
     truth = write_tars(tmp_path / "in", num_tars=8, rows_per_tar=240)
-    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
-    settings |= {"placement": {"calls_per_actor": 1}}
+    placement = {"calls_per_actor": 1}
+    settings = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "placement": placement}
     log, trace, gate = tmp_path / "log", tmp_path / "trace", tmp_path / "gate"
     gate.touch()
     trace.mkdir()
