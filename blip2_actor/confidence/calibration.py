@@ -71,7 +71,7 @@ class Calibration:
         if not scores or scores != sorted(scores) or not all(0 <= one <= 1 for one in probabilities):
             raise ValueError("curve must have ascending scores with probabilities from 0 to 1")
         object.__setattr__(self, "options", json.loads(json.dumps(self.options)))
-        assert self._options  # which refuses what this version does not know
+        _ = self._options  # raises for options that this version does not know
 
     def confidence(self, result: Result) -> float | None:
         """Return the probability that the best text of a result is right; None if it has no text."""

@@ -158,20 +158,22 @@ class Lease:
         if self._folder.put_new(self._name, self._content(0)):
             return
         holder = read_holder(self._folder, self._name)
-        known = {self._me.token, *self._dead}
-        if holder is not None and holder.token not in known and not holder.is_known_dead:
+        if holder is not None and self._may_live(holder):
             raise self._in_use(holder)
         self._write(0)
 
     def _refuse_while_held(self) -> None:
         """Raise OutputInUse when another driver that lives works on the same shards."""
         for name, holder in read_holders(self._folder).items():
-            known = {self._me.token, *self._dead}
-            if holder.token in known or holder.is_known_dead or not self._overlaps(parse_lease_name(name)):
+            if not (self._may_live(holder) and self._overlaps(parse_lease_name(name))):
                 continue
             if holder.is_on_this_machine or self._beats(name, holder):
                 raise self._in_use(holder)
             self._dead.add(holder.token)
+
+    def _may_live(self, holder: Holder) -> bool:
+        """Return whether it is another driver that is not known to be dead."""
+        return holder.token not in {self._me.token, *self._dead} and not holder.is_known_dead
 
     def _in_use(self, holder: Holder) -> OutputInUse:
         return OutputInUse(
