@@ -86,7 +86,7 @@ def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_go
 
     def hold(part):
         try:
-            with Simultaneous(folder, part, beat_s=0.01, dead_after_s=0.5):
+            with Simultaneous(folder, part, beat_s=0.01, dead_after_s=30):
                 return True
         except OutputInUse:
             return False
