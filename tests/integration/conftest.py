@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.small_ray import small_ray
+
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Start Ray with two CPUs and a small object store, apart from any other Ray of this machine."""
-    import ray
-
     from deploy.app import NODE_ENVIRONMENT
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -21,12 +21,5 @@ def local_ray() -> Iterator[None]:
     # A short path: those of Ray's sockets may have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=200 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-        yield
-        ray.shutdown()
+        with small_ray(num_cpus=2):
+            yield

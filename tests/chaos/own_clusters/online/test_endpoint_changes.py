@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 
 from blip2_actor import EngineBuilder
@@ -20,6 +19,7 @@ from deploy.app import NODE_ENVIRONMENT, compose
 from deploy.settings import Settings
 from tests.integration.online.endpoint import caption_of, engine_stats, png, post, wait_for
 from tests.integration.online.endpoint_process import free_port
+from tests.small_ray import small_ray
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -44,17 +44,10 @@ PUSHES_OFTEN = {
 def url(own_ray: None) -> Iterator[str]:
     os.environ.update(NODE_ENVIRONMENT | PUSHES_OFTEN)
     port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    with small_ray(num_cpus=4):
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
 
 
 def deploy(

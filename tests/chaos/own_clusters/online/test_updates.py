@@ -20,7 +20,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import ray
 import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -30,6 +29,7 @@ from deploy.app import NODE_ENVIRONMENT
 from tests.chaos.own_clusters.online.fake_application import NO_SUCH_MODEL
 from tests.integration.online.endpoint import caption_of, png, wait_for
 from tests.integration.online.endpoint_process import ROOT, free_port
+from tests.small_ray import small_ray
 
 pytestmark = pytest.mark.timeout(580)
 
@@ -167,20 +167,13 @@ def service(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     os.environ.update(NODE_ENVIRONMENT)
     os.environ["PYTHONPATH"] = str(ROOT)
     port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    one = Service(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("models") / "missing")
-    one.deploy("one")
-    wait_for(one.is_whole, seconds=120)
-    yield one
-    serve.shutdown()
-    ray.shutdown()
+    with small_ray(num_cpus=4):
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        one = Service(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("models") / "missing")
+        one.deploy("one")
+        wait_for(one.is_whole, seconds=120)
+        yield one
+        serve.shutdown()
 
 
 def check(what: str, load: Load) -> None:

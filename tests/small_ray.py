@@ -1,0 +1,24 @@
+"""A Ray of one machine with a small object store, for tests that need nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def small_ray(num_cpus: int) -> Iterator[None]:
+    """Start Ray, with the environment as it is now; end it after the block."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
