@@ -32,6 +32,7 @@ class DecodePool:
         limits: ImageLimits = ImageLimits(),
         num_children: int = 1,
         *,
+        niceness: int = 0,
         command: Sequence[str] = CHILD_COMMAND,
     ) -> None:
         """Prepare the pool; no process is started yet.
@@ -40,12 +41,16 @@ class DecodePool:
             size_px: side S of the model's square.
             limits: what one image may cost.
             num_children: number of processes, and so of images that are decoded at once.
+            niceness: what the children add to the niceness of this process, as in nice(1); others go ahead
+                when the CPUs are busy.
             command: the program to run as a child; the size and the limits are appended to it.
         """
         if size_px < 1:
             raise ValueError(f"size_px must be at least 1, got {size_px}")
         if num_children < 1:
             raise ValueError(f"num_children must be at least 1, got {num_children}")
+        if niceness:
+            command = ("nice", "-n", str(niceness), *command)
         self._limits = limits
         self._num_children = num_children
         self._processes = [DecodeProcess(size_px, limits, command) for _ in range(num_children)]

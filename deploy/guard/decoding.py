@@ -19,6 +19,9 @@ SMALL_PIXELS = 1 << 20
 """Pictures up to this size always find a process free of larger ones, if there are at least two."""
 LARGE_PIXELS = 16 << 20
 """Pictures above this size, which is beyond most telephones, are decoded one at a time."""
+LARGE_NICENESS = 5
+"""Large pictures get a third of the CPU time of anything else that is busy, small ones their full part. With
+more, a large picture would not be ready within `wall_s` on a busy machine."""
 
 
 class Decoding:
@@ -27,7 +30,7 @@ class Decoding:
     def __init__(self, size_px: int, limits: ImageLimits, num_children: int) -> None:
         usual = dataclasses.replace(limits, max_pixels=min(LARGE_PIXELS, limits.max_pixels))
         self._usual = _Lane(size_px, usual, num_children)
-        self._large = _Lane(size_px, limits, 1)
+        self._large = _Lane(size_px, limits, 1, LARGE_NICENESS)
         self._max_pixels = limits.max_pixels
         self._usual.start()
 
@@ -71,8 +74,8 @@ class DecodingBySize:
 class _Lane:
     """A pool of processes and the line before it."""
 
-    def __init__(self, size_px: int, limits: ImageLimits, num_children: int) -> None:
-        self._pool = DecodePool(size_px, limits, num_children)
+    def __init__(self, size_px: int, limits: ImageLimits, num_children: int, niceness: int = 0) -> None:
+        self._pool = DecodePool(size_px, limits, num_children, niceness=niceness)
         self._threads = ThreadPoolExecutor(num_children, "decode")
         self._gate = FairGate(num_children, small_work=SMALL_PIXELS, kept_for_small=int(num_children > 1))
         self._num_children = num_children

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
-from deploy.guard.uploads import Uploads
+from deploy.guard.uploads import Uploads, give_back_large_memory
 from deploy.http.errors import ApiError, not_ready, overloaded, unavailable
 from deploy.observe.metrics import FRONT_ANSWERS
 
@@ -41,8 +41,9 @@ logger = logging.getLogger("ray.serve")
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Ray puts around its proxy, and set limits on the connections of this process."""
+    """Return what Ray puts around its proxy, and set limits on connections and memory of this process."""
     install()
+    give_back_large_memory()
     return [Middleware(Front)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -136,7 +136,7 @@ def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Ma
         caption["flags"].append("truncated")
     if made.num_tokens is not None:
         caption |= {"num_tokens": made.num_tokens, "token_ids": None}
-    confidence = _confidence(model, work.texts[0], caption)
+    confidence = confidence_of(model, work.texts[0], caption["logprob"], caption["num_tokens"])
     caption["flags"] += abstention_flags(confidence, model.min_confidence)
     completions = outputs.texts[0].completions
     several = len(completions) > 1
@@ -167,11 +167,12 @@ def caption_answer(model: ServedModel, wishes: Wishes, work: ImageWork, made: Ma
     return answer | {name: part for name, part in parts.items() if part}
 
 
-def _confidence(model: ServedModel, asked: TextToGenerate, caption: Mapping[str, Any]) -> float | None:
+def confidence_of(model: ServedModel, asked: TextToGenerate, logprob: float, num_tokens: int) -> float | None:
+    """Return the probability that the best text is right; None without a calibration of what was asked."""
     calibration = model.calibration
     if calibration is None or not calibration.fits(model.info.digest, asked.prompt, asked.options):
         return None
-    return calibration.probability(caption["logprob"], caption["num_tokens"])
+    return calibration.probability(logprob, num_tokens)
 
 
 def _text_answer(result: Result, asked: TextToGenerate) -> dict[str, Any]:

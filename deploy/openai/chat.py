@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from blip2_actor import Completion
 from deploy.guard.cost import cost_of
-from deploy.http.answers import Answer, fingerprint
+from deploy.http.answers import Answer, confidence_of, fingerprint
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, Emit, EventStream, event
 from deploy.http.images import ImageSource
@@ -62,6 +62,9 @@ class ChatChoice(Answer):
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
     logprobs: ChatLogprobs | None
+    confidence: float | None
+    """Probability that the text is right, as in the answers of /v1/caption; null for all but the first
+    choice. OpenAI has no such field."""
 
 
 class ChatCompletion(Answer):
@@ -84,6 +87,8 @@ class ChunkChoice(Answer):
     delta: ChatDelta
     finish_reason: Literal["stop", "length"] | None
     logprobs: ChatLogprobs | None
+    confidence: float | None = None
+    """As in a completion, in the last piece of each choice."""
 
 
 class ChatCompletionChunk(Answer):
@@ -165,6 +170,7 @@ class _Chat:
                 "message": {"role": "assistant", "content": completion.text, "refusal": None},
                 "finish_reason": completion.finish_reason,
                 "logprobs": logprobs,
+                "confidence": self._confidence(index, completion, outputs),
             }
             for index, (completion, logprobs) in enumerate(self._completions(outputs))
         ]
@@ -196,6 +202,7 @@ class _Chat:
         for index, (completion, logprobs) in enumerate(self._completions(outputs)):
             await emit_text(index, completion.text[sent.get(index, 0) :])
             end = _delta(index, {}, completion.finish_reason, logprobs)
+            end["confidence"] = self._confidence(index, completion, outputs)
             await emit(self._chunk([end], wants_usage))
         if wants_usage:
             await emit(self._chunk([], wants_usage, self._usage(outputs)))
@@ -213,6 +220,12 @@ class _Chat:
             (completion, {"content": _logprobs(completion, texts), "refusal": None})
             for completion, texts in zip(completions, outputs.token_texts, strict=True)
         ]
+
+    def _confidence(self, index: int, completion: Completion, outputs: ImageOutputs) -> float | None:
+        if index:  # a calibration is of best texts
+            return None
+        model = self._model.made_by(outputs.model)
+        return confidence_of(model, self._text, completion.logprob, len(completion.token_ids))
 
     def _chunk(self, choices: list[dict[str, Any]], wants_usage: bool, usage: Any = None) -> bytes:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}

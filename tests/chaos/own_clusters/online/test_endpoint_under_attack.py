@@ -31,8 +31,8 @@ pytestmark = pytest.mark.timeout(400)
 
 ATTACK_S = 25.0
 NUM_IDLE = 30
-MAX_GROWTH_BYTES = 700 << 20
-"""Twice the bytes that a proxy holds, because the gateway has them too, and what parsing adds."""
+MAX_GROWTH_BYTES = 400 << 20
+"""One client may have a proxy hold 128 MiB; the rest is for passing on and parsing bodies of 16 MiB."""
 
 
 def bomb() -> bytes:
@@ -116,6 +116,8 @@ def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None
             return httpx.get(f"{url}/startupz", timeout=60)
 
         parts = [process_of(command, part) for part in ("ServeReplica:blip2:Gateway", "ProxyActor")]
+        # Ray's own choice of 15 would give the attackers next to it most of the CPU time.
+        assert all(part.nice() <= psutil.Process().nice() for part in parts)
         idle = latencies(caption, iter([True] * NUM_IDLE + [False]))
         before = [part.memory_info().rss for part in parts]
         ends_at_s = time.monotonic() + ATTACK_S

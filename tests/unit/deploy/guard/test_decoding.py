@@ -7,12 +7,13 @@ import io
 import threading
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from PIL import Image
 
 from blip2_actor import ImageLimits, Status
 from deploy.guard import decoding
-from deploy.guard.decoding import Decoding
+from deploy.guard.decoding import LARGE_NICENESS, Decoding
 from deploy.guard.image_header import claimed_pixels
 
 
@@ -70,6 +71,13 @@ def test_large_and_small_are_decoded_alike(lanes: Decoding) -> None:
         assert (await lanes.decode(picture(1001, 1000))).status is Status.TOO_LARGE
 
     asyncio.run(run())
+
+
+def test_large_pictures_leave_the_cpus_to_small_ones(lanes: Decoding) -> None:
+    others = set(psutil.Process().children())
+    asyncio.run(lanes.decode(picture(200, 100)))
+    [child] = set(psutil.Process().children()) - others
+    assert child.nice() == psutil.Process().nice() + LARGE_NICENESS
 
 
 def test_a_small_picture_passes_large_ones_and_ones_that_hide_their_size(lanes: Decoding) -> None:

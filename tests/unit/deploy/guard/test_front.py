@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ class Proxy:
         self.healthy = 200
         self.error: Exception | None = None
         self.scopes: list[Scope] = []
-        self.num_bytes = 0
+        self.bodies: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/-/healthz":
@@ -36,7 +38,7 @@ class Proxy:
             message: Message = await receive()
             if message["type"] == "http.disconnect":
                 return  # Serve cancels the request, and answers nothing
-            self.num_bytes += len(message["body"])
+            self.bodies.append(message["body"])
             if not message["more_body"]:
                 break
         if self.error is not None:
@@ -208,6 +210,58 @@ def test_a_body_that_pauses_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.Event().wait()
 
     assert error_of(ask(Front(serve), content=slow())) == (408, "body_late")
+
+
+def test_a_body_is_passed_on_when_all_of_it_is_here() -> None:
+    """Each piece of a slow upload once took memory in the gateway and in Ray's object store too."""
+    serve = Proxy()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b"a", b"b", b"", b"c"):
+            yield piece
+            assert not serve.bodies
+
+    assert ask(Front(serve), content=pieces()).status_code == 200
+    assert serve.bodies == [b"abc"]
+
+
+def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
+    async def leave() -> Message:
+        return messages.pop(0)
+
+    async def read() -> None:
+        body = Uploads().body_of("a", leave)
+        assert await body() == {"type": "http.disconnect"}
+        assert body.refusal is None and body.complete_at_s is None
+
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.disconnect"}]
+    asyncio.run(read())
+
+
+def test_a_refused_body_is_freed_with_its_request() -> None:
+    """The traceback of the refusal kept the body until Python looked for circles."""
+
+    class Watched(dict[str, Any]):
+        """A message that can have a weak reference."""
+
+    held = Uploads(8 << 20)
+    messages = [Watched(type="http.request", body=bytes(5 << 20), more_body=True)]
+    last = weakref.ref(messages[0])
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    async def read() -> None:
+        body = held.body_of("a", receive)
+        assert (await body())["type"] == "http.disconnect" and body.refusal is not None
+        body.release()
+
+    gc.disable()
+    try:
+        asyncio.run(read())
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 def small_front(serve: Proxy) -> Front:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 
-from blip2_actor import EngineConfig, GenerationOptions, Request
+from blip2_actor import Calibration, EngineConfig, GenerationOptions, Request
 from blip2_actor.testing import fake_features, save_tiny_checkpoint
 from deploy.openai.chat_request import ChatBody
 from tests.unit.deploy.routes.engine_service import (
@@ -130,6 +130,41 @@ def test_the_chunks_are_those_of_openai(service: EngineService) -> None:
     whole = [choice for _, c in events_of(chat(beams, stream=True, n=2))[:-1] for choice in c["choices"]]
     texts = ["".join(c["delta"].get("content", "") for c in whole if c["index"] == i) for i in (0, 1)]
     assert texts == [caption_of(IMAGE, PROMPT), f"{caption_of(IMAGE, PROMPT)} 1"]
+
+
+def test_a_choice_says_how_sure_it_is_as_a_caption_does(service: EngineService) -> None:
+    """The client keeps fields that OpenAI does not have."""
+
+    def calibrate(asked: EngineService, calibration: Calibration) -> EngineService:
+        asked._models._served = {"demo": replace(asked.first, calibration=calibration)}
+        return asked
+
+    first = service.first
+    calibration = Calibration(
+        coefficients={"log_odds": 0.0, "num_tokens": 1.0},
+        intercept=0.0,
+        curve=((0.0, 0.0), (10.0, 1.0)),
+        model=first.info.digest,
+        prompt=PROMPT,
+        options=asdict(first.options),
+    )
+    calibrated = calibrate(EngineService(), calibration)
+
+    async def complete(client: openai.AsyncOpenAI) -> list[Any]:
+        made = await client.chat.completions.create(model="demo", messages=MESSAGES)
+        pieces = await client.chat.completions.create(model="demo", messages=MESSAGES, stream=True)
+        return [*made.choices, *[choice async for piece in pieces for choice in piece.choices]]
+
+    for asked, expected in ((calibrated, pytest.approx(0.3)), (service, None)):
+        whole, *pieces, last = with_client(asked, complete)
+        assert whole.confidence == last.confidence == expected
+        assert not any(hasattr(piece, "confidence") for piece in pieces)
+    other_options = chat(calibrated, max_tokens=3).json()["choices"][0]
+    assert other_options["confidence"] is None
+    fit = replace(calibration, options=asdict(replace(first.options, num_beams=2, num_return_sequences=2)))
+    beams = calibrate(EngineService(options=replace(first.options, num_beams=2)), fit)
+    best, second = chat(beams, n=2).json()["choices"]
+    assert best["confidence"] == pytest.approx(0.3) and second["confidence"] is None
 
 
 @pytest.fixture(scope="module")
