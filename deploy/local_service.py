@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.observe.logs import serve_logging
@@ -85,12 +85,33 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
     # Ray gives its workers the niceness 15, and so what else runs on this machine 28 times their CPU time.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # The workers of Serve differ from those that Ray would start ahead, and no task would use these.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(serve_environment())
+    _import_serve_without_pandas()()
     from deploy.app import NODE_ENVIRONMENT  # imports Ray, which reads its environment now
 
     os.environ.update(NODE_ENVIRONMENT)
+
+
+def _import_serve_without_pandas() -> Callable[[], None]:
+    """Return a function that imports Serve as if pandas were not installed; others may import that later.
+
+    Serve imports it to encode answers that are data frames, which ours are not: 37 MiB in each process. The
+    function is pickled by value, because a worker that imported this module would import Serve before.
+    """
+
+    def import_serve() -> None:
+        if "pandas" not in sys.modules:
+            sys.modules["pandas"] = None  # type: ignore[assignment]
+            try:
+                import ray.serve  # noqa: F401
+            finally:
+                del sys.modules["pandas"]
+
+    return import_serve
 
 
 def _drain(limit_s: float) -> None:
@@ -140,6 +161,7 @@ def _start_ray(settings: ServeSettings) -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
                 job_config=OurPackagesFirst(),
+                runtime_env={"worker_process_setup_hook": _import_serve_without_pandas()},
                 _metrics_export_port=settings.metrics_port,
             )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late

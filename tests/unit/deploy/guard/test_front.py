@@ -234,7 +234,10 @@ def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
         assert await body() == {"type": "http.disconnect"}
         assert body.refusal is None and body.complete_at_s is None
 
-    messages = [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.disconnect"}]
+    messages: list[Message] = [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
     asyncio.run(read())
 
 
