@@ -91,11 +91,10 @@ class Endpoint:
 
 
 def read_key(key_file: str | None) -> str | None:
-    """Return the key in a file; raise OSError if it cannot be read."""
-    if key_file is None:
-        return None
-    with open(key_file, encoding="utf-8") as file:
-        return file.read().strip()
+    """Return the key in a file, given by its path or URI; raise OSError if it cannot be read."""
+    from pipeline.storage.retrying_file import read_file  # --help does not need pyarrow
+
+    return None if key_file is None else read_file(key_file).decode().strip()
 
 
 def pause_s(retry_after: str | None) -> float:

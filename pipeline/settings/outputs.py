@@ -54,7 +54,8 @@ class Outputs:
     regenerate: bool = False
     """If the quality check sets `flags` on a caption, generate it again with penalties for repetition."""
     calibration: str | None = None
-    """File of blip2 calibrate: adds the column confidence, the probability that the caption is right."""
+    """File of blip2 calibrate, or its URI: adds the column confidence, the probability that the caption is
+    right."""
     min_confidence: float = 0.0
     """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1; they stay in the
     output."""
@@ -93,7 +94,8 @@ class Outputs:
             return
         if not self.caption:
             raise ValueError("calibration must be left out if no captions are made")
-        object.__setattr__(self, "calibration", os.path.abspath(self.calibration))
+        if "://" not in self.calibration:  # The run stores it, and may go on from another folder.
+            object.__setattr__(self, "calibration", os.path.abspath(self.calibration))
 
     @classmethod
     def of(
@@ -142,7 +144,18 @@ class Outputs:
         Raises:
             ValueError: its file cannot be read.
         """
-        return None if self.calibration is None else Calibration.load(self.calibration)
+        from pipeline.storage.retrying_file import read_file  # --help does not need pyarrow
+
+        if self.calibration is None:
+            return None
+        try:
+            content = read_file(self.calibration)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(
+                f"calibration must be a file of blip2 calibrate, got {self.calibration}: {reason}"
+            ) from error
+        return Calibration.parse(content, self.calibration)
 
     @property
     def confidence_parts(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`RetryingFile`: read a file of an object store although the store fails in the middle of it.
+"""`RetryingFile`: read a file of an object store although the store fails in the middle of it; `read_file`.
 
 A 503 or a connection that is cut is no property of the file. Without retries, a shard that the store
 could not deliver for a moment would be recorded as damaged. A disk is not retried: its errors are final.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying import retry_on_oserror
 from pipeline.storage.secrets import without_secrets
 
@@ -27,6 +29,19 @@ def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | Retryi
     if isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(path)
     return RetryingFile(filesystem, path)
+
+
+def read_file(uri: str) -> bytes:
+    """Return the content of a small file that a flag names, by its path or URI.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: its URI cannot be used.
+    """
+    if "://" not in uri:
+        return Path(uri).expanduser().read_bytes()
+    with open_input(*open_filesystem(uri)) as file:
+        return file.read()
 
 
 class RetryingFile(io.RawIOBase):

@@ -64,6 +64,17 @@ def test_without_a_calibration_there_is_no_such_column():
     stage.close()
 
 
+def test_its_file_may_be_in_a_bucket(tmp_path, calibration):
+    outputs = Outputs(calibration=(tmp_path / "c.json").as_uri())
+    found = outputs.read_calibration()
+    assert found is not None and found.digest == calibration.digest
+    outputs = Outputs(calibration=(tmp_path / "none.json").as_uri())
+    with pytest.raises(
+        ValueError, match=r"^calibration must be a file of blip2 calibrate, got file:.*none\.json"
+    ):
+        outputs.read_calibration()
+
+
 def test_it_is_part_of_the_fingerprint_and_of_the_record(tmp_path, calibration):
     plain = CaptionSettings(input=("in",), output="out")
     given = settings(tmp_path, 0.5)

@@ -85,3 +85,10 @@ def test_a_missing_file_is_not_retried(store, monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
     _, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("gone.tar",)))
     assert not report.complete and str(report.reason).endswith("is not there")
+
+
+def test_a_file_that_a_flag_names_is_read_whole(store, monkeypatch):
+    monkeypatch.setattr(FlakyStore, "failing", {1, 2})
+    assert retrying_file.read_file("flaky://s/0.jpg") == b"image"
+    with pytest.raises(FileNotFoundError, match=r"/s/1\.jpg is not there"):
+        retrying_file.read_file("flaky://s/1.jpg")
