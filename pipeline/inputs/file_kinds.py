@@ -251,7 +251,9 @@ def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
 
 def _refuse_several(found: FoundFiles, counts: Mapping[Format, int]) -> None:
     if len(counts) > 1:
-        named = " and ".join(f"{number} {FORMAT_NOUNS[name]}" for name, number in sorted(counts.items()))
+        named = " and ".join(
+            count(number, FORMAT_NOUNS[name].removesuffix("s")) for name, number in sorted(counts.items())
+        )
         flags = " or ".join(f"--format {name}" for name in sorted(counts))
         raise InputError(
             f"{found.name} must hold one kind of file, got {named}; choose one with {flags}, "
