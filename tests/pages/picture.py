@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import ViewportSize
 
 from pipeline.cli.main import main
 from tests.pages.conftest import open_browser
 
 PICTURE = Path(__file__).parents[2] / "docs/images/report.png"
-VIEWPORT = {"width": 1280, "height": 900}
+VIEWPORT: ViewportSize = {"width": 1280, "height": 900}
 COLORS = 128
 """Of the stored picture; a third of its bytes, and no difference to the eye."""
 
