@@ -244,7 +244,8 @@ def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
     if kinds.first_other is not None:
         raise InputError(
             f"the name {kinds.first_other} does not tell whether the file is a tar, a Parquet table or an "
-            "image; leave it out, or say what it is with --format"
+            "image; if it lists images, put @ in front of its name; else leave it out, or say what it is "
+            "with --format"
         )
     return set(kinds.counts)
 

@@ -135,6 +135,7 @@ def test_names_of_several_inputs_never_collide(tmp_path):
         ),
         (["a.tar"], "", {"format": "folder"}, "holds no images, only 1 .tar"),
         (["a.json"], "a.json", {}, "the name a.json does not tell whether"),
+        (["a.csv"], "a.csv", {}, "if it lists images, put @ in front of its name"),
         (["a.tar"], "", {"format": "tar"}, "format must be auto, webdataset, parquet, folder, got 'tar'"),
         (["a.tar"], "", {"limit": 0}, "limit must be at least 1, got 0"),
     ],
