@@ -103,6 +103,15 @@ def test_a_phone_shows_every_column_without_scrolling(browser, pages, name):
     shown.context.close()
 
 
+def test_the_filters_stay_on_top_of_what_they_filter_only(opened):
+    """They covered the first lines of every later section."""
+    page, top = opened.page, "document.querySelector('.controls').getBoundingClientRect().top"
+    page.locator("#sheet > li").last.scroll_into_view_if_needed()
+    assert page.evaluate(top) == 0
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    assert page.evaluate(top) < -40
+
+
 def test_the_sheet_searches(opened):
     total = len(opened.keys())
     opened.page.keyboard.press("/")
