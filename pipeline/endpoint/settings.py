@@ -47,11 +47,11 @@ class EndpointConfig:
 
         Raises:
             EndpointError: the endpoint gives no answer.
-            OSError: the key cannot be read.
+            ValueError: the key cannot be read.
         """
         endpoint = self.endpoint
         if self.key_file is not None:
-            endpoint = dataclasses.replace(endpoint, key=read_key(self.key_file))
+            endpoint = dataclasses.replace(endpoint, key=read_key("endpoint_key_file", self.key_file))
         keyed = dataclasses.replace(self, endpoint=endpoint, key_file=None)
         return dataclasses.replace(keyed, known=keyed.info())
 

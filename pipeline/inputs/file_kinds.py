@@ -272,7 +272,8 @@ def _refuse_nothing(found: FoundFiles, wanted: str, rest: Mapping[str, int], num
             "another input, or name these files one by one to read them"
         )
     raise InputError(
-        f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format"
+        f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format, "
+        "or @FILE if one of them lists images"
     )
 
 

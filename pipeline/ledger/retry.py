@@ -63,11 +63,12 @@ def read_keys(path: str) -> frozenset[str]:
     """Read a file with one key a line, by its path or URI; empty lines do not count.
 
     Raises:
-        ValueError: the file has no key, or is not UTF-8.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read, is not UTF-8, or has no key.
     """
     try:
-        lines = read_file(path).decode().replace("\r\n", "\n").split("\n")  # Keys may hold other line ends.
+        lines = (
+            read_file("keys", path).decode().replace("\r\n", "\n").split("\n")
+        )  # Keys may hold other line ends.
     except UnicodeDecodeError as error:
         raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
     keys = frozenset(filter(None, lines))

@@ -148,14 +148,7 @@ class Outputs:
 
         if self.calibration is None:
             return None
-        try:
-            content = read_file(self.calibration)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(
-                f"calibration must be a file of blip2 calibrate, got {self.calibration}: {reason}"
-            ) from error
-        return Calibration.parse(content, self.calibration)
+        return Calibration.parse(read_file("calibration", self.calibration), self.calibration)
 
     @property
     def confidence_parts(self) -> dict[str, Any] | None:

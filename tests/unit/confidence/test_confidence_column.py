@@ -70,7 +70,7 @@ def test_its_file_may_be_in_a_bucket(tmp_path, calibration):
     assert found is not None and found.digest == calibration.digest
     outputs = Outputs(calibration=(tmp_path / "none.json").as_uri())
     with pytest.raises(
-        ValueError, match=r"^calibration must be a file of blip2 calibrate, got file:.*none\.json"
+        ValueError, match=r"^calibration must be a file that can be read, got file:.*none\.json"
     ):
         outputs.read_calibration()
 

@@ -114,7 +114,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     [
         (["--status", "fialed"], "--status must be one of ok, missing_image, "),
         (["--status", "ok"], "--status must not be ok without --keys"),
-        (["--keys", "/nowhere"], "/nowhere"),
+        (["--keys", "/nowhere"], "--keys must be a file that can be read, got /nowhere: No such file"),
     ],
 )
 def test_a_choice_that_cannot_be_meant_is_refused(tmp_path, flags, said, capsys):

@@ -89,6 +89,10 @@ def test_a_missing_file_is_not_retried(store, monkeypatch):
 
 def test_a_file_that_a_flag_names_is_read_whole(store, monkeypatch):
     monkeypatch.setattr(FlakyStore, "failing", {1, 2})
-    assert retrying_file.read_file("flaky://s/0.jpg") == b"image"
-    with pytest.raises(FileNotFoundError, match=r"/s/1\.jpg is not there"):
-        retrying_file.read_file("flaky://s/1.jpg")
+    assert retrying_file.read_file("keys", "flaky://s/0.jpg") == b"image"
+    for uri, reason in (
+        ("flaky://s/1.jpg", "/s/1.jpg is not there"),
+        ("/no/file", "No such file or directory"),
+    ):
+        with pytest.raises(ValueError, match=f"^keys must be a file that can be read, got {uri}: {reason}$"):
+            retrying_file.read_file("keys", uri)
