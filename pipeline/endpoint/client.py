@@ -81,7 +81,7 @@ class Endpoint:
                     raise EndpointError(f"{self.url} answers {error.code}: {reason}") from None
                 time.sleep(pause)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)  # of the error in a URLError
+                reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 raise EndpointError(f"{self.url} gives no answer: {reason}") from None
             else:
                 if not isinstance(answer, dict):
