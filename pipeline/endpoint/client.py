@@ -81,8 +81,8 @@ class Endpoint:
                     raise EndpointError(f"{self.url} answers {error.code}: {reason}") from None
                 time.sleep(pause)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                raise EndpointError(f"{self.url} gives no answer: {reason}") from None
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                raise EndpointError(f"{self.url} gives no answer: {cause}") from None
             else:
                 if not isinstance(answer, dict):
                     raise EndpointError(
