@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blip2_actor import Calibration, EngineBuilder, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+from pipeline.storage.secrets import without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,6 +150,13 @@ class Outputs:
         if self.calibration is None:
             return None
         return Calibration.parse(read_file("calibration", self.calibration), self.calibration)
+
+    @property
+    def stored(self) -> Outputs:
+        """What a run stores: a URI without passwords and options."""
+        if self.calibration is None:
+            return self
+        return replace(self, calibration=without_secrets(self.calibration))
 
     @property
     def confidence_parts(self) -> dict[str, Any] | None:

@@ -75,6 +75,12 @@ def test_its_file_may_be_in_a_bucket(tmp_path, calibration):
         outputs.read_calibration()
 
 
+def test_its_password_is_not_stored():
+    outputs = Outputs(calibration="s3://me:word@bucket/c.json?region=eu-west-1")
+    stored = CaptionSettings(input=("in",), output="out", outputs=outputs).to_dict()
+    assert stored["outputs"]["calibration"] == "s3://bucket/c.json"
+
+
 def test_it_is_part_of_the_fingerprint_and_of_the_record(tmp_path, calibration):
     plain = CaptionSettings(input=("in",), output="out")
     given = settings(tmp_path, 0.5)
