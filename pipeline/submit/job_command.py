@@ -16,8 +16,6 @@ from pipeline.storage.secrets import hide_secrets
 MAX_SLUG_CHARS = 40
 SAFE_OPTIONS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "anonymous"}
 """Options of URIs that hold no secret."""
-
-
 PLACES = ("input", "output", "keys", "calibration", "endpoint_key_file")
 """Settings that name files and folders."""
 CHECKPOINTS = ("model", "adapter", "score_model")
