@@ -199,7 +199,10 @@ def aligned_arange(length: int, device: torch.device) -> Tensor:
     The tensor is made once and shared. Do not modify it.
     """
     with torch.inference_mode(False):  # the tensor may also be used in training
-        return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+        numbers = torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # another engine's stream may read it next
+    return numbers
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int, "float | None"], Tensor]
