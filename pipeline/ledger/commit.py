@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
+SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
+"""What follows from the bytes of an image alone. All other statuses may depend on the moment."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Summary:
     @property
     def num_failed(self) -> int:
         return self.num_rows - self.by_status.get(Status.OK.value, 0)
+
+    @property
+    def may_improve(self) -> bool:
+        """Whether rows that are made again from the same input may be better than those of the file."""
+        num_final = sum(self.by_status.get(status.value, 0) for status in SAME_AGAIN)
+        return not self.complete or num_final < self.num_rows
 
 
 def commit_shard(
@@ -146,8 +154,7 @@ def _commit(
         delete_files(folder, [fragment.name for fragment in files.fragments])
     else:
         # Rows past the end of a shard that was read less far are kept for a better reading.
-        may_improve = summary.num_failed > 0 or not summary.complete
-        delete_shard_files(folder, files, num_rows, is_shared, may_improve)
+        delete_shard_files(folder, files, num_rows, is_shared, summary.may_improve)
     return summary
 
 

@@ -149,11 +149,6 @@ class ShardFiles:
         """Name of the latest report."""
         return self.reports[0] if self.reports else None
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all its files."""
-        return frozenset((*(fragment.name for fragment in self.fragments), *self.reports))
-
 
 def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
     """List the folder of an unfinished shard."""
@@ -206,21 +201,18 @@ def delete_shard_files(
 ) -> None:
     """Delete the files of a shard that has been committed.
 
-    A store deletes a folder in a few requests, however many files it holds; a shared one, or one with rows
-    that stay, loses its files one by one. A disk loses just the files that were merged: what another process
-    has written meanwhile stays. A store is listed once more if such a row could improve the shard's file.
+    The files that were merged are deleted by name. What another process writes meanwhile stays, and the next
+    sweep merges it. A store needs three requests to delete a file, and five to delete a folder: the whole
+    folder is deleted if nothing that arrives meanwhile can be of use.
 
     Args:
         files: what the commit has found.
         num_rows: fragments with later rows stay.
         is_shared: whether the folder may hold those of other shards.
-        may_improve: whether rows that were written meanwhile may be better than those of the file.
+        may_improve: whether rows that are written meanwhile may be better than those of the file.
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
-    is_all = len(merged) == len(files.fragments) and not (is_shared or folder.is_local)
-    if is_all and may_improve:
-        is_all = files.names.issuperset(folder.names(files.folder))
-    if is_all:
+    if len(merged) == len(files.fragments) and not (is_shared or may_improve or folder.is_local):
         folder.erase(files.folder)
         return
     delete_files(folder, merged)
