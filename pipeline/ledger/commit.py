@@ -30,7 +30,7 @@ from pipeline.ledger.fragments import (
     store_shard_report,
 )
 from pipeline.ledger.layout import is_report_of_change, output_name
-from pipeline.ledger.merge import Merge, Piece, PieceGone
+from pipeline.ledger.merge import Merge, Piece, PieceGone, join
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -41,6 +41,9 @@ SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
 SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
 """What follows from the bytes of an image alone. All other statuses may depend on the moment."""
+PIECE_ROWS, PIECE_FRAGMENTS = 512, 64
+"""Small fragments that are merged as one: a table needs 20 kB of memory, however few rows it has (pyarrow
+26). Several are read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,18 @@ def _commit(
     return summary
 
 
-def _pieces_of_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[Piece]:
-    return [partial(read_fragment, folder, fragment.name) for fragment in fragments]
+def _pieces_of_fragments(folder: Folder, fragments: Iterable[Fragment]) -> list[Piece]:
+    """Return pieces with the rows of all fragments; small fragments that follow each other are one piece."""
+    pieces: list[Piece] = []
+    some: list[Piece] = []
+    num_rows = 0
+    for fragment in sorted(fragments, key=lambda fragment: fragment.first):
+        if some and (num_rows + fragment.count > PIECE_ROWS or len(some) == PIECE_FRAGMENTS):
+            pieces.append(join(some))
+            some, num_rows = [], 0
+        some.append(partial(read_fragment, folder, fragment.name))
+        num_rows += fragment.count
+    return [*pieces, join(some)] if some else pieces
 
 
 def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:
