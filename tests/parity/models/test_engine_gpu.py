@@ -1,0 +1,77 @@
+"""The engine on a GPU: the reference's tokens in float32, true captions in every dtype.
+
+Everything that only a GPU does takes part: steps replayed as CUDA graphs, batches sent ahead, and, in one
+test, compiled encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.sides.engine_sides import EngineSide, ReferenceSide, Work
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
+from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
+from blip2_actor.demo.scenes import SceneSampler, draw
+from blip2_actor.testing import save_random_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+PROMPTS = (None, "a", "Question: what is it? Answer:", None)
+WORK: Work = [(i, PROMPTS[i % 4], 3 + 5 * i % 17) for i in range(40)]
+"""Texts of 3 to 19 tokens: more than slots, so that some wait, and slots move."""
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's convolution would round to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def config(folder: Path, dtype: str = "float32", **options: Any) -> EngineConfig:
+    return EngineConfig(model=str(folder), device="cuda", dtype=dtype, **({"compile": False} | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def midsize(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_checkpoint("midsize", tmp_path_factory.mktemp("models"), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("num_beams", [1, 5])
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_float32_gives_the_tokens_of_the_reference(
+    language: str, num_beams: int, checkpoint_folder: Callable[..., Path]
+) -> None:
+    folder = checkpoint_folder(language)
+    found = EngineSide(config(folder, max_slots=20), WORK, num_beams).run()
+    assert found == ReferenceSide(folder, "float32", "cuda", WORK, num_beams).run(1)
+
+
+@pytest.mark.parametrize(("num_beams", "compiled"), [(1, False), (1, True), (5, False)])
+def test_float32_gives_the_tokens_of_the_reference_at_midsize(
+    midsize: Path, num_beams: int, compiled: bool
+) -> None:
+    options = config(midsize, max_slots=20, encode_batch=16, compile=compiled)
+    found = EngineSide(options, WORK, num_beams).run()
+    assert found == ReferenceSide(midsize, "float32", "cuda", WORK, num_beams).run(8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_captions_of_scenes_are_true_in_every_dtype(
+    dtype: str, compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = SceneSampler("held_out", 20_261).sample(500)
+    images, truths = draw(scenes, 64), [str(caption) for caption in scenes.captions]
+    with Engine(config(DEMO_FOLDER, dtype, compile=compiled)) as engine:
+        results = engine.generate([Request(image=i) for i in images], GenerationOptions(max_new_tokens=30))
+    exact = sum(r.text == truth for r, truth in zip(results, truths, strict=True)) / len(truths)
+    with capsys.disabled():
+        print(f"\n{dtype}, compiled {compiled}: {exact:.1%} of captions are true word for word")
+    assert exact >= 0.95
