@@ -101,7 +101,7 @@ def measure_folder(work: Path, sizes: list[int]) -> dict[str, Any]:
     """Note what the memory of a driver grows to for a folder of images, and what it would for 10^8."""
     runs: dict[str, Any] = {}
     for naming in NAMINGS:
-        sides = {"begin": {}, "resume": {}}
+        sides: dict[str, dict[int, float]] = {"begin": {}, "resume": {}}
         for num_images in sizes:
             folder = work / f"folder-{naming}-{num_images}"
             folder.mkdir()

@@ -33,7 +33,7 @@ class FolderBooks(DriverBooks):
                 return _entries(num_images, naming)
             return scan(path)
 
-        os.scandir = scandir  # type: ignore[assignment]
+        os.scandir = scandir
 
 
 class _Entry:
