@@ -159,10 +159,13 @@ class FilesBelowRoots:
         The same files may be listed below another root: a folder that was named alone before, or the files of
         a folder one by one.
         """
-        found: list[ListedFile | None] = [None] * len(files)
+        found: list[ListedFile | None] = []
         for table in (table for table_root, table in self._tables if table_root == root):
             of_table = table.find(files)
-            found = [new if old is None else old for old, new in zip(found, of_table, strict=True)]
+            if found:
+                of_table = [new if old is None else old for old, new in zip(found, of_table, strict=True)]
+            found = of_table
+        found = found or [None] * len(files)
         if None in found and self._roots != {root}:
             paths = (join(root, file) for file in files)
             found = [self._by_path.get(p) if f is None else f for p, f in zip(paths, found, strict=True)]
