@@ -89,7 +89,13 @@ def test_rows_of_a_call_that_begins_while_all_others_wait_join_theirs(folder, mo
     has_rows = threading.Event()
     writer = FragmentWriter(Ledger(folder), fragment_rows=6, hold_s=LONG_S)
     add = writer._add
-    monkeypatch.setattr(writer, "_add", lambda part: (add(part), has_rows.set())[0])
+
+    def add_and_tell(part):
+        batch = add(part)
+        has_rows.set()
+        return batch
+
+    monkeypatch.setattr(writer, "_add", add_and_tell)
 
     def first():
         with writer.call():
