@@ -41,9 +41,9 @@ SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
 SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
 """What follows from the bytes of an image alone. All other statuses may depend on the moment."""
-PIECE_ROWS, PIECE_FRAGMENTS = 512, 64
-"""Small fragments that are merged as one: a table needs 20 kB of memory, however few rows it has (pyarrow
-26). Several are read at the same time."""
+PIECE_BYTES, PIECE_FRAGMENTS = 1 << 20, 64
+"""Small fragments up to this size and number are merged as one: a table needs 20 kB of memory, however few
+rows it has (pyarrow 26)."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,13 @@ def _pieces_of_fragments(folder: Folder, fragments: Iterable[Fragment]) -> list[
     """Return pieces with the rows of all fragments; small fragments that follow each other are one piece."""
     pieces: list[Piece] = []
     some: list[Piece] = []
-    num_rows = 0
+    num_bytes = 0
     for fragment in sorted(fragments, key=lambda fragment: fragment.first):
-        if some and (num_rows + fragment.count > PIECE_ROWS or len(some) == PIECE_FRAGMENTS):
+        if some and (num_bytes + fragment.num_bytes > PIECE_BYTES or len(some) == PIECE_FRAGMENTS):
             pieces.append(join(some))
-            some, num_rows = [], 0
+            some, num_bytes = [], 0
         some.append(partial(read_fragment, folder, fragment.name))
-        num_rows += fragment.count
+        num_bytes += fragment.num_bytes
     return [*pieces, join(some)] if some else pieces
 
 

@@ -146,7 +146,6 @@ def test_small_fragments_are_read_as_few_pieces(tmp_path, monkeypatch):
         return Merge(pieces)
 
     monkeypatch.setattr(commit_module, "Merge", merge)
-    monkeypatch.setattr(commit_module, "PIECE_ROWS", 50)
     monkeypatch.setattr(commit_module, "PIECE_FRAGMENTS", 8)
     folder = Folder(str(tmp_path))
     numbers = list(range(100))
@@ -161,5 +160,9 @@ def test_small_fragments_are_read_as_few_pieces(tmp_path, monkeypatch):
     assert summary is not None and summary.by_status == {"ok": 400}
     table = read_rows(folder, "a/0.tar")
     assert table is not None and table["row"].to_pylist() == list(range(400))
-    (num_pieces,) = seen
-    assert num_pieces <= 100 // 8 + 12 < 111
+    monkeypatch.setattr(commit_module, "PIECE_BYTES", 1)
+    write_fragment(folder, rows([0, 1], status="failed"))
+    write_fragment(folder, rows([2, 3], status="failed"))
+    assert commit_shard(folder, report, {}) == summary
+    num_row_groups = 1
+    assert seen == [-(-111 // 8), 2 + num_row_groups], "large fragments are read one by one"
