@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow cluster lint types docs coverage chaos pages wheel ci clean
+.PHONY: help install demo test slow cluster lint types docs coverage chaos pages picture wheel ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ cluster: $(STAMP)  ## run a job, an endpoint and an autoscaling cluster on real 
 
 pages: $(STAMP)  ## run the tests of the HTML pages in Chromium, which must be installed; not in the default suite
 	$(BIN)/python -m pytest tests/pages
+
+picture: $(STAMP)  ## make docs/images/report.png anew, in Chromium
+	$(BIN)/python -m tests.pages.picture
 
 wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment
 	rm -rf build dist

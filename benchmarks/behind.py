@@ -64,8 +64,6 @@ class SteadyDevice:
         time.sleep(PASS_S)
         return torch.tensor([0.0, 1.0]).repeat(len(token_ids), 1)
 
-    def upload_ahead(self, images: list[EncodedImage]) -> None: ...
-
     def copy_slots(self, *_: object) -> None: ...
 
 

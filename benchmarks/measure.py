@@ -30,6 +30,10 @@ class Timing:
         """(slowest - fastest) / median of the rounds."""
         return (max(self.seconds) - min(self.seconds)) / self.median_s
 
+    def scaled(self, factor: float) -> Timing:
+        """Return what the same rounds would have taken with `factor` times the work."""
+        return Timing([seconds * factor for seconds in self.seconds])
+
 
 def alternate(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1

@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import os
 import shutil
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 
@@ -44,13 +45,18 @@ by 130 MB, and a request takes 4 % more CPU time (demonstration checkpoint in fl
 """
 
 
+FIRST = -1
+"""Priority of the streams whose work goes first on a GPU: prefill and decode steps, before encoders."""
+
+
 def prepare_device(device: torch.device) -> None:
     """Make a device current for the calling thread, and settle what holds for the whole process.
 
     On a CPU, the caches of kernels are bounded, unless the process has computed something before, or the user
     has set a bound.
 
-    On a GPU, cuDNN attention is disabled. On recent GPUs torch prefers it (`sdp_utils.cpp`,
+    On a GPU, the calling thread gets a stream of its own, whose work goes before that of ordinary streams.
+    And cuDNN attention is disabled. On recent GPUs torch prefers it (`sdp_utils.cpp`,
     `check_prefer_cudnn_attention`). cuDNN builds a plan on the host for each exact shape. Prompts, texts and
     batches come in so many shapes that the plans would take more time than attention itself. Flash and
     memory-efficient attention take any shape without a plan.
@@ -60,6 +66,7 @@ def prepare_device(device: torch.device) -> None:
             os.environ.setdefault(name, str(MAX_CPU_KERNELS))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=FIRST))
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -98,17 +105,49 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def resolve_compile(wanted: bool | Literal["auto"], device_map: str | None, device: torch.device) -> bool:
+def has_triton() -> bool:
+    """Return whether kernels for a GPU can be compiled here: triton needs a C compiler for its launchers."""
+    has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return importlib.util.find_spec("triton") is not None and has_compiler
+
+
+KernelT = TypeVar("KernelT")
+
+
+def find_kernel(device: torch.device, purpose: str, load: Callable[[], KernelT]) -> KernelT | None:
+    """Return a kernel of this package, if it can be compiled and run on a device; otherwise log why not.
+
+    Args:
+        purpose: what the kernel does, for the log.
+        load: compiles the kernel, runs it once, and returns it.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        if not has_triton():
+            raise ImportError("triton or a C compiler is not installed")
+        kernel = load()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # an old compiler or driver raises errors of any class
+        logger.warning("%s: torch's own kernels are used, which are slower: %r", purpose, error)
+        return None
+    return kernel
+
+
+def resolve_compile(
+    wanted: bool | Literal["auto"], device_map: str | None, device: torch.device, is_int8: bool = False
+) -> bool:
     """Return whether the encoders are compiled.
 
-    "auto" is True on a GPU if torch.compile finds what it needs: triton, and a C compiler for its launchers.
+    "auto" is True for encoders in int8 on a GPU that `has_triton`. Compiling fuses the quantization of an
+    input with what stands before it. Plain encoders gain nothing: on an H100 a block of the vision encoder
+    takes 1.71 ms compiled and 1.65 ms as it is (64 images, bfloat16, torch 2.11, 2026-11-26).
     """
     if wanted != "auto":
         return wanted
-    if device.type != "cuda" or device_map is not None:
+    if device.type != "cuda" or device_map is not None or not is_int8:
         return False
-    has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
-    if importlib.util.find_spec("triton") is None or not has_compiler:
+    if not has_triton():
         logger.warning("The encoders run uncompiled: triton or a C compiler is not installed")
         return False
     logger.info("The encoders are compiled at start; this takes a minute or two, --compile false skips it")

@@ -65,10 +65,14 @@ def measure_case(
 def _measure_generation(case: Case, config: EngineConfig, num_images: int, rounds: int, keep: Keep) -> None:
     """Measure captions of both sides: in turn on a CPU, one after the other on a GPU."""
     work = _draw_work(case, num_images)
+    num_for_reference = min(num_images, case.reference_images or num_images)
+    reference_work = [row for row in work if row[0] < num_for_reference]
     timings: dict[str, Timing] = {}
 
     def measure(contenders: dict[str, Callable[[], Any]], warm_up: int = 0) -> None:
         found = alternate(contenders, rounds, warm_up)
+        for name in found.keys() - {"engine"}:
+            found[name] = found[name].scaled(num_images / num_for_reference)
         timings.update(found)
         for name, timing in found.items():
             print(
@@ -87,8 +91,8 @@ def _measure_generation(case: Case, config: EngineConfig, num_images: int, round
         keep({"peak_memory_gib": engine.close()})
     if not case.reference_batches:
         return
-    reference = _start_reference(case, config, work)
-    agreement = _agreement(tokens, reference.call("run", case.reference_batches[0]))
+    reference = _start_reference(case, config, reference_work)
+    agreement = _agreement(tokens[: len(reference_work)], reference.call("run", case.reference_batches[0]))
     keep({"agreement": agreement, "reference_dtype": case.reference_dtype or case.dtype})
     theirs = {f"reference at {n}": partial(reference.call, "run", n) for n in case.reference_batches}
     if takes_turns:

@@ -143,17 +143,34 @@ class Calibration:
             ValueError: the file cannot be read, or is no calibration.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.parse(Path(path).read_bytes(), os.fspath(path))
+        except OSError as error:
+            raise ValueError(_unusable(os.fspath(path), error)) from error
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> Self:
+        """Return the calibration in the content of a file.
+
+        Args:
+            name: of the file, for errors.
+
+        Raises:
+            ValueError: it is no calibration.
+        """
+        try:
+            values = json.loads(content)
             version = values.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version}, and this version reads {FORMAT_VERSION}")
             known = {one.name for one in fields(cls)}
             return cls(**{name: value for name, value in values.items() if name in known})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-            raise ValueError(
-                f"calibration must be a file of blip2 calibrate, got {os.fspath(path)}: {reason}"
-            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(_unusable(name, error)) from error
+
+
+def _unusable(name: str, error: Exception) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return f"calibration must be a file of blip2 calibrate, got {name}: {reason}"
 
 
 def abstention_flags(confidence: float | None, min_confidence: float) -> list[str]:

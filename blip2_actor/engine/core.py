@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from blip2_actor.device import set_num_threads
+from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.own_process import OwnProcess
@@ -223,10 +224,13 @@ class EngineCore:
     def _load(self) -> None:
         self.started = started = self._start(self._num_threads)
         self.runner = started.runner
-        if started.has_encode_worker:
+        ahead: EncodeWorker | EncodeStream | None = None
+        if started.encodes_ahead and self.runner.device.type == "cuda":
+            ahead = EncodeStream(self.runner)
+        elif started.encodes_ahead:
             wake_up = partial(self._wake_ups.put, None)
-            self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
-        self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, self._encode_worker)
+            ahead = self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
+        self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, ahead)
 
     def _fail(self, error: BaseException) -> None:
         """Fail every request: what broke the device broke all of them.

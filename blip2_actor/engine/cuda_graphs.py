@@ -3,7 +3,7 @@
 A step over 32 layers is about 500 kernels of a few microseconds each. To launch them one by one takes the
 host longer than the GPU needs to run them. A graph is launched as one, but it fixes every shape and every
 address. So a step that is to be replayed reads and writes buffers that never move, and comes in few shapes:
-the number of rows and `kv_len` are rounded up.
+the number of rows is rounded up, and so is `kv_len`, unless attention reads the lengths from the device.
 
 The rows after those of the running texts belong to free slots. Each of them appends token 0 at the first
 position of its slot, which the next prefill into this slot overwrites, and attends to this position alone, so
@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blip2_actor.device import FIRST
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 
@@ -71,7 +72,7 @@ class CudaGraphs:
     time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=FIRST)  # graphs keep the priority of their capture
         """One stream for all graphs: cuBLAS keeps a workspace per stream."""
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -166,7 +167,9 @@ class DecodeReplay:
         if self._buffers is None:
             self._buffers = Buffers(self._language_model, slots.num_slots, self._device)
         rows = min(round_rows(len(token_ids)), slots.num_slots)
-        kv_len = min(-(-(max(lengths) + 1) // KV_LEN_STEP) * KV_LEN_STEP, slots.max_length)
+        kv_len = slots.max_length
+        if not slots.reads_counts:
+            kv_len = min(-(-(max(lengths) + 1) // KV_LEN_STEP) * KV_LEN_STEP, kv_len)
         self._upload(self._buffers, token_ids, lengths, rows)
         shape = (rows, kv_len, slots.step_shape(rows))
         step = partial(self._step, self._buffers, slots, rows, kv_len)

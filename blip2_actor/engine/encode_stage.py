@@ -1,4 +1,4 @@
-"""Which images are encoded next, on which thread, and for whom.
+"""Which images are encoded next, on which thread or stream, and for whom.
 
 Images of requests of normal priority go first. Those of low priority are encoded for slots that no other
 request wants.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.memory_recovery import MemoryRecovery
@@ -27,11 +28,11 @@ class EncodeStage:
         lanes: Lanes,
         slots: SlotTable,
         recovery: MemoryRecovery,
-        worker: EncodeWorker | None,
+        ahead: EncodeWorker | EncodeStream | None,
     ) -> None:
         """
         Args:
-            worker: a second thread that encodes; None encodes everything on the thread that calls `step`.
+            ahead: a second thread or stream that encodes; None encodes everything in `step` itself.
         """
         self.num_calls = 0
         """Passes through the encoders."""
@@ -42,20 +43,28 @@ class EncodeStage:
         self._lanes = lanes
         self._slots = slots
         self._recovery = recovery
-        self._worker = worker
+        self._worker = ahead if isinstance(ahead, EncodeWorker) else None
+        self._stream = ahead if isinstance(ahead, EncodeStream) else None
 
     @property
-    def num_in_worker(self) -> int:
-        """Images that the second thread has; safe to read from any thread."""
-        return self._worker.num_images if self._worker else 0
+    def num_ahead(self) -> int:
+        """Images that the second thread or stream has; safe to read from any thread."""
+        ahead = self._worker or self._stream
+        return ahead.num_images if ahead else 0
 
     @property
-    def has_finished_batch(self) -> bool:
-        """True if the second thread has finished a batch that `step` would take."""
-        return self._worker is not None and self._worker.is_done
+    def has_batch_to_take(self) -> bool:
+        """True if `step` would take a batch: one that the second thread has finished, or any of a stream."""
+        return self._worker.is_done if self._worker else self.num_ahead > 0
 
     def step(self) -> None:
-        """Encode a batch on this thread while the ready requests do not cover the free slots."""
+        """Encode a batch on this thread while the ready requests do not cover the free slots.
+
+        With a stream, encode ahead instead.
+        """
+        if self._stream is not None:
+            self._use_stream(self._stream)
+            return
         if self._worker is not None:
             self._use_worker(self._worker)
         for lane in self._lanes:
@@ -84,6 +93,26 @@ class EncodeStage:
                     lane.waiting.drop(image)
                 for request in lane.waiting.take_requests(image):
                     lane.ready.add(request)
+
+    def _use_stream(self, stream: EncodeStream) -> None:
+        """Take the batches that are encoded, and queue new ones, about a batch more than free slots need.
+
+        While there are too few requests for the free slots, this waits for the first batch. So the steps of
+        few texts, which cost nearly as much as those of many, do not run ahead of the encoders.
+        """
+        while stream.is_done or (stream.num_images and self._is_behind):
+            self.finish(*stream.take())
+        for lane in self._lanes:
+            is_short = self._num_uncovered_slots(lane) > -self._limits.encode_batch
+            while stream.has_room and (is_short or lane.is_overdue):
+                images = self._next_images(lane, self._limits.encode_batch)
+                if not images:
+                    break
+                stream.give(images)
+
+    @property
+    def _is_behind(self) -> bool:
+        return any(self._num_uncovered_slots(lane) > 0 for lane in self._lanes)
 
     def _use_worker(self, worker: EncodeWorker) -> None:
         """Take the finished batches, and give new ones.

@@ -6,7 +6,6 @@ Everything that touches the device is here: uploads, dtypes, the memory of the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
 from blip2_actor.engine.encoded_image import EncodedImage
-from blip2_actor.engine.encoders import Encoders
+from blip2_actor.engine.encoders import Encoded, Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
 from blip2_actor.engine.out_of_memory import ShrinkingBatches
 from blip2_actor.engine.request_state import RequestState
@@ -67,21 +66,22 @@ class ModelRunner:
 
         On a CPU, two threads may do so at once.
         """
-        encoded = self.encoders(stack_pixels(images) if self._upload is None else self._upload.take(images))
+        self.store(images, self.run_encoders(images))
+
+    @torch.inference_mode()
+    def run_encoders(self, images: Sequence[EncodedImage]) -> Encoded:
+        """Queue a batch on the current stream of a GPU; `store` gives its tensors to the images."""
+        return self.encoders(stack_pixels(images) if self._upload is None else self._upload(images))
+
+    @torch.inference_mode()
+    def store(self, images: Sequence[EncodedImage], encoded: Encoded) -> None:
+        """Give images what `run_encoders` computes of them; from then on they count as encoded."""
         for row, image in enumerate(images):
             image.pooler_output = encoded.pooler_output[row]
             image.qformer_features = encoded.qformer_features[row]
             image.prefix = encoded.prefixes[row]
             if image.keeps_image_embeds:
                 image.image_embeds = encoded.image_embeds[row].clone()  # a view would keep the whole batch
-
-    @torch.inference_mode()
-    def upload_ahead(self, images: list[EncodedImage]) -> None:
-        """Bring the batch that is probably encoded next to the device, while the device computes."""
-        if self._upload is None or self._upload.has_sent or not images:
-            return
-        with suppress(torch.OutOfMemoryError):  # `encode` uploads it then, in smaller batches if need be
-            self._upload.send(images)
 
     def shrink(self, num_slots: int) -> None:
         """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""

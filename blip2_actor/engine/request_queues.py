@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import Limits
@@ -47,10 +46,6 @@ class EncodeQueue:
     def first_arrival(self) -> int:
         """Arrival of the oldest request for the first image."""
         return self._requests[self._images[0]][0].arrival
-
-    def first_batch(self, size: int) -> list[EncodedImage]:
-        """Return the first `size` images and leave them here; none if fewer wait."""
-        return list(islice(self._images, size)) if len(self._images) >= size else []
 
     def take(self, max_images: int) -> list[EncodedImage]:
         """Remove the first images that a caller still wants; their requests go on waiting."""

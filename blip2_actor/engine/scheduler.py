@@ -21,6 +21,7 @@ from functools import partial
 from torch import Tensor
 
 from blip2_actor.engine.encode_stage import EncodeStage
+from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.memory_recovery import MemoryRecovery
 from blip2_actor.engine.model_runner import ModelRunner
@@ -54,13 +55,13 @@ class Scheduler:
         runner: ModelRunner,
         max_slots: int,
         encode_batch: int,
-        encode_worker: EncodeWorker | None = None,
+        encode_ahead: EncodeWorker | EncodeStream | None = None,
     ) -> None:
         """
         Args:
             max_slots: texts decoded at once.
             encode_batch: images per pass of the encoders.
-            encode_worker: a second thread that encodes; None encodes everything on this thread.
+            encode_ahead: a second thread or stream that encodes; None encodes everything in `step` itself.
         """
         self.runner = runner
         self.limits = Limits(max_slots, encode_batch)
@@ -68,9 +69,7 @@ class Scheduler:
         self.slots = SlotTable(max_slots)
         self.counters = Counters()
         self._recovery = MemoryRecovery(runner, self.limits, self.lanes, self.slots)
-        self.encoding = EncodeStage(
-            runner, self.limits, self.lanes, self.slots, self._recovery, encode_worker
-        )
+        self.encoding = EncodeStage(runner, self.limits, self.lanes, self.slots, self._recovery, encode_ahead)
         self._num_arrived = 0
         self._cancelled: deque[Future[Result]] = deque()
         """Futures that callers have cancelled since the last step. Asking each of 64 running texts instead
@@ -85,17 +84,17 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.lanes or self.slots.texts or self.encoding.num_in_worker)
+        return bool(self.lanes or self.slots.texts or self.encoding.num_ahead)
 
     @property
     def can_step(self) -> bool:
         """True if a step would do something; False while only the encode worker is busy."""
-        return bool(self.lanes or self.slots.texts or self.encoding.has_finished_batch)
+        return bool(self.lanes or self.slots.texts or self.encoding.has_batch_to_take)
 
     @property
     def num_waiting(self) -> int:
         """Images not yet encoded and requests without a slot; safe to read from any thread."""
-        return len(self.lanes) + self.encoding.num_in_worker
+        return len(self.lanes) + self.encoding.num_ahead
 
     @property
     def num_running(self) -> int:
@@ -105,7 +104,8 @@ class Scheduler:
     def step(self) -> None:
         """Queue work on the device: a batch of images, the prefill of earlier ones, a decode step.
 
-        The host does not wait for the device, except for the selected tokens, which are one small tensor.
+        The host waits for the device only for the selected tokens, which are one small tensor, and for images
+        that free slots need.
         """
         self._drop_cancelled()
         for stage in (self.encoding.step, self._fill_slots, self._decode):
@@ -201,8 +201,6 @@ class Scheduler:
             for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
                 token_ids[slot], lengths[slot] = token_id, length
         logits = self.runner.decode(token_ids, lengths)
-        lane = self.lanes.normal if self.lanes.normal.waiting else self.lanes.low
-        self.runner.upload_ahead(lane.waiting.first_batch(self.limits.encode_batch))
         for text in texts:
             text.length += 1
         self.counters.num_decode_steps += 1

@@ -23,7 +23,7 @@ from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.methods import require_method
+from blip2_actor.quantization.methods import INT8, require_method
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,9 @@ class StartedModel:
     input_processor: InputProcessor
     max_slots: int
     encode_batch: int
-    has_encode_worker: bool
-    """True if a second thread encodes, on a CPU with several cores."""
+    encodes_ahead: bool
+    """True if images are encoded next to decode steps: by a second thread on a CPU with several cores, on a
+    second stream on a GPU."""
     self_test: self_test.SelfTestRecord | None
     """None if the self-test was skipped."""
     quantization: QuantizationRecord | None
@@ -89,12 +90,12 @@ def start_model(
         calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
         loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
-    is_compiled = resolve_compile(compile, device_map, place)
+    is_compiled = resolve_compile(compile, device_map, place, is_int8=quantize == INT8)
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
         pack_for_cpu(loaded)
-    has_encode_worker = is_plain_cpu and num_threads > 1
-    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_encode_worker else 1)
+    has_two_threads = is_plain_cpu and num_threads > 1
+    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_two_threads else 1)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = ModelRunner(
@@ -110,7 +111,7 @@ def start_model(
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
-        has_encode_worker=has_encode_worker,
+        encodes_ahead=has_two_threads or (place.type == "cuda" and device_map is None),
         self_test=_test(runner, input_processor, checkpoint, variant) if has_self_test else None,
         quantization=quantization,
     )

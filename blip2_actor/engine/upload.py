@@ -1,8 +1,8 @@
-"""Images on their way to the device.
+"""Images on their way to a GPU.
 
-A GPU receives the next batch while it decodes. The host gathers the images in pinned memory that is used
-again for every batch, because pinning a batch takes longer than copying it. The images travel on a stream of
-their own as uint8, a quarter of their size as float32. When their batch is encoded, they are already there.
+The host gathers them in pinned memory that is used again for every batch, because pinning a batch takes
+longer than copying it. They travel on a stream of their own, next to what the device computes, and as uint8,
+a quarter of their size as float32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ def stack_pixels(images: Sequence[EncodedImage]) -> Tensor:
 
 
 class Upload:
-    """Brings batches of images to a GPU, one batch ahead if possible. It also works on a CPU, without
-    gain."""
+    """Brings batches of images to a GPU. It also works on a CPU, without gain."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -31,34 +30,17 @@ class Upload:
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._arrived = torch.cuda.Event() if is_gpu else None
         self._host: Tensor | None = None
-        self._sent: tuple[list[EncodedImage], Tensor] | None = None
 
-    @property
-    def has_sent(self) -> bool:
-        """True if a batch was sent and not yet taken."""
-        return self._sent is not None
+    def __call__(self, images: Sequence[EncodedImage]) -> Tensor:
+        """Return a batch on the device: uint8[B, S, S, 3].
 
-    def send(self, images: Sequence[EncodedImage]) -> None:
-        """Start to bring a batch to the device; `take` returns it."""
+        The host does not wait for the copy; work that is queued on the current stream after this call does.
+        """
         rows = self._gather(images)
         with torch.cuda.stream(self._stream):  # None changes nothing
-            self._sent = list(images), rows.to(self._device, non_blocking=True)
+            batch = rows.to(self._device, non_blocking=True, copy=True)
         if self._arrived is not None:
             self._arrived.record(self._stream)
-
-    def take(self, images: Sequence[EncodedImage]) -> Tensor:
-        """Return a batch on the device, and send it now if another one, or none, was sent ahead.
-
-        The host does not wait for the copy; work launched after this call does.
-
-        Returns:
-            uint8[B, S, S, 3], valid until the next `send`.
-        """
-        if self._sent is None or [*map(id, self._sent[0])] != [*map(id, images)]:
-            self.send(images)
-        assert self._sent is not None  # by `send`
-        batch, self._sent = self._sent[1], None
-        if self._arrived is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._arrived)
             batch.record_stream(current)  # its memory was allocated on the other stream

@@ -177,9 +177,8 @@ class _Connector(httpcore.NetworkBackend):
             return addresses
         for address in addresses:
             if not self.policy.allows(ipaddress.ip_address(address)):
-                raise FetchError(
-                    "address", f"the URL must lead to a public address, got {host}, which is {address}"
-                )
+                got = host if host == address else f"{host}, which is {address}"
+                raise FetchError("address", f"the URL must lead to a public address, got {got}")
         return addresses
 
 

@@ -9,6 +9,8 @@ Axis letters: `blip2.py`.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.device import find_kernel
 from blip2_actor.transfer import to_device
 
 GROWTH = 64
@@ -28,6 +31,18 @@ might not fit into memory."""
 ALIGNMENT = 8
 """Rows of masks and biases begin at multiples of this number of elements. Otherwise CUDA's attention copies
 them in every layer (`aten/native/transformers/attention.cpp`, `pad_bias`)."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The positions to which the queries of a decode step attend, in every layer."""
+
+    kv_len: int
+    """Number of positions, from the first one; at least the greatest of `counts`."""
+    counts: Tensor | None
+    """int64[R], the number of positions of each slot; None if `mask` says it, or if it is `kv_len`."""
+    mask: Tensor | None
+    """float[R, 1 or H, 1, kv_len], added to the scores. Without `counts`, -inf beyond a slot's positions."""
 
 
 class KVCache:
@@ -60,10 +75,17 @@ class KVCache:
         self.kv = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
         self.num_slots = num_slots
         self.max_length = max_length
+        self._kernel = _find_kernel(device)
 
     @property
     def num_bytes(self) -> int:
         return self.kv.nbytes
+
+    @property
+    def reads_counts(self) -> bool:
+        """True if attention reads the number of positions of each slot from the device, so that the shapes
+        of a decode step do not depend on it."""
+        return self._kernel is not None
 
     def row_indices(self, positions: Tensor) -> Tensor:
         """Return the rows of float[slots * L, 2 D] for the next position of slots 0..R-1.
@@ -81,7 +103,8 @@ class KVCache:
             rows: int64[R], from `row_indices`.
             kv: float[R, 2 D].
         """
-        self.kv[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.to(self.kv.dtype))
+        target = self.kv[layer].view(-1, kv.shape[-1])
+        _wide(target).index_copy_(0, rows, _wide(kv.to(target.dtype)))
 
     def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Write the first T positions of some slots.
@@ -91,15 +114,30 @@ class KVCache:
             slots: int64[N].
             kv: float[N, T, 2 D].
         """
-        self.kv[layer][slots, : kv.shape[1]] = kv.to(self.kv.dtype)
+        _wide(self.kv[layer])[slots, : kv.shape[1]] = _wide(kv.to(self.kv.dtype))
+
+    def attended(self, counts: Tensor, kv_len: int, bias: Tensor | None = None) -> Attended:
+        """Say once, for all layers, to which positions the queries of slots 0..R-1 attend.
+
+        Args:
+            counts: int64[R], the number of positions of each slot, from the first one; at least 1.
+            kv_len: at least the greatest of `counts`.
+            bias: float[R, H, 1, kv_len], added to the scores; -inf beyond `counts`. None adds nothing.
+        """
+        if self.reads_counts:
+            return Attended(kv_len, counts, bias)
+        if bias is not None:
+            return Attended(kv_len, None, bias)
+        outside = aligned_arange(kv_len, counts.device) >= counts[:, None]
+        mask = torch.zeros(outside.shape, dtype=self.kv.dtype, device=counts.device)
+        return Attended(kv_len, None, mask.masked_fill_(outside, float("-inf"))[:, None, None, :kv_len])
 
     def attend(
         self,
         layer: int,
         query: Tensor,
-        kv_len: int,
+        attended: Attended,
         num_heads: int,
-        mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
         """Compute the attention of one query per slot over the positions in its slot.
@@ -107,15 +145,17 @@ class KVCache:
         Args:
             layer: index of the layer.
             query: float[R, D], of slots 0..R-1.
-            kv_len: number of positions to attend to, from the first one.
+            attended: to which positions, from this cache's `attended`.
             num_heads: H.
-            mask: float[R, 1 or H, 1, kv_len], added to the scores; -inf beyond a slot's own length.
             scale: factor of the scores; None is E ** -0.5.
 
         Returns:
             float[R, D], in the dtype of `query`.
         """
-        kv = self.kv[layer, : query.shape[0], :kv_len]
+        mask = attended.mask
+        if self._kernel is not None and attended.counts is not None:
+            return self._kernel(query, self.kv[layer], attended.counts, mask, num_heads, scale)
+        kv = self.kv[layer, : query.shape[0], : attended.kv_len]
         keys, values = kv.unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
         heads = query.to(keys.dtype).unflatten(-1, (num_heads, 1, -1))
         mask = None if mask is None else mask.to(keys.dtype)
@@ -146,9 +186,7 @@ class KVCache:
                 self.kv[:, to_slot, start:stop] = self.kv[:, from_slot, start:stop]
             return
         source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
-        kv = self.kv
-        if kv.device.type == "cuda" and kv.shape[-1] * kv.itemsize % 16 == 0:
-            kv = kv.view(torch.complex128)  # CUDA copies one element per thread; make it 16 bytes wide
+        kv = _wide(self.kv)
         layer_bytes = kv[0, :1, start:stop].nbytes * len(sources)
         for layers in kv.split(max(1, COPY_BYTES // max(1, layer_bytes))):
             layers[:, target, start:stop] = layers[:, source, start:stop]
@@ -161,7 +199,35 @@ def aligned_arange(length: int, device: torch.device) -> Tensor:
     The tensor is made once and shared. Do not modify it.
     """
     with torch.inference_mode(False):  # the tensor may also be used in training
-        return torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+        numbers = torch.arange(-(-length // ALIGNMENT) * ALIGNMENT, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # another engine's stream may read it next
+    return numbers
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int, "float | None"], Tensor]
+"""`decode_attention`."""
+
+
+@cache
+def _find_kernel(device: torch.device) -> Kernel | None:
+    def load() -> Kernel:
+        from blip2_actor.models.decode_attention import decode_attention
+
+        one = torch.ones(1, 16, device=device)
+        decode_attention(one, one.repeat(1, 1, 2), one[0, :1].long(), None, 1, None)
+        return decode_attention
+
+    return find_kernel(device, "Attention of decode steps", load)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """View a tensor in elements of 16 bytes if it is on a GPU, which copies one element per thread."""
+    width, itemsize = values.shape[-1], values.itemsize
+    rows = (values.storage_offset(), *values.stride()[:-1])
+    if values.device.type != "cuda" or any(n * itemsize % 16 for n in (width, *rows)):
+        return values
+    return values.view(torch.complex128)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -34,6 +34,12 @@ class KVCacheProtocol(Protocol):
         """Size of all slots together."""
         ...
 
+    @property
+    def reads_counts(self) -> bool:
+        """True if attention reads the number of positions of each slot from the device. Then a decode step
+        has the same shapes for every `kv_len`, and costs no more for a greater one."""
+        ...
+
     def step_shape(self, num_rows: int) -> Hashable:
         """Return what the shapes of a decode step depend on, apart from `num_rows` and `kv_len`."""
         ...

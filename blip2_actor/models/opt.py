@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from blip2_actor.models.kv_cache import KVCache, aligned_arange
+from blip2_actor.models.kv_cache import KVCache
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
 from blip2_actor.models.recorder import Recorder
@@ -211,12 +211,10 @@ class OptDecoder(nn.Module):
             float[R, V], the logits of the next tokens.
         """
         rows = cache.row_indices(lengths)
-        later = aligned_arange(kv_len, lengths.device) > lengths[:, None]
-        mask = torch.zeros(later.shape, dtype=cache.kv.dtype, device=lengths.device)
-        mask = mask.masked_fill_(later, float("-inf"))[:, None, None, :kv_len]
+        attended = cache.attended(lengths + 1, kv_len)
         hidden = self._embed(self.embed_tokens(token_ids), lengths)
         for index, layer in enumerate(self.layers):
             query, kv = layer.project(hidden)
             cache.write_step(index, rows, kv)
-            hidden = layer.finish(hidden, cache.attend(index, query, kv_len, layer.num_heads, mask))
+            hidden = layer.finish(hidden, cache.attend(index, query, attended, layer.num_heads))
         return self._logits(hidden)

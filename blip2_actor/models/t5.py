@@ -173,18 +173,18 @@ class T5(nn.Module):
         Returns:
             float[R, V], the logits of the next tokens.
         """
-        cross_kv_len, cross_mask = cache.prefix_mask(token_ids.shape[0])
+        prefixes = cache.attended_prefixes(token_ids.shape[0])
         rows = cache.own.row_indices(lengths)
         bias = self._causal_bias(lengths, kv_len).transpose(0, 1)  # float[R, H, >= kv_len]
-        bias = bias[:, :, None, :kv_len]  # float[R, H, 1, kv_len]
+        own = cache.own.attended(lengths + 1, kv_len, bias[:, :, None, :kv_len])
         hidden = self._to_residual_dtype(self.embed_tokens(token_ids))
         for index, layer in enumerate(self.decoder):
             query, kv = layer.project(hidden)
             cache.own.write_step(index, rows, kv)
-            context = cache.own.attend(index, query, kv_len, self.num_heads, bias, SCALE)
+            context = cache.own.attend(index, query, own, self.num_heads, SCALE)
             hidden = layer.add_attention(hidden, context)
             query = layer.project_cross(hidden)
-            context = cache.cross.attend(index, query, cross_kv_len, self.num_heads, cross_mask, SCALE)
+            context = cache.cross.attend(index, query, prefixes, self.num_heads, SCALE)
             hidden = layer.add_mlp(layer.add_cross(hidden, context))
         return self._logits(self.decoder_norm(hidden))
 

@@ -6,9 +6,8 @@ Axis letters: `blip2.py`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from blip2_actor.models.kv_cache import ALIGNMENT, KVCache, aligned_arange
+from blip2_actor.models.kv_cache import ALIGNMENT, Attended, KVCache
 from blip2_actor.transfer import to_device
 
 
@@ -58,28 +57,28 @@ class T5KVCache:
         """Copy positions [start, stop) of the texts' own tokens; their prefixes are equal already."""
         self.own.copy_positions(sources, targets, start, stop)
 
+    @property
+    def reads_counts(self) -> bool:
+        return self.own.reads_counts
+
     def step_shape(self, num_rows: int) -> tuple[int, bool]:
-        """Return the `kv_len` of the cross-attention over the first slots, and whether it needs a mask.
+        """Return the `kv_len` of the cross-attention over the first slots, and whether prefixes are unequal.
 
         Both follow from lengths on the host. If the prefixes are unequal, `kv_len` is rounded up, so that
-        mixed prompts do not give every length a shape of its own.
+        mixed prompts do not give every length a shape of its own. If attention reads the lengths from the
+        device, there is one shape for all.
         """
         lengths = self._host_lengths[:num_rows]
         kv_len = max(lengths)
+        if self.reads_counts:
+            return self.cross.max_length, True
         if min(lengths) == kv_len:
             return kv_len, False
         return min(-(-kv_len // ALIGNMENT) * ALIGNMENT, self.cross.max_length), True
 
-    def prefix_mask(self, num_rows: int) -> tuple[int, Tensor | None]:
-        """Return the `kv_len` and the mask of the cross-attention over the first `num_rows` slots.
-
-        Returns:
-            The number of positions to attend to; and float[R, 1, 1, kv_len], -inf beyond each slot's own
-            prefix, or None if all prefixes have the same length.
-        """
-        kv_len, is_masked = self.step_shape(num_rows)
-        if not is_masked:
-            return kv_len, None
-        outside = aligned_arange(kv_len, self.prefix_lengths.device) >= self.prefix_lengths[:num_rows, None]
-        mask = torch.zeros(outside.shape, dtype=self.own.kv.dtype, device=outside.device)
-        return kv_len, mask.masked_fill_(outside, float("-inf"))[:, None, None, :kv_len]
+    def attended_prefixes(self, num_rows: int) -> Attended:
+        """Return what the cross-attention of the first `num_rows` slots attends to: their whole prefixes."""
+        kv_len, are_unequal = self.step_shape(num_rows)
+        if not are_unequal:
+            return Attended(kv_len, None, None)
+        return self.cross.attended(self.prefix_lengths[:num_rows], kv_len)

@@ -1,16 +1,21 @@
 """A linear layer in int8 or fp8 on a GPU, by torch's own products of matrices of bytes.
 
-Each output channel of the weight has a scale, and so has each row of the input, found at run time. The
-product itself is unscaled, in int32 or float32; then both scales are applied. `torch.compile` fuses what
-stands before and after the product. The products also run on a CPU, slowly, so that tests need no GPU.
+Each output channel of the weight has a scale, and so has each row of the input, found at run time. In fp8
+from bfloat16, one kernel scales the rows, and the product applies both scales. Every other product is
+unscaled, in int32 or float32, and the scales are applied after it; `torch.compile` fuses what stands before
+and after it. Those products also run on a CPU, slowly, so that tests need no GPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_actor.device import find_kernel
 from blip2_actor.models.layers import Activation
 from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
 
@@ -35,6 +40,9 @@ class RowScaledWeight:
         self._scale = largest.flatten() / LARGEST[dtype] ** 2  # times the largest magnitude of a row
         self._levels = _padded(levels, len(weight))
         self._one = torch.ones((), device=weight.device)
+        fits = dtype is FP8 and self._levels.shape == weight.shape
+        self._kernel = _find_kernel(weight.device) if fits else None
+        """Scales rows in bfloat16, whose product applies the scales itself and writes half as much."""
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """Multiply, add the bias, and apply the activation.
@@ -42,13 +50,28 @@ class RowScaledWeight:
         float[..., D] -> float[..., N], in the dtype of `input`.
         """
         rows = input.reshape(-1, input.shape[-1])
-        levels, largest = scale_rows(rows, self._dtype)
-        product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
-        output = product[: len(rows), : self._num_channels] * (largest * self._scale)
-        if bias is not None:
-            output = output + bias
+        if self._kernel is not None and input.dtype is torch.bfloat16:
+            output = self._multiply_scaled(*self._kernel(rows, SMALLEST_SCALE), bias)
+        else:
+            levels, largest = scale_rows(rows, self._dtype)
+            product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
+            output = product[: len(rows), : self._num_channels] * (largest * self._scale)
+            if bias is not None:
+                output = output + bias
         output = output.to(input.dtype).unflatten(0, input.shape[:-1])
         return output if activation is None else activation(output)
+
+    def _multiply_scaled(self, levels: Tensor, largest: Tensor, bias: Tensor | None) -> Tensor:
+        """fp8[M, D], float32[M, 1] -> bfloat16[M, N], with both scales and the bias."""
+        return torch._scaled_mm(
+            levels,
+            self._levels.T,
+            scale_a=largest,
+            scale_b=self._scale[None],
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
 
     def _multiply(self, levels: Tensor) -> Tensor:
         """[M, D] of bytes -> int32[M, N] or float32[M, N], with padded sides."""
@@ -57,6 +80,17 @@ class RowScaledWeight:
         return torch._scaled_mm(
             levels, self._levels.T, scale_a=self._one, scale_b=self._one, out_dtype=torch.float32
         )
+
+
+@cache
+def _find_kernel(device: torch.device) -> Callable[[Tensor, float], tuple[Tensor, Tensor]] | None:
+    def load() -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+        from blip2_actor.quantization.row_kernel import scale_rows_to_fp8
+
+        scale_rows_to_fp8(torch.ones(1, 16, device=device), SMALLEST_SCALE)
+        return scale_rows_to_fp8
+
+    return find_kernel(device, "Quantizing inputs", load)
 
 
 def scale_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ SUBMIT = "submit"
 SERVE = "serve"
 CONFIG = "config"
 COMPLETION = "completion"
-JOB = frozenset({"job", "job_settings"})
+JOB = frozenset({"job", "job_flags", "job_settings"})
 """What `blip2 submit` takes from the rest of its command line."""
 ONLY_FOR_RUNS = frozenset({"fork", "add_new", "redo_changed", "slice", "serving"})
 NO_RAY = ("pyarrow",)

@@ -134,7 +134,7 @@ def _run(arguments: list[str]) -> int:
 
         arguments, job = split_arguments(arguments)
     command, given = parse(arguments)
-    settings = _build(given, _read_job(job))
+    settings = _build(given, read_job(job))
     _choose_style(given)
     level = getattr(given, "log_level", None)
     if given.verbose:
@@ -201,13 +201,18 @@ def _build(given: argparse.Namespace, more: Mapping[str, Any]) -> Any:
     return build(command.settings, {**vars(given), **more})
 
 
-def _read_job(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of `blip2 submit` that say what its job is."""
+def read_job(arguments: Sequence[str]) -> dict[str, Any]:
+    """Check the settings of a job; return those of `blip2 submit` that say what the job is.
+
+    Raises:
+        ValueError: settings of the job contradict each other.
+    """
     if not arguments:
         return {}
     command, given = parse(arguments)
     words = list(arguments)
     if "config" in given:  # the file is not on the cluster
-        words = [given.command, *settings_as_words(effective_settings(given, command.settings))]
+        words = [*given.command.split(), *settings_as_words(effective_settings(given, command.settings))]
         words += ["--log-level", given.log_level] if given.log_level else []
-    return {"job": words, "job_settings": _build(given, {})}
+    _build(given, {})
+    return {"job": words, "job_flags": vars(given), "job_settings": command.settings}

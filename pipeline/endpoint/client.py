@@ -81,7 +81,8 @@ class Endpoint:
                     raise EndpointError(f"{self.url} answers {error.code}: {reason}") from None
                 time.sleep(pause)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                raise EndpointError(f"{self.url} gives no answer: {error}") from None
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                raise EndpointError(f"{self.url} gives no answer: {cause}") from None
             else:
                 if not isinstance(answer, dict):
                     raise EndpointError(
@@ -90,12 +91,18 @@ class Endpoint:
                 return answer
 
 
-def read_key(key_file: str | None) -> str | None:
-    """Return the key in a file; raise OSError if it cannot be read."""
-    if key_file is None:
-        return None
-    with open(key_file, encoding="utf-8") as file:
-        return file.read().strip()
+def read_key(name: str, key_file: str | None) -> str | None:
+    """Return the key in a file, given by its path or URI; None without one.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from pipeline.storage.retrying_file import read_file  # --help does not need pyarrow
+
+    return None if key_file is None else read_file(name, key_file).decode().strip()
 
 
 def pause_s(retry_after: str | None) -> float:

@@ -22,7 +22,7 @@ class EndpointConfig:
 
     endpoint: Endpoint
     key_file: str | None = None
-    """File with the key, on the machine that starts the job."""
+    """File with the key, or its URI; the machine that starts the job reads it."""
     ignore_generation_config: bool = False
     known: ModelInfo | None = None
     """The model that the endpoint must serve; None asks for it."""
@@ -47,11 +47,11 @@ class EndpointConfig:
 
         Raises:
             EndpointError: the endpoint gives no answer.
-            OSError: the key cannot be read.
+            ValueError: the key cannot be read.
         """
         endpoint = self.endpoint
         if self.key_file is not None:
-            endpoint = dataclasses.replace(endpoint, key=read_key(self.key_file))
+            endpoint = dataclasses.replace(endpoint, key=read_key("endpoint_key_file", self.key_file))
         keyed = dataclasses.replace(self, endpoint=endpoint, key_file=None)
         return dataclasses.replace(keyed, known=keyed.info())
 
@@ -95,7 +95,7 @@ class EndpointSettings:
     """URL of a running endpoint, such as http://127.0.0.1:8000, that makes captions and answers behind the
     requests of its other callers; no model is loaded here."""
     endpoint_key_file: str | None = None
-    """File with the key for --endpoint; the key needs the right to send batch work."""
+    """File with the key for --endpoint, or its URI; the key needs the right to send batch work."""
 
     def __post_init__(self) -> None:
         if self.endpoint is not None:

@@ -244,14 +244,17 @@ def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
     if kinds.first_other is not None:
         raise InputError(
             f"the name {kinds.first_other} does not tell whether the file is a tar, a Parquet table or an "
-            "image; leave it out, or say what it is with --format"
+            "image; if it lists images, put @ in front of its name; else leave it out, or say what it is "
+            "with --format"
         )
     return set(kinds.counts)
 
 
 def _refuse_several(found: FoundFiles, counts: Mapping[Format, int]) -> None:
     if len(counts) > 1:
-        named = " and ".join(f"{number} {FORMAT_NOUNS[name]}" for name, number in sorted(counts.items()))
+        named = " and ".join(
+            count(number, FORMAT_NOUNS[name].removesuffix("s")) for name, number in sorted(counts.items())
+        )
         flags = " or ".join(f"--format {name}" for name in sorted(counts))
         raise InputError(
             f"{found.name} must hold one kind of file, got {named}; choose one with {flags}, "
@@ -269,7 +272,8 @@ def _refuse_nothing(found: FoundFiles, wanted: str, rest: Mapping[str, int], num
             "another input, or name these files one by one to read them"
         )
     raise InputError(
-        f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format"
+        f"{found.name} holds no {nouns}, only {_most_frequent(rest)}; name another input or --format, "
+        "or @FILE if one of them lists images"
     )
 
 

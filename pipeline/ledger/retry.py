@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +21,7 @@ from pipeline.ledger.summaries import load_summaries
 from pipeline.progress import count
 from pipeline.rowset import RowSet
 from pipeline.storage.folder import Folder
+from pipeline.storage.retrying_file import read_file
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ class RowChoice:
 
 
 def read_keys(path: str) -> frozenset[str]:
-    """Read a file with one key a line; empty lines do not count.
+    """Read a file with one key a line, by its path or URI; empty lines do not count.
 
     Raises:
-        ValueError: the file has no key, or is not UTF-8.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read, is not UTF-8, or has no key.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # Keys may hold other line ends.
+        lines = (
+            read_file("keys", path).decode().replace("\r\n", "\n").split("\n")
+        )  # Keys may hold other line ends.
     except UnicodeDecodeError as error:
         raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
     keys = frozenset(filter(None, lines))

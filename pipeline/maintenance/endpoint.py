@@ -32,12 +32,11 @@ def connect(url: str, key_file: str | None, run: Run) -> Endpoint:
 
     Raises:
         EndpointError: it cannot be reached, or serves another model or dtype.
-        ValueError: the run has no captions.
-        OSError: the file with the key cannot be read.
+        ValueError: the run has no captions, or the file with the key cannot be read.
     """
     if not run.settings.get("outputs", {}).get("caption", True):
         raise ValueError("url must be left out for a run without captions")
-    endpoint = Endpoint(url, read_key(key_file))
+    endpoint = Endpoint(url, read_key("key_file", key_file))
     model, parts = endpoint.model(), run.fingerprint.parts
     wanted = {"digest": parts.get("model"), "dtype": parts.get("dtype")}
     wanted["image_size_px"] = parts.get("image", {}).get("size_px")

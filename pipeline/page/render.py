@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_PAGE_BYTES = 10_000_000
@@ -43,6 +44,11 @@ def shorten(text: str, max_chars: int = 1_000) -> str:
     return text if len(text) <= max_chars else f"{text[:max_chars]}…"
 
 
+def whole_flags(text: str) -> Markup:
+    """Return a text of ours as HTML in which no line ends within a flag."""
+    return Markup(re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', str(escape(text))))
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -53,6 +59,7 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["shorten"] = shorten
+    environment.filters["whole_flags"] = whole_flags
     return environment
 
 

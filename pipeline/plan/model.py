@@ -13,7 +13,7 @@ from pipeline.inputs.size_estimate import SizeEstimate
 from pipeline.plan.prediction import Prediction, predict
 from pipeline.plan.sample import Sample
 from pipeline.plan.stage_costs import StageCosts
-from pipeline.progress import duration, format_bytes
+from pipeline.progress import count, duration, format_bytes
 from pipeline.run.bottleneck import Machines
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -108,10 +108,11 @@ class Plan:
     def _input_lines(self) -> Iterator[str]:
         size, costs = self.size_estimate, self.stage_costs
         num_bytes = "" if size.num_bytes is None else f", {format_bytes(size.num_bytes)}"
-        yield f"input     {size.num_shards:,} shards{num_bytes}, {_format_rows(size)}"
+        yield f"input     {count(size.num_shards, 'shard')}{num_bytes}, {_format_rows(size)}"
         yield from (f"          {line}" for line in self.unread.lines())
-        counts = ", ".join(f"{count:,} {status}" for status, count in self.by_status.most_common())
-        yield f"sample    {len(costs.rows):,} rows of {len(self.sample.shards):,} shards: {counts}"
+        counts = ", ".join(f"{number:,} {status}" for status, number in self.by_status.most_common())
+        sample = f"{count(len(costs.rows), 'row')} of {count(len(self.sample.shards), 'shard')}"
+        yield f"sample    {sample}: {counts}"
         yield from (f"          {line}" for line in self._error_lines())
         yield f"model     {self.info.model} ({self.info.dtype}), ready after {duration(costs.start_s)}"
 
@@ -128,8 +129,8 @@ class Plan:
         prediction = self.prediction
         yield (
             f"an actor  {duration(prediction.actor_s)} for the whole input if it never waits; "
-            f"{prediction.decode_workers_per_actor:,} decode workers and {prediction.cpus_per_actor:.1f} "
-            "cores keep it busy"
+            f"{count(prediction.decode_workers_per_actor, 'decode worker')} and "
+            f"{prediction.cpus_per_actor:.1f} cores keep it busy"
         )
         num_actors = self.settings.placement.max_actors
         if num_actors and num_actors > 1:
@@ -149,7 +150,7 @@ class Plan:
                 f"actor, {1e6 * self.cost / rows:,.2f} per million rows; starts and idle machines come on top"
             )
         num_files = self.size_estimate.num_shards
-        yield f"output    about {format_bytes(self.output_bytes)} in {num_files:,} Parquet files"
+        yield f"output    about {format_bytes(self.output_bytes)} in {count(num_files, 'Parquet file')}"
         if self.failed_fraction > self.settings.max_failed_fraction:
             yield (
                 f"failures  {self.failed_fraction:.1%} of the sample; this is above --max-failed-fraction "
@@ -181,5 +182,5 @@ class Plan:
 
 def _format_rows(size: SizeEstimate) -> str:
     if size.is_counted:
-        return f"{size.num_rows:,} rows"
+        return count(size.num_rows, "row")
     return f"about {size.num_rows:,} rows ({size.min_rows:,} to {size.max_rows:,}), estimated from bytes"

@@ -91,7 +91,7 @@ def _card(report: Report, sample: Sample, scores: Mapping[str, str]) -> Card:
     row, jpeg = sample.row, report.thumbnails.get(sample.address)
     size = "" if row["width"] is None else f", {row['width']:,} × {row['height']:,}"
     logprob = row.get("logprob")
-    likely = "" if logprob is None else f"\nlog-probability {logprob:.2f}"
+    likely = "" if logprob is None else f"\nlog-probability {logprob:.3g}"
     return Card(
         key=row["key"],
         texts=list(_card_texts(row)),

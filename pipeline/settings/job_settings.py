@@ -225,8 +225,8 @@ class CaptionSettings(JobSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
-        inputs = tuple(without_secrets(uri) for uri in self.input)
-        values = to_dict(dataclasses.replace(self, input=inputs, output=without_secrets(self.output)))
+        inputs, output = tuple(map(without_secrets, self.input)), without_secrets(self.output)
+        values = to_dict(dataclasses.replace(self, input=inputs, output=output, outputs=self.outputs.stored))
         del values["reading"]["schema_version"]  # It is in the fingerprint.
         left_out = {*OF_ONE_START, *(name for name in ("include", "exclude") if not values[name])}
         return {name: value for name, value in values.items() if name not in left_out}

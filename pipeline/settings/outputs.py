@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blip2_actor import Calibration, EngineBuilder, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
+from pipeline.storage.secrets import without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +55,8 @@ class Outputs:
     regenerate: bool = False
     """If the quality check sets `flags` on a caption, generate it again with penalties for repetition."""
     calibration: str | None = None
-    """File of blip2 calibrate: adds the column confidence, the probability that the caption is right."""
+    """File of blip2 calibrate, or its URI: adds the column confidence, the probability that the caption is
+    right."""
     min_confidence: float = 0.0
     """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1; they stay in the
     output."""
@@ -93,7 +95,8 @@ class Outputs:
             return
         if not self.caption:
             raise ValueError("calibration must be left out if no captions are made")
-        object.__setattr__(self, "calibration", os.path.abspath(self.calibration))
+        if "://" not in self.calibration:  # The run stores it, and may go on from another folder.
+            object.__setattr__(self, "calibration", os.path.abspath(self.calibration))
 
     @classmethod
     def of(
@@ -142,7 +145,18 @@ class Outputs:
         Raises:
             ValueError: its file cannot be read.
         """
-        return None if self.calibration is None else Calibration.load(self.calibration)
+        from pipeline.storage.retrying_file import read_file  # --help does not need pyarrow
+
+        if self.calibration is None:
+            return None
+        return Calibration.parse(read_file("calibration", self.calibration), self.calibration)
+
+    @property
+    def stored(self) -> Outputs:
+        """What a run stores: a URI without passwords and options."""
+        if self.calibration is None:
+            return self
+        return replace(self, calibration=without_secrets(self.calibration))
 
     @property
     def confidence_parts(self) -> dict[str, Any] | None:

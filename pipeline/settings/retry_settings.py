@@ -76,8 +76,8 @@ class RetrySettings:
     """Run only rows with one of these statuses again; default: every status but ok. A partial shard that has
     such rows is read to its end again."""
     keys: str | None = None
-    """File with one key a line: run only rows with these keys again, and of them those that are not ok unless
-    --status says which."""
+    """File with one key a line, or its URI: run only rows with these keys again, and of them those that are
+    not ok unless --status says which."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float | None = None

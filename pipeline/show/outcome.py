@@ -70,7 +70,8 @@ def _reason(done: Reconciliation, settings: CaptionSettings) -> str | None:
         return "the rows of the files and their statuses do not add up"
     if failed > settings.max_failed_fraction:
         limit = f"--max-failed-fraction {settings.max_failed_fraction:g}"
-        return f"{failed:.2%} of the rows failed, more than {limit} allows"
+        lost = "; a partial shard counts as one failed row" if done.partial else ""
+        return f"{failed:.2%} of the rows failed, more than {limit} allows{lost}"
     if flagged > settings.max_flagged_fraction:
         limit = f"--max-flagged-fraction {settings.max_flagged_fraction:g}"
         return f"{flagged:.2%} of the captions are flagged, more than {limit} allows"

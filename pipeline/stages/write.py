@@ -138,8 +138,8 @@ class WriteStage:
             receipts += written
             positions = list(ranges_of(position for position, _ in piece))
             ray.get(self._coordinator.wrote.remote(call, positions, written, self._device))
+            self._report()
         ray.get(self._coordinator.end_call.remote(call))
-        self._report()
         return receipts
 
     def _finish_rows(self, call: str, table: pa.Table, history: CallHistory) -> Iterator[FinishedRows]:

@@ -217,7 +217,8 @@ class Folder:
             self._put_once(probe, bytes(PROBE_BYTES))
             self._delete_once(probe)
         except OSError as error:
-            reason = hide_secrets(" ".join(str(error).split()))  # of Azure, a page with the signed URL
+            said = (self.is_local and error.strerror) or str(error)  # without the path of the probe
+            reason = hide_secrets(" ".join(said.split()))  # of Azure, a page with the signed URL
             raise ValueError(
                 f"output must be a folder that can be written, got {self}: {reason}; "
                 "give another --output or the missing permission"

@@ -1,4 +1,4 @@
-"""`RetryingFile`: read a file of an object store although the store fails in the middle of it.
+"""`RetryingFile`: read a file of an object store although the store fails in the middle of it; `read_file`.
 
 A 503 or a connection that is cut is no property of the file. Without retries, a shard that the store
 could not deliver for a moment would be recorded as damaged. A disk is not retried: its errors are final.
@@ -7,14 +7,17 @@ could not deliver for a moment would be recorded as damaged. A disk is not retri
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.retrying import retry_on_oserror
-from pipeline.storage.secrets import without_secrets
+from pipeline.storage.secrets import hide_secrets, without_secrets
 
 T = TypeVar("T")
 READ_FOR_S = 60.0
@@ -27,6 +30,26 @@ def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | Retryi
     if isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(path)
     return RetryingFile(filesystem, path)
+
+
+def read_file(name: str, uri: str) -> bytes:
+    """Return the content of a small file, given by its path or URI.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        if "://" not in uri:
+            return Path(uri).expanduser().read_bytes()
+        with open_input(*open_filesystem(uri)) as file:
+            return file.read()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else hide_secrets(str(error))
+        shown = without_secrets(uri)
+        raise ValueError(f"{name} must be a file that can be read, got {shown}: {reason}") from error
 
 
 class RetryingFile(io.RawIOBase):

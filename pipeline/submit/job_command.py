@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from pipeline.storage.secrets import hide_secrets
 MAX_SLUG_CHARS = 40
 SAFE_OPTIONS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "anonymous"}
 """Options of URIs that hold no secret."""
+PLACES = ("input", "output", "keys", "calibration", "endpoint_key_file")
+"""Settings that name files and folders."""
+CHECKPOINTS = ("model", "adapter", "score_model")
+"""Settings that name a folder, a file, or a checkpoint on the hub."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +44,45 @@ class JobCommand:
         return f"blip2-{slug or 'output'}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
 
 
-def check_command(arguments: Sequence[str], settings: Any) -> JobCommand:
+def check_command(arguments: Sequence[str], given: Mapping[str, Any]) -> JobCommand:
     """Check a command that is to run on a cluster.
 
     Args:
         arguments: the command and its flags.
-        settings: what they mean.
+        given: the values that these flags have, by the names of their settings.
 
     Raises:
         ValueError: a path is relative, or a URI holds a password.
     """
-    given = {name: getattr(settings, name, None) for name in ("input", "output", "keys")}
-    engine, outputs = getattr(settings, "engine", None), getattr(settings, "outputs", settings)
-    checkpoints = {"model": engine, "adapter": engine, "score_model": outputs}
-    for name, of in checkpoints.items():
-        checkpoint = getattr(of, name, None)
-        if isinstance(checkpoint, str) and ("://" in checkpoint or Path(checkpoint).is_dir()):
-            given[name] = checkpoint
-    for name, value in given.items():
-        for path in (value,) if value and isinstance(value, str) else value or ():
-            path = path.removeprefix("@") if name == "input" else path  # of a manifest
-            _require_same_everywhere(name, path)
-            _require_no_secret(name, path)
-    if not hasattr(settings, "on_cluster"):
-        return JobCommand(tuple(arguments), settings.output)
-    if not settings.on_cluster:
+    for name in PLACES:
+        for place in _each(given.get(name)):
+            place = place.removeprefix("@") if name == "input" else place  # of a manifest
+            _require_same_everywhere(name, place)
+            _require_no_secret(name, place)
+    for name in CHECKPOINTS:
+        for place in _each(given.get(name)):
+            if not _is_name(place):
+                _require_same_everywhere(name, place)
+            _require_no_secret(name, place)
+    if arguments[0] != "plan":
+        return JobCommand(tuple(arguments), given["output"])
+    if not given.get("on_cluster"):
         raise ValueError("on_cluster must be set for a submitted plan; without it, the head is measured")
-    return JobCommand(tuple(arguments), f"plan of {' '.join(settings.input)}")
+    return JobCommand(tuple(arguments), f"plan of {' '.join(given['input'])}")
+
+
+def _each(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _is_name(checkpoint: str) -> bool:
+    """Return whether a checkpoint is one of the hub or of this package, which every machine knows by name."""
+    is_path = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
+    return checkpoint == "demo" or not ("://" in checkpoint or is_path)
 
 
 def _require_same_everywhere(name: str, path: str) -> None:
-    """Refuse a path that is relative to a folder."""
+    """Refuse a path that means another file on the cluster."""
     if "://" not in path and not path.startswith("/"):
         raise ValueError(
             f"{name} must be a URI or an absolute path in a submitted job, got {path}: the job runs in a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,10 @@ class SubmitSettings:
     """Return as soon as the job is submitted, and do not follow its log."""
     job: tuple[str, ...] = field(default=())
     """Command line of the job, as in a terminal."""
-    job_settings: Any = field(default=None)
-    """What the command line of the job means."""
+    job_flags: Mapping[str, Any] = field(default_factory=dict)
+    """What its flags say, by the names of the settings."""
+    job_settings: type = field(default=type(None))
+    """The dataclass of these settings."""
 
     def __post_init__(self) -> None:
         if not self.job:

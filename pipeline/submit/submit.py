@@ -22,8 +22,8 @@ ADDRESS = "RAY_API_SERVER_ADDRESS"
 def submit(settings: SubmitSettings) -> int:
     """Submit a job, or find the one that works on its output already; follow its log, and end as it ends."""
     console = Console()
-    with before_work(type(settings.job_settings)):
-        command = check_command(settings.job, settings.job_settings)
+    with before_work(settings.job_settings):
+        command = check_command(settings.job, settings.job_flags)
     with before_work(type(settings)):
         address = settings.address or os.environ.get(ADDRESS)
         if not address:

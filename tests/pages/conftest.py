@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
@@ -16,12 +17,19 @@ EXPECT_MS = 20_000
 """How long `expect` waits; its own 5 s are short for a model on a busy machine."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Start Chromium, and end it after the block."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert program, f"install one of {', '.join(BROWSERS)}; Debian and Ubuntu: apt-get install chromium"
-    expect.set_options(timeout=EXPECT_MS)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *CAMERA])
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=EXPECT_MS)
+    with open_browser() as started:
+        yield started

@@ -94,6 +94,24 @@ def test_a_page_fits_and_has_no_serious_fault(browser, pages, name, size, scheme
     shown.context.close()
 
 
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_a_phone_shows_every_column_without_scrolling(browser, pages, name):
+    """The remedy of a failure, the last column, stood outside the screen, next to empty lines."""
+    shown = Opened(browser, pages[name], PHONE)
+    cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+    assert shown.page.evaluate(f"{cut}.map(e => e.ariaLabel)") == []
+    shown.context.close()
+
+
+def test_the_filters_stay_on_top_of_what_they_filter_only(opened):
+    """They covered the first lines of every later section."""
+    page, top = opened.page, "document.querySelector('.controls').getBoundingClientRect().top"
+    page.locator("#sheet > li").last.scroll_into_view_if_needed()
+    assert page.evaluate(top) == 0
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    assert page.evaluate(top) < -40
+
+
 def test_the_sheet_searches(opened):
     total = len(opened.keys())
     opened.page.keyboard.press("/")

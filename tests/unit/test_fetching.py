@@ -165,11 +165,13 @@ def test_a_name_that_resolves_to_a_private_address_is_refused(
     """Also beside a public one: an attacker answers with both, and waits for the second to be tried."""
 
     def resolve(host: str, port: int, **_: Any) -> list[Any]:
-        assert host == "evil.example"
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+        found = addresses if host == "evil.example" else [host]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    assert refused("http://evil.example/a.jpg").reason == "address"
+    error = refused("http://evil.example/a.jpg")
+    assert error.reason == "address" and str(error).endswith("got evil.example, which is 127.0.0.1")
+    assert str(refused("http://127.0.0.1/a.jpg")).endswith("must lead to a public address, got 127.0.0.1")
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_the_store_fails_while_a_job_reads_and_writes(store, tmp_path):
     assert len(captions_made(tmp_path / "trace")) == 160
     expected = {f"{method} _blip2/fragments" for method in ("PUT", "GET", "DELETE")}
     expected |= {"LIST", "GET .tar", "PUT /report.json", "PUT .parquet"}
-    assert expected <= {kind for kind, number in failures.items() if number == 1}
+    assert expected <= {k for k, n in failures.items() if n == 1}
     assert failures["outage"] > 20, failures
     for shard, images in truth.items():
         with filesystem.open_input_file(f"bucket/out/{shard}.parquet") as file:

@@ -1,7 +1,8 @@
-"""Encoding in two threads on a CPU: images and cores are divided, and no request is forgotten."""
+"""Encoding ahead: in a second thread of a CPU, with half of the cores, or on a second stream of a GPU."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
+from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.testing import random_images
 
 
@@ -163,3 +166,55 @@ def test_the_next_engine_has_all_cores_again(engine, checkpoint_folder, monkeypa
     building.start()
     building.join(60)
     assert found == [2, 2]
+
+
+class SlowStream(EncodeStream):
+    """A stream on a CPU whose batches are done at random times, though `take` may ask for them earlier."""
+
+    def __init__(self, runner: ModelRunner, *_: object) -> None:
+        super().__init__(runner)
+        self.random = random.Random(0)
+        self.num_unencoded_images = 0
+
+    @property
+    def is_done(self) -> bool:
+        return super().is_done and self.random.random() < 0.3
+
+    def give(self, images: list[EncodedImage]) -> None:
+        super().give(images)
+        self.num_unencoded_images += sum(not image.is_encoded for image in images)
+
+    def close(self) -> None:
+        """What `EncodeWorker` has; a stream has no thread to end."""
+
+
+def test_a_stream_gives_the_same_tokens_as_no_stream(
+    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More images than slots, of two priorities, one of them shared by two requests."""
+    options = [GenerationOptions(max_new_tokens=1 + 5 * i % 13) for i in range(40)]
+    found = []
+    for num_threads in (1, 2):  # the second engine encodes ahead
+        monkeypatch.setattr("blip2_actor.engine.core.EncodeWorker", SlowStream)
+        config = EngineConfig(
+            model=str(checkpoint_folder("opt")),
+            dtype="float32",
+            device="cpu",
+            num_threads=num_threads,
+            max_slots=6,
+            encode_batch=4,
+        )
+        with Engine(config) as engine:
+            pictures = [image.numpy() for image in random_images(40)]
+            shared = engine.image(pictures[0])
+            asked = [
+                Request(image=picture, options=own, low_priority=i % 3 == 0)
+                for i, (picture, own) in enumerate(zip(pictures, options, strict=True))
+            ]
+            asked += [Request(image=shared), Request(image=shared, prompt="a")]
+            futures = [engine.submit(request) for request in asked]
+            found.append([future.result(30).token_ids for future in futures])
+            stream = engine._core._encode_worker
+    assert found[0] == found[1]
+    assert isinstance(stream, SlowStream)
+    assert stream.num_unencoded_images == 41, "an image counts as encoded only when it is taken"

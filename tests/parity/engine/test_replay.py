@@ -20,7 +20,7 @@ from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.kv_cache import ALIGNMENT, KVCache
+from blip2_actor.models.kv_cache import ALIGNMENT, Attended, KVCache
 from blip2_actor.testing import random_images
 from tests.parity.engine.tape import Tape
 
@@ -123,11 +123,10 @@ def test_masks_of_a_step_begin_at_aligned_rows(model: Blip2, monkeypatch: pytest
     """CUDA attention copies every mask that is not aligned, in every layer of every step."""
     attend, strides = KVCache.attend, []
 
-    def attend_and_note(self: KVCache, layer: int, query: Tensor, kv_len: int, *others: Any) -> Tensor:
-        mask = others[1]
-        assert mask.shape[-1] == kv_len
-        strides.append(mask.stride())
-        return attend(self, layer, query, kv_len, *others)
+    def attend_and_note(self: KVCache, layer: int, query: Tensor, attended: Attended, *others: Any) -> Tensor:
+        assert attended.mask is not None and attended.mask.shape[-1] == attended.kv_len
+        strides.append(attended.mask.stride())
+        return attend(self, layer, query, attended, *others)
 
     monkeypatch.setattr(KVCache, "attend", attend_and_note)
     runner = ModelRunner(model, NUM_SLOTS)

@@ -105,7 +105,7 @@ def test_pattern_without_a_match(refused, tmp_path):
 def test_output_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     said = refused(output=str(tmp_path / "file" / "out"))
-    assert "output must be a folder that can be written" in said
+    assert f"must be a folder that can be written, got {tmp_path / 'file' / 'out'}: Not a directory; " in said
 
 
 def test_output_with_files_that_no_run_has_written(refused, tmp_path):

@@ -64,6 +64,23 @@ def test_without_a_calibration_there_is_no_such_column():
     stage.close()
 
 
+def test_its_file_may_be_in_a_bucket(tmp_path, calibration):
+    outputs = Outputs(calibration=(tmp_path / "c.json").as_uri())
+    found = outputs.read_calibration()
+    assert found is not None and found.digest == calibration.digest
+    outputs = Outputs(calibration=(tmp_path / "none.json").as_uri())
+    with pytest.raises(
+        ValueError, match=r"^calibration must be a file that can be read, got file:.*none\.json"
+    ):
+        outputs.read_calibration()
+
+
+def test_its_password_is_not_stored():
+    outputs = Outputs(calibration="s3://me:word@bucket/c.json?region=eu-west-1")
+    stored = CaptionSettings(input=("in",), output="out", outputs=outputs).to_dict()
+    assert stored["outputs"]["calibration"] == "s3://bucket/c.json"
+
+
 def test_it_is_part_of_the_fingerprint_and_of_the_record(tmp_path, calibration):
     plain = CaptionSettings(input=("in",), output="out")
     given = settings(tmp_path, 0.5)

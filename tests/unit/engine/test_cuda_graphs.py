@@ -37,7 +37,7 @@ def test_a_capture_that_cannot_be_ended_releases_the_allocator(
     pools, ended = iter([(0, 1), (0, 2)]), []
     stream = SimpleNamespace(device=None, device_index=3, wait_stream=lambda _: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _, **__: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))

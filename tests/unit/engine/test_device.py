@@ -26,16 +26,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-def test_a_gpu_compiles_if_the_compilers_are_installed(installed: set[str]) -> None:
-    assert resolve_compile("auto", None, GPU)
-    assert not resolve_compile("auto", None, CPU)
-    assert not resolve_compile("auto", "auto", GPU)
+def test_a_gpu_compiles_encoders_in_int8_if_the_compilers_are_installed(installed: set[str]) -> None:
+    assert resolve_compile("auto", None, GPU, is_int8=True)
+    assert not resolve_compile("auto", None, GPU)
+    assert not resolve_compile("auto", None, CPU, is_int8=True)
+    assert not resolve_compile("auto", "auto", GPU, is_int8=True)
 
 
 @pytest.mark.parametrize("missing", ["triton", "cc"])
 def test_a_gpu_machine_without_compilers_runs_uncompiled_and_says_so(installed, missing, caplog) -> None:
     installed.remove(missing)
-    assert not resolve_compile("auto", None, GPU)
+    assert not resolve_compile("auto", None, GPU, is_int8=True)
     assert "run uncompiled" in caplog.text
 
 
@@ -52,6 +53,8 @@ def devices_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]
     torch.backends.cuda.enable_cudnn_sdp(True)
     found: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     yield found
     torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 

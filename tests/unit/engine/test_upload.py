@@ -1,4 +1,4 @@
-"""Batches on their way to the device: they hold the right pixels, whatever was sent ahead."""
+"""Batches on their way to the device: they hold the right pixels."""
 
 from __future__ import annotations
 
@@ -19,26 +19,8 @@ def seen(batch: torch.Tensor) -> list[int]:
     return batch[:, 1, 1, 2].tolist()
 
 
-def test_what_was_sent_ahead_is_taken_once() -> None:
-    upload, images = Upload(torch.device("cpu")), make_images(1, 2, 3)
-    upload.send(images)
-    assert upload.has_sent
-    assert seen(upload.take(images)) == [1, 2, 3]
-    assert not upload.has_sent
-
-
-def test_another_batch_than_the_one_sent_ahead_is_sent_again() -> None:
-    """A request may be cancelled, or the batch halved; then the old pixels would be captioned."""
-    upload, images = Upload(torch.device("cpu")), make_images(1, 2, 3, 4)
-    upload.send(images)
-    assert seen(upload.take([images[0], images[2], images[3]])) == [1, 3, 4]
-    upload.send(images)
-    assert seen(upload.take(images[:2])) == [1, 2]
-    assert seen(upload.take(images[2:])) == [3, 4]
-
-
-def test_larger_batches_than_the_first() -> None:
+def test_batches_of_any_size_hold_their_own_pixels() -> None:
+    """The buffer on the host is used again: an earlier batch must not change."""
     upload = Upload(torch.device("cpu"))
-    assert seen(upload.take(make_images(9))) == [9]
-    assert seen(upload.take(make_images(*range(7)))) == list(range(7))
-    assert seen(upload.take(make_images(5, 6))) == [5, 6]
+    batches = [upload(make_images(*values)) for values in ([9], range(7), [5, 6])]
+    assert [seen(batch) for batch in batches] == [[9], list(range(7)), [5, 6]]

@@ -71,13 +71,11 @@ def test_img2dataset_tables_next_to_folders_of_images_are_no_inputs(tmp_path):
 def test_a_folder_with_two_kinds_of_files_is_refused_with_the_flags_to_choose_one(tmp_path):
     touch(tmp_path, "0.tar", "other.parquet")
     message = refusal_of(tmp_path)
-    assert (
-        "got 1 Parquet tables and 1 tars; choose one with --format parquet or --format webdataset" in message
-    )
+    assert "got 1 Parquet table and 1 tar; choose one with --format parquet or --format webdataset" in message
     assert names(tmp_path, format="webdataset") == ["0.tar"]
     assert names(tmp_path / "*.tar", tmp_path / "*.parquet") == ["0.tar", "other.parquet"]
     touch(tmp_path / "t", "0.tar", "preview.png")
-    assert "1 images and 1 tars" in refusal_of(tmp_path / "t")
+    assert "1 image and 1 tar; " in refusal_of(tmp_path / "t")
 
 
 def test_files_of_other_tools_are_no_input(tmp_path):
@@ -137,6 +135,7 @@ def test_names_of_several_inputs_never_collide(tmp_path):
         ),
         (["a.tar"], "", {"format": "folder"}, "holds no images, only 1 .tar"),
         (["a.json"], "a.json", {}, "the name a.json does not tell whether"),
+        (["a.csv"], "a.csv", {}, "if it lists images, put @ in front of its name"),
         (["a.tar"], "", {"format": "tar"}, "format must be auto, webdataset, parquet, folder, got 'tar'"),
         (["a.tar"], "", {"limit": 0}, "limit must be at least 1, got 0"),
     ],

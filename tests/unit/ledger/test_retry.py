@@ -101,6 +101,8 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     file = tmp_path / "keys"
     file.write_text("a b\n\nc\u2028d\n", encoding="utf-8")
     assert read_keys(str(file)) == {"a b", "c\u2028d"}
+    file.write_bytes(b"a b\r\nc\r\n")
+    assert read_keys(file.as_uri()) == {"a b", "c"}
     for content, said in ((b"\n\n", "which has none"), (b"\xff", "must be a UTF-8 file")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=said):
@@ -112,7 +114,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     [
         (["--status", "fialed"], "--status must be one of ok, missing_image, "),
         (["--status", "ok"], "--status must not be ok without --keys"),
-        (["--keys", "/nowhere"], "/nowhere"),
+        (["--keys", "/nowhere"], "--keys must be a file that can be read, got /nowhere: No such file"),
     ],
 )
 def test_a_choice_that_cannot_be_meant_is_refused(tmp_path, flags, said, capsys):

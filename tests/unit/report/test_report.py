@@ -62,7 +62,10 @@ def write_run(root: Path, num_tars: int = 2, rows_per_tar: int = 30, **changes: 
             row: dict[str, Any] = {"key": f"{key}{HOSTILE}", "shard": shard, "row": at}
             row |= {"flags": [], "url": HOSTILE}
             if image == BROKEN:
-                row |= {"status": "undecodable", "error": f"cut at byte {at} {HOSTILE}"}
+                row |= {
+                    "status": "undecodable",
+                    "error": f"JPEG 2000, status 404, cut at byte {at} {HOSTILE}",
+                }
             else:
                 row |= {"status": "ok", "caption": f"{HOSTILE} {at % 3}", "num_tokens": at % 3 + 4}
                 row |= {"width": 24, "height": 20, "sha256": hashlib.sha256(image).digest()}
@@ -116,9 +119,9 @@ def test_statistics_agree_with_the_reconciliation(folder):
     assert sorted(statistics.captions.top(9)) == [(f"{HOSTILE} {n}", 18) for n in range(3)]
     assert statistics.long_side_px == {32: 54}
     assert statistics.flags["looping"].count == 10
-    # The errors differ only in the number of the byte, so they are one reason.
+    # The errors differ only in the number of the byte, so they are one reason; the others are names.
     ((status, reason),) = statistics.reasons
-    assert (status, reason) == ("undecodable", f"cut at byte N {HOSTILE}")
+    assert (status, reason) == ("undecodable", f"JPEG 2000, status 404, cut at byte N {HOSTILE}")
     assert statistics.reasons[status, reason].count == 6
     assert len(found.samples) == 60 and not found.thumbnails
 

@@ -94,6 +94,10 @@ def test_an_exit_status_is_explained(finished):
     folder, done = finished
     lines = outcome_lines(folder, done, allowed_failed=0.1)
     assert "exit status 2: 20.00% of the rows failed, more than --max-failed-fraction 0.1 allows" in lines
+    cut = dataclasses.replace(done.summaries[0], complete=False, reason="unexpected end of data")
+    lines = outcome_lines(folder, dataclasses.replace(done, summaries=(cut, *done.summaries[1:])), 0.0)
+    [why] = [line for line in lines if line.startswith("exit status")]
+    assert why.endswith("more than --max-failed-fraction 0 allows; a partial shard counts as one failed row")
     lines = outcome_lines(folder, dataclasses.replace(done, missing=("4.tar",)))
     assert "exit status 1: 1 shard of 5 has no file" in lines
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
 
 from blip2_actor import EngineStats
 from pipeline.stages import write
@@ -100,3 +103,28 @@ def test_a_row_that_was_captioned_shows_that_the_device_works():
         assert fail(coordinator, device=OTHER) == [False]
         coordinator.wrote("call", [(7, 8)], [Receipt("s", ((7, 8),), (("ok", 1),))], GPU)
         coordinator.wrote("call", [(7, 8)], [Receipt("s", ((7, 8),), (("ok", 1),))], OTHER)
+
+
+def test_a_worker_says_with_every_piece_how_busy_it_is(monkeypatch):
+    """A call may take as long as the run: the terminal had no figure for the stage that did all the work."""
+    coordinator, busy_s = Coordinator(), list[float]()
+    engine: Any = SimpleNamespace(busy_s=0.0)
+
+    class Handle:
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=getattr(coordinator, name))
+
+    def pieces(*_):
+        for made in (1.0, 2.0):
+            engine.busy_s = made
+            yield [(0, None)]
+            busy_s.append(coordinator.news().loads["caption"]["worker"].busy_s)
+
+    stage = write.WriteStage.__new__(write.WriteStage)
+    stage._coordinator, stage._device, stage._worker, stage._started = Handle(), GPU, "worker", 0.0
+    stage._stage = stage._writer = engine
+    monkeypatch.setattr(write.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(stage, "_finish_rows", pieces)
+    monkeypatch.setattr(stage, "_write", lambda *_: [])
+    assert stage._run("call", pa.table({})) == []
+    assert busy_s == [1.0, 2.0]

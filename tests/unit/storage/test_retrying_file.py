@@ -85,3 +85,14 @@ def test_a_missing_file_is_not_retried(store, monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 3600.0)
     _, report = read_rows(Shard(name="s", format="webdataset", root="flaky://s", files=("gone.tar",)))
     assert not report.complete and str(report.reason).endswith("is not there")
+
+
+def test_a_file_that_a_flag_names_is_read_whole(store, monkeypatch):
+    monkeypatch.setattr(FlakyStore, "failing", {1, 2})
+    assert retrying_file.read_file("keys", "flaky://s/0.jpg") == b"image"
+    for uri, reason in (
+        ("flaky://s/1.jpg", "/s/1.jpg is not there"),
+        ("/no/file", "No such file or directory"),
+    ):
+        with pytest.raises(ValueError, match=f"^keys must be a file that can be read, got {uri}: {reason}$"):
+            retrying_file.read_file("keys", uri)

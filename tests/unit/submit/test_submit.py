@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import typing
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from blip2_actor import EngineConfig
-from pipeline.cli.main import main
-from pipeline.settings.job_settings import CaptionSettings, ScoreSettings
-from pipeline.settings.retry_settings import RetrySettings
+from blip2_actor.flags.fields import field_docs
+from pipeline.cli.command_table import COMMANDS
+from pipeline.cli.main import main, read_job
 from pipeline.submit.cluster_job import begin, follow, running_job
-from pipeline.submit.job_command import check_command
+from pipeline.submit.job_command import JobCommand, check_command
 from pipeline.submit.package import packed
-from pipeline.submit.settings import SubmitSettings
+from pipeline.submit.settings import JOBS, SubmitSettings
 
 IN, OUT = "s3://bucket/in", "s3://bucket/captions"
 
@@ -28,6 +33,7 @@ IN, OUT = "s3://bucket/in", "s3://bucket/captions"
         (f"-- caption --input {IN} --output {OUT}", 3, "--address must be given, or RAY_API_SERVER_ADDRESS"),
         (f"plan --input {IN}", 3, "--on-cluster must be set for a submitted plan"),
         (f"caption --input {IN} --output captions", 3, "--output must be a URI or an absolute path"),
+        (f"caption --input {IN} --output {OUT} --calibration c.json", 3, "--calibration must be a URI or an"),
         (
             f"--address http://127.0.0.1:1 caption --input {IN}?region=us-east-1 --output {OUT}",
             1,
@@ -45,37 +51,104 @@ def test_what_cannot_work_is_refused_in_a_sentence(arguments, status, said, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.fixture
+def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobCommand]:
+    """Return the job that a command line sends, from a folder that holds checkpoints and files."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tuned", "demo"):
+        Path(folder).mkdir()
+    for file in ("lora.pth", "c.json", "keys.txt"):
+        Path(file).touch()
+
+    def send(*arguments: str) -> JobCommand:
+        job = read_job(arguments)
+        return check_command(job["job"], job["job_flags"])
+
+    return send
+
+
+CAPTION = ("caption", "--input", IN, "--output", OUT)
+RETRY = ("retry", "--output", OUT)
+SCORE = ("score", "--input", IN, "--output", OUT, "--text-column", "alt")
+PATHS = {
+    "input": ("caption", "--output", OUT, "--input"),
+    "output": ("caption", "--input", IN, "--output"),
+    "model": (*CAPTION, "--model"),
+    "adapter": (*CAPTION, "--adapter"),
+    "score_model": (*SCORE, "--score-model"),
+    "calibration": (*CAPTION, "--calibration"),
+    "keys": (*RETRY, "--keys"),
+    "endpoint_key_file": (*CAPTION, "--endpoint", "http://captions:8000", "--endpoint-key-file"),
+}
+"""For each setting that names a file or a folder, a command line that a path completes."""
+
+
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("name", "path"),
     [
-        (CaptionSettings(input=("in",), output=OUT), "input must be a URI or an absolute path"),
-        (RetrySettings(output="/out", keys="keys.txt"), "keys must be a URI or an absolute path"),
-        (CaptionSettings(input=(IN,), output="s3://me:word@bucket/out"), "output must hold no password"),
-        (
-            CaptionSettings(input=("https://a/b.tar?signature=word",), output=OUT),
-            "input must hold no password",
-        ),
-        (CaptionSettings(input=("@list.txt",), output=OUT), "input must be a URI or an absolute path"),
-        (CaptionSettings(input=("@s3://me:word@bucket/list",), output=OUT), "input must hold no password"),
-        (
-            CaptionSettings(input=(IN,), output=OUT, engine=EngineConfig(adapter="s3://me:word@bucket/lora")),
-            "adapter must hold no password",
-        ),
-        (
-            ScoreSettings(input=(IN,), output=OUT, text_column="alt", score_model="tests"),
-            "score_model must be a URI or an absolute path",
-        ),
+        *((name, "./here") for name in PATHS),
+        *((name, "~/here") for name in PATHS),
+        ("input", "photos"),
+        ("input", "@list.txt"),
+        ("output", "captions"),
+        ("model", "tuned"),
+        ("adapter", "lora.pth"),
+        ("score_model", "tuned"),
+        ("calibration", "c.json"),
+        ("keys", "keys.txt"),
+        ("endpoint_key_file", "keys.txt"),
     ],
 )
-def test_a_path_that_is_another_one_on_the_cluster_and_a_password_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said) as refusal:
-        check_command([], settings)
+def test_a_path_that_is_another_one_on_the_cluster_is_refused(name, path, sent):
+    with pytest.raises(
+        ValueError, match=f"^{name} must be a URI or an absolute path in a submitted job, got "
+    ):
+        sent(*PATHS[name], path)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_on_a_shared_disk_and_one_in_a_bucket_are_taken(name, sent):
+    for path in ("/data/place", "s3://bucket/place"):
+        assert shlex.split(sent(*PATHS[name], path).entrypoint)[-1] == path
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_password_is_refused_and_not_said(name, sent):
+    with pytest.raises(ValueError, match=f"^{name} must hold no password") as refusal:
+        sent(*PATHS[name], "s3://me:word@bucket/place")
     assert str(refusal.value).count("word") == str(refusal.value).count("password")
 
 
-def test_a_manifest_on_a_shared_disk_or_in_a_bucket_is_taken():
-    for manifest in ("@/data/list.txt", "@s3://bucket/list.txt"):
-        assert check_command([], CaptionSettings(input=(manifest,), output=OUT)).output == OUT
+def test_an_option_of_a_uri_may_be_a_password(sent):
+    with pytest.raises(ValueError, match="input must hold no password"):
+        sent("caption", "--output", OUT, "--input", "https://a/b.tar?signature=word")
+
+
+def test_a_checkpoint_that_every_machine_knows_by_name_is_taken(sent):
+    for model in ("demo", "Salesforce/blip2-opt-2.7b"):  # a folder demo is there, and the name means another
+        sent(*CAPTION, "--model", model)
+
+
+def test_every_flag_of_a_job_that_names_a_file_is_checked():
+    """A flag that is new must be decided: the help of one that names a file begins with what it is."""
+    of_jobs = [command.settings for name, command in COMMANDS.items() if name.split()[0] in JOBS]
+    names = {
+        name
+        for settings in of_jobs
+        for part in (settings, *(one for one in get_type_hints(settings).values() if is_dataclass(one)))
+        for name, text in field_docs(typing.cast(type, part)).items()
+        if re.match(r"(Tar f|F)iles?\b|Folder|Hub name|LoRA|Retrieval checkpoint", text)
+    }
+    assert names == set(PATHS)
+
+
+def test_a_path_in_a_configuration_file_is_checked_too(sent):
+    Path("blip2.toml").write_text('[caption]\ncalibration = "c.json"\n')
+    with pytest.raises(ValueError, match="calibration must be a URI or an absolute path"):
+        sent(*CAPTION, "--config", "blip2.toml")
+    Path("blip2.toml").write_text('["plan embed"]\nsample = 8\n')
+    job = sent("plan", "embed", "--input", IN, "--on-cluster", "--config", "blip2.toml")
+    assert job.entrypoint == f"python -m pipeline plan embed --input={IN} --sample=8 --on-cluster"
 
 
 def test_an_address_is_that_of_the_dashboard():
@@ -85,7 +158,7 @@ def test_an_address_is_that_of_the_dashboard():
 
 def command(output: str, *flags: str) -> Any:
     arguments = ["caption", "--input", IN, "--output", output, *flags]
-    return check_command(arguments, CaptionSettings(input=(IN,), output=output))
+    return check_command(arguments, {"input": [IN], "output": output})
 
 
 def test_the_name_of_a_job_is_that_of_its_output():
