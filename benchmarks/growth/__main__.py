@@ -4,6 +4,8 @@ shards       1,000 to 100,000 shards of 10 rows: seconds from the command to the
              of a resume with 100 shards to do; the driver's memory; seconds of `blip2 status`. The finished
              shards of the resume are stand-ins: links to one file
 books        the same without Ray: the driver's own part
+folder       a folder of 10^6 and of 10^7 images without Ray, with names that are made up: the driver's memory
+             at the start and on a resume, and from both sizes the bytes an image and the memory for 10^8
 requests     shards of 1,000 and of 10,000 rows with the output in S3 (moto, 20 ms a request): fragments and
              requests a shard, with an engine that costs nothing and with one of 400 images/s
 large-tar    one tar of 1 and of 10 GB, read over HTTP from a server that makes its bytes: rows/s, seconds to
@@ -18,12 +20,14 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import check_cases, make_parser
 from benchmarks.growth.counting_store import CountingStore
 from benchmarks.growth.driver_books import DriverBooks
+from benchmarks.growth.folder_books import NAMINGS, FolderBooks
 from benchmarks.growth.generated_tar import GeneratedTar, TarServer
 from benchmarks.inputs import link_often, write_shards
 from benchmarks.measure import report
@@ -38,7 +42,7 @@ from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
 SHARD_ROWS, NUM_LEFT = 10, 100
-CASES = ("shards", "books", "requests", "large-tar")
+CASES = ("shards", "books", "folder", "requests", "large-tar")
 REQUEST_S = 0.02
 NUM_COUNTED_ROWS = 20_000
 
@@ -79,7 +83,9 @@ def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
         side = Contender(DriverBooks)
         side.call("begin", settings)
         finish_by_stand_ins(settings, NUM_LEFT)
-        parts = side.call("resume", settings)
+        side.call("resume", settings)
+        side.call("status", settings.output)
+        parts = side.call("parts")
         runs[num_shards] = {"parts": parts, "driver_peak_mib": side.call("peak_mib")}
         side.close()
         print(f"  {num_shards:,} shards: " + ", ".join(f"{n} {p['cpu_s']:.1f} s" for n, p in parts.items()))
@@ -88,6 +94,38 @@ def measure_books(work: Path, sizes: list[int]) -> dict[str, Any]:
         "shard_rows": SHARD_ROWS,
         "num_left": NUM_LEFT,
         "stand_ins": "no Ray runs; finished shards of the resume are links to the file of one shard",
+    }
+
+
+def measure_folder(work: Path, sizes: list[int]) -> dict[str, Any]:
+    """Note what the memory of a driver grows to for a folder of images, and what it would for 10^8."""
+    runs: dict[str, Any] = {}
+    for naming in NAMINGS:
+        sides: dict[str, dict[int, float]] = {"begin": {}, "resume": {}}
+        for num_images in sizes:
+            folder = work / f"folder-{naming}-{num_images}"
+            folder.mkdir()
+            settings = CaptionSettings(input=(str(folder),), output=f"{folder}-out")
+            for part, grown_mib in sides.items():
+                side = Contender(FolderBooks, str(folder), num_images, naming)
+                before_mib = side.call("peak_mib")
+                side.call(part, settings)
+                grown_mib[num_images] = side.call("peak_mib") - before_mib
+                side.close()
+        runs[naming] = {part: _by_image(grown_mib) for part, grown_mib in sides.items()}
+        for part, found in runs[naming].items():
+            print(f"  {naming}, {part}: {found}")
+    return {"runs": runs, "stand_ins": "no Ray runs, and the listing of the folder makes up the names"}
+
+
+def _by_image(grown_mib: dict[int, float]) -> dict[str, Any]:
+    """Add to growths of memory, by number of images, the bytes of each image and the growth for 10^8."""
+    least, most = min(grown_mib), max(grown_mib)
+    each_mib = (grown_mib[most] - grown_mib[least]) / max(1, most - least)
+    return {
+        "grown_mib": grown_mib,
+        "bytes_an_image": each_mib * 2**20,
+        "mib_for_1e8": grown_mib[most] + each_mib * (10**8 - most),
     }
 
 
@@ -119,7 +157,7 @@ def measure_requests(work: Path) -> dict[str, Any]:
     """Count the fragments and the requests of jobs whose output is in a store."""
     store = Contender(CountingStore, REQUEST_S)
     runs = {}
-    for num_rows, seconds_per_image in ((1000, 0.0), (10_000, 0.0), (1000, 1 / 400)):
+    for num_rows, seconds_per_image in product((1000, 10_000), (0.0, 1 / 400)):
         num_shards = NUM_COUNTED_ROWS // num_rows
         shards = write_shards(work, num_shards, num_rows)
         name = f"{num_rows}-rows-{seconds_per_image:g}-s"
@@ -150,7 +188,7 @@ def measure_large_tar(work: Path, sizes_gb: list[float]) -> dict[str, Any]:
     for size_gb in sizes_gb:
         server = TarServer(GeneratedTar(int(size_gb * 1e9)))
         settings = CaptionSettings(input=(server.url,), output=str(work / f"tar-{size_gb:g}"))
-        runs[size_gb] = run = call_job("run_watched", settings, FakeEngineConfig())
+        runs[size_gb] = run = call_job("run_watched", settings, FakeEngineConfig(image_size_px=224))
         server.server_close()
         print(
             f"  {size_gb:g} GB, {run['num_rows']:,} rows: {run['rows_per_s']:,.0f} rows/s, first after "
@@ -173,6 +211,13 @@ def main() -> None:
         help="job sizes of the cases shards and books",
     )
     parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[10**6, 10**7],
+        help="sizes of the case folder, powers of ten",
+    )
+    parser.add_argument(
         "--gb", type=float, nargs="+", default=[1.0, 10.0], help="sizes of the case large-tar, in 10^9 bytes"
     )
     arguments = parser.parse_args()
@@ -184,6 +229,8 @@ def main() -> None:
             print(name)
             if name == "large-tar":
                 results[name] = measure_large_tar(work, arguments.gb)
+            elif name == "folder":
+                results[name] = measure_folder(work, arguments.images)
             elif name == "requests":
                 results[name] = measure_requests(work)
             else:

@@ -48,15 +48,21 @@ class DriverBooks:
             for task in source.get_read_tasks(source.num_tasks):
                 cloudpickle.dumps(task)
 
-    def resume(self, settings: CaptionSettings) -> dict[str, dict[str, float]]:
-        """Start the run again, show its status, and return what all parts took."""
+    def resume(self, settings: CaptionSettings) -> None:
+        """Start the run again."""
         ledger = Ledger(Folder(settings.output))
         with self._part("resume"):
             run = ledger.require_run(settings.input)
             ledger.compare_input(run, settings.input)
             Tracker(ledger.unfinished(run, ledger.sweep(run, ledger.scan(), {})))
+
+    def status(self, output: str) -> None:
+        """Make the lines of `blip2 status`."""
         with self._part("status"):
-            status_lines(settings.output)
+            status_lines(output)
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Return what each part took."""
         return self._parts
 
     def peak_mib(self) -> float:

@@ -121,8 +121,11 @@ def find_changes(
     changed: dict[str, str] = {}
     changed_stamps: dict[str, tuple[str, ...]] = {}
     copies: dict[str, bool] = {}
+    num_known: dict[tuple[str, Sequence[str]], int] = {}  # Ranges of a table share a file.
     for shard in shards:
-        found = now.find(without_secrets(shard.root), shard.files)
+        root = without_secrets(shard.root)
+        found = now.find(root, shard.files)
+        num_known[root, shard.files] = len(found) - found.count(None)
         if None in found:
             gone |= dict.fromkeys(f for f, file in zip(shard.files, found, strict=True) if file is None)
         if not has_stamps[shard.name]:
@@ -144,9 +147,9 @@ def find_changes(
             known = shard.stamps or (UNKNOWN,) * len(stamps)
             merged = tuple(new if new != UNKNOWN else old for new, old in zip(stamps, known, strict=True))
             kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
-    return InputChanges(
-        tuple(kept), changed, changed_stamps, tuple(gone), _not_in(shards, now, listed), listed.unread
-    )
+    is_new = sum(num_known.values()) < sum(map(len, listed.chosen.values()))
+    new = _not_in(shards, listed) if is_new else replace(listed, chosen={})
+    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone), new, listed.unread)
 
 
 def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
@@ -259,14 +262,8 @@ def _is_copy(
     return copies[path]
 
 
-def _not_in(shards: Sequence[Shard], now: FilesBelowRoots, listed: ListedFiles) -> ListedFiles:
+def _not_in(shards: Sequence[Shard], listed: ListedFiles) -> ListedFiles:
     """Return the listed files that are in no shard."""
-    parts = {
-        (without_secrets(shard.root), shard.files) for shard in shards
-    }  # Ranges of a table share a file.
-    num_known = sum(len(files) - now.find(root, files).count(None) for root, files in parts)
-    if num_known == sum(map(len, listed.chosen.values())):
-        return replace(listed, chosen={})
     known = FileTable((path_of(shard.root, file), ListedFile()) for shard in shards for file in shard.files)
 
     def new_below(root: str, files: FileTable) -> FileTable:

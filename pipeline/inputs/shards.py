@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -119,20 +119,21 @@ class RunSlice:
         return f"{self.number}/{self.total}"
 
 
-def with_secrets(shard: Shard, inputs: Sequence[str]) -> Shard:
-    """Give a shard that was stored without secrets those of the input that names its file, or lies around it.
+def with_secrets(shards: Iterable[Shard], inputs: Sequence[str]) -> Iterator[Shard]:
+    """Give shards that were stored without secrets those of the input that names their file or its folder.
 
     Args:
-        shard: a shard whose root holds no secrets.
+        shards: their roots hold no secrets.
         inputs: the inputs as the user named them.
     """
-    root = shard.root.rstrip("/")
     inputs = [name.removeprefix("@") for name in inputs]
     secret = {plain: uri for uri in inputs if (plain := without_secrets(uri).rstrip("/")) != uri.rstrip("/")}
-    of_file = secret.get(f"{root}/{shard.files[0]}")
-    of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)
-    given = of_file or of_folder
-    return shard if given is None else replace(shard, root=with_secrets_of(given, shard.root))
+    for shard in shards:
+        root = shard.root.rstrip("/")
+        of_file = secret.get(f"{root}/{shard.files[0]}") if secret else None
+        of_folder = next((uri for plain, uri in secret.items() if f"{plain}/".startswith(f"{root}/")), None)
+        given = of_file or of_folder
+        yield shard if given is None else replace(shard, root=with_secrets_of(given, shard.root))
 
 
 def is_local(root: str) -> bool:

@@ -30,7 +30,7 @@ from pipeline.ledger.fragments import (
     store_shard_report,
 )
 from pipeline.ledger.layout import is_report_of_change, output_name
-from pipeline.ledger.merge import Merge, Piece, PieceGone
+from pipeline.ledger.merge import Merge, Piece, PieceGone, join
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -39,6 +39,11 @@ logger = logging.getLogger(__name__)
 RUN_KEY = b"blip2.run"
 SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
+SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
+"""What follows from the bytes of an image alone. All other statuses may depend on the moment."""
+PIECE_BYTES, PIECE_FRAGMENTS = 1 << 20, 64
+"""Small fragments up to this size and number are merged as one: a table needs 20 kB of memory, however few
+rows it has (pyarrow 26)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ class Summary:
     @property
     def num_failed(self) -> int:
         return self.num_rows - self.by_status.get(Status.OK.value, 0)
+
+    @property
+    def may_improve(self) -> bool:
+        """Whether rows that are made again from the same input may be better than those of the file."""
+        num_final = sum(self.by_status.get(status.value, 0) for status in SAME_AGAIN)
+        return not self.complete or num_final < self.num_rows
 
 
 def commit_shard(
@@ -146,13 +157,22 @@ def _commit(
         delete_files(folder, [fragment.name for fragment in files.fragments])
     else:
         # Rows past the end of a shard that was read less far are kept for a better reading.
-        may_improve = summary.num_failed > 0 or not summary.complete
-        delete_shard_files(folder, files, num_rows, is_shared, may_improve)
+        delete_shard_files(folder, files, num_rows, is_shared, summary.may_improve)
     return summary
 
 
-def _pieces_of_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[Piece]:
-    return [partial(read_fragment, folder, fragment.name) for fragment in fragments]
+def _pieces_of_fragments(folder: Folder, fragments: Iterable[Fragment]) -> list[Piece]:
+    """Return pieces with the rows of all fragments; small fragments that follow each other are one piece."""
+    pieces: list[Piece] = []
+    some: list[Piece] = []
+    num_bytes = 0
+    for fragment in sorted(fragments, key=lambda fragment: fragment.first):
+        if some and (num_bytes + fragment.num_bytes > PIECE_BYTES or len(some) == PIECE_FRAGMENTS):
+            pieces.append(join(some))
+            some, num_bytes = [], 0
+        some.append(partial(read_fragment, folder, fragment.name))
+        num_bytes += fragment.num_bytes
+    return [*pieces, join(some)] if some else pieces
 
 
 def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,6 +55,8 @@ class Fragment:
     count: int
     generation: int = 0
     """Of the shard when the rows were read; see `Shard.generation`."""
+    num_bytes: int = field(default=0, compare=False)
+    """Size of the file, if a listing has told it."""
 
     @property
     def has_gaps(self) -> bool:
@@ -124,7 +126,7 @@ def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Tab
         return list(pool.map(lambda fragment: read_fragment(folder, fragment.name), fragments))
 
 
-def parse_fragment(name: str) -> Fragment | None:
+def parse_fragment(name: str, num_bytes: int = 0) -> Fragment | None:
     """Return what the name of a file says, relative to the output, or None when it is no fragment."""
     folder, _, last = name.rpartition("/")
     match, found = _NAME.match(last), parse_folder_of_shard(folder)
@@ -132,7 +134,7 @@ def parse_fragment(name: str) -> Fragment | None:
         return None
     shard, generation = found
     first, end, count = (int(match[group]) for group in ("first", "last", "count"))
-    return Fragment(shard, name, first, end, count, generation)
+    return Fragment(shard, name, first, end, count, generation, num_bytes)
 
 
 @dataclass(frozen=True)
@@ -149,17 +151,12 @@ class ShardFiles:
         """Name of the latest report."""
         return self.reports[0] if self.reports else None
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all its files."""
-        return frozenset((*(fragment.name for fragment in self.fragments), *self.reports))
-
 
 def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
     """List the folder of an unfinished shard."""
     own, below = (shard, generation), folder_of_shard(shard, generation)
     files = folder.files(below)
-    found = [fragment for file in files if (fragment := parse_fragment(file.name)) is not None]
+    found = [f for file in files if (f := parse_fragment(file.name, file.num_bytes)) is not None]
     fragments = tuple(f for f in found if (f.shard, f.generation) == own)
     reports = [file for file in files if parse_shard_report_name(file.name) == own]
     latest_first = sorted(reports, key=report_order, reverse=True)
@@ -206,21 +203,18 @@ def delete_shard_files(
 ) -> None:
     """Delete the files of a shard that has been committed.
 
-    A store deletes a folder in a few requests, however many files it holds; a shared one, or one with rows
-    that stay, loses its files one by one. A disk loses just the files that were merged: what another process
-    has written meanwhile stays. A store is listed once more if such a row could improve the shard's file.
+    The files that were merged are deleted by name. What another process writes meanwhile stays, and the next
+    sweep merges it. A store needs three requests to delete a file, and five to delete a folder: the whole
+    folder is deleted if nothing that arrives meanwhile can be of use.
 
     Args:
         files: what the commit has found.
         num_rows: fragments with later rows stay.
         is_shared: whether the folder may hold those of other shards.
-        may_improve: whether rows that were written meanwhile may be better than those of the file.
+        may_improve: whether rows that are written meanwhile may be better than those of the file.
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
-    is_all = len(merged) == len(files.fragments) and not (is_shared or folder.is_local)
-    if is_all and may_improve:
-        is_all = files.names.issuperset(folder.names(files.folder))
-    if is_all:
+    if len(merged) == len(files.fragments) and not (is_shared or may_improve or folder.is_local):
         folder.erase(files.folder)
         return
     delete_files(folder, merged)

@@ -182,9 +182,9 @@ class Ledger:
         commit = partial(self.commit, metadata=metadata, empty_schema=empty_schema)
         return sweep(self.folder, run, state, commit, is_slice)
 
-    def drop_markers(self, run: Run, state: OutputState) -> None:
+    def drop_markers(self, state: OutputState, done: Reconciliation) -> None:
         """Delete the empty objects that a store keeps for emptied folders, when all shards are finished."""
-        drop_markers(self.folder, run, state)
+        drop_markers(self.folder, state, done)
 
     def reconcile(self, run: Run, state: OutputState) -> Reconciliation:
         """Compare the shards of the run with their files."""

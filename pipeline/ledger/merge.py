@@ -136,6 +136,19 @@ class Merge:
                 self._hold(number, table)
 
 
+def join(pieces: Sequence[Piece]) -> Piece:
+    """Return one piece with the rows of several; it is gone when one of them is."""
+
+    def read() -> pa.Table | None:
+        tables = [piece() for piece in pieces]
+        if any(table is None for table in tables):
+            return None
+        plain = [_plain(table) for table in tables]
+        return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
+
+    return read if len(pieces) > 1 else pieces[0]
+
+
 def _read(pieces: Sequence[Piece], numbers: Iterable[int]) -> Iterator[tuple[int, pa.Table | None]]:
     """Read pieces, several at the same time but never all, and yield them with their numbers."""
     numbers = list(numbers)

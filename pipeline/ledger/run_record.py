@@ -247,8 +247,8 @@ def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
 
 
 def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:
-    with gzip.GzipFile(fileobj=file) as lines:
-        return tuple(with_secrets(Shard(**json.loads(line)), inputs) for line in lines)
+    with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
+        return tuple(with_secrets((Shard(**json.loads(line)) for line in lines), inputs))
 
 
 def _read_schema(stored: str | None) -> pa.Schema | None:

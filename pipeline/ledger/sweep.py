@@ -16,6 +16,7 @@ from pipeline.ledger.fragments import (
     store_shard_report,
 )
 from pipeline.ledger.layout import FRAGMENTS, OLD_SHARD_REPORTS, output_name, shard_report_name
+from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.retry import report_of
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState, unfinished
@@ -115,15 +116,17 @@ def _after_commits(
     )
 
 
-def drop_markers(folder: Folder, run: Run, state: OutputState) -> None:
+def drop_markers(folder: Folder, state: OutputState, done: Reconciliation) -> None:
     """Delete the empty objects that Arrow leaves in a store for folders, if all shards are finished.
 
-    They stay while a run is at work: deleting a folder would also delete a fragment that arrives at the same
-    moment.
+    They stay while a run is at work, or while a row may improve: deleting a folder would also delete a
+    fragment that arrives at the same moment.
+
+    Args:
+        done: all shards of the run, compared with `state`.
     """
-    is_over = {shard.name for shard in run.shards} <= state.finished and not (
-        state.fragments or state.shard_reports
-    )
-    if is_over and not folder.is_local:
+    is_over = not (done.missing or state.fragments or state.shard_reports)
+    may_improve = any(summary.may_improve for summary in done.summaries)
+    if is_over and not may_improve and not folder.is_local:
         folder.erase(FRAGMENTS)
         folder.erase(OLD_SHARD_REPORTS)

@@ -116,7 +116,8 @@ def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
     for name in sorted(_state_files(folder, pafs.FileType.Directory), reverse=True):
         folder.drop_if_empty(name)  # A folder comes after those inside it.
     if run is not None:
-        ledger.drop_markers(run, ledger.scan())
+        state = ledger.scan()
+        ledger.drop_markers(state, ledger.reconcile(run, state))
 
 
 def _lines(found: Found, is_deleted: bool) -> Iterator[str]:

@@ -74,10 +74,10 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         else:
             job, state = _begin(job, ledger, state, console, attempt)
             _announce(job, console, left)
-        ledger.drop_markers(job.run, state)
         done = ledger.reconcile(job.part, state)
         if job.run_slice is None:
             ledger.tidy_summaries(state, done)
+            ledger.drop_markers(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
         attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
         return done

@@ -20,8 +20,11 @@ from pipeline.metrics import FRAGMENTS
 
 FRAGMENT_ROWS = 512
 """A fragment with this many rows waits for no more."""
-HOLD_S = 1.0
+HOLD_S = 1.5
 """Nor does one whose first rows have waited this long."""
+QUIET_S, QUIET_PART = 0.25, 0.02
+"""When every call waits, another may still begin: the largest fragment waits until no rows have come for this
+long. It is a part of the age of the process at first, so that a short job does not wait."""
 
 
 @dataclass
@@ -30,6 +33,8 @@ class _Batch:
 
     due: float
     """When they are written at the latest, in seconds of a monotonic clock."""
+    last: float
+    """When the last rows were added."""
     tables: list[pa.Table] = field(default_factory=list)
     is_taken: bool = False
     """Whether a call is writing them."""
@@ -55,6 +60,7 @@ class FragmentWriter:
         self._ledger = ledger
         self._fragment_rows = fragment_rows
         self._hold_s = hold_s
+        self._started = time.monotonic()
         self._changed = threading.Condition()
         self._open: dict[str, _Batch] = {}
         self._num_calls = 0
@@ -82,7 +88,8 @@ class FragmentWriter:
         Raises:
             OSError: the output cannot be written.
         """
-        for batch in [self._add(part) for part in split_by_shard(rows)]:
+        parts = sorted(split_by_shard(rows), key=len, reverse=True)  # The largest is the first to go.
+        for batch in [self._add(part) for part in parts]:
             if self._take_when_due(batch):
                 self._write(batch)
             batch.written.wait()
@@ -92,29 +99,35 @@ class FragmentWriter:
     def _add(self, rows: pa.Table) -> _Batch:
         with self._changed:
             shard = rows["shard"][0].as_py()
-            batch = self._open.setdefault(shard, _Batch(time.monotonic() + self._hold_s))
+            now = time.monotonic()
+            batch = self._open.setdefault(shard, _Batch(now + self._hold_s, now))
             batch.tables.append(rows)
+            batch.last = now
             self._changed.notify_all()
             return batch
 
     def _take_when_due(self, batch: _Batch) -> bool:
         """Wait until a batch is due; return whether this call must write it."""
         with self._changed:
-            while not batch.is_taken and not self._is_due(batch):
-                self._changed.wait(max(0.0, batch.due - time.monotonic()))
+            while not batch.is_taken and (wait_s := self._wait_s(batch)) > 0:
+                self._changed.wait(wait_s)
             if batch.is_taken:
                 return False
             batch.is_taken = True
             self._open = {shard: other for shard, other in self._open.items() if other is not batch}
             return True
 
-    def _is_due(self, batch: _Batch) -> bool:
-        if batch.num_rows >= self._fragment_rows or time.monotonic() >= batch.due:
-            return True
-        # When every call waits, no rows can come: the largest batch goes.
+    def _wait_s(self, batch: _Batch) -> float:
+        """Return how long a batch still waits if nothing changes meanwhile; at most 0 if it is due."""
+        if batch.num_rows >= self._fragment_rows:
+            return 0.0
+        now = time.monotonic()
+        due = batch.due
         num_waiting = sum(len(other.tables) for other in self._open.values())
-        largest = max(other.num_rows for other in self._open.values())
-        return num_waiting >= self._num_calls and batch.num_rows == largest
+        if num_waiting >= self._num_calls and batch.num_rows == max(b.num_rows for b in self._open.values()):
+            quiet_s = min(QUIET_S, QUIET_PART * (now - self._started)) if self._num_calls else 0.0
+            due = min(due, batch.last + quiet_s)
+        return due - now
 
     def _write(self, batch: _Batch) -> None:
         started = time.monotonic()

@@ -66,7 +66,8 @@ class FileTable(Mapping[str, ListedFile]):
         """Sort and pack files; of two with the same path the later one counts."""
         rest, parts = iter(files), []
         while part := dict(islice(rest, SORTED_AT_ONCE)):
-            parts.append(deque(_pack(iter(sorted(part.items())))))
+            # Paths alone compare faster than entries.
+            parts.append(deque(_pack((path, part[path]) for path in sorted(part))))
         if any(left[-1].paths[-1] >= right[0].paths[0] for left, right in pairwise(parts)):
             self._hold(_pack(_last_of_each(_merged(parts))))
         else:
@@ -158,10 +159,13 @@ class FilesBelowRoots:
         The same files may be listed below another root: a folder that was named alone before, or the files of
         a folder one by one.
         """
-        found: list[ListedFile | None] = [None] * len(files)
+        found: list[ListedFile | None] = []
         for table in (table for table_root, table in self._tables if table_root == root):
             of_table = table.find(files)
-            found = [new if old is None else old for old, new in zip(found, of_table, strict=True)]
+            if found:
+                of_table = [new if old is None else old for old, new in zip(found, of_table, strict=True)]
+            found = of_table
+        found = found or [None] * len(files)
         if None in found and self._roots != {root}:
             paths = (join(root, file) for file in files)
             found = [self._by_path.get(p) if f is None else f for p, f in zip(paths, found, strict=True)]

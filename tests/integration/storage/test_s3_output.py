@@ -119,15 +119,27 @@ def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finishe
     ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]
     run = Run(Fingerprint({}), {}, tuple(shards))
-    for shard in shards:
-        folder.put(f"_blip2/fragments/{shard.name}.rows/1.arrow", b"")
-        folder.delete(f"_blip2/fragments/{shard.name}.rows/1.arrow")
-    folder.put("a.tar.parquet", b"")
-    ledger.drop_markers(run, ledger.scan())
+
+    def finish(shard: str, status: str) -> None:
+        ledger.write_fragment(rows([0], shard=shard, status=status))
+        assert ledger.commit(ShardReport(shard=shard, num_rows=1, complete=True), {})
+
+    def drop_markers() -> None:
+        state = ledger.scan()
+        ledger.drop_markers(state, ledger.reconcile(run, state))
+
+    finish("a.tar", "failed")
+    folder.put("_blip2/fragments/b.tar.rows/1.arrow", b"")
+    folder.delete("_blip2/fragments/b.tar.rows/1.arrow")
     markers = [f"marked/_blip2/fragments/{shard.name}.rows/" for shard in shards]
     assert raw_keys(bucket, "marked/_blip2/") == markers
-    folder.put("b.tar.parquet", b"")
-    ledger.drop_markers(run, ledger.scan())
+    drop_markers()
+    assert raw_keys(bucket, "marked/_blip2/") == markers
+    finish("b.tar", "undecodable")
+    drop_markers()
+    assert markers[0] in raw_keys(bucket, "marked/_blip2/"), "a row may improve"
+    finish("a.tar", "ok")
+    drop_markers()
     assert set(raw_keys(bucket, "marked/_blip2/")) <= {"marked/_blip2/"}
     assert sorted(folder.names()) == ["a.tar.parquet", "b.tar.parquet"]
 

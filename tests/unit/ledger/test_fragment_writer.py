@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pytest
 
 from pipeline.ledger.fragments import list_shard_files, rows_in
 from pipeline.ledger.ledger import Ledger
 from pipeline.rowset import RowSet
+from pipeline.stages import fragment_writer
 from pipeline.stages.fragment_writer import FragmentWriter
 from pipeline.storage.folder import Folder
 from tests.unit.ledger.test_fragments import rows
@@ -77,3 +80,50 @@ def test_an_error_reaches_every_call_whose_rows_are_not_written(folder, monkeypa
     monkeypatch.setattr(Folder, "put", full)
     errors = write_together(FragmentWriter(Ledger(folder), hold_s=LONG_S), rows([0]), rows([1]))
     assert [type(error) for error in errors] == [OSError, OSError]
+
+
+def test_rows_of_a_call_that_begins_while_all_others_wait_join_theirs(folder, monkeypatch):
+    """Each call of a fast engine that waits for images was a fragment of its own."""
+    monkeypatch.setattr(fragment_writer, "QUIET_S", LONG_S)
+    monkeypatch.setattr(fragment_writer, "QUIET_PART", 1e9)
+    has_rows = threading.Event()
+    writer = FragmentWriter(Ledger(folder), fragment_rows=6, hold_s=LONG_S)
+    add = writer._add
+
+    def add_and_tell(part):
+        batch = add(part)
+        has_rows.set()
+        return batch
+
+    monkeypatch.setattr(writer, "_add", add_and_tell)
+
+    def first():
+        with writer.call():
+            writer.write(rows(range(3)))
+
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(first)
+        assert has_rows.wait(LONG_S)
+        with writer.call():
+            writer.write(rows(range(3, 6)))
+        waits.result(LONG_S)
+    (fragment,) = list_shard_files(folder, "a/0.tar").fragments
+    assert fragment.count == 6
+
+
+def test_rows_that_are_written_outside_of_a_call_do_not_wait(folder, monkeypatch):
+    """The careful replay of a call writes each row alone."""
+    monkeypatch.setattr(fragment_writer, "QUIET_S", LONG_S)
+    monkeypatch.setattr(fragment_writer, "QUIET_PART", 1e9)
+    began = time.monotonic()
+    FragmentWriter(Ledger(folder), hold_s=LONG_S).write(rows([0]))
+    assert time.monotonic() - began < LONG_S / 2
+
+
+def test_a_call_with_rows_of_several_shards_waits_for_none_of_them(folder):
+    """It waited for the first shard, while the largest one was the next to go."""
+    writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
+    began = time.monotonic()
+    with writer.call():
+        writer.write(pa.concat_tables([rows(range(2), "a/0.tar"), rows(range(5), "a/1.tar")]))
+    assert time.monotonic() - began < LONG_S / 2

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inputs.reader import ShardReport
+from pipeline.ledger import commit as commit_module
 from pipeline.ledger import merge as merge_module
-from pipeline.ledger.commit import commit_shard
+from pipeline.ledger.commit import commit_shard, read_rows
 from pipeline.ledger.fragments import write_fragment
 from pipeline.ledger.merge import Merge, PieceGone
 from pipeline.storage.folder import Folder
+from tests.unit.ledger.test_fragments import rows
 
 
 def piece_of(numbers: list[int], kept: pa.Array | None = None, status: str = "ok") -> pa.Table:
@@ -133,3 +135,34 @@ def test_more_than_a_chunk_has_room_for_is_written(tmp_path, monkeypatch):
     assert (fragment.first, fragment.last, fragment.count) == (0, 2, 3)
     commit_shard(folder, ShardReport(shard="s", num_rows=3, complete=True), {})
     assert pq.read_table(tmp_path / "s.parquet")["kept"].to_pylist() == ["a", "b", "c"]
+
+
+def test_small_fragments_are_read_as_few_pieces(tmp_path, monkeypatch):
+    """Each was a table in memory: 285,000 fragments of three rows would have needed five gigabytes."""
+    seen = []
+
+    def merge(pieces):
+        seen.append(len(pieces))
+        return Merge(pieces)
+
+    monkeypatch.setattr(commit_module, "Merge", merge)
+    monkeypatch.setattr(commit_module, "PIECE_FRAGMENTS", 8)
+    folder = Folder(str(tmp_path))
+    numbers = list(range(100))
+    random.Random(0).shuffle(numbers)
+    for number in numbers:
+        write_fragment(folder, rows([number]))
+    for start in range(100, 400, 30):
+        write_fragment(folder, rows(range(start, start + 30)))
+    write_fragment(folder, rows(range(0, 100, 7), status="failed"))
+    report = ShardReport(shard="a/0.tar", num_rows=400, complete=True)
+    summary = commit_shard(folder, report, {})
+    assert summary is not None and summary.by_status == {"ok": 400}
+    table = read_rows(folder, "a/0.tar")
+    assert table is not None and table["row"].to_pylist() == list(range(400))
+    monkeypatch.setattr(commit_module, "PIECE_BYTES", 1)
+    write_fragment(folder, rows([0, 1], status="failed"))
+    write_fragment(folder, rows([2, 3], status="failed"))
+    assert commit_shard(folder, report, {}) == summary
+    num_row_groups = 1
+    assert seen == [-(-111 // 8), 2 + num_row_groups], "large fragments are read one by one"
