@@ -86,7 +86,7 @@ class EngineConfig(ModelConfig):
     """Images per pass of the vision encoder; by default, chosen by device and free memory."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the vision encoder and the Q-Former for full batches. This needs a C compiler, and triton on a
-    GPU. "auto" compiles encoders in int8 on a GPU, if both are installed."""
+    GPU. "auto" compiles quantized encoders whose inputs no kernel scales, on a GPU, if both are installed."""
     device_map: str | None = None
     """Split a model that is too large for one device. "auto", "balanced" and "sequential" plan by free
     memory; a JSON object places modules by name: {"vision": 0, "language_model": 1,

@@ -130,5 +130,5 @@ _ON_GPU = ("opt-2.7b", "opt-2.7b-beams", "flan-t5-xl")
 DEFAULT_CASES = {"cpu": tuple(name for name in CASES if name not in _ON_GPU), "cuda": _ON_GPU}
 """The cases that run on each type of device if none is named."""
 MAX_VISION_IMAGES = {"cpu": 32, "cuda": 256}
-"""Images for the vision encoder alone. On a GPU a multiple of its batch, since every other size is compiled
-too."""
+"""Images for the vision encoder alone. On a GPU a multiple of its batch: if the encoders are compiled,
+every other size would be too."""

@@ -92,6 +92,7 @@ def _measure_generation(case: Case, config: EngineConfig, num_images: int, round
     if not case.reference_batches:
         return
     reference = _start_reference(case, config, reference_work)
+    keep({"reference_images": num_for_reference})
     agreement = _agreement(tokens[: len(reference_work)], reference.call("run", case.reference_batches[0]))
     keep({"agreement": agreement, "reference_dtype": case.reference_dtype or case.dtype})
     theirs = {f"reference at {n}": partial(reference.call, "run", n) for n in case.reference_batches}

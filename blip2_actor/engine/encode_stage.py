@@ -97,10 +97,12 @@ class EncodeStage:
     def _use_stream(self, stream: EncodeStream) -> None:
         """Take the batches that are encoded, and queue new ones, about a batch more than free slots need.
 
-        While there are too few requests for the free slots, this waits for the first batch. So the steps of
+        While there are too few requests for the free slots, each step waits for one batch. So the steps of
         few texts, which cost nearly as much as those of many, do not run ahead of the encoders.
         """
-        while stream.is_done or (stream.num_images and self._is_behind):
+        while stream.is_done:
+            self.finish(*stream.take())
+        if stream.num_images and self._is_behind:
             self.finish(*stream.take())
         for lane in self._lanes:
             is_short = self._num_uncovered_slots(lane) > -self._limits.encode_batch

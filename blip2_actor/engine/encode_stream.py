@@ -8,6 +8,7 @@ waits for memory more than it computes. The decode steps go first, because their
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,5 +77,10 @@ class EncodeStream:
             # batch while it still reads.
             for tensor in batch.encoded:
                 tensor.record_stream(torch.cuda.current_stream())
-        self._runner.store(batch.images, batch.encoded)
-        return batch.images, None
+        encoded = batch.encoded
+        return batch.images, _out_of_memory(lambda: self._runner.store(batch.images, encoded))
+
+
+def _out_of_memory(work: Callable[[], None]) -> OutOfMemory | None:
+    outcome = catch_out_of_memory(work)
+    return outcome if isinstance(outcome, OutOfMemory) else None

@@ -31,7 +31,13 @@ class MemoryRecovery:
         self._slots = slots
 
     def after_encode(self, images: list[EncodedImage], out_of_memory: OutOfMemory) -> None:
-        """Queue the images again, and encode fewer at once."""
+        """Queue the images again, and encode fewer at once.
+
+        An image of two priorities may be in another batch too, which has served all its requests.
+        """
+        images = [image for image in images if any(image in lane.waiting for lane in self._lanes)]
+        if not images:
+            return
         for image in reversed(images):
             self._lanes.of_image(image).waiting.put_back([image])
         if len(images) > self._limits.encode_batch:

@@ -44,8 +44,13 @@ class Readings:
         encoded = self._encode(to_list("images", images), keeps_image_embeds)
         served = [image for image in encoded if isinstance(image, EncodedImage)]
         recorders = iter(self._read(served, partial(self._record, names), names) if names else [])
+
+        def copy() -> list[Features]:  # in the engine's thread, whose stream of a GPU has made the tensors
+            return [to_features(i, with_image_embeds, next(recorders, (None, None))[1]) for i in served]
+
+        copied = iter(self._core.call(copy) if served else [])
         return [
-            to_features(image, with_image_embeds, next(recorders, (None, None))[1])
+            next(copied)
             if isinstance(image, EncodedImage)
             else Features(status=image.status, error=str(image))
             for image in encoded

@@ -103,8 +103,8 @@ class KVCache:
             rows: int64[R], from `row_indices`.
             kv: float[R, 2 D].
         """
-        target = self.kv[layer].view(-1, kv.shape[-1])
-        _wide(target).index_copy_(0, rows, _wide(kv.to(target.dtype)))
+        target, source = _wide(self.kv[layer].view(-1, kv.shape[-1]), kv.to(self.kv.dtype))
+        target.index_copy_(0, rows, source)
 
     def write_prefix(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Write the first T positions of some slots.
@@ -114,7 +114,8 @@ class KVCache:
             slots: int64[N].
             kv: float[N, T, 2 D].
         """
-        _wide(self.kv[layer])[slots, : kv.shape[1]] = _wide(kv.to(self.kv.dtype))
+        target, source = _wide(self.kv[layer], kv.to(self.kv.dtype))
+        target[slots, : kv.shape[1]] = source
 
     def attended(self, counts: Tensor, kv_len: int, bias: Tensor | None = None) -> Attended:
         """Say once, for all layers, to which positions the queries of slots 0..R-1 attend.
@@ -186,7 +187,7 @@ class KVCache:
                 self.kv[:, to_slot, start:stop] = self.kv[:, from_slot, start:stop]
             return
         source, target = (to_device(slots, self.kv.device) for slots in (sources, targets))
-        kv = _wide(self.kv)
+        (kv,) = _wide(self.kv)
         layer_bytes = kv[0, :1, start:stop].nbytes * len(sources)
         for layers in kv.split(max(1, COPY_BYTES // max(1, layer_bytes))):
             layers[:, target, start:stop] = layers[:, source, start:stop]
@@ -221,13 +222,17 @@ def _find_kernel(device: torch.device) -> Kernel | None:
     return find_kernel(device, "Attention of decode steps", load)
 
 
-def _wide(values: Tensor) -> Tensor:
-    """View a tensor in elements of 16 bytes if it is on a GPU, which copies one element per thread."""
-    width, itemsize = values.shape[-1], values.itemsize
-    rows = (values.storage_offset(), *values.stride()[:-1])
-    if values.device.type != "cuda" or any(n * itemsize % 16 for n in (width, *rows)):
-        return values
-    return values.view(torch.complex128)
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """View tensors in elements of 16 bytes if all can be, on a GPU, which copies one element per thread."""
+    can_be = all(
+        tensor.device.type == "cuda"
+        and not any(
+            count * tensor.itemsize % 16
+            for count in (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+        )
+        for tensor in tensors
+    )
+    return tuple(tensor.view(torch.complex128) for tensor in tensors) if can_be else tensors
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -36,8 +36,8 @@ class KVCacheProtocol(Protocol):
 
     @property
     def reads_counts(self) -> bool:
-        """True if attention reads the number of positions of each slot from the device. Then a decode step
-        has the same shapes for every `kv_len`, and costs no more for a greater one."""
+        """True if attention reads the number of positions of each slot from the device. Then a step with a
+        greater `kv_len` takes hardly longer, and the greatest serves all."""
         ...
 
     def step_shape(self, num_rows: int) -> Hashable:

@@ -74,15 +74,15 @@ class Linear(nn.Linear):
             return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, post, [], algorithm)
         if self.quantized is not None:
             return self.quantized(input, self.bias, self.activation)
-        if self._activation_name == "relu" and self._runs_on_gpu(input):
+        if self._activation_name == "relu" and self._can_fuse_relu(input):
             # One kernel instead of two, and exact: the maximum with 0 commutes with rounding.
             rows = torch._addmm_activation(self.bias, input.flatten(0, -2), self.weight.t(), use_gelu=False)
             return rows.unflatten(0, input.shape[:-1])
         output = F.linear(input, self.weight, self.bias)
         return output if self.activation is None else self.activation(output)
 
-    def _runs_on_gpu(self, input: Tensor) -> bool:
-        """True without gradients and with a bias."""
+    def _can_fuse_relu(self, input: Tensor) -> bool:
+        """True on a GPU, with a bias, and without gradients, which the fused operation does not have."""
         return input.is_cuda and self.bias is not None and not torch.is_grad_enabled()
 
     def pack(self) -> None:

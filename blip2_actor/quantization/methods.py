@@ -28,8 +28,8 @@ StoreWeight: TypeAlias = Callable[[Tensor], QuantizedWeight]
 MIN_CAPABILITY = {INT8: (7, 5), FP8: (8, 9)}
 """The compute capability from which NVIDIA's GPUs multiply such numbers."""
 ENCODERS = ("vision", "qformer", "language_projection")
-"""What a GPU quantizes: the parts that have many rows and are compiled, which fuses the quantization of an
-input with what stands before it. A decode step has few rows and is not compiled."""
+"""What a GPU quantizes: the parts that have many rows. A decode step has few, and to scale them would take as
+long as the product saves."""
 
 
 def require_method(method: str, device: torch.device) -> None:

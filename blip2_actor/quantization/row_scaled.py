@@ -51,7 +51,8 @@ class RowScaledWeight:
         """
         rows = input.reshape(-1, input.shape[-1])
         if self._kernel is not None and input.dtype is torch.bfloat16:
-            output = self._multiply_scaled(*self._kernel(rows, SMALLEST_SCALE), bias)
+            levels, largest = self._kernel(rows, SMALLEST_SCALE)
+            output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)
         else:
             levels, largest = scale_rows(rows, self._dtype)
             product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
@@ -60,18 +61,6 @@ class RowScaledWeight:
                 output = output + bias
         output = output.to(input.dtype).unflatten(0, input.shape[:-1])
         return output if activation is None else activation(output)
-
-    def _multiply_scaled(self, levels: Tensor, largest: Tensor, bias: Tensor | None) -> Tensor:
-        """fp8[M, D], float32[M, 1] -> bfloat16[M, N], with both scales and the bias."""
-        return torch._scaled_mm(
-            levels,
-            self._levels.T,
-            scale_a=largest,
-            scale_b=self._scale[None],
-            bias=bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
 
     def _multiply(self, levels: Tensor) -> Tensor:
         """[M, D] of bytes -> int32[M, N] or float32[M, N], with padded sides."""
@@ -82,12 +71,32 @@ class RowScaledWeight:
         )
 
 
+def _multiply_scaled(
+    rows: Tensor, channels: Tensor, of_rows: Tensor, of_channels: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Multiply, apply the scales and add the bias in one operation.
+
+    fp8[M, D], fp8[N, D], float32[M, 1], float32[N] -> bfloat16[M, N].
+    """
+    return torch._scaled_mm(
+        rows,
+        channels.T,
+        scale_a=of_rows,
+        scale_b=of_channels[None],
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
 @cache
 def _find_kernel(device: torch.device) -> Callable[[Tensor, float], tuple[Tensor, Tensor]] | None:
     def load() -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
         from blip2_actor.quantization.row_kernel import scale_rows_to_fp8
 
-        scale_rows_to_fp8(torch.ones(1, 16, device=device), SMALLEST_SCALE)
+        ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+        levels, largest = scale_rows_to_fp8(ones, SMALLEST_SCALE)
+        _multiply_scaled(levels, levels, largest, largest.flatten(), None)
         return scale_rows_to_fp8
 
     return find_kernel(device, "Quantizing inputs", load)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
+from blip2_actor.engine.core import Task
 from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
@@ -188,22 +191,25 @@ class SlowStream(EncodeStream):
         """What `EncodeWorker` has; a stream has no thread to end."""
 
 
-def test_a_stream_gives_the_same_tokens_as_no_stream(
-    checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stream_config(checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    """An engine that encodes on a `SlowStream`."""
+    monkeypatch.setattr("blip2_actor.engine.core.EncodeWorker", SlowStream)
+    return EngineConfig(
+        model=str(checkpoint_folder("opt")),
+        dtype="float32",
+        device="cpu",
+        num_threads=2,
+        max_slots=6,
+        encode_batch=4,
+    )
+
+
+def test_a_stream_gives_the_same_tokens_as_no_stream(stream_config: EngineConfig) -> None:
     """More images than slots, of two priorities, one of them shared by two requests."""
     options = [GenerationOptions(max_new_tokens=1 + 5 * i % 13) for i in range(40)]
     found = []
-    for num_threads in (1, 2):  # the second engine encodes ahead
-        monkeypatch.setattr("blip2_actor.engine.core.EncodeWorker", SlowStream)
-        config = EngineConfig(
-            model=str(checkpoint_folder("opt")),
-            dtype="float32",
-            device="cpu",
-            num_threads=num_threads,
-            max_slots=6,
-            encode_batch=4,
-        )
+    for config in (replace(stream_config, num_threads=1), stream_config):
         with Engine(config) as engine:
             pictures = [image.numpy() for image in random_images(40)]
             shared = engine.image(pictures[0])
@@ -218,3 +224,40 @@ def test_a_stream_gives_the_same_tokens_as_no_stream(
     assert found[0] == found[1]
     assert isinstance(stream, SlowStream)
     assert stream.num_unencoded_images == 41, "an image counts as encoded only when it is taken"
+
+
+def test_memory_that_is_short_when_a_batch_is_taken_loses_no_request(stream_config, monkeypatch) -> None:
+    """Image embeds that are wanted are copied then."""
+    with Engine(stream_config) as engine:
+        real, times = engine._core.runner.store, iter(range(100))
+
+        def store(*batch: Any) -> None:
+            if next(times) == 0:
+                raise torch.OutOfMemoryError("no memory for a copy")
+            real(*batch)
+
+        monkeypatch.setattr(engine._core.runner, "store", store)
+        futures = [engine.submit(request) for request in requests(8)]
+        assert all(future.result(30).text is not None for future in futures)
+
+
+def test_an_image_of_two_priorities_is_not_queued_again_once_it_is_served(stream_config, monkeypatch) -> None:
+    """It is in two batches; the first succeeds, and memory is short for the second."""
+    with Engine(replace(stream_config, encode_batch=2)) as engine:
+        begin = threading.Event()
+        engine._core.enqueue([Task(lambda: begin.wait(30))])
+        shared = engine.image(random_images(1)[0].numpy())
+        others = [Request(image=image.numpy()) for image in random_images(2, seed=1)]
+        asked = [Request(image=shared), others[0], Request(image=shared, low_priority=True), others[1]]
+        asked[3] = replace(others[1], low_priority=True)
+        futures = [engine.submit(request) for request in asked]
+        real, times = engine._core.runner.run_encoders, iter(range(100))
+
+        def run_encoders(images: Sequence[EncodedImage]) -> Any:
+            if next(times) == 1:
+                raise torch.OutOfMemoryError("no memory for a second batch")
+            return real(images)
+
+        monkeypatch.setattr(engine._core.runner, "run_encoders", run_encoders)
+        begin.set()
+        assert all(future.result(30).text is not None for future in futures)

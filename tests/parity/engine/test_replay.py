@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
@@ -288,3 +289,30 @@ def test_out_of_memory_in_the_step_itself_halves_the_slots(
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == replayed
+
+
+def attention_formula(
+    query: Tensor, kv: Tensor, counts: Tensor, bias: Tensor | None, num_heads: int, scale: float | None
+) -> Tensor:
+    """What `decode_attention` computes on a GPU."""
+    keys, values = kv[: len(query)].unflatten(-1, (2 * num_heads, -1)).transpose(1, 2).chunk(2, dim=1)
+    heads = query.unflatten(-1, (num_heads, 1, -1))
+    scores = heads @ keys.transpose(-1, -2) * (heads.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + F.pad(bias.nan_to_num(neginf=0), (0, kv.shape[1] - bias.shape[-1]))
+    outside = torch.arange(kv.shape[1]) >= counts[:, None, None, None]
+    return (scores.masked_fill(outside, float("-inf")).softmax(-1) @ values).flatten(1)
+
+
+def test_attention_that_reads_the_number_of_positions_gives_the_same_tokens(
+    folder: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: all steps have the `kv_len` of the whole slots, and the lengths come from the device."""
+    with make_engine(folder) as engine:
+        expected = served(engine)
+    num_graphs = tape.num_captured
+    monkeypatch.setattr("blip2_actor.models.kv_cache._find_kernel", lambda _: attention_formula)
+    with make_engine(folder) as engine:
+        assert served(engine) == expected
+        assert engine._core.runner.slots.reads_counts
+    assert 0 < tape.num_captured - num_graphs < num_graphs

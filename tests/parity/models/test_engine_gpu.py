@@ -1,7 +1,7 @@
 """The engine on a GPU: the reference's tokens in float32, true captions in every dtype.
 
-Everything that only a GPU does takes part: steps replayed as CUDA graphs, batches sent ahead, and, in one
-test, compiled encoders.
+Everything that only a GPU does takes part: steps replayed as CUDA graphs, its kernels, images encoded on a
+second stream, and, where a test says so, compiled encoders.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_float32_gives_the_tokens_of_the_reference(
 
 @pytest.mark.parametrize(("num_beams", "compiled"), [(1, False), (1, True), (5, False)])
 def test_float32_gives_the_tokens_of_the_reference_at_midsize(
-    midsize: Path, num_beams: int, compiled: bool
+    midsize: Path, num_beams: int, compiled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With random weights, two beams can be so near that the order of a sum decides between them."""
     options = config(midsize, max_slots=20, encode_batch=16, compile=compiled)
@@ -63,12 +63,13 @@ def test_float32_gives_the_tokens_of_the_reference_at_midsize(
     expected = ReferenceSide(midsize, "float32", "cuda", WORK, num_beams).run(8)
     num_different = sum(ours != theirs for ours, theirs in zip(found, expected, strict=True))
     assert num_different <= (0 if num_beams == 1 else 1)
+    assert "could not be compiled" not in caplog.text
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_captions_of_scenes_are_true_in_every_dtype(
-    dtype: str, compiled: bool, capsys: pytest.CaptureFixture[str]
+    dtype: str, compiled: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     scenes = SceneSampler("held_out", 20_261).sample(500)
     images, truths = draw(scenes, 64), [str(caption) for caption in scenes.captions]
@@ -78,3 +79,21 @@ def test_captions_of_scenes_are_true_in_every_dtype(
     with capsys.disabled():
         print(f"\n{dtype}, compiled {compiled}: {exact:.1%} of captions are true word for word")
     assert exact >= 0.95
+    assert "could not be compiled" not in caplog.text
+
+
+def test_features_are_those_of_the_cpu() -> None:
+    """They are copied while the device computes on streams of the engine."""
+    images = list(draw(SceneSampler("held_out", 3).sample(200), 64))
+    found = []
+    for device in ("cpu", "cuda"):
+        with Engine(EngineConfig(model=str(DEMO_FOLDER), device=device, dtype="float32")) as engine:
+            found.append(engine.features(images, with_image_embeds=True))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        for name in ("pooler_output", "qformer_features", "image_embeds"):
+            torch.testing.assert_close(
+                torch.from_numpy(getattr(on_gpu, name)),
+                torch.from_numpy(getattr(on_cpu, name)),
+                rtol=1e-3,
+                atol=1e-3,
+            )

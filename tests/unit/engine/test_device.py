@@ -19,24 +19,24 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What is installed on this machine; everything at first."""
-    found = {"triton", "cc"}
+    found = {"triton", "gcc"}
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
     return found
 
 
-def test_a_gpu_compiles_encoders_in_int8_if_the_compilers_are_installed(installed: set[str]) -> None:
-    assert resolve_compile("auto", None, GPU, is_int8=True)
+def test_a_gpu_compiles_quantized_encoders_if_the_compilers_are_installed(installed: set[str]) -> None:
+    assert resolve_compile("auto", None, GPU, fuses=True)
     assert not resolve_compile("auto", None, GPU)
-    assert not resolve_compile("auto", None, CPU, is_int8=True)
-    assert not resolve_compile("auto", "auto", GPU, is_int8=True)
+    assert not resolve_compile("auto", None, CPU, fuses=True)
+    assert not resolve_compile("auto", "auto", GPU, fuses=True)
 
 
-@pytest.mark.parametrize("missing", ["triton", "cc"])
+@pytest.mark.parametrize("missing", ["triton", "gcc"])
 def test_a_gpu_machine_without_compilers_runs_uncompiled_and_says_so(installed, missing, caplog) -> None:
     installed.remove(missing)
-    assert not resolve_compile("auto", None, GPU, is_int8=True)
+    assert not resolve_compile("auto", None, GPU, fuses=True)
     assert "run uncompiled" in caplog.text
 
 
