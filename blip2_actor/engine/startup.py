@@ -23,7 +23,7 @@ from blip2_actor.engine.memory import size_engine
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.methods import FP8, INT8, require_method
+from blip2_actor.quantization.methods import fuses, require_method
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ def start_model(
         calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
         loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
-    has_rows_to_scale = quantize == INT8 or (quantize == FP8 and resolved is not torch.bfloat16)
-    is_compiled = resolve_compile(compile, device_map, place, fuses=has_rows_to_scale)
+    is_compiled = resolve_compile(compile, device_map, place, fuses=fuses(quantize, resolved))
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
         pack_for_cpu(loaded)

@@ -60,6 +60,11 @@ def fixed_parts(method: str, device: torch.device) -> tuple[str, ...] | None:
     return None if device.type == "cpu" else ENCODERS
 
 
+def fuses(method: str | None, dtype: torch.dtype) -> bool:
+    """Return whether compiling saves passes over memory: where no kernel scales the inputs on a GPU."""
+    return method == INT8 or (method == FP8 and dtype is not torch.bfloat16)
+
+
 def weight_bits(method: str, device: torch.device) -> int:
     """Return the bits of a weight: 7 if products of 8 bits are wrong on this CPU."""
     saturates = method == INT8 and device.type == "cpu" and int8.largest_weight() < int8.FULL_WEIGHT
