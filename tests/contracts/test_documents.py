@@ -53,6 +53,13 @@ def _strings_of_the_code() -> str:
     return re.sub(r'"\s*\n\s*f?"', "", text)  # literals that stand in several lines
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "LOG.md"], ids=lambda page: page.name
+)
+def test_no_merge_left_its_markers(page: Path) -> None:
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
