@@ -23,6 +23,17 @@ SETTLED_AFTER_S = 10.0
 """Seconds after the start during which processes still give memory back and import what comes later."""
 
 
+def _free_port() -> int:
+    """Return a port that is free and that no connection or process of Ray gets by itself meanwhile."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+    raise RuntimeError("no port from 20,000 to 32,767 is free")
+
+
 class ServeCommand:
     """A running endpoint on a free port of this machine, which keeps no answers."""
 
@@ -32,8 +43,7 @@ class ServeCommand:
         Raises:
             RuntimeError: it has ended, or is not ready in time.
         """
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._folder = tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
