@@ -66,11 +66,10 @@ def read_keys(path: str) -> frozenset[str]:
         ValueError: the file cannot be read, is not UTF-8, or has no key.
     """
     try:
-        lines = (
-            read_file("keys", path).decode().replace("\r\n", "\n").split("\n")
-        )  # Keys may hold other line ends.
+        content = read_file("keys", path).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
+    lines = content.replace("\r\n", "\n").split("\n")  # Keys may hold other line ends.
     keys = frozenset(filter(None, lines))
     if not keys:
         raise ValueError(f"keys must be a file with one key a line, got {path}, which has none")
