@@ -88,7 +88,7 @@ class Scheduler:
 
     @property
     def can_step(self) -> bool:
-        """True if a step would do something; False while only the encode worker is busy."""
+        """True if a step would do something; False while only the second thread of a CPU is busy."""
         return bool(self.lanes or self.slots.texts or self.encoding.has_batch_to_take)
 
     @property
