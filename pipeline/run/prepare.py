@@ -114,6 +114,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     first = dataclasses.replace(
         first.in_version(run.schema_version),
         output=settings.output,
+        outputs=settings.outputs(first.outputs),
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
         fetching=settings.fetching(first.fetching),
