@@ -138,6 +138,11 @@ class Attempts:
         known = [attempt.shard_rows for attempt in self.all if attempt.shard_rows is not None]
         return known[-1] if known else None
 
+    def start_s(self, model: str, dtype: str) -> float | None:
+        """Return how long the last start with a model took until a worker had it; None if none had."""
+        known = [one.ready_s for one in self.all if (one.model, one.dtype) == (model, dtype) and one.phases]
+        return next((seconds for seconds in reversed(known) if seconds is not None), None)
+
     @property
     def busy_s(self) -> Counter[str]:
         return _total(attempt.points[-1].busy_s for attempt in self.all if attempt.points)

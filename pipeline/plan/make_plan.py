@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from blip2_actor import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.attempts.store import read_attempts
 from pipeline.inputs.formats import check_options
 from pipeline.inputs.listing import list_input
 from pipeline.inputs.size_estimate import estimate_size
@@ -12,6 +13,7 @@ from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
 from pipeline.plan.stage_costs import measure_stage_costs
 from pipeline.settings.plan_settings import AnyPlanSettings
+from pipeline.storage.folder import Folder
 
 
 def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> Plan:
@@ -45,7 +47,13 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         num_cpus=_num_cpus(),
         num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,
+        earlier_start_s=_earlier_start_s(settings.output, info),
     )
+
+
+def _earlier_start_s(output: str, info: ModelInfo) -> float | None:
+    """Return how long the last run of this model into an output took to start; None if there was none."""
+    return read_attempts(Folder(output)).start_s(info.model, info.dtype) if output else None
 
 
 def _num_accelerators(engine: EngineBuilder) -> int:
