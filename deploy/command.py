@@ -21,6 +21,7 @@ from blip2_actor.flags import (
     effective_settings,
     settings_as_json,
     settings_as_toml,
+    wrap_for,
 )
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.metrics_port is not None:
             _refuse_taken_port("127.0.0.1", settings.metrics_port, "--metrics-port")
     except MissingPackages as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(wrap_for(sys.stderr, str(error)) + "\n")
         return REFUSED
     except (ValueError, OSError) as error:
         return _fail(error, REFUSED)
@@ -120,7 +121,7 @@ def _in_child(call: Callable[[ServeSettings], str | None], settings: ServeSettin
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    sys.stderr.write(f"{PROG}: {error}\n")
+    sys.stderr.write(wrap_for(sys.stderr, f"{PROG}: {error}") + "\n")
     return status
 
 

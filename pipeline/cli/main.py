@@ -22,6 +22,7 @@ from blip2_actor.flags import (
     did_you_mean,
     effective_settings,
     settings_as_words,
+    wrap_for,
 )
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
@@ -110,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MissingPackages as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        sys.stderr.write(wrap_for(sys.stderr, str(error)) + "\n")
         return WRONG_FLAGS
     except ValueError as error:
-        print(f"blip2 {arguments[0]}: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(wrap_for(sys.stderr, f"blip2 {arguments[0]}: {error}") + "\n")
         return WRONG_FLAGS
 
 
