@@ -14,7 +14,7 @@ ENDS = (",", ";", ":", ")", "?")
 """A word with one of these at its end is the last one of a command."""
 MIN_COLUMNS = 20
 """Narrower terminals have no room for words."""
-_MARGIN = re.compile(r" *(?:\S+ {2,})?")
+_MARGIN = re.compile(r" *(?:\S+(?: \S+)? {2,})?")
 """What a line begins with, up to the text of its second column if there is one."""
 _ARGUMENT = re.compile(r"""-|['"]|.*[/=\[{@<_\d].|.*\.\w|[A-Z][A-Z_]+\W*$""", re.DOTALL)
 """What an argument looks like, and a word of a sentence does not."""

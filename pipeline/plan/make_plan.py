@@ -7,6 +7,7 @@ import os
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.attempts.store import read_attempts
 from pipeline.inputs.formats import check_options
+from pipeline.inputs.image_kinds import notes_on_formats
 from pipeline.inputs.listing import list_input
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan
@@ -43,6 +44,7 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         size_estimate=estimate_size(shards, job.limit, job.read_options),
         sample=sample,
         unread=listing.unread,
+        notes=tuple(notes_on_formats(shards)),
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=_num_cpus(),
         num_accelerators=_num_accelerators(engine),

@@ -37,6 +37,8 @@ class Plan:
     stage_costs: StageCosts
     unread: Unread
     """The files of the input that are not read."""
+    notes: tuple[str, ...]
+    """What a person must know of the formats of the images."""
     num_cpus: int
     """Cores of the measured machine that its process may use."""
     num_accelerators: int = 0
@@ -100,11 +102,11 @@ class Plan:
         """Yield the lines of the plan for the terminal."""
         yield from self._input_lines()
         yield ""
-        head = ("stage", "images/s per worker", "workers per captioning actor", "their CPU cores")
-        yield f"{head[0]:9}{head[1]:>21}{head[2]:>32}{head[3]:>18}"
+        yield f"{'stage':9}{'images/s':>10}{'workers':>9}{'cores':>7}"
         for name, stage in self.prediction.stages.items():
             rate = f"{stage.images_per_s:,.1f}"
-            yield f"{name:9}{rate:>21}{stage.workers_per_actor:>32,}{stage.cpus_per_actor:>18.1f}"
+            yield f"{name:9}{rate:>10}{stage.workers_per_actor:>9,}{stage.cpus_per_actor:>7.1f}"
+        yield "Images/s are of one worker. Workers and cores are those that keep one captioning actor busy."
         yield ""
         yield from self._prediction_lines()
         if self.stage_costs.quantization is not None:
@@ -114,7 +116,7 @@ class Plan:
         size, costs = self.size_estimate, self.stage_costs
         num_bytes = "" if size.num_bytes is None else f", {format_bytes(size.num_bytes)}"
         yield f"input     {count(size.num_shards, 'shard')}{num_bytes}, {_format_rows(size)}"
-        yield from (f"          {line}" for line in self.unread.lines())
+        yield from (f"          {line}" for line in (*self.unread.lines(), *self.notes))
         counts = ", ".join(f"{number:,} {status}" for status, number in self.by_status.most_common())
         sample = f"{count(len(costs.rows), 'row')} of {count(len(self.sample.shards), 'shard')}"
         yield f"sample    {sample}: {counts}"
