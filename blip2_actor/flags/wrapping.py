@@ -44,8 +44,8 @@ def _wrapped(text: str, width: int) -> Iterator[str]:
         return
     margin = _MARGIN.match(text)
     assert margin is not None
-    begin, has_columns = margin[0], margin[0].strip()
-    indent = " " * (len(begin) if has_columns or not begin else len(begin) + 2)
+    begin = margin[0]
+    indent = " " * (len(begin) + 2 if begin in ("  ", "    ") else len(begin))
     if len(indent) > width // 3:
         indent = "  "
     line = begin
