@@ -21,6 +21,7 @@ from blip2_actor.flags import (
     effective_settings,
     settings_as_json,
     settings_as_toml,
+    with_flags,
     wrap_for,
 )
 from blip2_actor.installation import MissingPackages, require_packages
@@ -110,7 +111,7 @@ def refusal_of(settings: ServeSettings) -> str | None:
 
             FinishedRun(settings.cache_from, settings.engine.info(), settings.image)
     except (ValueError, OSError) as error:
-        return str(error)
+        return with_flags(str(error), ServeSettings)
     return None
 
 

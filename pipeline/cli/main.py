@@ -106,8 +106,10 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["help"]:  # a habit
+    if arguments[:1] in ([], ["help"]):  # a habit
         arguments = [*arguments[1:], "--help"]
+    if arguments == ["version"]:
+        arguments = ["--version"]
     try:
         return _run(arguments)
     except MissingPackages as error:
