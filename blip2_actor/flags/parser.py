@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from blip2_actor.flags.config_file import as_words, read_parts
 from blip2_actor.flags.suggestions import advice_for
 from blip2_actor.flags.values import Switch
-from blip2_actor.flags.wrapping import wrap_for
+from blip2_actor.flags.wrapping import wrap, wrap_for
 
 WRONG_FLAGS = 3
 """Exit status of a command line that cannot be understood; `pipeline.exit_status` has the whole table."""
@@ -254,6 +254,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, positionals: Sequence[argparse.Action]) -> None:
         super().__init__(prog, max_help_position=30)
         self._positionals = positionals
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrap(super()._fill_text(text, width, indent), width)  # examples keep their lines
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)  # --do-sample is one word

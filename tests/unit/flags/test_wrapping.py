@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from blip2_actor.flags import Parser
 from blip2_actor.flags.wrapping import wrap, wrap_for
 
 
@@ -72,3 +73,17 @@ def test_wide_characters_fill_two_columns():
 def test_nothing_changes_where_there_is_no_terminal():
     text = "word " * 100
     assert wrap_for(io.StringIO(), text) == text
+
+
+def test_help_breaks_at_words_and_leaves_examples_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    example = "blip2 caption 's3://bucket/{000..099}.tar' -o s3://bucket/captions"
+    parser = Parser(
+        prog="blip2",
+        description="Caption every image of an input into Parquet files, one per shard.",
+        examples=((example, "tars in a bucket; their texts are kept next to the captions"),),
+    )
+    lines = parser.format_help().splitlines()
+    assert f"  {example}" in lines
+    assert max(len(line) for line in lines if example not in line) <= 40
+    assert "Caption every image of an input into" in lines
