@@ -133,6 +133,12 @@ class Attempts:
         return self.rows / self.active_s if self.rows and self.active_s else None
 
     @property
+    def last_ready(self) -> Attempt | None:
+        """The last attempt that had a captioning worker, else the last one; None if there is none."""
+        ready = [attempt for attempt in self.all if attempt.ready_s is not None] or self.all
+        return ready[-1] if ready else None
+
+    @property
     def shard_rows(self) -> float | None:
         """Mean number of rows of a shard, as the last attempt knew it; None if none did."""
         known = [attempt.shard_rows for attempt in self.all if attempt.shard_rows is not None]
