@@ -120,8 +120,8 @@ def finished_run(tmp_path: Path, **changes) -> Path:
     """Leave a run as if it were finished, and return its output."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"-")
-    places = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
-    job = prepare(dataclasses.replace(settings(tmp_path, 0.5), **places, **changes), FakeEngineConfig())
+    changes |= {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
+    job = prepare(dataclasses.replace(settings(tmp_path, 0.5), **changes), FakeEngineConfig())
     job.ledger.begin(job.run)
     for shard in job.run.shards:
         job.ledger.folder.put(output_name(shard.name), b"")

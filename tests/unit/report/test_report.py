@@ -265,11 +265,10 @@ def test_a_command_in_an_error_stays_one_that_can_be_pasted_and_is_the_remedy():
 def test_the_page_tells_of_the_last_start_that_had_a_worker(tmp_path):
     """Of a start with nothing to do it showed no phases and no hardware."""
     folder = write_run(tmp_path, num_tars=1)
-    common = {"run": "r", "model": "demo"}
-    worked = {"phases": {"start Ray": 1.5}, "hardware": {"cpus": 96.0}, "ready_s": 3.0}
+    worked: dict[str, Any] = {"phases": {"start Ray": 1.5}, "hardware": {"cpus": 96.0}, "ready_s": 3.0}
     for minute, values in enumerate((worked, {})):
         begun = f"2026-01-31T18:0{minute}:00+00:00"
-        write_attempt(folder, Attempt(id=f"{minute}", begun=begun, **common, **values))
+        write_attempt(folder, Attempt(id=f"{minute}", run="r", begun=begun, **values))
     page = render_page(make_report(folder.uri))
     assert "start Ray" in page and "96.0" in page
 
