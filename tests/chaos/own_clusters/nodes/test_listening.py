@@ -15,7 +15,7 @@ import yaml
 from tests.chaos.own_clusters.autoscaled import CLUSTER_FILE
 from tests.listening import is_loopback
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 ADDRESS = "10.0.0.1"
 """Of the head, in a network of its own in which every default port is free."""
 FIRST_RANDOM_PORT = 32_768
