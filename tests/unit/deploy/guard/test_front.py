@@ -285,13 +285,44 @@ def test_one_client_holds_at_most_half_of_the_bytes() -> None:
         answer = ask(front, content=body)
         assert error_of(answer) == (429, "too_many_bytes") and answer.headers["retry-after"] == "10"
     # What was held has been given back, however the request ended.
-    assert front._uploads._num_bytes == 0 and not front._uploads._num_bytes_of
+    assert front._uploads._num_bytes == 0 and not front._uploads._num_claimed_of
+
+
+def test_what_a_client_announces_counts_before_it_is_here() -> None:
+    """Its bodies began side by side, and each of those that did not fit had been read almost to its end."""
+
+    async def begin() -> None:
+        held = Uploads(8 << 20)
+
+        async def receive() -> Message:
+            has_begun.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        has_begun = asyncio.Event()
+        first = held.body_of("a", receive, 3 << 20)
+        reading = asyncio.create_task(first())
+        await has_begun.wait()
+        second = held.body_of("a", receive, 2 << 20)
+        assert (await second())["type"] == "http.disconnect"
+        assert second.refusal is not None and second.refusal.code == 429
+        # A small body, and one of another client, go on.
+        others = [held.body_of("a", receive, 1 << 20), held.body_of("b", receive, 4 << 20)]
+        tasks = [asyncio.create_task(other()) for other in others]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+        for task in (reading, *tasks):
+            task.cancel()
+        for body in (first, second, *others):
+            body.release()
+        assert not held._num_claimed_of and not held._num_bytes
+
+    asyncio.run(begin())
 
 
 def test_large_bodies_leave_room_for_small_ones() -> None:
     held = Uploads(8 << 20)
-    for client in ("a", "b"):
-        held.hold(client, 3 << 20, 0)
+    held.hold(6 << 20, 0)
     front = small_front(Proxy())
     front._uploads = held
     assert error_of(ask(front, content=bytes(2 << 20))) == (503, "overloaded")
