@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import time
 from collections import Counter
 
 from starlette.types import Message, Receive
@@ -49,6 +48,8 @@ class Uploads:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._num_claimed_of: Counter[str] = Counter()
+        self.num_complete = 0
+        """Requests with a body that is here as a whole, and no answer yet."""
 
     def body_of(self, client: str, receive: Receive, declared_bytes: int = 0) -> Body:
         """Watch the body that a client sends; `Body.release` gives its bytes back."""
@@ -91,8 +92,8 @@ class Body:
     def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
-        self.complete_at_s: float | None = None
-        """When its last byte came, on the monotonic clock."""
+        self.is_complete = False
+        """All of it is here."""
         self._uploads = uploads
         self._client = client
         self._receive = receive
@@ -102,7 +103,7 @@ class Body:
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     async def __call__(self) -> Message:
-        if self.complete_at_s is not None:
+        if self.is_complete:
             return await self._receive()  # waits until the client has left
         try:
             # What cannot fit is refused before any of it is here.
@@ -133,7 +134,8 @@ class Body:
             self._hold(len(piece))
             is_last = not message.get("more_body", False)
             if is_last:
-                self.complete_at_s = time.monotonic()
+                self.is_complete = True
+                self._uploads.num_complete += 1
             if is_last and not body:
                 return message
             body += piece
@@ -153,3 +155,4 @@ class Body:
     def release(self) -> None:
         self._uploads.release(self._client, self._num_bytes, self._num_claimed)
         self._num_bytes = self._num_claimed = 0
+        self._uploads.num_complete -= self.is_complete
