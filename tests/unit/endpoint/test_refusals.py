@@ -10,6 +10,7 @@ from PIL import Image
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.main import main
+from pipeline.endpoint.settings import EndpointSettings
 from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from tests.unit.endpoint.scripted_endpoint import Exchange, endpoint
@@ -38,7 +39,10 @@ def test_what_the_endpoint_cannot_make_is_named(
             (["--endpoint", "127.0.0.1"], "endpoint must begin with http:// or https://, got 127.0.0.1"),
             (["--endpoint", url, "-m", "demo2"], "model must be left out with --endpoint"),
             (["--endpoint", url, "--dtype", "float16"], "dtype must be left out with --endpoint"),
-            (["--endpoint", url, "--embed", "v=vision"], "embed must be left out with --endpoint"),
+            (
+                ["--endpoint", url, "--score", "s=caption", "--score-model", "m"],
+                "score-model must be left out with --endpoint",
+            ),
             (["--endpoint", url, "--gpus-per-actor", "1"], "gpus-per-actor must be left out with --endpoint"),
             (
                 ["--endpoint", url, "--num-beams", "17"],
@@ -67,8 +71,6 @@ def test_a_run_of_another_model_is_not_continued(
 
 def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str, tmp_path: Path) -> None:
     """A later start without the endpoint finds the model by this name, and the fingerprint is the same."""
-    from pipeline.endpoint.settings import EndpointSettings
-
     with endpoint(answer) as url:
         settings = CaptionSettings(
             input=(photos,), output=str(tmp_path / "out"), serving=EndpointSettings(endpoint=url)
@@ -80,3 +82,10 @@ def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str
     )
     assert remote.run.fingerprint == local.run.fingerprint
     assert remote.settings.engine.model == "demo" and "serving" not in remote.settings.to_dict()
+
+
+@pytest.mark.parametrize("url", ["http://me:s3cret@web:8000", "http://s3cret@web", "http://web?key=s3cret"])
+def test_a_password_in_the_address_is_refused_and_not_said(url: str) -> None:
+    with pytest.raises(ValueError, match="endpoint must hold no password") as refused:
+        EndpointSettings(endpoint=url)
+    assert "s3cret" not in str(refused.value)
