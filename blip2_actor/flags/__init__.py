@@ -5,7 +5,8 @@ dataclass to the same flat list. `blip2` and `python -m deploy` both take their 
 configuration files with the same names, types and messages.
 
 A wrong command line exits with `WRONG_FLAGS` before anything is started. An unknown flag is reported with the
-nearest known one, and before a missing flag: the misspelled flag usually is the missing one.
+nearest known one, and before a missing flag: the misspelled flag usually is the missing one. In a terminal
+messages break at words, and never inside a command.
 """
 
 from __future__ import annotations
