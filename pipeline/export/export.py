@@ -48,7 +48,7 @@ def export(settings: ExportSettings) -> int:
     num_kept = len(found.shards) - num_written
     console.say(
         f"{settings.into}: {count(len(found.shards), 'shard')}"
-        + (f", {num_kept:,} of them were up to date" if num_kept else "")
+        + (f", {num_kept:,} of them up to date" if num_kept else "")
     )
     if not found.is_whole:
         left = len(found.run.shards) - len(found.shards)

@@ -210,14 +210,14 @@ def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, c
     again = state_of(into)
     assert {name: content for name, (_, content) in again.items()} == {n: c for n, (_, c) in first.items()}
     assert {n for n in first if again[n] != first[n]} <= {"metadata.jsonl"}
-    assert "2 shards, 2 of them were up to date" in capsys.readouterr().out
+    assert "2 shards, 2 of them up to date" in capsys.readouterr().out
     folder = Folder(str(tmp_path / "out"))
     fixed = rows[0] | {name: rows[1][name] for name in ("key", "row", "member")}
     fixed |= {"caption": "now it has one", "sha256": sha256(png(1)).digest()}
     write_fragment(folder, pa.Table.from_pylist([fixed], schema=SCHEMA))
     commit_shard(folder, ShardReport(shard=fixed["shard"], num_rows=4, complete=True), {}, SCHEMA)
     exported(tmp_path / "out", to, into)
-    assert "2 shards, 1 of them were up to date" in capsys.readouterr().out
+    assert "2 shards, 1 of them up to date" in capsys.readouterr().out
     assert any(b"now it has one" in content for _, content in state_of(into).values())
 
 

@@ -262,7 +262,7 @@ def test_an_input_that_has_changed_is_a_fault_and_one_that_is_gone_is_told(tmp_p
     assert found["in/1.tar", "fail"].startswith("its input has changed since the run began: 11 bytes, ")
     assert found["in/0.tar", "fail"].endswith("other bytes than the run has read, and the same size and time")
     told = [f["found"] for f in document["findings"] if f["subject"] == "input"]
-    assert any("are no longer there: q.jpg" in line for line in told)
+    assert any("can no longer be found: q.jpg" in line for line in told)
     assert any("1 new file: new.jpg" in line for line in told)
 
 
