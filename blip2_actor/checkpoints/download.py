@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from blip2_actor.checkpoints.hub_patience import patiently
 from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
@@ -125,16 +126,31 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
         NotEnoughDisk: they do not fit there.
         OSError: as from the hub's own function.
     """
-    chosen = list(patterns)
+    chosen, missing_bytes = list(patterns), 0
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
         with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
-            files = patiently(
-                lambda: snapshot_download(model, revision=revision, allow_patterns=chosen, dry_run=True)
-            )
+            with _without_bars():
+                files = patiently(
+                    lambda: snapshot_download(model, revision=revision, allow_patterns=chosen, dry_run=True)
+                )
             missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
             if missing_bytes > SMALL_BYTES:
                 _announce(model, missing_bytes)
-    return Path(patiently(lambda: snapshot_download(model, revision=revision, allow_patterns=chosen)))
+    with nullcontext() if missing_bytes > SMALL_BYTES else _without_bars():
+        return Path(patiently(lambda: snapshot_download(model, revision=revision, allow_patterns=chosen)))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let the hub's client draw no bars inside the block: it draws several also for a few kilobytes."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield  # as the user wants it
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _announce(model: str, missing_bytes: int) -> None:

@@ -89,7 +89,8 @@ def _new_and_gone(changes: InputChanges) -> Iterator[Finding]:
         yield Finding(
             "input",
             "warn",
-            f"{count(len(changes.gone), 'file')} of the run can no longer be found: {name_some(changes.gone)}",
+            f"{count(len(changes.gone), 'file')} of the run can no longer be found: "
+            f"{name_some(changes.gone)}",
             "restore the input before a retry; finished rows stay",
         )
     if changes.num_new:

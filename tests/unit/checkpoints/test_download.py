@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints import download
@@ -108,6 +109,26 @@ def test_a_large_download_is_announced(
     monkeypatch.setattr(download, "snapshot_download", _dry_run(200_000_000, tmp_path))
     fetch_from_hub("some/model", None, with_weights=True)
     assert caplog.messages[0].startswith(f"fetching some/model: 0.2 GB to {tmp_path}/cache (")
+
+
+@pytest.mark.parametrize("num_bytes", [1_000, 200_000_000])
+def test_only_a_large_download_draws_bars(
+    num_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The client drew five for a configuration, and the line with the size stood in the middle of one."""
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download.constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    drawn: list[tuple[bool, bool]] = []
+    answer = _dry_run(num_bytes, tmp_path)
+
+    def snapshot_download(*args: object, dry_run: bool = False, **values: object) -> Any:
+        drawn.append((dry_run, not are_progress_bars_disabled()))
+        return answer(*args, dry_run=dry_run, **values)
+
+    monkeypatch.setattr(download, "snapshot_download", snapshot_download)
+    fetch_from_hub("some/model", None, with_weights=True)
+    assert drawn == [(True, False), (False, num_bytes > download.SMALL_BYTES)]
+    assert not are_progress_bars_disabled(), "other downloads of the program draw theirs"
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_the_download(
