@@ -211,7 +211,7 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
     if name == "demo":
         return Checkpoint(DEMO_FOLDER)
     if "://" in name:
-        _require_no_secret(field, name)
+        require_no_secret(field, name)
         folder, version = fetch_from_bucket(name, with_weights)
         return Checkpoint(folder / Path(name).name if is_lavis else folder, version)
     if Path(name).is_dir():
@@ -232,8 +232,8 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
     return Checkpoint(*fetch_from_hub(name, revision, with_weights))
 
 
-def _require_no_secret(field: str, uri: str) -> None:
-    """Refuse a URI with a password, a token or a signature: names of models are stored and shown."""
+def require_no_secret(field: str, uri: str) -> None:
+    """Refuse a URI with a password, a token or a signature: what settings name is stored and shown."""
     parts = urlsplit(uri)
     place, _, host = parts.netloc.rpartition("@")
     # Only to a web server a user name alone may be a token; in az:// it is a container.

@@ -143,12 +143,14 @@ class Calibration:
             path: a file here, or the URI of one in a bucket.
 
         Raises:
-            ValueError: the file cannot be read, or is no calibration.
+            ValueError: the file cannot be read, or is no calibration; or the URI holds a password.
         """
         name = os.fspath(path)
         if "://" in name:
-            from blip2_actor.checkpoints.download import read_from_bucket  # imports the hub's client
+            from blip2_actor.checkpoints.checkpoint import require_no_secret  # imports torch
+            from blip2_actor.checkpoints.download import read_from_bucket
 
+            require_no_secret("calibration", name)
             try:
                 return cls.parse(read_from_bucket(name), name)
             except OSError as error:

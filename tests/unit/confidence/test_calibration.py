@@ -162,6 +162,8 @@ def test_a_file_in_a_bucket_is_read_there(tmp_path: Path, monkeypatch: pytest.Mo
         ValueError, match=r"^calibration must be .*: memory://bucket/none\.json cannot be read"
     ):
         Calibration.load("memory://bucket/none.json")
+    with pytest.raises(ValueError, match=r"^calibration must hold no password .* s3://bucket/c\.json;"):
+        Calibration.load("s3://key:S3CRET@bucket/c.json")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"run: pip install 'blip2-ray\[s3\]'$"):
         Calibration.load("s3://bucket/c.json")
