@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,7 +36,7 @@ from blip2_actor import (
 from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import observe_step, show_engine
 from deploy.observe.tracing import TextSpans, is_tracing
-from deploy.work import ImageOutputs, ImageWork, OtherModel, TextOfBatch, TextPiece
+from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, OtherModel, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
@@ -114,11 +115,11 @@ class Captioner:
             making.cancel()
 
     async def run_batch(
-        self, images: np.ndarray, texts: Sequence[TextOfBatch], digest: str
-    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
-        """Generate texts for uint8[N, S, S, 3] at low priority; yield positions and results as they finish.
+        self, images: np.ndarray, work: BatchWork, digest: str
+    ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
+        """Work on uint8[N, S, S, 3] at low priority; yield positions and outcomes as they are finished.
 
-        A caller that leaves frees their slots.
+        A caller that leaves frees the slots of its texts.
 
         Raises:
             OtherModel: the digest of the model is another one.
@@ -126,7 +127,9 @@ class Captioner:
         if self._actor.info.digest != digest:
             raise OtherModel
         shared = [self._actor.engine.image(pixels) for pixels in images]
-        running = {
+        for image in shared:
+            image.low_priority = True
+        running: dict[asyncio.Future[Any], Sequence[int]] = {
             self._submit(
                 Request(
                     image=shared[one.image],
@@ -136,17 +139,30 @@ class Captioner:
                 ),
                 index,
                 None,
-            ): index
-            for index, one in enumerate(texts)
+            ): [index]
+            for index, one in enumerate(work.texts)
         }
+        readings = work.readings(self._actor.engine, shared)
+
+        def read_on() -> None:
+            for positions, call in islice(readings, 1):
+                running[asyncio.ensure_future(self._wait(positions, call))] = positions
+
+        read_on()
         try:
             while running:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.sleep(GATHER_S)
                 done = [future for future in running if future.done()]
+                finished: list[tuple[int, BatchOutcome]] = []
                 with _end_replica_on_fault():
-                    results = [(running.pop(future), future.result()) for future in done]
-                yield results
+                    for future in done:
+                        found, positions = future.result(), running.pop(future)
+                        is_reading = isinstance(found, list)
+                        finished += zip(positions, found if is_reading else [found], strict=True)
+                        if is_reading:
+                            read_on()
+                yield finished
         finally:
             for future in running:
                 future.cancel()

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import DecodedImage, Embedding, FetchPolicy, ModelInfo, Result, Status
+from blip2_actor import DecodedImage, Embedding, FetchPolicy, ModelInfo, Status
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -41,7 +41,7 @@ from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings
 from deploy.trials.trials import Trials
-from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, TextPiece
 
 logger = logging.getLogger("ray.serve")
 
@@ -202,10 +202,10 @@ class Gateway:
                     yield item
 
     async def run_batch(
-        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
-    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        self, model: ServedModel, images: np.ndarray, work: BatchWork
+    ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
         captioner = self._models.captioner(model)
-        async with aclosing(captioner.run_batch(images, texts, model.info.digest)) as finished:
+        async with aclosing(captioner.run_batch(images, work, model.info.digest)) as finished:
             async for results in finished:
                 yield results
 

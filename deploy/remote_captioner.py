@@ -13,11 +13,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_actor import Embedding, ModelInfo, Result
+from blip2_actor import Embedding, ModelInfo
 from deploy.http.errors import overloaded, unavailable
 from deploy.http.service import ServedModel, require_name
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, OtherModel, TextOfBatch, TextPiece
+from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, OtherModel, TextPiece
 
 
 class Models:
@@ -145,10 +145,10 @@ class RemoteCaptioner:
                 yield item
 
     async def run_batch(
-        self, images: np.ndarray, texts: Sequence[TextOfBatch], digest: str
-    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
+        self, images: np.ndarray, work: BatchWork, digest: str
+    ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
         """As `Captioner.run_batch`; raises what `run` raises, at the start or later."""
-        async with aclosing(self._items("run_batch", images, texts, digest)) as items:
+        async with aclosing(self._items("run_batch", images, work, digest)) as items:
             async for item in items:
                 yield item
 

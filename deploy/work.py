@@ -5,21 +5,29 @@ Everything in one `ImageWork` shares one pass of the vision encoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from blip2_actor import (
     Completion,
     Embedding,
+    EngineLike,
     Features,
     GenerationOptions,
+    ImageLike,
     Match,
     ModelInfo,
     Result,
     Score,
     Status,
 )
+
+READ_AT_ONCE = 8
+"""Scores or features of batch work between two steps of the engine, in which all other texts wait."""
 
 
 class OtherModel(RuntimeError):
@@ -34,7 +42,7 @@ class TextToGenerate:
     options: GenerationOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TextOfBatch:
     """A text of a batch job, for one of the images that came with it."""
 
@@ -48,6 +56,48 @@ class TextToScore:
 
     text: str
     prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreOfBatch:
+    """A text of a batch job to score, for one of the images that came with it."""
+
+    image: int
+    text: TextToScore
+
+
+BatchOutcome = Result | Score | Features
+"""What is made for one position of `BatchWork`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchWork:
+    """What a batch job asks of the images that it sends. Positions go through the three in turn."""
+
+    texts: tuple[TextOfBatch, ...] = ()
+    scores: tuple[ScoreOfBatch, ...] = ()
+    features: tuple[int, ...] = ()
+    """Images whose outputs of the vision encoder and the Q-Former are wanted."""
+
+    def __len__(self) -> int:
+        return len(self.texts) + len(self.scores) + len(self.features)
+
+    def readings(
+        self, engine: EngineLike, images: Sequence[ImageLike]
+    ) -> Iterator[tuple[range, Callable[[], list[Any]]]]:
+        """Yield positions of a few scores or features, and the call of the engine that returns them."""
+        first = len(self.texts)
+        for start in range(0, len(self.scores), READ_AT_ONCE):
+            scores = self.scores[start : start + READ_AT_ONCE]
+            of_scores = [images[one.image] for one in scores]
+            texts, prompts = [one.text.text for one in scores], [one.text.prompt for one in scores]
+            positions = range(first + start, first + start + len(scores))
+            yield positions, partial(engine.score, of_scores, texts, prompts)
+        first += len(self.scores)
+        for start in range(0, len(self.features), READ_AT_ONCE):
+            of_features = [images[index] for index in self.features[start : start + READ_AT_ONCE]]
+            positions = range(first + start, first + start + len(of_features))
+            yield positions, partial(engine.features, of_features)
 
 
 @dataclass(frozen=True, kw_only=True)

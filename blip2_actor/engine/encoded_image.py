@@ -27,6 +27,8 @@ class EncodedImage:
     """Identifies the engine that made it. The tensors of another engine belong to another model."""
     keeps_image_embeds: bool = False
     """Also keep the output of the vision encoder. It is large, so it is kept only on demand."""
+    low_priority: bool = False
+    """As in `Request`, for features and scores, which have no request of their own."""
     prefix: Tensor | None = field(default=None, repr=False)
     """float[Q, Dw], what the language model sees of the image."""
     qformer_features: Tensor | None = field(default=None, repr=False)

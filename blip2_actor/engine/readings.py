@@ -133,7 +133,8 @@ class Readings:
                 encoded.append(shared)
             except RequestRefused as refusal:
                 encoded.append(refusal)
-        states = [RequestState(image) for image in encoded if isinstance(image, EncodedImage)]
+        served = (image for image in encoded if isinstance(image, EncodedImage))
+        states = [RequestState(image, low_priority=image.low_priority) for image in served]
         self._core.enqueue(states)
         for state in states:
             state.future.result()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
+import math
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import Uploads, give_back_large_memory
-from deploy.http.errors import ApiError, not_ready, overloaded, unavailable
+from deploy.http.errors import RETRY_AFTER_S, ApiError, not_ready, overloaded, unavailable
 from deploy.observe.metrics import FRONT_ANSWERS
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
@@ -32,10 +32,13 @@ SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
-SLOW_REFUSAL_S = 0.5
-"""A gateway that takes this long to refuse a request has more to refuse than it can."""
-SHED_FOR_S = 2.0
-"""How long the front refuses in its place, at most."""
+OVERLOADED = b'"type":"overloaded"'
+"""In the document of an error with this type."""
+MIN_LIMIT = 64
+"""So many requests a gateway refuses itself, if it must, within a second."""
+LIMIT_GROWTH = 0.1
+"""By how much each answer raises a limit. With 1, the gateways would refuse a request for each that they
+serve; with less, it takes longer until new gateways are used."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,7 +56,7 @@ class Front:
     def __init__(self, serve: ASGIApp) -> None:
         self._serve = serve
         self._uploads = Uploads()
-        self._sheds_until_s = 0.0
+        self._limit = LearnedLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in SERVE_PATHS:
@@ -74,18 +77,9 @@ class Front:
             return JSONResponse({"status": "ok"})
         if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
-        if scope["method"] == "POST" and time.monotonic() < self._sheds_until_s:
-            raise overloaded("more requests come than the gateways can refuse")
+        if _counts(scope) and self._uploads.num_complete >= self._limit.value:
+            raise overloaded("the gateways have all the requests that they take", self._limit.retry_after_s)
         return None
-
-    def _shed_after(self, refused_in_s: float) -> None:
-        """Refuse here for a while if a refusal of the gateway has taken long.
-
-        The way to the gateway costs ten times what an answer of the front does. Without this, a flood of
-        several times what the way can carry waits minutes for its refusals, and probes wait behind it.
-        """
-        if refused_in_s > SLOW_REFUSAL_S:
-            self._sheds_until_s = time.monotonic() + min(refused_in_s, SHED_FOR_S)
 
     async def _is_accepting(self, scope: Scope) -> bool:
         """Ask Serve's proxy whether it has routes and is not being drained."""
@@ -117,8 +111,8 @@ class Front:
             logger.exception("Serve's proxy failed on a request")
         finally:
             body.release()
-        if answer.code == 503 and body.complete_at_s is not None:
-            self._shed_after(time.monotonic() - body.complete_at_s)
+        if _counts(scope) and answer.code is not None:
+            self._limit.learn(self._uploads.num_complete, answer)
         if not answer.is_started:
             response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
@@ -132,6 +126,31 @@ class Front:
         return error.response()
 
 
+class LearnedLimit:
+    """How many requests the gateways take from this proxy, as their refusals say.
+
+    The way to a gateway costs ten times what an answer of the front does. A flood of several times what the
+    way can carry would wait for its refusals, and everybody behind it.
+    """
+
+    def __init__(self) -> None:
+        self.value = math.inf
+        self.retry_after_s = float(RETRY_AFTER_S)
+        """What the last refusal has asked for."""
+
+    def learn(self, num_others: int, answer: Answer) -> None:
+        """Lower the limit after a refusal to what they have, and raise it a little after any other answer.
+
+        Args:
+            num_others: requests of this proxy that the gateways have, without this one.
+        """
+        if answer.is_overloaded:
+            self.value = max(MIN_LIMIT, num_others)
+            self.retry_after_s = answer.retry_after_s
+        elif answer.code != 503:  # a gateway that ends or waits for engines says nothing about the next
+            self.value += LIMIT_GROWTH
+
+
 class Answer:
     """ASGI `send` that holds back the plain text which Serve writes in place of an answer of the gateway."""
 
@@ -142,15 +161,29 @@ class Answer:
         """The code that was sent to the client."""
         self.held_back: int | None = None
         """The code of Serve's own answer, which was not sent."""
+        self.retry_after_s = float(RETRY_AFTER_S)
+        """The header of a 503."""
+        self.is_overloaded = False
+        """It is the 503 of a gateway that has too much to do."""
         self._send = send
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and _is_plain_text_error(message):
             self.held_back = message["status"]
+        elif self.code == 503 and OVERLOADED in message.get("body", b""):
+            self.is_overloaded = True
+        elif message.get("status") == 503:
+            headers = {name.lower(): value for name, value in message["headers"]}
+            self.retry_after_s = float(headers.get(b"retry-after", RETRY_AFTER_S))
         if self.held_back is None:
             self.is_started = True
             self.code = message.get("status", self.code)
             await self._send(message)
+
+
+def _counts(scope: Scope) -> bool:
+    """Return whether a request is one of those that gateways limit together; batch work has its own limit."""
+    return scope["method"] == "POST" and not scope["path"].endswith(BATCH_PATH)
 
 
 def _in_place_of(code: int | None) -> ApiError:

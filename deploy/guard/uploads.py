@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import time
 from collections import Counter
 
 from starlette.types import Message, Receive
@@ -38,45 +37,53 @@ def give_back_large_memory() -> None:
 
 
 class Uploads:
-    """Counts the bytes of the bodies that are held, by client.
+    """Counts the bytes of the bodies that are here, and what each client sends or is about to.
 
-    Large bodies leave a quarter to small ones, and one client never holds more than half.
+    Large bodies leave a quarter to small ones, and one client never has more than half. What it announces
+    counts from the start: else its bodies begin side by side, none of them fits, and it sends all of them
+    again.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._num_bytes_of: Counter[str] = Counter()
+        self._num_claimed_of: Counter[str] = Counter()
+        self.num_complete = 0
+        """Requests with a body that is here as a whole, and no answer yet."""
 
     def body_of(self, client: str, receive: Receive, declared_bytes: int = 0) -> Body:
         """Watch the body that a client sends; `Body.release` gives its bytes back."""
         return Body(self, client, receive, declared_bytes)
 
-    def hold(self, client: str, num_bytes: int, num_bytes_so_far: int) -> None:
-        """Count further bytes of a body.
-
-        Raises:
-            ApiError: 429 or 503; they do not fit.
-        """
-        self.check(client, num_bytes, num_bytes_so_far)
-        self._num_bytes += num_bytes
-        self._num_bytes_of[client] += num_bytes
-
-    def check(self, client: str, num_bytes: int, num_bytes_so_far: int = 0) -> None:
-        """Raise what `hold` raises, and hold nothing."""
+    def check(self, num_bytes: int, num_bytes_so_far: int = 0) -> None:
+        """Raise ApiError 503 if further bytes of a body do not fit."""
         is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
         limit = self._max_bytes if is_small else self._max_bytes * 3 // 4
         if self._num_bytes + num_bytes > limit:
             raise overloaded("too many bytes of other requests are being received", BODY_PAUSE_S)
-        if not is_small and self._num_bytes_of[client] + num_bytes > self._max_bytes // 2:
-            message = f"requests of one client may hold at most {self._max_bytes // 2} bytes at once"
-            raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
 
-    def release(self, client: str, num_bytes: int) -> None:
-        self._num_bytes -= num_bytes
-        self._num_bytes_of[client] -= num_bytes
-        if not self._num_bytes_of[client]:
-            del self._num_bytes_of[client]
+    def hold(self, num_bytes: int, num_bytes_so_far: int) -> None:
+        """Count further bytes of a body; raises what `check` raises."""
+        self.check(num_bytes, num_bytes_so_far)
+        self._num_bytes += num_bytes
+
+    def claim(self, client: str, num_bytes: int, num_bytes_so_far: int = 0) -> None:
+        """Count further bytes that a client sends or has announced.
+
+        Raises:
+            ApiError: 429; they are more than one client may have.
+        """
+        is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
+        if not is_small and self._num_claimed_of[client] + num_bytes > self._max_bytes // 2:
+            message = f"requests of one client may have at most {self._max_bytes // 2} bytes at once"
+            raise ApiError(429, "too_many_bytes", message, retry_after_s=BODY_PAUSE_S)
+        self._num_claimed_of[client] += num_bytes
+
+    def release(self, client: str, num_held: int, num_claimed: int) -> None:
+        self._num_bytes -= num_held
+        self._num_claimed_of[client] -= num_claimed
+        if not self._num_claimed_of[client]:
+            del self._num_claimed_of[client]
 
 
 class Body:
@@ -85,21 +92,23 @@ class Body:
     def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
-        self.complete_at_s: float | None = None
-        """When its last byte came, on the monotonic clock."""
+        self.is_complete = False
+        """All of it is here."""
         self._uploads = uploads
         self._client = client
         self._receive = receive
         self._num_bytes = 0
+        self._num_claimed = 0
         self._declared_bytes = declared_bytes
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     async def __call__(self) -> Message:
-        if self.complete_at_s is not None:
+        if self.is_complete:
             return await self._receive()  # waits until the client has left
         try:
             # What cannot fit is refused before any of it is here.
-            self._uploads.check(self._client, self._declared_bytes)
+            self._uploads.check(self._declared_bytes)
+            self._claim(self._declared_bytes)
             async with asyncio.timeout_at(self._late_at_s):
                 return await self._gather()
         except TimeoutError:
@@ -122,17 +131,28 @@ class Body:
             if message["type"] != "http.request":
                 return message
             piece = message.get("body", b"")
-            self._uploads.hold(self._client, len(piece), self._num_bytes)
-            self._num_bytes += len(piece)
+            self._hold(len(piece))
             is_last = not message.get("more_body", False)
             if is_last:
-                self.complete_at_s = time.monotonic()
+                self.is_complete = True
+                self._uploads.num_complete += 1
             if is_last and not body:
                 return message
             body += piece
             if is_last:
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
 
+    def _hold(self, num_bytes: int) -> None:
+        if self._num_bytes + num_bytes > self._num_claimed:  # nothing was announced
+            self._claim(num_bytes)
+        self._uploads.hold(num_bytes, self._num_bytes)
+        self._num_bytes += num_bytes
+
+    def _claim(self, num_bytes: int) -> None:
+        self._uploads.claim(self._client, num_bytes, self._num_claimed)
+        self._num_claimed += num_bytes
+
     def release(self) -> None:
-        self._uploads.release(self._client, self._num_bytes)
-        self._num_bytes = 0
+        self._uploads.release(self._client, self._num_bytes, self._num_claimed)
+        self._num_bytes = self._num_claimed = 0
+        self._uploads.num_complete -= self.is_complete

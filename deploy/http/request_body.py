@@ -108,12 +108,14 @@ async def _read_bounded(request: Request, max_bytes: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         refuse_size("body", max_bytes, int(length))
-    body = bytearray()
+    chunks: list[bytes] = []
+    num_bytes = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            refuse_size("body", max_bytes, len(body))
-    return bytes(body)
+        chunks.append(chunk)
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            refuse_size("body", max_bytes, num_bytes)
+    return b"".join(filter(None, chunks))  # which copies nothing if it all came at once, as from our front
 
 
 # JSON ---------------------------------------------------------------------------------------------------

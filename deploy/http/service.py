@@ -17,14 +17,13 @@ from blip2_actor import (
     FetchPolicy,
     GenerationOptions,
     ModelInfo,
-    Result,
 )
 from deploy.guard.cost import Cost, cost_of
 from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
 from deploy.observe.logs import LogLevel
 from deploy.reuse.made import Made
-from deploy.work import ImageOutputs, ImageWork, TextOfBatch, TextPiece
+from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, TextPiece
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,9 +116,9 @@ class Service(Protocol):
         ...
 
     def run_batch(
-        self, model: ServedModel, images: np.ndarray, texts: Sequence[TextOfBatch]
-    ) -> AsyncGenerator[list[tuple[int, Result]], None]:
-        """Generate texts at low priority; yield positions and results as they are finished.
+        self, model: ServedModel, images: np.ndarray, work: BatchWork
+    ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
+        """Work at low priority; yield positions and outcomes as they are finished.
 
         Args:
             images: uint8[N, S, S, 3].

@@ -7,11 +7,12 @@ request waits for it or is refused because of it.
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -19,7 +20,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from blip2_actor import ModelInfo, Result
+from blip2_actor import GenerationOptions, ModelInfo, Result, Score
 from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError, bad_request
 from deploy.http.event_stream import LINES, Emit, EventStream, line
@@ -30,9 +31,17 @@ from deploy.http.options import parse_options
 from deploy.http.request_body import read_body
 from deploy.http.service import ServedModel, Service
 from deploy.http.wishes import Body, ModelName, Options
-from deploy.work import TextOfBatch, TextToGenerate
+from deploy.work import (
+    BatchOutcome,
+    BatchWork,
+    ScoreOfBatch,
+    TextOfBatch,
+    TextToGenerate,
+    TextToScore,
+)
 
-MAX_TEXTS = 256
+MAX_ASKED = 256
+"""Texts, scores and features of one request together."""
 PULSE_S = 1.0
 """An empty line says after this many seconds without a result that the request is still served."""
 
@@ -46,14 +55,28 @@ class BatchText(Body):
     """Text that the answer continues; without one, the image is described."""
 
 
+class BatchScore(Body):
+    """One text to score."""
+
+    image: Annotated[int, Field(ge=0)] = 0
+    """Which of the images."""
+    text: str
+    """Text whose probability after the image and the prompt is wanted."""
+    prompt: str | None = None
+    """What stands before the text."""
+
+
 class BatchBody(Body):
-    """Decoded images, and the texts to generate for them."""
+    """Decoded images, and what is made of them: texts, scores of given texts, and features."""
 
     model: ModelName | None = None
     """One of `/v1/models`; without one, the first of them."""
     pixels: bytes
     """A file of NumPy's format .npy: uint8[N, S, S, 3], where S is the image size of the model."""
-    texts: Annotated[list[BatchText], Field(min_length=1, max_length=MAX_TEXTS)]
+    texts: list[BatchText] = Field(default_factory=list)
+    scores: list[BatchScore] = Field(default_factory=list)
+    features: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Images of which the outputs of the vision encoder and the Q-Former are wanted."""
     options: Options | None = None
     """Generation options; what is left out takes the value of the service."""
     digest: str | None = None
@@ -62,6 +85,29 @@ class BatchBody(Body):
     """As `digest`, with which it is compared."""
     quantize: str | None = None
     """As `dtype`."""
+
+    def work(self, num_images: int, options: GenerationOptions) -> BatchWork:
+        """Return what is asked; raise ApiError 400 if it is nothing, too much, or of an unknown image."""
+        images_of = {
+            "texts": [one.image for one in self.texts],
+            "scores": [one.image for one in self.scores],
+            "features": self.features,
+        }
+        num_asked = sum(map(len, images_of.values()))
+        if not 1 <= num_asked <= MAX_ASKED:
+            raise bad_request(
+                f"texts, scores and features must be from 1 to {MAX_ASKED} together, got {num_asked}"
+            )
+        for name, images in images_of.items():
+            if any(image >= num_images for image in images):
+                raise bad_request(f"{name}: image must be below the number of images, {num_images}")
+        texts = [TextToGenerate(prompt=one.prompt or None, options=options) for one in self.texts]
+        scores = [TextToScore(text=one.text, prompt=one.prompt or None) for one in self.scores]
+        return BatchWork(
+            texts=tuple(map(TextOfBatch, images_of["texts"], texts)),
+            scores=tuple(map(ScoreOfBatch, images_of["scores"], scores)),
+            features=tuple(self.features),
+        )
 
     def require_model(self, model: ModelInfo) -> None:
         """Raise ApiError 409 unless the service has the model that the job is for."""
@@ -82,7 +128,7 @@ class BatchCompletion(BaseModel):
 
 
 class BatchLine(BaseModel):
-    """One text, in the order in which they are finished."""
+    """One text; lines come in the order in which they are finished."""
 
     index: int
     """Position in `texts`."""
@@ -92,8 +138,33 @@ class BatchLine(BaseModel):
     completions: list[BatchCompletion]
 
 
+class BatchScoreLine(BaseModel):
+    """One score."""
+
+    index: int
+    """Number of `texts`, plus position in `scores`."""
+    status: str
+    error: str | None
+    logprob: float | None
+    """Sum of the log-probabilities of the tokens, natural log."""
+    num_tokens: int
+
+
+class BatchFeaturesLine(BaseModel):
+    """The features of one image; null unless the status is ok."""
+
+    index: int
+    """Number of `texts` and `scores`, plus position in `features`."""
+    status: str
+    error: str | None
+    qformer_features: str | None
+    """float32[Q, Dq], a file of NumPy's format .npy, in base64."""
+    pooler_output: str | None
+    """float32[Dv], as above."""
+
+
 class BrokenOff(BaseModel):
-    """The last line of an answer that lacks some texts; they can be asked for again."""
+    """The last line of an answer that lacks some parts; they can be asked for again."""
 
     status: str
     error: str
@@ -106,11 +177,14 @@ def batch_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/batch",
         openapi_extra=body_of(BatchBody, forms=True),
-        responses={**answer_in((LINES,), BatchLine, BrokenOff), **errors(403, 409)},
+        responses={
+            **answer_in((LINES,), BatchLine, BatchScoreLine, BatchFeaturesLine, BrokenOff),
+            **errors(403, 409),
+        },
         response_class=Response,
     )
     async def batch(request: Request) -> Response:
-        """Generate texts for decoded images at low priority; each answer comes as soon as it is finished.
+        """Work on decoded images at low priority; each part of the answer comes as soon as it is finished.
 
         The body is a form. An empty line says that the request is still served.
         """
@@ -120,16 +194,15 @@ def batch_router(service: Service) -> APIRouter:
         options = parse_options(body.options, model.options)
         size_px = model.info.image_size_px
         images = await in_lane(len(body.pixels), lambda: _read_images(body.pixels, size_px))
-        if any(text.image >= len(images) for text in body.texts):
-            raise bad_request(f"texts: image must be below the number of images, {len(images)}")
-        texts = [
-            TextOfBatch(image=text.image, text=TextToGenerate(prompt=text.prompt or None, options=options))
-            for text in body.texts
-        ]
-        slots = len(texts) * max(options.num_beams, options.num_return_sequences)
-        cost = Cost(slots=slots, steps=options.max_new_tokens)
+        work = body.work(len(images), options)
+        slots_of_text = max(options.num_beams, options.num_return_sequences)
+        num_read = len(work) - len(work.texts)
+        cost = Cost(
+            slots=len(work.texts) * slots_of_text + num_read,
+            steps=options.max_new_tokens if work.texts else 1,
+        )
         return EventStream(
-            lambda emit: _generate(service, model, images, texts, cost, emit),
+            lambda emit: _serve(service, model, images, work, cost, emit),
             lambda error: line({"status": error.type, "error": error.message}),
             LINES,
         )
@@ -137,28 +210,28 @@ def batch_router(service: Service) -> APIRouter:
     return router
 
 
-async def _generate(
+async def _serve(
     service: Service,
     model: ServedModel,
     images: np.ndarray,
-    texts: Sequence[TextOfBatch],
+    work: BatchWork,
     cost: Cost,
     emit: Emit,
 ) -> None:
     async with service.admit_batch(cost) as check_open:
         await emit(b"\n")  # it is admitted
         async with (
-            aclosing(service.run_batch(model, images, texts)) as finished,
+            aclosing(service.run_batch(model, images, work)) as finished,
             aclosing(_with_pulse(finished)) as pulse,
         ):
-            async for results in pulse:
+            async for outcomes in pulse:
                 check_open()
-                await emit(b"".join(_line(index, result) for index, result in results) or b"\n")
+                await emit(b"".join(_line(index, outcome) for index, outcome in outcomes) or b"\n")
 
 
 async def _with_pulse(
-    finished: AsyncGenerator[list[tuple[int, Result]], None],
-) -> AsyncGenerator[list[tuple[int, Result]], None]:
+    finished: AsyncGenerator[list[tuple[int, BatchOutcome]], None],
+) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
     """Yield what an iterator yields, and an empty list after each second without anything."""
     following = asyncio.ensure_future(anext(finished))
     try:
@@ -177,10 +250,25 @@ async def _with_pulse(
         await asyncio.wait({following})
 
 
-def _line(index: int, result: Result) -> bytes:
-    completions = [asdict(completion) for completion in result.completions]
-    head = {"index": index, "status": result.status.value, "error": result.error}
-    return line(head | {"num_prompt_tokens": result.num_prompt_tokens, "completions": completions})
+def _line(index: int, outcome: BatchOutcome) -> bytes:
+    found: dict[str, Any] = {"index": index, "status": outcome.status.value, "error": outcome.error}
+    if isinstance(outcome, Result):
+        found["num_prompt_tokens"] = outcome.num_prompt_tokens
+        found["completions"] = [asdict(completion) for completion in outcome.completions]
+    elif isinstance(outcome, Score):
+        found |= {"logprob": outcome.logprob, "num_tokens": outcome.num_tokens}
+    else:
+        found["qformer_features"] = _base64_of(outcome.qformer_features)
+        found["pooler_output"] = _base64_of(outcome.pooler_output)
+    return line(found)
+
+
+def _base64_of(vectors: np.ndarray | None) -> str | None:
+    if vectors is None:
+        return None
+    file = io.BytesIO()
+    np.save(file, vectors)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _read_images(file: bytes, size_px: int) -> np.ndarray:

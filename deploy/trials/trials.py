@@ -18,7 +18,7 @@ from deploy.remote_captioner import Models
 from deploy.reuse.made import Made
 from deploy.settings import Settings
 from deploy.trials.recording import Recorder, Side
-from deploy.work import ImageWork, TextOfBatch
+from deploy.work import BatchWork, ImageWork, TextOfBatch
 
 MAX_COPIES = 16
 """Copies under way at once; what comes beyond is dropped."""
@@ -98,11 +98,11 @@ class Trials:
     async def _first_text(self, name: str, pixels: np.ndarray, work: ImageWork) -> Result:
         """Generate all texts at low priority; return the first."""
         model = await self._models.get(name)
-        texts = [TextOfBatch(image=0, text=text) for text in work.texts]
+        batch = BatchWork(texts=tuple(TextOfBatch(image=0, text=text) for text in work.texts))
         captioner = self._models.captioner(model)
         results: dict[int, Result] = {}
-        async for finished in captioner.run_batch(pixels[None], texts, model.info.digest):
-            results.update(finished)
+        async for finished in captioner.run_batch(pixels[None], batch, model.info.digest):
+            results.update((index, one) for index, one in finished if isinstance(one, Result))
         return results[0]
 
     def write_if_due(self) -> None:

@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from blip2_actor import Result
-from pipeline.endpoint.batch_requests import result_of
+from pipeline.endpoint.batch_requests import Outcome, outcome_of
 from pipeline.endpoint.client import Endpoint, pause_s, reason_in
 
 SILENT_S = 60.0
@@ -24,7 +23,7 @@ class WorkRefused(Exception):
 
 
 class BrokenOff(Exception):
-    """An answer ended before its last text."""
+    """An answer ended before its last part."""
 
     def __init__(self, reason: str, type: str = "") -> None:
         """
@@ -43,10 +42,10 @@ class Connection:
         self._parts = urlsplit(endpoint.url)
         self._connection: http.client.HTTPConnection | None = None
 
-    def results(
+    def outcomes(
         self, kind: str, body: bytes, on_admitted: Callable[[], None]
-    ) -> Iterator[tuple[int, Result]]:
-        """Send a request, and yield positions and results.
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Send a request, and yield positions and outcomes.
 
         Args:
             on_admitted: called when the endpoint has taken the request.
@@ -70,7 +69,7 @@ class Connection:
                 found = json.loads(line)
                 if "index" not in found:
                     raise BrokenOff(str(found["error"]), found["status"])
-                yield found["index"], result_of(found)
+                yield found["index"], outcome_of(found)
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
             raise BrokenOff(f"has broken its answer off: {error!r}") from error
         finally:

@@ -1,6 +1,6 @@
 """`RemoteEngine`: the engine of a job whose model is loaded elsewhere.
 
-Threads send decoded images to an endpoint, many in one request, and take results as they are finished. An
+Threads send decoded images to an endpoint, many in one request, and take outcomes as they are finished. An
 endpoint that is busy, gone, or has another model for a while is waited for; what it has not answered is asked
 again. So a text may be made twice there, and its result is taken once.
 """
@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -30,10 +30,10 @@ from blip2_actor import (
     Score,
     Status,
 )
-from pipeline.endpoint.batch_requests import form_of
+from pipeline.endpoint.batch_requests import Ask, Outcome, form_of
 from pipeline.endpoint.client import Endpoint, EndpointError
 from pipeline.endpoint.connection import BrokenOff, Connection, WorkRefused
-from pipeline.endpoint.waiting import Outage
+from pipeline.endpoint.waiting import GivenUp, Outage
 
 NUM_CONNECTIONS = 4
 """Requests at the same time; with `MAX_IMAGES` texts each they fill the slots of a large engine twice."""
@@ -54,22 +54,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Text:
-    """A text that is wanted."""
+class _Wanted:
+    """Something that is wanted of an image."""
 
     image: np.ndarray
-    prompt: str | None
-    options: GenerationOptions
-    future: Future[Result] = field(default_factory=Future)
+    ask: Ask
+    future: Future[Any] = field(default_factory=Future)
     num_breaks: int = 0
 
-    def goes_with(self, other: _Text) -> bool:
+    def goes_with(self, other: _Wanted) -> bool:
         """Return whether both may stand in one request."""
-        return self.options == other.options and max(self.num_breaks, other.num_breaks) < MAX_BREAKS
+        return self.ask.goes_with(other.ask) and max(self.num_breaks, other.num_breaks) < MAX_BREAKS
 
-    def resolve(self, result: Result) -> None:
+    def resolve(self, outcome: Outcome) -> None:
         if self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
+            self.future.set_result(outcome)
 
     def fail(self, error: Exception) -> None:
         if self.future.set_running_or_notify_cancel():
@@ -77,7 +76,7 @@ class _Text:
 
 
 class RemoteEngine:
-    """Generates texts at an endpoint; scores and vectors it cannot make. Thread-safe."""
+    """Has an endpoint generate texts, score given ones and encode images. Thread-safe."""
 
     def __init__(self, endpoint: Endpoint, model: ModelInfo, waits: bool = True) -> None:
         """Start the threads.
@@ -88,7 +87,7 @@ class RemoteEngine:
         """
         self.step_watchers: list[Any] = []
         self._endpoint, self._model, self._waits = endpoint, model, waits
-        self._queue: deque[_Text] = deque()
+        self._queue: deque[_Wanted] = deque()
         self._has_work = threading.Condition()
         self._is_closed = False
         self._is_given_up = False
@@ -115,14 +114,7 @@ class RemoteEngine:
         """Queue one request; its image is uint8[S, S, 3] at the model's size."""
         assert on_text is None, "an endpoint sends no pieces of the texts of batch work"
         resolved = (request.options or options).resolve(self._model.generation_config)
-        text = _Text(self.image(request.image), request.prompt, resolved)
-        with self._has_work:
-            if self._is_closed:
-                raise RuntimeError("the engine is closed; build a new one")
-            self._num_requests += 1
-            self._queue.append(text)
-            self._has_work.notify()
-        return text.future
+        return self._add(_Wanted(self.image(request.image), Ask(options=resolved, prompt=request.prompt)))
 
     def generate(
         self, requests: Sequence[Request], options: GenerationOptions = GenerationOptions()
@@ -145,13 +137,37 @@ class RemoteEngine:
 
     @property
     def prompts(self) -> NoReturn:
-        raise _only_texts()
+        raise ValueError("an endpoint shows no tokens of batch work")
 
     def features(self, images: Sequence[ImageLike], *_: Any, **__: Any) -> list[Features]:
-        raise _only_texts()
+        """Return what the encoders compute of uint8[S, S, 3]; raise GivenUp when the job stops meanwhile."""
+        return self._read([_Wanted(self.image(image), Ask()) for image in images])
 
-    def score(self, images: Sequence[ImageLike], *_: Any, **__: Any) -> list[Score]:
-        raise _only_texts()
+    def score(
+        self, images: Sequence[ImageLike], texts: Sequence[str], prompts: Sequence[str | None] | None = None
+    ) -> list[Score]:
+        """Return how probable each text is after its image and prompt; raise GivenUp as `features`."""
+        asked = zip(images, texts, prompts or [None] * len(texts), strict=True)
+        return self._read([_Wanted(self.image(i), Ask(text=text, prompt=p)) for i, text, p in asked])
+
+    def _read(self, wanted: Sequence[_Wanted]) -> list[Any]:
+        for one in wanted:
+            self._add(one)
+        try:
+            return [one.future.result() for one in wanted]
+        except CancelledError:
+            raise GivenUp from None
+
+    def _add(self, wanted: _Wanted) -> Future[Any]:
+        with self._has_work:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed; build a new one")
+            if self._is_given_up and wanted.ask.part != "texts":
+                raise GivenUp
+            self._num_requests += 1
+            self._queue.append(wanted)
+            self._has_work.notify()
+        return wanted.future
 
     def stats(self) -> EngineStats:
         """Return counters. Nothing is said to be waiting: the patience is with the endpoint."""
@@ -167,9 +183,7 @@ class RemoteEngine:
         self._ended.set()
         for thread in self._threads:
             thread.join()
-        for text in self._queue:
-            text.future.cancel()
-            text.future.set_running_or_notify_cancel()
+        self._cancel()
 
     def __enter__(self) -> RemoteEngine:
         return self
@@ -181,22 +195,22 @@ class RemoteEngine:
 
     def _run(self) -> None:
         connection = Connection(self._endpoint)
-        while texts := self._take():
+        while wanted := self._take():
             try:
-                self._ask(connection, texts)
+                self._ask(connection, wanted)
             except Exception as error:  # whoever waits for the futures must learn of it
                 logger.exception("A request to the endpoint has failed")
-                for text in texts:
-                    if not text.future.done():
-                        text.fail(error)
+                for one in wanted:
+                    if not one.future.done():
+                        one.fail(error)
         connection.close()
 
-    def _take(self) -> list[_Text]:
-        """Wait for texts, and take those with the options of the first; none when the engine is closed."""
+    def _take(self) -> list[_Wanted]:
+        """Wait for work, and take what goes with the first piece of it; none when the engine is closed."""
         with self._has_work:
             while not (self._drop_cancelled() or self._is_closed or self._is_given_up):
                 self._has_work.wait()
-            taken: list[_Text] = []
+            taken: list[_Wanted] = []
             while not self._is_given_up and self._drop_cancelled() and len(taken) < self._max_images:
                 if taken and not self._queue[0].goes_with(taken[0]):
                     break
@@ -204,72 +218,83 @@ class RemoteEngine:
             return taken
 
     def _drop_cancelled(self) -> bool:
-        """Forget texts that nobody wants; return whether any is left."""
+        """Forget what nobody wants any longer; return whether anything is left."""
         while self._queue and self._queue[0].future.cancelled():
             self._queue.popleft()
         return bool(self._queue)
 
-    def _put_back(self, texts: Sequence[_Text]) -> None:
+    def _put_back(self, wanted: Sequence[_Wanted]) -> None:
         with self._has_work:
-            self._queue.extendleft(reversed([text for text in texts if not text.future.done()]))
+            self._queue.extendleft(reversed([one for one in wanted if not one.future.done()]))
             self._has_work.notify_all()
 
-    def _ask(self, connection: Connection, texts: list[_Text]) -> None:
+    def _ask(self, connection: Connection, wanted: list[_Wanted]) -> None:
         """Send one request and deliver its results; what has none goes again after a pause."""
-        kind, body = form_of([(text.image, text.prompt) for text in texts], texts[0].options, self._model)
+        kind, body = form_of([(one.image, one.ask) for one in wanted], self._model)
         try:
-            for index, result in connection.results(kind, body, self._outage.end):
+            for index, outcome in connection.outcomes(kind, body, self._outage.end):
                 with self._has_work:
                     self._num_finished += 1
-                    self._num_tokens += sum(len(one.token_ids) for one in result.completions)
-                texts[index].resolve(result)
-            if not all(text.future.done() for text in texts):
+                    completions = outcome.completions if isinstance(outcome, Result) else ()
+                    self._num_tokens += sum(len(one.token_ids) for one in completions)
+                wanted[index].resolve(outcome)
+            if not all(one.future.done() for one in wanted):
                 raise BrokenOff("the answer lacks its end")
         except WorkRefused as refusal:
-            self._after_refusal(texts, refusal)
+            self._after_refusal(wanted, refusal)
         except BrokenOff as end:
-            self._after_break(texts, end)
+            self._after_break(wanted, end)
         except (OSError, http.client.HTTPException) as error:
-            self._pause(texts, f"gives no answer: {error or type(error).__name__}", PAUSE_S)
+            self._pause(wanted, f"gives no answer: {error or type(error).__name__}", PAUSE_S)
 
-    def _after_refusal(self, texts: list[_Text], refusal: WorkRefused) -> None:
-        if refusal.code == 413 and len(texts) > 1:
-            self._max_images = max(1, len(texts) // 2)
-            self._put_back(texts)
+    def _after_refusal(self, wanted: list[_Wanted], refusal: WorkRefused) -> None:
+        if refusal.code == 413 and len(wanted) > 1:
+            self._max_images = max(1, len(wanted) // 2)
+            self._put_back(wanted)
         elif refusal.code in REFUSALS:
             self._outage.end()
-            for text in texts:
-                text.resolve(Result(status=Status.REFUSED, error=f"the endpoint {refusal}"))
+            for one in wanted:
+                one.resolve(one.ask.without(Status.REFUSED, f"the endpoint {refusal}"))
         elif refusal.type in BUSY:
             self._outage.end()
             time.sleep(refusal.pause_s)
-            self._put_back(texts)
+            self._put_back(wanted)
         elif refusal.code == 500:
-            self._after_break(texts, BrokenOff(str(refusal)))
+            self._after_break(wanted, BrokenOff(str(refusal)))
         else:
-            self._pause(texts, str(refusal), refusal.pause_s)
+            self._pause(wanted, str(refusal), refusal.pause_s)
 
-    def _after_break(self, texts: list[_Text], end: BrokenOff) -> None:
+    def _after_break(self, wanted: list[_Wanted], end: BrokenOff) -> None:
         """Ask again. A text with which an answer breaks off each time must not break it for the others."""
         # The first text of a request is the first to have slots, and the last to lose them to other callers.
-        suspects = {"unavailable": [], "timeout": texts[:1]}.get(end.type, texts)
-        for text in (text for text in suspects if not text.future.done()):
-            text.num_breaks += 1
-            if text.num_breaks >= 2 * MAX_BREAKS:
+        suspects = {"unavailable": [], "timeout": wanted[:1]}.get(end.type, wanted)
+        for one in (one for one in suspects if not one.future.done()):
+            one.num_breaks += 1
+            if one.num_breaks >= 2 * MAX_BREAKS:
                 error = f"the endpoint has failed each time on this image: {end}"
-                text.resolve(Result(status=Status.FAILED, error=error))
-        self._pause([text for text in texts if not text.future.done()], str(end), PAUSE_S)
+                one.resolve(one.ask.without(Status.FAILED, error))
+        self._pause([one for one in wanted if not one.future.done()], str(end), PAUSE_S)
 
-    def _pause(self, texts: Sequence[_Text], state: str, at_least_s: float) -> None:
+    def _pause(self, wanted: Sequence[_Wanted], state: str, at_least_s: float) -> None:
         if not self._waits:
             error = EndpointError(f"{self._endpoint.url} {state}")
-            for text in texts:
-                text.fail(error)
+            for one in wanted:
+                one.fail(error)
         else:
             goes_on = self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended)
             self._is_given_up |= not goes_on
-            self._put_back(texts)
+            self._put_back(wanted)
+            if not goes_on:
+                self._cancel(only_awaited=True)
 
+    def _cancel(self, only_awaited: bool = False) -> None:
+        """Cancel what waits.
 
-def _only_texts() -> ValueError:
-    return ValueError("an endpoint makes captions and answers; leave out embed and score")
+        Args:
+            only_awaited: leave texts; the stage that has submitted them looks at them now and then.
+        """
+        with self._has_work:
+            for one in self._queue:
+                if not one.future.done() and not (only_awaited and one.ask.part == "texts"):
+                    one.future.cancel()
+                    one.future.set_running_or_notify_cancel()

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from blip2_actor import EngineConfig, GenerationOptions, ModelInfo, Request, Status
+from blip2_actor import (
+    EngineConfig,
+    Features,
+    GenerationOptions,
+    ModelInfo,
+    Request,
+    Result,
+    Score,
+    Status,
+)
 from pipeline.endpoint.client import Endpoint, EndpointError, read_key
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
@@ -56,13 +65,13 @@ class EndpointConfig:
         return dataclasses.replace(keyed, known=keyed.info())
 
     def check_prompts(self, prompts: Sequence[str], max_new_tokens: int) -> None:
-        self.try_out(GenerationOptions(max_new_tokens=max_new_tokens), prompts)
+        self.try_out(Outputs(), GenerationOptions(max_new_tokens=max_new_tokens), prompts)
 
-    def try_out(self, options: GenerationOptions, prompts: Sequence[str] = ()) -> None:
-        """Have the endpoint caption a black image, so that what it refuses is known before any work begins.
+    def try_out(self, outputs: Outputs, options: GenerationOptions, prompts: Sequence[str] = ()) -> None:
+        """Have the endpoint make of a black image what the job will ask for, before any work begins.
 
         Raises:
-            ValueError: it refuses the key, the options or a prompt.
+            ValueError: it refuses the key, the options, a prompt, features or scores.
         """
         import numpy as np
 
@@ -70,11 +79,19 @@ class EndpointConfig:
         image = np.zeros((size_px, size_px, 3), np.uint8)
         with self.build(waits=False) as engine:
             options = options.resolve(self.info().generation_config)
-            requests = [Request(image=image, prompt=prompt) for prompt in prompts or (None,)]
-            for request, result in zip(requests, engine.generate(requests, options), strict=True):
-                if result.status is Status.REFUSED:
-                    what = "captions" if request.prompt is None else f"the prompt {request.prompt!r}"
-                    raise EndpointError(f"{self.endpoint.url} refuses {what}: {result.error}")
+            asks = prompts or ((None,) if outputs.caption else ())
+            results = engine.generate([Request(image=image, prompt=prompt) for prompt in asks], options)
+            tried: dict[str, Result | Features | Score] = {
+                "captions" if prompt is None else f"the prompt {prompt!r}": result
+                for prompt, result in zip(asks, results, strict=True)
+            }
+            if outputs.embed:
+                (tried["embed"],) = engine.features([image])
+            if outputs.score:
+                (tried["score"],) = engine.score([image], ["black"], [None])
+            for what, outcome in tried.items():
+                if outcome.status is Status.REFUSED:
+                    raise EndpointError(f"{self.endpoint.url} refuses {what}: {outcome.error}")
 
     def build(self, waits: bool = True) -> RemoteEngine:
         """Start the threads that send requests.
@@ -92,8 +109,8 @@ class EndpointSettings:
     """Whether a running endpoint makes the captions."""
 
     endpoint: str | None = None
-    """URL of a running endpoint, such as http://127.0.0.1:8000, that makes captions and answers behind the
-    requests of its other callers; no model is loaded here."""
+    """URL of a running endpoint, such as http://127.0.0.1:8000, that makes captions, answers, vectors and
+    scores behind the requests of its other callers; no model is loaded here."""
     endpoint_key_file: str | None = None
     """File with the key for --endpoint, or its URI; the key needs the right to send batch work."""
 
@@ -120,9 +137,11 @@ class EndpointSettings:
         """
         if self.endpoint is None:
             return
-        if outputs.embed or outputs.score:
-            given = "embed" if outputs.embed else "score"
-            raise ValueError(f"{given} must be left out with endpoint, which makes captions and answers only")
+        if outputs.score_model:
+            raise ValueError(
+                "score_model must be left out with endpoint, which scores with its captioning model; compare "
+                "images and texts in a run of its own: blip2 score"
+            )
         for name in ("gpus_per_actor", "accelerator", "accelerator_type"):
             if getattr(placement, name):
                 raise ValueError(f"{name} must be left out with endpoint, which has the accelerators")

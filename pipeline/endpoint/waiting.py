@@ -8,6 +8,10 @@ import time
 from pipeline.storage.retrying import MAX_PAUSE_S, TELL_EVERY_S, Trouble, tell
 
 
+class GivenUp(Exception):
+    """The job stops while its endpoint takes no work; what it has asked for has no outcome."""
+
+
 class Outage:
     """How long an endpoint has taken no work, and why; thread-safe."""
 

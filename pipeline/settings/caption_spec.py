@@ -72,7 +72,7 @@ class CaptionSpec:
             self.options.require_known_tokens(info.vocab_size)
         prompts = [text for text in (self.prompt, *self.outputs.asks.values()) if text]
         if isinstance(self.engine, EndpointConfig):
-            self.engine.try_out(self.options, prompts)
+            self.engine.try_out(self.outputs, self.options, prompts)
         elif prompts:
             self.engine.check_prompts(prompts, self.options.max_new_tokens)
 

@@ -27,6 +27,7 @@ from blip2_actor import (
     stricter_options,
 )
 from pipeline.caption_counts import REGENERATED
+from pipeline.endpoint.waiting import GivenUp
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import CONFIDENCE
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
@@ -102,6 +103,8 @@ class CaptionStage:
             piece_rows: yield a piece when it has this many rows.
             piece_s: yield a piece, possibly an empty one, after this many seconds.
 
+        With an endpoint, rows are left out if the job stops while it is gone.
+
         Raises:
             EngineFault: the engine itself has failed. A bad row is a result, never an exception.
         """
@@ -118,6 +121,8 @@ class CaptionStage:
                 piece.append(row)
             if piece:
                 yield self._finish(table, piece)
+        except GivenUp:
+            return  # the job stops, and its next start makes these rows
         finally:
             if self._cache is None:
                 for row in waiting:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.endpoint.waiting import GivenUp
+
 
 class EngineFault(RuntimeError):
     """The engine or its device has failed, and every request with it; the process should exit."""
@@ -21,8 +23,13 @@ class EngineFault(RuntimeError):
 
 @contextmanager
 def engine_faults() -> Iterator[None]:
-    """Turn whatever the engine raises in this block into an `EngineFault`."""
+    """Turn whatever the engine raises in this block into an `EngineFault`.
+
+    A job that stops while its endpoint is gone is no fault.
+    """
     try:
         yield
+    except GivenUp:
+        raise
     except Exception as error:
         raise EngineFault.of(error) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,8 @@ from tests.integration.inputs import BROKEN, png
 from tests.integration.online.endpoint import engine_stats
 
 NUM_ROWS = 40
+MADE = ("pooled", "queries", "likelihood", "fit")
+"""Columns of vectors and scores."""
 
 
 @pytest.fixture
@@ -41,18 +44,22 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Everything is equal but the rounding of log-probabilities: each step has other texts next to it."""
+    """Everything is equal but the rounding of numbers: each step has other texts next to it."""
 
-    def split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float | None]]:
-        is_rounded = [name for name in rows[0] if "logprob" in name]
-        return (
-            [{name: row[name] for name in row if name not in is_rounded} for row in rows],
-            [row[name] for row in rows for name in is_rounded],
-        )
+    def split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
+        """Return the rows with True in place of each number, and the numbers."""
+        exact: list[dict[str, Any]] = []
+        numbers: list[float] = []
+        for row in rows:
+            rounded = {name: row[name] for name in row if "logprob" in name or name in MADE}
+            for value in rounded.values():
+                numbers += np.ravel(value).tolist() if value is not None else []
+            exact.append(row | {name: value is not None for name, value in rounded.items()})
+        return exact, numbers
 
-    (rows, logprobs), (expected_rows, expected_logprobs) = split(found), split(expected)
+    (rows, numbers), (expected_rows, expected_numbers) = split(found), split(expected)
     assert rows == expected_rows
-    assert logprobs == pytest.approx(expected_logprobs, abs=1e-3)
+    assert numbers == pytest.approx(expected_numbers, abs=1e-3)
 
 
 def fingerprint_of(output: Path) -> Any:
@@ -63,14 +70,19 @@ def fingerprint_of(output: Path) -> Any:
 def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     kind: str, url: str, table: str, tmp_path: Path, real_engine: EngineConfig
 ) -> None:
-    """Captions by the prompt of each row, answers, sizes, flags, statuses and errors."""
+    """Captions by the prompt of each row, answers, vectors, scores, sizes, flags, statuses and errors."""
     engine: EngineBuilder = FakeEngineConfig(model="demo") if kind == "fake" else real_engine
     route = "" if kind == "fake" else "/real"
     job: dict[str, Any] = {
         "input": (table,),
         "max_failed_fraction": 1.0,
         "reading": ReadOptions(prompt_column="ask", keep=("ask",)),
-        "outputs": Outputs(ask=("color=Question: what color is it? Answer:",), regenerate=True),
+        "outputs": Outputs(
+            ask=("color=Question: what color is it? Answer:",),
+            embed=("pooled=vision", "queries=queries"),
+            score=("likelihood=caption", "fit=ask"),
+            regenerate=True,
+        ),
     }
     before = engine_stats(route or "/")
     here, there = tmp_path / "here", tmp_path / "there"
@@ -79,6 +91,7 @@ def test_the_rows_are_those_of_the_same_job_without_an_endpoint(
     assert caption(CaptionSettings(**job, output=str(there), serving=serving)) == 0
     assert_same_rows(rows_of(there), rows_of(here))
     assert {row["status"] for row in rows_of(there)} >= {"ok", "undecodable"}
+    assert all(row[name] is not None for row in rows_of(there) if row["status"] == "ok" for name in MADE)
     assert fingerprint_of(there) == fingerprint_of(here)
     stats = engine_stats(route or "/")
     assert stats.num_requests - before.num_requests >= 2 * (NUM_ROWS - 1)

@@ -21,7 +21,7 @@ from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
 from deploy.observe import fleet
 from deploy.settings import Settings
-from deploy.work import ImageOutputs, ImageWork, OtherModel, TextPiece, TextToGenerate
+from deploy.work import BatchWork, ImageOutputs, ImageWork, OtherModel, TextPiece, TextToGenerate
 
 NEVER = object()
 """The answer of a call that does not end."""
@@ -232,7 +232,12 @@ def test_a_gateway_that_started_before_its_engines_were_updated_says_what_answer
             assert (await made.model("new")) is made.first
             handle.streaming = Method(Stream(OtherModel()))
             with pytest.raises(ApiError) as caught:
-                [item async for item in made.run_batch(made.first, np.zeros((1, 8, 8, 3), np.uint8), ())]
+                [
+                    item
+                    async for item in made.run_batch(
+                        made.first, np.zeros((1, 8, 8, 3), np.uint8), BatchWork()
+                    )
+                ]
             assert (caught.value.code, caught.value.type) == (503, "unavailable")
 
     asyncio.run(run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.parser
 import email.policy
 import io
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from blip2_actor import Completion
-from blip2_actor.testing import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption, fake_features, fake_score
 
 MODEL = FakeEngineConfig(model="demo", image_size_px=8).info()
 
@@ -36,7 +37,9 @@ class Exchange:
         content: dict[str, Any] = {name: part.get_payload(decode=True) for name, part in parts.items()}
         self.images: np.ndarray = np.load(io.BytesIO(content.pop("pixels")))
         self.fields: dict[str, Any] = {name: json.loads(text) for name, text in content.items()}
-        self.texts: list[dict] = self.fields["texts"]
+        self.texts: list[dict] = self.fields.get("texts", [])
+        self.scores: list[dict] = self.fields.get("scores", [])
+        self.features: list[int] = self.fields.get("features", [])
         self.key = handler.headers["Authorization"]
         self.number = number
         self._handler = handler
@@ -69,6 +72,21 @@ class Exchange:
             known = {"index": index, "status": "ok", "error": None, "num_prompt_tokens": 1}
             self.send(json.dumps(known | {"completions": [asdict(completion)]}).encode() + b"\n")
 
+    def answer_readings(self) -> None:
+        """Answer all scores and features."""
+        for index, one in enumerate(self.scores):
+            logprob = fake_score(self.images[one["image"]], one["text"], one["prompt"])
+            score = {"index": index, "status": "ok", "error": None, "logprob": logprob, "num_tokens": 1}
+            self.send(json.dumps(score).encode() + b"\n")
+        for index, image in enumerate(self.features):
+            features = fake_features(self.images[image])
+            vectors = {
+                "qformer_features": _npy_in_base64(features.qformer_features),
+                "pooler_output": _npy_in_base64(features.pooler_output),
+            }
+            line = {"index": index, "status": "ok", "error": None} | vectors
+            self.send(json.dumps(line).encode() + b"\n")
+
     def break_off(self, type: str) -> None:
         self.send(json.dumps({"status": type, "error": type}).encode() + b"\n")
         self.end()
@@ -83,11 +101,19 @@ class Exchange:
     def answer_all(self) -> None:
         self.begin()
         self.answer(*range(len(self.texts)))
+        self.answer_readings()
         self.end()
 
     def send(self, piece: bytes) -> None:
         self._handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
         self._handler.wfile.flush()
+
+
+def _npy_in_base64(vectors: np.ndarray | None) -> str:
+    assert vectors is not None
+    file = io.BytesIO()
+    np.save(file, vectors)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @contextmanager

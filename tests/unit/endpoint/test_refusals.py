@@ -39,7 +39,10 @@ def test_what_the_endpoint_cannot_make_is_named(
             (["--endpoint", "127.0.0.1"], "endpoint must begin with http:// or https://, got 127.0.0.1"),
             (["--endpoint", url, "-m", "demo2"], "model must be left out with --endpoint"),
             (["--endpoint", url, "--dtype", "float16"], "dtype must be left out with --endpoint"),
-            (["--endpoint", url, "--embed", "v=vision"], "embed must be left out with --endpoint"),
+            (
+                ["--endpoint", url, "--score", "s=caption", "--score-model", "m"],
+                "score-model must be left out with --endpoint",
+            ),
             (["--endpoint", url, "--gpus-per-actor", "1"], "gpus-per-actor must be left out with --endpoint"),
             (
                 ["--endpoint", url, "--num-beams", "17"],

@@ -10,12 +10,14 @@ from concurrent.futures import Future, wait
 import numpy as np
 import pytest
 
-from blip2_actor import GenerationOptions, Request, Result, Status
-from blip2_actor.testing import fake_caption
+from blip2_actor import GenerationOptions, Request, Result, Score, Status
+from blip2_actor.testing import fake_caption, fake_features, fake_score
 from pipeline.endpoint import connection, remote_engine, waiting
 from pipeline.endpoint.client import Endpoint, EndpointError, pause_s
 from pipeline.endpoint.remote_engine import RemoteEngine
 from pipeline.endpoint.settings import EndpointConfig
+from pipeline.endpoint.waiting import GivenUp
+from pipeline.settings.outputs import Outputs
 from pipeline.storage.retrying import Trouble, listen
 from tests.unit.endpoint.scripted_endpoint import MODEL, Answer, Exchange, endpoint
 
@@ -269,24 +271,91 @@ def test_when_the_job_stops_while_the_endpoint_is_gone_nothing_is_asked_any_long
     assert num_asked <= 4
 
 
+def test_scores_and_features_of_an_image_go_in_requests_of_their_own() -> None:
+    """Texts, scores and features may wait at the same time; each comes back for its own image."""
+    sent: list[set[str]] = []
+
+    def answer(exchange: Exchange) -> None:
+        sent.append(exchange.fields.keys() & {"texts", "scores", "features"})
+        if exchange.number in (1, 2):
+            exchange.hang_up()  # what has no answer is asked again
+        else:
+            exchange.answer_all()
+
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        futures = [engine.submit(Request(image=image)) for image in IMAGES]
+        scores = engine.score([*IMAGES, IMAGES[0]], ["a dog"] * 20 + ["a cat"], ["a photo of"] * 20 + [None])
+        features = engine.features(list(IMAGES))
+        assert texts_of([future.result() for future in futures]) == CAPTIONS
+    assert [score.logprob for score in scores[:20]] == [
+        fake_score(image, "a dog", "a photo of") for image in IMAGES
+    ]
+    assert scores[20] == Score(logprob=fake_score(IMAGES[0], "a cat", None), num_tokens=1)
+    for image, found in zip(IMAGES, features, strict=True):
+        expected = fake_features(image)
+        assert found.status is Status.OK
+        assert found.qformer_features is not None and found.qformer_features.dtype == np.float32
+        np.testing.assert_array_equal(found.qformer_features, expected.qformer_features)
+        np.testing.assert_array_equal(found.pooler_output, expected.pooler_output)
+    assert {frozenset(parts) for parts in sent} == {
+        frozenset({"texts"}),
+        frozenset({"scores"}),
+        frozenset({"features"}),
+    }
+
+
+def test_scores_and_features_that_are_refused_or_fail_are_rows_with_a_status() -> None:
+    def answer(exchange: Exchange) -> None:
+        if exchange.scores:
+            exchange.refuse(400, "bad_request", "scores is not a field")
+        else:
+            exchange.begin()
+            exchange.break_off("overloaded")
+
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        (score,) = engine.score(list(IMAGES[:1]), ["a"], [None])
+        (features,) = engine.features(list(IMAGES[:1]))
+    assert (score.status, score.error) == (
+        Status.REFUSED,
+        "the endpoint answers 400: scores is not a field",
+    )
+    assert features.status is Status.FAILED and features.qformer_features is None
+
+
+def test_a_job_that_stops_while_the_endpoint_is_gone_waits_for_no_scores() -> None:
+    """The stage waits for them in one call; it would never have returned."""
+    listen(lambda trouble: False)
+    with endpoint(lambda exchange: exchange.hang_up()) as url:
+        engine = RemoteEngine(Endpoint(url), MODEL)
+        for read in (
+            lambda: engine.score(list(IMAGES[:1]), ["a"], [None]),
+            lambda: engine.features(list(IMAGES[:1])),
+        ):
+            with pytest.raises(GivenUp):
+                read()
+        engine.close()
+
+
 def test_the_trial_before_work_says_what_the_endpoint_refuses() -> None:
     def config(url: str) -> EndpointConfig:
         return EndpointConfig(endpoint=Endpoint(url)).with_info()
 
     with endpoint(lambda exchange: exchange.answer_all()) as url:
         assert config(url).info() == MODEL
-        config(url).try_out(GenerationOptions(), ["a", "b"])
+        config(url).try_out(
+            Outputs(embed=("v=vision",), score=("s=caption",)), GenerationOptions(), ["a", "b"]
+        )
     refusal = "the key alice has no right to send batch work"
     with (
         endpoint(lambda exchange: exchange.refuse(403, "no_batch_right", refusal)) as url,
         pytest.raises(EndpointError, match=f"{url} answers 403: {refusal}"),
     ):
-        config(url).try_out(GenerationOptions())
+        config(url).try_out(Outputs(), GenerationOptions())
     with (
         endpoint(lambda exchange: exchange.refuse(400, "bad_request", "too many beams")) as url,
         pytest.raises(EndpointError, match="the endpoint answers 400: too many beams"),
     ):
-        config(url).try_out(GenerationOptions())
+        config(url).try_out(Outputs(), GenerationOptions())
     with pytest.raises(EndpointError, match="gives no answer"):
         config(url)
 

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from deploy.guard import front, uploads
 from deploy.guard.front import Front
 from deploy.guard.uploads import Uploads
+from deploy.http.errors import ApiError, overloaded, unavailable
 
 
 class Proxy:
@@ -135,42 +135,87 @@ def test_serves_own_answers_have_our_shape(code: int, expected: tuple[int, str])
     assert (answer.headers.get("retry-after") == "1") == (expected[0] == 503)
 
 
-@pytest.mark.parametrize(
-    ("code", "refused_in_s", "shed_for_s"),
-    [(503, 0.1, 0.0), (503, 1.5, 1.5), (503, 60.0, 2.0), (200, 60.0, 0.0)],
-)
-def test_while_gateways_are_behind_with_refusing_the_front_refuses(
-    monkeypatch: pytest.MonkeyPatch, code: int, refused_in_s: float, shed_for_s: float
-) -> None:
-    """Offered five times what the endpoint can do, refusals and probes took longer than 30 s."""
-    clock = SimpleNamespace(now_s=100.0)
-    for module in (front, uploads):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+class Gateways(Proxy):
+    """Holds requests until they are let go, and refuses those beyond its limit."""
 
-    class Slow(Proxy):
-        async def _answer(self, *answer: Any) -> None:
-            if self.scopes and self.scopes[-1]["method"] == "POST":
-                clock.now_s += refused_in_s
-            await super()._answer(*answer)
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.held: list[asyncio.Event] = []
+        self.num_asked = 0
 
-    serve = Slow(code)
-    guarded = Front(serve)
+    async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+        self.num_asked += 1
+        if len(self.held) >= self.limit:
+            response = overloaded("enough", 7.2).response()
+            start = {"type": "http.response.start", "status": 503, "headers": response.raw_headers}
+            await send(start)
+            await send({"type": "http.response.body", "body": bytes(response.body)})
+            return
+        go = asyncio.Event()
+        self.held.append(go)
+        await go.wait()
+        self.held.remove(go)
+        await super()._answer(code, kind, send)
 
-    def is_refused_here() -> bool:
-        num_passed_on = len(serve.scopes)
-        answer = ask(guarded, content=b"x")
-        return len(serve.scopes) == num_passed_on and error_of(answer) == (503, "overloaded")
 
-    assert not is_refused_here()
-    until_s = clock.now_s + shed_for_s
-    if shed_for_s:
-        clock.now_s = until_s - 0.01
-        assert is_refused_here()
-        assert ask(guarded, "GET", "/livez").status_code == 200
-        ask(guarded, "GET", "/v1/model")
-        assert serve.scopes[-1]["path"] == "/v1/model"  # pages and probes pass
-    clock.now_s = until_s
-    assert not is_refused_here()
+def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offered five times what the endpoint can do, refusals waited for seconds in the gateways."""
+    monkeypatch.setattr(front, "MIN_LIMIT", 4)
+
+    async def flood() -> None:
+        serve = Gateways(limit=6)
+        guarded = Front(serve)
+        transport = httpx.ASGITransport(guarded)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            async def post(path: str = "/v1/caption") -> httpx.Response:
+                return await client.post(path, content=b"x")
+
+            running = [asyncio.create_task(post()) for _ in range(6)]
+            while len(serve.held) < 6:
+                await asyncio.sleep(0)
+            assert error_of(await post()) == (503, "overloaded")
+            assert serve.num_asked == 7
+            answer = await post()
+            assert error_of(answer) == (503, "overloaded") and answer.headers["retry-after"] == "8"
+            assert serve.num_asked == 7, "the front has answered"
+            # Batch work has a limit of its own, and probes none.
+            await post("/v1/batch")
+            assert serve.num_asked == 8 and guarded._limit.value == 6
+            assert (await client.get("/livez")).status_code == 200
+            # A place that is free is taken again, and answers make room for more.
+            serve.limit = 100
+            serve.held[0].set()
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            more = asyncio.create_task(post())
+            while len(serve.held) < 6:
+                await asyncio.sleep(0)
+            before = guarded._limit.value
+            for go in list(serve.held):
+                go.set()
+            answers = await asyncio.gather(*running, more)
+            assert {answer.status_code for answer in answers} == {200}
+            assert guarded._limit.value == pytest.approx(before + 6 * front.LIMIT_GROWTH)
+            assert guarded._uploads.num_complete == 0
+
+    asyncio.run(flood())
+
+
+@pytest.mark.parametrize(("refusal", "limit"), [(unavailable("it ends"), 80.0), (overloaded("full"), 64.0)])
+def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -> None:
+    """A gateway that ends says nothing of the next, and a few requests never wait long for a refusal."""
+
+    class Refusing(Proxy):
+        async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+            response = refusal.response()
+            await send({"type": "http.response.start", "status": 503, "headers": response.raw_headers})
+            await send({"type": "http.response.body", "body": bytes(response.body)})
+
+    guarded = Front(Refusing())
+    guarded._limit.value = 80.0
+    assert ask(guarded).status_code == 503
+    assert guarded._limit.value == limit
 
 
 def test_an_error_inside_serves_proxy_is_503() -> None:
@@ -232,7 +277,7 @@ def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
     async def read() -> None:
         body = Uploads().body_of("a", leave)
         assert await body() == {"type": "http.disconnect"}
-        assert body.refusal is None and body.complete_at_s is None
+        assert body.refusal is None and not body.is_complete
 
     messages: list[Message] = [
         {"type": "http.request", "body": b"a", "more_body": True},
@@ -285,13 +330,44 @@ def test_one_client_holds_at_most_half_of_the_bytes() -> None:
         answer = ask(front, content=body)
         assert error_of(answer) == (429, "too_many_bytes") and answer.headers["retry-after"] == "10"
     # What was held has been given back, however the request ended.
-    assert front._uploads._num_bytes == 0 and not front._uploads._num_bytes_of
+    assert front._uploads._num_bytes == 0 and not front._uploads._num_claimed_of
+
+
+def test_what_a_client_announces_counts_before_it_is_here() -> None:
+    """Its bodies began side by side, and each of those that did not fit had been read almost to its end."""
+
+    async def begin() -> None:
+        held = Uploads(8 << 20)
+
+        async def receive() -> Message:
+            has_begun.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        has_begun = asyncio.Event()
+        first = held.body_of("a", receive, 3 << 20)
+        reading = asyncio.create_task(first())
+        await has_begun.wait()
+        second = held.body_of("a", receive, 2 << 20)
+        assert (await second())["type"] == "http.disconnect"
+        assert second.refusal is not None and second.refusal.code == 429
+        # A small body, and one of another client, go on.
+        others = [held.body_of("a", receive, 1 << 20), held.body_of("b", receive, 4 << 20)]
+        tasks = [asyncio.create_task(other()) for other in others]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+        for task in (reading, *tasks):
+            task.cancel()
+        for body in (first, second, *others):
+            body.release()
+        assert not held._num_claimed_of and not held._num_bytes
+
+    asyncio.run(begin())
 
 
 def test_large_bodies_leave_room_for_small_ones() -> None:
     held = Uploads(8 << 20)
-    for client in ("a", "b"):
-        held.hold(client, 3 << 20, 0)
+    held.hold(6 << 20, 0)
     front = small_front(Proxy())
     front._uploads = held
     assert error_of(ask(front, content=bytes(2 << 20))) == (503, "overloaded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from blip2_actor import GenerationOptions, Request
-from blip2_actor.testing import FakeEngineConfig, fake_caption
+from blip2_actor.testing import FakeEngineConfig, fake_caption, fake_features, fake_score
 from deploy.guard.cost import Cost
 from deploy.http.errors import unavailable
 from deploy.routes import batch
@@ -71,6 +72,42 @@ def test_each_text_gets_the_result_of_the_engine(service: EngineService) -> None
     assert service.costs[-1] == Cost(slots=8, steps=9)
 
 
+def test_scores_and_features_are_those_of_the_engine(service: EngineService, monkeypatch) -> None:
+    """Positions go through texts, scores and features; no call of the engine has more than a few of them."""
+    scored = [{"image": 1, "text": "a dog", "prompt": "a photo of"}, {"image": 2, "text": "x" * 2000}]
+    scored += [{"image": n % 2, "text": f"text {n}"} for n in range(20)]
+    engine = service.captioner._actor.engine
+    features, sizes = engine.features, []
+
+    def note(images: Any, **options: Any) -> Any:
+        sizes.append(len(images))
+        assert all(image.low_priority for image in images)
+        return features(images, **options)
+
+    monkeypatch.setattr(engine, "features", note)
+    wanted = [2, 0, *[1] * 15]
+    answer = send(service, npy(IMAGES), [{"image": 0}], scores=scored, features=wanted)
+    lines = sorted(lines_of(answer), key=lambda line: line["index"])
+    assert [line["index"] for line in lines] == list(range(1 + len(scored) + len(wanted)))
+    assert lines[0]["completions"][0]["text"] == fake_caption(IMAGES[0], None)
+    assert lines[1] == {
+        "index": 1,
+        "status": "ok",
+        "error": None,
+        "logprob": fake_score(IMAGES[1], "a dog", "a photo of"),
+        "num_tokens": 1,
+    }
+    assert (lines[2]["status"], lines[2]["logprob"]) == ("refused", None) and lines[2]["error"]
+    assert lines[22]["logprob"] == fake_score(IMAGES[1], "text 19", None)
+    for line, index in zip(lines[23:], wanted, strict=True):
+        expected = fake_features(IMAGES[index])
+        assert expected.qformer_features is not None and expected.pooler_output is not None
+        assert base64.b64decode(line["qformer_features"]) == npy(expected.qformer_features)
+        assert base64.b64decode(line["pooler_output"]) == npy(expected.pooler_output)
+    assert sizes == [8, 8, 1]
+    assert service.costs[-1] == Cost(slots=1 + len(scored) + len(wanted), steps=7)
+
+
 def test_every_request_to_the_engine_has_low_priority(service: EngineService, monkeypatch) -> None:
     asked: list[Request] = []
     submit = service.captioner._actor.submit
@@ -95,7 +132,7 @@ def test_every_request_to_the_engine_has_low_priority(service: EngineService, mo
         (npy(IMAGES[:0]), [{}], "pixels must be from 1 to 64 images, got 0"),
         (npy(IMAGES), [{"image": 3}], "texts: image must be below the number of images, 3"),
         (npy(IMAGES), [{"image": -1}], "texts.0.image must be greater than or equal to 0, got -1"),
-        (npy(IMAGES), [], "texts must have at least 1 item"),
+        (npy(IMAGES), [], "texts, scores and features must be from 1 to 256 together, got 0"),
     ],
     ids=["no-npy", "size", "dtype", "pickle", "empty", "image", "negative", "no-texts"],
 )
@@ -141,7 +178,9 @@ def test_while_nothing_is_finished_empty_lines_come_and_the_end_of_the_service_i
         texts = [batch.TextOfBatch(image=0, text=batch.TextToGenerate(prompt=None, options=model.options))]
         monkeypatch.setattr(service, "admit_batch", lambda cost: _Checked(check))
         with pytest.raises(Exception, match="the service is ending"):
-            await batch._generate(service, model, IMAGES, texts, Cost(slots=1, steps=1), emit)
+            await batch._serve(
+                service, model, IMAGES, batch.BatchWork(texts=tuple(texts)), Cost(slots=1, steps=1), emit
+            )
         return sent
 
     assert asyncio.run(run()) == [b"\n"] * 3
