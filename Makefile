@@ -49,9 +49,10 @@ coverage: $(STAMP)  ## print the line coverage of the unit, parity and contract 
 chaos: $(STAMP)  ## run the tests that kill processes or start clusters of their own; not in the default suite
 	$(BIN)/python -m pytest tests/chaos --timeout=900 -m ''
 
-cluster: $(STAMP)  ## run a job, an endpoint and an autoscaling cluster on real Ray processes, in about 15 minutes; not in the default suite
+cluster: $(STAMP)  ## run a job, an endpoint and an autoscaling cluster on real Ray processes, in about half an hour; not in the default suite
 	$(BIN)/python -m pytest --timeout=900 -m '' tests/integration/job/test_job_submit.py tests/chaos/own_clusters/test_submit.py \
-		tests/chaos/own_clusters/test_autoscaler.py tests/chaos/own_clusters/online/test_endpoint_changes.py
+		tests/chaos/own_clusters/test_autoscaler.py tests/chaos/own_clusters/nodes \
+		tests/chaos/own_clusters/online/test_endpoint_changes.py tests/chaos/own_clusters/online/test_updates.py
 
 pages: $(STAMP)  ## run the tests of the HTML pages in Chromium, which must be installed; not in the default suite
 	$(BIN)/python -m pytest tests/pages

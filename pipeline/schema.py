@@ -89,10 +89,12 @@ def output_schema(
 def plain_type(type: pa.DataType) -> pa.DataType:
     """Return the type in which a column is written.
 
-    Views and dictionaries, on every level, become the types that all readers of Parquet know, and that can be
-    sorted and joined.
+    Views, dictionaries and extensions such as tensors, on every level, become the types that all readers of
+    Parquet know, and that can be sorted and joined.
     """
     types = pa.types
+    if isinstance(type, pa.BaseExtensionType) and not isinstance(type, (pa.UuidType, pa.JsonType)):
+        return plain_type(type.storage_type)
     if types.is_string_view(type):
         return pa.string()
     if types.is_binary_view(type):

@@ -16,6 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HANDLED_WITHIN_S = 8.0
 """Python handles a signal when the main thread next runs Python. A library that does not return until then,
 such as the client of a store that does not answer, holds the process no longer than this."""
+ENDED_WITHIN_S = 25.0
+"""How long writing, closing and releasing may take after that: a store that does not answer may hold each
+step for minutes. It is less than the 30 s after which Ray kills a job that was stopped."""
 
 
 @contextmanager
@@ -48,6 +51,7 @@ class StopRequest:
         """The first signal that has arrived."""
         self._is_deferred = False
         self._is_handled = threading.Event()
+        self._is_over = threading.Event()
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
@@ -88,7 +92,7 @@ class StopRequest:
 
     @contextmanager
     def _watched(self, handled: Collection[signal.Signals]) -> Iterator[None]:
-        """End this process if one of the signals comes inside the block and is not handled in time."""
+        """End this process if one of the signals comes inside the block, and it does not end in time."""
         receiving, sending = os.pipe()
         os.set_blocking(sending, False)  # as `signal.set_wakeup_fd` requires
         before = signal.set_wakeup_fd(sending)
@@ -100,6 +104,7 @@ class StopRequest:
             yield
         finally:
             self._is_handled.set()
+            self._is_over.set()
             signal.set_wakeup_fd(before)
             os.close(sending)
             watching.join()
@@ -108,11 +113,13 @@ class StopRequest:
         with os.fdopen(receiving, "rb", buffering=0) as numbers:
             # All signals that Python handles are in the pipe, those of other parts of the program too.
             number = next((n for n in iter(lambda: numbers.read(1), b"") if n[0] in handled), None)
-            if number is None or self._is_handled.wait(HANDLED_WITHIN_S):
+            is_handled = number is None or self._is_handled.wait(HANDLED_WITHIN_S)
+            if number is None or (is_handled and self._is_over.wait(ENDED_WITHIN_S)):
                 numbers.read()  # until the end of the block: Python complains about a pipe that nobody reads
                 return
         number = signal.Signals(number[0])
-        said = f"stopped at once by {name_of(number)}: a library did not return; finished work is kept"
+        held_by = "a store or Ray" if is_handled else "a library"
+        said = f"stopped at once by {name_of(number)}: {held_by} did not return; finished work is kept"
         os.write(2, f"blip2: {said}\n".encode())
         os._exit(128 + (signal.SIGTERM if number == signal.SIGALRM else number))
 

@@ -98,7 +98,6 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
         super().__init__(fs)
         self._query = query
 
-    get_file_info_selector = _raising_oserrors(pafs.FSSpecHandler.get_file_info_selector)
     create_dir = _raising_oserrors(pafs.FSSpecHandler.create_dir)
     delete_dir = _raising_oserrors(pafs.FSSpecHandler.delete_dir)
     delete_file = _raising_oserrors(pafs.FSSpecHandler.delete_file)
@@ -108,6 +107,13 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
         if "mtime" not in info:  # the filesystem of Azure calls it so
             info = {**info, "mtime": info.get("last_modified")}
         return pafs.FSSpecHandler._create_file_info(path, info)
+
+    @_raising_oserrors
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        try:
+            return super().get_file_info_selector(selector)
+        except NotADirectoryError:  # It is asked for twice, and another process has written it in between.
+            return super().get_file_info_selector(selector)
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
         return [self._file_info(path) for path in paths]

@@ -35,6 +35,12 @@ class SubmitSettings:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return `submit` with its own flags, and the command line of the job, which follows them."""
+    """Return `submit` with its own flags, and the command line of the job, which follows them.
+
+    Raises:
+        ValueError: `submit` is followed by a word that is no job.
+    """
     start = next((n for n, word in enumerate(arguments) if word in JOBS), len(arguments))
+    if start == len(arguments) > 1 and not arguments[1].startswith("-"):
+        raise ValueError(f"a job must be one of {', '.join(JOBS)}, got {arguments[1]}")
     return [word for word in arguments[:start] if word != "--"], list(arguments[start:])

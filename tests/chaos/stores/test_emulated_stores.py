@@ -150,9 +150,11 @@ def test_a_driver_that_is_killed_is_resumed(store, tmp_path):
     folder = Folder(store.uri("killed/out"))
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_until(lambda: scan_output(folder).fragments, driver, tmp_path / "log")
-        driver.kill()
-        driver.wait()
+        try:
+            wait_until(lambda: scan_output(folder).fragments, driver, tmp_path / "log")
+        finally:
+            driver.kill()
+            driver.wait()
         fragments = scan_output(folder).fragments.values()
         written = [row for of_shard in fragments for row in captions_in(folder, of_shard)]
         gate.unlink()

@@ -175,6 +175,7 @@ def test_a_cached_checkpoint_needs_no_hub(
 )
 def test_a_name_with_a_password_is_refused_and_not_said(field: str, uri: str) -> None:
     """It went into the record of the run, its report and the labels of metrics."""
+    given: dict[str, Any] = {"model": "demo", field: uri}
     with pytest.raises(ValueError, match=f"^{field} must hold no password") as refused:
-        EngineConfig(**{"model": "demo", field: uri}).info()
+        EngineConfig(**given).info()
     assert "S3CRET" not in str(refused.value) and "AZURE_STORAGE_SAS_TOKEN" in str(refused.value)

@@ -77,10 +77,12 @@ def test_a_driver_is_refused_when_its_shards_may_be_those_of_another(folder, hel
 def test_of_a_run_and_a_slice_that_start_together_on_two_machines_at_most_one_goes_on(folder, monkeypatch):
     """Both had written their lease before either looked, and each waited until it thought the other dead."""
     monkeypatch.setattr("pipeline.ledger.lease._machine", lambda: "")  # of none that can be looked up
-    have_written = threading.Barrier(2)
+    # A driver that looked later would find a lease without a heartbeat, and take its holder for dead.
+    have_looked, have_written = threading.Barrier(2), threading.Barrier(2)
 
     class Simultaneous(Lease):
         def _take(self):
+            have_looked.wait(60)
             super()._take()
             have_written.wait(60)
 

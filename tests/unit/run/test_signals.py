@@ -109,6 +109,29 @@ def test_a_library_that_does_not_return_holds_no_signal():
     )
 
 
+HELD_LATER = """
+import signal, threading
+from pipeline.errors import Interrupted
+from pipeline.run import signals
+
+signals.ENDED_WITHIN_S = 0.2
+with signals.StopRequest().by_signals():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Interrupted:
+        threading.Event().wait()  # as for the heartbeat of a lease in a store that does not answer
+"""
+
+
+def test_a_store_that_does_not_answer_holds_no_job_that_was_stopped():
+    """A driver ran on for minutes after SIGTERM, until Ray or the operator killed it."""
+    ended = subprocess.run([sys.executable, "-c", HELD_LATER], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 143
+    assert ended.stderr == (
+        "blip2: stopped at once by SIGTERM: a store or Ray did not return; finished work is kept\n"
+    )
+
+
 def test_a_signal_that_is_handled_ends_nothing_later(monkeypatch):
     monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.5)
     request = StopRequest()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pyarrow.fs as pafs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.storage.fsspec_errors import oserrors
+from pipeline.storage.fsspec_errors import HandlerWithOSErrors, oserrors
 
 
 class ClientError(Exception):
@@ -60,3 +62,22 @@ def test_no_message_holds_a_secret():
     said = str(raised_for(ClientError("503 for url='https://me:pw@host/a?sig=hidden'", status=503)))
     assert said == "ClientError: 503 for url='https://host/a'"
     assert "sig" not in str(raised_for(OSError("503 for https://host/a?sig=hidden")))
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_listed(monkeypatch):
+    """Arrow asks whether it is a folder, then whether it is there: `status` said that it is no folder."""
+    store = MemoryFileSystem(skip_instance_cache=True)
+    is_folder = store.isdir
+
+    def written_after_the_question(path: str) -> bool:
+        found = is_folder(path)
+        store.pipe("/meanwhile/a", b"1")
+        return found
+
+    monkeypatch.setattr(store, "isdir", written_after_the_question)
+    folder = pafs.FileSelector("/meanwhile", allow_not_found=True)
+    try:
+        [file] = HandlerWithOSErrors(store).get_file_info_selector(folder)
+    finally:
+        store.rm("/meanwhile", recursive=True)
+    assert file.base_name == "a"

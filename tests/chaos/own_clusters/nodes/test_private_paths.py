@@ -61,5 +61,5 @@ def test_what_a_node_does_not_share_is_refused_and_nothing_is_written(
         driver = start_driver(head_and_private_node, settings, {}, log)
         assert driver.wait() == 3, log.read_text()
         said = log.read_text()
-        assert f"blip2: {name} must be storage that all nodes share, got " in said, said
+        assert f"blip2: --{name} must be storage that all nodes share, got " in said, said
         assert not [path for path in output.rglob("*") if path.is_file()], "nothing is written"

@@ -52,6 +52,19 @@ def endpoint(folder: Path, *flags: str) -> Iterator[tuple[str, Popen[str]]]:
             command.communicate(timeout=120)
 
 
+def operator(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the headers of an operator's request, and the flags of an endpoint that takes them."""
+    admins, key = folder / "admins.txt", "the key of the operator"
+    admins.write_text(f"operator {hashlib.sha256(key.encode()).hexdigest()}\n")
+    return {"authorization": f"Bearer {key}"}, ["--admin-keys-file", str(admins)]
+
+
+def num_running(url: str, headers: dict[str, str]) -> int:
+    """Return how many requests the engine has."""
+    [engine] = httpx.get(f"{url}/admin/stats", headers=headers, timeout=60).json()["engines"]
+    return int(engine["num_requests"] - engine["num_finished"])
+
+
 def check_contract(answer: httpx.Response) -> None:
     """An answer is a caption, or says in JSON when to try again."""
     assert answer.status_code in (200, 503), answer.text
@@ -63,9 +76,10 @@ def check_contract(answer: httpx.Response) -> None:
 
 def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -> None:
     """SIGTERM with slow requests ended in exit status 1, and 404 in plain text for those that came."""
-    with endpoint(tmp_path) as (url, command), ThreadPoolExecutor(3) as callers:
+    headers, flags = operator(tmp_path)
+    with endpoint(tmp_path, *flags) as (url, command), ThreadPoolExecutor(3) as callers:
         slow = [callers.submit(ask, url, **SLOW | {"no_repeat_ngram_size": size}) for size in (50, 51, 52)]
-        time.sleep(1.5)  # they are in the engine
+        wait_for(lambda: num_running(url, headers) == 3, seconds=60)
         command.send_signal(signal.SIGTERM)
         refused = 0
         while not all(answer.done() for answer in slow):
@@ -86,10 +100,8 @@ def test_a_drain_answers_what_has_begun_and_refuses_what_comes(tmp_path: Path) -
 
 def test_a_gateway_that_is_replaced_during_a_drain_is_drained(tmp_path: Path) -> None:
     """Its successor took requests again, although the operator had drained the service."""
-    admins, key = tmp_path / "admins.txt", "the key of the operator"
-    admins.write_text(f"operator {hashlib.sha256(key.encode()).hexdigest()}\n")
-    headers = {"authorization": f"Bearer {key}"}
-    with endpoint(tmp_path, "--admin-keys-file", str(admins)) as (url, command):
+    headers, flags = operator(tmp_path)
+    with endpoint(tmp_path, *flags) as (url, command):
         assert ask(url).status_code == 200
         assert httpx.post(f"{url}/admin/drain", headers=headers, timeout=30).status_code == 200
         process_of(command, "ServeReplica:blip2:Gateway").kill()

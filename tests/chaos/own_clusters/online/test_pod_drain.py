@@ -12,6 +12,8 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
+from tests.integration.online.endpoint import wait_for
+
 CLUSTER = Path(__file__).parents[4] / "deploy/kubernetes/base/ray_cluster.yaml"
 
 
@@ -28,7 +30,7 @@ def hook(cluster: Cluster, raylet: int) -> subprocess.Popen:
     )
 
 
-def test_a_worker_ends_when_its_work_has_and_the_hook_of_one_that_has_ended_returns() -> None:
+def test_a_worker_ends_when_its_work_has_and_the_hook_of_one_that_has_ended_returns(tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=1)
@@ -37,11 +39,12 @@ def test_a_worker_ends_when_its_work_has_and_the_hook_of_one_that_has_ended_retu
 
         @ray.remote(num_cpus=1, max_retries=0)
         def work() -> str:
+            (tmp_path / "runs").touch()
             time.sleep(8)
             return "done"
 
         answer = work.remote()
-        ray.wait([answer], timeout=4)  # it runs
+        wait_for((tmp_path / "runs").exists, seconds=60)
         draining = hook(cluster, raylet.pid)
         assert ray.get(answer, timeout=60) == "done"
         raylet.wait(timeout=60)

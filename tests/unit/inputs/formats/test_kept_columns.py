@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,6 +108,14 @@ def test_tars_and_tables_have_one_type(tmp_path):
     assert pq.read_table(tmp_path / "out")["txt"].to_pylist() == ["of a table", "of a tar"]
 
 
+def test_a_tensor_is_kept_as_its_list(tmp_path):
+    """Arrow cannot make one of Python values: the shard was captioned and could not be committed."""
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(8, dtype=np.int8).reshape(2, 2, 2))
+    write_tables(tmp_path, {"image": [b"x", b"x"], "label": tensors}, {"image": [b"x"]})
+    assert run(tmp_path, reading=ReadOptions(keep=("label",))).num_ok == 3
+    assert pq.read_table(tmp_path / "out")["label"].to_pylist() == [[0, 1, 2, 3], [4, 5, 6, 7], None]
+
+
 @pytest.mark.parametrize(
     ("type", "plain"),
     [
@@ -117,6 +126,8 @@ def test_tars_and_tables_have_one_type(tmp_path):
         (pa.struct([("a", pa.dictionary(pa.int8(), pa.string()))]), pa.struct([("a", pa.string())])),
         (pa.list_(pa.string_view(), 2), pa.list_(pa.string(), 2)),
         (pa.uuid(), pa.uuid()),
+        (pa.fixed_shape_tensor(pa.int8(), [2, 2]), pa.list_(pa.int8(), 4)),
+        (pa.list_(pa.fixed_shape_tensor(pa.int8(), [2])), pa.list_(pa.list_(pa.int8(), 2))),
     ],
 )
 def test_views_and_dictionaries_become_plain_on_every_level(type, plain):
