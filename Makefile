@@ -56,7 +56,7 @@ cluster: $(STAMP)  ## run a job, an endpoint and an autoscaling cluster on real 
 pages: $(STAMP)  ## run the tests of the HTML pages in Chromium, which must be installed; not in the default suite
 	$(BIN)/python -m pytest tests/pages
 
-picture: $(STAMP)  ## make docs/images/report.png anew, in Chromium
+picture: $(STAMP)  ## make the pictures of docs/images anew from real runs, with Chromium and tmux
 	$(BIN)/python -m tests.pages.picture
 
 wheel: $(STAMP)  ## build dist/*.whl and run its demonstration in a fresh environment

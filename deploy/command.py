@@ -21,6 +21,8 @@ from blip2_actor.flags import (
     effective_settings,
     settings_as_json,
     settings_as_toml,
+    with_flags,
+    wrap_for,
 )
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.metrics_port is not None:
             _refuse_taken_port("127.0.0.1", settings.metrics_port, "--metrics-port")
     except MissingPackages as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(wrap_for(sys.stderr, str(error)) + "\n")
         return REFUSED
     except (ValueError, OSError) as error:
         return _fail(error, REFUSED)
@@ -109,7 +111,7 @@ def refusal_of(settings: ServeSettings) -> str | None:
 
             FinishedRun(settings.cache_from, settings.engine.info(), settings.image)
     except (ValueError, OSError) as error:
-        return str(error)
+        return with_flags(str(error), ServeSettings)
     return None
 
 
@@ -120,7 +122,7 @@ def _in_child(call: Callable[[ServeSettings], str | None], settings: ServeSettin
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    sys.stderr.write(f"{PROG}: {error}\n")
+    sys.stderr.write(wrap_for(sys.stderr, f"{PROG}: {error}") + "\n")
     return status
 
 

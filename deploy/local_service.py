@@ -90,20 +90,29 @@ def set_ray_environment() -> None:
     # The threads of a model on CPUs wait without spinning: the cores are also those of gateway and decoders.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(serve_environment())
-    _import_serve_without_pandas()()
+    _preparation()()
     from deploy.app import NODE_ENVIRONMENT  # imports Ray, which reads its environment now
 
     os.environ.update(NODE_ENVIRONMENT)
 
 
-def _import_serve_without_pandas() -> Callable[[], None]:
-    """Return a function that imports Serve as if pandas were not installed; others may import that later.
+def _preparation() -> Callable[[], None]:
+    """Return what each process does before it uses Serve, which has no settings for this (Ray 2.60).
 
-    Serve imports it to encode answers that are data frames, which ours are not: 37 MiB in each process. The
-    function is pickled by value, because a worker that imported this module would import Serve before.
+    Serve's replicas listen on loopback, where Serve has them listen on every address. Serve is imported as
+    if pandas were not installed, which others may import later: pandas encodes answers that are data frames,
+    which ours are not, and takes 37 MiB in each process.
+
+    The function is pickled by value, because a worker that imported this module would import Serve before.
     """
 
-    def import_serve() -> None:
+    def prepare() -> None:
+        from ray._common import tls_utils
+
+        add_port = tls_utils.add_port_to_grpc_server
+        tls_utils.add_port_to_grpc_server = lambda server, address: add_port(
+            server, address.replace("[::]", "127.0.0.1")
+        )
         if "pandas" not in sys.modules:
             sys.modules["pandas"] = None  # type: ignore[assignment]
             try:
@@ -111,7 +120,7 @@ def _import_serve_without_pandas() -> Callable[[], None]:
             finally:
                 del sys.modules["pandas"]
 
-    return import_serve
+    return prepare
 
 
 def _drain(limit_s: float) -> None:
@@ -161,7 +170,7 @@ def _start_ray(settings: ServeSettings) -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
                 job_config=OurPackagesFirst(),
-                runtime_env={"worker_process_setup_hook": _import_serve_without_pandas()},
+                runtime_env={"worker_process_setup_hook": _preparation()},
                 _metrics_export_port=settings.metrics_port,
             )
     except Exception as error:  # Ray raises a plain Exception when one of its processes comes up too late

@@ -78,8 +78,8 @@ class Settings:
     score_revision: str | None = None
     """Commit, tag or branch of --score-model."""
     calibration: str | None = None
-    """File of blip2 calibrate: captions with its prompt and options get a confidence, the probability that
-    they are right."""
+    """File of blip2 calibrate, or its URI in a bucket that --model can name: captions with its prompt and
+    options get a confidence, the probability that they are right."""
     min_confidence: float = 0.0
     """Set the flag `abstained` on captions whose confidence is lower, from 0 to 1."""
     timeout_s: float = 60.0

@@ -28,5 +28,5 @@ class Finding:
 
 
 def gib(num_bytes: float) -> str:
-    """Return a number of bytes in GiB."""
-    return f"{num_bytes / GIB:,.1f} GiB"
+    """Return a number of bytes in GiB, or in MiB if it is less than one."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):,.0f} MiB"

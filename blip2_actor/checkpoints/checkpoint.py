@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import Blip2Config
 
@@ -210,6 +211,7 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
     if name == "demo":
         return Checkpoint(DEMO_FOLDER)
     if "://" in name:
+        _require_no_secret(field, name)
         folder, version = fetch_from_bucket(name, with_weights)
         return Checkpoint(folder / Path(name).name if is_lavis else folder, version)
     if Path(name).is_dir():
@@ -228,6 +230,20 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
             f'or gs:// folder, or "demo", got {name!r}'
         )
     return Checkpoint(*fetch_from_hub(name, revision, with_weights))
+
+
+def _require_no_secret(field: str, uri: str) -> None:
+    """Refuse a URI with a password, a token or a signature: names of models are stored and shown."""
+    parts = urlsplit(uri)
+    place, _, host = parts.netloc.rpartition("@")
+    # Only to a web server a user name alone may be a token; in az:// it is a container.
+    is_token = bool(place) and parts.scheme in ("http", "https")
+    if parts.password is not None or is_token or parts.query:
+        raise ValueError(
+            f"{field} must hold no password and no option, because it is stored and shown, got one in "
+            f"{parts.scheme}://{host}{parts.path}; give it to the store by environment variables, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AZURE_STORAGE_SAS_TOKEN"
+        )
 
 
 def describe(

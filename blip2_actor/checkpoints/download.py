@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +180,35 @@ def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
     return folder, digest
 
 
-def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the store's filesystem and its entries for the checkpoint's files."""
+def read_from_bucket(uri: str) -> bytes:
+    """Return the content of a small file in a bucket.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with _errors_named(uri):
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        return bytes(filesystem.cat_file(path))
+
+
+@contextmanager
+def _errors_named(uri: str) -> Iterator[None]:
+    """Turn what goes wrong in a store into an OSError with a sentence."""
     try:
-        filesystem, root = fsspec.core.url_to_fs(uri)
-        filesystem.invalidate_cache(root)
-        entries = filesystem.ls(root, detail=True)
+        yield
     except ImportError as error:
         hint = install_hint(uri.partition("://")[0])
         raise OSError(f"{uri} needs a package that is not installed: {error}{hint}") from error
     except Exception as error:  # each store's library has its own exceptions
         raise OSError(f"{uri} cannot be read ({type(error).__name__}: {error}); check its name") from error
+
+
+def _list(uri: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the store's filesystem and its entries for the checkpoint's files."""
+    with _errors_named(uri):
+        filesystem, root = fsspec.core.url_to_fs(uri)
+        filesystem.invalidate_cache(root)
+        entries = filesystem.ls(root, detail=True)
     by_name = {Path(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
     files = [by_name[name] for name in ([*by_name] if uri.endswith(LAVIS_SUFFIX) else select_files(by_name))]
     if not files:

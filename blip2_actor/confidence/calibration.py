@@ -139,13 +139,24 @@ class Calibration:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` has written.
 
+        Args:
+            path: a file here, or the URI of one in a bucket.
+
         Raises:
             ValueError: the file cannot be read, or is no calibration.
         """
+        name = os.fspath(path)
+        if "://" in name:
+            from blip2_actor.checkpoints.download import read_from_bucket  # imports the hub's client
+
+            try:
+                return cls.parse(read_from_bucket(name), name)
+            except OSError as error:
+                raise ValueError(f"calibration must be a file that can be read: {error}") from error
         try:
-            return cls.parse(Path(path).read_bytes(), os.fspath(path))
+            return cls.parse(Path(name).read_bytes(), name)
         except OSError as error:
-            raise ValueError(_unusable(os.fspath(path), error)) from error
+            raise ValueError(_unusable(name, error)) from error
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> Self:

@@ -30,6 +30,7 @@ from blip2_actor.engine.own_process import OwnProcess
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
+from blip2_actor.engine.unread_tokens import reads_late
 from blip2_actor.request import EngineStats, StepWatcher
 
 T = TypeVar("T")
@@ -230,7 +231,8 @@ class EngineCore:
         elif started.encodes_ahead:
             wake_up = partial(self._wake_ups.put, None)
             ahead = self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
-        self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, ahead)
+        late = reads_late(self.runner.device)
+        self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, ahead, late)
 
     def _fail(self, error: BaseException) -> None:
         """Fail every request: what broke the device broke all of them.

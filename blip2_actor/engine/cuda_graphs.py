@@ -135,8 +135,9 @@ class Buffers:
 
     def __init__(self, language_model: LanguageModel, num_slots: int, device: torch.device) -> None:
         head = language_model.lm_head
-        self.staged = torch.zeros(2, num_slots, dtype=torch.int64, pin_memory=device.type == "cuda")
-        """int64[2, S]: token ids and lengths, on the host."""
+        is_cuda = device.type == "cuda"
+        self.staged = torch.zeros(2, 2, num_slots, dtype=torch.int64, pin_memory=is_cuda).unbind()
+        """int64[2, S] for this step and for the one before: token ids and lengths, on the host."""
         self.inputs = torch.zeros(2, num_slots, dtype=torch.int64, device=device)
         self.logits = torch.zeros(num_slots, head.out_features, dtype=head.weight.dtype, device=device)
 
@@ -155,11 +156,16 @@ class DecodeReplay:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, Step] = {}
 
-    def decode(self, token_ids: list[int], lengths: list[int], slots: KVCacheProtocol) -> Tensor:
+    def decode(
+        self, token_ids: list[int], lengths: list[int], slots: KVCacheProtocol, selected: Tensor | None = None
+    ) -> Tensor:
         """Append one token to each of the first slots.
 
         The first step of a shape runs eagerly: the shape may never come again, and to capture it costs as
         much as about ten steps.
+
+        Args:
+            selected: int64[S], the tokens of the slots whose id is negative.
 
         Returns:
             float[R, V], valid until the next step.
@@ -170,7 +176,7 @@ class DecodeReplay:
         kv_len = slots.max_length
         if not slots.reads_counts:
             kv_len = min(-(-(max(lengths) + 1) // KV_LEN_STEP) * KV_LEN_STEP, kv_len)
-        self._upload(self._buffers, token_ids, lengths, rows)
+        self._upload(self._buffers, token_ids, lengths, rows, selected)
         shape = (rows, kv_len, slots.step_shape(rows))
         step = partial(self._step, self._buffers, slots, rows, kv_len)
         if shape not in self._seen:
@@ -191,12 +197,26 @@ class DecodeReplay:
         self._graphs.clear()
         self._capturer.forget()
 
-    def _upload(self, buffers: Buffers, token_ids: list[int], lengths: list[int], rows: int) -> None:
-        """Bring the inputs to the device. The last upload is over, because its step's logits have been
-        read."""
+    def _upload(
+        self,
+        buffers: Buffers,
+        token_ids: list[int],
+        lengths: list[int],
+        rows: int,
+        selected: Tensor | None,
+    ) -> None:
+        """Bring the inputs to the device.
+
+        The step before may not have begun, and still needs its own; the tokens of the one before that have
+        been read.
+        """
+        staged, other = buffers.staged
+        buffers.staged = other, staged
         idle = [0] * (rows - len(token_ids))
-        buffers.staged[:, :rows] = torch.tensor([token_ids + idle, lengths + idle])
-        buffers.inputs.copy_(buffers.staged, non_blocking=True)
+        staged[:, :rows] = torch.tensor([token_ids + idle, lengths + idle])
+        buffers.inputs.copy_(staged, non_blocking=True)
+        if selected is not None:
+            buffers.inputs[0, :rows] = fill_in(buffers.inputs[0, :rows], selected)
 
     def _step(self, buffers: Buffers, slots: KVCacheProtocol, rows: int, kv_len: int) -> None:
         token_ids, lengths = buffers.inputs[:, :rows]
@@ -230,3 +250,10 @@ def round_rows(count: int) -> int:
     if count <= ROWS_STEP:
         return 1 << (count - 1).bit_length()
     return -(-count // ROWS_STEP) * ROWS_STEP
+
+
+def fill_in(token_ids: Tensor, selected: Tensor | None) -> Tensor:
+    """Return token ids with those of `selected` instead of negative ones, int64[R] and int64[S]."""
+    if selected is None:
+        return token_ids
+    return torch.where(token_ids < 0, selected[: len(token_ids)], token_ids)

@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer
+from blip2_actor.engine.cuda_graphs import DecodeReplay, StepCapturer, fill_in
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.encoders import Encoded, Encoders
 from blip2_actor.engine.memory import free_bytes, position_bytes
 from blip2_actor.engine.out_of_memory import ShrinkingBatches
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.upload import Upload, stack_pixels
+from blip2_actor.generation.step import LateTokens
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.language_model import KVCacheProtocol, LanguageModel
 from blip2_actor.models.recorder import Recorder
 from blip2_actor.models.scoring import text_logprobs
 from blip2_actor.transfer import ids_to_device, to_device
 
+ON_DEVICE = -1
+"""Stands for a token that `select` has selected for a slot and that the host has not read."""
 SCORE_BATCH = 64
 """Texts read at once outside the slots; bounds the memory of their logits."""
 
@@ -56,6 +59,8 @@ class ModelRunner:
         """Memory of one position in one slot."""
         self.encoders = Encoders(model, compiled_batch)
         self._slots: KVCacheProtocol | None = None
+        self._selected: Tensor | None = None
+        """int64[S]: of each slot, the token that `select` has selected last."""
         self._text_batches = ShrinkingBatches(SCORE_BATCH, "texts")
         self._replay = DecodeReplay(self.language_model, capturer, self.device) if capturer else None
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
@@ -87,7 +92,7 @@ class ModelRunner:
         """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""
         self.num_slots = num_slots
         self._forget_graphs()
-        self._slots = None
+        self._slots = self._selected = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -118,12 +123,16 @@ class ModelRunner:
     def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
         """Append one token to each of the first slots.
 
+        Args:
+            token_ids: `ON_DEVICE` stands for the token that `select` has selected for the slot.
+
         Returns:
             float[R, V], logits of the next tokens; valid until the next step.
         """
+        selected = self._selected if ON_DEVICE in token_ids else None
         if self._replay is not None:
-            return self._replay.decode(token_ids, lengths, self.slots)
-        return self.decode_eagerly(token_ids, lengths)
+            return self._replay.decode(token_ids, lengths, self.slots, selected)
+        return self.decode_eagerly(token_ids, lengths, selected)
 
     @property
     def replays_steps(self) -> bool:
@@ -131,11 +140,36 @@ class ModelRunner:
         return self._replay is not None
 
     @torch.inference_mode()
-    def decode_eagerly(self, token_ids: list[int], lengths: list[int]) -> Tensor:
-        """As `decode`, but never replayed."""
-        ids = to_device(token_ids, self.device)
+    def decode_eagerly(
+        self, token_ids: list[int], lengths: list[int], selected: Tensor | None = None
+    ) -> Tensor:
+        """As `decode`, but never replayed.
+
+        Args:
+            selected: int64[S], the tokens of the slots whose id is negative.
+        """
+        ids = fill_in(to_device(token_ids, self.device), selected)
         positions = to_device(lengths, self.device)
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
+
+    @torch.inference_mode()
+    def select(self, logits: Tensor, slots: Sequence[int], rows: Sequence[int]) -> LateTokens:
+        """Select the largest logit of each row, and keep it on the device for the next `decode`.
+
+        Args:
+            logits: float[R, V].
+            slots: in which the tokens will be appended.
+            rows: of the logits, for each of these slots.
+        """
+        tokens = LateTokens(logits)
+        if self._selected is None:
+            self._selected = torch.zeros(self.num_slots, dtype=torch.int64, device=self.device)
+        token_ids = tokens.token_ids.to(self.device, non_blocking=True)
+        if len(slots) == len(token_ids) and slots == rows:
+            self._selected[: len(token_ids)] = token_ids
+        else:
+            self._selected[to_device(slots, self.device)] = token_ids[to_device(rows, self.device)]
+        return tokens
 
     @torch.inference_mode()
     def text_logprobs(self, texts: list[TextToScore], recorder: Recorder | None = None) -> list[list[float]]:
@@ -180,8 +214,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of slots to other slots."""
+        """Copy the first `length` positions of slots to other slots, and the tokens selected for them."""
         self.slots.copy_slots(sources, targets, length)
+        if self._selected is not None:
+            self._selected[to_device(targets, self.device)] = self._selected[to_device(sources, self.device)]
 
     @torch.inference_mode()
     def copy_positions(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:

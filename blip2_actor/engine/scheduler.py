@@ -24,11 +24,12 @@ from blip2_actor.engine.encode_stage import EncodeStage
 from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
 from blip2_actor.engine.memory_recovery import MemoryRecovery
-from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.model_runner import ON_DEVICE, ModelRunner
 from blip2_actor.engine.out_of_memory import Limits, OutOfMemory, catch_out_of_memory
 from blip2_actor.engine.request_queues import Lanes
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import RunningText, SlotTable
+from blip2_actor.engine.unread_tokens import UnreadTokens
 from blip2_actor.generation.step import advance
 from blip2_actor.request import Result
 from blip2_actor.transfer import to_device
@@ -56,12 +57,15 @@ class Scheduler:
         max_slots: int,
         encode_batch: int,
         encode_ahead: EncodeWorker | EncodeStream | None = None,
+        reads_late: bool = False,
     ) -> None:
         """
         Args:
             max_slots: texts decoded at once.
             encode_batch: images per pass of the encoders.
             encode_ahead: a second thread or stream that encodes; None encodes everything in `step` itself.
+            reads_late: read the tokens of a step after the next one is queued, if all texts take the largest
+                logit.
         """
         self.runner = runner
         self.limits = Limits(max_slots, encode_batch)
@@ -70,6 +74,8 @@ class Scheduler:
         self.counters = Counters()
         self._recovery = MemoryRecovery(runner, self.limits, self.lanes, self.slots)
         self.encoding = EncodeStage(runner, self.limits, self.lanes, self.slots, self._recovery, encode_ahead)
+        self._reads_late = reads_late
+        self._unread = UnreadTokens(runner)
         self._num_arrived = 0
         self._cancelled: deque[Future[Result]] = deque()
         """Futures that callers have cancelled since the last step. Asking each of 64 running texts instead
@@ -84,12 +90,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.lanes or self.slots.texts or self.encoding.num_ahead)
+        return bool(self.lanes or self.slots.texts or self._unread or self.encoding.num_ahead)
 
     @property
     def can_step(self) -> bool:
         """True if a step would do something; False while only the second thread of a CPU is busy."""
-        return bool(self.lanes or self.slots.texts or self.encoding.has_batch_to_take)
+        return bool(self.lanes or self.slots.texts or self._unread or self.encoding.has_batch_to_take)
 
     @property
     def num_waiting(self) -> int:
@@ -105,9 +111,12 @@ class Scheduler:
         """Queue work on the device: a batch of images, the prefill of earlier ones, a decode step.
 
         The host waits for the device only for the selected tokens, which are one small tensor, and for images
-        that free slots need.
+        that free slots need. On a GPU, the tokens are those of the step before, so that the device has the
+        next step while the host waits.
         """
         self._drop_cancelled()
+        if self._unread:
+            self.slots.free([text for text in self.slots.texts if text.has_last_token])
         for stage in (self.encoding.step, self._fill_slots, self._decode):
             outcome = catch_out_of_memory(stage)
             if isinstance(outcome, OutOfMemory):
@@ -191,20 +200,25 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Append the last token of every running text to its slots, and select the next one."""
+        if not self._reads_late or not all(text.takes_argmax for text in self.slots.texts):
+            self._read_tokens()
         texts = self.slots.texts
         if not texts:
+            self._read_tokens()
             return
         self._close_gaps()
         token_ids, lengths = [0] * self.num_running, [0] * self.num_running
         for text in texts:
             length = text.length
-            for slot, token_id in zip(text.slots, text.search.tokens(), strict=True):
+            tokens = [ON_DEVICE] if text.num_unread else text.search.tokens()
+            for slot, token_id in zip(text.slots, tokens, strict=True):
                 token_ids[slot], lengths[slot] = token_id, length
         logits = self.runner.decode(token_ids, lengths)
         for text in texts:
             text.length += 1
         self.counters.num_decode_steps += 1
         self._take_tokens(logits, texts, [text.slots for text in texts])
+        self._read_tokens(num_left=1)
 
     def _close_gaps(self) -> None:
         """Move texts from the last slots into free ones, so that the running slots are the first ones."""
@@ -219,10 +233,23 @@ class Scheduler:
             logits: float[rows, V].
             rows: of each text, those of its slots.
         """
+        if self._reads_late and all(text.takes_argmax for text in texts):
+            self._unread.add(logits, texts, [of_text[0] for of_text in rows])
+            return
         parents = advance(logits, [(text.search, of_text) for text, of_text in zip(texts, rows, strict=True)])
         self.counters.num_tokens += len(texts)
         self._reorder_beams(texts, parents)
         finished = [text for text in texts if text.search.done]
+        if finished:
+            self._retire(finished)
+
+    def _read_tokens(self, num_left: int = 0) -> None:
+        """Let the texts accept the tokens of all steps but the last ones."""
+        if len(self._unread) <= num_left:
+            return
+        accepted = self._unread.read(num_left)
+        self.counters.num_tokens += len(accepted)
+        finished = [text for text in dict.fromkeys(accepted) if text.search.done]
         if finished:
             self._retire(finished)
 

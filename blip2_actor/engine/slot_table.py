@@ -27,6 +27,27 @@ class RunningText:
     """Cached positions that are the same in all its slots: the image and the prompt."""
     length: int
     """Cached positions in each of its slots now."""
+    num_unread: int = 0
+    """Tokens that are selected and that the host has not read; see `UnreadTokens`."""
+
+    @property
+    def takes_argmax(self) -> bool:
+        """True if the next token is the largest logit, whatever the unread ones are."""
+        search = self.search
+        return (
+            isinstance(search, TextSearch)
+            and search.takes_argmax
+            and len(search.token_ids) + self.num_unread >= search.options.min_new_tokens
+        )
+
+    @property
+    def has_last_token(self) -> bool:
+        """True if an unread token is the last one, because the text may have no more."""
+        return (
+            self.num_unread > 0
+            and isinstance(self.search, TextSearch)
+            and len(self.search.token_ids) + self.num_unread >= self.search.options.max_new_tokens
+        )
 
 
 class SlotTable:
@@ -79,8 +100,8 @@ class SlotTable:
         return text
 
     def free(self, texts: Collection[RunningText]) -> None:
-        """Remove texts from the table."""
-        removed = set(texts)
+        """Remove texts from the table; those that have left it do not matter."""
+        removed = set(texts).intersection(self.texts)
         self.texts = [text for text in self.texts if text not in removed]
         for text in removed:
             self._count(text, -len(text.slots))

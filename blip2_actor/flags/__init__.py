@@ -31,6 +31,7 @@ from blip2_actor.flags.fields import (
 )
 from blip2_actor.flags.parser import WRONG_FLAGS, Parser, flag_names
 from blip2_actor.flags.suggestions import did_you_mean
+from blip2_actor.flags.wrapping import wrap_for
 
 __all__ = [
     "WRONG_FLAGS",
@@ -51,5 +52,6 @@ __all__ = [
     "with_current_names",
     "with_flags",
     "without_flag",
+    "wrap_for",
     "written_as",
 ]

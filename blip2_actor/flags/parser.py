@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from blip2_actor.flags.config_file import as_words, read_parts
 from blip2_actor.flags.suggestions import advice_for
 from blip2_actor.flags.values import Switch
+from blip2_actor.flags.wrapping import wrap, wrap_for
 
 WRONG_FLAGS = 3
 """Exit status of a command line that cannot be understood; `pipeline.exit_status` has the whole table."""
@@ -75,7 +76,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for pattern, ours in _OUR_WORDS.items():
             message = re.sub(pattern, ours, message)
-        self.exit(WRONG_FLAGS, f"{self.prog}: {self._file}{message}\nSee {self.prog} --help\n")
+        sentence = wrap_for(sys.stderr, f"{self.prog}: {self._file}{message}")
+        self.exit(WRONG_FLAGS, f"{sentence}\nSee {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments; report an unknown flag before a missing one.
@@ -252,6 +254,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, positionals: Sequence[argparse.Action]) -> None:
         super().__init__(prog, max_help_position=30)
         self._positionals = positionals
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrap(super()._fill_text(text, width, indent), width)  # examples keep their lines
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)  # --do-sample is one word

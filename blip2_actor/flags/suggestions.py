@@ -14,15 +14,18 @@ _MANY_TEXTS = (
 )
 _MANY_ACTORS = "--max-decode-actors sets how many actors decode, --max-actors how many caption"
 _AGAIN = "finished rows stay as they are; run the same command again to resume, or give another --output"
+_EXPORT = "the output is Parquet; blip2 export writes CSV, JSON lines and more of it"
 _QUIET = "redirect the output instead, such as > log.txt"
 _HABITS: dict[str, tuple[str, ...]] = {
     "b": (_MANY_TEXTS,),
+    "batch": (_MANY_TEXTS,),
     "batch-size": (_MANY_TEXTS,),
     "beams": ("use --num-beams",),
     "bf16": ("use --dtype bfloat16",),
     "c": ("use --config",),
     "checkpoint": ("use --model",),
     "cpu": ("use --device cpu",),
+    "csv": (_EXPORT,),
     "cuda": ("use --device cuda",),
     "data": ("use --input",),
     "dataset": ("use --input",),
@@ -30,6 +33,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "dir": ("use --input", "use --output"),
     "dry-run": ("blip2 plan measures a sample, and changes no --output",),
     "endpoint": ("use --url",),
+    "format": ("use --to",),
     "fp16": ("use --dtype float16",),
     "fp32": ("use --dtype float32",),
     "folder": ("use --input", "use --output"),
@@ -41,6 +45,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "image": ("use --input",),
     "images": ("use --input",),
     "input-dir": ("use --input",),
+    "jsonl": (_EXPORT,),
     "max-images": ("use --limit",),
     "max-length": ("use --max-new-tokens, which does not count the prompt",),
     "min-length": ("use --min-new-tokens, which does not count the prompt",),
@@ -54,6 +59,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "num-workers": (_MANY_ACTORS, "use --decode-children"),
     "out": ("use --output",),
     "output-dir": ("use --output",),
+    "output-format": ("use --to", _EXPORT),
     "output-path": ("use --output",),
     "overwrite": (_AGAIN,),
     "p": ("use --prompt", "use --port"),

@@ -56,6 +56,32 @@ def advance(
     return parents
 
 
+class LateTokens:
+    """The largest logit of each row, on its way to the host, which does not wait for it.
+
+    Args:
+        logits: [rows, V], in any dtype.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.token_ids = logits.max(dim=-1).indices
+        """int64[rows], on the device."""
+        both = _with_own(self.token_ids, logits.log_softmax(dim=-1, dtype=torch.float32))
+        self._event: torch.cuda.Event | None = None
+        if both.device.type == "cuda":
+            on_host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            both = on_host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(logits.device))
+        self._both = both
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Wait for the tokens; return them and their log-probabilities, of each row."""
+        if self._event is not None:
+            self._event.synchronize()
+        return _as_lists(self._both)
+
+
 def _advance_texts(logits: Tensor, logprobs: Tensor, texts: TextRows) -> None:
     next_ids = logits.max(dim=-1).indices
     processed = [text for text in texts if not text[0].takes_argmax]
@@ -112,9 +138,18 @@ def _to_host(token_ids: Tensor, logprobs: Tensor) -> tuple[list[int], list[float
 
     int64[N] and float32[N, V].
     """
+    return _as_lists(_with_own(token_ids, logprobs))
+
+
+def _with_own(token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Return a token of each row and its log-probability in one tensor, float64[2, N]."""
     own = logprobs.gather(1, token_ids[:, None])[:, 0]
-    both = torch.stack([token_ids.double(), own.double()]).tolist()
-    return [int(token_id) for token_id in both[0]], both[1]
+    return torch.stack([token_ids.double(), own.double()])
+
+
+def _as_lists(both: Tensor) -> tuple[list[int], list[float]]:
+    token_ids, logprobs = both.tolist()
+    return [int(token_id) for token_id in token_ids], logprobs
 
 
 def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor, rows: slice | int) -> None:

@@ -133,10 +133,21 @@ class Attempts:
         return self.rows / self.active_s if self.rows and self.active_s else None
 
     @property
+    def last_ready(self) -> Attempt | None:
+        """The last attempt that had a captioning worker, else the last one; None if there is none."""
+        ready = [attempt for attempt in self.all if attempt.ready_s is not None] or self.all
+        return ready[-1] if ready else None
+
+    @property
     def shard_rows(self) -> float | None:
         """Mean number of rows of a shard, as the last attempt knew it; None if none did."""
         known = [attempt.shard_rows for attempt in self.all if attempt.shard_rows is not None]
         return known[-1] if known else None
+
+    def start_s(self, model: str, dtype: str) -> float | None:
+        """Return how long the last start with a model took until a worker had it; None if none had."""
+        known = [one.ready_s for one in self.all if (one.model, one.dtype) == (model, dtype) and one.phases]
+        return next((seconds for seconds in reversed(known) if seconds is not None), None)
 
     @property
     def busy_s(self) -> Counter[str]:

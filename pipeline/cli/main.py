@@ -22,6 +22,7 @@ from blip2_actor.flags import (
     did_you_mean,
     effective_settings,
     settings_as_words,
+    wrap_for,
 )
 from blip2_actor.installation import MissingPackages, require_packages
 from blip2_actor.version_flag import add_version_flag
@@ -105,15 +106,17 @@ def make_parser(only: str | None = None, requires: bool = True) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["help"]:  # a habit
+    if arguments[:1] in ([], ["help"]):  # a habit
         arguments = [*arguments[1:], "--help"]
+    if arguments == ["version"]:
+        arguments = ["--version"]
     try:
         return _run(arguments)
     except MissingPackages as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        sys.stderr.write(wrap_for(sys.stderr, str(error)) + "\n")
         return WRONG_FLAGS
     except ValueError as error:
-        print(f"blip2 {arguments[0]}: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(wrap_for(sys.stderr, f"blip2 {arguments[0]}: {error}") + "\n")
         return WRONG_FLAGS
 
 

@@ -52,7 +52,9 @@ def check_hub(is_needed: bool) -> Finding:
         remedy = (
             "check the network and HF_ENDPOINT, or give --model a folder; HF_HUB_OFFLINE=1 uses the cache"
         )
-        found = f"{constants.ENDPOINT} does not answer: {error}"
+        reason = getattr(error, "reason", error)  # what urllib wraps
+        reason = getattr(reason, "strerror", None) or reason
+        found = f"{constants.ENDPOINT} does not answer: {reason}"
         return Finding("hub", "fail" if is_needed else "warn", found, remedy)
     return Finding("hub", "ok", f"{constants.ENDPOINT} answers, {token}")
 
@@ -86,7 +88,7 @@ def check_model(model: str, revision: str | None) -> Finding:
     item_bytes = getattr(torch, info.dtype).itemsize
     needed, free = num_parameters * item_bytes * ACTIVATIONS, free_bytes(device)
     found = (
-        f"{model}, {num_parameters / 1e9:.2f} billion parameters in {info.dtype}: needs about {gib(needed)}, "
+        f"{model}, {_size(num_parameters)} parameters in {info.dtype}: needs about {gib(needed)}, "
         f"{gib(free)} free on {device}"
     )
     if needed <= free:
@@ -101,6 +103,10 @@ def check_model(model: str, revision: str | None) -> Finding:
         return Finding("model", "warn", f"{found}: needs --quantize or --device-map", remedy)
     remedy = "add --device-map auto, which is slower, or free memory; or choose a smaller checkpoint"
     return Finding("model", "warn", f"{found}: needs --device-map", remedy)
+
+
+def _size(num_parameters: int) -> str:
+    return f"{num_parameters / 1e9:.2f} billion" if num_parameters >= 1e8 else f"{num_parameters:,}"
 
 
 def count_parameters(model: str, revision: str | None) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip2_actor import ModelInfo
+from pipeline.storage.secrets import without_secrets
 
 ANSWER_S = 120.0
 """How long one answer may take, and how long an endpoint that has too much to do is asked again."""
@@ -35,6 +36,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"endpoint must begin with http:// or https://, got {self.url}")
+        if without_secrets(self.url) != self.url:
+            raise ValueError(
+                f"endpoint must hold no password and no option, got one in {without_secrets(self.url)}; "
+                "give its key in a file"
+            )
 
     @property
     def headers(self) -> dict[str, str]:

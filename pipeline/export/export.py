@@ -39,8 +39,10 @@ def export(settings: ExportSettings) -> int:
             num_rows = _write(settings.to, destination, found, shards[shard])
             destination.finish(shard)
             num_written += 1
-            console.say(f"{destination.name_of(shard)}: {count(num_rows, 'row')}")
-            console.event("shard", name=destination.name_of(shard), num_rows=num_rows)
+            name, num_left_out = destination.name_of(shard), found.num_rows(shard) - num_rows
+            without = f", without {num_left_out:,} that are not ok" if num_left_out else ""
+            console.say(f"{name}: {count(num_rows, 'row')}{without}")
+            console.event("shard", name=name, num_rows=num_rows, num_left_out=num_left_out)
         if settings.to == "imagefolder":
             finish_imagefolder(destination, found.shards)
     num_kept = len(found.shards) - num_written

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+from blip2_actor.installation import pip_install
+from pipeline.inputs.shards import Shard
+from pipeline.progress import count
+
 IMAGE_EXTENSIONS_V1 = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff", "tif")
 """Extensions that were images in version 1 of the row contract; a tar of such a run is still read so."""
 IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS_V1, "jpe", "jfif", "avif", "heic", "heif", "jp2", "jxl")
@@ -33,3 +40,24 @@ def looks_like_image(head: bytes) -> bool:
         or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
         or (head[:2] == b"BM" and head[6:10] == bytes(4))  # BMP: a size, then four reserved bytes
     )
+
+
+def notes_on_formats(shards: Iterable[Shard]) -> list[str]:
+    """Return a sentence for each format that images of a folder have by their names, and that nothing here
+    decodes: hours later these are failed rows."""
+    num_heic = num_jpeg_xl = 0
+    for shard in shards:
+        for name in shard.files if shard.format == "folder" else ():
+            ending = name[-5:].lower()
+            num_heic += ending in (".heic", ".heif")
+            num_jpeg_xl += ending.endswith(".jxl")
+    notes = []
+    if num_heic and find_spec("pillow_heif") is None:
+        are = "is" if num_heic == 1 else "are"
+        notes.append(
+            f"{count(num_heic, 'image')} {are} HEIC, which needs pillow-heif; run: {pip_install('heic')}"
+        )
+    if num_jpeg_xl:
+        are, them = ("is", "it") if num_jpeg_xl == 1 else ("are", "them")
+        notes.append(f"{count(num_jpeg_xl, 'image')} {are} JPEG XL, which is not supported; convert {them}")
+    return notes

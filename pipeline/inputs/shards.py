@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -79,7 +79,7 @@ class Shard:
 
     def to_json(self) -> str:
         """Return a line that stores the shard."""
-        return json.dumps(asdict(self), default=list)
+        return json.dumps(vars(self), default=list)
 
     def limit_rows(self, num_rows: int) -> int:
         """Return how many of the `num_rows` rows of its files belong to the shard."""

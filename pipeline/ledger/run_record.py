@@ -231,7 +231,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         return None
     return Run(
         fingerprint=Fingerprint(values["fingerprint"]),
-        settings=values["settings"],
+        settings=_without_secrets_of_models(values["settings"]),
         working_folder=values.get("working_folder"),
         hides_options=values.get("hides_options", True),
         unread=Unread(**values.get("unread", {})),
@@ -240,6 +240,17 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         quantization=_read_choice(values.get("quantization")),
         shards=shards,
     )
+
+
+def _without_secrets_of_models(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without passwords in names of models: 0.1.0 stored them, now they are refused."""
+    plain = dict(settings)
+    for part, names in {"engine": ("model", "adapter"), "outputs": ("score_model",)}.items():
+        stored = settings.get(part, {})
+        hidden = {name: without_secrets(stored[name]) for name in names if stored.get(name)}
+        if hidden:
+            plain[part] = {**stored, **hidden}
+    return plain
 
 
 def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 
-from blip2_actor import EngineBuilder
+from blip2_actor import EngineBuilder, ModelInfo
+from pipeline.attempts.store import read_attempts
 from pipeline.inputs.formats import check_options
+from pipeline.inputs.image_kinds import notes_on_formats
 from pipeline.inputs.listing import list_input
 from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
 from pipeline.plan.stage_costs import measure_stage_costs
 from pipeline.settings.plan_settings import AnyPlanSettings
+from pipeline.storage.folder import Folder
 
 
 def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) -> Plan:
@@ -41,11 +44,18 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         size_estimate=estimate_size(shards, job.limit, job.read_options),
         sample=sample,
         unread=listing.unread,
+        notes=tuple(notes_on_formats(shards)),
         stage_costs=measure_stage_costs(job, engine, info.image_size_px, sample),
         num_cpus=_num_cpus(),
         num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,
+        earlier_start_s=_earlier_start_s(settings.output, info),
     )
+
+
+def _earlier_start_s(output: str, info: ModelInfo) -> float | None:
+    """Return how long the last run of this model into an output took to start; None if there was none."""
+    return read_attempts(Folder(output)).start_s(info.model, info.dtype) if output else None
 
 
 def _num_accelerators(engine: EngineBuilder) -> int:

@@ -127,7 +127,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """Print the sentence that ends a command, in every style: on standard error people read it."""
-        write(self._stream, self._colored(text, RED) + "\n")
+        write(self._stream, self._shown(text, RED) + "\n")
 
     def finding(self, line: str, verdict: str) -> None:
         """Print what a check has found: "ok", "warn" or "fail". What is ok is a note."""
@@ -195,11 +195,16 @@ class Console:
             self.event(event, text=text.strip())
         if self.is_json or (self.is_quiet and event == "note"):
             return
-        text = self._colored(text, color)
+        text = self._shown(text, color)
         if self._area is not None:
             self._area.print(text)
         else:
             write(self._stream, text + "\n")
 
-    def _colored(self, text: str, color: str) -> str:
+    def _shown(self, text: str, color: str) -> str:
+        """Return a text as it is written: in a terminal, wrapped at its words and in its color."""
+        if self._is_terminal and self._stream is not None:
+            from blip2_actor.flags import wrap_for  # `__main__` first asks whether this package is ours
+
+            text = wrap_for(self._stream, text)
         return f"{color}{text}{_RESET}" if color and self._has_color else text

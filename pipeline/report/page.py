@@ -43,7 +43,10 @@ def _values(report: Report) -> dict[str, Any]:
         "models": [(model, license_of(model)) for model in report.models],
         "prompt": report.run.settings.get("prompt"),
         "warnings": report.warnings,
-        "notes": [*(note for note in partial if note.startswith("partial:")), *report.run.unread.lines()],
+        "notes": [
+            *(note for note in partial if note.startswith(("partial:", "note:"))),
+            *report.run.unread.lines(),
+        ],
         "facts": _facts(report),
         "sheet": _sheet(report),
         "histograms": list(_histograms(report)),
@@ -58,8 +61,8 @@ def _values(report: Report) -> dict[str, Any]:
         "throughput": throughput(attempts),
         "stages": _stages(attempts),
         "attempts": [_attempt_row(attempt) for attempt in attempts.all[-MAX_ATTEMPTS:]],
-        "last": attempts.all[-1] if attempts.all else None,
-        "hardware": _hardware(attempts),
+        "last": attempts.last_ready,
+        "hardware": _hardware(attempts.last_ready),
         "worker_warnings": attempts.warnings.most_common(),
     }
 
@@ -148,7 +151,7 @@ def _histograms(report: Report) -> Iterator[Histogram]:
 
 def _failures(report: Report) -> list[tuple[str, str, int, str, str]]:
     return [
-        (status, error, rows.count, ", ".join(rows.examples), remedy(status))
+        (status, error, rows.count, ", ".join(rows.examples), remedy(status, error))
         for (status, error), rows in report.statistics.most_frequent_reasons()[:MAX_REASONS]
     ]
 
@@ -192,11 +195,10 @@ def _stages(attempts: Attempts) -> list[tuple[str, str, str]]:
     ]
 
 
-def _hardware(attempts: Attempts) -> list[tuple[str, str]]:
-    """Return what the last attempt ran on."""
-    if not attempts.all:
+def _hardware(last: Attempt | None) -> list[tuple[str, str]]:
+    """Return what an attempt ran on."""
+    if last is None:
         return []
-    last = attempts.all[-1]
     shown = [(name, value) for name, value in last.hardware.items() if value or value == 0]
     texts = [(name, ", ".join(value) if isinstance(value, list) else f"{value}") for name, value in shown]
     return [*((name.replace("_", " "), text) for name, text in texts), ("dtype", last.dtype)]

@@ -31,6 +31,12 @@ REMEDIES = {
 }
 
 
-def remedy(status: str) -> str:
-    """Return what to do, as a sentence or two; empty for a status that this version does not know."""
+def remedy(status: str, error: str = "") -> str:
+    """Return what to do, as a sentence or two; empty for a status that this version does not know.
+
+    Args:
+        error: the error of the rows; it may name a command that helps.
+    """
+    if "; run: " in error:
+        return "Run the command that the error names, then retry."
     return REMEDIES.get(Status(status), "") if status in {known.value for known in Status} else ""

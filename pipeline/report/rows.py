@@ -68,6 +68,11 @@ class FinishedRows:
         with self.folder.open(output_name(self.shards[0])) as file:
             return pq.read_schema(file)
 
+    def num_rows(self, shard: str) -> int:
+        """Return the number of rows of a finished shard."""
+        with self.folder.open(output_name(shard)) as file:
+            return pq.read_metadata(file).num_rows
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the rows of all finished shards; see `tables_of`."""
         for shard in self.shards:

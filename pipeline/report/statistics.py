@@ -44,8 +44,8 @@ MAX_SCORE = 100.0
 """Scores are counted as if none were farther from 0, so that their number is bounded."""
 OTHER_REASONS = "other reasons"
 """Collects the failed rows once there are `MAX_REASONS` reasons."""
-_NUMBER = re.compile(r"(?<!JPEG )(?<!status )(?<!\d)\d+")
-"""A number that differs from row to row. JPEG 2000 is a name, and the status of a web server a reason."""
+_NUMBER = re.compile(r"(?<!JPEG )(?<!status )(?<!blip)(?<!\d)\d+")
+"""A number that differs from row to row. JPEG 2000 and blip2 are names, a web server's status is a reason."""
 
 
 class FrequentTexts:

@@ -49,7 +49,11 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", QUIET)
     # A thread of Ray Data that outlives a stopped job must not start a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+    if is_cluster():
+        return
+    # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.changes import add_new, redo
 from pipeline.inputs.find_files import same_place
 from pipeline.inputs.formats import check_options
+from pipeline.inputs.image_kinds import notes_on_formats
 from pipeline.inputs.listing import Listing, list_input
 from pipeline.ledger.fragments import names_of_shard
 from pipeline.ledger.layout import output_name
@@ -85,7 +86,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
             asks_worker=(is_cluster() and leaves_dtype_open(engine)) or leaves_quantization_open(engine),
             stop_at=stop_at,
             run_slice=settings.run_slice,
-            notes=tuple(listing.notes),
+            notes=(*listing.notes, *notes_on_formats(listing.shards)),
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
@@ -114,6 +115,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     first = dataclasses.replace(
         first.in_version(run.schema_version),
         output=settings.output,
+        outputs=settings.outputs(first.outputs),
         placement=settings.placement.apply(first.placement),
         limits=settings.limits(first.limits),
         fetching=settings.fetching(first.fetching),

@@ -13,7 +13,8 @@ class PlanOptions:
     """Settings that a plan has in addition to the settings of its job."""
 
     output: str = ""
-    """Folder or URI in which writing is timed; no file stays there. Default: a temporary local folder."""
+    """Folder or URI in which writing is timed; no file stays there. An earlier run of the model in this
+    output tells how long the start takes. Default: a temporary local folder."""
     sample: int = 64
     """Number of rows to read, decode, caption and write."""
     on_cluster: bool = False

@@ -16,6 +16,7 @@ from pipeline.endpoint.settings import EndpointSettings
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.job_settings import require_fraction
+from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import LABEL, Placement
 
 
@@ -78,6 +79,9 @@ class RetrySettings:
     keys: str | None = None
     """File with one key a line, or its URI: run only rows with these keys again, and of them those that are
     not ok unless --status says which."""
+    calibration: str | None = None
+    """The calibration of the earlier run again, if its file has been moved, or if its URI holds passwords or
+    options: these are not stored in the output."""
     redo_changed: bool = False
     """Make all rows of a shard again if its input has changed since the earlier run."""
     max_failed_fraction: float | None = None
@@ -123,6 +127,21 @@ class RetrySettings:
         """What may fail or be flagged, if it is given, by the name of the setting."""
         given = {name: getattr(self, name) for name in ("max_failed_fraction", "max_flagged_fraction")}
         return {name: value for name, value in given.items() if value is not None}
+
+    def outputs(self, before: Outputs) -> Outputs:
+        """Return the outputs of the earlier run, with the place of its calibration if that is given here.
+
+        Raises:
+            ValueError: the earlier run has no calibration.
+        """
+        if self.calibration is None:
+            return before
+        if before.calibration is None:
+            raise ValueError(
+                f"calibration must be left out for a run without one, got {self.calibration}; "
+                "a new run has confidences: give another output to blip2 caption"
+            )
+        return dataclasses.replace(before, calibration=self.calibration)
 
     def limits(self, before: ImageLimits) -> ImageLimits:
         """Return the limits of the earlier run, with the changes that are given here.

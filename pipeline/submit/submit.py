@@ -7,7 +7,7 @@ import sys
 
 from pipeline.errors import Interrupted
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
-from pipeline.progress import Console, count, format_bytes, write
+from pipeline.progress import Console, count, format_bytes
 from pipeline.storage.secrets import hide_secrets
 from pipeline.submit.cluster_job import begin, connect, follow, running_job
 from pipeline.submit.job_command import JobCommand, check_command
@@ -33,7 +33,8 @@ def submit(settings: SubmitSettings) -> int:
     if running is not None:
         submission_id = str(running.submission_id)
         if running.entrypoint != command.entrypoint:
-            write(sys.stderr, f"blip2: {_other_command(submission_id, str(running.entrypoint), command)}\n")
+            other = _other_command(submission_id, str(running.entrypoint), command)
+            Console(sys.stderr).error(f"blip2: {other}")
             return ExitStatus.FAILED
         console.say(f"the job {submission_id} runs already; its log from the beginning:")
     else:

@@ -2,7 +2,7 @@
 
 The wheel and torch come from where pip finds packages, and published checkpoints from a hub on the loopback
 interface: of their layout and with random weights. What needs a bucket, a cluster or a source tree is left
-out. The test prints how long each command takes; most of it is pip (`pytest -s`).
+out. The tests print how long each command takes; most of it is pip (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -30,8 +34,8 @@ from tests.integration.test_readme import ROOT, Block, blocks
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 MODELS = {"Salesforce/blip2-flan-t5-xl": "t5", "Salesforce/blip2-opt-2.7b-coco": "opt"}
 NUM_PHOTOS = 33
-NOT_HERE = ("s3://", "make ", "curl ", "ray ", "blip2 serve", "blip2 submit", "--index-url")
-"""What needs a bucket, a source tree, an endpoint, a cluster, or an index of another host."""
+NOT_HERE = ("s3://", "make ", "ray ", "blip2 submit", "--index-url")
+"""What needs a bucket, a source tree, a cluster, or an index of another host."""
 
 
 class ModelHub(BaseHTTPRequestHandler):
@@ -96,7 +100,7 @@ class Newcomer:
     def __init__(self, root: Path, hub: str) -> None:
         self.root = root
         self.venv = root / "env"
-        self.minutes: list[tuple[float, str]] = []
+        self.minutes: list[float] = []
         of_pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         self.environment = of_pip | {
             "HOME": str(root / "home"),
@@ -116,49 +120,94 @@ class Newcomer:
         (folder / ".venv").symlink_to(self.venv)
         return folder
 
-    def run(self, command: list[str], cwd: Path) -> str:
-        """Run one command, which must succeed, and return what it has printed."""
+    def run(self, line: str, cwd: Path, status: int = 0) -> str:
+        """Run one line in a shell, which must end with this exit status, and return what it has printed."""
+        with self.timed(line):
+            done = subprocess.run(["bash", "-c", line], cwd=cwd, env=self.environment, capture_output=True)
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == status, f"{line}\n{said}"
+        return said
+
+    @contextmanager
+    def timed(self, line: str) -> Iterator[None]:
+        """Print how long the block takes, under the name of a line."""
         began = time.monotonic()
-        done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True)
-        shown = shlex.join(command)
-        self.minutes.append(((time.monotonic() - began) / 60, shown))
-        print(f"{self.minutes[-1][0]:6.1f} min  {shown}", flush=True)
-        assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        yield
+        self.minutes.append((time.monotonic() - began) / 60)
+        print(f"{self.minutes[-1]:6.1f} min  {line.splitlines()[0]}", flush=True)
+
+    @contextmanager
+    def served(self, line: str, cwd: Path) -> Iterator[None]:
+        """Run a line in another terminal during the block, which begins when its first line of output says
+        that it is ready, and end it with Ctrl-C."""
+        server = subprocess.Popen(
+            shlex.split(line), cwd=cwd, env=self.environment, stdout=subprocess.PIPE, text=True
+        )
+        assert server.stdout is not None
+        try:
+            with self.timed(line):
+                said = list(takewhile(lambda line: " is ready on " not in line, server.stdout))
+            assert server.poll() is None, "".join(said)
+            yield
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=120)
 
 
-def lines_of(block: Block) -> list[list[str]]:
+def lines_of(block: Block) -> list[str]:
     """The command lines of a block that work on this machine."""
-    return [
-        shlex.split(line, comments=True)
-        for line in block.text.splitlines()
-        if not any(word in line for word in NOT_HERE)
-    ]
+    lines = [line.partition("#")[0].strip() for line in block.text.splitlines()]
+    return [line for line in lines if line and not any(word in line for word in NOT_HERE)]
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Newcomer:
+    return Newcomer(tmp_path_factory.mktemp("newcomer"), hub)
 
 
 @pytest.mark.timeout(3600)  # most of it is pip
-def test_the_readme_and_the_tutorial_lead_to_captions(tmp_path: Path, hub: str) -> None:
-    newcomer = Newcomer(tmp_path, hub)
+def test_the_readme_leads_to_captions(newcomer: Newcomer) -> None:
+    """In its order, from the installation to the endpoint, with what each line needs and does not bring."""
     folder = newcomer.folder("readme")
     (folder / "dist").mkdir()
-    shutil.copy(build_wheel(tmp_path / "wheel"), folder / "dist")
-    install, *others = blocks("sh", ("README.md",))
-    for block in (install, *(block for block in others if block.runs)):
-        for words in lines_of(block):
-            newcomer.run(words, folder)
-    assert (folder / "report.html").exists() and list((folder / "captions").rglob("*.parquet"))
-    for block in blocks("python", ("README.md",)):
-        if block.runs:
-            assert newcomer.run(["python", "-c", block.text], folder).strip().endswith(" ok")
+    shutil.copy(build_wheel(newcomer.root / "wheel"), folder / "dist")
+    (code,) = blocks("python", ("README.md",))
+    port = free_port()
+    for block in blocks("sh", ("README.md",)):
+        lines = [line.replace("8000", str(port)) for line in lines_of(block)]
+        if not lines or not lines[0].startswith("blip2 serve"):
+            for line in lines:
+                newcomer.run(line, folder)
+            continue
+        assert newcomer.run(f"python -c {shlex.quote(code.text)}", folder).strip().endswith(" ok")
+        serve, ask = lines
+        missing = newcomer.run(serve, folder, status=3)
+        newcomer.run(missing.rpartition("; run: ")[2].strip(), folder)
+        with newcomer.served(serve, folder):
+            answer, _ = json.JSONDecoder().raw_decode(newcomer.run(ask, folder))  # then curl's meter
+            assert answer["caption"]
+    assert (folder / "report.html").exists()
+    for output in ("captions", "photo_captions"):
+        assert list((folder / output).rglob("*.parquet"))
 
+
+@pytest.mark.timeout(1800)
+def test_the_tutorial_leads_to_captions_of_ones_own(newcomer: Newcomer) -> None:
+    """It goes on from the README, in the same environment."""
     folder = newcomer.folder("tutorial")
     said = ""
     for block in blocks("sh", ("docs/tutorial.md",)):
-        for words in lines_of(block):
-            said += newcomer.run(words, folder)
+        for line in lines_of(block):
+            said += newcomer.run(line, folder)
     for name in ("captions", "captions_coco", "answers"):
         assert f"output: {folder / name}" in said or f"output: {name}" in said
     assert said.count(f"{NUM_PHOTOS} rows = {NUM_PHOTOS} ok + 0 failed") == 3
     assert len(list((folder / "tables").glob("*.csv"))) == 1
-    print(f"{sum(minutes for minutes, _ in newcomer.minutes):6.1f} min  all of it")
-    assert os.listdir(tmp_path / "home"), "nothing was cached in the newcomer's own home"
+    print(f"{sum(newcomer.minutes):6.1f} min  all of it")
+    assert os.listdir(newcomer.root / "home"), "nothing was cached in the newcomer's own home"
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]

@@ -209,7 +209,6 @@ def test_a_wrong_flag_of_any_command_exits_with_3_and_names_the_nearest(command,
         ("captoin --input a", "there is no command captoin; did you mean caption?"),
         ("transcribe", "there is no command transcribe"),
         ("--verzion", "did you mean --version?"),
-        ("", "COMMAND"),
     ],
 )
 def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, said, capsys):

@@ -7,7 +7,7 @@
 - A sample without an image is one row that says so. Texts and kept members belong to each row of the sample.
 - If a key occurs again with an image, these rows are of their own.
 - A member without an extension is an image if its first bytes say so; its key is its path.
-- Other members without a key, hidden files, `__MACOSX` and WebDataset's own `__notes__` are no samples.
+- Other members without a key are counted. Hidden files, `__MACOSX` and WebDataset's own `__notes__` are not.
 
 In version 1 of the row contract, a row is a sample with its first image, and names without extensions and
 hidden folders are not looked at.
@@ -26,6 +26,7 @@ from pipeline.inputs.formats.seen_keys import SeenKeys
 from pipeline.inputs.formats.tar import TAR_ERRORS, LinkTargets, TarEndsEarly, members
 from pipeline.inputs.image_kinds import HEAD_BYTES, IMAGE_EXTENSIONS, IMAGE_EXTENSIONS_V1, looks_like_image
 from pipeline.inputs.reader import ReadOptions
+from pipeline.progress import count
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _NAME_WITHOUT_EXTENSION = re.compile(r"(?:.*/)?[^./][^./]*", re.DOTALL)
@@ -91,6 +92,15 @@ class SampleReader:
         self.num_rows = 0
         self.misplaced: str | None = None
         """What is wrong if a kept member is not next to its sample, as one sentence."""
+        self._num_left_out, self._first_left_out = 0, ""
+
+    @property
+    def note(self) -> str | None:
+        """Which members were not read because their names have no extension, as one sentence."""
+        if not self._num_left_out:
+            return None
+        number = count(self._num_left_out, "member")
+        return f"not read: {number} without an extension; the first is {self._first_left_out}"
 
     def read(self, archive: tarfile.TarFile) -> Iterator[Sample]:
         """Yield the samples in order; each counts as one row for each of its images, or as one.
@@ -105,6 +115,7 @@ class SampleReader:
                 is_in_sample = False
                 key, extension = self._split_name(member, archive)
                 if key is None:
+                    self._leave_out(member)
                     continue
                 if sample is None or key != sample.key or extension in sample.extensions:
                     if sample is not None and self._count_rows(sample):
@@ -138,6 +149,13 @@ class SampleReader:
             head = cast(IO[bytes], archive.extractfile(member)).read(HEAD_BYTES)
             return (member.name, BY_CONTENT) if looks_like_image(head) else (None, "")
         return split_name(member.name)
+
+    def _leave_out(self, member: tarfile.TarInfo) -> None:
+        """Count a member that is no sample's, unless a program has left it there."""
+        is_plain = _NAME_WITHOUT_EXTENSION.fullmatch(member.name) and not _NOTE.fullmatch(member.name)
+        if is_plain and not _NOT_OF_A_SAMPLE.fullmatch(member.name):
+            self._first_left_out = self._first_left_out or member.name
+            self._num_left_out += 1
 
     def _drop_last_member(self, sample: Sample) -> None:
         """Forget the last member of a sample, whose content is not whole."""

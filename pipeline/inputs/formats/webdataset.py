@@ -45,6 +45,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         num_rows=shard.limit_rows(reader.num_rows),
         complete=reason is None,
         reason=reason and f"{shard.uri}: {reason}",
+        note=reader.note,
     )
 
 

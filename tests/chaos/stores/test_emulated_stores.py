@@ -1,10 +1,15 @@
-"""Input, output, lease and model in the stores of Google and Azure, where their emulators are installed."""
+"""Input, output, lease and model in stores: Ceph's S3, and emulators of Azure and Google, where installed."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -19,8 +24,10 @@ from pipeline.cli.main import main
 from pipeline.errors import InputError, OutputInUse
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.stamps import size_in
+from pipeline.ledger.fragments import read_fragments
 from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.scan import scan_output
 from pipeline.progress import Console
 from pipeline.report.status import status_lines
 from pipeline.run.prepare import prepare
@@ -28,6 +35,8 @@ from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from pipeline.storage.secrets import hide_secrets
+from tests.chaos.cluster import wait_until
+from tests.chaos.stores.ceph import ceph
 from tests.chaos.stores.emulators import Store, azure, google, upload
 from tests.integration.inputs import right_caption, write_tars
 from tests.unit.ledger.test_lease import race_for
@@ -35,13 +44,14 @@ from tests.unit.ledger.test_lease import race_for
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning:aiohttp")
 
 
-@pytest.fixture(scope="module", params=["az", "abfs", "gs"])
+@pytest.fixture(scope="module", params=["s3", "az", "abfs", "gs"])
 def store(
     request: pytest.FixtureRequest, own_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Store]:
-    """One emulator after the other."""
-    start = google() if request.param == "gs" else azure(request.param, tmp_path_factory.mktemp("azurite"))
-    with start as started:
+    """One store after the other."""
+    folder = tmp_path_factory.mktemp(request.param)
+    starts = {"s3": ceph, "gs": lambda _: google()}
+    with starts.get(request.param, partial(azure, request.param))(folder) as started:
         os.environ.update(started.environment)
         fsspec.get_filesystem_class(started.model_scheme).clear_instance_cache()  # it forgets no port
         yield started
@@ -126,6 +136,42 @@ def test_a_job_from_store_to_store_and_again(store, tmp_path, capsys):
     printed = capsys.readouterr()
     shown = said.getvalue() + printed.out + printed.err + "".join(status_lines(settings.output))
     assert store.secret not in shown and "sig=" not in shown
+
+
+def test_a_driver_that_is_killed_is_resumed(store, tmp_path):
+    truth = write_tars(tmp_path / "in", num_tars=3, rows_per_tar=40)
+    upload(store, tmp_path / "in", "killed/in")
+    gate, trace = tmp_path / "gate", tmp_path / "trace"
+    gate.touch()
+    settings = {"input": [store.uri("killed/in")], "output": store.uri("killed/out")}
+    settings["placement"] = {"calls_per_actor": 1}
+    engine = {"trace": str(trace), "gate": str(gate), "gate_after": 50}
+    command = [sys.executable, "-m", "tests.drive", json.dumps({"settings": settings, "engine": engine})]
+    folder = Folder(store.uri("killed/out"))
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(lambda: scan_output(folder).fragments, driver, tmp_path / "log")
+        driver.kill()
+        driver.wait()
+        fragments = scan_output(folder).fragments.values()
+        written = [row for of_shard in fragments for row in captions_in(folder, of_shard)]
+        gate.unlink()
+        assert subprocess.run(command, stdout=log, stderr=log, timeout=200).returncode == 0
+    for shard, images in truth.items():
+        table = folder.read(f"{shard}.parquet", pq.read_table)
+        assert table["caption"].to_pylist() == [right_caption(image) for image in images.values()]
+    made = Counter(captions_made(trace))
+    assert written and all(made[caption] == 1 for caption in written)
+
+
+def captions_in(folder, fragments):
+    """Return the captions that had reached the store."""
+    return [
+        caption
+        for rows in read_fragments(folder, fragments)
+        if rows is not None
+        for caption in rows["caption"].to_pylist()
+    ]
 
 
 def test_a_checkpoint_is_fetched(store, tmp_path, monkeypatch):

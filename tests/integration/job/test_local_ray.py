@@ -9,10 +9,14 @@ import tempfile
 
 import pytest
 
+from tests.listening import is_loopback
+
 PROGRAM = """
 from pipeline.run.cluster import connected, set_ray_environment
 set_ray_environment()
+import os
 import psutil, ray
+from tests.listening import listening_ports
 class Add:
     def __call__(self, batch):
         return {"sum": batch["id"] + 1}
@@ -21,13 +25,15 @@ with connected() as cluster:
     print(added.max("sum"), cluster.is_local)
     for process in psutil.Process().children(recursive=True):
         print(*process.cmdline())
+    for address, port in listening_ports(os.getpid()):
+        print("listens:", address, port)
 print("left:", len(psutil.Process().children()))
 """
 
 
 @pytest.mark.slow
 def test_a_local_ray_has_only_the_processes_that_a_job_needs() -> None:
-    """Starting and ending the others was several seconds of each run."""
+    """Starting and ending the others was several seconds of each run. Other machines reach none of them."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         done = subprocess.run(
@@ -42,3 +48,5 @@ def test_a_local_ray_has_only_the_processes_that_a_job_needs() -> None:
     idle_actors = ("StatsActor", "AutoscalingCoordinator", "ActorLocationTracker")
     for idle in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py", *idle_actors):
         assert idle not in done.stdout, done.stdout
+    listening = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens: ")]
+    assert listening and all(map(is_loopback, listening)), done.stdout

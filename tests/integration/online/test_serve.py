@@ -31,6 +31,7 @@ from tests.integration.online.endpoint import (
     wait_for,
 )
 from tests.integration.online.endpoint_process import free_port, poison, serving
+from tests.listening import is_loopback, listening_ports
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)
@@ -145,13 +146,8 @@ def test_the_command_serves_the_demonstration_and_ends_with_all_it_started(tmp_p
         check_logs_and_metrics(lines[3], answer)
         started = psutil.Process(command.pid).children(recursive=True)
         assert len(started) > 3
-        for process in started:
-            # The port between Serve's replicas is everywhere, and asks for the token of this cluster.
-            if "ServeReplica" not in " ".join(process.cmdline()):
-                hosts = {
-                    c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
-                }
-                assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, process
+        listening = listening_ports(command.pid)
+        assert port in {number for _, number in listening} and all(is_loopback(ip) for ip, _ in listening)
         command.send_signal(signal.SIGTERM)
         assert command.communicate(timeout=120)[0] == "stopped\n"
         assert command.returncode == 0

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
+from blip2_actor.engine import core, startup
 from blip2_actor.testing import IMAGE_SIZE_PX, random_images
+from tests.parity.engine.tape import Tape
 
 PROMPTS = [None, "a", "Question: what is it? Answer:", "été ☃", "this is a photo of"]
 END_OFTEN = 65
@@ -31,18 +33,22 @@ def folder(checkpoint_folder: Callable[..., Path]) -> Path:
     return checkpoint_folder(eos_token_id=END_OFTEN, seed=3)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
+@pytest.fixture(scope="module", params=["one-thread", "two-threads", "reads-late"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
         device="cpu",
-        num_threads=request.param,
+        num_threads=2 if request.param == "two-threads" else 1,
         max_slots=7,
         encode_batch=3,
     )
-    with Engine(config) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reads-late":  # as on a GPU
+            patch.setattr(core, "reads_late", lambda device: True)
+            patch.setattr(startup, "capturer_for", lambda *_, **__: Tape())
+        with Engine(config) as started:
+            yield started
 
 
 def make_requests(count: int, seed: int = 0) -> list[Request]:
@@ -65,9 +71,10 @@ def asked() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def alone(engine: Engine, asked: list[Request]) -> list[tuple[int, ...]]:
+def alone(folder: Path, asked: list[Request]) -> list[tuple[int, ...]]:
     """Token ids of each request by itself."""
-    return [engine.generate([request])[0].token_ids for request in asked]
+    with Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)) as engine:
+        return [engine.generate([request])[0].token_ids for request in asked]
 
 
 def test_a_batch_of_64_gives_what_each_request_gives_alone(engine, asked, alone) -> None:
@@ -75,10 +82,10 @@ def test_a_batch_of_64_gives_what_each_request_gives_alone(engine, asked, alone)
     assert len({len(ids) for ids in alone}) > 8, "the test needs texts of different lengths"
 
 
-def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, asked, alone) -> None:
+def test_any_order_of_arrivals_and_cancellations_gives_the_same_tokens(engine, asked, alone, request) -> None:
     """200 seeded sequences: a slot that is freed too early, moved wrongly or not moved changes another
     text."""
-    for seed in range(200 if engine.config.num_threads == 1 else 50):
+    for seed in range(200 if request.node.callspec.id == "one-thread" else 50):
         choose = random.Random(seed)
         picked = choose.sample(range(len(asked)), choose.randint(1, 9))
         futures = []

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from blip2_actor import EngineConfig
 from blip2_actor.checkpoints import download
 from blip2_actor.checkpoints.download import fetch_from_bucket, fetch_from_hub
 
@@ -139,3 +140,20 @@ def test_a_cached_checkpoint_needs_no_hub(
     assert fetch_from_hub("some/model", None, with_weights) == (folder, commit)
     with pytest.raises(OSError, match=r"'other/model' is not on this machine and the hub \(.*:1\) cannot"):
         fetch_from_hub("other/model", None, with_weights)
+
+
+@pytest.mark.parametrize("field", ["model", "adapter"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:S3CRET@bucket/model",
+        "https://S3CRET@example.com/model",
+        "https://user:S3CRET@example.com/checkpoint.pth",
+        "az://container@account/model?sv=1&sig=S3CRET",
+    ],
+)
+def test_a_name_with_a_password_is_refused_and_not_said(field: str, uri: str) -> None:
+    """It went into the record of the run, its report and the labels of metrics."""
+    with pytest.raises(ValueError, match=f"^{field} must hold no password") as refused:
+        EngineConfig(**{"model": "demo", field: uri}).info()
+    assert "S3CRET" not in str(refused.value) and "AZURE_STORAGE_SAS_TOKEN" in str(refused.value)

@@ -42,3 +42,11 @@ def test_advice_names_flags_and_commands_that_exist() -> None:
             assert any(set(_FLAG.findall(advice)) <= known for known in flags), (name, advice)
     assert set(HABITS.values()) <= {*COMMANDS, *OTHERS}
     assert not set(HABITS) & {*COMMANDS, *OTHERS}
+
+
+@pytest.mark.parametrize(("arguments", "begins"), [("", "usage: blip2"), ("version", "blip2-ray ")])
+def test_what_people_type_first_is_answered(
+    arguments: str, begins: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments) == 0
+    assert capsys.readouterr().out.startswith(begins)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -149,3 +151,17 @@ def test_the_best_text_of_a_result_counts_and_a_failed_one_has_no_confidence():
 def test_only_a_confidence_below_the_limit_abstains():
     assert abstention_flags(0.4, 0.5) == ["abstained"]
     assert abstention_flags(0.5, 0.5) == abstention_flags(None, 0.5) == abstention_flags(0.0, 0.0) == []
+
+
+def test_a_file_in_a_bucket_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The gateways of an endpoint on a cluster have no common disk."""
+    fit(200).save(tmp_path / "c.json")
+    fsspec.filesystem("memory").pipe("/bucket/c.json", (tmp_path / "c.json").read_bytes())
+    assert Calibration.load("memory://bucket/c.json") == Calibration.load(tmp_path / "c.json")
+    with pytest.raises(
+        ValueError, match=r"^calibration must be .*: memory://bucket/none\.json cannot be read"
+    ):
+        Calibration.load("memory://bucket/none.json")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"run: pip install 'blip2-ray\[s3\]'$"):
+        Calibration.load("s3://bucket/c.json")

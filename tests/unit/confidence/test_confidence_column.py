@@ -12,10 +12,14 @@ from blip2_actor import Calibration, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ReadOptions
+from pipeline.ledger.layout import output_name
+from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.outputs import Outputs
+from pipeline.settings.retry_settings import RetrySettings
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.output_rows import output_columns
 from tests.unit.stages.decoded_tables import decoded, pixels_of
@@ -110,6 +114,44 @@ def test_a_calibration_of_other_captions_is_refused_before_work(tmp_path, calibr
     dataclasses.replace(calibration, model="other").save(tmp_path / "c.json")
     with pytest.raises(ValueError, match="with the model of this run"):
         check()
+
+
+def finished_run(tmp_path: Path, **changes) -> Path:
+    """Leave a run as if it were finished, and return its output."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"-")
+    places = {"input": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
+    job = prepare(dataclasses.replace(settings(tmp_path, 0.5), **places, **changes), FakeEngineConfig())
+    job.ledger.begin(job.run)
+    for shard in job.run.shards:
+        job.ledger.folder.put(output_name(shard.name), b"")
+    return tmp_path / "out"
+
+
+def test_a_retry_scores_as_the_run_did_and_is_told_where_the_file_is_now(tmp_path, calibration):
+    """A run whose file had been moved, or whose URI held a password, could not be retried."""
+    output = str(finished_run(tmp_path))
+
+    def scored_with(**values) -> tuple[str, float]:
+        job = prepare_retry(RetrySettings(output=output, **values), FakeEngineConfig())
+        spec = job.settings.spec(job.engine)
+        assert spec.calibration is not None
+        return spec.calibration.digest, spec.outputs.min_confidence
+
+    assert scored_with() == (calibration.digest, 0.5)
+    moved = (tmp_path / "c.json").rename(tmp_path / "moved.json")
+    with pytest.raises(ValueError, match=r"^calibration must be a file that can be read, got .*c\.json"):
+        scored_with()
+    assert scored_with(calibration=str(moved)) == (calibration.digest, 0.5)
+    dataclasses.replace(calibration, intercept=1.0).save(moved)
+    with pytest.raises(FingerprintMismatch, match=r"confidence\.calibration"):
+        scored_with(calibration=str(moved))
+
+
+def test_a_retry_gives_no_confidences_to_a_run_without_them(tmp_path, calibration):
+    output = str(finished_run(tmp_path, outputs=Outputs()))
+    with pytest.raises(ValueError, match="calibration must be left out for a run without one"):
+        prepare_retry(RetrySettings(output=output, calibration="c.json"), FakeEngineConfig())
 
 
 @pytest.mark.parametrize(

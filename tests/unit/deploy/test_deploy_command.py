@@ -52,7 +52,7 @@ def test_an_empty_model_is_refused(free_port: int, capsys) -> None:
 def test_token_ids_that_the_model_does_not_have_are_refused(free_port: int, capsys) -> None:
     """Every request would have failed on them."""
     assert main(["--model", "demo", "--port", str(free_port), "--suppress-tokens", "999999"]) == 3
-    assert "suppress_tokens must be token ids below" in capsys.readouterr().err
+    assert "--suppress-tokens must be token ids below" in capsys.readouterr().err
 
 
 def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(

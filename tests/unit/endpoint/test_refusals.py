@@ -10,6 +10,7 @@ from PIL import Image
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.main import main
+from pipeline.endpoint.settings import EndpointSettings
 from pipeline.run.prepare import prepare
 from pipeline.settings.job_settings import CaptionSettings
 from tests.unit.endpoint.scripted_endpoint import Exchange, endpoint
@@ -70,8 +71,6 @@ def test_a_run_of_another_model_is_not_continued(
 
 def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str, tmp_path: Path) -> None:
     """A later start without the endpoint finds the model by this name, and the fingerprint is the same."""
-    from pipeline.endpoint.settings import EndpointSettings
-
     with endpoint(answer) as url:
         settings = CaptionSettings(
             input=(photos,), output=str(tmp_path / "out"), serving=EndpointSettings(endpoint=url)
@@ -83,3 +82,10 @@ def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str
     )
     assert remote.run.fingerprint == local.run.fingerprint
     assert remote.settings.engine.model == "demo" and "serving" not in remote.settings.to_dict()
+
+
+@pytest.mark.parametrize("url", ["http://me:s3cret@web:8000", "http://s3cret@web", "http://web?key=s3cret"])
+def test_a_password_in_the_address_is_refused_and_not_said(url: str) -> None:
+    with pytest.raises(ValueError, match="endpoint must hold no password") as refused:
+        EndpointSettings(endpoint=url)
+    assert "s3cret" not in str(refused.value)

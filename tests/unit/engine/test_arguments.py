@@ -20,6 +20,7 @@ from blip2_actor import (
     GenerationOptions,
     MatchingConfig,
     Request,
+    Result,
     Status,
 )
 from tests.unit.engine.random_calls import CALLS, call_at_random
@@ -39,6 +40,14 @@ def png(pixels: np.ndarray = PIXELS) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def told(results: list[Result]) -> list[tuple[Any, ...]]:
+    """Return what is the same in every batch; on some CPUs, log-probabilities differ in their last bits."""
+    return [
+        (result.status, result.error, [(c.token_ids, c.text, c.finish_reason) for c in result.completions])
+        for result in results
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +93,14 @@ def test_one_image_in_any_form_gives_a_list_of_one(engine: Engine, expected: Any
 
 
 def test_a_generator_and_an_empty_list(engine: Engine, expected: Any) -> None:
-    assert engine.generate((PIXELS for _ in range(2)), max_new_tokens=5) == expected * 2
+    assert told(engine.generate((PIXELS for _ in range(2)), max_new_tokens=5)) == told(expected * 2)
     assert engine.generate([]) == []
 
 
 def test_a_file_is_read(engine: Engine, expected: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png())
-    assert engine.generate([path, str(path)], max_new_tokens=5) == expected * 2
+    assert told(engine.generate([path, str(path)], max_new_tokens=5)) == told(expected * 2)
     big = tmp_path / "big"
     with big.open("wb") as file:
         file.truncate((128 << 20) + 1)
@@ -117,7 +126,7 @@ def test_gray_arrays_and_tensors_equal_gray_bytes(engine: Engine) -> None:
     Image.fromarray(gray).save(file, "PNG")
     forms: list[Any] = [file.getvalue(), gray, gray[..., None], torch.from_numpy(gray.copy())[None]]
     first, *others = engine.generate([*forms], max_new_tokens=5)
-    assert first.ok and others == [first] * 3
+    assert first.ok and told(others) == told([first] * 3)
 
 
 def test_urls_are_fetched_through_the_guard_if_asked_for(
@@ -152,7 +161,7 @@ def test_keywords_change_the_options_of_a_request_too(engine: Engine) -> None:
     expected = engine.generate(PIXELS, beams, max_new_tokens=4)[0]
     assert len(expected.token_ids) == 4
     greedy = engine.generate(PIXELS, max_new_tokens=4)[0]
-    assert engine.generate([own, PIXELS], max_new_tokens=4) == [expected, greedy]
+    assert told(engine.generate([own, PIXELS], max_new_tokens=4)) == told([expected, greedy])
     assert engine.submit(own, max_new_tokens=4).result() == expected
     assert "".join(engine.stream(own, num_beams=1, max_new_tokens=4)) == greedy.text
     assert own.options is beams

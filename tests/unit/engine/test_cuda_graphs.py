@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from blip2_actor.engine.cuda_graphs import CudaGraphs, round_rows
+from blip2_actor.engine.cuda_graphs import CudaGraphs, DecodeReplay, EagerRunner, round_rows
 
 
 def test_rows_round_up_to_few_sizes() -> None:
@@ -54,3 +55,25 @@ def test_a_capture_that_cannot_be_ended_releases_the_allocator(
         capturer.capture(step)
     assert ended == [(3, (0, 1))]
     assert capturer._pool == (0, 2)
+
+
+class LanguageModelThatEchoes:
+    lm_head = torch.nn.Linear(1, 2)
+
+    def decode(self, token_ids: torch.Tensor, lengths: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.stack([token_ids, lengths], 1).float()
+
+
+def test_the_inputs_of_a_step_stay_on_the_host_until_the_step_after_the_next() -> None:
+    """A GPU may copy them only when the host has prepared the next step already."""
+    slots: Any = SimpleNamespace(num_slots=3, max_length=9, reads_counts=True, step_shape=lambda rows: rows)
+    replay = DecodeReplay(LanguageModelThatEchoes(), EagerRunner(), torch.device("cpu"))  # type: ignore[arg-type]
+    seen = []
+    for step in range(3):
+        logits = replay.decode([step, -1], [7 + step] * 2, slots, torch.tensor([4, 5 + step, 6]))
+        assert logits.tolist() == [[step, 7 + step], [5 + step, 7 + step]]
+        assert replay._buffers is not None
+        (staged,) = [both for both in replay._buffers.staged if both[1, 0] == 7 + step]
+        seen.append((staged, staged.clone()))
+        for before, content in seen[-2:]:
+            assert torch.equal(before, content)

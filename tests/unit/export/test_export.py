@@ -204,6 +204,8 @@ def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, c
     rows = write_run(tmp_path / "in", tmp_path / "out", failed=(1,))
     into = exported(tmp_path / "out", to, tmp_path / "made")
     first = state_of(into)
+    said = capsys.readouterr().out
+    assert said.count(": 4 rows" if to == "jsonl" else ": 3 rows, without 1 that are not ok\n") == 2
     exported(tmp_path / "out", to, into)
     again = state_of(into)
     assert {name: content for name, (_, content) in again.items()} == {n: c for n, (_, c) in first.items()}

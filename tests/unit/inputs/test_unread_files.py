@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def test_a_plan_says_what_is_not_read(tmp_path, monkeypatch):
     found = make_plan(PlanSettings(input=(str(tmp_path),), sample=1), FakeEngineConfig())
     assert "          1 file not read: 1 .mp4" in list(found.lines())
     assert found.to_dict()["unread"] == {"by_ending": {".mp4": 1}, "num_own": 0, "num_excluded": 0}
+
+
+def test_images_that_nothing_here_decodes_are_named_before_the_work(tmp_path, monkeypatch):
+    """Each was a failed row, of which the first five were shown hours later."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.HEIC", "b.heif", "c.jxl", "heic", "d.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"\xff\xd8\xff")
+    jpeg_xl = "1 image is JPEG XL, which is not supported; convert it"
+    assert prepare_run(tmp_path).notes == (jpeg_xl,)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    heic = "2 images are HEIC, which needs pillow-heif; run: pip install 'blip2-ray[heic]'"
+    assert prepare_run(tmp_path).notes == (heic, jpeg_xl)
 
 
 def test_images_without_an_ending_are_recognized_by_their_content(tmp_path):

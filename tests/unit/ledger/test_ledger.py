@@ -78,6 +78,7 @@ def test_a_record_of_a_newer_format_is_refused(ledger):
         ("s3://me:secret@bucket/in?region=here", "s3://me:secret@bucket/in/{0..9}.tar?region=here"),
         ("s3://bucket/in?access=secret", "s3://bucket/in?access=secret"),
         ("s3://bucket/in", "s3://bucket/in/a.tar"),
+        ("https://secret@web/in", "https://secret@web/in"),
         ("/in", "/in/*.tar"),
     ],
 )
@@ -85,6 +86,17 @@ def test_secrets_of_the_input_are_not_stored_and_come_back_with_it(ledger, root,
     ledger.begin(Run(Fingerprint({}), {}, (dataclasses.replace(shard("a.tar"), root=root),)))
     assert "secret" not in ledger.require_run().shards[0].root
     assert ledger.require_run(["s3://other:word@elsewhere/x", uri]).shards[0].root == root
+
+
+def test_a_password_that_0_1_0_has_stored_in_the_name_of_a_model_is_left_out(ledger):
+    """Such a name is refused now, and `retry` takes the model from the record."""
+    stored = {
+        "engine": {"model": "https://me:secret@web/a?token=secret", "adapter": None},
+        "prompt": "u://a:b@c",
+    }
+    ledger.begin(Run(Fingerprint({}), stored, (shard("a.tar"),)))
+    read = ledger.require_run().settings
+    assert read == {"engine": {"model": "https://web/a", "adapter": None}, "prompt": "u://a:b@c"}
 
 
 def test_unfinished_work_leaves_out_finished_shards_and_rows_in_fragments(ledger):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from blip2_actor.models.layers import Linear
+from blip2_actor.quantization.int8 import FULL_WEIGHT, is_exact
 from blip2_actor.quantization.methods import require_method
 from blip2_actor.quantization.row_scaled import FP8, LARGEST, RowScaledWeight, scale_rows
 
@@ -24,6 +25,8 @@ def test_a_product_is_that_of_the_scaled_numbers_whatever_the_shape(
     dtype: torch.dtype, num_rows: int, width: int, num_channels: int
 ) -> None:
     """Sides that are no multiples of 16 are padded, and so are a few rows."""
+    if dtype is torch.int8 and not is_exact(FULL_WEIGHT):
+        pytest.skip("products of bytes saturate on this CPU; those of a GPU do not")
     x, weight, bias = normal(num_rows, width), normal(num_channels, width), normal(num_channels)
     (rows, of_rows), (channels, of_channels) = scale_rows(x, dtype), scale_rows(weight, dtype)
     exact = rows.double() @ channels.double().T

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from blip2_actor.quantization import int8
 from blip2_actor.quantization import quantize as quantizing
 from blip2_actor.quantization.choice import PARTS
 from blip2_actor.testing import FakeEngineConfig, captions_made, save_tiny_retrieval_checkpoint
+from pipeline.attempts.attempt import Attempt
+from pipeline.attempts.store import write_attempt
 from pipeline.cli.main import main
 from pipeline.inputs import size_estimate
 from pipeline.inputs.listing import list_shards
@@ -78,6 +81,26 @@ def test_the_prediction_is_what_the_engine_costs(tmp_path):
     )
     assert (prediction.bottleneck, prediction.stages["caption"].workers_per_actor) == ("caption", 1)
     assert len(found.sample.shards) == 4
+
+
+def test_the_start_is_as_long_as_the_last_one_of_this_output(tmp_path):
+    """Ten seconds and the load of the model were assumed of a cluster whose nodes take minutes to come."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
+    info = FakeEngineConfig().info()
+    output = Folder(str(tmp_path / "out"))
+
+    def attempt(minute: int, **changes: Any) -> None:
+        values = {"model": info.model, "dtype": info.dtype, "phases": {"start Ray": 1.0}} | changes
+        begun = f"2026-01-31T18:{minute:02}:00+00:00"
+        write_attempt(output, Attempt(id=f"{minute:08}", run="r", begun=begun, **values))
+
+    attempt(1, ready_s=None)  # it never had a worker
+    attempt(2, ready_s=200.0)
+    attempt(3, ready_s=300.0)
+    attempt(4, ready_s=400.0, model="another")
+    found = make_plan(settings(tmp_path / "in", output=str(output)), FakeEngineConfig())
+    assert found.start_s == 300.0
+    assert "5 min of it start-up, as in the last run of this output;" in "\n".join(found.lines())
 
 
 def test_a_fast_engine_is_limited_by_decoding(tmp_path):

@@ -11,7 +11,7 @@ import re
 import struct
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TextIO
 
@@ -95,6 +95,25 @@ def test_no_line_of_the_area_wraps(columns, trouble, monkeypatch):
         assert any("12,345,678 images" in line and "ETA 1 d 10 h" in line for line in lines) or trouble
     if trouble:
         assert any(line.startswith(trouble[: columns - 3]) for line in lines)
+
+
+@pytest.mark.parametrize("has_area", [False, True])
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_a_terminal_has_no_line_that_breaks_inside_a_word(columns, has_area, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    note = "decode sandbox: uid 65534, no new privileges, no files, no network, no other processes"
+    command = "blip2 show --output /data/photographs/captions --status not_ok --sort logprob"
+    with terminal(columns) as (stream, shown):
+        said = Console(stream)
+        with said.area() if has_area else nullcontext():
+            said.say(note)
+            said.fail(f"exit status 2: {note}")
+            said.say(f"next: {command}")
+    lines = [line for line in lines_of(shown[0]) if line]
+    assert max(len(line) for line in lines if command not in line) < columns
+    assert any(line.endswith(command) for line in lines)
+    assert re.sub(r"\s+", " ", " ".join(lines)).strip() == f"{note} exit status 2: {note} next: {command}"
+    assert "\x1b[31m" in shown[0]
 
 
 def test_the_area_is_gone_at_its_end_and_what_was_said_stays(monkeypatch):

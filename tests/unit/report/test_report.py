@@ -15,6 +15,8 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from blip2_actor import DecodePool, EngineConfig, Status
+from pipeline.attempts.attempt import Attempt
+from pipeline.attempts.store import write_attempt
 from pipeline.cli.main import main
 from pipeline.demo.dataset import MARKER
 from pipeline.inputs.listing import list_shards
@@ -248,6 +250,28 @@ def test_the_demo_model_warns_of_images_that_are_not_its_own(tmp_path):
 def test_every_status_that_is_not_ok_has_a_remedy():
     assert set(REMEDIES) == set(Status) - {Status.OK}
     assert remedy("undecodable").startswith("The file") and remedy("of a newer version") == ""
+
+
+def test_a_command_in_an_error_stays_one_that_can_be_pasted_and_is_the_remedy():
+    """It was `pip install 'blipN-ray[heic]'`, next to the advice that the file is damaged."""
+    statistics = Statistics()
+    error = "the image is HEIC, which needs pillow-heif; run: pip install 'blip2-ray[heic]'"
+    row = {"key": "a", "status": "undecodable", "error": error, "flags": []}
+    statistics.add(pa.Table.from_pylist([row], schema=output_schema()))
+    ((status, reason), _) = statistics.most_frequent_reasons()[0]
+    assert reason == error and remedy(status, reason) == "Run the command that the error names, then retry."
+
+
+def test_the_page_tells_of_the_last_start_that_had_a_worker(tmp_path):
+    """Of a start with nothing to do it showed no phases and no hardware."""
+    folder = write_run(tmp_path, num_tars=1)
+    common = {"run": "r", "model": "demo"}
+    worked = {"phases": {"start Ray": 1.5}, "hardware": {"cpus": 96.0}, "ready_s": 3.0}
+    for minute, values in enumerate((worked, {})):
+        begun = f"2026-01-31T18:0{minute}:00+00:00"
+        write_attempt(folder, Attempt(id=f"{minute}", begun=begun, **common, **values))
+    page = render_page(make_report(folder.uri))
+    assert "start Ray" in page and "96.0" in page
 
 
 def test_the_license_of_another_model_is_not_that_of_the_demonstration():

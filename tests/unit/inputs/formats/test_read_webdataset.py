@@ -108,6 +108,7 @@ def test_a_run_of_version_1_takes_the_first_image_of_a_sample(tmp_path):
     rows, report = read_rows(tar_shard_of(tmp_path, *members), schema_version=1)
     assert summary(rows) == [(0, "1", b"right", None), (1, "3", None, "missing_image")]
     assert report.num_rows == 2 and "member" not in rows[0]
+    assert report.note == "not read: 1 member without an extension; the first is 2"
 
 
 def test_members_without_an_extension_are_images_by_their_content(tmp_path):
@@ -118,6 +119,7 @@ def test_members_without_an_extension_are_images_by_their_content(tmp_path):
         ("a/1", "a/1", None),
     ]
     assert rows[1]["image"] == encoded("PNG") and report.complete
+    assert report.note == "not read: 2 members without an extension; the first is README"
 
 
 def test_every_kind_of_image_is_a_row(tmp_path):
@@ -128,11 +130,20 @@ def test_every_kind_of_image_is_a_row(tmp_path):
 
 
 def test_what_other_programs_leave_in_tars_is_no_sample(tmp_path):
-    names = ["._0.jpg", "0.jpg", "__MACOSX/._1.jpg", "__MACOSX/2.jpg", "@eaDir/0.jpg", ".thumbs/0.jpg"]
+    names = [
+        ".DS_Store",
+        "__MACOSX/x",
+        "._0.jpg",
+        "0.jpg",
+        "__MACOSX/._1.jpg",
+        "__MACOSX/2.jpg",
+        "@eaDir/0.jpg",
+        ".thumbs/0.jpg",
+    ]
     names += ["./1.jpg", "PaxHeaders.12/0.jpg", "a/PaxHeader/0.jpg", "../2.jpg"]
     rows, report = read_rows(tar_shard_of(tmp_path, *((name, b"x") for name in names)))
     assert [row["member"] for row in rows] == ["0.jpg", "./1.jpg", "../2.jpg"]
-    assert report.complete
+    assert report.complete and report.note is None
 
 
 def test_a_hard_link_is_the_image_that_it_repeats(tmp_path):

@@ -1,0 +1,73 @@
+"""Tokens that are selected on the device and that the host has not read yet.
+
+A GPU would be idle while the host reads the tokens of a step, notes them and prepares the next step. So the
+next step is queued before, with tokens that only the device knows. The host learns one step late that a text
+has ended, and throws away what that step has made of it. A text that ends because it may have no more tokens
+leaves its slot in time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.engine.slot_table import RunningText
+from blip2_actor.generation.beam_search import BeamSearch
+from blip2_actor.generation.step import LateTokens
+
+
+def reads_late(device: torch.device) -> bool:
+    """Return whether steps are queued ahead on a device: a CPU would gain nothing."""
+    return device.type == "cuda"
+
+
+class UnreadTokens:
+    """The tokens of the last steps and prefills, in order."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._batches: deque[tuple[LateTokens, tuple[RunningText, ...], Sequence[int]]] = deque()
+
+    def __len__(self) -> int:
+        """Return the number of steps and prefills."""
+        return len(self._batches)
+
+    def add(self, logits: Tensor, texts: Sequence[RunningText], rows: Sequence[int]) -> None:
+        """Select the largest logit of each text; each text takes nothing but that.
+
+        Args:
+            logits: float[rows, V].
+            rows: of each text, that of its slot.
+        """
+        tokens = self._runner.select(logits, [text.slots[0] for text in texts], rows)
+        for text in texts:
+            text.num_unread += 1
+        self._batches.append((tokens, tuple(texts), rows))
+
+    def read(self, num_left: int = 0) -> list[RunningText]:
+        """Wait for the tokens of all steps but the last ones, and let the texts accept them.
+
+        Returns:
+            The texts that have accepted one, once for each.
+        """
+        accepted = []
+        while len(self._batches) > num_left:
+            tokens, texts, rows = self._batches.popleft()
+            token_ids, logprobs = tokens.read()
+            for text, row in zip(texts, rows, strict=True):
+                text.num_unread -= 1
+                if _is_wanted(text):
+                    assert not isinstance(text.search, BeamSearch)  # it takes more than the largest logit
+                    text.search.accept(token_ids[row], logprobs[row])
+                    accepted.append(text)
+        return accepted
+
+
+def _is_wanted(text: RunningText) -> bool:
+    """Return whether a text goes on: not if it has ended, or its request was begun again or dropped."""
+    is_current = any(search is text.search for search in text.request.searches)
+    return is_current and not text.search.done and not text.request.future.done()

@@ -1,0 +1,179 @@
+"""Steps that are queued before the tokens of the last one are read: order, slots, and what is thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from blip2_actor import GenerationOptions
+from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.request_state import RequestState, Searches
+from blip2_actor.engine.scheduler import Scheduler
+from blip2_actor.generation.search import TextSearch
+from blip2_actor.generation.step import LateTokens
+from tests.unit.engine.scheduling.no_model import NoModel, Words
+
+
+class LateModel(NoModel):
+    """A runner that notes what it is asked for; texts in the slots `ends` end at the next step."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.ends: set[int] = set()
+
+    def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> Tensor:
+        self.said.append(f"prefill {len(slots)}")
+        return super().decode(slots, slots)
+
+    def decode(self, token_ids: list[int], lengths: list[int]) -> Tensor:
+        self.said.append(f"decode {token_ids}")
+        logits = super().decode(token_ids, lengths)
+        for slot in self.ends:
+            logits[slot] = logits[slot].flip(0)
+        return logits
+
+    def select(self, logits: Tensor, slots: Sequence[int], rows: Sequence[int]) -> LateTokens:
+        return NotedTokens(logits, self.said)
+
+
+class NotedTokens(LateTokens):
+    def __init__(self, logits: Tensor, said: list[str]) -> None:
+        super().__init__(logits)
+        self._said = said
+
+    def read(self) -> tuple[list[int], list[float]]:
+        self._said.append("read")
+        return super().read()
+
+
+@pytest.fixture
+def model() -> LateModel:
+    return LateModel()
+
+
+@pytest.fixture
+def scheduler(model: LateModel) -> Scheduler:
+    return Scheduler(model, max_slots=2, encode_batch=4, reads_late=True)  # type: ignore[arg-type]
+
+
+def add(
+    scheduler: Scheduler,
+    *num_tokens: int,
+    low_priority: bool = False,
+    on_token: Callable[[Sequence[int]], None] | None = None,
+    min_new_tokens: int = 0,
+) -> RequestState:
+    """Add a request with a text for each of `num_tokens`."""
+    asked = [
+        GenerationOptions(max_new_tokens=number, min_new_tokens=min_new_tokens).resolve()
+        for number in num_tokens
+    ]
+
+    def searches() -> Searches:
+        return [TextSearch(of_text, [1], Words(), on_token=on_token) for of_text in asked]
+
+    image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+    request = RequestState(image, [1], asked[0], searches, low_priority)
+    scheduler.add(request)
+    return request
+
+
+def texts_of(request: RequestState) -> list[tuple[int, ...]]:
+    assert request.future.done()
+    return [completion.token_ids for completion in request.future.result().completions]
+
+
+def text_of(request: RequestState) -> tuple[int, ...]:
+    (token_ids,) = texts_of(request)
+    return token_ids
+
+
+def test_a_step_is_queued_before_the_tokens_of_the_last_one_are_read(scheduler, model) -> None:
+    request = add(scheduler, 4)
+    while scheduler.has_work:
+        scheduler.step()
+    step = "decode [-1]"
+    assert model.said == ["prefill 1", step, "read", step, "read", step, "read", "read"]
+    assert text_of(request) == (1, 1, 1, 1)
+    assert (scheduler.counters.num_tokens, scheduler.counters.num_finished) == (4, 1)
+
+
+def test_a_slot_of_a_text_that_may_have_no_more_tokens_is_free_at_once(scheduler, model) -> None:
+    """The next text waits no step longer than if the tokens were read before."""
+    requests = [add(scheduler, num_tokens) for num_tokens in (3, 3, 2, 2)]
+    while scheduler.has_work:
+        scheduler.step()
+    first, second = ["prefill 2", "decode [-1, -1]", "read", "decode [-1, -1]", "read"], ["prefill 2"]
+    second += ["decode [-1, -1]", "read", "read", "read"]
+    assert model.said == first + second
+    assert [len(text_of(request)) for request in requests] == [3, 3, 2, 2]
+    assert scheduler.num_running == 0
+
+
+def test_what_is_made_after_the_end_of_a_text_is_thrown_away(scheduler, model) -> None:
+    request = add(scheduler, 9)
+    scheduler.step()
+    model.ends = {0}
+    scheduler.step()
+    assert not request.future.done()
+    scheduler.step()
+    assert text_of(request) == (1, 1, 0)
+    scheduler.step()
+    assert not scheduler.has_work and scheduler.counters.num_tokens == 3
+    assert scheduler.counters.num_decode_steps == 3
+
+
+def test_texts_that_need_more_than_the_largest_logit_are_read_at_once(scheduler, model) -> None:
+    """The end is banned for three tokens: no step is queued before the host has looked."""
+    model.ends = {0}
+    request = add(scheduler, 5, min_new_tokens=3)
+    while scheduler.has_work:
+        scheduler.step()
+    assert text_of(request)[:3] == (1, 1, 1) and text_of(request)[3:] == (0,)
+    assert model.said[:4] == ["prefill 1", "decode [1]", "decode [1]", "decode [1]"]
+
+
+def test_tokens_of_a_text_that_begins_again_are_not_those_of_the_new_one(scheduler, model) -> None:
+    said: list[int] = []
+    low = [add(scheduler, 4, low_priority=True, on_token=lambda ids: said.append(len(ids))) for _ in range(2)]
+    scheduler.step()
+    scheduler.step()
+    others = [add(scheduler, 1) for _ in range(2)]
+    while scheduler.has_work:
+        scheduler.step()
+    assert scheduler.counters.num_preempted == 2
+    assert [text_of(request) for request in (*low, *others)] == [(1,) * 4] * 2 + [(1,)] * 2
+    assert said == [1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 4, 4]  # from the beginning again
+
+
+def test_a_text_that_has_ended_waits_for_the_others_of_its_request(scheduler, model) -> None:
+    request = add(scheduler, 9, 4)
+    scheduler.step()
+    model.ends = {0}
+    scheduler.step()
+    model.ends = set()
+    while scheduler.has_work:
+        scheduler.step()
+    assert texts_of(request) == [(1, 1, 0), (1, 1, 1, 1)]
+
+
+def test_a_cancelled_text_leaves_its_slot_and_accepts_nothing(scheduler, model) -> None:
+    cancelled, other = add(scheduler, 6), add(scheduler, 6)
+    scheduler.step()
+    known = cancelled.searches[0].tokens()
+    cancelled.future.cancel()
+    while scheduler.has_work:
+        scheduler.step()
+    assert cancelled.searches[0].tokens() == known and text_of(other) == (1,) * 6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_late_tokens_are_the_largest_logits_and_their_log_probabilities(rows: int) -> None:
+    logits = torch.randn(rows, 7)
+    token_ids, logprobs = LateTokens(logits.clone()).read()
+    assert token_ids == logits.argmax(1).tolist()
+    assert logprobs == pytest.approx(logits.log_softmax(1).amax(1).tolist())

@@ -1,0 +1,69 @@
+"""What does not stay in memory comes back as it was, and no file outlives it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+
+from pipeline.storage import packed_texts, spill
+from pipeline.storage.packed_texts import PackedTexts
+from pipeline.storage.spill import Spill, Spilled
+
+
+def test_what_comes_after_the_first_bytes_is_in_files(monkeypatch):
+    monkeypatch.setattr(spill, "FILE_BYTES", 100)
+    contents = [os.urandom(size) for size in (0, 1, 60, 60, 0, 300, 7)]
+    keeper = Spill(memory_bytes=61)
+    kept = [keeper.keep(content) for content in contents]
+    assert [isinstance(one, Spilled) for one in kept] == [False] * 3 + [True] * 4
+    assert [bytes(one) for one in kept] == contents and list(map(len, kept)) == list(map(len, contents))
+
+
+def test_a_file_is_closed_when_nothing_in_it_is_of_use(monkeypatch):
+    closed: list[int] = []
+    close = os.close
+
+    def note(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", note)
+    monkeypatch.setattr(spill, "FILE_BYTES", 100)
+    keeper = Spill(memory_bytes=0)
+    kept = [keeper.keep(bytes([n]) * 100) for n in range(4)]
+    opened = [one.file._descriptor for one in kept]
+    del kept[0]
+    assert closed == opened[:1] and bytes(kept[0]) == b"\1" * 100
+    del kept
+    assert sorted(closed) == sorted(opened[:3])  # the keeper has the last one
+    del keeper
+    assert sorted(closed) == sorted(opened)
+
+
+def test_without_room_the_bytes_stay_in_memory(monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    keeper = Spill(memory_bytes=0)
+    first = keeper.keep(b"first")
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert keeper.keep(b"second") == b"second" and bytes(first) == b"first"
+
+
+def test_a_file_that_was_cut_is_an_error_and_not_other_bytes(tmp_path, monkeypatch):
+    kept = Spill(memory_bytes=0).keep(b"content")
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    with pytest.raises(OSError, match="has lost its content"):
+        bytes(kept)
+
+
+def test_texts_in_files_are_the_texts(monkeypatch):
+    in_memory = PackedTexts(["a", "b", "ä"])
+    monkeypatch.setattr(packed_texts, "_spill", Spill(memory_bytes=0))
+    in_file, other = PackedTexts(["a", "b", "ä"]), PackedTexts(["a", "b"])
+    assert isinstance(in_file._packed, Spilled)
+    assert in_file == in_memory and hash(in_file) == hash(in_memory) and in_file != other
+    assert list(in_file) == ["a", "b", "ä"] and in_file.num_bytes == in_memory.num_bytes
+    assert list(pickle.loads(pickle.dumps(in_file))) == ["a", "b", "ä"]
