@@ -52,12 +52,16 @@ def test_what_cannot_be_loaded_costs_its_row_and_says_why(loader: ImageLoader, t
     (tmp_path / "large.png").write_bytes(bytes(MAX_BYTES + 1))
     (tmp_path / "empty.png").touch()
     os.mkfifo(tmp_path / "pipe")
-    with web_server({"/large": [bytes(MAX_BYTES + 1)], "/busy": [503], "/empty": [b""]}) as site:
+    # A server that fails is left alone for a while, whatever was asked of it.
+    with (
+        web_server({"/large": [bytes(MAX_BYTES + 1)], "/empty": [b""]}) as site,
+        web_server({"/busy": [503]}) as busy_site,
+    ):
         cases = {
             f"{site.url}/large": ("too_large", "more than max_bytes"),
             f"{site.url}/gone?token=secret": ("fetch_failed", "status 404"),
             f"{site.url}/empty": ("missing_image", "no bytes"),
-            f"{site.url}/busy": ("fetch_failed", "status 503"),
+            f"{busy_site.url}/busy": ("fetch_failed", "status 503"),
             "http://10.0.0.1/a": ("refused", "10.0.0.1"),
             f"{tmp_path}/large.png": ("too_large", f"more than {MAX_BYTES}"),
             f"{tmp_path}/absent.png": ("unreadable", "absent.png"),
