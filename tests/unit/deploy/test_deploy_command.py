@@ -103,7 +103,7 @@ def test_the_command_itself_imports_no_torch(tmp_path: Path, free_port: int) -> 
     )
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert run.stdout == "False\nstopped\n"
-    assert (run.returncode, run.stderr.count("suppress_tokens must be token ids below")) == (3, 1)
+    assert (run.returncode, run.stderr.count("--suppress-tokens must be token ids below")) == (3, 1)
 
 
 def test_nothing_imports_ray_before_its_token_is_set() -> None:
