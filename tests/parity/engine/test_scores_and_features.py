@@ -103,6 +103,23 @@ def test_captions_scores_and_features_of_an_image_need_one_pass(engine) -> None:
     assert engine.stats().num_images_encoded == before + 1
 
 
+def test_an_image_of_low_priority_waits_with_the_batch_work(engine, monkeypatch) -> None:
+    """Features of a batch job were encoded before the images of other callers."""
+    added: list[bool] = []
+    add = engine._core.scheduler.add
+
+    def note(request) -> None:
+        added.append(request.low_priority)
+        add(request)
+
+    monkeypatch.setattr(engine._core.scheduler, "add", note)
+    low, usual = (engine.image(image.numpy()) for image in random_images(2, 8))
+    low.low_priority = True
+    engine.features([low, usual])
+    engine.score([low], ["a cat"])
+    assert added == [True, False, True]
+
+
 def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
     good = random_images(1)[0].numpy()
     scores = engine.score([good, b"junk", good], ["a", "a", ""])

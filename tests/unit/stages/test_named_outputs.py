@@ -8,6 +8,7 @@ import pyarrow as pa
 from blip2_actor import EngineConfig, GenerationOptions, ImageLike, Request
 from blip2_actor.demo.scenes import SceneSampler, draw
 from blip2_actor.testing import FakeEngineConfig, fake_caption, fake_features, fake_score
+from pipeline.endpoint.waiting import GivenUp
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import EmbedKind, Outputs
 from pipeline.stages.caption import CaptionStage
@@ -139,6 +140,25 @@ def test_pieces_have_the_outputs_that_are_made_for_several_rows_at_once():
     assert [len(piece) for piece in pieces] == [2, 2, 1]
     rows = [row for piece in pieces for row in captioning.with_results(table, piece).to_pylist()]
     assert [row["seen"] for row in rows] == [vector(pixels_of(n), "vision") for n in range(5)]
+
+
+def test_rows_are_left_out_when_the_job_stops_while_its_endpoint_is_gone(monkeypatch):
+    """It is no fault of the engine, which would end the process and count against these rows."""
+    captioning = stage(Outputs.of(embeds=EMBEDS))
+    table = decoded(map(pixels_of, range(4)))
+    features = captioning.actor.engine.features
+    num_calls = 0
+
+    def stop_later(images):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 1:
+            raise GivenUp
+        return features(images)
+
+    monkeypatch.setattr(captioning.actor.engine, "features", stop_later)
+    pieces = list(captioning.finish_rows(table, range(4), piece_rows=2))
+    assert [position for piece in pieces for position, _ in piece] == [0, 1]
 
 
 def test_only_captions_with_flags_are_generated_again():
