@@ -157,11 +157,11 @@ def test_a_file_in_a_bucket_is_read_there(tmp_path: Path, monkeypatch: pytest.Mo
     """The gateways of an endpoint on a cluster have no common disk."""
     fit(200).save(tmp_path / "c.json")
     fsspec.filesystem("memory").pipe("/bucket/c.json", (tmp_path / "c.json").read_bytes())
-    assert Calibration.load("memory://bucket/c.json") == Calibration.load(tmp_path / "c.json")
+    assert Calibration.load("memory://calibrations/c.json") == Calibration.load(tmp_path / "c.json")
     with pytest.raises(
-        ValueError, match=r"^calibration must be .*: memory://bucket/none\.json cannot be read"
+        ValueError, match=r"^calibration must be .*: memory://calibrations/none\.json cannot be read"
     ):
-        Calibration.load("memory://bucket/none.json")
+        Calibration.load("memory://calibrations/none.json")
     with pytest.raises(ValueError, match=r"^calibration must hold no password .* s3://bucket/c\.json;"):
         Calibration.load("s3://key:S3CRET@bucket/c.json")
     monkeypatch.setitem(sys.modules, "s3fs", None)
