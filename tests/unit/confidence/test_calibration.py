@@ -156,7 +156,7 @@ def test_only_a_confidence_below_the_limit_abstains():
 def test_a_file_in_a_bucket_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The gateways of an endpoint on a cluster have no common disk."""
     fit(200).save(tmp_path / "c.json")
-    fsspec.filesystem("memory").pipe("/bucket/c.json", (tmp_path / "c.json").read_bytes())
+    fsspec.filesystem("memory").pipe("/calibrations/c.json", (tmp_path / "c.json").read_bytes())
     assert Calibration.load("memory://calibrations/c.json") == Calibration.load(tmp_path / "c.json")
     with pytest.raises(
         ValueError, match=r"^calibration must be .*: memory://calibrations/none\.json cannot be read"
