@@ -115,6 +115,13 @@ def test_a_slot_of_a_text_that_may_have_no_more_tokens_is_free_at_once(scheduler
     assert scheduler.num_running == 0
 
 
+def test_a_text_of_one_token_needs_no_step(scheduler, model) -> None:
+    request = add(scheduler, 1)
+    scheduler.step()
+    assert model.said == ["prefill 1", "read"] and text_of(request) == (1,)
+    assert not scheduler.has_work and scheduler.counters.num_decode_steps == 0
+
+
 def test_what_is_made_after_the_end_of_a_text_is_thrown_away(scheduler, model) -> None:
     request = add(scheduler, 9)
     scheduler.step()
