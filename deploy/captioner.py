@@ -64,6 +64,8 @@ class Captioner:
         self._actor = Blip2Actor(engine, options)
         self._actor.engine.step_watchers.append(observe_step)
         self._threads = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting")
+        self._threads_of_batches = ThreadPoolExecutor(NUM_WAITING_THREADS, "waiting-batch")
+        """Those for batch work, which waits as long as others keep the engine busy."""
         self._progress: tuple[int, ...] = ()
         self._progress_at_s = time.monotonic()
 
@@ -144,9 +146,11 @@ class Captioner:
         }
         readings = work.readings(self._actor.engine, shared)
 
+        loop = asyncio.get_running_loop()
+
         def read_on() -> None:
             for positions, call in islice(readings, 1):
-                running[asyncio.ensure_future(self._wait(positions, call))] = positions
+                running[loop.run_in_executor(self._threads_of_batches, call)] = positions
 
         read_on()
         try:

@@ -115,8 +115,7 @@ class Scheduler:
         next step while the host waits.
         """
         self._drop_cancelled()
-        if self._unread:
-            self.slots.free([text for text in self.slots.texts if text.has_last_token])
+        self._free_slots_of_last_tokens()
         for stage in (self.encoding.step, self._fill_slots, self._decode):
             outcome = catch_out_of_memory(stage)
             if isinstance(outcome, OutOfMemory):
@@ -129,6 +128,11 @@ class Scheduler:
         cancelled = [text for text in self.slots.texts if text.request.is_dropped()]
         if cancelled:
             self._retire(cancelled)
+
+    def _free_slots_of_last_tokens(self) -> None:
+        """Free the slots of texts that may have no more tokens than those that are selected."""
+        if self._unread:
+            self.slots.free([text for text in self.slots.texts if text.has_last_token])
 
     # Filling slots --------------------------------------------------------------------------------------
 
@@ -200,6 +204,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Append the last token of every running text to its slots, and select the next one."""
+        self._free_slots_of_last_tokens()  # of texts of one token, which the prefill has made
         if not self._reads_late or not all(text.takes_argmax for text in self.slots.texts):
             self._read_tokens()
         texts = self.slots.texts

@@ -68,6 +68,10 @@ class UnreadTokens:
 
 
 def _is_wanted(text: RunningText) -> bool:
-    """Return whether a text goes on: not if it has ended, or its request was begun again or dropped."""
-    is_current = any(search is text.search for search in text.request.searches)
-    return is_current and not text.search.done and not text.request.future.done()
+    """Return whether a text goes on: not if it has ended, or its request was begun again or dropped.
+
+    A text without its slot is known here alone, so that whoever waits for its request is told here.
+    """
+    request = text.request
+    is_current = any(search is text.search for search in request.searches)
+    return is_current and not text.search.done and not request.is_dropped() and not request.future.done()

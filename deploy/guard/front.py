@@ -101,7 +101,7 @@ class Front:
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         declared_bytes = int(dict(headers).get(b"content-length", b"0"))
-        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes)
+        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes, _counts(scope))
         answer = Answer(send)
         try:
             await self._serve({**scope, "headers": headers, "method": method}, body, answer)

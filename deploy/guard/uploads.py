@@ -49,11 +49,17 @@ class Uploads:
         self._num_bytes = 0
         self._num_claimed_of: Counter[str] = Counter()
         self.num_complete = 0
-        """Requests with a body that is here as a whole, and no answer yet."""
+        """Counted requests with a body that is here as a whole, and no answer yet."""
 
-    def body_of(self, client: str, receive: Receive, declared_bytes: int = 0) -> Body:
-        """Watch the body that a client sends; `Body.release` gives its bytes back."""
-        return Body(self, client, receive, declared_bytes)
+    def body_of(
+        self, client: str, receive: Receive, declared_bytes: int = 0, is_counted: bool = True
+    ) -> Body:
+        """Watch the body that a client sends; `Body.release` gives its bytes back.
+
+        Args:
+            is_counted: whether its request is one of `num_complete`.
+        """
+        return Body(self, client, receive, declared_bytes, is_counted)
 
     def check(self, num_bytes: int, num_bytes_so_far: int = 0) -> None:
         """Raise ApiError 503 if further bytes of a body do not fit."""
@@ -89,7 +95,9 @@ class Uploads:
 class Body:
     """ASGI `receive` that returns the whole body; one that breaks a limit ends as if its client had left."""
 
-    def __init__(self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int) -> None:
+    def __init__(
+        self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int, is_counted: bool
+    ) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
         self.is_complete = False
@@ -100,6 +108,7 @@ class Body:
         self._num_bytes = 0
         self._num_claimed = 0
         self._declared_bytes = declared_bytes
+        self._is_counted = is_counted
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     async def __call__(self) -> Message:
@@ -135,7 +144,7 @@ class Body:
             is_last = not message.get("more_body", False)
             if is_last:
                 self.is_complete = True
-                self._uploads.num_complete += 1
+                self._uploads.num_complete += self._is_counted
             if is_last and not body:
                 return message
             body += piece
@@ -155,4 +164,4 @@ class Body:
     def release(self) -> None:
         self._uploads.release(self._client, self._num_bytes, self._num_claimed)
         self._num_bytes = self._num_claimed = 0
-        self._uploads.num_complete -= self.is_complete
+        self._uploads.num_complete -= self.is_complete and self._is_counted

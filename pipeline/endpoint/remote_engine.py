@@ -227,6 +227,8 @@ class RemoteEngine:
         with self._has_work:
             self._queue.extendleft(reversed([one for one in wanted if not one.future.done()]))
             self._has_work.notify_all()
+        if self._is_given_up:  # no thread takes anything any longer
+            self._cancel(only_awaited=True)
 
     def _ask(self, connection: Connection, wanted: list[_Wanted]) -> None:
         """Send one request and deliver its results; what has none goes again after a pause."""
@@ -281,11 +283,9 @@ class RemoteEngine:
             for one in wanted:
                 one.fail(error)
         else:
-            goes_on = self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended)
-            self._is_given_up |= not goes_on
+            if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended):
+                self._is_given_up = True
             self._put_back(wanted)
-            if not goes_on:
-                self._cancel(only_awaited=True)
 
     def _cancel(self, only_awaited: bool = False) -> None:
         """Cancel what waits.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@|(?<=http://)[^/@]*@|(?<=https://)[^/@]*@", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@:]*:[^/?]*@|(?<=https://)[^/?]*@|(?<=http://)[^/?]*@", re.IGNORECASE)
 """A user with a password; of a web server a user alone, which may be a token. In az:// it is a container."""
 _URI_WITH_SECRETS = re.compile(
-    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s?'\"]*)(\?[^\s'\",;)\]]*)?", re.IGNORECASE
+    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/?'\"]*@)?([^\s?'\"]*)(\?[^\s'\",;)\]]*)?", re.IGNORECASE
 )
 
 

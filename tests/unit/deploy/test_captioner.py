@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from blip2_actor import GenerationOptions
 from blip2_actor.testing import FakeEngineConfig
 from deploy import captioner
 from deploy.captioner import Captioner
-from deploy.work import ImageOutputs, ImageWork, TextPiece, TextToGenerate
+from deploy.work import BatchWork, ImageOutputs, ImageWork, TextPiece, TextToGenerate
 
 PIXELS = np.zeros((32, 32, 3), np.uint8)
 WORK = ImageWork(texts=(TextToGenerate(prompt=None, options=GenerationOptions()),))
@@ -89,3 +90,34 @@ def test_a_stream_that_is_left_stops_its_work(replica: Captioner, monkeypatch: p
             await stopped.wait()
 
     asyncio.run(run())
+
+
+def test_batch_work_that_waits_for_others_holds_none_of_their_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Features of low priority wait as long as others keep the engine busy, who may want features too."""
+    monkeypatch.setattr(captioner, "NUM_WAITING_THREADS", 1)
+    replica = Captioner(FakeEngineConfig(), GenerationOptions())
+    engine = replica._actor.engine
+    make, goes_on = engine.features, threading.Event()
+
+    def features(images: Any, **wanted: Any) -> Any:
+        assert not getattr(images[0], "low_priority", False) or goes_on.wait(10)
+        return make(images, **wanted)
+
+    monkeypatch.setattr(engine, "features", features)
+
+    async def ask_both() -> tuple[ImageOutputs, list[Any]]:
+        async def batch() -> list[Any]:
+            work = BatchWork(features=(0,))
+            return [one async for one in replica.run_batch(PIXELS[None], work, replica.info().digest)]
+
+        waiting = asyncio.ensure_future(batch())
+        await asyncio.sleep(0)
+        outputs = await asyncio.wait_for(replica.run(PIXELS, ImageWork(features=True)), 5)
+        goes_on.set()
+        return outputs, await waiting
+
+    outputs, batch = asyncio.run(ask_both())
+    assert outputs.features is not None and batch[0][0][1].status == "ok"
+    replica._actor.close()

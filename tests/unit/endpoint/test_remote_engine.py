@@ -336,6 +336,39 @@ def test_a_job_that_stops_while_the_endpoint_is_gone_waits_for_no_scores() -> No
         engine.close()
 
 
+def test_what_a_busy_endpoint_takes_after_the_job_has_given_up_is_waited_for_no_longer() -> None:
+    """One request finds the endpoint gone while another one is still refused by it."""
+    is_asked, given_up = threading.Event(), threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        if exchange.scores:
+            exchange.hang_up()
+            return
+        is_asked.set()
+        assert given_up.wait(10)
+        exchange.refuse(503, "overloaded")
+
+    listen(lambda trouble: trouble is None)
+    with endpoint(answer) as url:
+        engine = RemoteEngine(Endpoint(url), MODEL)
+        ended: Future[None] = Future()
+
+        def read_features() -> None:
+            try:
+                engine.features(list(IMAGES[:1]))
+            except GivenUp:
+                ended.set_result(None)
+
+        reading = threading.Thread(target=read_features, daemon=True)
+        reading.start()
+        assert is_asked.wait(10)
+        with pytest.raises(GivenUp):
+            engine.score(list(IMAGES[:1]), ["a"], [None])
+        given_up.set()
+        ended.result(timeout=5)
+        engine.close()
+
+
 def test_the_trial_before_work_says_what_the_endpoint_refuses() -> None:
     def config(url: str) -> EndpointConfig:
         return EndpointConfig(endpoint=Endpoint(url)).with_info()

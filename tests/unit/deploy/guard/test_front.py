@@ -218,6 +218,30 @@ def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -
     assert guarded._limit.value == limit
 
 
+def test_what_gateways_do_not_limit_with_the_others_takes_none_of_their_places() -> None:
+    """Batch work lasts long, and a job sends much of it: it must not make the front refuse captions."""
+
+    async def send_both() -> httpx.Response:
+        serve = Gateways(limit=100)
+        guarded = Front(serve)
+        guarded._limit.value = 2.0
+        transport = httpx.ASGITransport(guarded)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            batches = [asyncio.create_task(client.post("/v1/batch", content=b"x")) for _ in range(3)]
+            while len(serve.held) < 3:
+                await asyncio.sleep(0)
+            caption = asyncio.create_task(client.post("/v1/caption", content=b"x"))
+            while len(serve.held) < 4 and not caption.done():
+                await asyncio.sleep(0)
+            assert guarded._uploads.num_complete == 1
+            for go in list(serve.held):
+                go.set()
+            await asyncio.gather(*batches)
+            return await caption
+
+    assert asyncio.run(send_both()).status_code == 200
+
+
 def test_an_error_inside_serves_proxy_is_503() -> None:
     serve = Proxy()
     serve.error = RuntimeError("a secret")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -114,6 +115,13 @@ def test_a_slot_of_a_text_that_may_have_no_more_tokens_is_free_at_once(scheduler
     assert scheduler.num_running == 0
 
 
+def test_a_text_of_one_token_needs_no_step(scheduler, model) -> None:
+    request = add(scheduler, 1)
+    scheduler.step()
+    assert model.said == ["prefill 1", "read"] and text_of(request) == (1,)
+    assert not scheduler.has_work and scheduler.counters.num_decode_steps == 0
+
+
 def test_what_is_made_after_the_end_of_a_text_is_thrown_away(scheduler, model) -> None:
     request = add(scheduler, 9)
     scheduler.step()
@@ -169,6 +177,23 @@ def test_a_cancelled_text_leaves_its_slot_and_accepts_nothing(scheduler, model) 
     while scheduler.has_work:
         scheduler.step()
     assert cancelled.searches[0].tokens() == known and text_of(other) == (1,) * 6
+
+
+def test_who_waits_for_a_text_that_is_cancelled_without_its_slot_is_told(scheduler, model) -> None:
+    """Its last token is unread, and the table of slots does not know it any longer."""
+    request = add(scheduler, 2)
+    scheduler.step()
+
+    def select(logits: Tensor, *_: object) -> LateTokens:
+        request.future.cancel()
+        return LateTokens(logits)
+
+    model.select = select
+    others = [add(scheduler, 1) for _ in range(2)]
+    while scheduler.has_work:
+        scheduler.step()
+    assert all(other.future.done() for other in others)
+    assert not wait([request.future], timeout=0).not_done
 
 
 @pytest.mark.parametrize("rows", [1, 3])
