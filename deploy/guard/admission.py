@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
 from deploy.guard.fair_gate import MAX_RETRY_AFTER_S, FairGate
-from deploy.http.errors import RETRY_AFTER_S, ApiError, overloaded, unavailable
+from deploy.http.errors import RETRY_AFTER_S, ApiError, full, overloaded, unavailable
 from deploy.observe.metrics import (
     ADMITTED_COST,
     QUEUE_SECONDS,
@@ -162,4 +162,4 @@ class Admission:
             raise ApiError(429, "quota", message, retry_after_s=retry_after_s)
         num_in_flight = self._num_in_flight_of.total()
         if num_in_flight >= self._max_in_flight:
-            raise overloaded(f"{num_in_flight} requests are being served", retry_after_s)
+            raise full(num_in_flight, retry_after_s)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import Uploads, give_back_large_memory
-from deploy.http.errors import RETRY_AFTER_S, ApiError, not_ready, overloaded, unavailable
+from deploy.http.errors import BEING_SERVED, RETRY_AFTER_S, ApiError, not_ready, overloaded, unavailable
 from deploy.observe.metrics import FRONT_ANSWERS
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
@@ -32,8 +32,8 @@ SERVE_PATHS = ("/-/healthz", "/-/routes")
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
 READY_PATHS = ("/readyz", "/healthz")
-OVERLOADED = b'"type":"overloaded"'
-"""In the document of an error with this type."""
+FULL = BEING_SERVED.encode()
+"""In the answer of a gateway that has all the requests that it takes."""
 MIN_LIMIT = 64
 """So many requests a gateway refuses itself, if it must, within a second."""
 LIMIT_GROWTH = 0.1
@@ -144,10 +144,10 @@ class LearnedLimit:
         Args:
             num_others: requests of this proxy that the gateways have, without this one.
         """
-        if answer.is_overloaded:
+        if answer.is_full:
             self.value = max(MIN_LIMIT, num_others)
             self.retry_after_s = answer.retry_after_s
-        elif answer.code != 503:  # a gateway that ends or waits for engines says nothing about the next
+        elif answer.code != 503:  # a gateway that ends, or finds no engine, says nothing about the next
             self.value += LIMIT_GROWTH
 
 
@@ -163,15 +163,15 @@ class Answer:
         """The code of Serve's own answer, which was not sent."""
         self.retry_after_s = float(RETRY_AFTER_S)
         """The header of a 503."""
-        self.is_overloaded = False
+        self.is_full = False
         """It is the 503 of a gateway that has too much to do."""
         self._send = send
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and _is_plain_text_error(message):
             self.held_back = message["status"]
-        elif self.code == 503 and OVERLOADED in message.get("body", b""):
-            self.is_overloaded = True
+        elif self.code == 503 and FULL in message.get("body", b""):
+            self.is_full = True
         elif message.get("status") == 503:
             headers = {name.lower(): value for name, value in message["headers"]}
             self.retry_after_s = float(headers.get(b"retry-after", RETRY_AFTER_S))

@@ -63,9 +63,18 @@ def bad_request(message: str) -> ApiError:
     return ApiError(400, "bad_request", message)
 
 
+BEING_SERVED = "requests are being served"
+"""In the message of `full`, by which the front knows it."""
+
+
 def overloaded(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
     """Return the 503 of a service that has too much to do."""
     return _try_again("overloaded", message, retry_after_s)
+
+
+def full(num_in_flight: int, retry_after_s: float) -> ApiError:
+    """Return the 503 of a gateway that has all the requests that it takes."""
+    return overloaded(f"{num_in_flight} {BEING_SERVED}", retry_after_s)
 
 
 def unavailable(message: str) -> ApiError:

@@ -69,6 +69,7 @@ class Spill:
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
         self._file: _File | None = None
+        self._process = os.getpid()
 
     def keep(self, content: bytes) -> bytes | Spilled:
         """Return the content, or where it is in a file; `bytes` of either returns the content.
@@ -80,8 +81,8 @@ class Spill:
             if self._memory_bytes >= 0:
                 return content
             try:
-                if self._file is None or self._file.num_bytes >= FILE_BYTES:
-                    self._file = _File()
+                if self._file is None or self._file.num_bytes >= FILE_BYTES or os.getpid() != self._process:
+                    self._file, self._process = _File(), os.getpid()  # a forked child must not share a file
                 start = self._file.append(content)
             except OSError:
                 return content

@@ -42,6 +42,16 @@ def test_a_file_is_closed_when_nothing_in_it_is_of_use(monkeypatch):
     assert sorted(closed) == sorted(opened)
 
 
+def test_a_forked_child_writes_to_a_file_of_its_own(monkeypatch):
+    keeper = Spill(memory_bytes=0)
+    first, second = keeper.keep(b"first"), keeper.keep(b"second")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    of_child = [keeper.keep(b"child"), keeper.keep(b"again")]
+    assert isinstance(first, Spilled) and isinstance(second, Spilled) and second.file is first.file
+    files = {one.file for one in of_child if isinstance(one, Spilled)}
+    assert len(files) == 1 and first.file not in files
+
+
 def test_without_room_the_bytes_stay_in_memory(monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from deploy.guard import front, uploads
 from deploy.guard.front import Front
 from deploy.guard.uploads import Uploads
-from deploy.http.errors import ApiError, overloaded, unavailable
+from deploy.http.errors import ApiError, full, overloaded, unavailable
 
 
 class Proxy:
@@ -147,7 +147,7 @@ class Gateways(Proxy):
     async def _answer(self, code: int, kind: bytes, send: Send) -> None:
         self.num_asked += 1
         if len(self.held) >= self.limit:
-            response = overloaded("enough", 7.2).response()
+            response = full(6, 7.2).response()
             start = {"type": "http.response.start", "status": 503, "headers": response.raw_headers}
             await send(start)
             await send({"type": "http.response.body", "body": bytes(response.body)})
@@ -202,9 +202,15 @@ def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.Mo
     asyncio.run(flood())
 
 
-@pytest.mark.parametrize(("refusal", "limit"), [(unavailable("it ends"), 80.0), (overloaded("full"), 64.0)])
+@pytest.mark.parametrize(
+    ("refusal", "limit"),
+    [(unavailable("it ends"), 80.0), (overloaded("no engine can take it"), 80.0), (full(9, 1.0), 64.0)],
+)
 def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -> None:
-    """A gateway that ends says nothing of the next, and a few requests never wait long for a refusal."""
+    """A gateway that ends, or whose engine has died, says nothing of the next one.
+
+    A few requests never wait long for a refusal.
+    """
 
     class Refusing(Proxy):
         async def _answer(self, code: int, kind: bytes, send: Send) -> None:
