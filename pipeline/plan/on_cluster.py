@@ -15,8 +15,8 @@ ON_CLUSTER = "its node"
 
 if TYPE_CHECKING:
     from blip2_actor import EngineBuilder
-    from pipeline.placement.waiting import Say
     from pipeline.plan.model import Plan
+    from pipeline.watch.waiting import Say
 
 
 def make_plan_on_cluster(settings: AnyPlanSettings, engine: EngineBuilder | None, say: Say) -> Plan:
@@ -43,7 +43,7 @@ def make_plan_on_cluster(settings: AnyPlanSettings, engine: EngineBuilder | None
 
     from pipeline.placement.reservations import reserve, resolve_engine
     from pipeline.placement.storage_check import refuse_relative
-    from pipeline.placement.waiting import wait_for
+    from pipeline.watch.waiting import wait_for
 
     refuse_relative("input", settings.input)
     with connected() as cluster:
