@@ -7,8 +7,11 @@ import json
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -130,12 +133,16 @@ def test_clients_that_leave_a_stream_free_their_slots(url: str, closed_gate: Pat
             return True
         return False
 
+    # On a busy machine the others may all leave before the engine has their requests.
+    with closing(HTTPConnection(urlsplit(url).netloc)) as patient:
+        form = httpx.Request("POST", url, files={"image": png(5_998)}, data={"stream": "true"})
+        patient.request("POST", "/v1/caption", form.read(), dict(form.headers))
+        wait_for(lambda: engine_stats().num_requests > before.num_requests)
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        assert all(callers.map(leave, range(NUM_CALLERS)))
-        # As many again fit only when all of the first have given their places back.
-        wait_for(lambda: all(callers.map(leave, range(NUM_CALLERS))))
+        for _ in range(2):  # All of them fit only when all before have given their places back.
+            wait_for(lambda: all(callers.map(leave, range(NUM_CALLERS))))
     closed_gate.unlink()
     wait_for(lambda: post(url, png(5_999)).status_code == 200)
     after = engine_stats()
     num_cancelled = (after.num_requests - before.num_requests) - (after.num_finished - before.num_finished)
-    assert num_cancelled > 0, "on a busy machine most callers leave before the engine has their request"
+    assert num_cancelled > 0
