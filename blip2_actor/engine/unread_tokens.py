@@ -52,7 +52,7 @@ class UnreadTokens:
         """Wait for the tokens of all steps but the last ones, and let the texts accept them.
 
         Returns:
-            The texts that have accepted one, once for each.
+            The text of each token that was accepted, so that a text may come twice.
         """
         accepted = []
         while len(self._batches) > num_left:

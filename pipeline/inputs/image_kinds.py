@@ -47,10 +47,10 @@ def notes_on_formats(shards: Iterable[Shard]) -> list[str]:
     decodes: hours later these are failed rows."""
     num_heic = num_jpeg_xl = 0
     for shard in shards:
-        for name in shard.files if shard.format == "folder" else ():
-            ending = name[-5:].lower()
-            num_heic += ending in (".heic", ".heif")
-            num_jpeg_xl += ending.endswith(".jxl")
+        if shard.format == "folder":  # Of 10^8 names, none is looked at alone.
+            names = "\0".join((*shard.files, "")).lower()
+            num_heic += names.count(".heic\0") + names.count(".heif\0")
+            num_jpeg_xl += names.count(".jxl\0")
     notes = []
     if num_heic and find_spec("pillow_heif") is None:
         are = "is" if num_heic == 1 else "are"
