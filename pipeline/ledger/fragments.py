@@ -114,7 +114,7 @@ def names_of_shard(shard: Shard) -> tuple[str, ...]:
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:
     """Return the rows of a fragment, or None when a commit has deleted it meanwhile."""
-    content = folder.get(name)
+    content = folder.get_listed(name)
     return None if content is None else pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
@@ -204,8 +204,8 @@ def delete_shard_files(
     """Delete the files of a shard that has been committed.
 
     The files that were merged are deleted by name. What another process writes meanwhile stays, and the next
-    sweep merges it. A store needs three requests to delete a file, and five to delete a folder: the whole
-    folder is deleted if nothing that arrives meanwhile can be of use.
+    sweep merges it. A store of which one request cannot delete several files needs three for a file and five
+    for a folder: there, the whole folder is deleted if nothing that arrives meanwhile can be of use.
 
     Args:
         files: what the commit has found.
@@ -215,7 +215,8 @@ def delete_shard_files(
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
     if len(merged) == len(files.fragments) and not (is_shared or may_improve or folder.is_local):
-        folder.erase(files.folder)
+        if not folder.delete_at_once([*merged, *files.reports]):
+            folder.erase(files.folder)
         return
     delete_files(folder, merged)
     delete_files(folder, files.reports)  # While fragments are left, a report says what to make of them.
@@ -223,8 +224,8 @@ def delete_shard_files(
 
 
 def delete_files(folder: Folder, names: Sequence[str]) -> None:
-    """Delete files one by one, several at the same time."""
-    if names:
+    """Delete files, by few requests or several at the same time."""
+    if names and not folder.delete_at_once(names):
         with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(names))) as pool:
             list(pool.map(folder.delete, names))
 
