@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,8 +55,6 @@ class Fragment:
     count: int
     generation: int = 0
     """Of the shard when the rows were read; see `Shard.generation`."""
-    num_bytes: int = field(default=0, compare=False)
-    """Size of the file, if a listing has told it."""
 
     @property
     def has_gaps(self) -> bool:
@@ -126,7 +124,7 @@ def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Tab
         return list(pool.map(lambda fragment: read_fragment(folder, fragment.name), fragments))
 
 
-def parse_fragment(name: str, num_bytes: int = 0) -> Fragment | None:
+def parse_fragment(name: str) -> Fragment | None:
     """Return what the name of a file says, relative to the output, or None when it is no fragment."""
     folder, _, last = name.rpartition("/")
     match, found = _NAME.match(last), parse_folder_of_shard(folder)
@@ -134,7 +132,7 @@ def parse_fragment(name: str, num_bytes: int = 0) -> Fragment | None:
         return None
     shard, generation = found
     first, end, count = (int(match[group]) for group in ("first", "last", "count"))
-    return Fragment(shard, name, first, end, count, generation, num_bytes)
+    return Fragment(shard, name, first, end, count, generation)
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFi
     """List the folder of an unfinished shard."""
     own, below = (shard, generation), folder_of_shard(shard, generation)
     files = folder.files(below)
-    found = [f for file in files if (f := parse_fragment(file.name, file.num_bytes)) is not None]
+    found = [f for file in files if (f := parse_fragment(file.name)) is not None]
     fragments = tuple(f for f in found if (f.shard, f.generation) == own)
     reports = [file for file in files if parse_shard_report_name(file.name) == own]
     latest_first = sorted(reports, key=report_order, reverse=True)
