@@ -1,22 +1,22 @@
 """What callers and a batch job lose when they share an engine: latency of the one, speed of the other.
 
 Callers come at random at a share of the engine's own speed; the job always has enough waiting, at low
-priority. Three conditions take turns, so that other work on the machine disturbs all: callers alone, the job
-alone, and both. This is done twice: with the demonstration checkpoint, whose steps take longer the more texts
-run, and with a device that takes the same time however many there are, as an accelerator nearly does.
+priority. Three conditions: callers alone, the job alone, and both. This is done with the demonstration
+checkpoint, whose steps take longer the more texts run, by the clock, in turns, so that other work on the
+machine disturbs all; and with the scheduler on devices that only count the time of their passes, so that
+nothing can disturb them, and no idle machine is needed.
 
     python -m benchmarks.behind
 """
 
 from __future__ import annotations
 
-import queue
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,36 +35,61 @@ NUM_ROUNDS = 5
 ROUND_S = 4.0
 BACKLOG = 256
 """Requests of the job that wait or run."""
-
-
 ENCODE_BATCH = 16
-ENCODE_S, PASS_S = 0.010, 0.005
-"""What the device of `SteadyEngine` takes for a batch of images, and for a prefill or decode step."""
+COUNTED_S = 25.0
+"""Seconds of a counted device in each condition."""
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds of a device for its passes."""
+
+    encode: float
+    encode_image: float
+    """For each image, in addition to `encode`."""
+    prefill: float
+    decode: float
+
+
+DEVICES = {
+    "passes of the same time": PassTimes(0.010, 0.0, 0.005, 0.005),
+    "encoding takes longer for more images": PassTimes(0.006, 0.0013, 0.006, 0.005),
+    "encoding takes as long as its images": PassTimes(0.002, 0.003, 0.002, 0.003),
+}
+"""The second is like an accelerator with a large model, the third like CPUs."""
 
 
 class Submits(Protocol):
     def submit(self, request: Request) -> Future[Result]: ...
 
 
-class SteadyDevice:
-    """A runner whose passes take the same time whatever is in them; texts end at `max_new_tokens`."""
+class CountedDevice:
+    """A runner whose passes take no time but count it; texts end at `max_new_tokens`."""
+
+    def __init__(self, times: PassTimes) -> None:
+        self.now_s = 0.0
+        self._times = times
 
     def cached_length(self, request: RequestState) -> int:
         return 1
 
     def encode(self, images: Sequence[EncodedImage]) -> None:
-        time.sleep(ENCODE_S)
+        self.now_s += self._times.encode + len(images) * self._times.encode_image
         for image in images:
             image.prefix = torch.zeros(1, 1)
 
     def prefill(self, requests: Sequence[RequestState], slots: list[int]) -> torch.Tensor:
-        return self.decode(slots, slots)
+        self.now_s += self._times.prefill
+        return self._logits(len(slots))
 
     def decode(self, token_ids: list[int], lengths: list[int]) -> torch.Tensor:
-        time.sleep(PASS_S)
-        return torch.tensor([0.0, 1.0]).repeat(len(token_ids), 1)
+        self.now_s += self._times.decode
+        return self._logits(len(token_ids))
 
     def copy_slots(self, *_: object) -> None: ...
+
+    def _logits(self, num_rows: int) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0]).repeat(num_rows, 1)
 
 
 class NoWords:
@@ -76,37 +101,72 @@ class NoWords:
         return ""
 
 
-class SteadyEngine:
-    """The scheduler on a `SteadyDevice`, in a thread of its own."""
+class CountedLoad:
+    """One condition on a counted device."""
 
-    def __init__(self, slots: int) -> None:
-        self.scheduler = Scheduler(SteadyDevice(), slots, ENCODE_BATCH)  # type: ignore[arg-type]
-        self._arrived: queue.SimpleQueue[RequestState | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self, times: PassTimes, slots: int, per_s: float, has_batch: bool) -> None:
+        self.latencies_s: list[float] = []
+        self.num_done = 0
+        self._device = CountedDevice(times)
+        self._scheduler = Scheduler(self._device, slots, ENCODE_BATCH)  # type: ignore[arg-type]
+        self._per_s, self._has_batch = per_s, has_batch
+        self._choose = random.Random(0)
 
-    def submit(self, request: Request) -> Future[Result]:
-        assert request.options is not None
-        options = request.options.resolve()
+    def run(self, for_s: float) -> CountedLoad:
+        next_s = self._choose.expovariate(self._per_s) if self._per_s else float("inf")
+        online: dict[RequestState, float] = {}
+        batch: set[RequestState] = set()
+        while self._device.now_s < for_s:
+            while next_s <= self._device.now_s:
+                online[self._add(low_priority=False)] = next_s
+                next_s += self._choose.expovariate(self._per_s)
+            while self._has_batch and len(batch) < BACKLOG:
+                batch.add(self._add(low_priority=True))
+            if not self._scheduler.has_work:
+                self._device.now_s = next_s
+                continue
+            self._scheduler.step()
+            for request in [request for request in online if request.future.done()]:
+                self.latencies_s.append(self._device.now_s - online.pop(request))
+            done = {request for request in batch if request.future.done()}
+            self.num_done += len(done)
+            batch -= done
+        return self
+
+    def _add(self, low_priority: bool) -> RequestState:
+        length = self._choose.randint(10, 30)
+        options = GenerationOptions(max_new_tokens=length, min_new_tokens=length).resolve()
         image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
-        state = RequestState(
-            image, [1], options, lambda: [TextSearch(options, [1], NoWords())], request.low_priority
+        request = RequestState(
+            image, [1], options, lambda: [TextSearch(options, [1], NoWords())], low_priority
         )
-        self._arrived.put(state)
-        return state.future
+        self._scheduler.add(request)
+        return request
 
-    def close(self) -> None:
-        self._arrived.put(None)
-        self._thread.join()
 
-    def _run(self) -> None:
-        while True:
-            while not self.scheduler.has_work or not self._arrived.empty():
-                state = self._arrived.get()
-                if state is None:
-                    return
-                self.scheduler.add(state)
-            self.scheduler.step()
+def count(times: PassTimes, slots: int, for_s: float = COUNTED_S) -> dict[str, float]:
+    batch = CountedLoad(times, slots, 0.0, has_batch=True).run(for_s)
+    per_s = ONLINE_SHARE * batch.num_done / for_s
+    alone = CountedLoad(times, slots, per_s, has_batch=False).run(for_s)
+    both = CountedLoad(times, slots, per_s, has_batch=True).run(for_s)
+    return _figures(per_s, alone.latencies_s, both.latencies_s, batch.num_done / for_s, both.num_done / for_s)
+
+
+def _figures(
+    per_s: float,
+    alone_s: Sequence[float],
+    both_s: Sequence[float],
+    batch_per_s: float,
+    behind_per_s: float,
+) -> dict[str, float]:
+    return {
+        "online_per_s": per_s,
+        "online_alone_median_s": statistics.median(alone_s),
+        "online_both_median_s": statistics.median(both_s),
+        "online_slower": statistics.median(both_s) / statistics.median(alone_s),
+        "batch_alone_per_s": batch_per_s,
+        "batch_keeps": behind_per_s / batch_per_s,
+    }
 
 
 class Load:
@@ -167,20 +227,18 @@ def measure(engine: Submits) -> dict[str, float]:
     for _ in range(NUM_ROUNDS):
         for load in (alone, batch, both):
             load.run()
-    return {
-        "online_per_s": per_s,
-        "online_alone_median_s": statistics.median(alone.latencies_s),
-        "online_both_median_s": statistics.median(both.latencies_s),
-        "online_slower": statistics.median(both.latencies_s) / statistics.median(alone.latencies_s),
-        "batch_alone_per_s": batch.num_done / batch.seconds,
-        "batch_keeps": (both.num_done / both.seconds) / (batch.num_done / batch.seconds),
-    }
+    return _figures(
+        per_s,
+        alone.latencies_s,
+        both.latencies_s,
+        batch.num_done / batch.seconds,
+        both.num_done / both.seconds,
+    )
 
 
-def measure_both(threads: int | None, slots: int) -> dict[str, Any]:
-    steady = SteadyEngine(slots)
-    figures: dict[str, Any] = {"benchmark": "behind", "steady device": measure(steady)}
-    steady.close()
+def measure_all(threads: int | None, slots: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"benchmark": "behind"}
+    figures |= {name: count(times, slots) for name, times in DEVICES.items()}
     config = EngineConfig(model="demo", device="cpu", dtype="float32", num_threads=threads, max_slots=slots)
     with config.build() as engine:
         figures["demo on CPUs"] = measure(engine)
@@ -192,7 +250,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--slots", type=int, default=32, help="texts generated at once (default: 32)")
     arguments = parser.parse_args()
-    report(measure_both(arguments.threads, arguments.slots), arguments.output)
+    report(measure_all(arguments.threads, arguments.slots), arguments.output)
 
 
 if __name__ == "__main__":

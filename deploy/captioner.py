@@ -121,7 +121,7 @@ class Captioner:
     ) -> AsyncGenerator[list[tuple[int, BatchOutcome]], None]:
         """Work on uint8[N, S, S, 3] at low priority; yield positions and outcomes as they are finished.
 
-        A caller that leaves frees the slots of its texts.
+        A caller that leaves frees the slots of its texts, and the threads that wait for the rest.
 
         Raises:
             OtherModel: the digest of the model is another one.
@@ -132,17 +132,7 @@ class Captioner:
         for image in shared:
             image.low_priority = True
         running: dict[asyncio.Future[Any], Sequence[int]] = {
-            self._submit(
-                Request(
-                    image=shared[one.image],
-                    prompt=one.text.prompt,
-                    options=one.text.options,
-                    low_priority=True,
-                ),
-                index,
-                None,
-            ): [index]
-            for index, one in enumerate(work.texts)
+            self._submit(one.request(shared), index, None): [index] for index, one in enumerate(work.texts)
         }
         readings = work.readings(self._actor.engine, shared)
 
@@ -152,8 +142,8 @@ class Captioner:
             for positions, call in islice(readings, 1):
                 running[loop.run_in_executor(self._threads_of_batches, call)] = positions
 
-        read_on()
         try:
+            read_on()
             while running:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.sleep(GATHER_S)
@@ -170,6 +160,8 @@ class Captioner:
         finally:
             for future in running:
                 future.cancel()
+            for image in shared:
+                image.cancel()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:
         """Return the retrieval model's vectors of texts."""
@@ -187,18 +179,20 @@ class Captioner:
             for index, text in enumerate(work.texts)
         ]
         wanted, prompts = [score.text for score in work.scores], [score.prompt for score in work.scores]
-        parts = await asyncio.gather(
-            asyncio.gather(*texts),
-            self._wait(wanted, lambda: engine.score([image] * len(wanted), wanted, prompts)),
-            self._wait(work.matches, lambda: matcher.score([pixels] * len(work.matches), work.matches)),
-            self._wait(
-                work.features or work.attention,
-                lambda: engine.features(
-                    [image], with_attention_maps=CROSS_ATTENTIONS if work.attention else False
+        maps = CROSS_ATTENTIONS if work.attention else False
+        try:
+            parts = await asyncio.gather(
+                asyncio.gather(*texts),
+                self._wait(wanted, lambda: engine.score([image] * len(wanted), wanted, prompts)),
+                self._wait(work.matches, lambda: matcher.score([pixels] * len(work.matches), work.matches)),
+                self._wait(
+                    work.features or work.attention,
+                    lambda: engine.features([image], with_attention_maps=maps),
                 ),
-            ),
-            self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
-        )
+                self._wait(work.contrastive, lambda: matcher.image_embeddings([pixels])),
+            )
+        finally:
+            image.cancel()  # a caller that has left frees the threads above
         results, scores, matches, features, vectors = parts
         outputs = ImageOutputs(
             texts=tuple(results),

@@ -21,6 +21,7 @@ from blip2_actor import (
     ImageLike,
     Match,
     ModelInfo,
+    Request,
     Result,
     Score,
     Status,
@@ -48,6 +49,11 @@ class TextOfBatch:
 
     image: int
     text: TextToGenerate
+
+    def request(self, images: Sequence[ImageLike]) -> Request:
+        """Return the request to the engine, behind all others."""
+        text = self.text
+        return Request(image=images[self.image], prompt=text.prompt, options=text.options, low_priority=True)
 
 
 @dataclass(frozen=True, kw_only=True)

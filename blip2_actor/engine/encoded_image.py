@@ -6,8 +6,9 @@ these requests; `EncodeQueue` does.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,21 @@ class EncodedImage:
     """float[Dv]."""
     image_embeds: Tensor | None = field(default=None, repr=False)
     """float[P, Dv]."""
+    _waited_for: list[Future[Any]] = field(default_factory=list, repr=False)
+    _is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Let go whoever waits for its features or scores: their call raises CancelledError. Thread-safe."""
+        self._is_cancelled = True
+        for future in list(self._waited_for):
+            future.cancel()
+
+    def note_wait(self, future: Future[Any]) -> None:
+        """Have `cancel` end a wait for the encoders."""
+        self._waited_for.append(future)
+        future.add_done_callback(self._waited_for.remove)
+        if self._is_cancelled:
+            future.cancel()
 
     @property
     def is_encoded(self) -> bool:

@@ -135,6 +135,8 @@ class Readings:
                 encoded.append(refusal)
         served = (image for image in encoded if isinstance(image, EncodedImage))
         states = [RequestState(image, low_priority=image.low_priority) for image in served]
+        for state in states:
+            state.image.note_wait(state.future)
         self._core.enqueue(states)
         for state in states:
             state.future.result()

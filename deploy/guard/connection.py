@@ -33,6 +33,8 @@ class GuardedConnection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _has_headers = False
+    _is_last = False
+    """Nothing more is read; the connection ends after the answers that are under way."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,14 +44,20 @@ class GuardedConnection(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    @property
+    def _is_ending(self) -> bool:
+        return self._is_last or self.transport.is_closing()
+
     def data_received(self, data: bytes) -> None:
+        if self._is_last:
+            return
         if not self._has_headers:
             self._header_bytes += len(data)
             if self._timer is None:  # line breaks before a request begin no message, and end no wait
                 self._expect_headers()
         super().data_received(data)
         # Bytes of a body may have come in the same piece; then the headers are over.
-        if not self._has_headers and self._header_bytes > MAX_HEADER_BYTES:
+        if not self._is_last and not self._has_headers and self._header_bytes > MAX_HEADER_BYTES:
             self._refuse_headers()
 
     def on_message_begin(self) -> None:
@@ -62,7 +70,7 @@ class GuardedConnection(HttpToolsProtocol):
             self._refuse_headers()
 
     def on_headers_complete(self) -> None:
-        if self.transport.is_closing():
+        if self._is_ending:
             return
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._refuse_headers()
@@ -73,13 +81,13 @@ class GuardedConnection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._is_ending:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._stop_timer()
         self._has_headers = False
-        if self.transport.is_closing():
+        if self._is_ending:
             return
         super().on_message_complete()
         if self.cycle.response_complete:  # answered before its end, so that uvicorn no longer waits for it
@@ -100,11 +108,16 @@ class GuardedConnection(HttpToolsProtocol):
         self._refuse(431, "headers_too_large", message)
 
     def _refuse(self, code: int, type: str, message: str) -> None:
-        if self.transport.is_closing():
+        if self._is_ending:
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
-                self.transport.close()  # an answer here would be taken for that of the request before
+            if not self.cycle.more_body:  # an answer here would be taken for that of the request before
+                self._stop_timer()
+                self._is_last = True
+                self.cycle.keep_alive = False
+                return
+            if self.pipeline or self.cycle.response_started:
+                self.transport.close()
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -77,8 +77,11 @@ class Uploads:
         """Count further bytes that a client sends or has announced.
 
         Raises:
-            ApiError: 429; they are more than one client may have.
+            ApiError: 413 the body alone has more bytes than one client may have, 429 its bodies together.
         """
+        if num_bytes_so_far + num_bytes > self._max_bytes // 2:
+            message = f"a body must have at most {self._max_bytes // 2} bytes"
+            raise ApiError(413, "too_large", message)
         is_small = num_bytes_so_far + num_bytes <= SMALL_BYTES
         if not is_small and self._num_claimed_of[client] + num_bytes > self._max_bytes // 2:
             message = f"requests of one client may have at most {self._max_bytes // 2} bytes at once"
@@ -116,8 +119,8 @@ class Body:
             return await self._receive()  # waits until the client has left
         try:
             # What cannot fit is refused before any of it is here.
-            self._uploads.check(self._declared_bytes)
             self._claim(self._declared_bytes)
+            self._uploads.check(self._declared_bytes)
             async with asyncio.timeout_at(self._late_at_s):
                 return await self._gather()
         except TimeoutError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from urllib.parse import urlsplit
 
 from pipeline.endpoint.batch_requests import Outcome, outcome_of
@@ -44,8 +44,8 @@ class Connection:
 
     def outcomes(
         self, kind: str, body: bytes, on_admitted: Callable[[], None]
-    ) -> Iterator[tuple[int, Outcome]]:
-        """Send a request, and yield positions and outcomes.
+    ) -> Generator[tuple[int, Outcome] | None, None, None]:
+        """Send a request, and yield positions and outcomes; None while the endpoint is at work on it.
 
         Args:
             on_admitted: called when the endpoint has taken the request.
@@ -65,6 +65,7 @@ class Connection:
         try:
             for line in response:
                 if not line.strip():
+                    yield None
                     continue
                 found = json.loads(line)
                 if "index" not in found:

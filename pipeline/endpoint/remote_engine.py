@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from contextlib import closing
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,9 +31,11 @@ from blip2_actor import (
     Status,
 )
 from pipeline.endpoint.batch_requests import Ask, Outcome, form_of
-from pipeline.endpoint.client import Endpoint, EndpointError
+from pipeline.endpoint.client import ANSWER_S, Endpoint, EndpointError
 from pipeline.endpoint.connection import BrokenOff, Connection, WorkRefused
 from pipeline.endpoint.waiting import GivenUp, Outage
+from pipeline.endpoint.wanted import MAX_BREAKS, Wanted
+from pipeline.storage.retrying import TELL_EVERY_S
 
 NUM_CONNECTIONS = 4
 """Requests at the same time; with `MAX_IMAGES` texts each they fill the slots of a large engine twice."""
@@ -42,37 +44,12 @@ MAX_BYTES = 8 << 20
 """Pixels of one request."""
 PAUSE_S = 1.0
 """Least pause before the next try if the endpoint asks for none."""
-MAX_BREAKS = 3
-"""After so many answers that broke off or were out of time, a text is sent alone; after as many alone, it
-fails."""
 BUSY = ("overloaded", "quota", "too_many_bytes")
 """Types of refusals that only ask for patience."""
 REFUSALS = (400, 413, 415, 422)
 """Codes of requests that would be refused again."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Wanted:
-    """Something that is wanted of an image."""
-
-    image: np.ndarray
-    ask: Ask
-    future: Future[Any] = field(default_factory=Future)
-    num_breaks: int = 0
-
-    def goes_with(self, other: _Wanted) -> bool:
-        """Return whether both may stand in one request."""
-        return self.ask.goes_with(other.ask) and max(self.num_breaks, other.num_breaks) < MAX_BREAKS
-
-    def resolve(self, outcome: Outcome) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_result(outcome)
-
-    def fail(self, error: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
 
 
 class RemoteEngine:
@@ -83,15 +60,17 @@ class RemoteEngine:
 
         Args:
             model: what the endpoint must serve; an answer of another model is never taken.
-            waits: wait for an endpoint that does not answer, instead of raising from the futures.
+            waits: wait for an endpoint that does not answer, instead of raising from the futures; one that
+                is busy is then an error after `ANSWER_S`.
         """
         self.step_watchers: list[Any] = []
         self._endpoint, self._model, self._waits = endpoint, model, waits
-        self._queue: deque[_Wanted] = deque()
+        self._queue: deque[Wanted] = deque()
+        self._unfinished: set[Wanted] = set()
         self._has_work = threading.Condition()
         self._is_closed = False
         self._is_given_up = False
-        """The job is stopping while the endpoint takes no work; what waits has no result."""
+        """Nobody wants anything any longer; what has no outcome is cancelled."""
         self._ended = threading.Event()
         self._outage = Outage()
         self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
@@ -100,6 +79,7 @@ class RemoteEngine:
             threading.Thread(target=self._run, name=f"endpoint-{n}", daemon=True)
             for n in range(NUM_CONNECTIONS)
         ]
+        self._threads.append(threading.Thread(target=self._watch, name="endpoint-watch", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -114,7 +94,7 @@ class RemoteEngine:
         """Queue one request; its image is uint8[S, S, 3] at the model's size."""
         assert on_text is None, "an endpoint sends no pieces of the texts of batch work"
         resolved = (request.options or options).resolve(self._model.generation_config)
-        return self._add(_Wanted(self.image(request.image), Ask(options=resolved, prompt=request.prompt)))
+        return self._add(Wanted(self.image(request.image), Ask(options=resolved, prompt=request.prompt)))
 
     def generate(
         self, requests: Sequence[Request], options: GenerationOptions = GenerationOptions()
@@ -141,16 +121,16 @@ class RemoteEngine:
 
     def features(self, images: Sequence[ImageLike], *_: Any, **__: Any) -> list[Features]:
         """Return what the encoders compute of uint8[S, S, 3]; raise GivenUp when the job stops meanwhile."""
-        return self._read([_Wanted(self.image(image), Ask()) for image in images])
+        return self._read([Wanted(self.image(image), Ask()) for image in images])
 
     def score(
         self, images: Sequence[ImageLike], texts: Sequence[str], prompts: Sequence[str | None] | None = None
     ) -> list[Score]:
         """Return how probable each text is after its image and prompt; raise GivenUp as `features`."""
         asked = zip(images, texts, prompts or [None] * len(texts), strict=True)
-        return self._read([_Wanted(self.image(i), Ask(text=text, prompt=p)) for i, text, p in asked])
+        return self._read([Wanted(self.image(i), Ask(text=text, prompt=p)) for i, text, p in asked])
 
-    def _read(self, wanted: Sequence[_Wanted]) -> list[Any]:
+    def _read(self, wanted: Sequence[Wanted]) -> list[Any]:
         for one in wanted:
             self._add(one)
         try:
@@ -158,15 +138,17 @@ class RemoteEngine:
         except CancelledError:
             raise GivenUp from None
 
-    def _add(self, wanted: _Wanted) -> Future[Any]:
+    def _add(self, wanted: Wanted) -> Future[Any]:
         with self._has_work:
             if self._is_closed:
                 raise RuntimeError("the engine is closed; build a new one")
-            if self._is_given_up and wanted.ask.part != "texts":
+            if self._is_given_up:
                 raise GivenUp
             self._num_requests += 1
+            self._unfinished.add(wanted)
             self._queue.append(wanted)
             self._has_work.notify()
+        wanted.future.add_done_callback(lambda _: self._unfinished.discard(wanted))
         return wanted.future
 
     def stats(self) -> EngineStats:
@@ -182,13 +164,16 @@ class RemoteEngine:
             self._has_work.notify_all()
         self._ended.set()
         for thread in self._threads:
-            thread.join()
-        self._cancel()
+            if not self._is_given_up:  # else it may be in a request, which nobody waits for
+                thread.join()
+        self._give_up()
 
     def __enter__(self) -> RemoteEngine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
         self.close()
 
     # In the threads -------------------------------------------------------------------------------------
@@ -201,16 +186,35 @@ class RemoteEngine:
             except Exception as error:  # whoever waits for the futures must learn of it
                 logger.exception("A request to the endpoint has failed")
                 for one in wanted:
-                    if not one.future.done():
-                        one.fail(error)
+                    one.fail(error)
         connection.close()
 
-    def _take(self) -> list[_Wanted]:
+    def _watch(self) -> None:
+        """Cancel everything when the job stops, whatever the other threads wait for."""
+        while not self._ended.wait(TELL_EVERY_S):
+            if self._unfinished and not self._outage.job_goes_on():
+                self._give_up()
+            error = EndpointError(f"{self._endpoint.url} has given no outcome for {ANSWER_S:g} s")
+            for one in [] if self._waits else list(self._unfinished):
+                if time.monotonic() > one.since_s + ANSWER_S:
+                    one.fail(error)
+
+    def _give_up(self) -> None:
+        """Cancel what has no outcome, and end the threads."""
+        with self._has_work:
+            self._is_given_up = True
+            self._has_work.notify_all()
+        self._ended.set()
+        # Without the lock: a done callback may take another one under which somebody submits.
+        for one in list(self._unfinished):
+            one.drop()
+
+    def _take(self) -> list[Wanted]:
         """Wait for work, and take what goes with the first piece of it; none when the engine is closed."""
         with self._has_work:
             while not (self._drop_cancelled() or self._is_closed or self._is_given_up):
                 self._has_work.wait()
-            taken: list[_Wanted] = []
+            taken: list[Wanted] = []
             while not self._is_given_up and self._drop_cancelled() and len(taken) < self._max_images:
                 if taken and not self._queue[0].goes_with(taken[0]):
                     break
@@ -223,23 +227,21 @@ class RemoteEngine:
             self._queue.popleft()
         return bool(self._queue)
 
-    def _put_back(self, wanted: Sequence[_Wanted]) -> None:
+    def _put_back(self, wanted: Sequence[Wanted]) -> None:
         with self._has_work:
             self._queue.extendleft(reversed([one for one in wanted if not one.future.done()]))
             self._has_work.notify_all()
-        if self._is_given_up:  # no thread takes anything any longer
-            self._cancel(only_awaited=True)
 
-    def _ask(self, connection: Connection, wanted: list[_Wanted]) -> None:
+    def _ask(self, connection: Connection, wanted: list[Wanted]) -> None:
         """Send one request and deliver its results; what has none goes again after a pause."""
         kind, body = form_of([(one.image, one.ask) for one in wanted], self._model)
         try:
-            for index, outcome in connection.outcomes(kind, body, self._outage.end):
-                with self._has_work:
-                    self._num_finished += 1
-                    completions = outcome.completions if isinstance(outcome, Result) else ()
-                    self._num_tokens += sum(len(one.token_ids) for one in completions)
-                wanted[index].resolve(outcome)
+            with closing(connection.outcomes(kind, body, self._outage.end)) as outcomes:
+                for found in outcomes:
+                    if found is None and all(one.future.done() for one in wanted):
+                        return  # all are cancelled; the endpoint sees it by the closed connection
+                    if found is not None:
+                        self._deliver(wanted[found[0]], found[1])
             if not all(one.future.done() for one in wanted):
                 raise BrokenOff("the answer lacks its end")
         except WorkRefused as refusal:
@@ -249,7 +251,14 @@ class RemoteEngine:
         except (OSError, http.client.HTTPException) as error:
             self._pause(wanted, f"gives no answer: {error or type(error).__name__}", PAUSE_S)
 
-    def _after_refusal(self, wanted: list[_Wanted], refusal: WorkRefused) -> None:
+    def _deliver(self, wanted: Wanted, outcome: Outcome) -> None:
+        with self._has_work:
+            self._num_finished += 1
+            completions = outcome.completions if isinstance(outcome, Result) else ()
+            self._num_tokens += sum(len(one.token_ids) for one in completions)
+        wanted.resolve(outcome)
+
+    def _after_refusal(self, wanted: list[Wanted], refusal: WorkRefused) -> None:
         if refusal.code == 413 and len(wanted) > 1:
             self._max_images = max(1, len(wanted) // 2)
             self._put_back(wanted)
@@ -259,14 +268,15 @@ class RemoteEngine:
                 one.resolve(one.ask.without(Status.REFUSED, f"the endpoint {refusal}"))
         elif refusal.type in BUSY:
             self._outage.end()
-            time.sleep(refusal.pause_s)
+            if self._ended.wait(refusal.pause_s):
+                self._give_up()
             self._put_back(wanted)
         elif refusal.code == 500:
             self._after_break(wanted, BrokenOff(str(refusal)))
         else:
             self._pause(wanted, str(refusal), refusal.pause_s)
 
-    def _after_break(self, wanted: list[_Wanted], end: BrokenOff) -> None:
+    def _after_break(self, wanted: list[Wanted], end: BrokenOff) -> None:
         """Ask again. A text with which an answer breaks off each time must not break it for the others."""
         # The first text of a request is the first to have slots, and the last to lose them to other callers.
         suspects = {"unavailable": [], "timeout": wanted[:1]}.get(end.type, wanted)
@@ -277,24 +287,12 @@ class RemoteEngine:
                 one.resolve(one.ask.without(Status.FAILED, error))
         self._pause([one for one in wanted if not one.future.done()], str(end), PAUSE_S)
 
-    def _pause(self, wanted: Sequence[_Wanted], state: str, at_least_s: float) -> None:
+    def _pause(self, wanted: Sequence[Wanted], state: str, at_least_s: float) -> None:
         if not self._waits:
             error = EndpointError(f"{self._endpoint.url} {state}")
             for one in wanted:
                 one.fail(error)
         else:
             if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended):
-                self._is_given_up = True
+                self._give_up()
             self._put_back(wanted)
-
-    def _cancel(self, only_awaited: bool = False) -> None:
-        """Cancel what waits.
-
-        Args:
-            only_awaited: leave texts; the stage that has submitted them looks at them now and then.
-        """
-        with self._has_work:
-            for one in self._queue:
-                if not one.future.done() and not (only_awaited and one.ask.part == "texts"):
-                    one.future.cancel()
-                    one.future.set_running_or_notify_cancel()

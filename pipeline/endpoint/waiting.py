@@ -9,7 +9,7 @@ from pipeline.storage.retrying import MAX_PAUSE_S, TELL_EVERY_S, Trouble, tell
 
 
 class GivenUp(Exception):
-    """The job stops while its endpoint takes no work; what it has asked for has no outcome."""
+    """The job stops; what it has asked its endpoint for has no outcome."""
 
 
 class Outage:
@@ -54,3 +54,8 @@ class Outage:
             if self._since is not None:
                 tell(None)
             self._since, self._pause_s = None, 0.0
+
+    def job_goes_on(self) -> bool:
+        """Return False if the job stops; during an outage, the threads in `wait` find that out."""
+        with self._lock:
+            return self._since is not None or tell(None)

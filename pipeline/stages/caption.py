@@ -104,15 +104,16 @@ class CaptionStage:
             piece_rows: yield a piece when it has this many rows.
             piece_s: yield a piece, possibly an empty one, after this many seconds.
 
-        With an endpoint, rows are left out if the job stops while it is gone.
+        With an endpoint, rows are left out if the job stops while it makes them.
 
         Raises:
             EngineFault: the engine itself has failed. A bad row is a result, never an exception.
         """
-        waiting = deque(self._submit(table, positions))
+        waiting: deque[PendingRow] = deque()
         piece: list[PendingRow] = []
         deadline = Deadline(piece_s)
         try:
+            waiting.extend(self._submit(table, positions))
             while waiting:
                 while len(piece) == piece_rows or not are_done(waiting[0].pending, deadline):
                     yield self._finish(table, piece)

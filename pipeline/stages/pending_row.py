@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 
 from blip2_actor import ImageLike, Result
+from pipeline.endpoint.waiting import GivenUp
 from pipeline.stages.engine_fault import EngineFault
 
 Pending = Future[Result] | Result
@@ -35,6 +36,7 @@ class PendingRow:
 
         Raises:
             EngineFault: the engine has failed.
+            GivenUp: the job stops, and its endpoint was not waited for.
         """
         self.results = [_result(pending) for pending in self.pending]
 
@@ -77,7 +79,10 @@ def are_done(pending: Sequence[Pending], deadline: Deadline) -> bool:
 def _result(pending: Pending) -> Result:
     if isinstance(pending, Result):
         return pending
-    error = pending.exception()
+    try:
+        error = pending.exception()
+    except CancelledError:
+        raise GivenUp from None
     if error is not None:
         raise EngineFault.of(error) from error
     return pending.result()

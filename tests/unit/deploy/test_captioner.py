@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from typing import Any
 
@@ -120,4 +121,40 @@ def test_batch_work_that_waits_for_others_holds_none_of_their_threads(
 
     outputs, batch = asyncio.run(ask_both())
     assert outputs.features is not None and batch[0][0][1].status == "ok"
+    replica._actor.close()
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_a_caller_that_leaves_frees_the_thread_that_waits_for_its_features(
+    monkeypatch: pytest.MonkeyPatch, is_batch: bool
+) -> None:
+    """Those of low priority may wait for the encoders as long as others keep them busy."""
+    replica = Captioner(FakeEngineConfig(), GenerationOptions())
+    begun, ended = threading.Event(), threading.Event()
+
+    def features(images: Any, **wanted: Any) -> Any:
+        encoded: Future[None] = Future()
+        images[0].note_wait(encoded)
+        begun.set()
+        try:
+            encoded.result(timeout=10)
+        except CancelledError:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(replica._actor.engine, "features", features)
+
+    async def leave() -> None:
+        async def batch() -> list[Any]:
+            work = BatchWork(features=(0,))
+            return [one async for one in replica.run_batch(PIXELS[None], work, replica.info().digest)]
+
+        call = batch() if is_batch else replica.run(PIXELS, ImageWork(features=True))
+        waiting = asyncio.ensure_future(call)
+        assert await asyncio.to_thread(begun.wait, 5)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
+    asyncio.run(leave())
+    assert ended.wait(5)
     replica._actor.close()

@@ -18,6 +18,8 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes]]
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer at once, before the body has come; under /wait, wait for it."""
+    if scope["path"] == "/later":
+        await asyncio.sleep(0.02)  # what comes after this request is read meanwhile
     if scope["path"] == "/wait":
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -98,6 +100,16 @@ def test_a_body_that_is_no_body_is_400() -> None:
     """The application is waiting for it, and learns that the client has left."""
     chunked = b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert refusal(send(chunked + b"ZZ\r\n")) == (400, "bad_http")
+
+
+@pytest.mark.parametrize("then", [b"surplus\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"])
+@pytest.mark.parametrize("num_before", [1, 3])
+def test_what_follows_a_request_and_is_none_does_not_take_its_answer(num_before: int, then: bytes) -> None:
+    """A body longer than its announced length closed the connection without any answer."""
+    good = b"POST /later HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody"
+    answers = send(good * num_before + then)
+    assert answers.count(b"HTTP/1.1 200") == answers.count(b"ok") == num_before
+    assert answers.count(b"HTTP/1.1 ") == num_before
 
 
 def test_a_body_that_never_ends_is_cut_off(soon: None) -> None:

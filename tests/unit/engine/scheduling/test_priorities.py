@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from blip2_actor import GenerationOptions
+from blip2_actor.engine.encode_stage import GATHER_STEPS
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import RequestState, Searches
@@ -80,6 +81,24 @@ def test_online_requests_hardly_notice_a_batch_job_which_keeps_most_of_its_speed
     assert np.mean(both.online_steps) <= 1.1 * np.mean(online_alone.online_steps)
     assert np.percentile(both.online_steps, 99) <= 1.1 * np.percentile(online_alone.online_steps, 99)
     assert both.num_batch_tokens >= 0.7 * batch_alone.num_batch_tokens
+
+
+@pytest.mark.parametrize("has_batch", [True, False])
+def test_next_to_a_batch_job_online_requests_share_passes_of_the_encoders(has_batch: bool) -> None:
+    """A pass for each arrival, and the prefill after it, took most of the device from the job."""
+    scheduler = make_scheduler()
+    for _ in range(MAX_SLOTS * has_batch):
+        scheduler.add(make_request(60, low_priority=True))
+    for _ in range(5):
+        scheduler.step()
+    before = scheduler.encoding.num_calls
+    calls_after_step = []
+    for _ in range(2 * GATHER_STEPS):
+        scheduler.add(make_request(10))
+        scheduler.step()
+        calls_after_step.append(scheduler.encoding.num_calls - before)
+    shared = [1, 1, 1, 2, 2, 2]
+    assert calls_after_step == (shared if has_batch else [1, 2, 3, 4, 5, 6]), "the first one waits for nobody"
 
 
 @pytest.mark.parametrize("num_texts", [1, 3])
