@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.command_line import make_parser
 from benchmarks.measure import report
 from pipeline.attempts.store import read_attempts
-from pipeline.demo.dataset import SHARD_FOLDER, write_demo_dataset
+from pipeline.demo.dataset import INPUTS, write_demo_dataset
 from pipeline.storage.folder import Folder
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -110,8 +110,8 @@ def measure(work: Path, num_images: int, command: list[str]) -> dict[str, Any]:
     write_demo_dataset(work, num_images=num_images, num_tars=1)
     output = work / "captions"
     began = time.monotonic()
-    shards = sorted(map(str, (work / SHARD_FOLDER).iterdir()))
-    process = subprocess.Popen([*command, "caption", *shards, "-o", str(output), *FLAGS])
+    inputs = [str(work / name) for name in INPUTS]
+    process = subprocess.Popen([*command, "caption", *inputs, "-o", str(output), *FLAGS])
     family = Family(process.pid, began)
     while process.poll() is None:
         family.look()

@@ -57,7 +57,7 @@ def main() -> int:
     from pipeline.run.signals import StopRequest
 
     try:
-        with StopRequest().by_signals():
+        with StopRequest(is_command=True).by_signals():
             from pipeline.cli.main import main
 
             return main()

@@ -21,7 +21,7 @@ from pipeline.settings.outputs import EmbedKind, Outputs, ScoreKind
 from pipeline.settings.placement import Placement
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.decode import PIXELS, TRUNCATED
-from pipeline.stages.image_column import require_images
+from pipeline.stages.image_column import require_images, require_text
 from pipeline.stages.pools import caption_pool, decode
 
 
@@ -168,6 +168,9 @@ def _check_columns(schema: Schema | None, spec: CaptionSpec) -> None:
             raise ValueError(f"{argument} must be one of {', '.join(columns)}, got {name!r}")
     if types:
         require_images(spec.image_column, types[spec.image_column], spec.fetch is not None)
+        for argument, name in read[1:]:
+            if name is not None:
+                require_text(argument, name, types[name])
     spec.outputs.refuse_taken(columns)
     added = [field.name for field in spec.result_fields]
     refuse_taken_names(columns, [*added, PIXELS, TRUNCATED], "dataset")

@@ -15,12 +15,14 @@ def drive(arguments: str) -> int:
     set_ray_environment()
     from blip2_actor.testing import FakeEngineConfig
     from pipeline.cli.commands import caption
+    from pipeline.run.signals import StopRequest
     from pipeline.settings.from_dict import from_dict
     from pipeline.settings.job_settings import CaptionSettings
 
     values = json.loads(arguments)
     settings = from_dict(CaptionSettings, values["settings"])
-    return caption(settings, from_dict(FakeEngineConfig, values["engine"]))
+    with StopRequest(is_command=True).by_signals():
+        return caption(settings, from_dict(FakeEngineConfig, values["engine"]))
 
 
 if __name__ == "__main__":

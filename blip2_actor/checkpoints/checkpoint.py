@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from transformers import Blip2Config
 
@@ -33,6 +32,7 @@ from blip2_actor.checkpoints.vocabulary import require_vocabulary
 from blip2_actor.checkpoints.weights.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.device import resolve_device, resolve_dtype
+from blip2_actor.flags import split_uri
 from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -234,7 +234,7 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
 
 def require_no_secret(field: str, uri: str) -> None:
     """Refuse a URI with a password, a token or a signature: what settings name is stored and shown."""
-    parts = urlsplit(uri)
+    parts = split_uri(field, uri)
     place, _, host = parts.netloc.rpartition("@")
     # Only to a web server a user name alone may be a token; in az:// it is a container.
     is_token = bool(place) and parts.scheme in ("http", "https")

@@ -32,6 +32,7 @@ from blip2_actor.flags.fields import (
 )
 from blip2_actor.flags.parser import WRONG_FLAGS, Parser, flag_names
 from blip2_actor.flags.suggestions import did_you_mean
+from blip2_actor.flags.uris import split_uri
 from blip2_actor.flags.wrapping import wrap_for
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "settings_as_json",
     "settings_as_toml",
     "settings_as_words",
+    "split_uri",
     "with_current_names",
     "with_flags",
     "without_flag",

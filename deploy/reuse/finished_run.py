@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from blip2_actor import Completion, DecodedImage, GenerationOptions, ImageLimits, ModelInfo, Result
+from blip2_actor.flags import split_uri
 from deploy.reuse.made import Made
 from deploy.work import ImageOutputs, ImageWork, TextToGenerate
 
@@ -55,6 +56,8 @@ class FinishedRun:
             ValueError: the folder has no captions, or the run had another model or other settings.
             OSError: it cannot be read.
         """
+        if "://" in folder:
+            split_uri("cache_from", folder)
         store, path = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=True))
         self._store = store

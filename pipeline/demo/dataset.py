@@ -23,10 +23,10 @@ from PIL import Image
 from blip2_actor import Status
 from blip2_actor.demo import SceneSampler, draw
 
-SHARD_FOLDER = "shards"
+INPUTS = TARS, TABLE = "shards", "table"
+"""Folders with inputs of one kind and nothing else, so that each can be captioned or planned by itself."""
 MARKER = ".blip2-demo"
 """A file in a folder that an earlier demo has written, and that the next one may delete."""
-"""Contains the inputs and nothing else, so that the folder itself can be captioned."""
 TRUTH_FILE = "truth.json"
 SIDES_PX = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 ODD_FRACTION = 0.02
@@ -57,7 +57,7 @@ class _Row:
 def write_demo_dataset(
     folder: Path, *, num_images: int = 3000, num_tars: int = 4, seed: int = 0
 ) -> dict[str, Expected]:
-    """Write `num_tars` tars and one Parquet file, with about equal numbers of rows, to `folder/shards`.
+    """Write `num_tars` tars to `folder/shards` and one Parquet file to `folder/table`, of about equal size.
 
     Args:
         folder: created if it is missing; files of the same names are replaced.
@@ -68,16 +68,16 @@ def write_demo_dataset(
     Returns:
         The expected result of each row by its key, in the order of the shards' names and their rows.
     """
-    shards = folder / SHARD_FOLDER
-    shards.mkdir(parents=True, exist_ok=True)
+    for name in INPUTS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
     rows = list(_rows(num_images, seed))
     parts = [
         rows[len(rows) * i // (num_tars + 1) : len(rows) * (i + 1) // (num_tars + 1)]
         for i in range(num_tars + 1)
     ]
     for index, part in enumerate(parts[:-1]):
-        _write_tar(shards / f"scenes-{index:05d}.tar", part)
-    _write_parquet(shards / "scenes.parquet", parts[-1])
+        _write_tar(folder / TARS / f"scenes-{index:05d}.tar", part)
+    _write_parquet(folder / TABLE / "scenes.parquet", parts[-1])
     truth = {row.key: row.expected for row in rows}
     (folder / TRUTH_FILE).write_text(json.dumps({k: asdict(e) for k, e in truth.items()}, indent=0) + "\n")
     return truth

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from blip2_actor import EngineConfig, Status
-from pipeline.demo.dataset import MARKER, SHARD_FOLDER, Expected, write_demo_dataset
+from pipeline.demo.dataset import INPUTS, MARKER, Expected, write_demo_dataset
 from pipeline.exit_status import before_work, errors_to_exit_status
 from pipeline.ledger.layout import STATE
 from pipeline.progress import Console
@@ -53,7 +53,7 @@ def demo(settings: DemoSettings) -> int:
     captions = folder / "captions"
     job = prepare(
         CaptionSettings(
-            input=(f"{folder}/{SHARD_FOLDER}/*.tar", f"{folder}/{SHARD_FOLDER}/*.parquet"),
+            input=tuple(f"{folder}/{name}" for name in INPUTS),
             output=str(captions),
             engine=EngineConfig(model="demo"),
             max_failed_fraction=1.0,

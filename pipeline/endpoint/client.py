@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip2_actor import ModelInfo
+from blip2_actor.flags import split_uri
 from pipeline.storage.secrets import without_secrets
 
 ANSWER_S = 120.0
@@ -34,6 +35,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        split_uri("endpoint", self.url)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"endpoint must begin with http:// or https://, got {self.url}")
         if without_secrets(self.url) != self.url:

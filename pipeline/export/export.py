@@ -7,6 +7,8 @@ One row group and one image at a time are in memory. The command needs no Ray an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.export.destination import Destination
 from pipeline.export.image_rows import ImageRows, require_same_input
@@ -18,6 +20,8 @@ from pipeline.progress import Console, count
 from pipeline.report.rows import FinishedRows
 from pipeline.settings.report_settings import ExportSettings
 
+NUM_NAMED = 5
+"""Rows of a shard that are named when they have lost their images."""
 TABLES = {"csv": write_csv, "jsonl": write_jsonl, "txt": write_txt}
 
 
@@ -31,18 +35,17 @@ def export(settings: ExportSettings) -> int:
             require_same_input(found, settings.input)
         destination = Destination.begin(settings.into, settings.to, found)
     shards = {shard.name: shard for shard in found.run.shards}
-    num_written = 0
+    num_written = num_lost = 0
     with destination:
         for shard in found.shards:
             if destination.is_up_to_date(shard):
                 continue
-            num_rows = _write(settings.to, destination, found, shards[shard])
-            destination.finish(shard)
+            num_rows, lost = _write(settings.to, destination, found, shards[shard])
+            if not lost:  # Otherwise the next export tries again.
+                destination.finish(shard)
             num_written += 1
-            name, num_left_out = destination.name_of(shard), found.num_rows(shard) - num_rows
-            without = f", without {num_left_out:,} that are not ok" if num_left_out else ""
-            console.say(f"{name}: {count(num_rows, 'row')}{without}")
-            console.event("shard", name=name, num_rows=num_rows, num_left_out=num_left_out)
+            num_lost += len(lost)
+            _tell(console, destination.name_of(shard), num_rows, found.num_rows(shard) - num_rows, lost)
         if settings.to == "imagefolder":
             finish_imagefolder(destination, found.shards)
     num_kept = len(found.shards) - num_written
@@ -53,17 +56,36 @@ def export(settings: ExportSettings) -> int:
     if not found.is_whole:
         left = len(found.run.shards) - len(found.shards)
         console.warn(f"{left:,} shards of the run have no file yet; export again when the run has finished")
-    return ExitStatus.DONE
+    if not num_lost:
+        return ExitStatus.DONE
+    console.fail(
+        f"exit status 2: {count(num_lost, 'row')} left out without their images; restore the input, and run "
+        "the same command to add them"
+    )
+    return ExitStatus.TOO_MANY_FAILURES
 
 
-def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard) -> int:
-    """Write one shard, and return the number of its rows."""
+def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard) -> tuple[int, Sequence[str]]:
+    """Write one shard; return the number of its rows, and those that have lost their images."""
     if to in TABLES:
         with destination.file(shard.name) as file:
-            return TABLES[to](file, found, shard.name)
+            return TABLES[to](file, found, shard.name), ()
     rows = ImageRows.of(found, shard)
     if to == "webdataset":
         with destination.file(shard.name) as file:
-            return write_webdataset(file, rows)
+            return write_webdataset(file, rows), rows.lost
     with destination.folder(shard.name) as folder:
-        return write_imagefolder(folder, destination.name_of(shard.name), rows)
+        return write_imagefolder(folder, destination.name_of(shard.name), rows), rows.lost
+
+
+def _tell(console: Console, name: str, num_rows: int, num_left_out: int, lost: Sequence[str]) -> None:
+    """Say what a shard has become, and name rows that have lost their images."""
+    num_not_ok = num_left_out - len(lost)
+    without = f", without {num_not_ok:,} that are not ok" if num_not_ok else ""
+    without += f", without {len(lost):,} that have lost their images" if lost else ""
+    console.say(f"{name}: {count(num_rows, 'row')}{without}")
+    for row in lost[:NUM_NAMED]:
+        console.warn(f"  {row}")
+    if len(lost) > NUM_NAMED:
+        console.warn(f"  and {len(lost) - NUM_NAMED:,} more")
+    console.event("shard", name=name, num_rows=num_rows, num_left_out=num_left_out, num_lost=len(lost))

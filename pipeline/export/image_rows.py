@@ -1,7 +1,7 @@
 """The ok rows of a shard together with their images, which are read again from the input.
 
 An image must still have the SHA-256 digest that its row stores. So a caption is never written next to another
-image, whatever has happened to the input.
+image, whatever has happened to the input. A row without its image is left out and named.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from blip2_actor import Status
@@ -54,6 +54,8 @@ class ImageRows:
     shard: Shard
     options: ReadOptions
     fetching: FetchSettings
+    lost: list[str] = field(default_factory=list)
+    """For each row so far whose image is gone or another one, its key and what is wrong."""
 
     @classmethod
     def of(cls, found: FinishedRows, shard: Shard) -> ImageRows:
@@ -62,23 +64,19 @@ class ImageRows:
         return cls(found, shard, options, settings.fetching)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yield each row with its encoded image, in order.
-
-        Raises:
-            InputError: an image cannot be read, or is not the one of its row.
-        """
+        """Yield each row with its encoded image, in order."""
         with closing(read_images(ShardWork(shard=self.shard), self.options, self.fetching)) as images:
             for row in rows_of(self.found, self.shard.name):
                 if row["status"] != Status.OK.value:
                     continue
-                image = next((found.image for found in images if found.row == row["row"]), None)
-                if image is None or hashlib.sha256(image).digest() != row["sha256"]:
-                    how = "can no longer be read" if image is None else "is another one than in the run"
-                    raise InputError(
-                        f"the image of row {row['row']} of {self.shard.uri} ({row['key']}) {how}; restore "
-                        "the input, and run the same command to go on"
-                    )
-                yield row, image
+                found = next((found for found in images if found.row == row["row"]), None)
+                if found is None or found.image is None:
+                    why = "the input ends before it" if found is None else found.error
+                    self.lost.append(f"{row['key']}: the image can no longer be read: {why}")
+                elif hashlib.sha256(found.image).digest() != row["sha256"]:
+                    self.lost.append(f"{row['key']}: the image is another one than in the run")
+                else:
+                    yield row, found.image
 
 
 def extension_of(name: str, image: bytes) -> str:

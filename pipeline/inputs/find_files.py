@@ -246,7 +246,7 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
             if _is_ignored(entry.name):
                 continue
             if entry.is_dir():
-                if not (entry.is_symlink() and _links_to_ancestor(entry.path)):
+                if not (entry.is_symlink() and _leads_back(entry.path)):
                     yield entry.name, True, ListedFile()
             elif entry.is_file() or entry.is_symlink():
                 # A broken link is an input too: its row says that the file cannot be read.
@@ -264,7 +264,11 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def _links_to_ancestor(link: str) -> bool:
-    """Whether a link to a folder leads to a folder that holds the link, so that following it never ends."""
-    folder = os.path.realpath(os.path.dirname(link))
-    return f"{folder}/".startswith(f"{os.path.realpath(link).rstrip('/')}/")
+def _leads_back(link: str) -> bool:
+    """Whether a link to a folder leads to one that the path of the link has passed, so that it never ends."""
+    target = os.path.realpath(link).rstrip("/")
+    folder = link
+    while (folder := os.path.dirname(folder)) not in ("", "/"):
+        if f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
+            return True
+    return False

@@ -21,7 +21,6 @@ from blip2_actor import Status
 from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import (
-    Fragment,
     delete_files,
     delete_shard_files,
     list_shard_files,
@@ -30,7 +29,7 @@ from pipeline.ledger.fragments import (
     store_shard_report,
 )
 from pipeline.ledger.layout import is_report_of_change, output_name
-from pipeline.ledger.merge import Merge, Piece, PieceGone, join
+from pipeline.ledger.merge import Merge, Piece, PieceGone
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -41,9 +40,6 @@ SUMMARY_KEY = b"blip2.summary"
 CAPTIONS_KEY = b"blip2.captions"
 SAME_AGAIN = (Status.OK, Status.MISSING_IMAGE, Status.UNDECODABLE)
 """What follows from the bytes of an image alone. All other statuses may depend on the moment."""
-PIECE_BYTES, PIECE_FRAGMENTS = 1 << 20, 64
-"""Small fragments up to this size and number are merged as one: a table needs 20 kB of memory, however few
-rows it has (pyarrow 26)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,8 @@ def _commit(
 ) -> Summary | None:
     files = list_shard_files(folder, report.shard, report.generation)
     before, num_before = _pieces_of_file(folder, report.shard)
-    merge = Merge([*_pieces_of_fragments(folder, files.fragments), *before])
+    in_order = sorted(files.fragments, key=lambda fragment: fragment.first)
+    merge = Merge([*(partial(read_fragment, folder, f.name) for f in in_order), *before])
     report = _with_changes(folder, report, merge, files.report)
     if report.changed:
         merge = Merge(before)
@@ -159,20 +156,6 @@ def _commit(
         # Rows past the end of a shard that was read less far are kept for a better reading.
         delete_shard_files(folder, files, num_rows, is_shared, summary.may_improve)
     return summary
-
-
-def _pieces_of_fragments(folder: Folder, fragments: Iterable[Fragment]) -> list[Piece]:
-    """Return pieces with the rows of all fragments; small fragments that follow each other are one piece."""
-    pieces: list[Piece] = []
-    some: list[Piece] = []
-    num_bytes = 0
-    for fragment in sorted(fragments, key=lambda fragment: fragment.first):
-        if some and (num_bytes + fragment.num_bytes > PIECE_BYTES or len(some) == PIECE_FRAGMENTS):
-            pieces.append(join(some))
-            some, num_bytes = [], 0
-        some.append(partial(read_fragment, folder, fragment.name))
-        num_bytes += fragment.num_bytes
-    return [*pieces, join(some)] if some else pieces
 
 
 def _pieces_of_file(folder: Folder, shard: str) -> tuple[list[Piece], int]:

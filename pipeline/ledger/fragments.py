@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,8 +55,6 @@ class Fragment:
     count: int
     generation: int = 0
     """Of the shard when the rows were read; see `Shard.generation`."""
-    num_bytes: int = field(default=0, compare=False)
-    """Size of the file, if a listing has told it."""
 
     @property
     def has_gaps(self) -> bool:
@@ -114,7 +112,7 @@ def names_of_shard(shard: Shard) -> tuple[str, ...]:
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:
     """Return the rows of a fragment, or None when a commit has deleted it meanwhile."""
-    content = folder.get(name)
+    content = folder.get_listed(name)
     return None if content is None else pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
@@ -126,7 +124,7 @@ def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Tab
         return list(pool.map(lambda fragment: read_fragment(folder, fragment.name), fragments))
 
 
-def parse_fragment(name: str, num_bytes: int = 0) -> Fragment | None:
+def parse_fragment(name: str) -> Fragment | None:
     """Return what the name of a file says, relative to the output, or None when it is no fragment."""
     folder, _, last = name.rpartition("/")
     match, found = _NAME.match(last), parse_folder_of_shard(folder)
@@ -134,7 +132,7 @@ def parse_fragment(name: str, num_bytes: int = 0) -> Fragment | None:
         return None
     shard, generation = found
     first, end, count = (int(match[group]) for group in ("first", "last", "count"))
-    return Fragment(shard, name, first, end, count, generation, num_bytes)
+    return Fragment(shard, name, first, end, count, generation)
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFi
     """List the folder of an unfinished shard."""
     own, below = (shard, generation), folder_of_shard(shard, generation)
     files = folder.files(below)
-    found = [f for file in files if (f := parse_fragment(file.name, file.num_bytes)) is not None]
+    found = [f for file in files if (f := parse_fragment(file.name)) is not None]
     fragments = tuple(f for f in found if (f.shard, f.generation) == own)
     reports = [file for file in files if parse_shard_report_name(file.name) == own]
     latest_first = sorted(reports, key=report_order, reverse=True)
@@ -204,8 +202,8 @@ def delete_shard_files(
     """Delete the files of a shard that has been committed.
 
     The files that were merged are deleted by name. What another process writes meanwhile stays, and the next
-    sweep merges it. A store needs three requests to delete a file, and five to delete a folder: the whole
-    folder is deleted if nothing that arrives meanwhile can be of use.
+    sweep merges it. A store of which one request cannot delete several files needs three for a file and five
+    for a folder: there, the whole folder is deleted if nothing that arrives meanwhile can be of use.
 
     Args:
         files: what the commit has found.
@@ -215,7 +213,8 @@ def delete_shard_files(
     """
     merged = [fragment.name for fragment in files.fragments if fragment.last < num_rows]
     if len(merged) == len(files.fragments) and not (is_shared or may_improve or folder.is_local):
-        folder.erase(files.folder)
+        if not folder.delete_at_once([*merged, *files.reports]):
+            folder.erase(files.folder)
         return
     delete_files(folder, merged)
     delete_files(folder, files.reports)  # While fragments are left, a report says what to make of them.
@@ -223,8 +222,8 @@ def delete_shard_files(
 
 
 def delete_files(folder: Folder, names: Sequence[str]) -> None:
-    """Delete files one by one, several at the same time."""
-    if names:
+    """Delete files, by few requests or several at the same time."""
+    if names and not folder.delete_at_once(names):
         with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(names))) as pool:
             list(pool.map(folder.delete, names))
 

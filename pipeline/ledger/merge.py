@@ -1,15 +1,16 @@
 """Merge the rows of a shard from many pieces, in row order, in little memory.
 
-A piece is a fragment, or a row group of the file that the shard has already. The first pass over the pieces
-reads which rows they hold; it needs some 60 bytes a row. The second pass reads the pieces again as their rows
-come up, and yields the rows of one row group at a time.
+A piece is a fragment, a few small ones, or a row group of the file that the shard has already. The first
+pass over the pieces reads which rows they hold; it needs some 60 bytes a row. The second pass reads the
+pieces again as their rows come up, and yields the rows of one row group at a time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,9 @@ from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 
 HELD_BYTES = 64 << 20
 """Pieces of up to this size are kept from one pass, and from one row group, to the next."""
+JOINED_BYTES, JOINED_PIECES = 4 << 20, 64
+"""Small pieces that follow each other are one up to this size and number: a table needs 20 kB of memory,
+however few rows it has (pyarrow 26)."""
 ROW_GROUP_BYTES = 32 << 20
 MAX_ROW_GROUP_ROWS = 65_536
 
@@ -43,21 +47,21 @@ class Merge:
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
+        self._pieces: list[Piece] = []
         self._held: dict[int, pa.Table] = {}
         self._held_bytes = 0
-        self._row_bytes = np.ones(len(pieces))
+        row_bytes = []
         schemas: dict[pa.Schema, None] = {}
         parts = []
-        for number, table in _read(pieces, range(len(pieces))):
-            if table is None:
-                raise PieceGone
+        for number, (piece, table) in enumerate(_read_joined(pieces)):
+            self._pieces.append(piece)
+            row_bytes.append(table.nbytes / max(1, len(table)))
             if not len(table):
                 continue
             schemas[table.schema] = None
             parts.append(_index(number, table))
-            self._row_bytes[number] = table.nbytes / len(table)
             self._hold(number, table)
+        self._row_bytes = np.array(row_bytes)
         self.schema = pa.unify_schemas([*schemas], promote_options="permissive") if schemas else None
         self._rows = pa.concat_tables(parts) if parts else _index(0, None)
         self._order = self._find_order()
@@ -112,10 +116,8 @@ class Merge:
     def _take(self, pieces: np.ndarray, positions: np.ndarray) -> pa.Table:
         assert self.schema is not None
         needed = np.unique(pieces)
-        for number, table in _read(self._pieces, [n for n in needed if n not in self._held]):
-            if table is None:
-                raise PieceGone
-            self._held[number] = table
+        missing = [n for n in needed if n not in self._held]
+        self._held.update(zip(missing, _read([self._pieces[n] for n in missing]), strict=True))
         parts, places = [self.schema.empty_table()], []
         for number in needed:
             places.append(np.flatnonzero(pieces == number))
@@ -136,27 +138,44 @@ class Merge:
                 self._hold(number, table)
 
 
-def join(pieces: Sequence[Piece]) -> Piece:
-    """Return one piece with the rows of several; it is gone when one of them is."""
+def _read_joined(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, pa.Table]]:
+    """Yield pieces with their rows; small ones that follow each other are one piece."""
+    some: list[Piece] = []
+    tables: list[pa.Table] = []
+    for piece, table in zip(pieces, _read(pieces), strict=True):
+        num_bytes = sum(table.nbytes for table in [*tables, table])
+        if some and (num_bytes > JOINED_BYTES or len(some) == JOINED_PIECES):
+            yield partial(_read_as_one, some), _as_one(tables)
+            some, tables = [], []
+        some.append(piece)
+        tables.append(table)
+    if some:
+        yield partial(_read_as_one, some), _as_one(tables)
 
-    def read() -> pa.Table | None:
-        tables = [piece() for piece in pieces]
-        if any(table is None for table in tables):
-            return None
-        plain = [_plain(table) for table in tables]
-        return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
-    return read if len(pieces) > 1 else pieces[0]
+def _read_as_one(pieces: Sequence[Piece]) -> pa.Table | None:
+    tables = [piece() for piece in pieces]
+    return None if any(table is None for table in tables) else _as_one([_plain(table) for table in tables])
 
 
-def _read(pieces: Sequence[Piece], numbers: Iterable[int]) -> Iterator[tuple[int, pa.Table | None]]:
-    """Read pieces, several at the same time but never all, and yield them with their numbers."""
-    numbers = list(numbers)
+def _as_one(tables: Sequence[pa.Table]) -> pa.Table:
+    if len(tables) == 1:
+        return tables[0]
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+def _read(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+    """Read pieces, several at the same time but never all, and yield their rows in order.
+
+    Raises:
+        PieceGone: a piece is no longer there.
+    """
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        for start in range(0, len(numbers), MAX_CONCURRENT_REQUESTS):
-            some = numbers[start : start + MAX_CONCURRENT_REQUESTS]
-            for number, table in zip(some, pool.map(lambda n: pieces[n](), some), strict=True):
-                yield number, None if table is None else _plain(table)
+        for start in range(0, len(pieces), MAX_CONCURRENT_REQUESTS):
+            for table in pool.map(lambda read: read(), pieces[start : start + MAX_CONCURRENT_REQUESTS]):
+                if table is None:
+                    raise PieceGone
+                yield _plain(table)
 
 
 def _plain(table: pa.Table) -> pa.Table:

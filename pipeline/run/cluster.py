@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -51,6 +52,11 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if is_cluster():
         return
+    # Ray's processes warn and would end, and so does Ray here.
+    rules = os.environ.get("PYTHONWARNINGS", "").split(",")
+    if any(rule.startswith("error") for rule in rules):
+        os.environ["PYTHONWARNINGS"] = ",".join(rule for rule in rules if not rule.startswith("error"))
+        warnings.filterwarnings("default", module=r"ray(\.|$)")
     # Ray's name for a Ray that takes 127.0.0.1 as its address and listens there alone, on Linux too.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "RAY_AUTH_MODE" not in os.environ:

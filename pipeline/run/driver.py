@@ -163,6 +163,7 @@ class Driver:
         self._attempt.note(tracker.num_rows, news.loads, news.warnings, news.quantization, tracker.mean_rows)
         self._say_start(news)
         self._console.count_warnings(news.warnings)
+        self._stop.store_fails = bool(news.troubles)
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.fail(f"{failure.device} has failed: {failure.reason}; its images go again")

@@ -12,6 +12,8 @@ _RAYS_ADVICE = re.compile(r"\n\s*(?:Failed to .* after \d+/\d+ attempts|To chang
 """Ray Data appends these lines to the message of every exception of a worker."""
 _EXCEPTION = re.compile(r"^\s*([A-Za-z_][\w.]*(?:Error|Exception|Fault|Failed|Mismatch|Exit))(?:: (.+))?$")
 """The line of a traceback that names the exception."""
+_OF_RAY = ("UserCodeException", "RayTaskError")
+"""Ray wraps the cause in these, and its text follows that of the cause."""
 _OURS = ("ValueError", "OSError", "InputError", "EngineFault")
 """The messages of these are sentences of their own."""
 
@@ -20,7 +22,8 @@ def describe_failure(error: BaseException) -> str:
     """Return what a worker's exception said, and where it was raised, as one phrase without secrets."""
     text = _RAYS_ADVICE.split(str(error))[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = [match for match in map(_EXCEPTION.match, lines) if match]
+    named = [match for match in map(_EXCEPTION.match, lines) if match]
+    found = [match for match in named if match.group(1).rpartition(".")[2] not in _OF_RAY] or named
     said = [line for line in lines if not line.startswith(WHILE)]
     phrase = said[-1] if said else type(error).__name__
     if found:

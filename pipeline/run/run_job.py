@@ -193,6 +193,7 @@ def _said_to(console: Console, stop: StopRequest) -> Iterator[None]:
 
     def say(trouble: Trouble | None) -> bool:
         nonlocal said
+        stop.store_fails = trouble is not None
         phrase = None if trouble is None else describe([WorkerTrouble(trouble, 0)])
         if phrase and time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()

@@ -28,6 +28,7 @@ from blip2_actor import (
 )
 from pipeline.caption_counts import REGENERATED
 from pipeline.endpoint.waiting import GivenUp
+from pipeline.schema import to_plain
 from pipeline.settings.caption_spec import CaptionSpec
 from pipeline.settings.outputs import CONFIDENCE
 from pipeline.stages.decode import PIXELS, TRUNCATED, TRUNCATED_FLAG
@@ -132,7 +133,9 @@ class CaptionStage:
     def with_results(self, table: pa.Table, rows: FinishedRows) -> pa.Table:
         """Return finished rows of a table, with the result columns in place of the pixels."""
         without_pixels = table.drop_columns([n for n in (PIXELS, TRUNCATED) if n in table.column_names])
-        taken = without_pixels.take(pa.array([position for position, _ in rows], pa.int64()))
+        positions = pa.array([position for position, _ in rows], pa.int64())
+        kept = [_take(column, positions) for column in without_pixels.columns]
+        taken = pa.table(kept, without_pixels.column_names)
         columns = columns_of([result for _, result in rows], self.named)
         columns |= {name: taken[name] for name in ("width", "height", "sha256")}
         replaced = {column.name for column in self.fields}
@@ -240,3 +243,10 @@ class CaptionStage:
             if regenerated.ok:
                 result.result = regenerated
                 result.flags = [*find_quality_flags(regenerated.text or "", again.prompt), REGENERATED]
+
+
+def _take(column: pa.ChunkedArray, positions: pa.Array) -> pa.ChunkedArray:
+    try:
+        return column.take(positions)
+    except pa.ArrowNotImplementedError:  # of views
+        return to_plain(column).take(positions)

@@ -1,6 +1,6 @@
 """`FragmentWriter`: the rows that several captioning calls have finished, in few fragments.
 
-Calls of one process often hold rows of the same shard. Each fragment costs an object store three requests, so
+Calls of one process often hold rows of the same shard. Each fragment costs requests to an object store, so
 a call waits for a moment, until other calls have finished rows of that shard too.
 """
 

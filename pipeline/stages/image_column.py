@@ -71,6 +71,22 @@ def require_images(name: str, type: Any, fetches: bool = False) -> None:
     raise ValueError(f"image_column must hold {TAKEN}, got {name!r} of type {type}{remedy}")
 
 
+def require_text(argument: str, name: str, type: Any) -> None:
+    """Raise ValueError, which names a column, unless a column of this type may hold text.
+
+    Args:
+        argument: which column it is, for the message.
+        name: the column.
+        type: its type in Arrow; of a pandas block, its dtype.
+    """
+    if isinstance(type, pa.DataType):
+        holds_text = is_text(type) or pa.types.is_null(type)
+    else:
+        holds_text = not isinstance(type, np.dtype) or type == np.dtype(object)
+    if not holds_text:
+        raise ValueError(f"{argument} must hold text, got {name!r} of type {type}; convert it with ds.map")
+
+
 def read_images(column: pa.ChunkedArray) -> list[Cell | Address]:
     """Return the images of a column, or the addresses of those that are elsewhere."""
     return [_require_image(cell) for chunk in column.chunks for cell in _cells_of_chunk(chunk)]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.core import url_to_fs
 
+from blip2_actor.flags import split_uri
 from blip2_actor.installation import install_hint
 from pipeline.errors import InputError
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors
@@ -29,6 +30,10 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        split_uri("a file or folder", uri)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     shown = without_secrets(uri)
     if scheme in ARROW_SCHEMES and "#" in uri:  # Arrow leaves out what follows, options too.
         raise InputError(f"{shown} must be a URI without #, which ends its path; write %23 for each #")

@@ -17,10 +17,10 @@ import io
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import IO, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ import pyarrow.fs as pafs
 
 from pipeline.storage.exclusive import put_new
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.fsspec_store import s3_requests
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
 from pipeline.storage.secrets import hide_secrets, without_secrets
@@ -35,20 +36,13 @@ from pipeline.storage.secrets import hide_secrets, without_secrets
 T = TypeVar("T")
 OpenFile: TypeAlias = "pa.NativeFile | io.BufferedReader"
 
-ASIDE = "_blip2/tmp"
-"""Where a file on a disk is written before it is renamed; emptied when a run starts."""
-
-PROBE = "_blip2/probe-"
-"""Begins the names of files that test whether a folder can be written."""
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-"""On the file systems of Linux."""
-MAX_KEY_BYTES = 1024
-"""In S3, Google Cloud Storage and Azure."""
-SPOOL_BYTES = 64 << 20
-"""Larger content that is prepared for `put` goes to a disk."""
+ASIDE = "_blip2/tmp"  # where a file on a disk is written before it is renamed; emptied when a run starts
+PROBE = "_blip2/probe-"  # begins the names of files that test whether a folder can be written
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of the file systems of Linux
+MAX_KEY_BYTES = 1024  # of S3, Google Cloud Storage and Azure
+SPOOL_BYTES = 64 << 20  # larger content that is prepared for `put` goes to a disk
 COPY_BYTES = 8 << 20
-PROBE_BYTES = 4096
-"""A full disk still takes an empty file."""
+PROBE_BYTES = 4096  # a full disk still takes an empty file
 
 
 class WrittenFile(NamedTuple):
@@ -98,13 +92,15 @@ class Folder:
 
     def sibling_uri(self, suffix: str) -> str:
         """Return the URI of a folder next to this one."""
-        path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return f"{path.rstrip('/')}-{suffix}{question}{options}"
+        return self._uri_with(f"-{suffix}")
 
     def below(self, name: str) -> Folder:
         """Return a folder inside this one."""
+        return Folder(self._uri_with(f"/{name}"), self.retry_for_s)
+
+    def _uri_with(self, ending: str) -> str:
         path, question, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Folder(f"{path.rstrip('/')}/{name}{question}{options}", self.retry_for_s)
+        return f"{path.rstrip('/')}{ending}{question}{options}"
 
     @property
     def is_local(self) -> bool:
@@ -114,11 +110,7 @@ class Folder:
         return f"{self.root}/{name}"
 
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
-        """Write or replace a file in one step, so that no reader sees half of it.
-
-        Args:
-            content: bytes, or a file that can be read from its beginning, such as one of `spool`.
-        """
+        """Write or replace a file in one step, so that no reader sees half of it; see `spool` for files."""
         self._retry(lambda: self._put_once(name, content))
 
     def put_new(self, name: str, content: bytes) -> bool:
@@ -141,6 +133,10 @@ class Folder:
         """Return the content of a file, or None when there is none."""
         return self._retry(lambda: self._get_once(name))
 
+    def get_listed(self, name: str) -> bytes | None:
+        """Return the same as `get`, by one request if the file is there and `S3Requests` can."""
+        return s3_requests(self.uri).get(self.filesystem, self.path(name)) or self.get(name)
+
     def read(self, name: str, action: Callable[[OpenFile], T]) -> T:
         """Return what `action` makes of an open file, which must exist; a retry starts from the beginning."""
 
@@ -159,6 +155,10 @@ class Folder:
     def delete(self, name: str) -> None:
         """Delete a file; do nothing when there is none."""
         self._retry(lambda: self._delete_once(name))
+
+    def delete_at_once(self, names: Sequence[str]) -> bool:
+        """Delete files by few requests and return True, or return False if `S3Requests` cannot."""
+        return s3_requests(self.uri).delete(self.filesystem, [self.path(name) for name in names])
 
     def erase(self, under: str = "") -> None:
         """Delete this folder, or one inside it, with all its files; do nothing when there is none.
@@ -207,8 +207,8 @@ class Folder:
 
     def seconds_since_write(self, name: str) -> float | None:
         """Return how long ago a file was written, by the clock of the store, or None when there is none."""
-        (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
-        return None if info.mtime is None else (datetime.now(UTC) - info.mtime).total_seconds()
+        file = self.file(name)
+        return None if file is None or not file.written else time.time() - file.written
 
     def require_writable(self) -> None:
         """Raise ValueError unless a file can be written here and deleted again; nothing is retried."""

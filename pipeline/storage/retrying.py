@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
@@ -58,6 +60,8 @@ def _always(trouble: Trouble | None) -> bool:
 
 
 _listener: Listener = _always
+_under_way: dict[int, float] = {}
+"""When each thread that waits for a request has begun it."""
 
 
 def listen(listener: Listener | None) -> None:
@@ -69,6 +73,12 @@ def listen(listener: Listener | None) -> None:
 def tell(trouble: Trouble | None) -> bool:
     """Tell the listener of trouble, or None of its end; return whether to go on trying."""
     return _listener(trouble)
+
+
+def longest_request_s() -> float:
+    """Return for how long this process has waited for the request that has been under way for longest."""
+    begun = min(_under_way.copy().values(), default=None)
+    return 0.0 if begun is None else time.monotonic() - begun
 
 
 def retry_on_oserror(
@@ -91,7 +101,8 @@ def retry_on_oserror(
     pause_s, has_failed = FIRST_PAUSE_S, False
     while True:
         try:
-            result = action()
+            with _noted():
+                result = action()
         except OSError as error:
             if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):
                 raise
@@ -111,6 +122,18 @@ def retry_on_oserror(
             if has_failed:
                 _listener(None)
             return result
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    thread = threading.get_ident()
+    outer = _under_way.get(thread)
+    _under_way.setdefault(thread, time.monotonic())
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _under_way[thread]
 
 
 def is_final(error: OSError) -> bool:

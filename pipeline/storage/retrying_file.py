@@ -28,7 +28,7 @@ than that of the output, because `retry` reads the shard again, and nothing that
 def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | RetryingFile:
     """Open a file that can be read at any position; on an object store, failed reads are retried."""
     if isinstance(filesystem, pafs.LocalFileSystem):
-        return filesystem.open_input_file(path)
+        return filesystem.open_input_file(os.fsencode(path))  # A name need not be UTF-8.
     return RetryingFile(filesystem, path)
 
 

@@ -7,8 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from blip2_actor.flags import split_uri
 from pipeline.errors import RayStartFailed, Stopped
 from pipeline.submit.job_command import JobCommand
 from pipeline.submit.package import Package
@@ -30,7 +30,7 @@ def connect(address: str) -> JobSubmissionClient:
     """Return a client of the cluster; raise RayStartFailed if it cannot be reached."""
     from ray.job_submission import JobSubmissionClient
 
-    parts = urlsplit(address)
+    parts = split_uri("address", address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), CONNECT_S).close()

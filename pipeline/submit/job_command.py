@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
+from blip2_actor.flags import split_uri
 from pipeline.storage.secrets import hide_secrets
 
 MAX_SLUG_CHARS = 40
@@ -94,7 +95,7 @@ def _require_no_secret(name: str, uri: str) -> None:
     """Refuse a URI with a password, or with an option that may be one."""
     if "://" not in uri:
         return
-    parts = urlsplit(uri)
+    parts = split_uri(name, uri)
     options = {option for option, _ in parse_qsl(parts.query, keep_blank_values=True)}
     if parts.password is not None or options - SAFE_OPTIONS:
         raise ValueError(

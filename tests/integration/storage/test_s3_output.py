@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import parse_qs
 
 import boto3
+import fsspec
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ from pipeline.settings.fingerprint import Fingerprint
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
+from pipeline.storage.fsspec_store import s3_requests
 from tests.integration.inputs import right_caption, write_tars
 from tests.unit.ledger.test_fragments import rows
 from tests.unit.ledger.test_lease import race_for
@@ -98,23 +100,56 @@ def test_of_drivers_that_start_together_one_gets_the_lease(bucket, monkeypatch):
 
 
 @pytest.mark.parametrize("num_fragments", [1, 12])
-def test_a_shard_costs_nine_requests_and_three_for_each_fragment(bucket, num_fragments):
-    """Each deleted fragment cost three requests, and left an empty object for its folder in the bucket."""
-    folder = Folder(bucket.format(f"cost-{num_fragments}"))
-    ledger = Ledger(folder)
+@pytest.mark.parametrize("status", ["ok", "fetch_failed"])
+def test_a_shard_costs_five_requests_and_two_for_each_fragment(bucket, num_fragments, status):
+    """Arrow asks for the size of each fragment, and deletes a folder by five requests, a file by three."""
+    output = f"cost-{status}-{num_fragments}"
     REQUESTS.clear()
+    finish_shard(bucket.format(output), num_fragments, status)
+    may_improve = status != "ok"
+    assert REQUESTS.total() == 2 * num_fragments + 5 + may_improve, REQUESTS
+    assert raw_keys(bucket, f"{output}/") == [f"{output}/x/0.tar.parquet"]
+
+
+@pytest.mark.parametrize("failing", ["cat_file", "call_s3"])
+def test_arrow_makes_the_requests_that_another_client_cannot_make(bucket, failing, monkeypatch):
+    """A request that fails is no reason for a commit to fail, and is not tried with every fragment."""
+    asked: list[object] = []
+
+    def fail(store, *args, **options):
+        asked.append(args)
+        raise TimeoutError
+
+    uri = bucket.format(f"other-{failing}")
+    store = s3_requests(uri)
+    assert store.get(Folder(uri).filesystem, "bucket/none") is None
+    monkeypatch.setattr(store._store, failing, fail, raising=True)
+    REQUESTS.clear()
+    finish_shard(uri, num_fragments=12)
+    assert 1 <= len(asked) <= 12, "fragments are read at the same time"
+    assert 12 * 2 + 5 < REQUESTS.total() <= 12 * 3 + 9
+    asked.clear()
+    finish_shard(uri, num_fragments=2, shard="x/1.tar")
+    assert not asked
+
+
+def finish_shard(uri: str, num_fragments: int, status: str = "ok", shard: str = "x/0.tar") -> None:
+    ledger = Ledger(Folder(uri))
     for first in range(num_fragments):
-        ledger.write_fragment(rows([first], shard="x/0.tar"))
-    report = ShardReport(shard="x/0.tar", num_rows=num_fragments, complete=True)
+        ledger.write_fragment(rows([first], shard=shard, status=status))
+    report = ShardReport(shard=shard, num_rows=num_fragments, complete=True)
     ledger.store_shard_report(report)
-    assert ledger.commit(report, {})
-    assert REQUESTS.total() <= 3 * num_fragments + 9, REQUESTS
-    keys = [key.partition("/")[2] for key in raw_keys(bucket, f"cost-{num_fragments}/")]
-    assert keys == ["_blip2/fragments/x/", "x/0.tar.parquet"]
+    summary = ledger.commit(report, {})
+    assert summary is not None and summary.by_status == {status: num_fragments}
 
 
-def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket):
-    """They stayed, and each listing of the output returned all of them."""
+def test_markers_of_emptied_folders_are_deleted_only_when_all_shards_are_finished(bucket, monkeypatch):
+    """They stayed, and each listing of the output returned all of them. Arrow leaves them."""
+
+    def not_installed(*args, **options):
+        raise ImportError("s3fs")
+
+    monkeypatch.setattr(fsspec, "filesystem", not_installed)
     folder = Folder(bucket.format("marked"))
     ledger = Ledger(folder)
     shards = [Shard(name=n, format="webdataset", root="/in", files=(n,)) for n in ("a.tar", "b.tar")]

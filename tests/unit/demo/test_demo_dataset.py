@@ -11,7 +11,8 @@ import pytest
 
 from blip2_actor import decode_image
 from blip2_actor.demo import all_captions
-from pipeline.demo.dataset import SHARD_FOLDER, Expected, read_truth, write_demo_dataset
+from pipeline.demo.dataset import INPUTS, Expected, read_truth, write_demo_dataset
+from pipeline.inputs.listing import list_shards
 
 NUM_IMAGES = 400
 
@@ -22,9 +23,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, E
     return folder, write_demo_dataset(folder, num_images=NUM_IMAGES, seed=3)
 
 
+def paths_in(folder: Path) -> list[Path]:
+    return [path for name in INPUTS for path in sorted((folder / name).iterdir())]
+
+
 def read_images(folder: Path) -> dict[str, bytes | None]:
     images: dict[str, bytes | None] = {}
-    for path in sorted((folder / SHARD_FOLDER).iterdir()):
+    for path in paths_in(folder):
         if path.suffix == ".parquet":
             table = pq.read_table(path)
             images.update(zip(table["key"].to_pylist(), table["image"].to_pylist(), strict=True))
@@ -69,5 +74,12 @@ def test_captions_were_held_out_from_training(dataset) -> None:
 def test_equal_seeds_write_equal_files(dataset, tmp_path: Path) -> None:
     folder, _ = dataset
     write_demo_dataset(tmp_path, num_images=NUM_IMAGES, seed=3)
-    for path in sorted((folder / SHARD_FOLDER).iterdir()):
-        assert (tmp_path / SHARD_FOLDER / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in paths_in(folder):
+        assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_each_folder_of_inputs_is_an_input_by_itself(dataset) -> None:
+    """Tars and a table lay in one folder, which `blip2 caption` and `blip2 plan` refuse."""
+    folder, _ = dataset
+    formats = [{shard.format for shard in list_shards(str(folder / name))} for name in INPUTS]
+    assert formats == [{"webdataset"}, {"parquet"}]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import resource
 import shutil
 from collections.abc import Iterator
 
@@ -77,6 +79,21 @@ def test_the_caches_of_cpu_kernels_are_bounded_unless_the_user_does_it(
     prepare_device(CPU)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
     assert os.environ["LRU_CACHE_CAPACITY"] == "5"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
+def test_the_memory_of_one_tensor_is_kept_for_the_next_on_a_cpu() -> None:
+    """Each page that is given back is a fault when the next tensor is filled."""
+    prepare_device(CPU)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(24 << 20, dtype=torch.uint8) for _ in range(6)]
+        assert all(tensor[-1] == 1 for tensor in tensors)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    fewest = min(faults() for _ in range(5))
+    assert fewest < 4_000  # of 36,864 pages
 
 
 @pytest.mark.parametrize("sequences", [[[5, 7], [], [3]], [[], []]])

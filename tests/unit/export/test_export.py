@@ -238,7 +238,7 @@ def test_an_image_that_has_changed_is_refused(tmp_path, capsys, to):
 
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
-def test_an_image_that_has_changed_without_a_trace_is_refused(tmp_path, capsys, to):
+def test_an_image_that_has_changed_without_a_trace_is_left_out(tmp_path, capsys, to):
     """Size and time of the tar are the same: only the digest of the row tells."""
     write_tars(tmp_path / "in", 2, 3)
     write_run(tmp_path / "in", tmp_path / "out")
@@ -246,27 +246,42 @@ def test_an_image_that_has_changed_without_a_trace_is_refused(tmp_path, capsys, 
     written_ns = path.stat().st_mtime_ns
     path.write_bytes(path.read_bytes().replace(png(4), png(4)[:-1] + b"x"))
     os.utime(path, ns=(written_ns, written_ns))
-    assert export(tmp_path / "out", to, tmp_path / "made") == 1
-    said = capsys.readouterr().err
-    assert "the image of row 1" in said and "is another one than in the run" in said
-    assert not any("part1" in name for name in state_of(tmp_path / "made"))
+    assert export(tmp_path / "out", to, tmp_path / "made") == 2
+    said = capsys.readouterr().out
+    assert "2 rows, without 1 that have lost their images" in said
+    assert ": the image is another one than in the run" in said
+    assert "exit status 2: 1 row left out without their images" in said
 
 
-def test_a_damaged_input_stops_the_export_and_leaves_no_half(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
+def test_images_that_vanish_cost_their_rows_and_come_with_the_next_export(tmp_path, capsys, monkeypatch, to):
+    """One of them ended the whole export."""
     write_tars(tmp_path / "in", 2, 3)
     write_run(tmp_path / "in", tmp_path / "out")
     monkeypatch.setattr("pipeline.export.export.require_same_input", lambda *_: None)
-    path = tmp_path / "in" / "part1" / "00001.tar"
+    path = tmp_path / "in" / "part0" / "00000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:2500])
-    assert export(tmp_path / "out", "webdataset", tmp_path / "made") == 1
-    said = capsys.readouterr().err
-    assert "the image of row 1" in said and "can no longer be read" in said
-    assert sorted(state_of(tmp_path / "made")) == ["part0/00000.tar"]
-    assert not (tmp_path / "made" / ".blip2_export" / "tmp").exists()
+    assert export(tmp_path / "out", to, tmp_path / "made") == 2
+    said = capsys.readouterr().out
+    assert "1 row, without 2 that have lost their images" in said and ": 3 rows\n" in said
+    assert ": the image can no longer be read: the input ends before it" in said
     path.write_bytes(whole)
-    exported(tmp_path / "out", "webdataset", tmp_path / "made")
-    assert len(state_of(tmp_path / "made")) == 2
+    exported(tmp_path / "out", to, tmp_path / "made")
+    assert "2 shards, 1 of them up to date" in capsys.readouterr().out
+    assert not (tmp_path / "made" / ".blip2_export" / "tmp").exists()
+
+
+def test_an_image_of_a_folder_that_vanishes_costs_its_row(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        (tmp_path / "in" / f"{n}.png").write_bytes(png(n))
+    write_run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "1.png").unlink()
+    assert export(tmp_path / "out", "webdataset", tmp_path / "made") == 2
+    said = capsys.readouterr().out
+    assert "2 rows, without 1 that have lost their images" in said
+    assert "1.png: the image can no longer be read: the file cannot be read" in said
 
 
 def test_other_folders_are_refused(run, tmp_path, capsys):

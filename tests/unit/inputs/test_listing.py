@@ -184,6 +184,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert shard.files == ("b.jpg", "link/a.jpg")
 
 
+def test_links_that_lead_to_each_other_end(tmp_path):
+    """a/b leads to c, and c/d to a: the listing ended with "Too many levels of symbolic links"."""
+    touch(tmp_path, "a/0.jpg", "c/1.jpg")
+    (tmp_path / "a/b").symlink_to("../c")
+    (tmp_path / "c/d").symlink_to("../a")
+    (shard,) = list_shards(str(tmp_path))
+    assert shard.files == ("a/0.jpg", "a/b/1.jpg", "c/1.jpg", "c/d/0.jpg")
+
+
 def test_a_limit_takes_the_first_rows_over_the_sorted_shards(tmp_path):
     for at in range(3):
         members = [(f"{at}-{row}.jpg", b"x") for row in range(5)]

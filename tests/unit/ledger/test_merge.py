@@ -62,6 +62,7 @@ def test_every_type_can_be_written(tmp_path, type, values):
 
 def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):
     monkeypatch.setattr(merge_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(merge_module, "JOINED_BYTES", 0)
     monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 500)
     numbers = list(range(200))
     random.Random(0).shuffle(numbers)
@@ -84,6 +85,7 @@ def test_pieces_that_do_not_fit_into_memory_are_read_again(monkeypatch):
 
 
 def test_pieces_are_held_up_to_the_limit_and_make_room_for_others(monkeypatch):
+    monkeypatch.setattr(merge_module, "JOINED_BYTES", 0)
     monkeypatch.setattr(merge_module, "ROW_GROUP_BYTES", 100)
     tables = [piece_of(list(range(start, start + 10))) for start in range(0, 100, 10)]
     monkeypatch.setattr(merge_module, "HELD_BYTES", 3 * tables[-1].nbytes)
@@ -137,16 +139,17 @@ def test_more_than_a_chunk_has_room_for_is_written(tmp_path, monkeypatch):
     assert pq.read_table(tmp_path / "s.parquet")["kept"].to_pylist() == ["a", "b", "c"]
 
 
-def test_small_fragments_are_read_as_few_pieces(tmp_path, monkeypatch):
+def test_small_fragments_are_held_as_few_tables(tmp_path, monkeypatch):
     """Each was a table in memory: 285,000 fragments of three rows would have needed five gigabytes."""
-    seen = []
+    held = []
 
-    def merge(pieces):
-        seen.append(len(pieces))
-        return Merge(pieces)
+    class Seen(Merge):
+        def _hold(self, number, table):
+            held.append(number)
+            super()._hold(number, table)
 
-    monkeypatch.setattr(commit_module, "Merge", merge)
-    monkeypatch.setattr(commit_module, "PIECE_FRAGMENTS", 8)
+    monkeypatch.setattr(commit_module, "Merge", Seen)
+    monkeypatch.setattr(merge_module, "JOINED_PIECES", 8)
     folder = Folder(str(tmp_path))
     numbers = list(range(100))
     random.Random(0).shuffle(numbers)
@@ -160,9 +163,21 @@ def test_small_fragments_are_read_as_few_pieces(tmp_path, monkeypatch):
     assert summary is not None and summary.by_status == {"ok": 400}
     table = read_rows(folder, "a/0.tar")
     assert table is not None and table["row"].to_pylist() == list(range(400))
-    monkeypatch.setattr(commit_module, "PIECE_BYTES", 1)
-    write_fragment(folder, rows([0, 1], status="failed"))
-    write_fragment(folder, rows([2, 3], status="failed"))
-    assert commit_shard(folder, report, {}) == summary
-    num_row_groups = 1
-    assert seen == [-(-111 // 8), 2 + num_row_groups], "large fragments are read one by one"
+    assert len(held) == len({*held}) == -(-111 // 8)
+
+
+def test_a_shard_that_compresses_well_takes_little_memory(tmp_path):
+    """40 fragments of 8 MiB, each a file of 1 kB, were read as one table; with 2 GiB, no commit could be."""
+    folder = Folder(str(tmp_path))
+    for first in range(0, 320, 8):
+        write_fragment(folder, piece_of([*range(first, first + 8)], pa.array([bytes(1 << 20)] * 8)))
+    pool = pa.system_memory_pool()
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert commit_shard(folder, ShardReport(shard="s", num_rows=320, complete=True), {})
+        peak = pool.max_memory()
+    finally:
+        pa.set_memory_pool(usual)
+    assert peak < 280 << 20, peak
+    assert pq.read_metadata(tmp_path / "s.parquet").num_rows == 320

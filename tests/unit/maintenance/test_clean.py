@@ -103,7 +103,7 @@ def test_a_driver_of_another_machine_counts_while_its_heartbeat_is_young(folder,
     other = dataclasses.replace(Holder.of_this_process(), machine="another")
     folder.put(LEASE, json.dumps(dataclasses.asdict(other)).encode())
     assert cleaned(folder) == 1
-    os.utime(folder.path(LEASE), (0, 0))
+    os.utime(folder.path(LEASE), (1, 1))
     assert cleaned(folder) == 0
     assert "the lease of a driver that has died" in capsys.readouterr().out
 

@@ -115,7 +115,7 @@ def test_a_driver_of_another_machine_without_a_heartbeat_is_not_watched_forever(
         holder = json.loads(folder.get(LEASE))
         folder.put(LEASE, json.dumps(holder | {"machine": "another"}).encode())
         assert found.has_driver
-        os.utime(folder.path(LEASE), (0, 0))
+        os.utime(folder.path(LEASE), (1, 1))
         assert not found.has_driver
 
 
@@ -133,7 +133,7 @@ def test_a_program_reads_how_far_a_run_is(folder, capsys):
 def test_a_driver_that_cannot_write_its_heartbeat_is_explained(folder, monkeypatch):
     """While the disk is full, the last heartbeat in it says that all is well."""
     with Lease(folder):
-        os.utime(folder.path(LEASE), (0, 0))
+        os.utime(folder.path(LEASE), (1, 1))
         last = status_lines(folder.uri)[-1]
         assert last.endswith("the driver, its machine or the network has stopped")
         with monkeypatch.context() as patched:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import warnings
 
 import pytest
 import ray
 
 from pipeline.errors import RayStartFailed
-from pipeline.run.cluster import connected, start_ray
+from pipeline.run.cluster import connected, set_ray_environment, start_ray
 
 
 @pytest.fixture
@@ -75,3 +77,11 @@ def test_an_error_without_a_text_is_named_by_its_type(failing, monkeypatch):
     failing(TimeoutError())
     with pytest.raises(RayStartFailed, match="on this machine: TimeoutError; "):
         start_ray()
+
+
+def test_warnings_are_no_errors_for_the_processes_of_ray(monkeypatch):
+    """With PYTHONWARNINGS=error its agents ended, and after half a minute the machine was said to be busy."""
+    monkeypatch.setattr(os, "environ", {"PYTHONWARNINGS": "error,ignore::DeprecationWarning"})
+    with warnings.catch_warnings():
+        set_ray_environment()
+    assert os.environ["PYTHONWARNINGS"] == "ignore::DeprecationWarning"

@@ -20,9 +20,23 @@ Failed to run map task after 1/1 attempts (total backoff 0.0s).
 To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext`"""
 
 
+WRAPPED = """
+while captioning 0.tar:0-383 on node n1
+
+The above exception was the direct cause of the following exception:
+
+ray::MapWorker(MapBatches(WriteStage)).submit() (pid=7, ip=10.0.0.1)
+ray.exceptions.UserCodeException: UDF failed to process a data block."""
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
+        (
+            f"{TRACE}PermissionError: [Errno 13] no: '/out'{WRAPPED}{ADVICE}",
+            "PermissionError: [Errno 13] no: '/out', while captioning 0.tar:0-383 on node n1",
+        ),
+        (f"ray.exceptions.UserCodeException: UDF failed.{ADVICE}", "UserCodeException: UDF failed"),
         (f"{TRACE}ValueError: the models differ.{ADVICE}", "the models differ"),
         (f"{TRACE}KeyError: 'x'{ADVICE}", "KeyError: 'x'"),
         (f"{TRACE}pyarrow.lib.ArrowInvalid: no\n  a.b.SomeError: second{ADVICE}", "SomeError: second"),

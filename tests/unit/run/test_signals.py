@@ -95,7 +95,7 @@ import hashlib, signal, sys, threading, time
 from pipeline.run import signals
 
 signals.HANDLED_WITHIN_S = 0.2
-with signals.StopRequest().by_signals():
+with signals.StopRequest(is_command=True).by_signals():
     threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # hours, without any Python code
 """
@@ -110,31 +110,60 @@ def test_a_library_that_does_not_return_holds_no_signal():
 
 
 HELD_LATER = """
-import signal, threading
+import os, signal, threading
+from contextlib import nullcontext
 from pipeline.errors import Interrupted
 from pipeline.run import signals
+from pipeline.storage.retrying import retry_on_oserror
 
-signals.ENDED_WITHIN_S = 0.2
-with signals.StopRequest().by_signals():
+signals.{limit} = 0.2
+signals.NO_ANSWER_S = 0.1
+forever = threading.Event().wait  # as for the heartbeat of a lease in a store that does not answer
+with signals.StopRequest(is_command=True).by_signals(), signals.StopRequest().by_signals() as stop:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # as while Ray starts
     try:
-        signal.raise_signal(signal.SIGTERM)
+        with {when}:
+            signal.raise_signal(signal.SIGTERM)
     except Interrupted:
-        threading.Event().wait()  # as for the heartbeat of a lease in a store that does not answer
+        pass
+    {waits}
 """
 
 
-def test_a_store_that_does_not_answer_holds_no_job_that_was_stopped():
+@pytest.mark.parametrize(
+    ("limit", "when", "waits"),
+    [
+        ("ENDED_WITHIN_S", "stop.deferred()", "forever()"),
+        ("ENDED_SOON_WITHIN_S", "nullcontext()", "forever()"),
+        ("ENDED_SOON_WITHIN_S", "stop.deferred()", "stop.store_fails = True; forever()"),
+        ("ENDED_SOON_WITHIN_S", "stop.deferred()", "retry_on_oserror(forever)"),
+    ],
+    ids=["at_work", "before_work", "store_fails", "no_answer"],
+)
+def test_nothing_holds_a_command_that_was_stopped(limit, when, waits):
     """A driver ran on for minutes after SIGTERM, until Ray or the operator killed it."""
-    ended = subprocess.run([sys.executable, "-c", HELD_LATER], capture_output=True, text=True, timeout=60)
+    code = HELD_LATER.format(limit=limit, when=when, waits=waits)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert ended.returncode == 143
     assert ended.stderr == (
         "blip2: stopped at once by SIGTERM: a store or Ray did not return; finished work is kept\n"
     )
 
 
+def test_a_program_that_runs_a_job_is_never_ended(monkeypatch):
+    """Ctrl-C in a notebook ended the interpreter with all that it held, when the end took long."""
+    monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.0)
+    monkeypatch.setattr(signals, "ENDED_SOON_WITHIN_S", 0.0)
+    with pytest.raises(Interrupted), StopRequest().by_signals():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            threading.Event().wait(3 * signals.LOOK_EVERY_S)
+
+
 def test_a_signal_that_is_handled_ends_nothing_later(monkeypatch):
     monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.5)
-    request = StopRequest()
+    request = StopRequest(is_command=True)
     with request.by_signals(), request.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -146,7 +175,7 @@ def test_a_signal_of_another_part_of_the_program_ends_nothing(monkeypatch):
     monkeypatch.setattr(signals, "HANDLED_WITHIN_S", 0.2)
     before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
     try:
-        with StopRequest().by_signals():
+        with StopRequest(is_command=True).by_signals():
             signal.raise_signal(signal.SIGCHLD)
             threading.Event().wait(0.5)
     finally:

@@ -42,6 +42,13 @@ def test_pieces_come_in_order_and_are_no_larger_than_requested():
     assert all(PIXELS not in row for row in rows)
 
 
+def test_columns_of_views_are_kept():
+    """Arrow takes no rows of a view: Polars writes its strings so, and the job ended."""
+    views = {"text": pa.array(["a", "b"], pa.string_view()), "jpg": pa.array([b"1", b"2"], pa.binary_view())}
+    table = stage()(table_of(2, **views))
+    assert (table["text"].to_pylist(), table["jpg"].to_pylist()) == (["a", "b"], [b"1", b"2"])
+
+
 def test_finished_rows_are_yielded_while_another_row_takes_long(tmp_path):
     """Otherwise the finished rows of a call are lost if it dies in its slow row."""
     gate = tmp_path / "gate"

@@ -10,7 +10,7 @@ from PIL import Image
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
 
 from blip2_actor import DecodedImage
-from pipeline.stages.image_column import Address, digest_of, read_images, require_images
+from pipeline.stages.image_column import Address, digest_of, read_images, require_images, require_text
 
 GRAY = np.arange(6, dtype=np.uint8).reshape(2, 3)
 OTHER = np.arange(4, dtype=np.uint8).reshape(2, 2)
@@ -83,6 +83,18 @@ def test_other_columns_are_refused_by_name(type, reason):
     with pytest.raises(ValueError, match="image") as error:
         require_images("image", type)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("type", [pa.int64(), pa.binary(), np.dtype(np.int64)], ids=str)
+def test_prompts_that_are_no_text_are_refused_by_name(type):
+    """The job began, and ended with "'int' object has no attribute 'lower'"."""
+    with pytest.raises(ValueError, match=f"prompt_column must hold text, got 'p' of type {type}; convert it"):
+        require_text("prompt_column", "p", type)
+
+
+@pytest.mark.parametrize("type", [pa.string_view(), pa.null(), np.dtype(object)], ids=str)
+def test_prompts_may_be_text_of_every_kind(type):
+    require_text("prompt_column", "p", type)
 
 
 def test_paths_and_texts_are_addresses_of_images():

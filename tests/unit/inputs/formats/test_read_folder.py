@@ -48,6 +48,14 @@ def test_a_file_that_cannot_be_read_costs_only_its_row(tmp_path):
     assert (report.num_rows, report.complete) == (7, True)
 
 
+def test_a_name_that_is_not_utf8_is_read(tmp_path):
+    """Arrow takes such a name only as bytes: the image was unreadable."""
+    (tmp_path / "caf\udce9.jpg").write_bytes(b"a")
+    (shard,) = list_shards(str(tmp_path))
+    ((row,), _) = read_rows(shard)
+    assert (row["key"], row["image"], row["status"]) == (r"caf\xe9.jpg", b"a", None)
+
+
 def test_tables_are_small_and_a_limit_caps_rows(tmp_path):
     for at in range(50):
         (tmp_path / f"{at:02d}.png").write_bytes(bytes(100))
