@@ -24,7 +24,7 @@ from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import DecodingBySize
 from deploy.guard.keys import KeyFile
-from deploy.guard.uploads import give_back_large_memory
+from deploy.guard.uploads import give_back_large_memory, take_passed_bodies
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
@@ -68,6 +68,7 @@ class Gateway:
             others: the replicas of further models, by name.
         """
         give_back_large_memory()
+        take_passed_bodies()
         self.image_policy: FetchPolicy = settings.image_policy
         self._access: dict[str, Any] = {
             "allowed_hosts": settings.allowed_hosts,

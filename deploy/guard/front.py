@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
-from deploy.guard.uploads import Uploads, give_back_large_memory
+from deploy.guard.uploads import PASSED_BODY, Body, Uploads, give_back_large_memory
 from deploy.http.errors import BEING_SERVED, RETRY_AFTER_S, ApiError, not_ready, overloaded, unavailable
 from deploy.observe.metrics import FRONT_ANSWERS
 
@@ -104,7 +104,7 @@ class Front:
         body = self._uploads.body_of(_client_of(scope), receive, declared_bytes, _counts(scope))
         answer = Answer(send)
         try:
-            await self._serve({**scope, "headers": headers, "method": method}, body, answer)
+            await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)
         except Exception:
             if answer.is_started:
                 raise
@@ -117,6 +117,15 @@ class Front:
             response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
             await response(scope, receive, send)
+
+    async def _serve_with(self, scope: Scope, body: Body, answer: Answer) -> None:
+        """Have Serve answer a request; a small body goes with it."""
+        if body.is_small and b"transfer-encoding" not in dict(scope["headers"]):
+            message = await body()
+            if message["type"] != "http.request":
+                return
+            scope[PASSED_BODY] = message.get("body", b"")
+        await self._serve(scope, body, answer)
 
     def _in_place(self, scope: Scope, error: ApiError) -> Response:
         """Return an answer in place of the gateway's, counted and logged."""

@@ -2,6 +2,10 @@
 
 Bodies are gathered here, where an upload that is slow or never ends costs its bytes once. Passed on piece by
 piece, it would have them in the gateway too, and in Ray's object store, which takes a second to free a piece.
+
+A small body goes to the gateway with its request. Serve's way is two calls from the gateway back to the
+proxy, one for the body and one to hear that the client has left, which cancels the request in any case.
+Without them, proxy and gateway use a quarter less CPU time for a request.
 """
 
 from __future__ import annotations
@@ -9,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections import Counter
+from typing import Any
 
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 from deploy.http.errors import ApiError, overloaded
 from deploy.settings import BODY_WITHIN_S
@@ -19,6 +24,10 @@ MAX_BYTES = 256 << 20
 """Bytes of all requests that one proxy holds at once."""
 SMALL_BYTES = 1 << 20
 """Bodies up to this size have a quarter of the bytes to themselves."""
+PASSED_BYTES = 64 << 10
+"""A body up to this size goes with its request. Ray puts larger arguments of calls into its object store."""
+PASSED_BODY = "blip2.body"
+"""The key of the ASGI scope under which it goes."""
 BODY_PAUSE_S = 10.0
 """Seconds between two pieces of a body."""
 _M_MMAP_THRESHOLD = -3
@@ -34,6 +43,30 @@ def give_back_large_memory() -> None:
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_THRESHOLD, SMALL_BYTES)
+
+
+def take_passed_bodies() -> None:
+    """Have the Serve replica of this process find bodies where the front of the proxy has put them.
+
+    Serve has no setting for this (Ray 2.60).
+    """
+    from ray.serve._private import replica
+
+    class Received(replica.ASGIReceiveProxy):
+        """ASGI `receive`. A body that was not passed, as behind a proxy without our front, is asked for."""
+
+        def __init__(self, scope: Scope, *arguments: Any) -> None:
+            super().__init__(scope, *arguments)
+            self._passed: bytes | None = scope.pop(PASSED_BODY, None)
+
+        async def fetch_until_disconnect(self) -> None:
+            if self._passed is None:
+                await super().fetch_until_disconnect()
+            else:
+                self.queue.put_nowait({"type": "http.request", "body": self._passed, "more_body": False})
+
+    if replica.ASGIReceiveProxy.__name__ != Received.__name__:
+        replica.ASGIReceiveProxy = Received
 
 
 class Uploads:
@@ -113,6 +146,11 @@ class Body:
         self._declared_bytes = declared_bytes
         self._is_counted = is_counted
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is announced to have at most `PASSED_BYTES`."""
+        return self._declared_bytes <= PASSED_BYTES
 
     async def __call__(self) -> Message:
         if self.is_complete:

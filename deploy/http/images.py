@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
-from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, InstanceOf, ValidationInfo, WithJsonSchema
 
 from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request
@@ -48,18 +48,30 @@ def _read_image(value: object, info: ValidationInfo) -> ImageSource:
     return _bounded(name, value, policy)
 
 
-ImageField = Annotated[
-    ImageSource,
-    BeforeValidator(_read_image),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "description": "The encoded image in base64, line breaks allowed, or a data URI; or an http or "
-            "https URL, if the service fetches images from its host (--allow-image-host).",
-        }
-    ),
-]
+IMAGE_SCHEMA = WithJsonSchema(
+    {
+        "type": "string",
+        "description": "The encoded image in base64, line breaks allowed, or a data URI; or an http or https "
+        "URL, if the service fetches images from its host (--allow-image-host).",
+    }
+)
+ImageField = Annotated[ImageSource, BeforeValidator(_read_image), IMAGE_SCHEMA]
 """A field with an image."""
+
+
+def _read_or_refuse(value: object, info: ValidationInfo) -> ImageSource | ApiError:
+    try:
+        return _read_image(value, info)
+    except ApiError as refusal:
+        return refusal.with_traceback(None)
+
+
+ImageOrRefusal = Annotated[
+    InstanceOf[bytes] | InstanceOf[ImageUrl] | InstanceOf[ApiError],
+    BeforeValidator(_read_or_refuse),
+    IMAGE_SCHEMA,
+]
+"""One of several images; what is wrong with it does not concern the others."""
 
 
 def read_text(name: str, text: str, policy: FetchPolicy) -> ImageSource:

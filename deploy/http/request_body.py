@@ -90,18 +90,25 @@ def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: Fe
 
 def _explain(error: ValidationError, body_type: type[BaseModel]) -> str:
     errors = error.errors(include_url=False, include_context=False)
-    # A misspelled name is the reason why another is missing.
-    wrong = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    path = ".".join(str(part) for part in wrong["loc"])
-    if wrong["type"] == "extra_forbidden":
+    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant.
+    extra = [one for one in errors if one["type"] == "extra_forbidden"]
+    alike = extra or [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    wrong = max(alike, key=lambda one: len(_place(one)))
+    path = ".".join(map(str, _place(wrong)))
+    if extra:
         known = f"; the fields are {', '.join(body_type.model_fields)}" if len(wrong["loc"]) == 1 else ""
         return f"{path} is not a field{known}"
     if wrong["type"] == "missing":
         return f"{path} must be given"
-    if wrong["type"] == "value_error":
-        return f"{path}: {wrong['msg'].removeprefix('Value error, ')}"
+    if wrong["type"].startswith(("value_error", "union_tag")):
+        return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
     rule = re.sub(r"^(Input|String|List|Dictionary) should ", "", wrong["msg"])
     return f"{path} must {rule}, got {shorten(wrong['input'])}"
+
+
+def _place(error: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Return where a value is, without pydantic's names for kinds of values."""
+    return tuple(part for part in error["loc"] if not re.match(r"constrained-str$|list\[", str(part)))
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:

@@ -15,7 +15,7 @@ from deploy.guard.cost import cost_of
 from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
-from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageSource
+from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageOrRefusal, ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
@@ -39,7 +39,7 @@ class CaptionBody(Wishes):
 class CaptionsBody(Wishes):
     """Several images, and what is asked of each."""
 
-    images: Annotated[list[ImageField], Field(min_length=1, max_length=MAX_IMAGES)]
+    images: Annotated[list[ImageOrRefusal], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
 class PieceOfText(BaseModel):
@@ -143,9 +143,11 @@ async def _caption_all(
     """Caption every image, some at the same time; one that fails does not stop the others."""
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def caption(index: int, image: ImageSource) -> None:
+    async def caption(index: int, image: ImageSource | ApiError) -> None:
         async with slots:
             try:
+                if isinstance(image, ApiError):
+                    raise image
                 answer = {"index": index} | await _caption(service, model, body, work, image)
             except ApiError as error:
                 answer = {"index": index, "status": error.type, "error": error.message}

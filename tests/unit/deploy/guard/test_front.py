@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private import replica
 from starlette.types import Message, Receive, Scope, Send
 
 from deploy.guard import front, uploads
 from deploy.guard.front import Front
-from deploy.guard.uploads import Uploads
+from deploy.guard.uploads import PASSED_BODY, PASSED_BYTES, Uploads
 from deploy.http.errors import ApiError, full, overloaded, unavailable
 
 
@@ -34,7 +36,9 @@ class Proxy:
             await self._answer(self.healthy, b"text/plain", send)
             return
         self.scopes.append(scope)
-        while True:
+        if PASSED_BODY in scope:
+            self.bodies.append(scope[PASSED_BODY])
+        while PASSED_BODY not in scope:
             message: Message = await receive()
             if message["type"] == "http.disconnect":
                 return  # Serve cancels the request, and answers nothing
@@ -298,6 +302,47 @@ def test_a_body_is_passed_on_when_all_of_it_is_here() -> None:
 
     assert ask(Front(serve), content=pieces()).status_code == 200
     assert serve.bodies == [b"abc"]
+
+
+def test_a_small_body_goes_with_its_request() -> None:
+    """Two calls back to the proxy, for the body and for the end of the connection, were most of its cost."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"chunked"
+
+    proxy = Proxy()
+    small, large = b"x" * PASSED_BYTES, b"x" * (PASSED_BYTES + 1)
+    for content in (small, large, pieces(), b""):
+        assert ask(Front(proxy), content=content).status_code == 200
+    assert proxy.bodies == [small, large, b"chunked", b""]
+    assert [scope.get(PASSED_BODY) for scope in proxy.scopes] == [small, None, None, b""]
+
+
+@pytest.mark.parametrize("is_passed", [True, False])
+def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
+    monkeypatch: pytest.MonkeyPatch, is_passed: bool
+) -> None:
+    monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
+    uploads.take_passed_bodies()
+    uploads.take_passed_bodies()  # of another gateway in this process
+    num_asked = 0
+
+    async def ask_proxy(_: object) -> bytes:
+        nonlocal num_asked
+        num_asked += 1
+        end = {"type": "http.disconnect"}
+        return pickle.dumps([{"type": "http.request", "body": b"asked", "more_body": False}, end])
+
+    async def read() -> bytes:
+        scope: Scope = {"type": "http"} | ({PASSED_BODY: b"passed"} if is_passed else {})
+        receive = replica.ASGIReceiveProxy(scope, None, ask_proxy)
+        await receive.fetch_until_disconnect()
+        body: bytes = (await receive())["body"]
+        assert PASSED_BODY not in scope
+        return body
+
+    assert asyncio.run(read()) == (b"passed" if is_passed else b"asked")
+    assert num_asked == (0 if is_passed else 1)
 
 
 def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:

@@ -255,6 +255,14 @@ def test_many_images_are_answered_as_they_finish(service: EngineService) -> None
     assert found == [0, 1] and service.num_in_flight == 0
 
 
+def test_one_of_many_images_that_is_none_does_not_refuse_the_others(service: EngineService) -> None:
+    wrong = ["no base64!", "https://example.com/a.png", 5]
+    response = post(service, "/v1/captions", images=[base64_of(png(1)), *wrong])
+    lines = {line["index"]: line for line in map(json.loads, response.text.splitlines())}
+    assert [lines[n]["status"] for n in range(4)] == ["ok", "bad_request", "url_refused", "bad_request"]
+    assert "base64" in lines[1]["error"]
+
+
 def test_the_images_of_one_request_come_a_few_at_a_time(
     service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

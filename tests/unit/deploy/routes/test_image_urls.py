@@ -149,11 +149,11 @@ def test_nothing_is_fetched_by_default_or_for_a_request_that_is_not_admitted() -
         url = f"{address}/image"
         for path, fields in (
             ("/v1/caption", {"image": url}),
-            ("/v1/captions", {"images": [url]}),
             ("/v1/embeddings", {"model": "demo", "input": url}),
         ):
             assert error_of(post(usual, path, **fields))[:2] == (400, "url_refused")
         assert error_of(chat(usual, url))[:2] == (400, "url_refused")
+        assert post(usual, "/v1/captions", images=[url]).json()["status"] == "url_refused"
         assert error_of(post(full, "/v1/caption", image=url))[0] == 503
         assert not paths
 

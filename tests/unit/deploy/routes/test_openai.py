@@ -281,6 +281,7 @@ def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineSe
         ({"messages": [{"role": "user", "content": "no image"}]}, 400, "image"),
         ({"messages": [MESSAGES[0] | {"content": MESSAGES[0]["content"] * 2}]}, 400, "image"),
         ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "'image_url', 'text'"),
     ],
 )
 def test_what_blip2_cannot_do_is_refused_by_name(
