@@ -125,6 +125,7 @@ class Front:
             if message["type"] != "http.request":
                 return
             scope[PASSED_BODY] = message.get("body", b"")
+            body.give_again(message)
         await self._serve(scope, body, answer)
 
     def _in_place(self, scope: Scope, error: ApiError) -> Response:

@@ -145,6 +145,7 @@ class Body:
         self._num_claimed = 0
         self._declared_bytes = declared_bytes
         self._is_counted = is_counted
+        self._again: Message | None = None
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
     @property
@@ -152,7 +153,14 @@ class Body:
         """Whether it is announced to have at most `PASSED_BYTES`."""
         return self._declared_bytes <= PASSED_BYTES
 
+    def give_again(self, message: Message) -> None:
+        """Have the next call return a message once more, for a gateway that asks for what was passed."""
+        self._again = message
+
     async def __call__(self) -> Message:
+        if self._again is not None:
+            message, self._again = self._again, None
+            return message
         if self.is_complete:
             return await self._receive()  # waits until the client has left
         try:
