@@ -142,11 +142,12 @@ def _read_joined(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, pa.Table]]:
     """Yield pieces with their rows; small ones that follow each other are one piece."""
     some: list[Piece] = []
     tables: list[pa.Table] = []
+    num_bytes = 0
     for piece, table in zip(pieces, _read(pieces), strict=True):
-        num_bytes = sum(table.nbytes for table in [*tables, table])
-        if some and (num_bytes > JOINED_BYTES or len(some) == JOINED_PIECES):
+        if some and (num_bytes + table.nbytes > JOINED_BYTES or len(some) == JOINED_PIECES):
             yield partial(_read_as_one, some), _as_one(tables)
-            some, tables = [], []
+            some, tables, num_bytes = [], [], 0
+        num_bytes += table.nbytes
         some.append(piece)
         tables.append(table)
     if some:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -25,17 +25,18 @@ KNOWN_OPTIONS = {"region", "scheme", "endpoint_override", "allow_bucket_creation
 """Options of URIs that are understood here, or mean nothing to one small file."""
 DELETED_AT_ONCE = 1000
 """The most objects that S3 deletes in one request."""
-CONNECT_S, ANSWER_S = 3, 10
-"""How long S3 may take to answer `S3Requests`."""
+ONE_TRY = {"connect_timeout": 3, "read_timeout": 10, "retries": {"max_attempts": 0}}
+"""Options of botocore for `S3Requests`, instead of which Arrow can ask again."""
 
 logger = logging.getLogger(__name__)
 
 
-def fsspec_store(uri: str, filesystem: pafs.FileSystem) -> Any:
+def fsspec_store(uri: str, filesystem: pafs.FileSystem, config: Mapping[str, Any] = {}) -> Any:
     """Return the filesystem of fsspec for the same place, or None.
 
     Args:
         uri: with the credentials and options by which `filesystem` was opened.
+        config: options of botocore for S3; without them, its own limits of time and tries.
 
     Raises:
         ImportError: its package is not installed.
@@ -50,19 +51,13 @@ def fsspec_store(uri: str, filesystem: pafs.FileSystem) -> Any:
     server = options.get("endpoint_override")
     server = f"{options.get('scheme', 'https')}://{server}" if server and "://" not in server else server
     if parts.scheme == "s3":
-        config: dict[str, Any] = {
-            "connect_timeout": CONNECT_S,
-            "read_timeout": ANSWER_S,
-            "retries": {"max_attempts": 0},
-        }
         named: dict[str, Any] = {
             "client_kwargs": {"region_name": options.get("region") or filesystem.region},
-            "config_kwargs": config,
+            "config_kwargs": {**config} | ({"s3": {"addressing_style": "path"}} if server else {}),
             "max_concurrency": 1,  # With more, it asks for the size of an object before it reads it.
         }
         if server:
             named["endpoint_url"] = server
-            config["s3"] = {"addressing_style": "path"}
         if parts.username:
             named |= {"key": unquote(parts.username), "secret": unquote(parts.password or "")}
         return fsspec.filesystem("s3", skip_instance_cache=True, **named)
@@ -113,7 +108,7 @@ class S3Requests:
             return None
         try:
             with self._lock:
-                self._store = self._store or fsspec_store(self._uri, filesystem)
+                self._store = self._store or fsspec_store(self._uri, filesystem, ONE_TRY)
             return None if self._store is None else request(self._store)
         except FileNotFoundError:
             return None
