@@ -22,8 +22,8 @@ ENDED_WITHIN_S = 25.0
 """How long a job that is at work may take to end, from the signal on: writing, closing and releasing. It is
 less than the 30 s after which Ray kills a job that was stopped."""
 ENDED_SOON_WITHIN_S = 9.0
-"""The same before and after work, and while the store of the input or output fails or does not answer: then
-waiting does not help."""
+"""The same before and after work, and when the store of the input or output has failed or not answered since
+the signal: then waiting does not help."""
 NO_ANSWER_S = 4.0
 """A request that takes longer is taken for one that gets no answer."""
 LOOK_EVERY_S = 0.2
@@ -152,8 +152,11 @@ class StopRequest:
 
     def _ends_in_time(self, arrived: float) -> bool:
         """Wait for the end of the block; return False when it is late."""
+        has_store = True
         while not self._is_over.wait(LOOK_EVERY_S):
-            has_store = not self.store_fails and longest_request_s() < NO_ANSWER_S
+            # A store that has failed once since the signal is not waited for again: whoever has given up a
+            # request says no more about it, and the next one may take as long.
+            has_store = has_store and not self.store_fails and longest_request_s() < NO_ANSWER_S
             limit_s = ENDED_WITHIN_S if self._came_at_work and has_store else ENDED_SOON_WITHIN_S
             if time.monotonic() - arrived > limit_s:
                 return False

@@ -136,9 +136,15 @@ with signals.StopRequest(is_command=True).by_signals(), signals.StopRequest().by
         ("ENDED_WITHIN_S", "stop.deferred()", "forever()"),
         ("ENDED_SOON_WITHIN_S", "nullcontext()", "forever()"),
         ("ENDED_SOON_WITHIN_S", "stop.deferred()", "stop.store_fails = True; forever()"),
+        (
+            "ENDED_SOON_WITHIN_S",
+            "stop.deferred()",
+            "signals.ENDED_SOON_WITHIN_S = 1; stop.store_fails = True; forever(0.5); "
+            "stop.store_fails = False; forever()",
+        ),
         ("ENDED_SOON_WITHIN_S", "stop.deferred()", "retry_on_oserror(forever)"),
     ],
-    ids=["at_work", "before_work", "store_fails", "no_answer"],
+    ids=["at_work", "before_work", "store_fails", "store_has_failed", "no_answer"],
 )
 def test_nothing_holds_a_command_that_was_stopped(limit, when, waits):
     """A driver ran on for minutes after SIGTERM, until Ray or the operator killed it."""
