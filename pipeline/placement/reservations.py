@@ -73,11 +73,16 @@ class Reservations:
     num_threads: int | None
     """Threads of the engine on CPUs; None on accelerators. Without this, Ray limits the threads of a worker
     to the number of whole CPUs that it reserves."""
+    max_block_bytes: int | None
+    """Maximum size of a block of rows in memory; None if nobody knows the size of the object stores."""
 
 
 MIN_OPEN_SHARDS = 2
 """Shards read at the same time on one machine; on more CPUs, one per CPU. Ray keeps that many idle workers;
 more shards at a time would start new processes."""
+BLOCKS_PER_STORE = 32
+"""Blocks that the smallest object store of a node must hold. Each of eight captioning calls has one, more
+wait for them, and Ray begins to write blocks to disk when a store is 80 % full."""
 BYTES_PER_WORKER = 16 << 20
 """Input that is worth another process on one machine: starting one takes as long as decoding this much."""
 
@@ -144,7 +149,16 @@ def reserve(
         max_open_shards=max_open_shards,
         max_decode_actors=max_decode_actors,
         num_threads=num_threads,
+        max_block_bytes=_max_block_bytes(cluster),
     )
+
+
+def _max_block_bytes(cluster: Cluster) -> int | None:
+    stores = (
+        node.resources.get("object_store_memory") for node in cluster.nodes if node.resources.get("CPU")
+    )
+    smallest = min((size for size in stores if size), default=None)
+    return None if smallest is None else int(smallest) // BLOCKS_PER_STORE
 
 
 def _on_cpus(caption: Reservation, placement: Placement, cluster: Cluster) -> tuple[Reservation, int]:

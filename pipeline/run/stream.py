@@ -50,8 +50,12 @@ def receipts_dataset(
     spec = settings.spec(job.engine)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    block_bytes = CALL_ROWS * info.image_size_px**2 * 3
-    context.target_max_block_size = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, block_bytes))
+    block_bytes = min(
+        CALL_ROWS * info.image_size_px**2 * 3,
+        reservations.max_block_bytes or MAX_BLOCK_BYTES,
+        MAX_BLOCK_BYTES,
+    )
+    context.target_max_block_size = max(MIN_BLOCK_BYTES, block_bytes)
     # Loading a model of tens of gigabytes may take longer than Ray Data waits for progress.
     context.execution_no_progress_timeout_s = -1
     with DataContext.current(context):

@@ -160,3 +160,12 @@ def test_the_engine_is_told_its_device_and_threads_on_cpus():
     on_cpus = resolve_engine(ENGINE, placed(machine(4)))
     assert isinstance(on_cpus, EngineConfig) and (on_cpus.device, on_cpus.num_threads) == ("cpu", 4)
     assert resolve_engine(ENGINE, placed(GROWING)) == ENGINE
+
+
+def test_the_smallest_store_of_a_worker_holds_many_blocks():
+    """Twelve blocks under way filled a store of 100 MiB, and Ray wrote a seventh of the pixels to disk."""
+    stores = [
+        {"CPU": cpus, "object_store_memory": mib * 2.0**20} for cpus, mib in [(0, 10), (2, 320), (2, 96)]
+    ]
+    assert placed(Cluster(tuple(map(Node, stores)))).max_block_bytes == 3 << 20
+    assert placed(CPUS_ONLY, ON_CPU).max_block_bytes is None
