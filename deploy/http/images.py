@@ -60,6 +60,8 @@ ImageField = Annotated[ImageSource, BeforeValidator(_read_image), IMAGE_SCHEMA]
 
 
 def _read_or_refuse(value: object, info: ValidationInfo) -> ImageSource | ApiError:
+    if not isinstance(value, str | bytes):  # the request itself is wrong, as its schema says
+        raise bad_request(f"each of {info.field_name} must be a string: base64, a data URI or a URL")
     try:
         return _read_image(value, info)
     except ApiError as refusal:

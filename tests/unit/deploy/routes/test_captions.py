@@ -256,11 +256,19 @@ def test_many_images_are_answered_as_they_finish(service: EngineService) -> None
 
 
 def test_one_of_many_images_that_is_none_does_not_refuse_the_others(service: EngineService) -> None:
-    wrong = ["no base64!", "https://example.com/a.png", 5]
+    wrong = ["no base64!", "https://example.com/a.png"]
     response = post(service, "/v1/captions", images=[base64_of(png(1)), *wrong])
     lines = {line["index"]: line for line in map(json.loads, response.text.splitlines())}
-    assert [lines[n]["status"] for n in range(4)] == ["ok", "bad_request", "url_refused", "bad_request"]
+    assert [lines[n]["status"] for n in range(3)] == ["ok", "bad_request", "url_refused"]
     assert "base64" in lines[1]["error"]
+
+
+@pytest.mark.parametrize("value", [None, 5, {}, ["x"]], ids=repr)
+def test_images_that_are_no_strings_refuse_the_request(service: EngineService, value: object) -> None:
+    """The document of the interface says strings, so a client that sends others is wrong throughout."""
+    response = post(service, "/v1/captions", images=[base64_of(png(1)), value])
+    assert error_of(response)[:2] == (400, "bad_request")
+    assert "each of images must be a string" in response.text
 
 
 def test_the_images_of_one_request_come_a_few_at_a_time(
