@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
@@ -26,6 +27,8 @@ from schemathesis.specs.openapi.checks import (
 from deploy.http.api import create_api
 from deploy.observe.logs import LogLevel
 from tests.unit.deploy.routes.engine_service import EngineService, base64_of, data_uri, png
+
+pytestmark = pytest.mark.slow
 
 NUM_EXAMPLES = 60
 CHECKS = [
@@ -70,7 +73,10 @@ TYPES = [
 @SCHEMA.parametrize()
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_generated_requests_get_documented_answers(case: schemathesis.Case) -> None:
-    case.call_and_validate(checks=CHECKS)
+    # A field of a form is text: an object in its place is sent as the text of it, which is right.
+    is_form = case.media_type == "multipart/form-data"
+    checks = [check for check in CHECKS if not (is_form and check is negative_data_rejection)]
+    case.call_and_validate(checks=checks)
 
 
 def test_hostile_requests_get_errors_of_our_shape() -> None:
