@@ -186,6 +186,7 @@ def test_a_bucket_that_cannot_be_written_is_refused_without_the_password(bucket)
     assert "secret" not in str(refusal.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path, capsys):
     truth = write_tars(tmp_path / "in", num_tars=2, rows_per_tar=20)
