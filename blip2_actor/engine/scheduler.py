@@ -235,7 +235,7 @@ class Scheduler:
         self._take_tokens(logits, texts, [text.slots for text in texts])
 
     def _close_gaps(self) -> None:
-        """Move texts, so that the running slots are the first ones, and those of costly texts behind others."""
+        """Move texts, so that the first slots are those that run, and costly texts come last."""
         sources, targets = self.slots.close_gaps()
         if sources:
             self.runner.copy_slots(sources, targets, max(text.length for text in self.slots.texts))
