@@ -231,8 +231,14 @@ class EngineCore:
         elif started.encodes_ahead:
             wake_up = partial(self._wake_ups.put, None)
             ahead = self._encode_worker = EncodeWorker(self.runner, self._num_threads, wake_up)
-        late = reads_late(self.runner.device)
-        self.scheduler = Scheduler(self.runner, started.max_slots, started.encode_batch, ahead, late)
+        self.scheduler = Scheduler(
+            self.runner,
+            started.max_slots,
+            started.encode_batch,
+            ahead,
+            reads_late=reads_late(self.runner.device),
+            shares_steps=self.runner.device.type == "cpu",
+        )
 
     def _fail(self, error: BaseException) -> None:
         """Fail every request: what broke the device broke all of them.

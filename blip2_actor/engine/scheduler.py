@@ -29,6 +29,7 @@ from blip2_actor.engine.out_of_memory import Limits, OutOfMemory, catch_out_of_m
 from blip2_actor.engine.request_queues import Lanes
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.slot_table import RunningText, SlotTable
+from blip2_actor.engine.step_shares import StepShares
 from blip2_actor.engine.unread_tokens import UnreadTokens
 from blip2_actor.generation.step import advance
 from blip2_actor.request import Result
@@ -58,6 +59,7 @@ class Scheduler:
         encode_batch: int,
         encode_ahead: EncodeWorker | EncodeStream | None = None,
         reads_late: bool = False,
+        shares_steps: bool = False,
     ) -> None:
         """
         Args:
@@ -66,11 +68,13 @@ class Scheduler:
             encode_ahead: a second thread or stream that encodes; None encodes everything in `step` itself.
             reads_late: read the tokens of a step after the next one is queued, if all texts take the largest
                 logit.
+            shares_steps: texts of many slots sit out steps while others run; see `StepShares`.
         """
         self.runner = runner
         self.limits = Limits(max_slots, encode_batch)
         self.lanes = Lanes(self.limits)
-        self.slots = SlotTable(max_slots)
+        self.slots = SlotTable(max_slots, shares_steps)
+        self._shares = StepShares()
         self.counters = Counters()
         self._recovery = MemoryRecovery(runner, self.limits, self.lanes, self.slots)
         self.encoding = EncodeStage(runner, self.limits, self.lanes, self.slots, self._recovery, encode_ahead)
@@ -203,16 +207,22 @@ class Scheduler:
     # Decoding -------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        """Append the last token of every running text to its slots, and select the next one."""
+        """Append the last token of the running texts to their slots, and select the next one."""
         self._free_slots_of_last_tokens()  # of texts of one token, which the prefill has made
         if not self._reads_late or not all(text.takes_argmax for text in self.slots.texts):
             self._read_tokens()
-        texts = self.slots.texts
-        if not texts:
+        if not self.slots.texts:
             self._read_tokens()
             return
         self._close_gaps()
-        token_ids, lengths = [0] * self.num_running, [0] * self.num_running
+        with self._shares.next_texts(self.slots.texts) as texts:
+            self._decode_texts(texts)
+        self._read_tokens(num_left=1)
+
+    def _decode_texts(self, texts: Sequence[RunningText]) -> None:
+        """Append a token to texts that own the first slots."""
+        num_slots = sum(len(text.slots) for text in texts)
+        token_ids, lengths = [0] * num_slots, [0] * num_slots
         for text in texts:
             length = text.length
             tokens = [ON_DEVICE] if text.num_unread else text.search.tokens()
@@ -223,10 +233,9 @@ class Scheduler:
             text.length += 1
         self.counters.num_decode_steps += 1
         self._take_tokens(logits, texts, [text.slots for text in texts])
-        self._read_tokens(num_left=1)
 
     def _close_gaps(self) -> None:
-        """Move texts from the last slots into free ones, so that the running slots are the first ones."""
+        """Move texts, so that the first slots are those that run, and costly texts come last."""
         sources, targets = self.slots.close_gaps()
         if sources:
             self.runner.copy_slots(sources, targets, max(text.length for text in self.slots.texts))

@@ -1,8 +1,9 @@
 """Who owns which slot.
 
 A slot is one row of the key/value cache. A running text owns one slot, or one per beam. The decode step reads
-the first N rows of the cache, so the running texts must own the first N slots: `close_gaps` moves texts from
-the last slots into free ones. This table only keeps the books; the scheduler copies the cache.
+the first N rows of the cache, so the running texts must own the first N slots, and those that sit out steps
+(`step_shares`) the last of these: `close_gaps` moves texts there. This table only keeps the books; the
+scheduler copies the cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
+
+MAX_SLOTS_OF_OTHERS = 5
+"""A request with more slots is costly: five beams are what many callers ask for."""
 
 
 @dataclass(eq=False)
@@ -27,6 +31,8 @@ class RunningText:
     """Cached positions that are the same in all its slots: the image and the prompt."""
     length: int
     """Cached positions in each of its slots now."""
+    is_costly: bool = False
+    """Whether it may have to sit out steps; see `StepShares`."""
     num_unread: int = 0
     """Tokens that are selected and that the host has not read; see `UnreadTokens`."""
 
@@ -53,13 +59,18 @@ class RunningText:
 class SlotTable:
     """The running texts and their slots."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, has_costly: bool = False) -> None:
+        """
+        Args:
+            has_costly: whether texts of requests with many slots are costly.
+        """
         self.texts: list[RunningText] = []
         """In the order in which they were placed."""
         self.num_used = 0
         """Slots with an owner; safe to read from any thread."""
         self.num_low_priority = 0
         """Slots of texts of low priority, which a request of normal priority may take."""
+        self._has_costly = has_costly
         self._owners: list[RunningText | None] = [None] * num_slots
         self._free: list[int] = list(range(num_slots))
         """A heap: the lowest free slot is given away first."""
@@ -92,7 +103,8 @@ class SlotTable:
     ) -> RunningText:
         """Give a search the lowest free slots; the caller has checked that there are enough."""
         slots = [heapq.heappop(self._free) for _ in range(search.num_slots)]
-        text = RunningText(request, search, slots, prefix_length, prefix_length)
+        is_costly = self._has_costly and request.num_slots > MAX_SLOTS_OF_OTHERS
+        text = RunningText(request, search, slots, prefix_length, prefix_length, is_costly)
         self.texts.append(text)
         self._count(text, len(slots))
         for slot in slots:
@@ -115,26 +127,36 @@ class SlotTable:
             self.num_low_priority += num_slots
 
     def close_gaps(self) -> tuple[list[int], list[int]]:
-        """Let texts in the last slots own free slots further in front, so that the used slots come first.
+        """Let the running texts own the first slots, and costly ones the last of these.
 
         Returns:
-            The slots to copy from and the slots to copy to, of equal length.
+            The slots to copy from and the slots to copy to, of equal length; a slot may be among both.
         """
-        num_used = self.num_used
-        targets = [slot for slot in range(num_used) if self._owners[slot] is None]
-        if not targets:
+        others = [slot for text in self.texts if not text.is_costly for slot in text.slots]
+        costly = [slot for text in self.texts if text.is_costly for slot in text.slots]
+        boundary = len(others)
+        moves = _moves(others, range(boundary)) + _moves(costly, range(boundary, self.num_used))
+        if not moves:
             return [], []
-        sources = [slot for slot in range(num_used, len(self._owners)) if self._owners[slot] is not None]
-        for source, target in zip(sources, targets, strict=True):
-            text = self._owners[source]
-            assert text is not None  # by the choice of sources
+        moving = [(self._owners[source], source, target) for source, target in moves]
+        for _, source, _ in moving:
+            self._owners[source] = None
+        for text, source, target in moving:
+            assert text is not None  # it is one of those whose slots were asked
             text.slots[text.slots.index(source)] = target
-            self._owners[source], self._owners[target] = None, text
-        self._free = list(range(num_used, len(self._owners)))
-        return sources, targets
+            self._owners[target] = text
+        self._free = list(range(self.num_used, len(self._owners)))
+        sources, targets = zip(*moves, strict=True)
+        return list(sources), list(targets)
 
     def shrink(self, num_slots: int) -> None:
         """Keep the first slots only; all slots must be free."""
         assert not self.texts, "texts must leave their slots before the table shrinks"
         del self._owners[num_slots:]
         self._free = list(range(num_slots))
+
+
+def _moves(slots: Collection[int], places: range) -> list[tuple[int, int]]:
+    """Pair the slots that are outside of as many places with the places that are none of them."""
+    outside = sorted(slot for slot in slots if slot not in places)
+    return list(zip(outside, sorted(set(places).difference(slots)), strict=True)) if outside else []

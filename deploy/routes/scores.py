@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
@@ -17,8 +18,14 @@ from deploy.http.lanes import in_lane
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import ServedModel, Service, make_each
-from deploy.http.wishes import MAX_TEXTS, Body, ModelName, Text, require_matching
+from deploy.http.wishes import MAX_TEXT_CHARS, MAX_TEXTS, Body, ModelName, Text, require_matching
 from deploy.work import ImageWork, TextToScore
+
+_IMAGE_IN_BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/\r\n]{64,}={0,2}", re.ASCII)
+"""How JPEG, PNG, GIF and WebP begin. No text for an image is written like this."""
+
+MAX_PLAIN_CHARS = 64 << 20
+"""Of a string that may be an image as a data URI, whose size has a limit of its own."""
 
 SomeTexts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
 
@@ -54,8 +61,9 @@ class RankedText(Body):
     text: Text
 
 
-Part = Text | RankedText | RankedImage
-"""A text, or an image; a plain string that starts with `data:image/` is an image too."""
+Part = Annotated[str, Field(max_length=MAX_PLAIN_CHARS)] | RankedText | RankedImage
+"""A text, or an image; a plain string that starts with `data:image/` is an image too. One that is an image in
+base64 alone is refused: as a text it would be ranked without a hint."""
 
 
 class RerankBody(Body):
@@ -170,6 +178,10 @@ def _content(service: Service, name: str, part: str | RankedText | RankedImage) 
     if isinstance(part, RankedText):
         return part.text
     if isinstance(part, str) and not part.startswith("data:image/"):
+        if _IMAGE_IN_BASE64.fullmatch(part.strip()):
+            raise bad_request(f'{name} is an image in base64 as a plain text; pass {{"image": "..."}}')
+        if len(part) > MAX_TEXT_CHARS:
+            raise bad_request(f"{name} must have at most {MAX_TEXT_CHARS} characters, got {len(part)}")
         return part
     return read_text(name, _written(part), service.image_policy)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from pipeline.settings.outputs import Outputs
 from pipeline.stages.pending_row import PendingRow
 from pipeline.storage.retrying import Trouble, listen
 from tests.unit.endpoint.scripted_endpoint import MODEL, Answer, Exchange, endpoint
+
+T = TypeVar("T")
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), np.uint8)
 CAPTIONS = [fake_caption(image, None) for image in IMAGES]
@@ -46,6 +49,20 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trouble | None]]:
 def results(answer: Answer, images: np.ndarray = IMAGES, **request: object) -> list[Result]:
     with endpoint(answer) as url, RemoteEngine(Endpoint(url, "secret"), MODEL) as engine:
         return engine.generate([Request(image=image, **request) for image in images])  # type: ignore[arg-type]
+
+
+def in_time(call: Callable[[], T]) -> T:
+    """Return what a call returns; one that waits for ever fails its test instead of keeping the run."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(timeout=10)
 
 
 def texts_of(found: list[Result]) -> list[str | None]:
@@ -332,7 +349,7 @@ def test_a_job_that_stops_while_the_endpoint_is_gone_waits_for_no_scores() -> No
             lambda: engine.features(list(IMAGES[:1])),
         ):
             with pytest.raises(GivenUp):
-                read()
+                in_time(read)
         engine.close()
 
 
@@ -363,7 +380,7 @@ def test_what_a_busy_endpoint_takes_after_the_job_has_given_up_is_waited_for_no_
         reading.start()
         assert is_asked.wait(10)
         with pytest.raises(GivenUp):
-            engine.score(list(IMAGES[:1]), ["a"], [None])
+            in_time(lambda: engine.score(list(IMAGES[:1]), ["a"], [None]))
         given_up.set()
         ended.result(timeout=5)
         engine.close()
@@ -391,12 +408,20 @@ def test_a_job_that_stops_waits_for_nothing_of_its_endpoint(
     with endpoint(answer) as url:
         engine = RemoteEngine(Endpoint(url), MODEL)
         rows = [PendingRow(n, [engine.submit(Request(image=IMAGES[n]))]) for n in range(3)]
-        reading = ThreadPoolExecutor(1).submit(engine.features, list(IMAGES[:1]))
+        reading: Future[object] = Future()
+
+        def read_features() -> None:
+            try:
+                reading.set_result(engine.features(list(IMAGES[:1])))
+            except GivenUp as error:
+                reading.set_exception(error)
+
+        threading.Thread(target=read_features, daemon=True).start()
         assert is_asked.wait(10)
         is_stopping.set()
         for row in rows:
             with pytest.raises(GivenUp):
-                row.collect()
+                in_time(row.collect)
         with pytest.raises(GivenUp):
             reading.result(timeout=10)
         with pytest.raises(GivenUp):

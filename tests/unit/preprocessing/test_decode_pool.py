@@ -119,6 +119,13 @@ def child_pid(pool: DecodePool) -> int:
     return int(error.rpartition(" pid ")[2])
 
 
+def test_a_child_has_the_session_of_its_parent_but_not_its_ctrl_c(tmp_path: Path) -> None:
+    """With a session of its own, Linux gave it CPU time by session: small pictures waited up to 0.6 s."""
+    with hostile_pool(tmp_path) as pool:
+        child = child_pid(pool)
+        assert (os.getsid(child), os.getpgid(child)) == (os.getsid(0), child)
+
+
 def ends(pid: int) -> bool:
     """Wait for the end of a process that is not a child of this one, or not reaped yet."""
     try:

@@ -178,7 +178,7 @@ def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None
             ],
         }
         print(json.dumps(figures))
-        # Twice the idle latency, and a second for two cores that also run the decoders and the attackers.
-        assert p99(attacked) < 2 * p99(idle) + 1.0, figures
+        # Twice the idle latency, and half a second for two cores that also run decoders and attackers.
+        assert p99(attacked) < 2 * p99(idle) + 0.5, figures
         assert growth_bytes < MAX_GROWTH_BYTES, figures
         assert psutil.pid_exists(parts[0].pid) and psutil.pid_exists(parts[1].pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -131,6 +132,17 @@ def test_a_connection_is_kept_and_its_next_request_has_its_own_time(monkeypatch:
 
     first, second, third = talk(two).split(b"HTTP/1.1 ")[1:]
     assert first.startswith(b"200") and second.startswith(b"200") and third.startswith(b"408")
+
+
+def test_a_body_that_comes_after_its_answer_is_read_slowly() -> None:
+    """Clients whose uploads were refused had the proxy read 150 MiB a second for nothing."""
+    num_bytes = 2 << 20
+    began_s = time.monotonic()
+    body = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % num_bytes + bytes(num_bytes)
+    answers = send(body + b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    seconds = time.monotonic() - began_s
+    assert seconds > (num_bytes / connection.DISCARDED_AT_ONCE - 2) * connection.DISCARD_PAUSE_S
 
 
 def test_an_upgrade_is_answered_as_the_plain_request_that_it_also_is() -> None:

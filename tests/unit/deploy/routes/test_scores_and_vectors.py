@@ -27,6 +27,7 @@ from tests.unit.deploy.routes.engine_service import (
 )
 
 IMAGE = png(1)
+LARGE = png(1, 64)
 TEXTS = ["a dog", "a red circle", "two cats"]
 
 
@@ -99,6 +100,31 @@ def test_texts_are_ranked_for_an_image_and_images_for_a_text(captioning: EngineS
 def test_only_texts_and_images_are_compared(captioning: EngineService, query, documents) -> None:
     response = post(captioning, "/v1/rerank", query=query, documents=documents)
     assert error_of(response)[:2] == (400, "bad_request")
+
+
+def test_an_image_that_is_a_plain_text_by_mistake_is_refused(captioning: EngineService) -> None:
+    """Its base64 was ranked as a text, with a score that means nothing."""
+    for fields in (
+        {"query": "a dog", "documents": [base64_of(IMAGE)]},
+        {"query": base64_of(IMAGE), "documents": ["a dog"]},
+        {"query": "a dog", "documents": [base64_of(LARGE)]},
+    ):
+        code, kind, message = error_of(post(captioning, "/v1/rerank", **fields))
+        assert (code, kind) == (400, "bad_request") and 'pass {"image": "..."}' in message
+
+
+def test_a_large_image_may_be_a_plain_data_uri_and_a_text_may_not_be_as_long(
+    captioning: EngineService,
+) -> None:
+    """Data URIs had the maximum length of a text, which few photographs have."""
+    answer = post(captioning, "/v1/rerank", query=data_uri(LARGE), documents=["a dog"])
+    assert answer.status_code == 200, answer.text
+    answer = post(captioning, "/v1/rerank", query=data_uri(LARGE), documents=["a dog" * 2_000])
+    assert error_of(answer) == (
+        400,
+        "bad_request",
+        "documents.0 must have at most 8192 characters, got 10000",
+    )
 
 
 def test_a_captioning_model_says_what_it_cannot_do(captioning: EngineService) -> None:

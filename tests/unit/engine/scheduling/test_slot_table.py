@@ -22,12 +22,12 @@ class Words:
         return ""
 
 
-REQUEST = RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)))
+IMAGE = EncodedImage(np.zeros((2, 2, 3), np.uint8))
 
 
 def place(table: SlotTable, num_slots: int) -> RunningText:
     search = BeamSearch(GenerationOptions(num_beams=num_slots).resolve(), [1], Words())
-    return table.place(REQUEST, search, prefix_length=3)
+    return table.place(RequestState(IMAGE, make_searches=lambda: [search]), search, prefix_length=3)
 
 
 def used(table: SlotTable) -> list[int]:
@@ -54,19 +54,43 @@ def test_closing_gaps_moves_the_last_slots_and_says_what_to_copy() -> None:
     assert place(table, 3).slots == [3, 4, 5]
 
 
-def test_after_any_order_of_events_every_slot_has_one_owner() -> None:
+def test_costly_texts_own_the_last_of_the_used_slots() -> None:
+    table = SlotTable(12, has_costly=True)
+    costly = place(table, 6)
+    first, second = place(table, 2), place(table, 1)
+    assert (costly.is_costly, first.is_costly) == (True, False)
+    assert table.close_gaps() == ([6, 7, 8, 0, 1, 2], [0, 1, 2, 6, 7, 8])
+    assert (first.slots, second.slots, costly.slots) == ([0, 1], [2], [6, 7, 8, 3, 4, 5])
+    assert table.close_gaps() == ([], [])
+    table.free([first])
+    assert table.close_gaps() == ([2, 7, 8], [0, 1, 2])
+
+
+@pytest.mark.parametrize("has_costly", [False, True])
+def test_after_any_order_of_events_every_slot_has_one_owner(has_costly: bool) -> None:
     """A slot that is lost or has two owners mixes up two captions."""
     choose = random.Random(0)
-    table = SlotTable(16)
+    table = SlotTable(16, has_costly)
+    holds = dict.fromkeys(range(16), "")
+    """What the cache holds: of each slot, the beam that was last copied there."""
     for _ in range(2000):
-        num_slots = choose.randint(1, 4)
+        num_slots = choose.randint(1, 8)
         if choose.random() < 0.5 and num_slots <= table.num_free:
-            place(table, num_slots)
+            text = place(table, num_slots)
+            assert text.is_costly is (has_costly and num_slots > 5)
+            holds |= {slot: f"{id(text)} {beam}" for beam, slot in enumerate(text.slots)}
         elif table.texts and choose.random() < 0.5:
             table.free([choose.choice(table.texts)])
         else:
-            table.close_gaps()
+            sources, targets = table.close_gaps()
+            holds |= dict(zip(targets, [holds[source] for source in sources], strict=True))
             assert sorted(used(table)) == list(range(table.num_used))
+            costly = [slot for text in table.texts if text.is_costly for slot in text.slots]
+            assert sorted(costly) == list(range(table.num_used))[table.num_used - len(costly) :]
+            for text in table.texts:
+                assert [holds[slot] for slot in text.slots] == [
+                    f"{id(text)} {beam}" for beam in range(len(text.slots))
+                ]
         assert len(set(used(table))) == len(used(table)) == table.num_used == 16 - table.num_free
 
 
