@@ -4,7 +4,8 @@
 
 One `step` encodes at most one batch of images on this thread (on a GPU, it keeps two queued on a second
 stream), fills free slots from the ready queue, appends one token to every running text, and retires the texts
-that are complete. One thread drives the scheduler, so there are no locks.
+that are complete. On a CPU, texts of many slots sit out some steps (`step_shares`). One thread drives the
+scheduler, so there are no locks.
 
 A request of low priority takes what no other request wants. When another one needs its slots, it gives them
 up and begins again later; its tokens stay the same.

@@ -16,7 +16,7 @@ from blip2_actor.engine.request_state import RequestState
 from blip2_actor.generation.beam_search import BeamSearch
 from blip2_actor.generation.search import TextSearch
 
-MAX_SLOTS_OF_OTHERS = 5
+MAX_CHEAP_SLOTS = 5
 """A request with more slots is costly: five beams are what many callers ask for."""
 
 
@@ -103,7 +103,7 @@ class SlotTable:
     ) -> RunningText:
         """Give a search the lowest free slots; the caller has checked that there are enough."""
         slots = [heapq.heappop(self._free) for _ in range(search.num_slots)]
-        is_costly = self._has_costly and request.num_slots > MAX_SLOTS_OF_OTHERS
+        is_costly = self._has_costly and request.num_slots > MAX_CHEAP_SLOTS
         text = RunningText(request, search, slots, prefix_length, prefix_length, is_costly)
         self.texts.append(text)
         self._count(text, len(slots))

@@ -24,8 +24,7 @@ DISCARDED_AT_ONCE = 256 << 10
 DISCARD_PAUSE_S = 0.05
 """After an answer that came before the end of its body, so many bytes are read before a pause: 5 MiB/s. Most
 clients read an answer only when they have sent everything. At full speed, two of them whose uploads are
-refused again and again send 150 MiB/s.
-"""
+refused again and again send 150 MiB/s."""
 
 
 def install() -> None:
