@@ -5,7 +5,7 @@ Everything that touches the device is here: uploads, dtypes, the memory of the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -153,15 +153,24 @@ class ModelRunner:
         return self.language_model.decode(ids, positions, self.slots, max(lengths) + 1)
 
     @torch.inference_mode()
-    def select(self, logits: Tensor, slots: Sequence[int], rows: Sequence[int]) -> LateTokens:
+    def select(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        rows: Sequence[int],
+        early: Sequence[int] = (),
+        end_ids: Collection[int] = (),
+    ) -> LateTokens:
         """Select the largest logit of each row, and keep it on the device for the next `decode`.
 
         Args:
             logits: float[R, V].
             slots: in which the tokens will be appended.
             rows: of the logits, for each of these slots.
+            early: rows that must not end a text yet.
+            end_ids: tokens that end a text.
         """
-        tokens = LateTokens(logits)
+        tokens = LateTokens(logits, early, end_ids)
         if self._selected is None:
             self._selected = torch.zeros(self.num_slots, dtype=torch.int64, device=self.device)
         token_ids = tokens.token_ids.to(self.device, non_blocking=True)

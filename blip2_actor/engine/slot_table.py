@@ -38,12 +38,16 @@ class RunningText:
 
     @property
     def takes_argmax(self) -> bool:
-        """True if the next token is the largest logit, whatever the unread ones are."""
+        """True if the next token is the largest logit, or that among the tokens that do not end the text."""
+        return isinstance(self.search, TextSearch) and self.search.takes_argmax
+
+    @property
+    def end_is_banned(self) -> bool:
+        """True if the next token must not end the text, because it has fewer than min_new_tokens."""
         search = self.search
         return (
             isinstance(search, TextSearch)
-            and search.takes_argmax
-            and len(search.token_ids) + self.num_unread >= search.options.min_new_tokens
+            and len(search.token_ids) + self.num_unread < search.options.min_new_tokens
         )
 
     @property

@@ -37,13 +37,15 @@ class UnreadTokens:
         return len(self._batches)
 
     def add(self, logits: Tensor, texts: Sequence[RunningText], rows: Sequence[int]) -> None:
-        """Select the largest logit of each text; each text takes nothing but that.
+        """Select the largest logit of each text, apart from early ends; each text takes nothing but that.
 
         Args:
             logits: float[rows, V].
             rows: of each text, that of its slot.
         """
-        tokens = self._runner.select(logits, [text.slots[0] for text in texts], rows)
+        early = [row for text, row in zip(texts, rows, strict=True) if text.end_is_banned]
+        end_ids = texts[0].search.vocabulary.end_ids
+        tokens = self._runner.select(logits, [text.slots[0] for text in texts], rows, early, end_ids)
         for text in texts:
             text.num_unread += 1
         self._batches.append((tokens, tuple(texts), rows))

@@ -7,7 +7,7 @@ anything is sent to the host. Beam searches advance in groups of equal num_beams
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -61,11 +61,16 @@ class LateTokens:
 
     Args:
         logits: [rows, V], in any dtype.
+        early: rows whose token is the largest among those that do not end a text.
+        end_ids: tokens that end a text.
     """
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, early: Sequence[int] = (), end_ids: Collection[int] = ()) -> None:
         self.token_ids = logits.max(dim=-1).indices
         """int64[rows], on the device."""
+        if early:
+            rows, others = _largest_but_ends(logits, early, end_ids)
+            self.token_ids[rows] = others
         both = _with_own(self.token_ids, logits.log_softmax(dim=-1, dtype=torch.float32))
         self._event: torch.cuda.Event | None = None
         if both.device.type == "cuda":
@@ -127,10 +132,15 @@ def _replace_early_ends(
     ]
     if not early:
         return
-    rows, ends = to_device(early, logits.device), to_device(list(end_ids), logits.device)
-    others = logits[rows].index_fill_(1, ends, float("-inf")).max(dim=-1).indices
+    rows, others = _largest_but_ends(logits, early, end_ids)
     for row, token_id, logprob in zip(early, *_to_host(others, logprobs[rows]), strict=True):
         token_ids[row], token_logprobs[row] = token_id, logprob
+
+
+def _largest_but_ends(logits: Tensor, rows: Sequence[int], end_ids: Collection[int]) -> tuple[Tensor, Tensor]:
+    """Return rows, and the largest logit of each among tokens that do not end a text: int64[n] each."""
+    on_device, ends = to_device(rows, logits.device), to_device(list(end_ids), logits.device)
+    return on_device, logits[on_device].index_fill_(1, ends, float("-inf")).max(dim=-1).indices
 
 
 def _to_host(token_ids: Tensor, logprobs: Tensor) -> tuple[list[int], list[float]]:

@@ -99,6 +99,11 @@ class Linear(nn.Linear):
         if not self._has_both:
             self._free_weight()
 
+    def take_activation(self) -> str | None:
+        """Leave the activation to the layer after this one, and return its name; None if there is none."""
+        name, self._activation_name, self.activation = self._activation_name, None, None
+        return name
+
     def take(self, quantized: QuantizedWeight) -> None:
         """Multiply by a quantized weight from now on; the plain weight is freed, as by `pack`."""
         self.quantized = quantized

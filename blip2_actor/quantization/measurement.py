@@ -65,7 +65,8 @@ def choose(
         dtype: in which the layers compute otherwise.
         image_size_px: side of the images, which decides how many rows a layer of the vision encoder has.
     """
-    fixed = fixed_parts(method, device)
+    text_config = getattr(model.config, "text_config", None)
+    fixed = fixed_parts(method, device, text_config.model_type if text_config else None)
     fractions = _measure(model, dtype, image_size_px) if fixed is None else {}
     return QuantizationChoice(
         method=method,

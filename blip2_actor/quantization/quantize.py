@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import Activation, Linear
 from blip2_actor.quantization.choice import QuantizationChoice
+from blip2_actor.quantization.fusing import fuse_input_steps
 from blip2_actor.quantization.measurement import eligible
 from blip2_actor.quantization.methods import StoreWeight, instructions, storage
 from blip2_actor.quantization.smoothing import Norm, divide, preceding_norms, smoothing_factors
@@ -147,6 +148,7 @@ def quantize(
         assert isinstance(linear, Linear)
         linear.quantized = _Pending(linear, name, read, norms.get(linear), store, too_different)
     expected = calibration.logits(model)
+    fuse_input_steps(model)
     found = calibration.logits(model)
     layers = eligible(model)
     if too_different:

@@ -1,14 +1,16 @@
 """A linear layer in int8 or fp8 on a GPU, by torch's own products of matrices of bytes.
 
 Each output channel of the weight has a scale, and so has each row of the input, found at run time. In fp8
-from bfloat16, one kernel scales the rows, and the product applies both scales. Every other product is
-unscaled, in int32 or float32, and the scales are applied after it; `torch.compile` fuses what stands before
-and after it. Those products also run on a CPU, slowly, so that tests need no GPU.
+from bfloat16, one kernel scales the rows, and the product applies both scales; the kernel also computes the
+norm or the activation before the layer (`fusing.py`). Every other product is unscaled, in int32 or float32,
+and the scales are applied after it; `torch.compile` fuses what stands before and after it. Those products
+also run on a CPU, slowly, so that tests need no GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.device import find_kernel
-from blip2_actor.models.layers import Activation
+from blip2_actor.models.layers import Activation, find_activation
 from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
 
 FP8 = torch.float8_e4m3fn
@@ -24,6 +26,34 @@ LARGEST = {torch.int8: float(FULL_WEIGHT), FP8: torch.finfo(FP8).max}
 """Largest magnitude of a number in each dtype."""
 MULTIPLE, MIN_ROWS = 16, 32
 """cuBLAS multiplies matrices whose sides are multiples of 16, and in int8 of more than 16 rows."""
+LAYER_NORM = "layer_norm"
+_KERNEL_STEPS = {
+    LAYER_NORM: LAYER_NORM,
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Our names of steps, and those of the kernel."""
+
+
+@dataclass(frozen=True)
+class InputStep:
+    """What is computed of the input of a layer before its rows are scaled."""
+
+    name: str
+    """`LAYER_NORM` or the name of an activation."""
+    weight: Tensor | None = None
+    """float[D], of the norm."""
+    bias: Tensor | None = None
+    """float[D], of the norm."""
+    eps: float = 0.0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float[M, D] -> float[M, D], by torch."""
+        if self.name == LAYER_NORM:
+            return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
+        return find_activation(self.name)(rows)
 
 
 class RowScaledWeight:
@@ -43,17 +73,20 @@ class RowScaledWeight:
         fits = dtype is FP8 and self._levels.shape == weight.shape
         self._kernel = _find_kernel(weight.device) if fits else None
         """Scales rows in bfloat16, whose product applies the scales itself and writes half as much."""
+        self.input_step: InputStep | None = None
+        """Computed before the rows are scaled."""
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """Multiply, add the bias, and apply the activation.
+        """Compute the input step, multiply, add the bias, and apply the activation.
 
         float[..., D] -> float[..., N], in the dtype of `input`.
         """
-        rows = input.reshape(-1, input.shape[-1])
+        rows, step = input.reshape(-1, input.shape[-1]), self.input_step
         if self._kernel is not None and input.dtype is torch.bfloat16:
-            levels, largest = self._kernel(rows, SMALLEST_SCALE)
+            levels, largest = self._kernel(rows, step)
             output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)
         else:
+            rows = rows if step is None else step(rows)
             levels, largest = scale_rows(rows, self._dtype)
             product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
             output = product[: len(rows), : self._num_channels] * (largest * self._scale)
@@ -89,15 +122,24 @@ def _multiply_scaled(
     )
 
 
+ScaleRows = Callable[[Tensor, "InputStep | None"], tuple[Tensor, Tensor]]
+
+
 @cache
-def _find_kernel(device: torch.device) -> Callable[[Tensor, float], tuple[Tensor, Tensor]] | None:
-    def load() -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+def _find_kernel(device: torch.device) -> ScaleRows | None:
+    def load() -> ScaleRows:
         from blip2_actor.quantization.row_kernel import scale_rows_to_fp8
 
+        def scale(rows: Tensor, step: InputStep | None) -> tuple[Tensor, Tensor]:
+            if step is None:
+                return scale_rows_to_fp8(rows, SMALLEST_SCALE)
+            name = _KERNEL_STEPS[step.name]
+            return scale_rows_to_fp8(rows, SMALLEST_SCALE, name, step.weight, step.bias, step.eps)
+
         ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-        levels, largest = scale_rows_to_fp8(ones, SMALLEST_SCALE)
+        levels, largest = scale(ones, None)
         _multiply_scaled(levels, levels, largest, largest.flatten(), None)
-        return scale_rows_to_fp8
+        return scale
 
     return find_kernel(device, "Quantizing inputs", load)
 

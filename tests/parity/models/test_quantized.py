@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
 
 from blip2_actor.models.blip2 import Blip2
@@ -13,16 +14,14 @@ from blip2_actor.quantization import quantize as quantizing
 from blip2_actor.quantization.choice import PARTS, QuantizationChoice
 from blip2_actor.quantization.int8 import FULL_WEIGHT, largest_weight
 from blip2_actor.quantization.measurement import layers_of
-from blip2_actor.quantization.methods import ENCODERS
+from blip2_actor.quantization.methods import fixed_parts
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord, quantize
 from blip2_actor.quantization.smoothing import divide, preceding_norms
 from blip2_actor.testing.random_weights import randomize_weights
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 needs oneDNN")
 SIZE_PX, VOCAB_SIZE = 28, 300
-METHODS = {"int8": PARTS, "fp8": ENCODERS, "int8-weights": PARTS}
-"""Parts that are quantized by method. In fp8, whose numbers have four significant bits, that is what a GPU
-quantizes."""
+METHODS = ("int8", "fp8", "int8-weights")
 MARGIN = {"int8": 0.2, "fp8": 0.4, "int8-weights": 0.2}
 """A reference's largest logit must be ahead by so many standard deviations to be compared: what is nearer is
 decided by rounding."""
@@ -82,10 +81,17 @@ def images(count: int) -> np.ndarray:
 CALIBRATION = Calibration(images(3), [2])
 
 
+def parts_of(model: Blip2, method: str) -> tuple[str, ...]:
+    """Return the parts that are quantized: all; in fp8, which has four significant bits, those of a GPU."""
+    fixed = fixed_parts(method, torch.device("cuda"), model.config.text_config.model_type)
+    return fixed if method == "fp8" and fixed else PARTS
+
+
 def quantize_all(model: Blip2, method: str = "int8") -> QuantizationRecord:
     """Quantize every eligible layer; the weights are in the model already, so there is nothing to read."""
     bits = 7 if method == "int8" and largest_weight() < FULL_WEIGHT else 8
-    choice = QuantizationChoice(method=method, parts=METHODS[method], weight_bits=bits, instructions="here")
+    parts = parts_of(model, method)
+    choice = QuantizationChoice(method=method, parts=parts, weight_bits=bits, instructions="here")
     readers = {name: lambda: None for name in layers_of(model, choice.parts)}
     return quantize(model, readers, choice, CALIBRATION)
 
@@ -109,7 +115,7 @@ def test_random_models_choose_the_same_first_token(width: int, language: str, me
     before = first_logits(model)
     record = quantize_all(model, method)
     assert record.too_different == ()
-    assert {part for part, count in record.num_layers.items() if count} == set(METHODS[method])
+    assert {part for part, count in record.num_layers.items() if count} == set(parts_of(model, method))
     after = first_logits(model)
     largest = before.topk(2).values
     counts = (largest[:, 0] - largest[:, 1]) / before.std() > MARGIN[method]
@@ -171,3 +177,23 @@ def test_the_calibration_sees_the_model_as_it_is_stored(monkeypatch: pytest.Monk
     assert len(seen) == 2
     assert torch.equal(seen[0], expected)
     assert not torch.equal(seen[1], expected)
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_norms_and_activations_move_into_the_layers_that_read_them(
+    language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, apart = (random_model(64, language) for _ in range(2))
+    quantize_all(fused, "fp8")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "fuse_input_steps", lambda model: None)
+        quantize_all(apart, "fp8")
+    assert preceding_norms(apart).keys() != {} and isinstance(
+        apart.vision.layers[0].layer_norm1, nn.LayerNorm
+    )
+    for block in fused.vision.layers:
+        assert isinstance(block.layer_norm1, nn.Identity) and isinstance(block.layer_norm2, nn.Identity)
+        assert block.fc1.activation is None
+    if language == "opt":
+        assert all(layer.fc1.activation is None for layer in fused.language_model.layers)
+    torch.testing.assert_close(first_logits(fused), first_logits(apart))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from blip2_actor.quantization.methods import MIN_CAPABILITY
-from blip2_actor.quantization.row_scaled import FP8, RowScaledWeight
+from blip2_actor.quantization.row_scaled import FP8, LAYER_NORM, InputStep, RowScaledWeight
 from blip2_actor.testing import save_random_checkpoint
 
 pytestmark = [
@@ -50,6 +50,39 @@ def test_the_kernel_scales_rows_as_torch_does(num_rows: int) -> None:
     found = quantized(x.cuda(), bias.cuda()).float().cpu()
     expected = RowScaledWeight(weight.cuda(), FP8)(x.cuda().float(), bias.cuda().float()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.std()))
+
+
+STEPS = {
+    "norm": InputStep(LAYER_NORM, torch.randn(1408).bfloat16(), torch.randn(1408).bfloat16(), 1e-5),
+    "norm without bias": InputStep(LAYER_NORM, torch.randn(1408).bfloat16(), None, 1e-5),
+} | {name: InputStep(name) for name in ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_kernel_computes_what_stands_before_the_layer(name: str) -> None:
+    """In float32, so that it differs from torch's bfloat16 by one rounding more or less."""
+    require("fp8")
+    step = STEPS[name]
+    weight, x = torch.randn(256, 1408), 2 * torch.randn(70, 1408).bfloat16()
+    quantized = RowScaledWeight(weight.cuda(), FP8)
+    on_gpu = (tensor if tensor is None else tensor.cuda() for tensor in (step.weight, step.bias))
+    quantized.input_step = InputStep(step.name, *on_gpu, step.eps)
+    found = quantized(x.cuda(), None).float().cpu()
+    expected = RowScaledWeight(weight, FP8)(step(x.float()) if step.weight is None else step(x).float(), None)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_row_that_is_not_finite_stays_so_and_alone() -> None:
+    require("fp8")
+    x = torch.randn(40, 96, device="cuda").bfloat16()
+    quantized = RowScaledWeight(torch.randn(64, 96, device="cuda"), FP8)
+    before = quantized(x, None)
+    x[3, 5], x[7, 11] = float("nan"), float("inf")
+    found = quantized(x, None)
+    is_bad = torch.zeros(40, dtype=torch.bool)
+    is_bad[[3, 7]] = True
+    assert torch.equal(found[~is_bad], before[~is_bad])
+    assert not found[is_bad].isfinite().any()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +38,22 @@ class LateModel(NoModel):
             logits[slot] = logits[slot].flip(0)
         return logits
 
-    def select(self, logits: Tensor, slots: Sequence[int], rows: Sequence[int]) -> LateTokens:
-        return NotedTokens(logits, self.said)
+    def select(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        rows: Sequence[int],
+        early: Sequence[int],
+        end_ids: Collection[int],
+    ) -> LateTokens:
+        return NotedTokens(logits, self.said, early, end_ids)
 
 
 class NotedTokens(LateTokens):
-    def __init__(self, logits: Tensor, said: list[str]) -> None:
-        super().__init__(logits)
+    def __init__(
+        self, logits: Tensor, said: list[str], early: Sequence[int], end_ids: Collection[int]
+    ) -> None:
+        super().__init__(logits, early, end_ids)
         self._said = said
 
     def read(self) -> tuple[list[int], list[float]]:
@@ -66,13 +76,10 @@ def add(
     *num_tokens: int,
     low_priority: bool = False,
     on_token: Callable[[Sequence[int]], None] | None = None,
-    min_new_tokens: int = 0,
+    **options: Any,
 ) -> RequestState:
     """Add a request with a text for each of `num_tokens`."""
-    asked = [
-        GenerationOptions(max_new_tokens=number, min_new_tokens=min_new_tokens).resolve()
-        for number in num_tokens
-    ]
+    asked = [GenerationOptions(max_new_tokens=number, **options).resolve() for number in num_tokens]
 
     def searches() -> Searches:
         return [TextSearch(of_text, [1], Words(), on_token=on_token) for of_text in asked]
@@ -136,13 +143,21 @@ def test_what_is_made_after_the_end_of_a_text_is_thrown_away(scheduler, model) -
 
 
 def test_texts_that_need_more_than_the_largest_logit_are_read_at_once(scheduler, model) -> None:
-    """The end is banned for three tokens: no step is queued before the host has looked."""
+    request = add(scheduler, 3, repetition_penalty=1.5)
+    while scheduler.has_work:
+        scheduler.step()
+    assert len(text_of(request)) == 3 and model.said[0] == "prefill 1"
+    assert all(said.startswith("decode") and "-1" not in said for said in model.said[1:])
+
+
+def test_steps_are_queued_ahead_while_the_end_is_banned(scheduler, model) -> None:
+    """The largest logit is the end for three tokens; the largest of the others is taken on the device."""
     model.ends = {0}
     request = add(scheduler, 5, min_new_tokens=3)
     while scheduler.has_work:
         scheduler.step()
-    assert text_of(request)[:3] == (1, 1, 1) and text_of(request)[3:] == (0,)
-    assert model.said[:4] == ["prefill 1", "decode [1]", "decode [1]", "decode [1]"]
+    assert text_of(request) == (1, 1, 1, 0)
+    assert model.said[:4] == ["prefill 1", "decode [-1]", "read", "decode [-1]"]
 
 
 def test_tokens_of_a_text_that_begins_again_are_not_those_of_the_new_one(scheduler, model) -> None:
@@ -202,3 +217,12 @@ def test_late_tokens_are_the_largest_logits_and_their_log_probabilities(rows: in
     token_ids, logprobs = LateTokens(logits.clone()).read()
     assert token_ids == logits.argmax(1).tolist()
     assert logprobs == pytest.approx(logits.log_softmax(1).amax(1).tolist())
+
+
+def test_early_rows_take_the_largest_logit_that_does_not_end_a_text() -> None:
+    logits = torch.tensor([[9.0, 1, 2], [9, 1, 2], [0, 5, 2]])
+    token_ids, logprobs = LateTokens(logits, early=[1, 2], end_ids={0}).read()
+    assert token_ids == [0, 2, 1]
+    assert logprobs == pytest.approx(
+        [logits.log_softmax(1)[row, id].item() for row, id in enumerate(token_ids)]
+    )
