@@ -14,7 +14,10 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 MAX_WARPS = 4
-"""8 and 16 warps are slower for rows of 6,144 numbers on an H100."""
+"""2, 8 and 16 warps are slower for rows of 6,144 numbers on an H100."""
+MIN_ROWS = 128
+"""cuBLAS has no product with scales of rows for 3 rows of some shapes (2,560 x 10,240 on an H100), and takes
+tiles of 128 rows in any case."""
 
 
 def scale_rows_to_fp8(
@@ -36,11 +39,13 @@ def scale_rows_to_fp8(
         eps: of the norm.
 
     Returns:
-        float8_e4m3fn[M, D], and the largest magnitude of each row, float32[M, 1].
+        float8_e4m3fn[R, D], and the largest magnitude of each row, float32[R, 1]. R is M, but at least
+        `MIN_ROWS`; the rows after the first M are undefined.
     """
     num_rows, width = rows.shape
-    levels = torch.empty(rows.shape, dtype=FP8, device=rows.device)
-    largest = torch.empty(num_rows, 1, dtype=torch.float32, device=rows.device)
+    num_padded = max(num_rows, MIN_ROWS)
+    levels = torch.empty(num_padded, width, dtype=FP8, device=rows.device)
+    largest = torch.empty(num_padded, 1, dtype=torch.float32, device=rows.device)
     first = 1 << (width.bit_length() - 1)
     _scale_row[(num_rows,)](
         rows,

@@ -84,7 +84,7 @@ class RowScaledWeight:
         rows, step = input.reshape(-1, input.shape[-1]), self.input_step
         if self._kernel is not None and input.dtype is torch.bfloat16:
             levels, largest = self._kernel(rows, step)
-            output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)
+            output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)[: len(rows)]
         else:
             rows = rows if step is None else step(rows)
             levels, largest = scale_rows(rows, self._dtype)

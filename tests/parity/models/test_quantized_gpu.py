@@ -38,12 +38,13 @@ def test_a_product_equals_that_of_the_cpu(method: str, dtype: torch.dtype, num_r
     assert (found - F.linear(x, weight)).norm() < 0.06 * F.linear(x, weight).norm()
 
 
-@pytest.mark.parametrize("num_rows", [1, 17, 130])
-def test_the_kernel_scales_rows_as_torch_does(num_rows: int) -> None:
+@pytest.mark.parametrize("num_rows", [1, 3, 17, 130])
+@pytest.mark.parametrize(("width", "num_channels"), [(768, 3072), (2560, 10240), (10240, 2560)])
+def test_the_kernel_scales_rows_as_torch_does(width: int, num_channels: int, num_rows: int) -> None:
     """From bfloat16, one kernel scales the rows and the product applies the scales."""
     require("fp8")
-    weight, bias = torch.randn(3072, 768), torch.randn(3072).bfloat16()
-    x = torch.randn(num_rows, 768).bfloat16()
+    weight, bias = torch.randn(num_channels, width), torch.randn(num_channels).bfloat16()
+    x = torch.randn(num_rows, width).bfloat16()
     x[0] = 0
     quantized = RowScaledWeight(weight.cuda(), FP8)
     assert quantized._kernel is not None, "the kernel cannot be compiled here"
@@ -65,8 +66,8 @@ def test_the_kernel_computes_what_stands_before_the_layer(name: str) -> None:
     step = STEPS[name]
     weight, x = torch.randn(256, 1408), 2 * torch.randn(70, 1408).bfloat16()
     quantized = RowScaledWeight(weight.cuda(), FP8)
-    on_gpu = (tensor if tensor is None else tensor.cuda() for tensor in (step.weight, step.bias))
-    quantized.input_step = InputStep(step.name, *on_gpu, step.eps)
+    norm_weight, norm_bias = (t if t is None else t.cuda() for t in (step.weight, step.bias))
+    quantized.input_step = InputStep(step.name, norm_weight, norm_bias, step.eps)
     found = quantized(x.cuda(), None).float().cpu()
     expected = RowScaledWeight(weight, FP8)(step(x.float()) if step.weight is None else step(x).float(), None)
     assert (found - expected).norm() < 0.02 * expected.norm()
