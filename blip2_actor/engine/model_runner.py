@@ -41,13 +41,13 @@ class ModelRunner:
         self,
         model: Blip2,
         num_slots: int,
-        compiled_batch: int | None = None,
+        encoders: Encoders | None = None,
         capturer: StepCapturer | None = None,
     ) -> None:
         """
         Args:
             num_slots: texts decoded at once.
-            compiled_batch: as in `Encoders`.
+            encoders: of the model; None encodes every batch kernel by kernel.
             capturer: captures decode steps of fixed shapes to replay them; None runs each step eagerly.
         """
         self.model = model
@@ -57,7 +57,7 @@ class ModelRunner:
         self.num_slots = num_slots
         self.position_bytes = position_bytes(model)
         """Memory of one position in one slot."""
-        self.encoders = Encoders(model, compiled_batch)
+        self.encoders = encoders or Encoders(model)
         self._slots: KVCacheProtocol | None = None
         self._selected: Tensor | None = None
         """int64[S]: of each slot, the token that `select` has selected last."""
@@ -92,6 +92,7 @@ class ModelRunner:
         """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""
         self.num_slots = num_slots
         self._forget_graphs()
+        self.encoders.forget()
         self._slots = self._selected = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
