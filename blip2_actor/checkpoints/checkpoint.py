@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,8 @@ from blip2_actor.request import ModelInfo
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
 GENERATION_CONFIG = "generation_config.json"
+DIGEST_THREADS = 4
+"""Files that are hashed at once: one thread hashes a GB in a second, and shards have several GB."""
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 """Architecture of the checkpoints without a language model, such as blip2-itm-vit-g."""
 
@@ -158,11 +161,16 @@ class Checkpoint:
         if cached.exists():
             return cached.read_text()
         total = hashlib.blake2b(digest_size=16)
-        for path in files:
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+        with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+            for path, digest in zip(files, threads.map(_file_digest, files), strict=True):
+                total.update(path.name.encode() + digest)
         write_whole(cached, total.hexdigest())
         return total.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def resolve(
