@@ -1,4 +1,4 @@
-"""Decode steps replayed as CUDA graphs.
+"""Decode steps replayed as CUDA graphs; `encoders.py` replays full batches of images.
 
 A step over 32 layers is about 500 kernels of a few microseconds each. To launch them one by one takes the
 host longer than the GPU needs to run them. A graph is launched as one, but it fixes every shape and every
@@ -71,8 +71,8 @@ class CudaGraphs:
     """Captures steps as CUDA graphs. They share their working memory, because they never run at the same
     time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=FIRST)  # graphs keep the priority of their capture
+    def __init__(self, device: torch.device, priority: int = FIRST) -> None:
+        self._stream = torch.cuda.Stream(device, priority=priority)  # graphs keep that of their capture
         """One stream for all graphs: cuBLAS keeps a workspace per stream."""
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -123,11 +123,44 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
 
-def capturer_for(device: torch.device, is_wanted: bool) -> StepCapturer | None:
-    """Return what captures decode steps; None if this is not wanted, or gains nothing on this device."""
+def capturer_for(device: torch.device, is_wanted: bool, priority: int = FIRST) -> StepCapturer | None:
+    """Return what captures steps; None if this is not wanted, or gains nothing on this device."""
     if device.type != "cuda" or not is_wanted:
         return None
-    return CudaGraphs(device)
+    return CudaGraphs(device, priority)
+
+
+class Captures:
+    """Captures steps, and runs them kernel by kernel where that fails."""
+
+    def __init__(self, capturer: StepCapturer) -> None:
+        self._capturer = capturer
+
+    def capture(self, step: Step) -> Step:
+        """Return the captured step, or the step itself if memory does not suffice to capture it.
+
+        If steps cannot be captured here at all, log this once and capture none from then on.
+        """
+        capturer = self._capturer
+        try:
+            captured = catch_out_of_memory(lambda: capturer.capture(step))
+            if isinstance(captured, OutOfMemory):
+                torch.cuda.empty_cache()  # allocations during a capture do not give back cached memory
+                captured = catch_out_of_memory(lambda: capturer.capture(step))
+        except RuntimeError as error:
+            logger.warning("Steps could not be captured and run kernel by kernel: %s", error)
+            self._capturer = EagerRunner()
+            return step
+        if isinstance(captured, OutOfMemory):
+            logger.warning(
+                "Out of memory: a step was not captured and runs kernel by kernel: %s", captured.reason
+            )
+            return step
+        return captured
+
+    def forget(self) -> None:
+        """Release memory, because all captured steps are gone."""
+        self._capturer.forget()
 
 
 class Buffers:
@@ -150,7 +183,7 @@ class DecodeReplay:
 
     def __init__(self, language_model: LanguageModel, capturer: StepCapturer, device: torch.device) -> None:
         self._language_model = language_model
-        self._capturer = capturer
+        self._captures = Captures(capturer)
         self._device = device
         self._buffers: Buffers | None = None
         self._seen: set[Hashable] = set()
@@ -183,7 +216,7 @@ class DecodeReplay:
             self._seen.add(shape)
             step()
         else:
-            replay = self._graphs.pop(shape, None) or self._capture_or_run(step)
+            replay = self._graphs.pop(shape, None) or self._captures.capture(step)
             self._graphs[shape] = replay  # last, because the graphs are in the order of their use
             if len(self._graphs) > MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
@@ -195,7 +228,7 @@ class DecodeReplay:
         self._buffers = None
         self._seen.clear()
         self._graphs.clear()
-        self._capturer.forget()
+        self._captures.forget()
 
     def _upload(
         self,
@@ -221,28 +254,6 @@ class DecodeReplay:
     def _step(self, buffers: Buffers, slots: KVCacheProtocol, rows: int, kv_len: int) -> None:
         token_ids, lengths = buffers.inputs[:, :rows]
         buffers.logits[:rows] = self._language_model.decode(token_ids, lengths, slots, kv_len)
-
-    def _capture_or_run(self, step: Step) -> Step:
-        """Return the captured step, or the step itself if memory does not suffice to capture it.
-
-        If steps cannot be captured here at all, log this once and capture none from then on.
-        """
-        capturer = self._capturer
-        try:
-            captured = catch_out_of_memory(lambda: capturer.capture(step))
-            if isinstance(captured, OutOfMemory):
-                torch.cuda.empty_cache()  # allocations during a capture do not give back cached memory
-                captured = catch_out_of_memory(lambda: capturer.capture(step))
-        except RuntimeError as error:
-            logger.warning("Decode steps could not be captured and run kernel by kernel: %s", error)
-            self._capturer = EagerRunner()
-            return step
-        if isinstance(captured, OutOfMemory):
-            logger.warning(
-                "Out of memory: a decode step was not captured and runs kernel by kernel: %s", captured.reason
-            )
-            return step
-        return captured
 
 
 def round_rows(count: int) -> int:

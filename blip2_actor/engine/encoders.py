@@ -1,4 +1,4 @@
-"""The vision encoder, the Q-Former and the projection in one pass, compiled on demand."""
+"""The vision encoder, the Q-Former and the projection in one pass, compiled or replayed on demand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blip2_actor.engine.cuda_graphs import Captures, Step, StepCapturer
 from blip2_actor.models.blip2 import Blip2
 
 logger = logging.getLogger(__name__)
@@ -29,24 +30,32 @@ class Encoded(NamedTuple):
 class Encoders:
     """The encoders of one model.
 
-    Only full batches run compiled. Compiling takes a minute per shape, and padding a batch would make a
-    single image as slow as a full batch.
+    Only full batches run compiled or replayed. Compiling takes a minute per shape, and padding a batch would
+    make a single image as slow as a full batch.
     """
 
-    def __init__(self, model: Blip2, compiled_batch: int | None) -> None:
+    def __init__(
+        self, model: Blip2, full_batch: int = 0, compiles: bool = False, capturer: StepCapturer | None = None
+    ) -> None:
         """
         Args:
-            compiled_batch: compile for batches of exactly this size, when the first one comes; None never
-                compiles.
+            full_batch: images of a full batch.
+            compiles: compile for full batches, when the first one comes.
+            capturer: captures a full batch, when the first one comes, to replay it. To launch its 500 kernels
+                one by one takes the host longer than some GPUs need to run them if other threads compute.
         """
-        self.compiled_batch = compiled_batch
+        self.compiled_batch = full_batch if compiles else None
+        """Compile for batches of exactly this size."""
         self._model = model
         self._compiled = _encode
-        if compiled_batch is not None:
+        if compiles:
             self._compiled = torch.compile(_encode, dynamic=False, fullgraph=True)
+        self._replay = EncodeReplay(model, full_batch, capturer) if capturer is not None else None
 
     def __call__(self, images: Tensor) -> Encoded:
         """Encode uint8[B, S, S, 3]."""
+        if self._replay is not None and len(images) == self._replay.batch:
+            return self._replay(images)
         if len(images) != self.compiled_batch:
             return Encoded(*_encode(self._model, images))
         try:
@@ -57,6 +66,49 @@ class Encoders:
             logger.warning("The encoders could not be compiled and run uncompiled: %r", error)
             self.compiled_batch = None
             return self(images)
+
+    def forget(self) -> None:
+        """Give back the memory of what was captured."""
+        if self._replay is not None:
+            self._replay.forget()
+
+
+class EncodeReplay:
+    """Batches of one size, encoded by a captured pass, which reads and writes tensors that never move.
+
+    The pass is captured when the second batch of this size comes.
+    """
+
+    def __init__(self, model: Blip2, batch: int, capturer: StepCapturer) -> None:
+        self.batch = batch
+        self._model = model
+        self._captures = Captures(capturer)
+        self._images: Tensor | None = None
+        self._encoded: tuple[Tensor, ...] = ()
+        self._pass: Step | None = None
+
+    def __call__(self, images: Tensor) -> Encoded:
+        """Encode uint8[batch, S, S, 3]; the result is the caller's."""
+        if self._images is None:
+            self._images = torch.empty_like(images)
+            encoded = _encode(self._model, images)
+            self._encoded = tuple(map(torch.empty_like, encoded))
+            return Encoded(*encoded)
+        self._images.copy_(images)
+        if self._pass is None:
+            self._pass = self._captures.capture(self._encode)
+        self._pass()
+        return Encoded(*(tensor.clone() for tensor in self._encoded))
+
+    def forget(self) -> None:
+        """Drop the pass and its tensors."""
+        self._images, self._encoded, self._pass = None, (), None
+        self._captures.forget()
+
+    def _encode(self) -> None:
+        assert self._images is not None
+        for kept, new in zip(self._encoded, _encode(self._model, self._images), strict=True):
+            kept.copy_(new)
 
 
 def _encode(model: Blip2, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -34,6 +34,10 @@ NUM_TOKENS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Maximum difference of logits that should be equal, divided by their standard deviation. It is far above
 rounding (float32: 2e-6 on a random model of 12 layers, AVX512 CPU, 2026-11-23) and far below a leak."""
+FP8_TOLERANCE = 1.0
+"""The same with quantize=fp8. In a batch, a number may be rounded otherwise than for a single image, and its
+neighbour in fp8 is 6 % away: 0.4 standard deviations on a random model of 12 layers in each part (H100,
+2026-11-27)."""
 MAX_QUANTIZATION_ERROR = 0.25
 """Maximum root mean square difference that quantization may make to the logits of built-in images, divided by
 their standard deviation."""
@@ -92,7 +96,9 @@ class Captioned(NamedTuple):
     """Cached positions before the first token."""
 
 
-def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTestRecord:
+def check(
+    runner: ModelRunner, start_ids: Sequence[int], size_px: int, is_fp8: bool = False
+) -> SelfTestRecord:
     """Caption the built-in images alone and together. This also compiles encoders that are to be compiled.
 
     Raises:
@@ -101,11 +107,12 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTe
     """
     pictures = built_in_images(size_px)
     full_batch = runner.encoders.compiled_batch or 0
+    tolerance = FP8_TOLERANCE if is_fp8 else TOLERANCE[runner.dtype]
     try:
         together = _caption(runner, pictures, start_ids, full_batch)
         if runner.replays_steps:
             _require_near(
-                runner.dtype,
+                tolerance,
                 *_step_both_ways(runner, together),
                 "of a step, eager and replayed",
                 "--skip-cuda-graphs",
@@ -118,7 +125,7 @@ def check(runner: ModelRunner, start_ids: Sequence[int], size_px: int) -> SelfTe
         ) from error
     alone = torch.cat(each)
     _require_near(
-        runner.dtype, together.first_logits, alone, "of an image, alone and in a batch", "--dtype float32"
+        tolerance, together.first_logits, alone, "of an image, alone and in a batch", "--dtype float32"
     )
     return SelfTestRecord(
         digest=hashlib.sha256(json.dumps(together.token_ids).encode()).hexdigest()[:16],
@@ -197,15 +204,15 @@ def _step_both_ways(runner: ModelRunner, captioned: Captioned) -> tuple[Tensor, 
     return runner.decode_eagerly(token_ids, lengths).float().cpu(), replayed
 
 
-def _require_near(dtype: torch.dtype, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
+def _require_near(tolerance: float, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
     """Raise `SelfTestFailure` if logits that should be equal are not; log the difference in any case."""
     deviation = expected.std().clamp(min=1e-6)
     difference = float(((expected - found).abs().max() / deviation).item())
-    logger.info("Self-test: logits %s differ by %.2g standard deviations in %s", what, difference, dtype)
-    if not difference <= TOLERANCE[dtype]:  # also fails if the difference is NaN
+    logger.info("Self-test: logits %s differ by %.2g standard deviations", what, difference)
+    if not difference <= tolerance:  # also fails if the difference is NaN
         raise SelfTestFailure(
-            f"logits {what} must differ by at most {TOLERANCE[dtype]} standard deviations in {dtype}, got "
-            f"{difference:.3g}; try {remedy}, or another torch build or driver for this device"
+            f"logits {what} must differ by at most {tolerance} standard deviations, got {difference:.3g}; "
+            f"try {remedy}, or another torch build or driver for this device"
         )
 
 

@@ -18,12 +18,14 @@ from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
 from blip2_actor.engine import self_test
 from blip2_actor.engine.cuda_graphs import capturer_for
+from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.input_processor import InputProcessor
-from blip2_actor.engine.memory import size_engine
+from blip2_actor.engine.memory import Sizes, size_engine
 from blip2_actor.engine.model_runner import ModelRunner
+from blip2_actor.models.blip2 import Blip2
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.methods import fuses, require_method
+from blip2_actor.quantization.methods import FP8, fuses, require_method
 from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
@@ -95,26 +97,39 @@ def start_model(
     if is_plain_cpu:
         pack_for_cpu(loaded)
     has_two_threads = is_plain_cpu and num_threads > 1
-    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_two_threads else 1)
+    replays = place.type == "cuda" and device_map is None and not skip_cuda_graphs
+    has_two_passes = has_two_threads or replays  # a captured pass keeps its memory
+    sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_two_passes else 1)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
-    runner = ModelRunner(
-        loaded,
-        sizes.max_slots,
-        compiled_batch=sizes.encode_batch if is_compiled else None,
-        capturer=capturer_for(place, is_wanted=not skip_cuda_graphs and device_map is None),
-    )
+    runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
     variant = _variant(image_size_px, quantization)
-    has_self_test = not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES
+    tested = None
+    if not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES:
+        tested = _test(runner, input_processor, checkpoint, variant, is_fp8=quantize == FP8)
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         encodes_ahead=has_two_threads or (place.type == "cuda" and device_map is None),
-        self_test=_test(runner, input_processor, checkpoint, variant) if has_self_test else None,
+        self_test=tested,
         quantization=quantization,
     )
+
+
+def _new_runner(
+    model: Blip2, sizes: Sizes, is_compiled: bool, replays: bool, replays_images: bool
+) -> ModelRunner:
+    """
+    Args:
+        replays: whether decode steps and full batches of images are captured and replayed.
+        replays_images: False leaves out the images, because two threads encode them.
+    """
+    device = model.query_tokens.device
+    of_images = capturer_for(device, replays, priority=0) if replays_images and not is_compiled else None
+    encoders = Encoders(model, sizes.encode_batch, is_compiled, of_images)
+    return ModelRunner(model, sizes.max_slots, encoders, capturer_for(device, replays))
 
 
 def _generation_config(checkpoint: Checkpoint, is_ignored: bool) -> dict[str, Any]:
@@ -137,10 +152,16 @@ def _variant(image_size_px: int | None, quantization: QuantizationRecord | None)
 
 
 def _test(
-    runner: ModelRunner, input_processor: InputProcessor, checkpoint: Checkpoint, variant: str
+    runner: ModelRunner,
+    input_processor: InputProcessor,
+    checkpoint: Checkpoint,
+    variant: str,
+    is_fp8: bool,
 ) -> self_test.SelfTestRecord:
     is_compiled = runner.encoders.compiled_batch is not None
     phases.info("compiling and testing the model" if is_compiled else "testing the model")
-    record = self_test.check(runner, input_processor.prompts.empty_ids, input_processor.image_size_px)
+    record = self_test.check(
+        runner, input_processor.prompts.empty_ids, input_processor.image_size_px, is_fp8=is_fp8
+    )
     self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
     return record

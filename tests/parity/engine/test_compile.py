@@ -80,7 +80,7 @@ def test_a_batch_that_is_too_large_is_not_a_broken_compiler(
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: exhausted)
     model = load_model(resolve(str(checkpoint_folder())), torch.device("cpu"), torch.float32)
-    encoders = Encoders(model, compiled_batch=2)
+    encoders = Encoders(model, full_batch=2, compiles=True)
     with pytest.raises(torch.OutOfMemoryError):
         encoders(random_images(2))
     assert encoders.compiled_batch == 2

@@ -18,6 +18,7 @@ from blip2_actor import Engine, EngineConfig, GenerationOptions, Request
 from blip2_actor.checkpoints.checkpoint import resolve
 from blip2_actor.checkpoints.loading import load_model
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.encoders import Encoders
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.models.blip2 import Blip2
@@ -202,6 +203,8 @@ def served(engine: Engine) -> list[tuple[int, ...]]:
 def test_an_engine_that_replays_gives_the_same_tokens(folder: Path, tape: Tape, monkeypatch) -> None:
     with make_engine(folder) as engine:
         replayed = served(engine)
+        images = engine._core.runner.encoders._replay
+        assert images is not None and images._pass is not None, "full batches of images are replayed too"
     assert tape.num_captured > 3
     monkeypatch.undo()
     with make_engine(folder) as engine:
@@ -220,10 +223,26 @@ def test_steps_that_cannot_be_captured_run_eagerly(
     monkeypatch.setattr(tape, "capture", refuse)
     with caplog.at_level(logging.WARNING), make_engine(folder) as engine:
         found = served(engine)
-    assert sum("could not be captured" in record.message for record in caplog.records) == 1
+    num_said = sum("could not be captured" in record.message for record in caplog.records)
+    assert num_said == 2  # once of images, once of decode steps
     monkeypatch.undo()
     with make_engine(folder) as engine:
         assert served(engine) == found
+
+
+def test_a_replayed_batch_of_images_is_the_callers(model: Blip2) -> None:
+    """The next batch must not change it, nor must forgetting the pass."""
+    tape = Tape()
+    encoders, eager = Encoders(model, full_batch=4, capturer=tape), Encoders(model)
+    batches = [random_images(4, seed=seed) for seed in range(4)]
+    with torch.inference_mode():
+        found = [encoders(batch) for batch in batches[:3]]
+        assert tape.num_captured == 1 and encoders(batches[0][:3]).prefixes.shape[0] == 3
+        encoders.forget()
+        found.append(encoders(batches[3]))
+        for batch, encoded in zip(batches, found, strict=True):
+            torch.testing.assert_close(tuple(encoded), tuple(eager(batch)), rtol=1e-5, atol=1e-5)
+    assert tape.num_captured == 1, "the first batch after forgetting is not captured"
 
 
 @pytest.mark.parametrize("num_failures", [1, 1000])
