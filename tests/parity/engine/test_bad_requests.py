@@ -42,6 +42,15 @@ def next_to_a_good_one(engine: Engine, bad: Request) -> Result:
     return result
 
 
+def test_equal_options_are_resolved_once_and_bad_ones_each_time(engine: Engine) -> None:
+    resolve = engine._input_processor.resolve
+    once, again, other = (resolve(GenerationOptions(max_new_tokens=number)) for number in (4, 4, 5))
+    assert once is again and once.num_beams == 1 and other.max_new_tokens == 5
+    for _ in range(2):
+        with pytest.raises(ValueError, match="temperature must be left"):
+            resolve(GenerationOptions(temperature=0.7))
+
+
 @pytest.mark.parametrize(
     "prompt",
     [5, b"x", ["a", "b"], "\ud800", "a <image> b"],
