@@ -90,6 +90,8 @@ class ModelRunner:
 
     def shrink(self, num_slots: int) -> None:
         """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a captured pass of the encoders may still run
         self.num_slots = num_slots
         self._forget_graphs()
         self.encoders.forget()
