@@ -74,7 +74,7 @@ class Front:
 
     async def _answer_here(self, scope: Scope) -> Response | None:
         if scope["path"] == LIVE_PATH:
-            return JSONResponse({"status": "ok"})
+            return _live(scope["method"])
         if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
         if _counts(scope) and self._uploads.num_complete >= self._limit.value:
@@ -189,6 +189,15 @@ class Answer:
             self.is_started = True
             self.code = message.get("status", self.code)
             await self._send(message)
+
+
+def _live(method: str) -> Response:
+    allow = {"Allow": "GET, HEAD, OPTIONS"}
+    if method == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    if method not in ("GET", "HEAD"):
+        raise ApiError(405, "method_not_allowed", "Method Not Allowed", headers=allow)
+    return JSONResponse({"status": "ok"})
 
 
 def _counts(scope: Scope) -> bool:
