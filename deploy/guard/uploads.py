@@ -48,9 +48,11 @@ def give_back_large_memory() -> None:
 def take_passed_bodies() -> None:
     """Have the Serve replica of this process find bodies where the front of the proxy has put them.
 
-    Serve has no setting for this (Ray 2.60).
+    Serve has no setting for this (Ray 2.60). It also looks up the actor of the proxy for each request, which
+    only a request whose body is asked for needs.
     """
     from ray.serve._private import replica
+    from ray.serve._private.common import StreamingHTTPRequest
 
     class Received(replica.ASGIReceiveProxy):
         """ASGI `receive`. A body that was not passed, as behind a proxy without our front, is asked for."""
@@ -65,8 +67,14 @@ def take_passed_bodies() -> None:
             else:
                 self.queue.put_nowait({"type": "http.request", "body": self._passed, "more_body": False})
 
+    of_proxy = StreamingHTTPRequest.receive_asgi_messages.fget
+
+    def ask_when_called(request: StreamingHTTPRequest) -> Any:
+        return lambda metadata: of_proxy(request)(metadata)
+
     if replica.ASGIReceiveProxy.__name__ != Received.__name__:
         replica.ASGIReceiveProxy = Received
+        StreamingHTTPRequest.receive_asgi_messages = property(ask_when_called)
 
 
 class Uploads:
