@@ -3,7 +3,7 @@
 Serve makes each call a stream, whose first item says whether the replica has room: a proxy or a gateway that
 has counted wrongly asks another replica. Here it counts what it has sent itself, and a replica has a request
 beyond its limit wait. A replica that has died without its callers' knowledge fails the calls that it gets: a
-gateway asks another captioner then, and the front of a proxy answers 503.
+gateway asks again then, with the handshake, and the front of a proxy answers 503.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from ray.serve._private.common import ReplicaQueueLengthInfo, RunningReplicaInfo
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+from deploy.calls.handshake import has_handshake
 
 if TYPE_CHECKING:
     from ray.serve._private.replica_result import ReplicaResult
@@ -32,6 +34,8 @@ class _DirectReplica(RunningReplica):
     """A replica that takes every request; one beyond its limit waits there."""
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ReplicaResult:
+        if with_rejection and has_handshake():
+            return super().try_send_request(pr, with_rejection=True)
         result = super().try_send_request(pr, with_rejection=False)
         result.get_rejection_response = _accepted
         return result

@@ -11,6 +11,7 @@ from ray.serve.request_router import RunningReplica
 
 from deploy.app import CAPTIONER, GATEWAY
 from deploy.calls.direct_calls import DirectRouter
+from deploy.calls.handshake import handshake
 
 
 class Sent:
@@ -20,10 +21,12 @@ class Sent:
 def test_proxies_and_gateways_call_replicas_directly() -> None:
     for deployment in (CAPTIONER, GATEWAY):
         config = deployment._deployment_config.request_router_config
-        assert config.get_request_router_class() is DirectRouter
+        assert config.get_request_router_class().__name__ == DirectRouter.__name__  # pickled by value
 
 
-def test_a_call_has_no_handshake_and_counts_as_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_has_no_handshake_unless_it_is_asked_for_and_counts_as_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[bool] = []
 
     def send(_: RunningReplica, __: object, with_rejection: bool) -> Sent:
@@ -45,10 +48,12 @@ def test_a_call_has_no_handshake_and_counts_as_accepted(monkeypatch: pytest.Monk
         result = router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
         router.on_send_request(replica_id)
         router.on_send_request(replica_id)
+        with handshake():
+            router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
         answer = await result.get_rejection_response()
         assert answer is not None and answer.accepted
         router.on_new_queue_len_info(replica_id, answer.num_ongoing_requests)
         assert router.replica_queue_len_cache.get(replica_id) == 2  # what this process has sent
 
     asyncio.run(call())
-    assert asked == [False]
+    assert asked == [False, True]
