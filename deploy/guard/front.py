@@ -101,7 +101,14 @@ class Front:
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         declared_bytes = int(dict(headers).get(b"content-length", b"0"))
-        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes, _counts(scope))
+        media = dict(headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
+        body = self._uploads.body_of(
+            _client_of(scope),
+            receive,
+            declared_bytes,
+            is_counted=_counts(scope),
+            is_json=media == b"application/json",
+        )
         answer = Answer(send)
         try:
             await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)

@@ -382,6 +382,27 @@ def test_the_gateway_looks_up_the_proxy_only_to_ask_it(monkeypatch: pytest.Monke
     assert looked_up == ["proxy"]
 
 
+@pytest.mark.parametrize(
+    ("media", "code"), [("Application/JSON; charset=utf-8", 400), ("image/png", 200), ("", 200)]
+)
+def test_json_of_too_many_values_is_refused_before_most_of_it_is_here(media: str, code: int) -> None:
+    """A gateway refuses it too, after both processes have copied all of it several times."""
+    num_sent = 0
+
+    async def lists() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b"[]," * 10_000
+
+    serve = Proxy()
+    answer = ask(Front(serve), content=lists(), headers={"content-type": media})
+    assert answer.status_code == code
+    if code == 400:
+        assert "commas" in answer.json()["error"]["message"]
+        assert num_sent < 20 and not serve.bodies
+
+
 def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
     async def leave() -> Message:
         return messages.pop(0)
