@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import RootModel, model_validator
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from blip2_actor import EngineBuilder
 from blip2_actor.flags import with_current_names
+from deploy.calls.direct_calls import DirectRouter
 from deploy.captioner import Captioner
 from deploy.gateway import Gateway
 from deploy.guard.front import CALLBACK
@@ -33,10 +34,13 @@ event loop in each costs a sixth less CPU time than two or three that wake each 
 With the last variable, a handle can only be used inside an event loop.
 """
 
+DIRECT = RequestRouterConfig(request_router_class=DirectRouter)
+
 CAPTIONER: Deployment = serve.deployment(
     # What one engine may hold; the handle of a gateway queues the rest, and the autoscaler counts that queue.
     # Serve's own default of 5 would keep the engine's slots empty.
     max_ongoing_requests=256,
+    request_router_config=DIRECT,
     health_check_period_s=10,
     health_check_timeout_s=30,
     ray_actor_options={"num_cpus": 1},
@@ -48,6 +52,7 @@ GATEWAY: Deployment = serve.deployment(
     # yet, including a burst that meets an idle one.
     max_ongoing_requests=2048,
     max_queued_requests=2048,
+    request_router_config=DIRECT,
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
     health_check_period_s=10,
     health_check_timeout_s=30,

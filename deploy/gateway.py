@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import DecodedImage, Embedding, FetchPolicy, ModelInfo, Status
+from deploy.calls.remote_captioner import Models, RemoteCaptioner
 from deploy.fetching import Fetching
 from deploy.guard.access import Access
 from deploy.guard.admission import Admission
@@ -35,7 +36,6 @@ from deploy.observe.logs import LogLevel, set_log_level
 from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
 from deploy.observe.request_record import RECORD, AccessLog, timed
 from deploy.readiness import Readiness
-from deploy.remote_captioner import Models, RemoteCaptioner
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made, sha256_of
 from deploy.reuse.shared_work import SharedWork

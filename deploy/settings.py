@@ -30,6 +30,9 @@ from deploy.trials.share import Share
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
+MAX_COMMAS = 100_000
+"""Of JSON. Every value but the first follows a comma, and while JSON is parsed, no other thread runs: 27 MB
+of empty lists would stop the event loop for seconds."""
 FETCH_WITHIN_S = 15.0
 """Seconds for fetching one image, redirects included."""
 MAX_IN_FLIGHT = 1000

@@ -102,7 +102,7 @@ class Access:
             keys = self._admin_keys
             if keys is None:
                 raise ApiError(404, "not_found", "this service has no admin keys (admin_keys_file)")
-        is_open = scope["method"] in ("GET", "HEAD") and path in OPEN_PATHS
+        is_open = scope["method"] in ("GET", "HEAD", "OPTIONS") and path in OPEN_PATHS
         if keys is None or is_open:
             return Caller(name=address)
         scheme, _, key = (authorization or "").partition(" ")

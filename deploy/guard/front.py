@@ -74,7 +74,7 @@ class Front:
 
     async def _answer_here(self, scope: Scope) -> Response | None:
         if scope["path"] == LIVE_PATH:
-            return JSONResponse({"status": "ok"})
+            return _live(scope["method"])
         if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
         if _counts(scope) and self._uploads.num_complete >= self._limit.value:
@@ -101,7 +101,14 @@ class Front:
         # Serve and the gateway know no HEAD; the server drops the body of its answer.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         declared_bytes = int(dict(headers).get(b"content-length", b"0"))
-        body = self._uploads.body_of(_client_of(scope), receive, declared_bytes, _counts(scope))
+        media = dict(headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
+        body = self._uploads.body_of(
+            _client_of(scope),
+            receive,
+            declared_bytes,
+            is_counted=_counts(scope),
+            is_json=media == b"application/json",
+        )
         answer = Answer(send)
         try:
             await self._serve_with({**scope, "headers": headers, "method": method}, body, answer)
@@ -189,6 +196,15 @@ class Answer:
             self.is_started = True
             self.code = message.get("status", self.code)
             await self._send(message)
+
+
+def _live(method: str) -> Response:
+    allow = {"Allow": "GET, HEAD, OPTIONS"}
+    if method == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    if method not in ("GET", "HEAD"):
+        raise ApiError(405, "method_not_allowed", "Method Not Allowed", headers=allow)
+    return JSONResponse({"status": "ok"})
 
 
 def _counts(scope: Scope) -> bool:

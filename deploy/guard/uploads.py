@@ -17,8 +17,8 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope
 
-from deploy.http.errors import ApiError, overloaded
-from deploy.settings import BODY_WITHIN_S
+from deploy.http.errors import ApiError, bad_request, overloaded
+from deploy.settings import BODY_WITHIN_S, MAX_COMMAS
 
 MAX_BYTES = 256 << 20
 """Bytes of all requests that one proxy holds at once."""
@@ -48,9 +48,11 @@ def give_back_large_memory() -> None:
 def take_passed_bodies() -> None:
     """Have the Serve replica of this process find bodies where the front of the proxy has put them.
 
-    Serve has no setting for this (Ray 2.60).
+    Serve has no setting for this (Ray 2.60). It also looks up the actor of the proxy for each request, which
+    only a request whose body is asked for needs.
     """
     from ray.serve._private import replica
+    from ray.serve._private.common import StreamingHTTPRequest
 
     class Received(replica.ASGIReceiveProxy):
         """ASGI `receive`. A body that was not passed, as behind a proxy without our front, is asked for."""
@@ -65,8 +67,14 @@ def take_passed_bodies() -> None:
             else:
                 self.queue.put_nowait({"type": "http.request", "body": self._passed, "more_body": False})
 
+    of_proxy = StreamingHTTPRequest.receive_asgi_messages.fget
+
+    def ask_when_called(request: StreamingHTTPRequest) -> Any:
+        return lambda metadata: of_proxy(request)(metadata)
+
     if replica.ASGIReceiveProxy.__name__ != Received.__name__:
         replica.ASGIReceiveProxy = Received
+        StreamingHTTPRequest.receive_asgi_messages = property(ask_when_called)
 
 
 class Uploads:
@@ -85,14 +93,22 @@ class Uploads:
         """Counted requests with a body that is here as a whole, and no answer yet."""
 
     def body_of(
-        self, client: str, receive: Receive, declared_bytes: int = 0, is_counted: bool = True
+        self,
+        client: str,
+        receive: Receive,
+        declared_bytes: int = 0,
+        *,
+        is_counted: bool = True,
+        is_json: bool = False,
     ) -> Body:
         """Watch the body that a client sends; `Body.release` gives its bytes back.
 
         Args:
             is_counted: whether its request is one of `num_complete`.
+            is_json: whether gateways refuse it beyond `MAX_COMMAS`. Then it is refused here, where most of it
+                has not come yet.
         """
-        return Body(self, client, receive, declared_bytes, is_counted)
+        return Body(self, client, receive, declared_bytes, is_counted, is_json)
 
     def check(self, num_bytes: int, num_bytes_so_far: int = 0) -> None:
         """Raise ApiError 503 if further bytes of a body do not fit."""
@@ -132,7 +148,13 @@ class Body:
     """ASGI `receive` that returns the whole body; one that breaks a limit ends as if its client had left."""
 
     def __init__(
-        self, uploads: Uploads, client: str, receive: Receive, declared_bytes: int, is_counted: bool
+        self,
+        uploads: Uploads,
+        client: str,
+        receive: Receive,
+        declared_bytes: int,
+        is_counted: bool,
+        is_json: bool,
     ) -> None:
         self.refusal: ApiError | None = None
         """Why the body ended before its end."""
@@ -145,6 +167,8 @@ class Body:
         self._num_claimed = 0
         self._declared_bytes = declared_bytes
         self._is_counted = is_counted
+        self._is_json = is_json
+        self._num_commas = 0
         self._again: Message | None = None
         self._late_at_s = asyncio.get_running_loop().time() + BODY_WITHIN_S
 
@@ -190,6 +214,7 @@ class Body:
                 return message
             piece = message.get("body", b"")
             self._hold(len(piece))
+            self._count_commas(piece)
             is_last = not message.get("more_body", False)
             if is_last:
                 self.is_complete = True
@@ -199,6 +224,12 @@ class Body:
             body += piece
             if is_last:
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    def _count_commas(self, piece: bytes) -> None:
+        if self._is_json:
+            self._num_commas += piece.count(b",")
+            if self._num_commas > MAX_COMMAS:
+                raise bad_request(f"body must have at most {MAX_COMMAS} commas")
 
     def _hold(self, num_bytes: int) -> None:
         if self._num_bytes + num_bytes > self._num_claimed:  # nothing was announced

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from deploy.http.errors import ApiError
 from deploy.http.openapi import document
@@ -65,12 +66,29 @@ async def _answer_api_error(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _answer_http_exception(_: Request, error: Exception) -> Response:
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Answer for a path or a method that no route has; OPTIONS asks which methods the path has."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"Allow": _allowed_methods(request)})
     kind = str(error.detail).lower().replace(" ", "_")
     response = ApiError(error.status_code, kind, str(error.detail)).response()
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["Allow"] = _allowed_methods(request)
     return response
+
+
+def _allowed_methods(request: Request) -> str:
+    """Return the methods of a path, over all of its routes. The front makes HEAD a GET."""
+    routes = request.app.router.routes
+
+    def has(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in routes)
+
+    found = [name for method, name in (("GET", "GET, HEAD"), ("POST", "POST")) if has(method)]
+    return ", ".join([*found, "OPTIONS"])
 
 
 async def _answer_anything_else(_: Request, error: Exception) -> Response:

@@ -24,6 +24,7 @@ from deploy.http.errors import ApiError, bad_request, shorten
 from deploy.http.images import MAX_IMAGES, refuse_size
 from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
+from deploy.settings import MAX_COMMAS
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -36,9 +37,6 @@ MAX_TEXT_BYTES = 1 << 20
 PLAIN_TEXTS = ("prompt", "model")
 """Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
-MAX_COMMAS = 100_000
-"""Every value but the first follows a comma. While JSON is parsed, no other thread runs: 27 MB of empty lists
-would stop the event loop for seconds."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 
 from blip2_actor import Result
+from deploy.calls.remote_captioner import Models
 from deploy.http.errors import ApiError
 from deploy.http.service import ServedModel
 from deploy.observe.metrics import SHADOW_REQUESTS
 from deploy.observe.request_record import RECORD
-from deploy.remote_captioner import Models
 from deploy.reuse.made import Made
 from deploy.settings import Settings
 from deploy.trials.recording import Recorder, Side

@@ -101,8 +101,10 @@ def test_without_a_key_only_probes_and_pages_are_answered(keys: KeyFile, given: 
         assert error_of(answer) == (401, "wrong_key")
         assert answer.headers["www-authenticate"] == "Bearer"
     assert error_of(ask(access, "POST", "/", **given)) == (401, "wrong_key")
+    assert error_of(ask(access, "OPTIONS", "/v1/caption", **given)) == (401, "wrong_key")
     for path in OPEN_PATHS:
-        assert ask(access, "GET", path, **given).status_code == 200
+        for method in ("GET", "OPTIONS"):
+            assert ask(access, method, path, **given).status_code == 200
 
 
 def test_a_route_prefix_of_serve_opens_and_closes_the_same_paths(keys: KeyFile) -> None:

@@ -7,11 +7,14 @@ import gc
 import pickle
 import weakref
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray.serve._private import replica
+from ray.serve._private.common import StreamingHTTPRequest
 from starlette.types import Message, Receive, Scope, Send
 
 from deploy.guard import front, uploads
@@ -111,6 +114,15 @@ def test_headers_that_steer_serves_proxy_go_no_further() -> None:
     assert not names & {name.lower() for name in steering}
     assert {"x-request-id", "x-other", "host"} <= names
     assert dict(scope["headers"])[b"x-request-id"] == b"mine"
+
+
+def test_livez_says_which_methods_it_has() -> None:
+    serve = Proxy()
+    options, post = (ask(Front(serve), method, "/livez") for method in ("OPTIONS", "POST"))
+    assert (options.status_code, options.content) == (204, b"")
+    assert error_of(post) == (405, "method_not_allowed")
+    assert options.headers["allow"] == post.headers["allow"] == "GET, HEAD, OPTIONS"
+    assert not serve.scopes
 
 
 def test_head_is_get_without_a_body() -> None:
@@ -321,6 +333,9 @@ def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
     monkeypatch: pytest.MonkeyPatch, is_passed: bool
 ) -> None:
     monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
+    monkeypatch.setattr(
+        StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages
+    )
     uploads.take_passed_bodies()
     uploads.take_passed_bodies()  # of another gateway in this process
     num_asked = 0
@@ -341,6 +356,51 @@ def test_the_gateway_asks_the_proxy_only_for_a_body_that_was_not_passed(
 
     assert asyncio.run(read()) == (b"passed" if is_passed else b"asked")
     assert num_asked == (0 if is_passed else 1)
+
+
+def test_the_gateway_looks_up_the_proxy_only_to_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+
+    class Method:
+        def remote(self, _: object) -> str:
+            return "asked"
+
+    def get_actor(name: str, **_: object) -> SimpleNamespace:
+        looked_up.append(name)
+        return SimpleNamespace(receive_asgi_messages=Method())
+
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    monkeypatch.setattr(replica, "ASGIReceiveProxy", replica.ASGIReceiveProxy)
+    monkeypatch.setattr(
+        StreamingHTTPRequest, "receive_asgi_messages", StreamingHTTPRequest.receive_asgi_messages
+    )
+    uploads.take_passed_bodies()
+    request = StreamingHTTPRequest({"type": "http"}, proxy_actor_name="proxy")
+    receive = request.receive_asgi_messages
+    assert not looked_up
+    assert receive(None) == "asked"
+    assert looked_up == ["proxy"]
+
+
+@pytest.mark.parametrize(
+    ("media", "code"), [("Application/JSON; charset=utf-8", 400), ("image/png", 200), ("", 200)]
+)
+def test_json_of_too_many_values_is_refused_before_most_of_it_is_here(media: str, code: int) -> None:
+    """A gateway refuses it too, after both processes have copied all of it several times."""
+    num_sent = 0
+
+    async def lists() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b"[]," * 10_000
+
+    serve = Proxy()
+    answer = ask(Front(serve), content=lists(), headers={"content-type": media})
+    assert answer.status_code == code
+    if code == 400:
+        assert "commas" in answer.json()["error"]["message"]
+        assert num_sent < 20 and not serve.bodies
 
 
 def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:

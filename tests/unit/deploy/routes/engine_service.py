@@ -24,6 +24,7 @@ from blip2_actor import (
     decode_image,
 )
 from blip2_actor.testing import FakeEngineConfig, fake_caption
+from deploy.calls.remote_captioner import Models
 from deploy.captioner import Captioner
 from deploy.fetching import Fetching
 from deploy.gateway import Gateway
@@ -32,7 +33,6 @@ from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
 from deploy.http.images import ImageSource
 from deploy.http.service import ServedModel
-from deploy.remote_captioner import Models
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings

@@ -201,4 +201,23 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(service: EngineServi
     assert error_of(ask(service, "GET", "/v2/caption"))[:2] == (404, "not_found")
     response = ask(service, "GET", "/v1/caption")
     assert error_of(response)[:2] == (405, "method_not_allowed")
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "POST, OPTIONS"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/caption", "POST, OPTIONS"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, POST, OPTIONS"),
+        ("/readyz", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_options_says_which_methods_a_path_has(service: EngineService, path: str, methods: str) -> None:
+    response = ask(service, "OPTIONS", path)
+    assert (response.status_code, response.content) == (204, b"")
+    assert response.headers["allow"] == methods
+
+
+def test_options_of_an_unknown_path_is_404(service: EngineService) -> None:
+    assert error_of(ask(service, "OPTIONS", "/v2/caption"))[:2] == (404, "not_found")

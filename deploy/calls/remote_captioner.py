@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import Embedding, ModelInfo
+from deploy.calls.handshake import handshake
 from deploy.http.errors import overloaded, unavailable
 from deploy.http.service import ServedModel, require_name
 from deploy.settings import Settings
@@ -156,17 +157,18 @@ class RemoteCaptioner:
         """Return what a method of a captioner returns.
 
         A captioner may die meanwhile. Then another one is asked, once: an image that kills its captioner must
-        not reach all of them.
+        not reach all of them. Those that were dead before do not count.
         """
         with _no_engine_is_503():
             try:
                 return await self._ask(method, *arguments)
             except RayActorError:
-                return await self._ask(method, *arguments)
+                return await self._ask(method, *arguments, again=True)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
+    async def _ask(self, method: str, *arguments: Any, again: bool = False) -> Any:
         """Ask one captioner; if the wait is cancelled, free the slots of its engine."""
-        response = getattr(self._handle, method).remote(*arguments)
+        with handshake() if again else nullcontext():
+            response = getattr(self._handle, method).remote(*arguments)
         try:
             return await response
         except asyncio.CancelledError:
@@ -186,13 +188,16 @@ class RemoteCaptioner:
             except RayActorError:
                 if is_started:
                     raise
-            async with aclosing(self._ask_for_items(method, *arguments)) as items:
+            async with aclosing(self._ask_for_items(method, *arguments, again=True)) as items:
                 async for item in items:
                     yield item
 
-    async def _ask_for_items(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+    async def _ask_for_items(
+        self, method: str, *arguments: Any, again: bool = False
+    ) -> AsyncGenerator[Any, None]:
         """Ask one captioner; if that ends early, free the slots of its engine."""
-        response = self._handle.options(method_name=method, stream=True).remote(*arguments)
+        with handshake() if again else nullcontext():
+            response = self._handle.options(method_name=method, stream=True).remote(*arguments)
         is_complete = False
         try:
             async for item in response:
