@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from blip2_actor.models.layers import Linear
 from blip2_actor.quantization.int8 import FULL_WEIGHT, is_exact
 from blip2_actor.quantization.methods import require_method
-from blip2_actor.quantization.row_scaled import FP8, LARGEST, RowScaledWeight, scale_rows
+from blip2_actor.quantization.row_scaled import FP8, LARGEST, LAYER_NORM, InputStep, RowScaledWeight, scale_rows
 
 DTYPES = (torch.int8, FP8)
 
@@ -65,6 +65,10 @@ def test_it_compiles_as_one_graph(dtype: torch.dtype) -> None:
         nn.init.normal_(layer.weight)
         nn.init.zeros_(layer.bias)
         layer.requires_grad_(False).take(RowScaledWeight(layer.weight.data, dtype))
+    first, second = (layer.quantized for layer in layers)
+    assert isinstance(first, RowScaledWeight) and isinstance(second, RowScaledWeight)
+    first.input_step = InputStep(LAYER_NORM, torch.ones(64), torch.zeros(64), 1e-5)
+    second.input_step = InputStep(layers[0].take_activation() or "")
     model, x = nn.Sequential(*layers), normal(33, 64)
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
