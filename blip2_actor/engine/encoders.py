@@ -90,9 +90,9 @@ class EncodeReplay:
     def __call__(self, images: Tensor) -> Encoded:
         """Encode uint8[batch, S, S, 3]; the result is the caller's."""
         if self._images is None:
-            self._images = torch.empty_like(images)
             encoded = _encode(self._model, images)
             self._encoded = tuple(map(torch.empty_like, encoded))
+            self._images = torch.empty_like(images)  # last: memory may not suffice for the others
             return Encoded(*encoded)
         self._images.copy_(images)
         if self._pass is None:

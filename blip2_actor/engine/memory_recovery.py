@@ -43,6 +43,7 @@ class MemoryRecovery:
         if len(images) > self._limits.encode_batch:
             return  # this pass began before the batch was halved for another one
         if self._limits.halve_encode_batch():
+            self._runner.forget_images()
             return
         if self._limits.max_slots > 1:
             self.after_step(out_of_memory)

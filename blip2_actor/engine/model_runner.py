@@ -90,12 +90,16 @@ class ModelRunner:
 
     def shrink(self, num_slots: int) -> None:
         """Give back the memory of all slots; the next prefill allocates `num_slots` new ones."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a captured pass of the encoders may still run
         self.num_slots = num_slots
         self._forget_graphs()
-        self.encoders.forget()
         self._slots = self._selected = None
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Give back the memory of the captured pass of the encoders, and all that is cached."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the pass may still run
+        self.encoders.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -98,7 +98,7 @@ def start_model(
         pack_for_cpu(loaded)
     has_two_threads = is_plain_cpu and num_threads > 1
     replays = place.type == "cuda" and device_map is None and not skip_cuda_graphs
-    has_two_passes = has_two_threads or replays  # a captured pass keeps its memory
+    has_two_passes = has_two_threads or (replays and not is_compiled)  # a captured pass keeps its memory
     sizes = size_engine(loaded, max_slots, encode_batch, num_passes=2 if has_two_passes else 1)
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)

@@ -68,7 +68,7 @@ class LateTokens:
     def __init__(self, logits: Tensor, early: Sequence[int] = (), end_ids: Collection[int] = ()) -> None:
         self.token_ids = logits.max(dim=-1).indices
         """int64[rows], on the device."""
-        if early:
+        if early and end_ids:
             rows, others = _largest_but_ends(logits, early, end_ids)
             self.token_ids[rows] = others
         both = _with_own(self.token_ids, logits.log_softmax(dim=-1, dtype=torch.float32))

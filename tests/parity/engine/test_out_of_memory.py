@@ -55,6 +55,18 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list
     return called
 
 
+def test_a_captured_pass_is_forgotten_when_its_batches_come_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [Request(image=image.numpy()) for image in random_images(4)]
+    expected = engine.generate(pictures, LONG)
+    runner, forgotten = engine._core.runner, []
+    fail_once(monkeypatch, runner, "encode")
+    monkeypatch.setattr(runner.encoders, "forget", lambda: forgotten.append(True))
+    assert tokens(engine.generate(pictures, LONG)) == tokens(expected)
+    assert forgotten == [True]
+
+
 def test_a_request_wider_than_what_is_left_fails_and_blocks_nobody(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,22 @@ def test_a_replayed_batch_of_images_is_the_callers(model: Blip2) -> None:
     assert tape.num_captured == 1, "the first batch after forgetting is not captured"
 
 
+def test_a_first_full_batch_that_does_not_fit_leaves_the_next_one_as_it_was(
+    model: Blip2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders, batch = Encoders(model, full_batch=4, capturer=Tape()), random_images(4)
+    with torch.inference_mode():
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(model.vision, "forward", exhausted)
+            encoders(batch)
+        for _ in range(2):
+            torch.testing.assert_close(encoders(batch).prefixes, Encoders(model)(batch).prefixes)
+
+
+def exhausted(*_: object) -> object:
+    raise torch.OutOfMemoryError("no memory")
+
+
 @pytest.mark.parametrize("num_failures", [1, 1000])
 def test_out_of_memory_during_a_capture_costs_no_slots(
     checkpoint_folder: Callable[..., Path],
@@ -330,7 +346,7 @@ def test_attention_that_reads_the_number_of_positions_gives_the_same_tokens(
     with make_engine(folder) as engine:
         expected = served(engine)
     num_graphs = tape.num_captured
-    monkeypatch.setattr("blip2_actor.models.kv_cache._find_kernel", lambda _: attention_formula)
+    monkeypatch.setattr("blip2_actor.models.kv_cache._find_kernel", lambda *_: attention_formula)
     with make_engine(folder) as engine:
         assert served(engine) == expected
         runner = engine._core.runner

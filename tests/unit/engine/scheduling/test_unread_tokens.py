@@ -223,6 +223,5 @@ def test_early_rows_take_the_largest_logit_that_does_not_end_a_text() -> None:
     logits = torch.tensor([[9.0, 1, 2], [9, 1, 2], [0, 5, 2]])
     token_ids, logprobs = LateTokens(logits, early=[1, 2], end_ids={0}).read()
     assert token_ids == [0, 2, 1]
-    assert logprobs == pytest.approx(
-        [logits.log_softmax(1)[row, id].item() for row, id in enumerate(token_ids)]
-    )
+    assert logprobs == pytest.approx(logits.log_softmax(1)[range(3), token_ids].tolist())
+    assert LateTokens(logits, early=[1, 2]).read()[0] == [0, 0, 1], "a vocabulary without an end"
