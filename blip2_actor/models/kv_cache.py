@@ -75,7 +75,7 @@ class KVCache:
         self.kv = _zeros((num_layers, num_slots, max_length, 2 * width), device, dtype)
         self.num_slots = num_slots
         self.max_length = max_length
-        self._kernel = _find_kernel(device)
+        self._kernel = _find_kernel(device, dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -211,11 +211,11 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int, "float | None"]
 
 
 @cache
-def _find_kernel(device: torch.device) -> Kernel | None:
+def _find_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     def load() -> Kernel:
         from blip2_actor.models.decode_attention import decode_attention
 
-        one = torch.ones(1, 16, device=device)
+        one = torch.ones(1, 16, device=device, dtype=dtype)
         decode_attention(one, one.repeat(1, 1, 2), one[0, :1].long(), None, 1, None)
         return decode_attention
 

@@ -121,7 +121,7 @@ def _activate(x, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     The error function is that of Abramowitz and Stegun, 7.1.26, which is off by at most 1.5e-7.
     """
     if STEP == "relu":
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
     elif STEP == "gelu":
         z = tl.abs(x) * 0.7071067811865476
         t = 1.0 / (1.0 + 0.3275911 * z)

@@ -137,6 +137,8 @@ def _find_kernel(device: torch.device) -> ScaleRows | None:
             return scale_rows_to_fp8(rows, SMALLEST_SCALE, name, step.weight, step.bias, step.eps)
 
         ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+        for name in _KERNEL_STEPS:
+            scale(ones, InputStep(name, ones[0], ones[0]))
         levels, largest = scale(ones, None)
         _multiply_scaled(levels, levels, largest, largest.flatten(), None)
         return scale

@@ -26,7 +26,7 @@ def preceding_norms(model: nn.Module) -> dict[Linear, Norm]:
 
     In the Q-Former and in an OPT with norms after its layers, the result of a norm is also the residual.
     """
-    return {linear: norm for linear, norm in _pairs(model) if norm.weight is not None}
+    return {linear: norm for linear, norm in _pairs(model) if getattr(norm, "weight", None) is not None}
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[Linear, Norm]]:
