@@ -1,9 +1,11 @@
 """Calls to a replica without Serve's handshake, which costs a fifth of the CPU time of a request.
 
 Serve makes each call a stream, whose first item says whether the replica has room: a proxy or a gateway that
-has counted wrongly asks another replica. Here it counts what it has sent itself, and a replica has a request
-beyond its limit wait. A replica that has died without its callers' knowledge fails the calls that it gets: a
-gateway asks again then, with the handshake, and the front of a proxy answers 503.
+has counted wrongly asks another replica. Where there is one replica, there is nothing to choose: a call is
+sent at once, and those beyond the limit of the replica wait with their caller, by its own count. If this
+replica has died without its callers' knowledge, the calls that it gets fail: a gateway asks again then, with
+the handshake, and the front of a proxy answers 503. As soon as there is a second replica, as in an update,
+every call has the handshake.
 """
 
 from __future__ import annotations
@@ -21,20 +23,30 @@ if TYPE_CHECKING:
 
 
 class DirectRouter(PowerOfTwoChoicesRequestRouter):
-    """Serve's own choice of a replica, by what this process has sent to each."""
+    """Serve's own choice of a replica, and no handshake with the only one."""
+
+    @property
+    def has_handshake(self) -> bool:
+        return has_handshake() or len(self.curr_replicas) > 1
 
     def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
-        return _DirectReplica(replica_info)
+        return _DirectReplica(replica_info, self)
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
-        """Keep the own count: a replica that is not asked first says nothing."""
+        """Keep the own count where a replica is not asked first and says nothing."""
+        if self.has_handshake:
+            super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 
 
 class _DirectReplica(RunningReplica):
-    """A replica that takes every request; one beyond its limit waits there."""
+    """A replica that is called directly while it is the only one."""
+
+    def __init__(self, replica_info: RunningReplicaInfo, router: DirectRouter) -> None:
+        super().__init__(replica_info)
+        self._router = router
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ReplicaResult:
-        if with_rejection and has_handshake():
+        if with_rejection and self._router.has_handshake:
             return super().try_send_request(pr, with_rejection=True)
         result = super().try_send_request(pr, with_rejection=False)
         result.get_rejection_response = _accepted

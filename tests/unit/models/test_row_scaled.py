@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from blip2_actor.models.layers import Linear
 from blip2_actor.quantization.int8 import FULL_WEIGHT, is_exact
 from blip2_actor.quantization.methods import require_method
-from blip2_actor.quantization.row_scaled import FP8, LARGEST, LAYER_NORM, InputStep, RowScaledWeight, scale_rows
+from blip2_actor.quantization.row_scaled import (
+    FP8,
+    LARGEST,
+    LAYER_NORM,
+    InputStep,
+    RowScaledWeight,
+    scale_rows,
+)
 
 DTYPES = (torch.int8, FP8)
 

@@ -24,7 +24,7 @@ def test_proxies_and_gateways_call_replicas_directly() -> None:
         assert config.get_request_router_class().__name__ == DirectRouter.__name__  # pickled by value
 
 
-def test_a_call_has_no_handshake_unless_it_is_asked_for_and_counts_as_accepted(
+def test_a_call_of_the_only_replica_has_no_handshake_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[bool] = []
@@ -50,10 +50,15 @@ def test_a_call_has_no_handshake_unless_it_is_asked_for_and_counts_as_accepted(
         router.on_send_request(replica_id)
         with handshake():
             router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
+        assert not router.has_handshake
         answer = await result.get_rejection_response()
         assert answer is not None and answer.accepted
         router.on_new_queue_len_info(replica_id, answer.num_ongoing_requests)
         assert router.replica_queue_len_cache.get(replica_id) == 2  # what this process has sent
+        router._replicas = dict.fromkeys([replica_id, ReplicaID("another", deployment)], info)
+        router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
+        router.on_new_queue_len_info(replica_id, 5)
+        assert router.replica_queue_len_cache.get(replica_id) == 5  # what the replica has said
 
     asyncio.run(call())
-    assert asked == [False, True]
+    assert asked == [False, True, True]
