@@ -41,8 +41,8 @@ class Encoders:
         Args:
             full_batch: images of a full batch.
             compiles: compile for full batches, when the first one comes.
-            capturer: captures a full batch, when the first one comes, to replay it. To launch its 500 kernels
-                one by one takes the host longer than some GPUs need to run them if other threads compute.
+            capturer: captures the pass of a full batch to replay it; None runs it kernel by kernel. While
+                other threads compute, the host takes longer to launch its 500 kernels than some GPUs to run them.
         """
         self.compiled_batch = full_batch if compiles else None
         """Compile for batches of exactly this size."""
