@@ -41,8 +41,8 @@ class Encoders:
         Args:
             full_batch: images of a full batch.
             compiles: compile for full batches, when the first one comes.
-            capturer: captures the pass of a full batch to replay it; None runs it kernel by kernel. While
-                other threads compute, the host takes longer to launch its 500 kernels than some GPUs to run them.
+            capturer: captures the pass of a full batch to replay it; None runs it kernel by kernel. The host
+                takes longer to launch its 500 kernels than some GPUs to run them, if other threads compute.
         """
         self.compiled_batch = full_batch if compiles else None
         """Compile for batches of exactly this size."""
