@@ -26,7 +26,8 @@ class DirectRouter(PowerOfTwoChoicesRequestRouter):
     """Serve's own choice of a replica, and no handshake with the only one."""
 
     @property
-    def has_handshake(self) -> bool:
+    def asks_first(self) -> bool:
+        """Whether a call has the handshake."""
         return has_handshake() or len(self.curr_replicas) > 1
 
     def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
@@ -34,7 +35,7 @@ class DirectRouter(PowerOfTwoChoicesRequestRouter):
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         """Keep the own count where a replica is not asked first and says nothing."""
-        if self.has_handshake:
+        if self.asks_first:
             super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 
 
@@ -46,7 +47,7 @@ class _DirectReplica(RunningReplica):
         self._router = router
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ReplicaResult:
-        if with_rejection and self._router.has_handshake:
+        if with_rejection and self._router.asks_first:
             return super().try_send_request(pr, with_rejection=True)
         result = super().try_send_request(pr, with_rejection=False)
         result.get_rejection_response = _accepted

@@ -50,7 +50,7 @@ def test_a_call_of_the_only_replica_has_no_handshake_unless_it_is_asked_for(
         router.on_send_request(replica_id)
         with handshake():
             router.create_replica_wrapper(info).try_send_request(info, with_rejection=True)
-        assert not router.has_handshake
+        assert not router.asks_first
         answer = await result.get_rejection_response()
         assert answer is not None and answer.accepted
         router.on_new_queue_len_info(replica_id, answer.num_ongoing_requests)
