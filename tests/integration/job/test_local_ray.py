@@ -9,22 +9,22 @@ import tempfile
 
 import pytest
 
-from tests.listening import is_loopback
+from tests.processes import is_loopback
 
 PROGRAM = """
 from pipeline.run.cluster import connected, set_ray_environment
 set_ray_environment()
 import os
 import psutil, ray
-from tests.listening import listening_ports
+from tests.processes import listening_ports, titled_descendants
 class Add:
     def __call__(self, batch):
         return {"sum": batch["id"] + 1}
 with connected() as cluster:
     added = ray.data.range(41).map_batches(Add, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.5)
     print(added.max("sum"), cluster.is_local)
-    for process in psutil.Process().children(recursive=True):
-        print(*process.cmdline())
+    for title, _ in titled_descendants():
+        print(title)
     for address, port in listening_ports(os.getpid()):
         print("listens:", address, port)
 print("left:", len(psutil.Process().children()))

@@ -31,7 +31,7 @@ from tests.integration.online.endpoint import (
     wait_for,
 )
 from tests.integration.online.endpoint_process import free_port, poison, serving
-from tests.listening import is_loopback, listening_ports
+from tests.processes import is_loopback, listening_ports
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(480)

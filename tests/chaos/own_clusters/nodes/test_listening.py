@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.chaos.own_clusters.autoscaled import CLUSTER_FILE
-from tests.listening import is_loopback
+from tests.processes import is_loopback
 
 ROOT = Path(__file__).parents[4]
 ADDRESS = "10.0.0.1"
@@ -24,7 +24,7 @@ PROGRAM = """
 import os, subprocess, sys
 import psutil, ray, yaml
 from ray import serve
-from tests.listening import listening_ports
+from tests.processes import listening_ports
 
 head = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)
 try:

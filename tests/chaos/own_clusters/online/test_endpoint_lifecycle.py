@@ -15,12 +15,12 @@ from pathlib import Path
 from subprocess import Popen
 
 import httpx
-import psutil
 import pytest
 
 from deploy.http.scene import draw_scene_png
 from tests.integration.online.endpoint import wait_for
 from tests.integration.online.endpoint_process import free_port, serving
+from tests.processes import descendant
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -104,7 +104,7 @@ def test_a_gateway_that_is_replaced_during_a_drain_is_drained(tmp_path: Path) ->
     with endpoint(tmp_path, *flags) as (url, command):
         assert ask(url).status_code == 200
         assert httpx.post(f"{url}/admin/drain", headers=headers, timeout=30).status_code == 200
-        process_of(command, "ServeReplica:blip2:Gateway").kill()
+        descendant("ServeReplica:blip2:Gateway", command.pid).kill()
         wait_for(lambda: httpx.get(f"{url}/startupz", timeout=60).status_code == 200, seconds=120)
         assert ask(url).status_code == httpx.get(f"{url}/readyz").status_code == 503
         assert httpx.post(f"{url}/admin/resume", headers=headers, timeout=30).status_code == 200
@@ -144,7 +144,7 @@ def kill_under_load(url: str, command: Popen[str], part: str) -> float:
         try:
             time.sleep(1)
             killed_at_s = time.monotonic()
-            process_of(command, part).kill()
+            descendant(part, command.pid).kill()
             time.sleep(1)
             num_before, deadline_s = len(answers), time.monotonic() + 90
             while not any(answer.status_code == 200 for answer in answers[num_before:]):
@@ -159,12 +159,3 @@ def kill_under_load(url: str, command: Popen[str], part: str) -> float:
     for answer in answers:
         check_contract(answer)
     return round(recovered_in_s, 1)
-
-
-def process_of(command: Popen[str], part: str) -> psutil.Process:
-    """Return the process of a part of the endpoint; its name is cut off by the kernel, its title is not."""
-    for process in psutil.Process(command.pid).children(recursive=True):
-        title = " ".join(process.cmdline())
-        if part in title:
-            return process
-    raise AssertionError(f"no process of {part}")

@@ -20,7 +20,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.chaos.own_clusters.online.test_endpoint_lifecycle import CAPTION, PNG, endpoint, process_of
+from tests.chaos.own_clusters.online.test_endpoint_lifecycle import CAPTION, PNG, endpoint
+from tests.processes import descendant
 
 SOAK_S = float(os.environ.get("BLIP2_SOAK_S", "600"))
 WARM_UP_S = min(60.0, SOAK_S / 3)
@@ -80,7 +81,7 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
         try:
             time.sleep(WARM_UP_S)
             ends_at_s = time.monotonic() + SOAK_S
-            parts = {name: process_of(command, name) for name in PARTS}
+            parts = {name: descendant(name, command.pid) for name in PARTS}
             failed = lambda: any(one.done() for one in calls)  # noqa: E731
             samples = samples_of(parts, lambda: time.monotonic() > ends_at_s or failed())
         finally:

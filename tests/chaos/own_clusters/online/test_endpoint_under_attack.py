@@ -25,8 +25,8 @@ from tests.chaos.own_clusters.online.test_endpoint_lifecycle import (
     PNG,
     SLOW,
     endpoint,
-    process_of,
 )
+from tests.processes import descendant
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -147,7 +147,7 @@ def test_an_innocent_caller_does_not_notice_hostile_ones(tmp_path: Path) -> None
         def probe() -> httpx.Response:
             return caller.get(f"{url}/startupz")
 
-        parts = [process_of(command, part) for part in ("ServeReplica:blip2:Gateway", "ProxyActor")]
+        parts = [descendant(part, command.pid) for part in ("ServeReplica:blip2:Gateway", "ProxyActor")]
         # Ray's own choice of 15 would give the attackers next to it most of the CPU time.
         assert all(part.nice() <= psutil.Process().nice() for part in parts)
         idle = latencies(caption, iter([True] * NUM_IDLE + [False]))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 from ray import serve
@@ -29,6 +28,7 @@ from deploy.app import NODE_ENVIRONMENT
 from tests.chaos.own_clusters.online.fake_application import NO_SUCH_MODEL
 from tests.integration.online.endpoint import caption_of, png, wait_for
 from tests.integration.online.endpoint_process import ROOT, free_port
+from tests.processes import descendant
 from tests.small_ray import small_ray
 
 pytestmark = pytest.mark.timeout(580)
@@ -155,12 +155,6 @@ class Service:
             for part in application.deployments.values()
         )
 
-    def process_of(self, part: str) -> psutil.Process:
-        for process in psutil.Process().children(recursive=True):
-            if f"ServeReplica:blip2:{part}" in " ".join(process.cmdline()):
-                return process
-        raise AssertionError(f"no process of {part}")
-
 
 @pytest.fixture(scope="module")
 def service(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
@@ -228,7 +222,7 @@ def test_a_bad_update_and_the_way_back(service: Service) -> None:
 
 def kill_under_load(service: Service, load: Load, part: str) -> float:
     """Kill a replica while it works, wait for the one in its place, and return when it was killed."""
-    victim = service.process_of(part)
+    victim = descendant(f"ServeReplica:blip2:{part}")
     before = len(load.answers)
     load.send(BURST)
     wait_for(lambda: len(load.answers) >= before + BURST // 4)  # both replicas are in the middle of the rest
@@ -266,7 +260,7 @@ def test_without_an_engine_the_answer_is_503_in_time(service: Service) -> None:
     service.missing.touch()
     try:
         for _ in range(2):
-            service.process_of("Captioner").kill()
+            descendant("ServeReplica:blip2:Captioner").kill()
             time.sleep(0.5)
         began_s = time.monotonic()
         answer = httpx.post(f"{service.url}/v1/caption", files={"image": png(1)}, timeout=PATIENCE_S)
