@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from blip2_actor.testing.tiny_checkpoints import save_tiny_checkpoint
 from examples.drawn_pictures import draw_pictures
 from tests.contracts.installed_wheel import build_wheel
 from tests.integration.test_readme import ROOT, Block, blocks
+from tests.ports import free_port
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 MODELS = {"Salesforce/blip2-flan-t5-xl": "t5", "Salesforce/blip2-opt-2.7b-coco": "opt"}
@@ -205,9 +205,3 @@ def test_the_tutorial_leads_to_captions_of_ones_own(newcomer: Newcomer) -> None:
     assert len(list((folder / "tables").glob("*.csv"))) == 1
     print(f"{sum(newcomer.minutes):6.1f} min  all of it")
     assert os.listdir(newcomer.root / "home"), "nothing was cached in the newcomer's own home"
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]

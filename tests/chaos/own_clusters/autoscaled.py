@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import yaml
 
 from tests.chaos.cluster import DEADLINE_S, descendants, kill
 from tests.integration.job.job_cluster import PORTS
+from tests.ports import free_ports
 
 CLUSTER_FILE = Path(__file__).parents[3] / "ray_cluster.yaml"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
@@ -113,7 +113,7 @@ def configuration(gcs_address: str, max_accelerators: int) -> dict[str, Any]:
 @contextmanager
 def autoscaled(folder: Path, max_accelerators: int) -> Iterator[Autoscaled]:
     """Start the head and its autoscaler, and no other node; end all of them by their ids."""
-    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     address = f"127.0.0.1:{ports['port']}"
     file, log = folder / "autoscaler.yaml", folder / "head.log"
     file.write_text(yaml.safe_dump(configuration(address, max_accelerators)))
@@ -168,22 +168,3 @@ def _address_in(log: Path) -> str:
     found = re.search(r"--address='([^']+)'", log.read_text())
     assert found, log.read_text()
     return found[1]
-
-
-def _free_ports(number: int) -> list[int]:
-    """Return ports that are free now, above those that Ray gives its workers."""
-    sockets = []
-    for port in range(31_000 + os.getpid() % 1000, 33_000):
-        candidate = socket.socket()
-        try:
-            candidate.bind(("0.0.0.0", port))
-        except OSError:
-            candidate.close()
-            continue
-        sockets.append(candidate)
-        if len(sockets) == number:
-            break
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -14,7 +14,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tests.chaos.stores.emulators import START_S, Store, free_port, running
+from tests.chaos.stores.emulators import START_S, Store, running
+from tests.ports import free_port
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 KEY, SECRET = "key", "s3cret-of-ceph"

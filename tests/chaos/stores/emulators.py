@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from pipeline.storage.filesystems import open_filesystem
+from tests.ports import free_port
 
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -129,12 +130,6 @@ def running(
             yield
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _signature() -> dict[str, str]:

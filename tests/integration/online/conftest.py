@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from blip2_actor import EngineConfig
 from blip2_actor.testing import FakeEngineConfig, save_tiny_checkpoint
 from deploy.settings import OnlineImageLimits
 from tests.integration.online.endpoint import FAULTY, NUM_CALLERS, caption_of, target
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="package")
@@ -29,9 +29,7 @@ def real_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 
 @pytest.fixture(scope="package")
 def url(local_ray: None, gate: Path, real_engine: EngineConfig) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     gated = FakeEngineConfig(model="demo", gate=str(gate), faults_on=(caption_of(FAULTY),))
     limits = OnlineImageLimits(max_file_bytes=1 << 20, max_pixels=10_000)

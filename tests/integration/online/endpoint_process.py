@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,14 +34,3 @@ def serving(
             stderr=subprocess.PIPE,
             text=True,
         )
-
-
-def free_port() -> int:
-    """Return a port that is free and that no connection or process of Ray gets by itself meanwhile."""
-    while True:
-        port = random.randint(20_000, 32_767)
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return port

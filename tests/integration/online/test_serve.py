@@ -30,7 +30,8 @@ from tests.integration.online.endpoint import (
     post,
     wait_for,
 )
-from tests.integration.online.endpoint_process import free_port, poison, serving
+from tests.integration.online.endpoint_process import poison, serving
+from tests.ports import free_port
 from tests.processes import is_loopback, listening_ports
 
 # Six processes import Ray, and one of them torch; this takes minutes on a busy machine.

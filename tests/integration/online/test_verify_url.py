@@ -18,7 +18,7 @@ from pipeline.run.prepare import prepare
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.job_settings import CaptionSettings
 from tests.integration.online.endpoint import caption_of, png
-from tests.integration.online.endpoint_process import free_port
+from tests.ports import free_port
 from tests.unit.inputs.formats.reading_cases import tar_bytes
 
 NUM_ROWS = 20

@@ -18,7 +18,7 @@ from blip2_actor.testing import FakeEngineConfig
 from deploy.app import NODE_ENVIRONMENT, compose
 from deploy.settings import Settings
 from tests.integration.online.endpoint import caption_of, engine_stats, png, post, wait_for
-from tests.integration.online.endpoint_process import free_port
+from tests.ports import free_port
 from tests.small_ray import small_ray
 
 pytestmark = pytest.mark.timeout(300)

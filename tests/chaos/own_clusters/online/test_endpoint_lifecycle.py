@@ -19,7 +19,8 @@ import pytest
 
 from deploy.http.scene import draw_scene_png
 from tests.integration.online.endpoint import wait_for
-from tests.integration.online.endpoint_process import free_port, serving
+from tests.integration.online.endpoint_process import serving
+from tests.ports import free_port
 from tests.processes import descendant
 
 pytestmark = pytest.mark.timeout(400)

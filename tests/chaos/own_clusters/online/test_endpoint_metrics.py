@@ -17,7 +17,7 @@ import yaml
 
 from tests.chaos.own_clusters.online.test_endpoint_lifecycle import ask, endpoint
 from tests.integration.online.endpoint import wait_for
-from tests.integration.online.endpoint_process import free_port
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.timeout(400),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.online.endpoint_process import free_port, serving
+from tests.integration.online.endpoint_process import serving
+from tests.ports import free_port
 
 TOO_LATE = """
 import sys, time, types

@@ -18,7 +18,8 @@ import pytest
 
 from blip2_actor import EngineConfig, Request, decode_image
 from tests.integration.inputs import png, write_tars
-from tests.integration.online.endpoint_process import ROOT, free_port, serving
+from tests.integration.online.endpoint_process import ROOT, serving
+from tests.ports import free_port
 
 pytestmark = pytest.mark.timeout(580)
 

@@ -27,7 +27,8 @@ from ray.serve.schema import ServeDeploySchema
 from deploy.app import NODE_ENVIRONMENT
 from tests.chaos.own_clusters.online.fake_application import NO_SUCH_MODEL
 from tests.integration.online.endpoint import caption_of, png, wait_for
-from tests.integration.online.endpoint_process import ROOT, free_port
+from tests.integration.online.endpoint_process import ROOT
+from tests.ports import free_port
 from tests.processes import descendant
 from tests.small_ray import small_ray
 
