@@ -109,6 +109,7 @@ class CountedLoad:
         self.num_done = 0
         self._device = CountedDevice(times)
         self._scheduler = Scheduler(self._device, slots, ENCODE_BATCH)  # type: ignore[arg-type]
+        self._scheduler.encoding.clock_s = lambda: self._device.now_s
         self._per_s, self._has_batch = per_s, has_batch
         self._choose = random.Random(0)
 
@@ -140,6 +141,7 @@ class CountedLoad:
         request = RequestState(
             image, [1], options, lambda: [TextSearch(options, [1], NoWords())], low_priority
         )
+        request.arrived_s = self._device.now_s
         self._scheduler.add(request)
         return request
 

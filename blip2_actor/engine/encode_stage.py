@@ -1,12 +1,14 @@
 """Which images are encoded next, on which thread or stream, and for whom.
 
-Images of requests of normal priority go first. Those of low priority are encoded for slots that no other
-request wants. While texts of low priority run, the other images wait a few steps for each other: a pass of
-the encoders for one image, and the prefill after it, may take as long as a step of all texts.
+Images of requests of normal priority go first, and while texts run, they wait a little for each other: every
+text has to wait for a pass of the encoders and for the prefill after it, which for one image may take as long
+as for several. Images of low priority are encoded for slots that no other request wants.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 
 from blip2_actor.engine.encode_stream import EncodeStream
@@ -18,10 +20,10 @@ from blip2_actor.engine.out_of_memory import Limits, OutOfMemory, catch_out_of_m
 from blip2_actor.engine.request_queues import Lane, Lanes
 from blip2_actor.engine.slot_table import SlotTable
 
-GATHER_STEPS = 3
-"""Steps between two passes for images of normal priority while texts of low priority run. A device whose
-passes take the same time for any number of images gives a batch job 40 % of its speed next to callers at
-30 %, and 26 % without; callers wait no longer either (2026-11-26, `benchmarks.behind`)."""
+GATHER_S = 0.02
+"""How long an image of normal priority waits for others while texts run. A device whose passes take the same
+time for any number of images answers callers at 30 % of its speed after 0.166 s instead of 0.25, and gives a
+batch job next to them 49 instead of 23 % of its speed (2026-11-27, `benchmarks.behind`)."""
 
 
 class EncodeStage:
@@ -44,8 +46,7 @@ class EncodeStage:
         """Passes through the encoders."""
         self.num_images = 0
         """Images encoded."""
-        self._steps_since_pass = GATHER_STEPS
-        """Since images of normal priority were taken."""
+        self.clock_s: Callable[[], float] = time.monotonic
         self._runner = runner
         self._limits = limits
         self._lanes = lanes
@@ -70,7 +71,6 @@ class EncodeStage:
 
         With a stream, encode ahead instead.
         """
-        self._steps_since_pass += 1
         if self._stream is not None:
             self._use_stream(self._stream)
             return
@@ -157,21 +157,25 @@ class EncodeStage:
     def _next_images(self, lane: Lane, max_images: int) -> list[EncodedImage]:
         """Take a batch of waiting images; none while it would not be full and older requests are ready.
 
-        One of normal priority that would not be full also waits for `GATHER_STEPS`, and has as many images of
-        low priority as could get slots at once: more would make the others wait.
+        One of normal priority that would not be full also waits for `GATHER_S`, and has as many images of low
+        priority as could get slots at once: more would make the others wait.
         """
         encode_batch = self._limits.encode_batch
         if len(lane.waiting) < encode_batch and lane.ready and not lane.is_overdue:
             return []
         low = self._lanes.low
-        is_gathering = lane is not low and self._slots.num_low_priority and len(lane.waiting) < encode_batch
-        if is_gathering and self._steps_since_pass < GATHER_STEPS:
+        if lane is not low and len(lane.waiting) < encode_batch and self._is_gathering:
             return []
         size = min(max_images, encode_batch)
         images = lane.waiting.take(size)
         if images and lane is not low:
-            self._steps_since_pass = 0
             num_left = self._num_uncovered_slots(low) - len(images)
             more = low.waiting.take(min(num_left, size - len(images)))
             images += [image for image in more if image not in lane.waiting]
         return images
+
+    @property
+    def _is_gathering(self) -> bool:
+        """True while images of normal priority wait for each other, so that texts wait less often."""
+        waiting = self._lanes.normal.waiting
+        return bool(self._slots.texts and waiting) and self.clock_s() - waiting.first_arrived_s < GATHER_S

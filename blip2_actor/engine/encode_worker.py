@@ -14,6 +14,7 @@ from queue import SimpleQueue
 
 from blip2_actor.device import set_num_threads
 from blip2_actor.engine.encoded_image import EncodedImage
+from blip2_actor.engine.memory import is_small
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
 
@@ -24,7 +25,8 @@ class EncodeWorker:
     """Encodes batches: `give` it one, and `take` them back in order.
 
     One thread, the engine's, calls all methods. They also set how many cores that thread uses: all of them
-    while this worker is idle.
+    while this worker is idle, but for a small model, of which one core computes an operation before a second
+    one is awake.
     """
 
     def __init__(self, runner: ModelRunner, num_threads: int, on_done: Callable[[], None]) -> None:
@@ -33,6 +35,9 @@ class EncodeWorker:
             num_threads: CPU threads of the whole engine, at least 2; this worker takes half of them.
             on_done: called in the worker's thread when a batch is finished.
         """
+        self._num_threads_beside = num_threads - num_threads // 2
+        """Those of the engine's own thread while this worker is busy."""
+        self._num_threads_alone = self._num_threads_beside if is_small(runner.model) else num_threads
         self.num_images = 0
         """Images given and not yet taken back."""
         self._batches: deque[list[EncodedImage]] = deque()
@@ -44,7 +49,8 @@ class EncodeWorker:
         self._thread = threading.Thread(target=self._run, name="blip2-encode", daemon=True)
         self._thread.start()
         self._outcomes.get()  # the thread has set its own share
-        set_num_threads(num_threads)  # new threads start with the number that was set last, by any thread
+        # New threads start with the number that was set last, by any thread.
+        set_num_threads(self._num_threads_alone)
 
     @property
     def has_room(self) -> bool:
@@ -59,7 +65,7 @@ class EncodeWorker:
     def give(self, images: list[EncodedImage]) -> None:
         """Queue a batch."""
         if not self._batches:
-            set_num_threads(self._num_threads - self._num_threads // 2)
+            set_num_threads(self._num_threads_beside)
         self._batches.append(images)
         self.num_images += len(images)
         self._given.put(images)
@@ -70,7 +76,7 @@ class EncodeWorker:
         images = self._batches.popleft()
         self.num_images -= len(images)
         if not self._batches:
-            set_num_threads(self._num_threads)
+            set_num_threads(self._num_threads_alone)
         if isinstance(outcome, BaseException):
             raise outcome
         return images, outcome

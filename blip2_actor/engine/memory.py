@@ -27,6 +27,9 @@ MAX_ENCODE_BATCH = 128
 ENCODE_BATCH_ELEMENTS = 1 << 18
 """Image tokens times width that fill one pass: small models take more images."""
 
+SMALL_MODEL_ELEMENTS = 1 << 14
+"""Image tokens times width up to which a model is small."""
+
 MIN_SLOTS_FRACTION = 8
 """One slot of this number of slots must remain when the longest text that is admitted comes."""
 
@@ -92,8 +95,17 @@ def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, n
 def full_encode_batch(vision: Blip2VisionConfig, device: torch.device) -> int:
     """Return how many images fill one pass of the vision encoder."""
     minimum = MIN_ENCODE_BATCH.get(device.type, MIN_ENCODE_BATCH["cpu"])
-    elements = _tokens(vision) * vision.hidden_size
+    elements = _elements(vision)
     return min(MAX_ENCODE_BATCH, max(minimum, ENCODE_BATCH_ELEMENTS // elements))
+
+
+def is_small(model: Blip2) -> bool:
+    """Return whether operations on one image are too small to be shared by several cores."""
+    return _elements(model.config.vision_config) <= SMALL_MODEL_ELEMENTS
+
+
+def _elements(vision: Blip2VisionConfig) -> int:
+    return _tokens(vision) * vision.hidden_size
 
 
 def slot_bytes(model: Blip2) -> int:

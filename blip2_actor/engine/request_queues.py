@@ -45,7 +45,16 @@ class EncodeQueue:
     @property
     def first_arrival(self) -> int:
         """Arrival of the oldest request for the first image."""
-        return self._requests[self._images[0]][0].arrival
+        return self._first_request.arrival
+
+    @property
+    def first_arrived_s(self) -> float:
+        """When the oldest request for the first image came."""
+        return self._first_request.arrived_s
+
+    @property
+    def _first_request(self) -> RequestState:
+        return self._requests[self._images[0]][0]
 
     def take(self, max_images: int) -> list[EncodedImage]:
         """Remove the first images that a caller still wants; their requests go on waiting."""

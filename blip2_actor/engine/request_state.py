@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class RequestState:
     future: Future[Result] = field(default_factory=Future)
     arrival: int = 0
     """Position in the order of arrival; the scheduler sets it."""
+    arrived_s: float = field(default_factory=time.monotonic)
+    """When the caller handed it over, by the clock of `EncodeStage`."""
     searches: Searches = field(init=False)
     _caller_knows: bool = False
     """True once the future's waiters are told that it is cancelled."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from blip2_actor import Engine, EngineConfig, Features, GenerationOptions, Request
+from blip2_actor.engine import memory
 from blip2_actor.engine.core import Task
 from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -22,7 +23,13 @@ from blip2_actor.testing import random_images
 
 
 @pytest.fixture
-def engine(checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
+def is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the tiny model use the cores as a large one does."""
+    monkeypatch.setattr(memory, "SMALL_MODEL_ELEMENTS", 0)
+
+
+@pytest.fixture
+def engine(is_large: None, checkpoint_folder: Callable[..., Path]) -> Iterator[Engine]:
     config = EngineConfig(
         model=str(checkpoint_folder("opt")),
         dtype="float32",
@@ -72,6 +79,16 @@ def test_one_image_alone_has_all_cores(engine, monkeypatch) -> None:
     passes = watch_passes(engine, monkeypatch)
     engine.generate(requests(1))
     assert passes == [("blip2-engine", 1, 2)]
+
+
+def test_one_image_alone_has_one_core_in_a_small_model(is_large, engine, monkeypatch) -> None:
+    """To wake the other cores takes longer than an operation, and these would be woken hundreds of times."""
+    monkeypatch.undo()
+    with Engine(engine.config) as small:
+        small.generate(requests(12), GenerationOptions(max_new_tokens=3))
+        passes = watch_passes(small, monkeypatch)
+        small.generate(requests(1))
+    assert passes == [("blip2-engine", 1, 1)]
 
 
 def test_a_few_images_are_divided(engine, monkeypatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip2_actor import GenerationOptions
-from blip2_actor.engine.encode_stage import GATHER_STEPS
+from blip2_actor.engine.encode_stage import GATHER_S
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import RequestState, Searches
@@ -20,6 +20,7 @@ from tests.unit.engine.scheduling.no_model import NoModel, Words
 MAX_SLOTS, ENCODE_BATCH = 32, 16
 MEAN_TOKENS = 20
 NUM_STEPS = 250
+STEP_S = GATHER_S / 2
 
 
 def make_scheduler(max_slots: int = MAX_SLOTS) -> Scheduler:
@@ -27,15 +28,20 @@ def make_scheduler(max_slots: int = MAX_SLOTS) -> Scheduler:
 
 
 def make_request(
-    num_tokens: int, low_priority: bool = False, image: EncodedImage | None = None, num_texts: int = 1
+    num_tokens: int,
+    low_priority: bool = False,
+    image: EncodedImage | None = None,
+    num_texts: int = 1,
+    arrived_s: float = 0.0,
 ) -> RequestState:
+    """Make a request; by default, one whose image has waited long enough for others."""
     options = GenerationOptions(max_new_tokens=num_tokens).resolve()
 
     def searches() -> Searches:
         return [TextSearch(options, [1], Words()) for _ in range(num_texts)]
 
     image = EncodedImage(np.zeros((2, 2, 3), np.uint8)) if image is None else image
-    return RequestState(image, [1], options, searches, low_priority)
+    return RequestState(image, [1], options, searches, low_priority, arrived_s=arrived_s)
 
 
 class Load:
@@ -43,6 +49,8 @@ class Load:
 
     def __init__(self, online_share: float, has_batch: bool) -> None:
         self.scheduler = make_scheduler()
+        self._now_s = 0.0
+        self.scheduler.encoding.clock_s = lambda: self._now_s
         self.online_steps: list[int] = []
         """Steps from arrival to result of each online request."""
         self.num_batch_tokens = 0
@@ -55,12 +63,13 @@ class Load:
     def run(self) -> None:
         for step in range(NUM_STEPS):
             for _ in range(int(self._per_step) + (self._choose.random() < self._per_step % 1)):
-                self._online.append((make_request(self._length()), step))
+                self._online.append((make_request(self._length(), arrived_s=self._now_s), step))
                 self.scheduler.add(self._online[-1][0])
             while self._has_batch and len(self._batch) < 3 * MAX_SLOTS:
                 self._batch.append(make_request(self._length(), low_priority=True))
                 self.scheduler.add(self._batch[-1])
             self.scheduler.step()
+            self._now_s += STEP_S
             self.online_steps += [step - start for request, start in self._online if request.future.done()]
             self._online = [one for one in self._online if not one[0].future.done()]
             done = [request for request in self._batch if request.future.done()]
@@ -83,22 +92,49 @@ def test_online_requests_hardly_notice_a_batch_job_which_keeps_most_of_its_speed
     assert both.num_batch_tokens >= 0.7 * batch_alone.num_batch_tokens
 
 
-@pytest.mark.parametrize("has_batch", [True, False])
-def test_next_to_a_batch_job_online_requests_share_passes_of_the_encoders(has_batch: bool) -> None:
-    """A pass for each arrival, and the prefill after it, took most of the device from the job."""
-    scheduler = make_scheduler()
-    for _ in range(MAX_SLOTS * has_batch):
-        scheduler.add(make_request(60, low_priority=True))
+@pytest.mark.parametrize("low_priority", [True, False])
+def test_next_to_texts_that_run_online_requests_share_passes_of_the_encoders(low_priority: bool) -> None:
+    """A pass for each arrival, and the prefill after it, took most of the device from the texts."""
+    scheduler, now_s = make_scheduler(), [0.0]
+    scheduler.encoding.clock_s = lambda: now_s[0]
+    for _ in range(MAX_SLOTS // 2):
+        scheduler.add(make_request(60, low_priority))
     for _ in range(5):
         scheduler.step()
     before = scheduler.encoding.num_calls
     calls_after_step = []
-    for _ in range(2 * GATHER_STEPS):
-        scheduler.add(make_request(10))
+    for _ in range(8):
+        scheduler.add(make_request(10, arrived_s=now_s[0]))
         scheduler.step()
         calls_after_step.append(scheduler.encoding.num_calls - before)
-    shared = [1, 1, 1, 2, 2, 2]
-    assert calls_after_step == (shared if has_batch else [1, 2, 3, 4, 5, 6]), "the first one waits for nobody"
+        now_s[0] += GATHER_S / 3
+    assert calls_after_step == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert scheduler.encoding.num_images == MAX_SLOTS // 2 + 8
+
+
+def test_an_image_that_has_waited_for_a_pass_does_not_wait_for_others() -> None:
+    """The rest of a job's rows came when the others did."""
+    scheduler, now_s = make_scheduler(), [0.0]
+    scheduler.encoding.clock_s = lambda: now_s[0]
+    for _ in range(ENCODE_BATCH + 3):
+        scheduler.add(make_request(10))
+    scheduler.step()
+    scheduler.step()
+    assert scheduler.encoding.num_images == ENCODE_BATCH, "the others might have company soon"
+    now_s[0] += GATHER_S
+    scheduler.step()
+    assert scheduler.encoding.num_images == ENCODE_BATCH + 3
+
+
+def test_a_full_batch_and_a_request_without_texts_next_to_it_wait_for_nobody() -> None:
+    scheduler = make_scheduler()
+    scheduler.encoding.clock_s = lambda: 0.0
+    for count in (1, ENCODE_BATCH):
+        before = scheduler.encoding.num_images
+        for _ in range(count):
+            scheduler.add(make_request(10))
+        scheduler.step()
+        assert scheduler.encoding.num_images == before + count
 
 
 @pytest.mark.parametrize("num_texts", [1, 3])

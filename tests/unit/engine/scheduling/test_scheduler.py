@@ -24,7 +24,7 @@ def make_request(image: EncodedImage) -> RequestState:
     def searches() -> Searches:
         return [TextSearch(OPTIONS, [1], Words())]
 
-    return RequestState(image, [1], OPTIONS, searches)
+    return RequestState(image, [1], OPTIONS, searches, arrived_s=0.0)
 
 
 def make_image() -> EncodedImage:

@@ -41,7 +41,7 @@ def make_request(num_texts: int, num_tokens: int) -> RequestState:
     def searches() -> Searches:
         return [TextSearch(options, [1], Words()) for _ in range(num_texts)]
 
-    return RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)), [1], options, searches)
+    return RequestState(EncodedImage(np.zeros((2, 2, 3), np.uint8)), [1], options, searches, arrived_s=0.0)
 
 
 def run(device: Device, *, has_costly: bool, shares_steps: bool = True) -> tuple[float, int]:

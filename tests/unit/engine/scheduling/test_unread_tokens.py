@@ -85,7 +85,7 @@ def add(
         return [TextSearch(of_text, [1], Words(), on_token=on_token) for of_text in asked]
 
     image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
-    request = RequestState(image, [1], asked[0], searches, low_priority)
+    request = RequestState(image, [1], asked[0], searches, low_priority, arrived_s=0.0)
     scheduler.add(request)
     return request
 
