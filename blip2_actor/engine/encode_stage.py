@@ -47,6 +47,7 @@ class EncodeStage:
         self.num_images = 0
         """Images encoded."""
         self.clock_s: Callable[[], float] = time.monotonic
+        """The clock of `RequestState.arrived_s`; replaced where time is counted."""
         self._runner = runner
         self._limits = limits
         self._lanes = lanes

@@ -81,9 +81,9 @@ def test_one_image_alone_has_all_cores(engine, monkeypatch) -> None:
     assert passes == [("blip2-engine", 1, 2)]
 
 
-def test_one_image_alone_has_one_core_in_a_small_model(is_large, engine, monkeypatch) -> None:
+def test_one_image_alone_has_one_core_in_a_small_model(engine, monkeypatch) -> None:
     """To wake the other cores takes longer than an operation, and these would be woken hundreds of times."""
-    monkeypatch.undo()
+    monkeypatch.undo()  # what `is_large` has set
     with Engine(engine.config) as small:
         small.generate(requests(12), GenerationOptions(max_new_tokens=3))
         passes = watch_passes(small, monkeypatch)
