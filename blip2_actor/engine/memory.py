@@ -28,8 +28,8 @@ ENCODE_BATCH_ELEMENTS = 1 << 18
 """Image tokens times width that fill one pass: small models take more images."""
 
 SMALL_MODEL_ELEMENTS = 1 << 14
-"""Image tokens times width up to which a second core makes an operation on one image slower; from twice that
-on it pays (two cores of an AMD EPYC, 2026-11-27)."""
+"""Image tokens times width up to which a model is small. With 8,320 a second core makes one image slower,
+with 16,640 faster (two cores of an AMD EPYC, threads that spin, 2026-11-27)."""
 
 MIN_SLOTS_FRACTION = 8
 """One slot of this number of slots must remain when the longest text that is admitted comes."""
