@@ -24,6 +24,9 @@ GATHER_S = 0.02
 """How long an image of normal priority waits for others while texts run. A device whose passes take the same
 time for any number of images answers callers at 30 % of its speed after 0.166 s instead of 0.25, and gives a
 batch job next to them 49 instead of 23 % of its speed (2026-11-27, `benchmarks.behind`)."""
+COMPANY_S = 2 * GATHER_S
+"""An image waits only if it has come so soon after another: those of a caller who sends one after the other
+would wait in vain."""
 
 
 class EncodeStage:
@@ -179,4 +182,6 @@ class EncodeStage:
     def _is_gathering(self) -> bool:
         """True while images of normal priority wait for each other, so that texts wait less often."""
         waiting = self._lanes.normal.waiting
-        return bool(self._slots.texts and waiting) and self.clock_s() - waiting.first_arrived_s < GATHER_S
+        if not (self._slots.texts and waiting) or waiting.gap_s > COMPANY_S:
+            return False
+        return self.clock_s() - waiting.first_arrived_s < GATHER_S

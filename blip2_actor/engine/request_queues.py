@@ -6,6 +6,7 @@ threads.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,9 @@ class EncodeQueue:
     def __init__(self) -> None:
         self._images: deque[EncodedImage] = deque()
         self._requests: dict[EncodedImage, list[RequestState]] = {}
+        self.gap_s = math.inf
+        """Seconds between the last two images that came."""
+        self._last_arrived_s = -math.inf
 
     def __len__(self) -> int:
         return len(self._images)
@@ -40,6 +44,8 @@ class EncodeQueue:
         if image not in self._requests:
             self._images.append(image)
             self._requests[image] = []
+            self.gap_s = request.arrived_s - self._last_arrived_s
+            self._last_arrived_s = request.arrived_s
         self._requests[image].append(request)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip2_actor import GenerationOptions
-from blip2_actor.engine.encode_stage import GATHER_S
+from blip2_actor.engine.encode_stage import COMPANY_S, GATHER_S
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.out_of_memory import OutOfMemory
 from blip2_actor.engine.request_state import RequestState, Searches
@@ -99,6 +99,7 @@ def test_next_to_texts_that_run_online_requests_share_passes_of_the_encoders(low
     scheduler.encoding.clock_s = lambda: now_s[0]
     for _ in range(MAX_SLOTS // 2):
         scheduler.add(make_request(60, low_priority))
+    scheduler.add(make_request(10, arrived_s=now_s[0]))
     for _ in range(5):
         scheduler.step()
     before = scheduler.encoding.num_calls
@@ -109,7 +110,24 @@ def test_next_to_texts_that_run_online_requests_share_passes_of_the_encoders(low
         calls_after_step.append(scheduler.encoding.num_calls - before)
         now_s[0] += GATHER_S / 3
     assert calls_after_step == [0, 0, 0, 1, 1, 1, 1, 2]
-    assert scheduler.encoding.num_images == MAX_SLOTS // 2 + 8
+    assert scheduler.encoding.num_images == MAX_SLOTS // 2 + 9
+
+
+def test_images_of_a_caller_who_sends_one_after_the_other_do_not_wait() -> None:
+    """Next to texts that run for long, each would have waited for others in vain."""
+    scheduler, now_s = make_scheduler(), [0.0]
+    scheduler.encoding.clock_s = lambda: now_s[0]
+    scheduler.add(make_request(60, arrived_s=now_s[0]))
+    scheduler.step()
+    for count in range(2, 6):
+        now_s[0] += COMPANY_S + 0.001
+        scheduler.add(make_request(10, arrived_s=now_s[0]))
+        scheduler.step()
+        assert scheduler.encoding.num_images == count
+    now_s[0] += COMPANY_S - 0.001
+    scheduler.add(make_request(10, arrived_s=now_s[0]))
+    scheduler.step()
+    assert scheduler.encoding.num_images == 5, "another may come as soon"
 
 
 def test_an_image_that_has_waited_for_a_pass_does_not_wait_for_others() -> None:
