@@ -229,12 +229,12 @@ class Gateway:
                 is_draining = await self.fleet.is_draining()
         except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
             return
-        self.set_draining(self._is_ending or is_draining)
+        self.set_draining(is_draining)
         self._trials.write_if_due()
 
     def set_draining(self, is_draining: bool) -> None:
-        """Be unready and refuse new requests, or take them again."""
-        self._admission.set_draining(is_draining)
+        """Be unready and refuse new requests, or take them again; a gateway that ends takes none again."""
+        self._admission.set_draining(is_draining or self._is_ending)
 
     def set_log_level(self, level: LogLevel) -> None:
         set_log_level(level)

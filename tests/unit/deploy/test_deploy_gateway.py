@@ -326,5 +326,7 @@ def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.Monk
                 await new.drain()
                 await new.check_health()  # the end of the service is no operator's drain
                 assert new.stats()["is_draining"]
+                new.set_draining(False)  # as /admin/resume has every gateway do
+                assert new.stats()["is_draining"]
 
     asyncio.run(run())
