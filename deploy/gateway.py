@@ -97,6 +97,8 @@ class Gateway:
         self._fetching = Fetching(self.image_policy)
         logger.info("%s", self._decoding.of(self.first.info.image_size_px).sandbox_report())
         self._is_ending = False
+        self._was_told = False
+        """Whether the operator has called since the store was last read; what is read next may be older."""
         await self.check_health()
         if self.stats()["is_draining"]:
             logger.warning("an operator has drained the service; POST /admin/resume ends that")
@@ -229,11 +231,17 @@ class Gateway:
                 is_draining = await self.fleet.is_draining()
         except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
             return
-        self.set_draining(is_draining)
+        if not self._was_told:
+            self._follow(is_draining)
+        self._was_told = False
         self._trials.write_if_due()
 
     def set_draining(self, is_draining: bool) -> None:
         """Be unready and refuse new requests, or take them again; a gateway that ends takes none again."""
+        self._was_told = True
+        self._follow(is_draining)
+
+    def _follow(self, is_draining: bool) -> None:
         self._admission.set_draining(is_draining or self._is_ending)
 
     def set_log_level(self, level: LogLevel) -> None:

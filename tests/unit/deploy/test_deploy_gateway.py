@@ -330,3 +330,28 @@ def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.Monk
                 assert new.stats()["is_draining"]
 
     asyncio.run(run())
+
+
+def test_what_was_read_before_the_operators_word_does_not_undo_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health check that had read the store just before a drain opened the gateway until the next one."""
+
+    async def run() -> None:
+        async with gateway(Handle(None)) as made:
+            reading, may_answer = asyncio.Event(), asyncio.Event()
+
+            async def read() -> bool:
+                reading.set()
+                await may_answer.wait()
+                return False
+
+            monkeypatch.setattr(made.fleet, "is_draining", read)
+            checking = asyncio.create_task(made.check_health())
+            await reading.wait()
+            made.set_draining(True)
+            may_answer.set()
+            await checking
+            assert made.stats()["is_draining"]
+            await made.check_health()  # which reads what is there now
+            assert not made.stats()["is_draining"]
+
+    asyncio.run(run())
