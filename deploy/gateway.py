@@ -123,15 +123,23 @@ class Gateway:
 
     @asynccontextmanager
     async def admit(self, cost: Cost) -> AsyncIterator[None]:
+        async with self.serve(cost), self.slots(cost):
+            yield
+
+    @asynccontextmanager
+    async def serve(self, cost: Cost) -> AsyncIterator[None]:
         if (record := RECORD.get()) is not None:
             record.slots, record.steps = cost.slots, cost.steps
         try:
-            async with self._admission.admit(cost):
+            async with self._admission.serve(cost):
                 yield
         except ApiError as error:
             if error.code == 504:
                 await self._readiness.check()  # without any engine it is 503
             raise
+
+    def slots(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        return self._admission.slots(cost)
 
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
         if (record := RECORD.get()) is not None:

@@ -79,8 +79,11 @@ class Admission:
         }
 
     @asynccontextmanager
-    async def admit(self, cost: Cost) -> AsyncIterator[None]:
-        """Hold what a request costs while the block runs, and end the block when its time is over.
+    async def serve(self, cost: Cost) -> AsyncIterator[None]:
+        """Let a request in while the block runs, and end the block when its time is over.
+
+        Args:
+            cost: of everything that the block holds by `slots`, one after the other or at once.
 
         Raises:
             ApiError: 429, 503 or 504.
@@ -93,21 +96,26 @@ class Admission:
             REFUSED_REQUESTS.inc(1, {"reason": refusal.type})
             REFUSED_COST.inc(cost.slot_steps, {"reason": refusal.type})
             raise
-        ADMITTED_COST.inc(cost.slot_steps)
         self._count(caller, 1)
         try:
             async with asyncio.timeout(self._timeout_s):
-                with timed("queue", QUEUE_SECONDS):
-                    leave = await self._gate.enter(cost.slots, cost.slot_steps, caller.name)
-                try:
-                    yield
-                finally:
-                    leave()
+                yield
         except TimeoutError:
-            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
+            message = f"no answer within {self._timeout_s:g} s; try again, or ask for less"
             raise ApiError(504, "timeout", message) from None
         finally:
             self._count(caller, -1)
+
+    @asynccontextmanager
+    async def slots(self, cost: Cost) -> AsyncIterator[None]:
+        """Wait for slots, and hold them while the block runs; for a request that `serve` has let in."""
+        ADMITTED_COST.inc(cost.slot_steps)
+        with timed("queue", QUEUE_SECONDS):
+            leave = await self._gate.enter(cost.slots, cost.slot_steps, CALLER.get().name)
+        try:
+            yield
+        finally:
+            leave()
 
     @asynccontextmanager
     async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:

@@ -106,6 +106,18 @@ class Service(Protocol):
         """
         ...
 
+    def serve(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Do as `admit`, but hold no slots: the block holds them part by part, with `slots`.
+
+        Args:
+            cost: of all parts.
+        """
+        ...
+
+    def slots(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Wait for slots, and hold them while the block runs, which is inside one of `serve`."""
+        ...
+
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
         """Admit batch work next to all other requests; the block calls what it gets now and then.
 

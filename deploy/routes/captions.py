@@ -84,7 +84,7 @@ def captions_router(service: Service) -> APIRouter:
         model = await service.model(body.model, may_be_on_trial=True)
         work = body.work(model)  # what cannot be done is refused before anything is decoded
         if not body.stream:
-            return JSONResponse(await _caption(service, model, body, work, body.image))
+            return JSONResponse(await _caption(service, model, body, work))
         return EventStream(lambda emit: _stream(service, model, body, work, emit), _error_event)
 
     @router.post(
@@ -113,11 +113,11 @@ def captions_router(service: Service) -> APIRouter:
 
 
 async def _caption(
-    service: Service, model: ServedModel, wishes: Wishes, work: ImageWork, source: ImageSource
+    service: Service, model: ServedModel, body: CaptionBody, work: ImageWork
 ) -> dict[str, Any]:
     async with service.admit(cost_of(work)):
-        made = await service.make(model, source, work)
-    return caption_answer(model, wishes, work, made)
+        made = await service.make(model, body.image, work)
+    return caption_answer(model, body, work, made)
 
 
 async def _stream(
@@ -140,22 +140,40 @@ async def _stream(
 async def _caption_all(
     service: Service, model: ServedModel, body: CaptionsBody, work: ImageWork, send: Any
 ) -> None:
-    """Caption every image, some at the same time; one that fails does not stop the others."""
-    slots = asyncio.Semaphore(AT_ONCE)
+    """Caption every image, some at the same time; one that fails does not stop the others.
+
+    They are one request, which is admitted once; when its time is over, it is over for those that are left.
+    """
+    one_of_few = asyncio.Semaphore(AT_ONCE)
+    unanswered = set(range(len(body.images)))
+
+    async def answer(index: int, outcome: dict[str, Any] | ApiError) -> None:
+        unanswered.discard(index)
+        if isinstance(outcome, ApiError):
+            outcome = {"status": outcome.type, "error": outcome.message}
+        await send({"index": index} | outcome)
 
     async def caption(index: int, image: ImageSource | ApiError) -> None:
-        async with slots:
+        async with one_of_few:
             try:
                 if isinstance(image, ApiError):
                     raise image
-                answer = {"index": index} | await _caption(service, model, body, work, image)
+                async with service.slots(cost_of(work)):
+                    made = await service.make(model, image, work)
+                outcome: dict[str, Any] | ApiError = caption_answer(model, body, work, made)
             except ApiError as error:
-                answer = {"index": index, "status": error.type, "error": error.message}
-            await send(answer)
+                outcome = error
+            await answer(index, outcome)
 
-    async with asyncio.TaskGroup() as tasks:
-        for index, image in enumerate(body.images):
-            tasks.create_task(caption(index, image))
+    try:
+        async with service.serve(cost_of(work, num_images=len(body.images))), asyncio.TaskGroup() as tasks:
+            for index, image in enumerate(body.images):
+                tasks.create_task(caption(index, image))
+    except ApiError as error:
+        if len(unanswered) == len(body.images):
+            raise
+        for index in sorted(unanswered):
+            await answer(index, error)
 
 
 def _error_event(error: ApiError) -> bytes:
