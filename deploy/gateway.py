@@ -27,7 +27,7 @@ from deploy.guard.decoding import DecodingBySize
 from deploy.guard.keys import KeyFile
 from deploy.guard.uploads import give_back_large_memory, take_passed_bodies
 from deploy.http.api import create_api
-from deploy.http.errors import ApiError, of_status
+from deploy.http.errors import ApiError, of_status, unavailable
 from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.service import ServedModel
@@ -113,13 +113,25 @@ class Gateway:
     def model_names(self) -> Sequence[str]:
         return self._models.names
 
-    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> ServedModel:
-        model = self.first if name is None else await self._models.get(name)
+    @asynccontextmanager
+    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> AsyncIterator[ServedModel]:
+        model = self.first if name is None else self._models.find(name)
         if name is None and may_be_on_trial:
-            model = self._trials.choose(model)
+            model = self._trials.choose(self.first)
         if (record := RECORD.get()) is not None:
-            record.model = model.name
-        return model
+            record.model = name if model is None else model.name
+        if model is not None:
+            yield model
+            return
+        assert name is not None
+        try:
+            async with self.serve(None):
+                model = await self._models.get(name)
+                yield model
+        except ApiError as error:
+            if error.code == 504 and model is None:
+                raise unavailable(f"the engines of {name} are starting") from None
+            raise
 
     @asynccontextmanager
     async def admit(self, cost: Cost) -> AsyncIterator[None]:
@@ -127,8 +139,8 @@ class Gateway:
             yield
 
     @asynccontextmanager
-    async def serve(self, cost: Cost) -> AsyncIterator[None]:
-        if (record := RECORD.get()) is not None:
+    async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
+        if cost is not None and (record := RECORD.get()) is not None:
             record.slots, record.steps = cost.slots, cost.steps
         try:
             async with self._admission.serve(cost):

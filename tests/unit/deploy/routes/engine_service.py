@@ -75,10 +75,11 @@ class EngineService(Gateway):
         """Raised in place of admitting."""
 
     @asynccontextmanager
-    async def serve(self, cost: Cost) -> AsyncIterator[None]:
+    async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
         if self.full is not None:
             raise self.full
-        self.costs.append(cost)
+        if cost is not None:
+            self.costs.append(cost)
         self.num_in_flight += 1
         try:
             async with super().serve(cost):
