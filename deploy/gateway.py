@@ -27,7 +27,7 @@ from deploy.guard.decoding import DecodingBySize
 from deploy.guard.keys import KeyFile
 from deploy.guard.uploads import give_back_large_memory, take_passed_bodies
 from deploy.http.api import create_api
-from deploy.http.errors import ApiError, of_status
+from deploy.http.errors import ApiError, of_status, unavailable
 from deploy.http.images import ImageSource
 from deploy.http.lanes import in_lane
 from deploy.http.service import ServedModel
@@ -97,6 +97,8 @@ class Gateway:
         self._fetching = Fetching(self.image_policy)
         logger.info("%s", self._decoding.of(self.first.info.image_size_px).sandbox_report())
         self._is_ending = False
+        self._was_told = False
+        """Whether the operator has called since the store was last read; what is read next may be older."""
         await self.check_health()
         if self.stats()["is_draining"]:
             logger.warning("an operator has drained the service; POST /admin/resume ends that")
@@ -111,25 +113,45 @@ class Gateway:
     def model_names(self) -> Sequence[str]:
         return self._models.names
 
-    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> ServedModel:
-        model = self.first if name is None else await self._models.get(name)
+    @asynccontextmanager
+    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> AsyncIterator[ServedModel]:
+        model = self.first if name is None else self._models.find(name)
         if name is None and may_be_on_trial:
-            model = self._trials.choose(model)
+            model = self._trials.choose(self.first)
         if (record := RECORD.get()) is not None:
-            record.model = model.name
-        return model
+            record.model = name if model is None else model.name
+        if model is not None:
+            yield model
+            return
+        assert name is not None
+        try:
+            async with self.serve(None):
+                model = await self._models.get(name)
+                yield model
+        except ApiError as error:
+            if error.code == 504 and model is None:
+                raise unavailable(f"the engines of {name} are starting") from None
+            raise
 
     @asynccontextmanager
     async def admit(self, cost: Cost) -> AsyncIterator[None]:
-        if (record := RECORD.get()) is not None:
+        async with self.serve(cost), self.slots(cost):
+            yield
+
+    @asynccontextmanager
+    async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
+        if cost is not None and (record := RECORD.get()) is not None:
             record.slots, record.steps = cost.slots, cost.steps
         try:
-            async with self._admission.admit(cost):
+            async with self._admission.serve(cost):
                 yield
         except ApiError as error:
             if error.code == 504:
                 await self._readiness.check()  # without any engine it is 503
             raise
+
+    def slots(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        return self._admission.slots(cost)
 
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:
         if (record := RECORD.get()) is not None:
@@ -229,12 +251,18 @@ class Gateway:
                 is_draining = await self.fleet.is_draining()
         except (RayError, TimeoutError):  # the head of the cluster is away; this gateway can go on without it
             return
-        self.set_draining(self._is_ending or is_draining)
+        if not self._was_told:
+            self._follow(is_draining)
+        self._was_told = False
         self._trials.write_if_due()
 
     def set_draining(self, is_draining: bool) -> None:
-        """Be unready and refuse new requests, or take them again."""
-        self._admission.set_draining(is_draining)
+        """Be unready and refuse new requests, or take them again; a gateway that ends takes none again."""
+        self._was_told = True
+        self._follow(is_draining)
+
+    def _follow(self, is_draining: bool) -> None:
+        self._admission.set_draining(is_draining or self._is_ending)
 
     def set_log_level(self, level: LogLevel) -> None:
         set_log_level(level)

@@ -61,20 +61,19 @@ class Models:
             self._begin_to_ask(name)
         return self._served.get(name)
 
+    def find(self, name: str) -> ServedModel | None:
+        """Return a model whose engines have answered, else None; raise ApiError 404 if none has the name."""
+        require_name(self.names, name)
+        return self._served.get(name)
+
     async def get(self, name: str) -> ServedModel:
-        """Return a model; if it is asked for the first time, its engines are.
+        """Return a model; if it is asked for the first time, wait for its engines.
 
         Raises:
-            ApiError: 404 or 503.
+            ApiError: 503; no engine can answer.
         """
-        require_name(self.names, name)
         if name not in self._served:
-            asking = self._begin_to_ask(name)
-            try:
-                async with asyncio.timeout(self._settings.timeout_s):
-                    await asyncio.shield(asking)
-            except TimeoutError:
-                raise unavailable(f"the engines of {name} are starting") from None
+            await asyncio.shield(self._begin_to_ask(name))
         return self._served[name]
 
     def _begin_to_ask(self, name: str) -> asyncio.Task[None]:

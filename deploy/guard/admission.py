@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
@@ -25,6 +26,10 @@ BATCH_LEAD = 2
 """Batch work for this many times the slots is held, so that an engine always has some."""
 SMALL_SLOT_STEPS = 1024
 """Most slot-steps of small work: a caption of 30 tokens has 30, or 150 with five beams."""
+
+
+_IS_SERVED: ContextVar[bool] = ContextVar("_IS_SERVED", default=False)
+"""Whether this request has been let in before its cost was known."""
 
 
 class Admission:
@@ -79,35 +84,50 @@ class Admission:
         }
 
     @asynccontextmanager
-    async def admit(self, cost: Cost) -> AsyncIterator[None]:
-        """Hold what a request costs while the block runs, and end the block when its time is over.
+    async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
+        """Let a request in while the block runs, and end the block when its time is over.
+
+        Args:
+            cost: of everything that the block holds by `slots`, one after the other or at once. None if it is
+                not known yet; then a second `serve` in the block, with the cost, changes nothing.
 
         Raises:
             ApiError: 429, 503 or 504.
         """
+        if _IS_SERVED.get():
+            yield
+            return
         caller = CALLER.get()
         try:
             self.check_open()
             self._refuse_too_many(caller)
         except ApiError as refusal:
             REFUSED_REQUESTS.inc(1, {"reason": refusal.type})
-            REFUSED_COST.inc(cost.slot_steps, {"reason": refusal.type})
+            if cost is not None:
+                REFUSED_COST.inc(cost.slot_steps, {"reason": refusal.type})
             raise
-        ADMITTED_COST.inc(cost.slot_steps)
         self._count(caller, 1)
+        is_served = _IS_SERVED.set(cost is None)
         try:
             async with asyncio.timeout(self._timeout_s):
-                with timed("queue", QUEUE_SECONDS):
-                    leave = await self._gate.enter(cost.slots, cost.slot_steps, caller.name)
-                try:
-                    yield
-                finally:
-                    leave()
+                yield
         except TimeoutError:
-            message = f"no answer within {self._timeout_s:g} s; try again, or request fewer tokens"
+            message = f"no answer within {self._timeout_s:g} s; try again, or ask for less"
             raise ApiError(504, "timeout", message) from None
         finally:
+            _IS_SERVED.reset(is_served)
             self._count(caller, -1)
+
+    @asynccontextmanager
+    async def slots(self, cost: Cost) -> AsyncIterator[None]:
+        """Wait for slots, and hold them while the block runs; for a request that `serve` has let in."""
+        ADMITTED_COST.inc(cost.slot_steps)
+        with timed("queue", QUEUE_SECONDS):
+            leave = await self._gate.enter(cost.slots, cost.slot_steps, CALLER.get().name)
+        try:
+            yield
+        finally:
+            leave()
 
     @asynccontextmanager
     async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:

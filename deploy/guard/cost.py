@@ -30,7 +30,7 @@ def cost_of(work: ImageWork, *, num_images: int = 1) -> Cost:
 
     Args:
         work: what is made of each image; without texts, such as scores alone, it costs one step.
-        num_images: images that are worked on at once.
+        num_images: images of the request.
     """
     options = [text.options for text in work.texts]
     slots = sum(max(one.num_beams, one.num_return_sequences) for one in options) or 1

@@ -37,11 +37,15 @@ class Decoding:
     async def decode(self, image: bytes) -> DecodedImage:
         """Wait for a process, and decode untrusted bytes in it."""
         claimed = claimed_pixels(image)
-        if claimed is None or claimed <= LARGE_PIXELS or claimed > self._max_pixels:
+        is_above_limit = claimed is not None and claimed > self._max_pixels
+        if claimed is None or claimed <= LARGE_PIXELS or is_above_limit:
             # A picture that claims too much is refused by its header, in no time.
             decoded = await self._usual.decode(image, min(claimed or LARGE_PIXELS, LARGE_PIXELS))
             if decoded.status is not Status.TOO_LARGE or self._max_pixels <= LARGE_PIXELS:
                 return decoded
+            if is_above_limit:
+                error = f"the image has {claimed} pixels, more than max_pixels ({self._max_pixels})"
+                return dataclasses.replace(decoded, error=error)  # which names the limit of this lane
         return await self._large.decode(image, claimed or self._max_pixels)
 
     def sandbox_report(self) -> SandboxReport:

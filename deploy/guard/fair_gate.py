@@ -3,6 +3,7 @@
 The line is self-clocked fair queueing (Golestani, 1994): each waiting request is stamped with the virtual
 time at which its flow would be done with it, and the lowest stamp goes first. A flow is a caller and a size,
 so neither the many requests of one caller nor large requests as a whole hold up the small ones of another.
+Who is first in line gets the next units that are free, however many it needs.
 """
 
 from __future__ import annotations
@@ -112,15 +113,14 @@ class FairGate:
         for waiting in list(self._waiting):
             if waiting.admitted.cancelled():  # it has given up, and is about to leave the line
                 continue
-            fits = self._units_held + waiting.units <= self._capacity
-            if waiting.is_small and not fits:
-                break
             if not waiting.is_small:
-                is_large_blocked |= (
-                    not fits or self._units_held_by_large + waiting.units > self._capacity_for_large
-                )
+                is_large_blocked |= self._units_held_by_large + waiting.units > self._capacity_for_large
                 if is_large_blocked:
                     continue
+            if self._units_held + waiting.units > self._capacity:
+                # Those behind would take each unit that is freed. If this one is large, small ones hold more
+                # than what is kept for them, and what they hold does not fall below that.
+                break
             self._let_in(waiting)
         if not self._waiting:
             self._stamps.clear()  # an idle gate owes nobody anything

@@ -30,6 +30,8 @@ def _claimed_size(image: bytes) -> tuple[int, int] | None:
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         return _webp_size(image)
     if image.startswith(b"BM"):
+        if image[14] == 12:  # the header of OS/2 has shorter numbers
+            return unpack_from("<HH", image, 18)
         width, height = unpack_from("<ii", image, 18)
         return abs(width), abs(height)
     return None

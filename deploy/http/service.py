@@ -86,14 +86,19 @@ class Service(Protocol):
         """All replicas, for the operator."""
         ...
 
-    async def model(self, name: str | None, *, may_be_on_trial: bool = False) -> ServedModel:
-        """Return the model that a request names, or the first one; the engines of others may start for it.
+    def model(
+        self, name: str | None, *, may_be_on_trial: bool = False
+    ) -> AbstractAsyncContextManager[ServedModel]:
+        """Let the block have the model that a request names, or the first one.
+
+        The engines of others may start for it. Then the request is admitted before it waits for them, and its
+        time is that of the block.
 
         Args:
             may_be_on_trial: whether the model of an A/B test may take the place of the first one.
 
         Raises:
-            ApiError: 404 no model has this name, 503 its engines do not run.
+            ApiError: 404 no model has this name, 503 its engines do not run, and what `admit` raises.
         """
         ...
 
@@ -104,6 +109,18 @@ class Service(Protocol):
             ApiError: 503 when too much is being served, 429 when this caller has too much in flight, 504
                 when the time is over, or 503 if no engine runs then.
         """
+        ...
+
+    def serve(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Do as `admit`, but hold no slots: the block holds them part by part, with `slots`.
+
+        Args:
+            cost: of all parts.
+        """
+        ...
+
+    def slots(self, cost: Cost) -> AbstractAsyncContextManager[None]:
+        """Wait for slots, and hold them while the block runs, which is inside one of `serve`."""
         ...
 
     def admit_batch(self, cost: Cost) -> AbstractAsyncContextManager[Callable[[], None]]:

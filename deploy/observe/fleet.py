@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.experimental import internal_kv
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -79,14 +80,21 @@ class Fleet:
         }
 
     async def _everywhere(self, deployment: str, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of every replica; none is started, so the list is empty if none runs."""
+        """Call a method of every replica; none is started, so the list is empty if none runs.
+
+        A replica that dies meanwhile gives no answer; the one in its place reads from the store what it must.
+        """
         if deployment not in self._handles:
             self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
         for _ in range(ATTEMPTS):
             try:
                 call = self._handles[deployment].broadcast(method, *arguments)
-                answers: list[Any] = await call.results_async()
-                return answers
+                answers = await call.results_async(return_exceptions=True)
             except DeploymentUnavailableError:
                 await asyncio.sleep(PAUSE_S)
+                continue
+            for answer in answers:
+                if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
+                    raise answer
+            return [answer for answer in answers if not isinstance(answer, RayActorError)]
         return []

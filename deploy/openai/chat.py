@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -119,16 +119,26 @@ def chat_router(service: Service) -> APIRouter:
         """
         body = await read_body(request, ChatBody, service.image_policy)
         body.check()
-        model = await service.model(body.model, may_be_on_trial=True)
-        text = body.text(model)
-        image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
-        chat = _Chat(service, model, text, image, bool(body.logprobs))
         if body.stream:
-            wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(lambda emit: chat.stream(emit, wants_usage), _error_event)
-        return JSONResponse(await chat.complete())
+            return EventStream(lambda emit: _stream(service, body, emit), _error_event)
+        async with _chat_of(service, body) as chat:
+            return JSONResponse(await chat.complete())
 
     return router
+
+
+@asynccontextmanager
+async def _chat_of(service: Service, body: ChatBody) -> AsyncIterator[_Chat]:
+    async with service.model(body.model, may_be_on_trial=True) as model:
+        text = body.text(model)
+        image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
+        yield _Chat(service, model, text, image, bool(body.logprobs))
+
+
+async def _stream(service: Service, body: ChatBody, emit: Emit) -> None:
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    async with _chat_of(service, body) as chat:
+        await chat.stream(emit, wants_usage)
 
 
 class _Chat:

@@ -95,9 +95,9 @@ def openai_embeddings_router(service: Service) -> APIRouter:
     async def embeddings(request: Request) -> JSONResponse:
         """Embed images with the Q-Former."""
         body = await read_body(request, EmbeddingsBody, service.image_policy, MAX_BODIES)
-        model = await service.model(body.model)
-        images = await in_lane(body.num_chars, lambda: body.images(service.image_policy))
-        found = await make_each(service, model, images, ImageWork(features=True))
+        async with service.model(body.model) as model:
+            images = await in_lane(body.num_chars, lambda: body.images(service.image_policy))
+            found = await make_each(service, model, images, ImageWork(features=True))
         vectors = [vector_of("qformer", made.outputs.features, None) for made in found]
         num_tokens = model.info.num_queries * len(images)
         answer = {

@@ -1,7 +1,7 @@
 """`POST /v1/batch`: decoded images of a batch job in, results out, behind everybody else's requests.
 
 It has a lane of its own: what is sent here waits for no slot that another request could have, and no other
-request waits for it or is refused because of it.
+request waits for it or is refused because of it, unless it waits for the engines of its model to start.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def batch_router(service: Service) -> APIRouter:
         The body is a form. An empty line says that the request is still served.
         """
         body = await read_body(request, BatchBody, service.image_policy, MAX_BODIES)
-        model = await service.model(body.model)
-        body.require_model(model.info)
+        async with service.model(body.model) as model:
+            body.require_model(model.info)
         options = parse_options(body.options, model.options)
         size_px = model.info.image_size_px
         images = await in_lane(len(body.pixels), lambda: _read_images(body.pixels, size_px))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -81,11 +82,9 @@ def captions_router(service: Service) -> APIRouter:
         The body is a form, JSON, or the image itself with everything else in the query.
         """
         body = await read_body(request, CaptionBody, service.image_policy)
-        model = await service.model(body.model, may_be_on_trial=True)
-        work = body.work(model)  # what cannot be done is refused before anything is decoded
         if not body.stream:
-            return JSONResponse(await _caption(service, model, body, work, body.image))
-        return EventStream(lambda emit: _stream(service, model, body, work, emit), _error_event)
+            return JSONResponse(await _caption(service, body))
+        return EventStream(lambda emit: _stream(service, body, emit), _error_event)
 
     @router.post(
         "/v1/captions",
@@ -99,12 +98,10 @@ def captions_router(service: Service) -> APIRouter:
         With `Accept: text/event-stream` the lines are the data of server-sent events.
         """
         body = await read_body(request, CaptionsBody, service.image_policy, MAX_BODIES)
-        model = await service.model(body.model, may_be_on_trial=True)
-        work = body.work(model)
         wants_events = EVENTS in request.headers.get("accept", "")
         encode = event if wants_events else line
         return EventStream(
-            lambda emit: _caption_all(service, model, body, work, lambda answer: emit(encode(answer))),
+            lambda emit: _caption_all(service, body, lambda answer: emit(encode(answer))),
             lambda error: encode({"status": error.type, "error": error.message}),
             EVENTS if wants_events else LINES,
         )
@@ -112,46 +109,76 @@ def captions_router(service: Service) -> APIRouter:
     return router
 
 
-async def _caption(
-    service: Service, model: ServedModel, wishes: Wishes, work: ImageWork, source: ImageSource
-) -> dict[str, Any]:
-    async with service.admit(cost_of(work)):
-        made = await service.make(model, source, work)
-    return caption_answer(model, wishes, work, made)
+async def _caption(service: Service, body: CaptionBody) -> dict[str, Any]:
+    async with service.model(body.model, may_be_on_trial=True) as model:
+        work = body.work(model)  # what cannot be done is refused before anything is decoded
+        async with service.admit(cost_of(work)):
+            made = await service.make(model, body.image, work)
+    return caption_answer(model, body, work, made)
 
 
-async def _stream(
-    service: Service, model: ServedModel, body: CaptionBody, work: ImageWork, emit: Emit
-) -> None:
+async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
     names = ["caption", *(body.ask or {})]
-    async with service.admit(cost_of(work)):
-        image = await service.load(body.image)
-        digest = await in_lane(len(image), lambda: sha256_of(image))
-        decoded = await service.decode(model, image)
-        async with aclosing(service.stream(model, decoded, work)) as items:
-            async for item in items:
-                if isinstance(item, TextPiece):
-                    await emit(event({"output": names[item.index], "text": item.text}, "text"))
-                else:
-                    answer = caption_answer(model, body, work, Made.of(digest, decoded, item))
-                    await emit(event(answer, "answer"))
+    async with service.model(body.model, may_be_on_trial=True) as model:
+        work = body.work(model)
+        async with service.admit(cost_of(work)):
+            image = await service.load(body.image)
+            digest = await in_lane(len(image), lambda: sha256_of(image))
+            decoded = await service.decode(model, image)
+            async with aclosing(service.stream(model, decoded, work)) as items:
+                async for item in items:
+                    if isinstance(item, TextPiece):
+                        await emit(event({"output": names[item.index], "text": item.text}, "text"))
+                    else:
+                        answer = caption_answer(model, body, work, Made.of(digest, decoded, item))
+                        await emit(event(answer, "answer"))
 
 
 async def _caption_all(
-    service: Service, model: ServedModel, body: CaptionsBody, work: ImageWork, send: Any
+    service: Service, body: CaptionsBody, send: Callable[[dict[str, Any]], Awaitable[None]]
 ) -> None:
-    """Caption every image, some at the same time; one that fails does not stop the others."""
-    slots = asyncio.Semaphore(AT_ONCE)
+    """Caption every image; when the time of the request is over, it is over for those that are left."""
+    unanswered = set(range(len(body.images)))
+
+    async def answer(index: int, outcome: dict[str, Any] | ApiError) -> None:
+        unanswered.discard(index)
+        if isinstance(outcome, ApiError):
+            outcome = {"status": outcome.type, "error": outcome.message}
+        await send({"index": index} | outcome)
+
+    try:
+        async with service.model(body.model, may_be_on_trial=True) as model:
+            work = body.work(model)
+            async with service.serve(cost_of(work, num_images=len(body.images))):
+                await _caption_each(service, model, body, work, answer)
+    except ApiError as error:
+        if len(unanswered) == len(body.images):
+            raise
+        for index in sorted(unanswered):
+            await answer(index, error)
+
+
+async def _caption_each(
+    service: Service,
+    model: ServedModel,
+    body: CaptionsBody,
+    work: ImageWork,
+    answer: Callable[[int, dict[str, Any] | ApiError], Awaitable[None]],
+) -> None:
+    """Caption the images, a few at the same time; one that fails does not stop the others."""
+    one_of_few = asyncio.Semaphore(AT_ONCE)
 
     async def caption(index: int, image: ImageSource | ApiError) -> None:
-        async with slots:
+        async with one_of_few:
             try:
                 if isinstance(image, ApiError):
                     raise image
-                answer = {"index": index} | await _caption(service, model, body, work, image)
+                async with service.slots(cost_of(work)):
+                    made = await service.make(model, image, work)
             except ApiError as error:
-                answer = {"index": index, "status": error.type, "error": error.message}
-            await send(answer)
+                await answer(index, error)
+            else:
+                await answer(index, caption_answer(model, body, work, made))
 
     async with asyncio.TaskGroup() as tasks:
         for index, image in enumerate(body.images):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -12,10 +13,10 @@ from starlette.responses import JSONResponse
 from deploy.guard.cost import cost_of
 from deploy.http.answers import Answer, Vector, vectors_of
 from deploy.http.errors import bad_request
-from deploy.http.images import ImageField
+from deploy.http.images import ImageField, ImageSource
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
-from deploy.http.service import Service, make_each
+from deploy.http.service import ServedModel, Service, make_each
 from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, ModelName, Text, require_matching
 from deploy.work import ImageWork
 
@@ -61,29 +62,36 @@ def embeddings_router(service: Service) -> APIRouter:
         body = await read_body(request, EmbedBody, service.image_policy)
         if (body.image is None) == (body.texts is None):
             raise bad_request("image or texts must be given, one of them")
-        model = await service.model(body.model)
-        if body.texts is not None:
-            require_matching(model, "texts")
-            assert model.matching is not None
-            async with service.admit(cost_of(ImageWork())):
-                found = await service.embed_texts(body.texts)
-            vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
-            return JSONResponse({"embeddings": vectors, "model": model.matching.model})
-        assert body.image is not None
-        if "contrastive" in body.embed:
-            require_matching(model, "embed")
-        work = ImageWork(
-            features=any(kind != "contrastive" for kind in body.embed),
-            contrastive="contrastive" in body.embed,
-        )
-        [made] = await make_each(service, model, [body.image], work)
-        answer = {
-            "embeddings": vectors_of(body.embed, made.outputs.features, made.outputs.contrastive),
-            "width": made.image.width,
-            "height": made.image.height,
-            "sha256": made.sha256,
-            "model": model.name,
-        }
-        return JSONResponse(answer)
+        async with service.model(body.model) as model:
+            if body.image is None:
+                return JSONResponse(await _embed_texts(service, model, body.texts or []))
+            return JSONResponse(await _embed_image(service, model, body.image, body.embed))
 
     return router
+
+
+async def _embed_texts(service: Service, model: ServedModel, texts: list[str]) -> dict[str, Any]:
+    require_matching(model, "texts")
+    assert model.matching is not None
+    async with service.admit(cost_of(ImageWork())):
+        found = await service.embed_texts(texts)
+    vectors = [embedding.vectors[0].tolist() for embedding in found if embedding.vectors is not None]
+    return {"embeddings": vectors, "model": model.matching.model}
+
+
+async def _embed_image(
+    service: Service, model: ServedModel, image: ImageSource, kinds: Sequence[EmbeddingKind]
+) -> dict[str, Any]:
+    if "contrastive" in kinds:
+        require_matching(model, "embed")
+    work = ImageWork(
+        features=any(kind != "contrastive" for kind in kinds), contrastive="contrastive" in kinds
+    )
+    [made] = await make_each(service, model, [image], work)
+    return {
+        "embeddings": vectors_of(kinds, made.outputs.features, made.outputs.contrastive),
+        "width": made.image.width,
+        "height": made.image.height,
+        "sha256": made.sha256,
+        "model": model.name,
+    }

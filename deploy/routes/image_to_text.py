@@ -54,11 +54,11 @@ def image_to_text_router(service: Service) -> APIRouter:
     async def image_to_text(request: Request) -> JSONResponse:
         """Caption one image, as `huggingface_hub.InferenceClient.image_to_text` asks."""
         body = await read_body(request, ImageToTextBody, service.image_policy)
-        model = await service.model(body.model, may_be_on_trial=True)
-        options = parse_options(body.parameters.options, model.options)
-        work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
-        async with service.admit(cost_of(work)):
-            made = await service.make(model, body.image, work)
+        async with service.model(body.model, may_be_on_trial=True) as model:
+            options = parse_options(body.parameters.options, model.options)
+            work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
+            async with service.admit(cost_of(work)):
+                made = await service.make(model, body.image, work)
         return JSONResponse([{"generated_text": one.text} for one in made.outputs.completions])
 
     return router

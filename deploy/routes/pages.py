@@ -54,19 +54,19 @@ def pages_router(service: Service) -> APIRouter:
     """Return the routes that only describe."""
     router = APIRouter(tags=["service"])
 
-    @router.get("/v1/model", response_model=ModelAnswer, responses=errors(404, 503))
+    @router.get("/v1/model", response_model=ModelAnswer, responses=errors(404, 429, 503))
     async def describe(model: str | None = None) -> JSONResponse:
         """Describe a model, by default the first, and the options of a request that names none."""
-        served = await service.model(model)
-        return JSONResponse(
-            asdict(served.info)
-            | {
-                "model": served.name,
-                "caveat": served.info.caveat,
-                "options": asdict(served.options),
-                "score_model": None if served.matching is None else served.matching.model,
-            }
-        )
+        async with service.model(model) as served:
+            return JSONResponse(
+                asdict(served.info)
+                | {
+                    "model": served.name,
+                    "caveat": served.info.caveat,
+                    "options": asdict(served.options),
+                    "score_model": None if served.matching is None else served.matching.model,
+                }
+            )
 
     @router.get("/healthz", response_model=HealthAnswer, responses=errors(503))
     @router.get("/readyz", response_model=HealthAnswer, responses=errors(503))

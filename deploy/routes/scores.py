@@ -125,9 +125,9 @@ def scores_router(service: Service) -> APIRouter:
     async def score(request: Request) -> JSONResponse:
         """Return the log-probability of texts after an image and a prompt."""
         body = await read_body(request, ScoreBody, service.image_policy)
-        model = await service.model(body.model)
         scores = tuple(TextToScore(text=text, prompt=body.prompt or None) for text in body.texts)
-        [made] = await make_each(service, model, [body.image], ImageWork(scores=scores))
+        async with service.model(body.model) as model:
+            [made] = await make_each(service, model, [body.image], ImageWork(scores=scores))
         answer = score_answers(body.texts, made.outputs.scores)
         return JSONResponse({"scores": answer, "model": model.name})
 
@@ -140,9 +140,9 @@ def scores_router(service: Service) -> APIRouter:
         This needs a retrieval model (--score-model).
         """
         body = await read_body(request, MatchBody, service.image_policy)
-        model = await service.model(body.model)
-        require_matching(model, "match")
-        [made] = await make_each(service, model, [body.image], ImageWork(matches=tuple(body.texts)))
+        async with service.model(body.model) as model:
+            require_matching(model, "match")
+            [made] = await make_each(service, model, [body.image], ImageWork(matches=tuple(body.texts)))
         assert model.matching is not None
         answer = match_answers(body.texts, made.outputs.matches)
         return JSONResponse({"matches": answer, "model": model.matching.model})
@@ -151,9 +151,9 @@ def scores_router(service: Service) -> APIRouter:
     async def rerank(request: Request) -> JSONResponse:
         """Rank texts for an image, or images for a text, the best first."""
         body = await read_body(request, RerankBody, service.image_policy, MAX_BODIES)
-        model = await service.model(body.model)
-        query, documents = await in_lane(body.num_chars, lambda: body.contents(service))
-        relevance = await _relevance(service, model, query, documents)
+        async with service.model(body.model) as model:
+            query, documents = await in_lane(body.num_chars, lambda: body.contents(service))
+            relevance = await _relevance(service, model, query, documents)
         order = sorted(range(len(relevance)), key=lambda index: -relevance[index])[: body.top_n]
         results = [{"index": index, "relevance_score": relevance[index]} for index in order]
         if body.return_documents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from ray.exceptions import ActorDiedError, RpcError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
+from deploy.calls.remote_captioner import RemoteCaptioner
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
 from deploy.http.errors import ApiError
@@ -75,6 +77,24 @@ class Handle:
     def options(self, method_name: str, stream: bool) -> Method:
         assert method_name in ("stream", "run_batch") and stream
         return self.streaming
+
+
+class StartingHandle(Handle):
+    """Of a further model, whose engines answer when the test lets them, and then never finish an image."""
+
+    def __init__(self) -> None:
+        super().__init__(NEVER)
+        self.has_started = asyncio.Event()
+        self.num_asked = 0
+        starting, info = self, self.info.response.answer
+
+        class Late(Response):
+            def __await__(self) -> Any:
+                starting.num_asked += 1
+                yield from starting.has_started.wait().__await__()
+                return info
+
+        self.info = Method(Late(None))
 
 
 class Store(dict[str, str]):
@@ -229,7 +249,8 @@ def test_a_gateway_that_started_before_its_engines_were_updated_says_what_answer
             outputs = await made.run(before, await picture(made), WORK)
             assert before.made_by(outputs.model).name == "new"
             assert (made.first.name, made.first.info, made.model_names) == ("new", new, ["new"])
-            assert (await made.model("new")) is made.first
+            async with made.model("new") as named:
+                assert named is made.first
             handle.streaming = Method(Stream(OtherModel()))
             with pytest.raises(ApiError) as caught:
                 [
@@ -300,6 +321,66 @@ def test_a_full_gateway_is_ready_and_a_draining_one_is_not() -> None:
     asyncio.run(run())
 
 
+def test_who_waits_for_the_engines_of_a_model_is_in_flight() -> None:
+    """Requests for a model scaled to zero waited before admission, as many as came, and held their bodies."""
+
+    async def run() -> None:
+        async with gateway(Handle(None), max_in_flight=2) as made:
+            made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
+            cost = Cost(slots=1, steps=30)
+
+            async def ask() -> int:
+                async with made.model("b"), made.admit(cost):
+                    await asyncio.sleep(0)
+                return 200
+
+            made.set_draining(True)
+            with pytest.raises(ApiError) as ending:
+                await ask()
+            assert (ending.value.type, handle.num_asked) == ("unavailable", 0)
+            made.set_draining(False)
+            waiting = [asyncio.create_task(ask()) for _ in range(2)]
+            while not handle.num_asked:
+                await asyncio.sleep(0)
+            assert made.stats()["num_in_flight"] == 2
+            with pytest.raises(ApiError) as refused:
+                await ask()
+            assert (refused.value.code, refused.value.type) == (503, "overloaded")
+            draining = asyncio.create_task(made.drain())
+            await asyncio.sleep(0)
+            assert not draining.done()
+            handle.has_started.set()
+            assert await asyncio.gather(*waiting) == [200, 200]
+            await draining
+            assert made.stats()["num_in_flight"] == made.stats()["slots_held"] == 0
+
+    asyncio.run(run())
+
+
+def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
+    async def run() -> None:
+        async with gateway(Handle(None), timeout_s=0.6) as made:
+            made._models._others = {"b": RemoteCaptioner(handle := StartingHandle())}
+            image = await picture(made)
+
+            async def ask() -> ApiError:
+                with pytest.raises(ApiError) as caught:
+                    async with made.model("b") as model, made.admit(Cost(slots=1, steps=30)):
+                        await made.run(model, image, WORK)
+                return caught.value
+
+            error = await ask()
+            assert (error.code, error.type) == (503, "unavailable")
+            assert "the engines of b are starting" in error.message
+            asyncio.get_running_loop().call_later(0.5, handle.has_started.set)
+            began_s = time.monotonic()
+            error = await ask()
+            assert (error.code, error.type) == (504, "timeout")
+            assert 0.55 < time.monotonic() - began_s < 1.0
+
+    asyncio.run(run())
+
+
 def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that replaced another took requests again, in the middle of the operator's drain."""
 
@@ -326,5 +407,32 @@ def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.Monk
                 await new.drain()
                 await new.check_health()  # the end of the service is no operator's drain
                 assert new.stats()["is_draining"]
+                new.set_draining(False)  # as /admin/resume has every gateway do
+                assert new.stats()["is_draining"]
+
+    asyncio.run(run())
+
+
+def test_what_was_read_before_the_operators_word_does_not_undo_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health check that had read the store just before a drain opened the gateway until the next one."""
+
+    async def run() -> None:
+        async with gateway(Handle(None)) as made:
+            reading, may_answer = asyncio.Event(), asyncio.Event()
+
+            async def read() -> bool:
+                reading.set()
+                await may_answer.wait()
+                return False
+
+            monkeypatch.setattr(made.fleet, "is_draining", read)
+            checking = asyncio.create_task(made.check_health())
+            await reading.wait()
+            made.set_draining(True)
+            may_answer.set()
+            await checking
+            assert made.stats()["is_draining"]
+            await made.check_health()  # which reads what is there now
+            assert not made.stats()["is_draining"]
 
     asyncio.run(run())

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.util.metrics import Counter, Histogram
 
@@ -107,10 +108,10 @@ def test_a_client_that_leaves_has_a_code_of_its_own(seen: Seen, caplog: pytest.L
 def test_refused_cost_is_counted_by_reason(seen: Seen) -> None:
     async def run() -> None:
         door = Admission(slots=8, max_in_flight=1, timeout_s=5)
-        async with door.admit(Cost(slots=1, steps=30)):
+        async with door.serve(Cost(slots=1, steps=30)):
             with pytest.raises(ApiError):
-                await door.admit(Cost(slots=16, steps=180)).__aenter__()
-            assert door.stats()["slots_held"] == door.stats()["num_in_flight"] == 1
+                await door.serve(Cost(slots=16, steps=180)).__aenter__()
+            assert door.stats()["num_in_flight"] == 1
 
     asyncio.run(run())
     reason = {"reason": "overloaded"}
@@ -159,15 +160,19 @@ class Replicas:
     """Like a handle of Serve that knows of no replica at first, or never."""
 
     def __init__(self, num_unknown: float, answers: list[Any]) -> None:
+        """An answer that is an error is that of one replica."""
         self.num_unknown, self.answers = num_unknown, answers
 
     def broadcast(self, method: str, *arguments: Any) -> Replicas:
         self.num_unknown -= 1
         return self
 
-    async def results_async(self) -> list[Any]:
+    async def results_async(self, *, return_exceptions: bool = False) -> list[Any]:
         if self.num_unknown >= 0:
             raise DeploymentUnavailableError("Captioner")
+        errors = [answer for answer in self.answers if isinstance(answer, Exception)]
+        if errors and not return_exceptions:
+            raise errors[0]
         return self.answers
 
 
@@ -178,6 +183,16 @@ def test_the_fleet_is_asked_again_until_its_replicas_are_known(monkeypatch: pyte
     monkeypatch.setattr(fleet, "PAUSE_S", 0.0)
     stats = asyncio.run(fleet.Fleet("blip2", ["Captioner"]).stats())
     assert stats == {"gateways": [{"num_in_flight": 0}], "engines": []}
+
+
+def test_a_replica_that_dies_does_not_fail_what_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drain was stored, and the answer to the operator 500."""
+    gateways = Replicas(0, [ActorDiedError(), {"num_in_flight": 0}])
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda name, application: gateways)
+    assert asyncio.run(fleet.Fleet("blip2", []).stats())["gateways"] == [{"num_in_flight": 0}]
+    gateways.answers = [ValueError("a defect")]
+    with pytest.raises(ValueError, match="a defect"):
+        asyncio.run(fleet.Fleet("blip2", []).stats())
 
 
 def test_admin_routes_are_for_admin_keys_alone(keys_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -22,14 +24,21 @@ def admission(*, slots: int = 8, max_in_flight: int = 100, timeout_s: float = 5.
     return Admission(slots=slots, max_in_flight=max_in_flight, timeout_s=timeout_s)
 
 
+@asynccontextmanager
+async def admit(door: Admission, cost: Cost) -> AsyncIterator[None]:
+    """Do as a gateway does for most requests."""
+    async with door.serve(cost), door.slots(cost):
+        yield
+
+
 async def hold(door: Admission, cost: Cost, release: asyncio.Event) -> None:
-    async with door.admit(cost):
+    async with admit(door, cost):
         await release.wait()
 
 
 async def refusal(door: Admission, cost: Cost = CAPTION) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        async with door.admit(cost):
+        async with admit(door, cost):
             await asyncio.Event().wait()
     return caught.value
 
@@ -42,10 +51,10 @@ async def settle() -> None:
 def test_at_the_limit_no_request_is_admitted_until_one_ends() -> None:
     async def run() -> None:
         door = admission(max_in_flight=1)
-        async with door.admit(CAPTION):
+        async with admit(door, CAPTION):
             error = await refusal(door)
             assert (error.code, error.type, error.headers["Retry-After"]) == (503, "overloaded", "1")
-        async with door.admit(CAPTION):
+        async with admit(door, CAPTION):
             pass
 
     asyncio.run(run())
@@ -66,7 +75,7 @@ def test_a_caption_passes_two_dozen_huge_requests() -> None:
         door, release = admission(), asyncio.Event()
         holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(24)]
         await settle()
-        async with asyncio.timeout(1), door.admit(CAPTION):
+        async with asyncio.timeout(1), admit(door, CAPTION):
             pass
         release.set()
         await asyncio.gather(*holding)
@@ -84,7 +93,7 @@ def test_a_key_at_its_quota_is_429_while_others_are_served() -> None:
         assert (error.code, error.type) == (429, "quota")
         assert int(error.headers["Retry-After"]) >= 1 and "alice" in error.message
         CALLER.set(Caller(name="bob", max_in_flight=2))
-        async with door.admit(CAPTION):
+        async with admit(door, CAPTION):
             pass
         release.set()
         await asyncio.gather(*holding)
@@ -113,7 +122,7 @@ def test_a_drain_refuses_what_comes_and_waits_for_what_runs() -> None:
 def test_retry_after_is_the_wait_that_is_to_be_expected() -> None:
     async def run() -> None:
         door, release = admission(slots=1, max_in_flight=3), asyncio.Event()
-        async with door.admit(CAPTION):
+        async with admit(door, CAPTION):
             await asyncio.sleep(0.1)  # 30 steps in 0.1 s
         holding = [asyncio.create_task(hold(door, HUGE, release)) for _ in range(3)]
         await settle()
@@ -153,7 +162,7 @@ def test_batch_work_neither_waits_for_others_nor_makes_them_wait() -> None:
                 async with door.admit_batch(CAPTION):
                     pass
             assert (caught.value.code, caught.value.headers["Retry-After"]) == (503, "1")
-            async with door.admit(CAPTION):
+            async with admit(door, CAPTION):
                 assert door.stats()["num_in_flight"] == 1 and door.stats()["num_waiting"] == 0
         async with door.admit_batch(Cost(slots=1000, steps=30)):
             assert door.stats()["batch_slots_held"] == 1000, "more than fits may go alone"
@@ -200,7 +209,7 @@ def test_batch_work_that_others_have_kept_waiting_is_not_said_to_be_too_long() -
         door = admission(slots=1, timeout_s=0.05)
         async with door.admit_batch(CAPTION) as check:
             await asyncio.sleep(0.06)
-            async with door.admit(CAPTION):
+            async with admit(door, CAPTION):
                 with pytest.raises(ApiError, match="other requests have the slots") as caught:
                     check()
                 assert (caught.value.code, caught.value.type) == (503, "unavailable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -38,6 +39,13 @@ def picture(width: int, height: int, format: str = "PNG", **options: object) -> 
 )
 def test_the_header_tells_the_pixels(format: str, options: dict[str, object]) -> None:
     assert claimed_pixels(picture(333, 77, format, **options)) == 333 * 77
+
+
+def test_the_header_of_os2_tells_the_pixels_too() -> None:
+    """Read as Windows' it claims millions, and a picture that claims too many is refused."""
+    image = b"BM" + struct.pack("<IHHI", 26 + 8, 0, 0, 26) + struct.pack("<IHHHH", 12, 1, 2, 1, 24) + bytes(8)
+    assert Image.open(io.BytesIO(image)).size == (1, 2)
+    assert claimed_pixels(image) == 2
 
 
 def test_other_bytes_claim_nothing() -> None:
@@ -100,6 +108,18 @@ def test_a_small_picture_passes_large_ones_and_ones_that_hide_their_size(lanes: 
         busy.set()
         decoded = await asyncio.gather(*large, *hidden)
         assert [image.status for image in decoded] == [Status.OK] * 6
+
+    asyncio.run(run())
+
+
+def test_a_picture_above_the_limit_does_not_wait_behind_large_ones(lanes: Decoding) -> None:
+    async def run() -> None:
+        leave = await lanes._large._gate.enter(1, 1, "somebody with a large picture")
+        async with asyncio.timeout(5):
+            decoded = await lanes.decode(picture(1001, 1000))
+        assert decoded.status is Status.TOO_LARGE
+        assert decoded.error == "the image has 1001000 pixels, more than max_pixels (1000000)"
+        leave()
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +100,47 @@ def test_large_work_is_not_starved_by_small_work() -> None:
             await line.ask(f"small {n}", SMALL)
         order = await line.leave_one_after_the_other()
         assert order.index("large") < len(order) - 50
+
+    asyncio.run(run())
+
+
+def test_large_work_of_several_units_is_not_starved_by_small_work() -> None:
+    """Each unit that was freed went to a small request, so that several were never free at once."""
+
+    async def run() -> None:
+        line = Line(FairGate(8, small_work=SMALL, kept_for_small=4))
+        for n in range(8):
+            await line.ask(f"first {n}", SMALL)
+        await line.ask("large", LARGE, units=4, caller="b")
+        for n in range(2 * LARGE // SMALL):
+            await line.ask(f"small {n}", SMALL)
+        order = await line.leave_one_after_the_other()
+        assert LARGE // SMALL - 20 < order.index("large") < len(order) - 50
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_work_waits_only_while_it_has_what_is_kept_for_it(seed: int) -> None:
+    """Large requests of all sizes come all the time, and small ones leave and come one by one."""
+
+    async def run() -> None:
+        chosen, gate = random.Random(seed), FairGate(16, small_work=SMALL, kept_for_small=8)
+        line = Line(gate)
+        for n in range(400):
+            if chosen.random() < 0.5:
+                await line.ask(f"small {n}", SMALL, caller=chosen.choice("ab"))
+            else:
+                work = chosen.choice((2 * SMALL, 5 * SMALL))
+                await line.ask(f"large {n}", work, units=chosen.randint(1, 8), caller=chosen.choice("abc"))
+            while line._leave and chosen.random() < 0.5:
+                await line.leave(chosen.choice([*line._leave]))
+            num_small = sum(name.startswith("small") for name in line._leave)
+            is_waiting = any(waiting.is_small for waiting in gate._waiting)
+            assert num_small >= 8 or not is_waiting
+        while line._leave:
+            await line.leave(next(iter(line._leave)))
+        assert len(line.let_in) == 400
 
     asyncio.run(run())
 

@@ -28,6 +28,7 @@ from deploy.calls.remote_captioner import Models
 from deploy.captioner import Captioner
 from deploy.fetching import Fetching
 from deploy.gateway import Gateway
+from deploy.guard.admission import Admission
 from deploy.guard.cost import Cost
 from deploy.http.api import create_api
 from deploy.http.errors import ApiError, of_status
@@ -42,7 +43,7 @@ SIDE_PX = FakeEngineConfig().image_size_px
 
 
 class EngineService(Gateway):
-    """Decodes in this process, and admits everything; it notes what was admitted."""
+    """Decodes in this process, and admits nearly everything; it notes what was admitted."""
 
     def __init__(
         self,
@@ -67,25 +68,28 @@ class EngineService(Gateway):
         self._models._served = {info.model: self.first}
         self._trials = Trials(Settings(), self._models, lambda: False)
         self.api = create_api(self)
+        self._admission = Admission(slots=128, max_in_flight=512, timeout_s=60)
         self.costs: list[Cost] = []
         self.num_in_flight = 0
         self.full: ApiError | None = None
         """Raised in place of admitting."""
 
     @asynccontextmanager
-    async def admit(self, cost: Cost) -> AsyncIterator[None]:
+    async def serve(self, cost: Cost | None) -> AsyncIterator[None]:
         if self.full is not None:
             raise self.full
-        self.costs.append(cost)
+        if cost is not None:
+            self.costs.append(cost)
         self.num_in_flight += 1
         try:
-            yield
+            async with super().serve(cost):
+                yield
         finally:
             self.num_in_flight -= 1
 
     @asynccontextmanager
     async def admit_batch(self, cost: Cost) -> AsyncIterator[Callable[[], None]]:
-        async with self.admit(cost):
+        async with self.serve(cost):
             yield lambda: None
 
     async def load(self, image: ImageSource) -> bytes:

@@ -6,22 +6,31 @@ import asyncio
 import hashlib
 import io
 import json
+import logging
+from contextvars import copy_context
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_actor import Calibration, GenerationOptions
+from blip2_actor import Calibration, DecodedImage, GenerationOptions
 from blip2_actor.testing import FakeEngineConfig, fake_features, fake_score
 from deploy.gateway import Gateway
+from deploy.guard.admission import Admission
+from deploy.guard.callers import CALLER, Caller
 from deploy.guard.cost import Cost
 from deploy.guard.decoding import DecodingBySize
 from deploy.http.answers import CaptionAnswer
 from deploy.http.answers import fingerprint as fingerprint_of
 from deploy.http.errors import ApiError
+from deploy.http.service import ServedModel
+from deploy.observe.request_record import AccessLog
+from deploy.readiness import Readiness
+from deploy.reuse.made import Made
 from deploy.routes.captions import AT_ONCE
 from deploy.settings import OnlineImageLimits
 from deploy.work import TextToGenerate
@@ -277,19 +286,88 @@ def test_the_images_of_one_request_come_a_few_at_a_time(
     """One request must not fill the line in front of all others."""
     running: list[int] = []
     most = 0
+    make = service.make
 
-    async def caption(*ignored: object) -> dict[str, object]:
+    async def watched(*given: Any) -> Made:
         nonlocal most
         running.append(1)
         most = max(most, len(running))
         for _ in range(5):
             await asyncio.sleep(0)
         running.pop()
-        return {}
+        return await make(*given)
 
-    monkeypatch.setattr("deploy.routes.captions._caption", caption)
+    monkeypatch.setattr(service, "make", watched)
     post(service, "/v1/captions", images=[base64_of(IMAGE)] * 20)
     assert most == AT_ONCE
+
+
+def test_many_images_are_one_request_of_their_caller(caplog: pytest.LogCaptureFixture) -> None:
+    """Admitted one by one, those that ran at the same time used up the quota of their own caller."""
+    service = EngineService()
+    service._admission = Admission(slots=8, max_in_flight=1, timeout_s=60)
+    service.api.add_middleware(AccessLog)
+
+    def send(quota: int) -> httpx.Response:
+        CALLER.set(Caller(name="alice", max_in_flight=quota))
+        return post(service, "/v1/captions", images=[base64_of(png(seed)) for seed in range(10)])
+
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        answer = copy_context().run(send, 1)
+    assert [json.loads(line)["status"] for line in answer.text.splitlines()] == ["ok"] * 10
+    [logged] = [vars(record) for record in caplog.records if record.message == "request"]
+    assert (logged["slots"], logged["steps"]) == (10, 7)
+    refused = copy_context().run(send, 0)
+    assert error_of(refused)[:2] == (429, "quota") and refused.headers["retry-after"] == "1"
+
+
+class SlowService(EngineService):
+    """Decodes the first image at once, and the others when the test lets it."""
+
+    def __init__(self, timeout_s: float, first: bytes | None = None) -> None:
+        super().__init__()
+        self._admission = Admission(slots=8, max_in_flight=8, timeout_s=timeout_s)
+        self._first = first
+        self.may_go_on = asyncio.Event()
+
+    async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
+        if image != self._first:
+            await self.may_go_on.wait()
+        return await super().decode(model, image)
+
+
+def test_a_drain_waits_for_all_images_of_a_request_that_has_begun() -> None:
+    async def run() -> list[str]:
+        service = SlowService(60)
+        body = {"images": [base64_of(png(seed)) for seed in range(2 * AT_ONCE)]}
+        transport = httpx.ASGITransport(service.api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answering = asyncio.create_task(client.post("/v1/captions", json=body))
+            while not service.num_in_flight:
+                await asyncio.sleep(0.01)
+            draining = asyncio.create_task(service._admission.drain())
+            await asyncio.sleep(0)
+            assert not draining.done()
+            service.may_go_on.set()
+            answer = await answering
+            await draining
+        return [json.loads(line)["status"] for line in answer.text.splitlines()]
+
+    assert asyncio.run(run()) == ["ok"] * 2 * AT_ONCE
+
+
+def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
+    """It began anew with each image, so that a request outlasted what a drain allows for."""
+    images = [png(seed) for seed in range(2 * AT_ONCE)]
+    answers = []
+    for first in (images[0], None):
+        service = SlowService(0.5, first)
+        service._readiness = Readiness("app", [])
+        answers.append(post(service, "/v1/captions", images=[base64_of(image) for image in images]))
+    lines = [json.loads(line) for line in answers[0].text.splitlines()]
+    assert [line["index"] for line in lines] == list(range(len(images)))
+    assert [line["status"] for line in lines] == ["ok"] + ["timeout"] * (len(images) - 1)
+    assert error_of(answers[1])[:2] == (504, "timeout")
 
 
 def test_many_images_are_bounded(service: EngineService) -> None:

@@ -13,6 +13,7 @@ from blip2_actor import EngineConfig, GenerationOptions, ModelInfo
 from blip2_actor.testing import FakeEngineConfig
 from deploy.captioner import Captioner
 from deploy.check import check_serve_config
+from deploy.guard.admission import Admission
 from deploy.reuse.shared_work import SharedWork
 from deploy.settings import Settings
 from tests.unit.deploy.routes.engine_service import (
@@ -121,6 +122,31 @@ def test_a_model_whose_engines_do_not_run_is_503_and_asked_again(
     assert other.num_asked == 2
     other.failure = None
     assert post(service, "/v1/caption", image=base64_of(IMAGE), model="other").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/caption", {"image": base64_of(IMAGE)}),
+        ("/v1/caption", {"image": base64_of(IMAGE), "stream": True}),
+        ("/v1/captions", {"images": [base64_of(IMAGE)] * 3}),
+        ("/v1/score", {"image": base64_of(IMAGE), "texts": ["a"]}),
+        ("/v1/rerank", {"query": "a", "documents": [{"image": base64_of(IMAGE)}]}),
+        ("/v1/embed", {"image": base64_of(IMAGE)}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", CHAT | {"stream": True}),
+        ("/v1/embeddings", {"input": data_uri(IMAGE)}),
+        ("/", {"inputs": base64_of(IMAGE)}),
+    ],
+)
+def test_the_request_that_starts_a_model_is_admitted_once(
+    service: EngineService, path: str, fields: dict[str, Any]
+) -> None:
+    service._admission = Admission(slots=8, max_in_flight=1, timeout_s=60)
+    answer = post(service, path, **fields, model="other")
+    assert answer.status_code == 200 and '"error":{' not in answer.text
+    assert service._admission.stats()["num_in_flight"] == service._admission.stats()["slots_held"] == 0
+    assert len(service.costs) == 1
 
 
 def test_requests_for_a_starting_model_ask_it_once(service: EngineService, other: Other) -> None:
