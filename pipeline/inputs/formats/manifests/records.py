@@ -11,7 +11,7 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO, Literal
 
 from pipeline.errors import InputError
@@ -113,7 +113,9 @@ def names(file: IO[bytes], kind: Kind) -> tuple[list[str], int]:
     try:
         if kind != "json":
             return _fields(record, kind), end
-        return list(_object(record)), 0
+        header = list(_from_json(record))
+        "".join(header).encode()  # JSON may have half of a surrogate pair, which is no text.
+        return header, 0
     except ValueError as error:
         raise InputError(f"the first line of the manifest cannot be read: {error}") from None
 
@@ -127,8 +129,8 @@ def values(record: bytes, kind: Kind, columns: list[str]) -> dict[str, str | Non
     if kind == "lines":
         return {LINE_COLUMN: record.decode().strip("\r\n")}
     if kind == "json":
-        found = _object(record)
-        return {name: _text(found.get(name)) for name in columns}
+        found = _from_json(record)
+        return {name: found.get(name) for name in columns}
     fields = _fields(record, kind)
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields, and the header {len(columns)}")
@@ -148,11 +150,14 @@ def _fields(record: bytes, kind: Kind) -> list[str]:
     return rows[0]
 
 
-def _object(record: bytes) -> Mapping[str, object]:
-    found = json.loads(record)
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
-    return found
+def _from_json(record: bytes) -> dict[str, str | None]:
+    try:
+        found = json.loads(record)
+        if isinstance(found, dict):
+            return {name: _text(value) for name, value in found.items()}
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
 
 
 def _text(value: object) -> str | None:

@@ -76,6 +76,16 @@ def test_json_lines(tmp_path: Path) -> None:
             b'{"path": "a.jpg"}\n["b.jpg"]\n{"path": "c.jpg"}\n',
             "must be a JSON object, got list",
         ),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n{"path": "b\\ud83d.jpg"}\n{"path": "c.jpg"}\n',
+            r"can't encode character '\ud83d'",
+        ),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n{"path": %b1%b}\n{"path": "c.jpg"}\n' % (b"[" * 99_999, b"]" * 99_999),
+            "nested too deeply",
+        ),
         ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "invalid start byte"),
         ("list.csv", b"path,n\na.jpg,1\nb.jpg,2\rx.jpg,3\nc.jpg,3\n", "has carriage returns outside quotes"),
     ],
@@ -87,6 +97,16 @@ def test_a_record_that_cannot_be_read_costs_its_own_row(
     assert [row["status"] for row in rows] == [None, "unreadable", None]
     assert reason in rows[1]["error"] and rows[1]["key"]
     assert [row[ADDRESS] for row in rows[::2]] == [f"{tmp_path}/a.jpg", f"{tmp_path}/c.jpg"]
+
+
+@pytest.mark.parametrize("option", ["key_column", "prompt_column", "keep"])
+def test_half_of_a_character_costs_its_row_only_if_it_is_used(tmp_path: Path, option: str) -> None:
+    """Arrow takes no such text: the table, and with it the job, could not be made."""
+    notes = ["whole 😀", "cut \ud83d", "plain"]
+    content = "".join(json.dumps({"path": f"{at}.jpg", "n": note}) + "\n" for at, note in enumerate(notes))
+    rows = rows_of(tmp_path / "list.jsonl", content, **{option: ("n",) if option == "keep" else "n"})
+    assert [row["status"] for row in rows] == [None, "unreadable", None]
+    assert {row["status"] for row in rows_of(tmp_path / "list.jsonl", content)} == {None}
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("list.tsv", "\t"), ("list.csv", ",")])
@@ -185,6 +205,7 @@ def test_lines_may_name_tars_and_tables(tmp_path: Path) -> None:
         ("a.parquet", "", "a manifest must be lines of text"),
         ("a.csv", "", "the manifest is empty"),
         ("a.jsonl", "[1]\n", "the first line of the manifest cannot be read: it must be a JSON object"),
+        ("a.jsonl", '{"path": "a.jpg", "\\ud83d": 1}', r"first line .* can't encode character '\\ud83d'"),
         ("a.csv", "x,y\n1,2\n", "no column of text, which could hold addresses, only x, y"),
     ],
 )
