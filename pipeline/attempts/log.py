@@ -37,4 +37,5 @@ class AttemptLog:
         """Return the log as it is stored."""
         left_out = [json.dumps({"event": "left_out", "num_lines": self._num_left_out})]
         lines = [*self._first, *(left_out if self._num_left_out else []), *self._last]
-        return "".join(f"{line}\n" for line in lines).encode()
+        # The name of a file need not be UTF-8; what is escaped here, JSON reads back.
+        return "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")

@@ -39,7 +39,7 @@ def command(settings: CompareSettings) -> int:
             console.result(line)
     if settings.html:
         page, num_pictures = comparison_page(before, after, comparison, scores, settings.thumbnails)
-        Path(settings.html).write_text(page, encoding="utf-8")
+        Path(settings.html).write_text(page, encoding="utf-8", errors="backslashreplace")
         console.say(f"page: {settings.html}, with {num_pictures:,} thumbnails read from the input")
     return ExitStatus.DONE
 

@@ -50,10 +50,10 @@ def report(settings: ReportSettings) -> int:
         for line in found.lines():
             console.result(line)
     if settings.html:
-        Path(settings.html).write_text(render_page(found), encoding="utf-8")
+        Path(settings.html).write_text(render_page(found), encoding="utf-8", errors="backslashreplace")
         console.say(f"page: {settings.html}, with {len(found.thumbnails):,} thumbnails read from the input")
     if settings.card:
-        Path(settings.card).write_text(dataset_card(found), encoding="utf-8")
+        Path(settings.card).write_text(dataset_card(found), encoding="utf-8", errors="backslashreplace")
         console.say(f"card: {settings.card}")
     return ExitStatus.DONE
 

@@ -22,8 +22,10 @@ from pipeline.inputs.formats.rows import member_type
 from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.formats.tables.columns import Columns, is_text, option_name
 from pipeline.inputs.formats.tables.kept import join_fields, with_types
+from pipeline.inputs.formats.tables.texts import MAX_SHOWN_CHARS
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
 from pipeline.inputs.shards import Format, Shard
+from pipeline.schema import to_plain
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.secrets import hide_secrets
 
@@ -38,7 +40,6 @@ MAX_CHECKED_SAMPLES = 16
 """First samples of a tar that are read to learn which members the samples have."""
 MAX_CHECKED_CELLS = 16
 """First cells of a column of text that are read to learn whether they are base64."""
-MAX_SHOWN_CHARS = 60
 MAX_CHECKED_TARS = 4
 MAX_CHECKED_TABLES = 64
 """Tables, from all over the input, whose columns are compared with the options."""
@@ -153,13 +154,13 @@ def _require_base64(found: Sequence[tuple[Shard, Columns]], options: ReadOptions
     for table, columns in found:
         if options.image_encoding == "base64" or options.fetch or not is_text(columns.image_type):
             continue
-        cells = parquet.first_cells(table, columns.image.name, MAX_CHECKED_CELLS).to_pylist()
-        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
-        texts = [text for cell in lists for text in cell if text]
-        if any(looks_like_base64_image(text[:HEAD_CHARS].encode()) for text in texts):
+        cells = to_plain(parquet.first_cells(table, columns.image.name, MAX_CHECKED_CELLS))
+        cells = cells.flatten() if columns.has_lists and len(cells) else cells
+        texts = [text for text in cells.cast(pa.string()).cast(pa.binary()).to_pylist() if text]
+        if any(looks_like_base64_image(text[:HEAD_CHARS]) for text in texts):
             return
         if texts:
-            shown = hide_secrets(texts[0][:MAX_SHOWN_CHARS])
+            shown = hide_secrets(texts[0].decode(errors="backslashreplace")[:MAX_SHOWN_CHARS])
             raise InputError(
                 f"image_column must hold bytes or images in base64, got {columns.image.name!r} with "
                 f"{shown!r}; add --fetch if it holds URLs or paths, --image-encoding base64 if it is base64"

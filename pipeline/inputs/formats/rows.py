@@ -60,12 +60,12 @@ class TableBuilder:
             member: name of the image's member in a tar.
             image: encoded image, or None.
             status: why there is no image, or None.
-            error: one sentence if `status` is not None.
+            error: one sentence if `status` is not None; it may hold names that are not UTF-8, like `key`.
             address: where the image is, if it is not in the shard.
             members: content of the other members that the row has, by extension in lower case.
         """
         escape = escape_name if self._options.schema_version > 1 else _escape_v1
-        values: list[object] = [escape(key), self._shard, row, image, status, error]
+        values: list[object] = [escape(key), self._shard, row, image, status, error and escape(error)]
         if MEMBER in self._options.columns:
             values.append(None if member is None else escape(member))
         if self.holds_addresses:

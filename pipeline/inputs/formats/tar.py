@@ -94,11 +94,19 @@ class _ForwardStream:
 
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of all members that are not folders."""
-    while (member := archive.next()) is not None:
+    while (member := _next(archive)) is not None:
         # The archive would keep every header in memory; the stubs of tarfile lack the attribute.
         archive.members = []  # type: ignore[attr-defined]
         if not member.isdir():
             yield member
+
+
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    try:
+        return archive.next()
+    except (ValueError, OverflowError) as error:  # Of a size that no file has, or a field that is no number.
+        reason = f"the tar is damaged before byte {archive.offset} ({error}); what follows was not read"
+        raise tarfile.ReadError(reason) from None
 
 
 class LinkTargets:
@@ -161,6 +169,12 @@ class _Header(tarfile.TarInfo):
                 f"the tar is cut short or damaged at byte {archive.offset}, where a header or the "
                 f"end-of-archive mark is expected ({error}); what follows was not read"
             ) from None
+
+    def _block(self, count: int) -> int:
+        """Return the bytes that so much content takes; newer versions of `tarfile` check it like this."""
+        if count < 0:
+            raise tarfile.HeaderError("negative size")  # It would lead back, and reading would never end.
+        return super()._block(count)  # type: ignore[misc]  # The stubs of tarfile lack it.
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:

@@ -12,7 +12,7 @@ import tarfile
 
 from blip2_actor import Status
 from pipeline.inputs.formats.addresses import folder_of, resolve
-from pipeline.inputs.formats.rows import TableBuilder
+from pipeline.inputs.formats.rows import TableBuilder, escape_name
 from pipeline.inputs.formats.samples import Sample, SampleReader
 from pipeline.inputs.formats.tar import TAR_ERRORS, check_after_end, open_archive, open_file, open_tar
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
@@ -44,8 +44,8 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         shard=shard.name,
         num_rows=shard.limit_rows(reader.num_rows),
         complete=reason is None,
-        reason=reason and f"{shard.uri}: {reason}",
-        note=reader.note,
+        reason=reason and f"{shard.uri}: {escape_name(reason)}",
+        note=reader.note and escape_name(reader.note),
     )
 
 

@@ -165,6 +165,13 @@ def test_the_log_of_an_attempt_is_kept_with_its_end_and_is_bounded(tmp_path):
     assert kept[-1]["text"] == str(MAX_FIRST + MAX_LAST + 9)
 
 
+def test_a_log_takes_names_that_are_not_utf8():
+    """A note about a new file with such a name ended each later start of its run."""
+    log = AttemptLog("abc")
+    log.add("note", "1 new file: \udcff.png")
+    assert json.loads(log.content())["text"] == "1 new file: \udcff.png"
+
+
 def test_quiet_leaves_notes_out_of_the_terminal_but_not_out_of_the_log():
     stream, kept = io.StringIO(), []
     choose_style("quiet")

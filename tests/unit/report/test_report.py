@@ -273,6 +273,15 @@ def test_the_page_tells_of_the_last_start_that_had_a_worker(tmp_path):
     assert "start Ray" in page and "96.0" in page
 
 
+def test_a_page_takes_names_that_are_not_utf8(tmp_path):
+    folder = write_run(tmp_path, num_tars=1, rows_per_tar=1)
+    begun = "2026-01-31T18:00:00+00:00"
+    write_attempt(folder, Attempt(id="0", run="r", begun=begun, exit_status=1, reason="lost: \udcff.png"))
+    files = ["--html", str(tmp_path / "r.html"), "--card", str(tmp_path / "r.md")]
+    assert main(["report", "--output", folder.uri, *files]) == 0
+    assert r"lost: \udcff.png" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_the_license_of_another_model_is_not_that_of_the_demonstration():
     assert license_of("demo") == "Apache-2.0"
     assert license_of("demo-team/captioner").startswith("license unknown")

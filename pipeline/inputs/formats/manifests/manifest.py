@@ -150,7 +150,10 @@ class _Rows:
     def add(self, number: int, record: bytes) -> None:
         row: dict[str, Any] = {"shard": self._shard.name, "row": number}
         try:
-            row |= self._row(values(record, self.kind, self._header))
+            found = self._row(values(record, self.kind, self._header))
+            for value in found.values():
+                (value or "").encode()  # JSON may have half of a surrogate pair, which is no text.
+            row |= found
         except ValueError as error:
             line = record.strip()[:200].decode(errors="surrogateescape")
             row |= {"key": escape_name(line), "status": Status.UNREADABLE}

@@ -1,6 +1,7 @@
 """The records of a manifest: lines of text, of CSV or of JSON, each with its place in the file.
 
-Blank lines are no records. A record of CSV may have line breaks between quotes.
+Blank lines are no records. A record of CSV may have line breaks in a quoted field. A quote begins one only at
+the start of a field, as for `csv.reader`; elsewhere it is a character like others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from typing import IO, Literal
 
 from pipeline.errors import InputError
@@ -29,6 +31,12 @@ KINDS: dict[str, Kind] = {
 LINE_COLUMN = "path"
 """The only column of a manifest of plain lines."""
 MAX_RECORD_BYTES = 64 << 20
+_DIALECTS: dict[Kind, str] = {"csv": "excel", "tsv": "excel-tab"}
+_QUOTED: dict[Kind, re.Pattern[bytes]] = {
+    "csv": re.compile(rb'(?:^|[,\r\n])"[^"]*+(?:""[^"]*+)*+("?)'),
+    "tsv": re.compile(rb'(?:^|[\t\r\n])"[^"]*+(?:""[^"]*+)*+("?)'),
+}
+"""A quoted field from the character before it on, and the quote that ends it."""
 _MARK = b"\xef\xbb\xbf"
 """Some programs begin a file in UTF-8 with it."""
 
@@ -65,8 +73,7 @@ def records(file: IO[bytes], kind: Kind, start: int = 0) -> Iterator[tuple[int, 
         lines.append(line)
         if num_bytes >= MAX_RECORD_BYTES:
             raise InputError(f"the record before byte {position} is too long, or a quote does not end")
-        if kind in ("csv", "tsv") and line.count(b'"') % 2:
-            in_quotes = not in_quotes
+        in_quotes = _ends_in_quotes(line, kind, in_quotes)
         if in_quotes:
             continue
         record = b"".join(lines)
@@ -77,6 +84,16 @@ def records(file: IO[bytes], kind: Kind, start: int = 0) -> Iterator[tuple[int, 
     record = b"".join(lines)
     if record.strip():
         yield position, record
+
+
+def _ends_in_quotes(text: bytes, kind: Kind, starts_in_quotes: bool = False) -> bool:
+    """Return whether a text of whole lines ends within a quoted field."""
+    if kind not in _QUOTED or b'"' not in text:
+        return starts_in_quotes
+    last_quote = b'"'
+    for field in _QUOTED[kind].finditer(b'"' + text if starts_in_quotes else text):
+        last_quote = field[1]
+    return not last_quote
 
 
 def names(file: IO[bytes], kind: Kind) -> tuple[list[str], int]:
@@ -95,8 +112,10 @@ def names(file: IO[bytes], kind: Kind) -> tuple[list[str], int]:
     end, record = first
     try:
         if kind != "json":
-            return _fields(record.decode(), kind), end
-        return list(_object(record)), 0
+            return _fields(record, kind), end
+        header = list(_from_json(record))
+        "".join(header).encode()  # JSON may have half of a surrogate pair, which is no text.
+        return header, 0
     except ValueError as error:
         raise InputError(f"the first line of the manifest cannot be read: {error}") from None
 
@@ -110,29 +129,35 @@ def values(record: bytes, kind: Kind, columns: list[str]) -> dict[str, str | Non
     if kind == "lines":
         return {LINE_COLUMN: record.decode().strip("\r\n")}
     if kind == "json":
-        found = _object(record)
-        return {name: _text(found.get(name)) for name in columns}
-    fields = _fields(record.decode(), kind)
+        found = _from_json(record)
+        return {name: found.get(name) for name in columns}
+    fields = _fields(record, kind)
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields, and the header {len(columns)}")
     return dict(zip(columns, fields, strict=True))
 
 
-def _fields(text: str, kind: Kind) -> list[str]:
+def _fields(record: bytes, kind: Kind) -> list[str]:
+    if _ends_in_quotes(record, kind):
+        raise ValueError("a quote does not end, so that all lines after it would be part of the record")
     try:
-        (fields,) = csv.reader(
-            io.StringIO(text, newline=""), dialect="excel-tab" if kind == "tsv" else "excel"
-        )
+        lines = io.StringIO(record.decode(), newline="")
+        rows = [fields for fields in csv.reader(lines, _DIALECTS[kind]) if fields]
     except csv.Error as error:
         raise ValueError(str(error)) from None
-    return fields
+    if len(rows) > 1:
+        raise ValueError("it has carriage returns outside quotes; end lines with a line feed")
+    return rows[0]
 
 
-def _object(record: bytes) -> Mapping[str, object]:
-    found = json.loads(record)
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
-    return found
+def _from_json(record: bytes) -> dict[str, str | None]:
+    try:
+        found = json.loads(record)
+        if isinstance(found, dict):
+            return {name: _text(value) for name, value in found.items()}
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
 
 
 def _text(value: object) -> str | None:

@@ -5,6 +5,7 @@ A cell without a usable image becomes a row with a status and an error; it does 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from blip2_actor import Status
 from pipeline.inputs.formats.addresses import resolve
 from pipeline.inputs.formats.base64_text import HEAD_CHARS, decode_base64, looks_like_base64_image
 from pipeline.inputs.formats.tables.columns import is_text
+from pipeline.inputs.formats.tables.texts import escape_texts, not_utf8
 from pipeline.inputs.reader import ReadOptions
 
 
@@ -28,6 +30,18 @@ class Images:
     """Why a row has neither bytes nor an address."""
     errors: list[str | None]
 
+    def refuse(self, reasons: Mapping[int, str]) -> Images:
+        """Return the images with some rows refused; a row that has failed already keeps its own reason."""
+        if not reasons:
+            return self
+        rows = range(len(self.statuses))
+        return Images(
+            pc.if_else(pa.array([row in reasons for row in rows], pa.bool_()), None, self.encoded),
+            [None if row in reasons else self.addresses[row] for row in rows],
+            [self.statuses[row] or (Status.REFUSED if row in reasons else None) for row in rows],
+            [self.errors[row] or reasons.get(row) for row in rows],
+        )
+
 
 def read_cells(cells: pa.Array, options: ReadOptions, folder: str) -> Images:
     """Return what the cells of an image column hold.
@@ -40,10 +54,10 @@ def read_cells(cells: pa.Array, options: ReadOptions, folder: str) -> Images:
     paths = None
     if pa.types.is_struct(cells.type):
         names = {field.name for field in cells.type}
-        paths = pc.struct_field(cells, "path").cast(pa.string()) if "path" in names else None
+        paths = pc.struct_field(cells, "path") if "path" in names else None
         cells = pc.struct_field(cells, "bytes") if "bytes" in names else pa.nulls(len(cells), pa.binary())
     elif options.fetch:
-        paths, cells = cells.cast(pa.string()), pa.nulls(len(cells), pa.binary())
+        paths, cells = cells, pa.nulls(len(cells), pa.binary())
     if is_text(cells.type):
         images = cells.cast(pa.string()).cast(pa.binary())
         images, reasons = _decoded(images, range(len(cells)), options.max_image_bytes)
@@ -91,10 +105,14 @@ def _usable(
     usable = pc.and_(pc.greater(lengths, 0), pc.less_equal(lengths, max_bytes))
     addresses: list[str | None] = [None] * len(images)
     statuses: list[Status | None] = [None] * len(images)
+    paths, not_text = (None, []) if paths is None else escape_texts(paths)
     errors: list[str | None] = [None] * len(images)
     for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
         is_null, path = not images[index].is_valid, None if paths is None else paths[index].as_py()
         path = path and path.strip()
+        if path and is_null and options.fetch and index in not_text:
+            statuses[index], errors[index] = Status.REFUSED, not_utf8("the address", path)
+            continue
         if path and is_null and options.fetch:
             addresses[index] = resolve(path, folder)
             continue

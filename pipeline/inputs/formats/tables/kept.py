@@ -17,12 +17,20 @@ from pipeline.schema import plain_type
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
-    """Return the plain type that holds the values of both types, or None if there is none."""
-    fields = [pa.schema([pa.field("", plain_type(type))]) for type in (first, second)]
+    """Return the plain type to which both types convert, or None if there is none.
+
+    It may not hold the largest values of one of them: integers of 64 bits and floats become float64.
+    """
+    types = [plain_type(type) for type in (first, second)]
     try:
-        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        fields = [pa.schema([pa.field("", type)]) for type in types]
+        joined = pa.unify_schemas(fields, promote_options="permissive").field(0).type
+        # Arrow joins decimals and integers to types to which it cannot cast them.
+        for type in {*types} - {pa.null(), joined}:
+            pa.nulls(1, type).cast(joined)
+    except pa.ArrowException:
         return None
+    return joined
 
 
 def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field:
@@ -33,12 +41,15 @@ def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field
         found: each file, and the type that the column has there.
 
     Raises:
-        InputError: no type holds the values of all files.
+        InputError: no type holds the values of all files. Integers next to floats pass: most are small, and
+            pandas writes the files whose integers have nulls as floats.
     """
     joined, from_file = pa.null(), ""
     for file, type in found:
         both = common_type(joined, type)
-        if both is None:
+        # Arrow takes int64, which does not hold the upper half of uint64.
+        is_halved = both == pa.int64() and pa.uint64() in (joined, plain_type(type))
+        if both is None or is_halved:
             raise InputError(
                 f"keep must name columns with one type in all files, got {name!r} of type {joined} in "
                 f"{from_file} and {type} in {file}; write it with one type, or leave it out"
@@ -51,7 +62,8 @@ def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field
 def with_types(reader: Tables, kept: pa.Schema) -> Tables:
     """Yield the tables of a reader with its kept columns in the types of the output.
 
-    A column of a type that does not fit is null, and the report says so.
+    A column of a type that does not fit is null, and so is a value that the type does not hold exactly; the
+    report says so.
     """
     notes: dict[str, None] = {}
     while True:
@@ -63,14 +75,31 @@ def with_types(reader: Tables, kept: pa.Schema) -> Tables:
         for field in kept:
             index = table.column_names.index(field.name)
             column = table.column(index)
-            if common_type(field.type, column.type) == field.type:
-                column = column.cast(field.type, safe=False)
-            elif column.type != field.type:
+            if column.type != field.type:
                 found = f"it has the type {column.type}, and the output {field.type}"
-                notes[f"the column {field.name!r} is null, because {found}"] = None
-                column = pa.nulls(len(table), field.type)
+                if common_type(field.type, column.type) != field.type:
+                    notes[f"the column {field.name!r} is null, because {found}"] = None
+                    converted = pa.nulls(len(table), field.type)
+                else:
+                    converted = _cast(column.combine_chunks(), field.type)
+                    if converted.null_count > column.null_count:
+                        notes[f"values of the column {field.name!r} are null, because {found}"] = None
+                column = converted
             table = table.set_column(index, field, column)
         yield table
     if not notes:
         return report
     return replace(report, note="; ".join([*filter(None, [report.note]), *notes]))
+
+
+def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:
+    """Return a column in another type; values that the type does not hold are null."""
+    try:
+        return column.cast(type)
+    except pa.ArrowInvalid:
+        if len(column) == 1:
+            return pa.nulls(1, type)
+    half = len(column) // 2
+    # The cast of a slice looks at all elements of nested columns; `take` copies those of its rows.
+    parts = [column.take(pa.array(rows)) for rows in (range(half), range(half, len(column)))]
+    return pa.concat_arrays([_cast(part, type) for part in parts])

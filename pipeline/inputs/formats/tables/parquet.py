@@ -30,7 +30,8 @@ from pipeline.storage.retrying_file import open_input
 BUFFER_BYTES = 4 << 20
 """A column is read in pieces of this size, never a whole row group: one may be larger than memory."""
 
-_DAMAGE_ERRORS = (OSError, pa.ArrowException)
+_DAMAGE_ERRORS = (OSError, pa.ArrowException, UnicodeError)
+"""`UnicodeError` is of names of columns, and of texts in nested columns that only Python can convert."""
 
 
 def read(work: ShardWork, options: ReadOptions) -> Tables:

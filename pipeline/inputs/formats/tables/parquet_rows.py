@@ -13,6 +13,7 @@ from blip2_actor import Status
 from pipeline.inputs.formats.tables.columns import Columns, is_bytes, is_text
 from pipeline.inputs.formats.tables.image_cells import Images, read_cells
 from pipeline.inputs.formats.tables.image_lists import KEYS, MEMBERS, unfold
+from pipeline.inputs.formats.tables.texts import escape_texts, not_utf8
 from pipeline.inputs.reader import ADDRESS, MEMBER, ReadOptions
 from pipeline.schema import plain_type, to_plain
 
@@ -48,14 +49,22 @@ class ParquetRows:
         return unfold(batch, self.columns.image.name, first_row) if self.columns.has_lists else batch
 
     def read(self, batch: pa.RecordBatch, row: int) -> pa.Table:
-        """Make a table of an unfolded batch whose first row is number `row` of the shard."""
+        """Make a table of an unfolded batch whose first row is number `row` of the shard.
+
+        A row with a prompt or a scored text that is not UTF-8 is refused. A key has escapes for such bytes.
+        """
         images = read_cells(batch.column(self.columns.image.name), self.options, self._folder)
         has_lists = self.columns.has_lists
         keys = batch.column(KEYS) if has_lists else self._row_numbers(row, len(batch))
         members = batch.column(MEMBERS) if has_lists else pa.nulls(len(batch), pa.string())
         if self.columns.key is not None:
-            keys = pc.coalesce(batch.column(self.columns.key.name).cast(pa.string()), keys)
-        others = [batch.column(field.name).cast(pa.string()) for field in self.columns.texts.values()]
+            keys = pc.coalesce(escape_texts(batch.column(self.columns.key.name))[0], keys)
+        others = []
+        for field in self.columns.texts.values():
+            texts, rows = escape_texts(batch.column(field.name))
+            what = f"the text in {field.name!r}"
+            images = images.refuse({row: not_utf8(what, texts[row].as_py()) for row in rows})
+            others.append(texts)
         for name in self.options.kept:
             field = self.columns.kept.get(name)
             if field is None:

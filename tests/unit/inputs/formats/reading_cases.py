@@ -50,6 +50,11 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
     return file.getvalue()
 
 
+def not_utf8(*texts: bytes | None) -> pa.Array:
+    """Return strings of any bytes, which Arrow and Parquet do not check."""
+    return pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
+
+
 def encoded(format: str) -> bytes:
     """Return a small image."""
     file = io.BytesIO()

@@ -101,6 +101,27 @@ def test_a_damaged_header_ends_the_tar_and_is_reported(cuts, data):
     assert not report.complete and report.reason is not None and "byte" in report.reason
 
 
+def with_size(content: bytes, header: int, size: bytes) -> bytes:
+    """Replace the field of the size in a header, whose checksum stays right."""
+    block = bytearray(content[header : header + 512])
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return content[:header] + block + content[header + 512 :]
+
+
+@pytest.mark.parametrize("compressed", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    "size", [b"\x80\x01", b"\x80\0\0\0" + b"\xff" * 8, b"7" * 11, b"-1000", b"-10000", b"\xff" * 11], ids=str
+)
+def test_a_damaged_size_costs_the_sample_and_what_follows(tmp_path, size, compressed):
+    """A size that no file has ended the job; a negative one led back to its own header, for ever."""
+    content = tar_bytes([("0.jpg", b"a"), ("1.jpg", b"b"), ("2.jpg", b"c")])
+    rows, report = read_rows(write_tar_shard(tmp_path, compressed(with_size(content, 1024, size))))
+    assert [row["key"] for row in rows] == ["0"]
+    assert (report.num_rows, report.complete) == (1, False) and report.reason
+
+
 def test_data_after_the_end_mark_is_reported(tmp_path):
     first, second = tar_bytes([("1.jpg", b"a")]), tar_bytes([("2.jpg", b"b")])
     rows, report = read_rows(write_tar_shard(tmp_path, first + second))

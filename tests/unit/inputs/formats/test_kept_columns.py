@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import datasets
 import duckdb
 import numpy as np
@@ -79,6 +81,40 @@ def test_types_that_nothing_joins_are_refused_by_both_files(tmp_path):
     message = r"keep .* got 'label' of type int64 in .*/0.parquet and string in .*/1.parquet; write it"
     with pytest.raises(InputError, match=message):
         run(tmp_path, reading=ReadOptions(keep=("label",)))
+
+
+@pytest.mark.parametrize("is_dictionary", [False, True])
+@pytest.mark.parametrize("first", [pa.int64(), pa.int8()])
+def test_signed_integers_and_uint64_are_refused(tmp_path, first, is_dictionary):
+    """They became int64, and the upper half of uint64 negative numbers."""
+    second = pa.array([2**63 + 5], pa.uint64())
+    second = second.dictionary_encode() if is_dictionary else second
+    write_tables(tmp_path, of(pa.array([1], first)), of(second))
+    message = (
+        r"got 'label' of type int\d+ in .*/0.parquet and .*uint64.* in .*/1.parquet; write it with one type"
+    )
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, reading=ReadOptions(keep=("label",)))
+
+
+def test_a_pair_that_arrow_joins_and_cannot_cast_is_refused(tmp_path):
+    decimals = pa.array([Decimal("1.50")], pa.decimal128(10, 2))
+    write_tables(tmp_path, of(decimals), of([1]))
+    with pytest.raises(InputError, match=r"got 'label' of type decimal128.* and int64 in "):
+        run(tmp_path, reading=ReadOptions(keep=("label",)))
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: [value]], ids=["plain", "list"])
+def test_a_value_that_the_common_type_does_not_hold_is_null_and_noted(tmp_path, wrap):
+    """2 ** 53 + 1 became 2 ** 53, and nothing said so."""
+    integers, floats = [7, 2**53 + 1, None, -(2**53)], [1.5, None]
+    columns = [[value and wrap(value) for value in values] for values in (integers, floats)]
+    write_tables(tmp_path, *map(of, columns))
+    done = run(tmp_path, reading=ReadOptions(keep=("label",)))
+    expected = [wrap(7.0), None, None, wrap(-(2.0**53)), wrap(1.5), None]
+    assert pq.read_table(tmp_path / "out")["label"].to_pylist() == expected
+    (note,) = [line for line in done.lines() if line.startswith("note: ")]
+    assert "values of the column 'label' are null, because it has the type" in note and "0.parquet" in note
 
 
 def test_a_table_that_was_not_looked_at_and_does_not_fit_has_nulls_and_a_note(tmp_path, monkeypatch):

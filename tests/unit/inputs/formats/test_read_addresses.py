@@ -14,7 +14,7 @@ from pipeline.inputs.formats import check_options
 from pipeline.inputs.formats.addresses import folder_of, is_web, resolve, scheme_of
 from pipeline.inputs.reader import ADDRESS, ReadOptions
 from pipeline.inputs.shards import Shard
-from tests.unit.inputs.formats.reading_cases import read_rows, shard_at, tar_shard_of
+from tests.unit.inputs.formats.reading_cases import not_utf8, read_rows, shard_at, tar_shard_of
 
 URL = "https://example.com/a.jpg?w=1"
 
@@ -40,6 +40,19 @@ def test_a_column_of_urls_gives_rows_with_addresses(tmp_path: Path) -> None:
 def test_text_of_every_type_is_read(tmp_path: Path, type: pa.DataType) -> None:
     rows, _ = read_rows(table(tmp_path, url=pa.array([URL], type)), fetch=True)
     assert rows[0][ADDRESS] == URL
+
+
+@pytest.mark.parametrize("in_struct", [False, True])
+def test_an_address_that_is_not_utf8_costs_its_own_row(tmp_path: Path, in_struct: bool) -> None:
+    cells = not_utf8(b"https://u:secret@example.com/\xff.jpg", b"b.jpg")
+    if in_struct:
+        cells = pa.StructArray.from_arrays([pa.nulls(2, pa.binary()), cells], ["bytes", "path"])
+    shard = table(tmp_path, image=cells)
+    rows, report = read_rows(shard, fetch=True)
+    assert [(row["status"], row[ADDRESS]) for row in rows] == [("refused", None), (None, f"{tmp_path}/b.jpg")]
+    assert r"must be UTF-8, got https://example.com/\xff.jpg; write" in rows[0]["error"] and report.complete
+    if in_struct:
+        assert [row["status"] for row in read_rows(shard)[0]] == ["missing_image"] * 2
 
 
 def test_a_struct_with_bytes_needs_no_address(tmp_path: Path) -> None:
@@ -71,6 +84,14 @@ def test_what_cannot_hold_addresses_is_refused(tmp_path: Path) -> None:
     folder = Shard(name="f", format="folder", root=str(tmp_path), files=("a.jpg",))
     with pytest.raises(InputError, match="--fetch has no meaning for folders of files"):
         check_options([folder], ReadOptions(fetch=True))
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_text_that_is_no_base64_is_refused_whatever_its_bytes(tmp_path: Path, in_list: bool) -> None:
+    cells = not_utf8(None, b"\xff.jpg")
+    cells = pa.ListArray.from_arrays([0, 1, 2], cells) if in_list else cells
+    with pytest.raises(InputError, match=r"got 'image' with .*xff.jpg'; add --fetch"):
+        check_options([table(tmp_path, image=cells)], ReadOptions())
 
 
 def test_urls_without_fetch_are_refused_with_the_flag_to_add(tmp_path: Path) -> None:

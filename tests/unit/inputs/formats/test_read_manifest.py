@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.inputs.changes import find_changes, redo
@@ -72,7 +76,18 @@ def test_json_lines(tmp_path: Path) -> None:
             b'{"path": "a.jpg"}\n["b.jpg"]\n{"path": "c.jpg"}\n',
             "must be a JSON object, got list",
         ),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n{"path": "b\\ud83d.jpg"}\n{"path": "c.jpg"}\n',
+            r"can't encode character '\ud83d'",
+        ),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n{"path": %b1%b}\n{"path": "c.jpg"}\n' % (b"[" * 99_999, b"]" * 99_999),
+            "nested too deeply",
+        ),
         ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "invalid start byte"),
+        ("list.csv", b"path,n\na.jpg,1\nb.jpg,2\rx.jpg,3\nc.jpg,3\n", "has carriage returns outside quotes"),
     ],
 )
 def test_a_record_that_cannot_be_read_costs_its_own_row(
@@ -82,6 +97,46 @@ def test_a_record_that_cannot_be_read_costs_its_own_row(
     assert [row["status"] for row in rows] == [None, "unreadable", None]
     assert reason in rows[1]["error"] and rows[1]["key"]
     assert [row[ADDRESS] for row in rows[::2]] == [f"{tmp_path}/a.jpg", f"{tmp_path}/c.jpg"]
+
+
+@pytest.mark.parametrize("option", ["key_column", "prompt_column", "keep"])
+def test_half_of_a_character_costs_its_row_only_if_it_is_used(tmp_path: Path, option: str) -> None:
+    """Arrow takes no such text: the table, and with it the job, could not be made."""
+    notes = ["whole 😀", "cut \ud83d", "plain"]
+    content = "".join(json.dumps({"path": f"{at}.jpg", "n": note}) + "\n" for at, note in enumerate(notes))
+    rows = rows_of(tmp_path / "list.jsonl", content, **{option: ("n",) if option == "keep" else "n"})
+    assert [row["status"] for row in rows] == [None, "unreadable", None]
+    assert {row["status"] for row in rows_of(tmp_path / "list.jsonl", content)} == {None}
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("list.tsv", "\t"), ("list.csv", ",")])
+def test_a_quote_within_a_field_is_a_character(tmp_path: Path, name: str, delimiter: str) -> None:
+    """Each odd one joined the lines up to the next one to one row, and nothing said so."""
+    notes = ['a 5" pipe', "plain", 'x"" "', '"6"" of\n7"" x"y"', ""]
+    lines = ["path,note", *(f"{number}.jpg,{note}" for number, note in enumerate(notes))]
+    rows = rows_of(tmp_path / name, "\n".join(lines).replace(",", delimiter), keep=("note",))
+    assert [row["key"] for row in rows] == [f"{number}.jpg" for number in range(5)]
+    assert [row["note"] for row in rows] == [*notes[:3], '6" of\n7" xy"', ""]
+
+
+def test_a_quote_that_does_not_end_is_no_value(tmp_path: Path) -> None:
+    """The lines after it were taken for the end of a prompt or a kept column."""
+    rows = rows_of(tmp_path / "list.csv", 'path,note\na.jpg,1\nb.jpg,"2\nc.jpg,3\n', keep=("note",))
+    assert [row["status"] for row in rows] == [None, "unreadable"]
+    assert "a quote does not end" in rows[1]["error"]
+
+
+@given(st.text('",\t\n\ra', max_size=40), st.sampled_from(["csv", "tsv"]))
+def test_records_are_those_of_the_csv_module(text: str, kind: records.Kind) -> None:
+    text = re.sub("\r(?!\n)", "", text)  # Lines of a manifest end in a line feed.
+
+    def rows(part: str) -> list[list[str]]:
+        found = csv.reader(io.StringIO(part, newline=""), "excel" if kind == "csv" else "excel-tab")
+        return [fields for fields in found if "".join(fields).strip()]
+
+    found = [rows(record.decode()) for _, record in records.records(io.BytesIO(text.encode()), kind)]
+    assert [fields for of_record in found for fields in of_record] == rows(text)
+    assert all(len(of_record) <= 1 for of_record in found)
 
 
 def test_a_manifest_is_divided_and_each_part_is_read_alone(
@@ -150,6 +205,7 @@ def test_lines_may_name_tars_and_tables(tmp_path: Path) -> None:
         ("a.parquet", "", "a manifest must be lines of text"),
         ("a.csv", "", "the manifest is empty"),
         ("a.jsonl", "[1]\n", "the first line of the manifest cannot be read: it must be a JSON object"),
+        ("a.jsonl", '{"path": "a.jpg", "\\ud83d": 1}', r"first line .* can't encode character '\\ud83d'"),
         ("a.csv", "x,y\n1,2\n", "no column of text, which could hold addresses, only x, y"),
     ],
 )

@@ -16,7 +16,7 @@ from pipeline.inputs.formats.tables.columns import Columns
 from pipeline.inputs.formats.tables.parquet_rows import ParquetRows
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions
-from tests.unit.inputs.formats.reading_cases import read_rows, read_tables, shard_at
+from tests.unit.inputs.formats.reading_cases import not_utf8, read_rows, read_tables, shard_at
 
 
 def write(tmp_path, table: pa.Table | dict, **more):
@@ -91,6 +91,42 @@ def test_key_prompt_and_kept_columns(tmp_path):
     assert tables[0].column_names[6:] == ["member", "prompt", "nested", "key_was"]
     rows, _ = read_rows(shard, key_column="id")
     assert [row["key"] for row in rows] == ["100", "101", "102", "103"]
+
+
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_text_that_is_not_utf8_costs_its_own_row(tmp_path, type):
+    """As a prompt or a text to score it ended the job; as a key it made the output unreadable."""
+    texts = not_utf8(b"a", None, b"\xffb", "ü".encode(), b"c\xfe")
+    texts = texts.dictionary_encode() if pa.types.is_dictionary(type) else texts.cast(type)
+    shard = write(tmp_path, {"image": [b"0", b"1", b"2", b"3", None], "n": texts})
+    tables, report = read_tables(shard, key_column="n", table_rows=4)
+    assert report.complete and all(table.validate(full=True) is None for table in tables)
+    assert [key for table in tables for key in table["key"].to_pylist()] == [
+        "a",
+        "1",
+        r"\xffb",
+        "ü",
+        r"c\xfe",
+    ]
+    for options in ({"prompt_column": "n"}, {"text_columns": ("n",)}):
+        tables, report = read_tables(shard, **options)
+        assert report.complete and all(table.validate(full=True) is None for table in tables)
+        rows = pa.concat_tables(tables).to_pylist()
+        assert [row["status"] for row in rows] == [None, None, "refused", None, "missing_image"]
+        assert [row["image"] for row in rows] == [b"0", b"1", None, b"3", None]
+        assert rows[2]["error"] == (
+            r"the text in 'n' must be UTF-8, got \xffb; write the table again with texts in UTF-8"
+        )
+        assert rows[4]["error"] == "the cell is null"
+
+
+def test_the_name_of_a_column_that_is_not_utf8_is_damage(tmp_path):
+    shard = write(tmp_path, {"image": [b"x"], "zzzz": [1]}, store_schema=False)
+    path = tmp_path / "0.parquet"
+    path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xff\xfe"))
+    with pytest.raises(InputError, match=r"cannot be opened as a Parquet table .*can't decode byte 0xff"):
+        check_options([shard], ReadOptions())
+    assert not read_rows(shard)[1].complete
 
 
 def test_a_table_that_cannot_be_opened_is_refused_by_its_name(tmp_path):

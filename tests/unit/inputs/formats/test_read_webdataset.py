@@ -255,6 +255,36 @@ def test_keys_that_are_not_utf8_stay_distinct(tmp_path):
     assert [row["key"] for row in rows] == ["\\xff1", "\\xfe1"]
 
 
+def test_errors_and_notes_name_members_that_are_not_utf8(tmp_path):
+    """Arrow takes no such name, so that a row that failed ended the job."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, content in (
+            ("é0.jpg", b""),
+            ("é1.jpg", None),
+            ("é2.jpg", b"xyz"),
+            ("3.é", b"x"),
+            ("é4", b"x"),
+            ("5.jpg", b"x"),
+            ("é2.txt", b"x"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.size = (tarfile.SYMTYPE, 0) if content is None else (b"0", len(content))
+            tar.addfile(member, io.BytesIO(content or b""))
+    rows, report = read_rows(write_tar_shard(tmp_path, file.getvalue()), keep=("txt",), max_image_bytes=2)
+    statuses = ["missing_image", "unreadable", "too_large", "missing_image", None]
+    assert [row["status"] for row in rows] == statuses
+    assert [row["error"] for row in rows] == [
+        r"\xe90.jpg is empty",
+        r"\xe91.jpg is a link or device, which is not followed inside a tar",
+        r"\xe92.jpg has 3 bytes, more than 2",
+        r"the sample has no image among its members: \xe9",
+        None,
+    ]
+    assert r"\xe92.txt is not next to the other members" in str(report.reason)
+    assert str(report.note).endswith(r"the first is \xe94")
+
+
 @given(st.lists(st.sampled_from([b"\\", b"x", b"5", b"c", b"\xff", b"f", b"a"]), max_size=8).map(b"".join))
 def test_escaped_names_lead_back_to_the_name_in_the_tar(name):
     escaped = escape_name(name.decode(errors="surrogateescape"))
