@@ -75,11 +75,8 @@ class RemoteEngine:
         self._outage = Outage()
         self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
         self._num_requests = self._num_finished = self._num_tokens = 0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"endpoint-{n}", daemon=True)
-            for n in range(NUM_CONNECTIONS)
-        ]
-        self._threads.append(threading.Thread(target=self._watch, name="endpoint-watch", daemon=True))
+        runs = {f"endpoint-{n}": self._run for n in range(NUM_CONNECTIONS)} | {"endpoint-watch": self._watch}
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in runs.items()]
         for thread in self._threads:
             thread.start()
 
@@ -262,10 +259,13 @@ class RemoteEngine:
         if refusal.code == 413 and len(wanted) > 1:
             self._max_images = max(1, len(wanted) // 2)
             self._put_back(wanted)
+        elif refusal.code in REFUSALS and len(wanted) > 1:  # which may be for one of them
+            for one in wanted:
+                one.num_breaks = MAX_BREAKS
+            self._put_back(wanted)
         elif refusal.code in REFUSALS:
             self._outage.end()
-            for one in wanted:
-                one.resolve(one.ask.without(Status.REFUSED, f"the endpoint {refusal}"))
+            wanted[0].resolve(wanted[0].ask.without(Status.REFUSED, f"the endpoint {refusal}"))
         elif refusal.type in BUSY:
             self._outage.end()
             if self._ended.wait(refusal.pause_s):

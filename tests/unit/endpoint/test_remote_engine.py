@@ -230,6 +230,30 @@ def test_what_would_be_refused_again_is_a_result() -> None:
     assert result.error == "the endpoint answers 400: options: num_beams must be at most 16, got 17"
 
 
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_text_that_is_refused_costs_no_other_its_result(code: int) -> None:
+    """All texts of its request, up to 63 others, were refused with it."""
+    sizes: list[int] = []
+
+    def answer(exchange: Exchange) -> None:
+        sizes.append(len(exchange.scores))
+        if any(one["text"] == "bad" for one in exchange.scores):
+            exchange.refuse(code, "bad_request", "scores is too long")
+        else:
+            exchange.answer_all()
+
+    texts = ["good"] * 19 + ["bad"]
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        found = engine.score(list(IMAGES), texts)
+    expected = [Score(logprob=fake_score(image, "good", None), num_tokens=1) for image in IMAGES[:19]]
+    assert found[:19] == expected
+    assert (found[19].status, found[19].error) == (
+        Status.REFUSED,
+        f"the endpoint answers {code}: scores is too long",
+    )
+    assert max(sizes) > 1, "they were sent together"
+
+
 def test_a_request_that_is_too_large_is_divided() -> None:
     def answer(exchange: Exchange) -> None:
         if len(exchange.images) > 3:
