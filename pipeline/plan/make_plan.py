@@ -28,15 +28,15 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
     """
     job = settings.job()
-    engine = engine or job.builder
-    info = engine.info()
-    job = job.resolved(info)
-    job.spec(engine).check(info)
     listing = list_input(
         job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
     )
     shards = listing.shards
     check_options(shards, job.read_options)
+    engine = engine or job.builder
+    info = engine.info()
+    job = job.resolved(info)
+    job.spec(engine).check(info)
     sample = take_sample(shards, job.read_options, settings.sample)
     return Plan(
         settings=job,

@@ -60,20 +60,21 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     run = ledger.load(settings.input)
     if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
+    new = _list_input(settings) if run is None else None  # before the model, whose imports take seconds
     wanted = engine or settings.builder
     engine, info = _describe(wanted, run)
     given = settings.resolved(info)
     settings = _with_pinned_scores(given, engine, info, run)
     settings.spec(engine).check(info)
-    new = _list_input(settings, ledger) if run is None else None
     if run is not None and settings.fork and not _continues(run, settings, info):
         given, ledger, run = _find_fork(given, ledger, _in_any_dtype(wanted))
         engine, info = _describe(wanted, run)
         settings = _with_pinned_scores(given, engine, info, run)
-        new = _list_input(settings, ledger) if run is None else None
+        new = _list_input(settings) if run is None else None
     if run is None:
         assert new is not None
         listing, kept = new
+        _check_output(ledger, listing)
         run = begin_run(settings.fingerprint(info), given, listing, kept)
         run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
@@ -258,7 +259,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
     )
 
 
-def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.Schema]:
+def _list_input(settings: CaptionSettings) -> tuple[Listing, pa.Schema]:
     """Return the shards of a run that is to begin in this output, and its kept columns."""
     listing = list_input(
         settings.input,
@@ -272,7 +273,11 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
         raise ValueError(
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
-    kept = check_options(listing.shards, settings.read_options)
+    return listing, check_options(listing.shards, settings.read_options)
+
+
+def _check_output(ledger: Ledger, listing: Listing) -> None:
+    """Refuse an output in which no run on these shards can begin."""
     ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
@@ -281,4 +286,3 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
-    return listing, kept
