@@ -24,6 +24,9 @@ from pipeline.settings.placement import Placement
 if TYPE_CHECKING:
     from pipeline.endpoint.remote_engine import RemoteEngine
 
+ACCELERATORS = ("gpus_per_actor", "accelerator", "accelerator_type")
+"""Settings of a placement that are about the accelerators of a captioning actor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
@@ -142,7 +145,7 @@ class EndpointSettings:
                 "score_model must be left out with endpoint, which scores with its captioning model; compare "
                 "images and texts in a run of its own: blip2 score"
             )
-        for name in ("gpus_per_actor", "accelerator", "accelerator_type"):
+        for name in ACCELERATORS:
             if getattr(placement, name):
                 raise ValueError(f"{name} must be left out with endpoint, which has the accelerators")
         for each in dataclasses.fields(EngineConfig):
@@ -151,6 +154,13 @@ class EndpointSettings:
                 raise ValueError(
                     f"{each.name} must be left out with endpoint, which has a model of its own, got {value}"
                 )
+
+    def of_placement(self, placement: Placement) -> Placement:
+        """Return the placement that actors have here: those that only send reserve no accelerator."""
+        if self.endpoint is None:
+            return placement
+        none: dict[str, Any] = dict.fromkeys(ACCELERATORS)
+        return dataclasses.replace(placement, **none)
 
     def of_model(self, engine: EngineConfig, info: ModelInfo) -> EngineConfig:
         """Return the engine that would make the same rows here."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip2_actor import EngineBuilder, ModelInfo
+from blip2_actor import EngineBuilder, EngineConfig, ModelInfo
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.endpoint.settings import EndpointConfig
 from pipeline.errors import InputError
@@ -39,6 +39,7 @@ from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.placement import Placement
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 
@@ -101,7 +102,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     """Check that the rows of an earlier run can be run again, with the model that made it.
 
     Raises:
-        ValueError, OSError: there is no run, or its model is no longer the same.
+        ValueError, OSError: there is no run, its model is no longer the same, or its endpoint cannot make the
+            rows; the message says what to do.
     """
     stop_at = _stop_at(settings.deadline)
     refuse_relative("output", [settings.output])
@@ -113,11 +115,12 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     if engine is not None:
         del stored["engine"]
     first = from_dict(CaptionSettings, stored)
+    settings.serving.check(EngineConfig(), first.outputs, settings.placement.apply(Placement()))
     first = dataclasses.replace(
         first.in_version(run.schema_version),
         output=settings.output,
         outputs=settings.outputs(first.outputs),
-        placement=settings.placement.apply(first.placement),
+        placement=settings.placement.apply(settings.serving.of_placement(first.placement)),
         limits=settings.limits(first.limits),
         fetching=settings.fetching(first.fetching),
         serving=settings.serving,
