@@ -15,7 +15,7 @@ import pytest
 
 from blip2_actor.flags.fields import field_docs
 from pipeline.cli.command_table import COMMANDS
-from pipeline.cli.main import main, read_job
+from pipeline.cli.main import main, parse, read_job
 from pipeline.submit.cluster_job import begin, follow, running_job
 from pipeline.submit.job_command import JobCommand, check_command
 from pipeline.submit.package import packed
@@ -149,6 +149,19 @@ def test_a_path_in_a_configuration_file_is_checked_too(sent):
     Path("blip2.toml").write_text('["plan embed"]\nsample = 8\n')
     job = sent("plan", "embed", "--input", IN, "--on-cluster", "--config", "blip2.toml")
     assert job.entrypoint == f"python -m pipeline plan embed --input={IN} --sample=8 --on-cluster"
+
+
+@pytest.mark.parametrize("flags", ["--json -v", "-q", "--json --log-level info", "-q -v --num-beams 2"])
+def test_a_job_with_a_configuration_file_has_all_its_flags(flags, sent):
+    """--json, -v and -q were left out of the command that is sent."""
+    Path("blip2.toml").write_text("[caption]\nmax-new-tokens = 5\n")
+    arguments = [*CAPTION, "--config", "blip2.toml", *flags.split()]
+    _, sent_flags = parse(sent(*arguments).arguments)
+    of_the_file = {"config", "parser", "sources"}
+    _, given = parse(arguments)
+    assert {k: v for k, v in vars(sent_flags).items() if k not in of_the_file} == {
+        k: v for k, v in vars(given).items() if k not in of_the_file
+    }
 
 
 def test_an_address_is_that_of_the_dashboard():
