@@ -148,6 +148,11 @@ class EndpointSettings:
         for name in ACCELERATORS:
             if getattr(placement, name):
                 raise ValueError(f"{name} must be left out with endpoint, which has the accelerators")
+        if placement.step_timeout_s != Placement.step_timeout_s:
+            raise ValueError(
+                "step_timeout_s must be left out with endpoint, which watches its own engine, got "
+                f"{placement.step_timeout_s:g}"
+            )
         for each in dataclasses.fields(EngineConfig):
             value: Any = getattr(engine, each.name)
             if each.name != "ignore_generation_config" and value != each.default:

@@ -49,6 +49,10 @@ def test_what_the_endpoint_cannot_make_is_named(
             ),
             (["--endpoint", url, "--gpus-per-actor", "1"], "gpus-per-actor must be left out with --endpoint"),
             (
+                ["--endpoint", url, "--step-timeout-s", "60"],
+                "step-timeout-s must be left out with --endpoint, which watches its own engine, got 60",
+            ),
+            (
                 ["--endpoint", url, "--num-beams", "17"],
                 "refuses captions: the endpoint answers 400: options: --num-beams ",
             ),
@@ -81,8 +85,8 @@ def finish_run(photos: str, output: Path, **settings: Any) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--gpus-per-actor 1", "--accelerator NPU=1", "--accelerator-type L40S"],
-    ids=lambda f: f.split()[0],
+    ["--gpus-per-actor 1", "--accelerator NPU=1", "--accelerator-type L40S", "--step-timeout-s 60"],
+    ids=lambda flags: flags.split()[0],
 )
 def test_a_retry_is_refused_what_a_caption_is_refused(
     photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
