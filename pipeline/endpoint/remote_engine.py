@@ -48,6 +48,7 @@ BUSY = ("overloaded", "quota", "too_many_bytes")
 """Types of refusals that only ask for patience."""
 REFUSALS = (400, 413, 415, 422)
 """Codes of requests that would be refused again."""
+KEY_REFUSED = (401, 403)
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ class RemoteEngine:
         elif refusal.code == 500:
             self._after_break(wanted, BrokenOff(str(refusal)))
         else:
-            self._pause(wanted, str(refusal), refusal.pause_s)
+            self._pause(wanted, str(refusal), refusal.pause_s, refuses_key=refusal.code in KEY_REFUSED)
 
     def _after_break(self, wanted: list[Wanted], end: BrokenOff) -> None:
         """Ask again. A text with which an answer breaks off each time must not break it for the others."""
@@ -287,12 +288,12 @@ class RemoteEngine:
                 one.resolve(one.ask.without(Status.FAILED, error))
         self._pause([one for one in wanted if not one.future.done()], str(end), PAUSE_S)
 
-    def _pause(self, wanted: Sequence[Wanted], state: str, at_least_s: float) -> None:
+    def _pause(self, wanted: list[Wanted], state: str, at_least_s: float, refuses_key: bool = False) -> None:
         if not self._waits:
             error = EndpointError(f"{self._endpoint.url} {state}")
             for one in wanted:
                 one.fail(error)
         else:
-            if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended):
+            if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended, refuses_key):
                 self._give_up()
             self._put_back(wanted)
