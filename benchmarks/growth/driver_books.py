@@ -18,7 +18,7 @@ from pipeline.inputs.datasource import ShardDatasource
 from pipeline.inputs.listing import list_input
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import begin_run
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.stages.coordinator import ReportShard
@@ -59,7 +59,7 @@ class DriverBooks:
     def status(self, output: str) -> None:
         """Make the lines of `blip2 status`."""
         with self._part("status"):
-            status_lines(output)
+            RunStatus.read(output).lines()
 
     def parts(self) -> dict[str, dict[str, float]]:
         """Return what each part took."""

@@ -46,6 +46,9 @@ EXAMPLES = (
     ("blip2 show captions", "look at the captions"),
 )
 
+STYLE_FLAGS = {"verbose": "--verbose", "quiet": "--quiet", "json_lines": "--json"}
+"""Switches of the parser that are no settings, by the names under which it keeps them."""
+
 
 def make_parser(only: str | None = None, requires: bool = True) -> Parser:
     """Return the parser of the whole command line.
@@ -217,5 +220,6 @@ def read_job(arguments: Sequence[str]) -> dict[str, Any]:
     if "config" in given:  # the file is not on the cluster
         words = [*given.command.split(), *settings_as_words(effective_settings(given, command.settings))]
         words += ["--log-level", given.log_level] if given.log_level else []
+        words += [flag for name, flag in STYLE_FLAGS.items() if getattr(given, name, False)]
     _build(given, {})
     return {"job": words, "job_flags": vars(given), "job_settings": command.settings}

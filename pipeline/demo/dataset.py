@@ -83,12 +83,6 @@ def write_demo_dataset(
     return truth
 
 
-def read_truth(folder: Path) -> dict[str, Expected]:
-    """Read the expected results that `write_demo_dataset` has written to `folder`."""
-    table = json.loads((folder / TRUTH_FILE).read_text())
-    return {k: Expected(status=Status(e.pop("status")), **e) for k, e in table.items()}
-
-
 def _rows(num_images: int, seed: int) -> Iterator[_Row]:
     rng = np.random.default_rng(seed)
     sampler = SceneSampler("held_out", seed)

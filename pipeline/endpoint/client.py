@@ -7,11 +7,11 @@ import dataclasses
 import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from blip2_actor import ModelInfo
 from blip2_actor.flags import split_uri
@@ -69,34 +69,47 @@ class Endpoint:
         body: dict[str, Any] = {"image": base64.b64encode(image).decode(), "options": options}
         return self._ask("/v1/caption", body if prompt is None else body | {"prompt": prompt}, ANSWER_S)
 
+    def connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        """Return a connection, which opens with its first request.
+
+        It goes through no proxy, whatever the environment names: images and key are for the endpoint alone.
+        """
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return kind(parts.netloc, timeout=timeout_s)
+
+    def target(self, path: str) -> str:
+        """Return what a request for a path of the endpoint names."""
+        return urlsplit(self.url).path.rstrip("/") + path
+
     def _ask(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         """Send one request, again while the endpoint has too much to do."""
-        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}")
+        method, content, headers = "GET", None, self.headers
         if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
-        for name, value in self.headers.items():
-            request.add_unredirected_header(name, value)
+            method, content = "POST", json.dumps(body).encode()
+            headers |= {"Content-Type": "application/json"}
         give_up_at = time.monotonic() + timeout_s
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                    answer = json.load(response)
-            except urllib.error.HTTPError as error:
-                pause = pause_s(error.headers.get("Retry-After"))
-                if error.code not in (429, 503) or time.monotonic() + pause > give_up_at:
-                    reason = reason_in(error.read()) or error.reason
-                    raise EndpointError(f"{self.url} answers {error.code}: {reason}") from None
-                time.sleep(pause)
+                with closing(self.connect(timeout_s)) as connection:
+                    connection.request(method, self.target(path), content, headers)
+                    response = connection.getresponse()
+                    answered = response.read()
+                is_done = 200 <= response.status < 300
+                answer = json.loads(answered) if is_done else None
             except (OSError, ValueError, http.client.HTTPException) as error:
-                cause = error.reason if isinstance(error, urllib.error.URLError) else error
-                raise EndpointError(f"{self.url} gives no answer: {cause}") from None
-            else:
+                raise EndpointError(f"{self.url} gives no answer: {error}") from None
+            if is_done:
                 if not isinstance(answer, dict):
                     raise EndpointError(
                         f"{self.url} is no endpoint of this project: {path} is no JSON object"
                     )
                 return answer
+            pause = pause_s(response.headers.get("Retry-After"))
+            if response.status not in (429, 503) or time.monotonic() + pause > give_up_at:
+                reason = reason_of(response, answered)
+                raise EndpointError(f"{self.url} answers {response.status}: {reason}")
+            time.sleep(pause)
 
 
 def read_key(name: str, key_file: str | None) -> str | None:
@@ -122,9 +135,12 @@ def pause_s(retry_after: str | None) -> float:
     return min(asked, MAX_PAUSE_S)
 
 
-def reason_in(body: bytes) -> str:
-    """Return the sentence in an answer that refuses a request; empty if there is none."""
+def reason_of(response: http.client.HTTPResponse, content: bytes) -> str:
+    """Return why an answer refuses a request: the sentence in it, or what its status says."""
+    place = response.headers.get("Location")
+    if place is not None and 300 <= response.status < 400:
+        return f"a redirect to {place}, which is not followed; name that address"
     try:
-        return str(json.loads(body)["error"]["message"])
+        return str(json.loads(content)["error"]["message"]) or response.reason
     except (ValueError, KeyError, TypeError):
-        return ""
+        return response.reason

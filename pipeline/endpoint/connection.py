@@ -5,10 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Callable, Generator
-from urllib.parse import urlsplit
 
 from pipeline.endpoint.batch_requests import Outcome, outcome_of
-from pipeline.endpoint.client import Endpoint, pause_s, reason_in
+from pipeline.endpoint.client import Endpoint, pause_s, reason_of
 
 SILENT_S = 60.0
 """The endpoint sends an empty line each second; after this long without any, it is gone."""
@@ -39,7 +38,6 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._parts = urlsplit(endpoint.url)
         self._connection: http.client.HTTPConnection | None = None
 
     def outcomes(
@@ -58,9 +56,8 @@ class Connection:
         response = self._post(kind, body)
         if response.status != 200:
             content = response.read()
-            code, message = response.status, reason_in(content) or response.reason
             pause = pause_s(response.headers.get("Retry-After"))
-            raise WorkRefused(code, _type_in(content), message, pause)
+            raise WorkRefused(response.status, _type_in(content), reason_of(response, content), pause)
         on_admitted()
         try:
             for line in response:
@@ -80,21 +77,16 @@ class Connection:
     def _post(self, kind: str, body: bytes) -> http.client.HTTPResponse:
         """Send a request; an open connection that the endpoint has closed meanwhile is opened anew."""
         is_kept = self._connection is not None
-        connection = self._connection = self._connection or self._open()
+        connection = self._connection = self._connection or self._endpoint.connect(SILENT_S)
         headers = {"Content-Type": kind, **self._endpoint.headers}
         try:
-            connection.request("POST", f"{self._parts.path.rstrip('/')}/v1/batch", body, headers)
+            connection.request("POST", self._endpoint.target("/v1/batch"), body, headers)
             return connection.getresponse()
         except (OSError, http.client.HTTPException):
             self.close()
             if not is_kept:
                 raise
             return self._post(kind, body)
-
-    def _open(self) -> http.client.HTTPConnection:
-        is_secure = self._parts.scheme == "https"
-        connection = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-        return connection(self._parts.netloc, timeout=SILENT_S)
 
     def close(self) -> None:
         if self._connection is not None:

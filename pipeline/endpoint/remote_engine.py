@@ -48,6 +48,7 @@ BUSY = ("overloaded", "quota", "too_many_bytes")
 """Types of refusals that only ask for patience."""
 REFUSALS = (400, 413, 415, 422)
 """Codes of requests that would be refused again."""
+KEY_REFUSED = (401, 403)
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,8 @@ class RemoteEngine:
         self._outage = Outage()
         self._max_images = max(1, min(MAX_IMAGES, MAX_BYTES // (3 * model.image_size_px**2)))
         self._num_requests = self._num_finished = self._num_tokens = 0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"endpoint-{n}", daemon=True)
-            for n in range(NUM_CONNECTIONS)
-        ]
-        self._threads.append(threading.Thread(target=self._watch, name="endpoint-watch", daemon=True))
+        runs = {f"endpoint-{n}": self._run for n in range(NUM_CONNECTIONS)} | {"endpoint-watch": self._watch}
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in runs.items()]
         for thread in self._threads:
             thread.start()
 
@@ -262,10 +260,13 @@ class RemoteEngine:
         if refusal.code == 413 and len(wanted) > 1:
             self._max_images = max(1, len(wanted) // 2)
             self._put_back(wanted)
+        elif refusal.code in REFUSALS and len(wanted) > 1:  # which may be for one of them
+            for one in wanted:
+                one.num_breaks = MAX_BREAKS
+            self._put_back(wanted)
         elif refusal.code in REFUSALS:
             self._outage.end()
-            for one in wanted:
-                one.resolve(one.ask.without(Status.REFUSED, f"the endpoint {refusal}"))
+            wanted[0].resolve(wanted[0].ask.without(Status.REFUSED, f"the endpoint {refusal}"))
         elif refusal.type in BUSY:
             self._outage.end()
             if self._ended.wait(refusal.pause_s):
@@ -274,7 +275,7 @@ class RemoteEngine:
         elif refusal.code == 500:
             self._after_break(wanted, BrokenOff(str(refusal)))
         else:
-            self._pause(wanted, str(refusal), refusal.pause_s)
+            self._pause(wanted, str(refusal), refusal.pause_s, refuses_key=refusal.code in KEY_REFUSED)
 
     def _after_break(self, wanted: list[Wanted], end: BrokenOff) -> None:
         """Ask again. A text with which an answer breaks off each time must not break it for the others."""
@@ -287,12 +288,12 @@ class RemoteEngine:
                 one.resolve(one.ask.without(Status.FAILED, error))
         self._pause([one for one in wanted if not one.future.done()], str(end), PAUSE_S)
 
-    def _pause(self, wanted: Sequence[Wanted], state: str, at_least_s: float) -> None:
+    def _pause(self, wanted: list[Wanted], state: str, at_least_s: float, refuses_key: bool = False) -> None:
         if not self._waits:
             error = EndpointError(f"{self._endpoint.url} {state}")
             for one in wanted:
                 one.fail(error)
         else:
-            if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended):
+            if not self._outage.wait(f"{self._endpoint.url} {state}", at_least_s, self._ended, refuses_key):
                 self._give_up()
             self._put_back(wanted)

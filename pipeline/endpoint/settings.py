@@ -24,6 +24,9 @@ from pipeline.settings.placement import Placement
 if TYPE_CHECKING:
     from pipeline.endpoint.remote_engine import RemoteEngine
 
+ACCELERATORS = ("gpus_per_actor", "accelerator", "accelerator_type")
+"""Settings of a placement that are about the accelerators of a captioning actor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
@@ -142,15 +145,27 @@ class EndpointSettings:
                 "score_model must be left out with endpoint, which scores with its captioning model; compare "
                 "images and texts in a run of its own: blip2 score"
             )
-        for name in ("gpus_per_actor", "accelerator", "accelerator_type"):
+        for name in ACCELERATORS:
             if getattr(placement, name):
                 raise ValueError(f"{name} must be left out with endpoint, which has the accelerators")
+        if placement.step_timeout_s != Placement.step_timeout_s:
+            raise ValueError(
+                "step_timeout_s must be left out with endpoint, which watches its own engine, got "
+                f"{placement.step_timeout_s:g}"
+            )
         for each in dataclasses.fields(EngineConfig):
             value: Any = getattr(engine, each.name)
             if each.name != "ignore_generation_config" and value != each.default:
                 raise ValueError(
                     f"{each.name} must be left out with endpoint, which has a model of its own, got {value}"
                 )
+
+    def of_placement(self, placement: Placement) -> Placement:
+        """Return the placement that actors have here: those that only send reserve no accelerator."""
+        if self.endpoint is None:
+            return placement
+        none: dict[str, Any] = dict.fromkeys(ACCELERATORS)
+        return dataclasses.replace(placement, **none)
 
     def of_model(self, engine: EngineConfig, info: ModelInfo) -> EngineConfig:
         """Return the engine that would make the same rows here."""

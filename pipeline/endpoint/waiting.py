@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
-from pipeline.storage.retrying import MAX_PAUSE_S, TELL_EVERY_S, Trouble, tell
+from pipeline.storage.retrying import MAX_PAUSE_S, RETRY_FOR_S, TELL_EVERY_S, Trouble, tell
+
+KEY_PATIENCE_S = RETRY_FOR_S
+"""How long a key may be refused before the job gives up: long enough for a person to allow it again."""
 
 
 class GivenUp(Exception):
     """The job stops; what it has asked its endpoint for has no outcome."""
+
+
+@dataclass(frozen=True)
+class KeyRefused(Trouble):
+    """The endpoint has refused the key for `KEY_PATIENCE_S`; the driver ends the job."""
 
 
 class Outage:
@@ -18,9 +27,12 @@ class Outage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._key_refused_since: float | None = None
         self._pause_s = 0.0
 
-    def wait(self, state: str, at_least_s: float, is_ended: threading.Event) -> bool:
+    def wait(
+        self, state: str, at_least_s: float, is_ended: threading.Event, refuses_key: bool = False
+    ) -> bool:
         """Pause before the next try, longer each time, and say why; return False to give up.
 
         The pause is over once a try of another thread has succeeded, but no sooner than the endpoint asks.
@@ -29,19 +41,24 @@ class Outage:
             state: what is wrong, in a phrase.
             at_least_s: what the endpoint asks for.
             is_ended: set when nobody wants an answer any longer.
+            refuses_key: the endpoint answers, and waiting alone does not help.
         """
-        with self._lock:
-            since = self._since = self._since or time.monotonic()
-            self._pause_s = pause_s = min(max(at_least_s, 2 * self._pause_s), max(MAX_PAUSE_S, at_least_s))
-        shown = f"out of reach ({state.replace(';', ',')})"
         now = time.monotonic()
+        with self._lock:
+            since = self._since = self._since or now
+            if refuses_key:
+                self._key_refused_since = self._key_refused_since or now
+            give_up_at = KEY_PATIENCE_S + (self._key_refused_since or now)
+            self._pause_s = pause_s = min(max(at_least_s, 2 * self._pause_s), max(MAX_PAUSE_S, at_least_s))
+        shown = f"{'refusing the key' if refuses_key else 'out of reach'} ({state.replace(';', ',')})"
         earliest, next_try = now + at_least_s, now + pause_s
         is_new = True
         while (left_s := next_try - time.monotonic()) > 0:
             with self._lock:  # or this would say that it fails after `end` has said that it works
                 if self._since != since:
                     break
-                if not tell(Trouble("endpoint", shown, time.monotonic() - since, is_new)):
+                kind = KeyRefused if refuses_key and time.monotonic() > give_up_at else Trouble
+                if not tell(kind("endpoint", shown, time.monotonic() - since, is_new)):
                     return False
             is_new = False
             if is_ended.wait(min(left_s, TELL_EVERY_S)):
@@ -53,7 +70,7 @@ class Outage:
         with self._lock:
             if self._since is not None:
                 tell(None)
-            self._since, self._pause_s = None, 0.0
+            self._since, self._key_refused_since, self._pause_s = None, None, 0.0
 
     def job_goes_on(self) -> bool:
         """Return False if the job stops; during an outage, the threads in `wait` find that out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 
 from blip2_actor import EngineBuilder, ModelInfo
 from pipeline.attempts.store import read_attempts
@@ -13,6 +14,7 @@ from pipeline.inputs.size_estimate import estimate_size
 from pipeline.plan.model import Plan
 from pipeline.plan.sample import take_sample
 from pipeline.plan.stage_costs import measure_stage_costs
+from pipeline.settings.deadline import stop_time
 from pipeline.settings.plan_settings import AnyPlanSettings
 from pipeline.storage.folder import Folder
 
@@ -28,15 +30,15 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         ValueError, OSError: the job would raise it too, or no image of the sample can be decoded.
     """
     job = settings.job()
-    engine = engine or job.builder
-    info = engine.info()
-    job = job.resolved(info)
-    job.spec(engine).check(info)
     listing = list_input(
         job.input, format=job.format, limit=job.limit, options=job.read_options, patterns=job.patterns
     )
     shards = listing.shards
     check_options(shards, job.read_options)
+    engine = engine or job.builder
+    info = engine.info()
+    job = job.resolved(info)
+    job.spec(engine).check(info)
     sample = take_sample(shards, job.read_options, settings.sample)
     return Plan(
         settings=job,
@@ -50,7 +52,14 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
         num_accelerators=_num_accelerators(engine),
         price_per_hour=settings.price_per_hour,
         earlier_start_s=_earlier_start_s(settings.output, info),
+        deadline_s=_deadline_s(job.deadline),
     )
+
+
+def _deadline_s(deadline: str | None) -> float | None:
+    """Return the seconds from now until a job must begin to stop; None without a deadline."""
+    now = datetime.now(UTC)
+    return None if deadline is None else (stop_time(deadline, now) - now).total_seconds()
 
 
 def _earlier_start_s(output: str, info: ModelInfo) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from blip2_actor import ModelInfo, Status
+from pipeline.caption_counts import CaptionCounts
 from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.size_estimate import SizeEstimate
 from pipeline.plan.prediction import Prediction, predict
@@ -49,6 +51,8 @@ class Plan:
     """The measured machine, in words."""
     earlier_start_s: float | None = None
     """Seconds that the last start with this model took, as the output has recorded it."""
+    deadline_s: float | None = None
+    """Seconds from the plan to the moment at which the job would begin to stop for its deadline."""
 
     @property
     def prediction(self) -> Prediction:
@@ -85,6 +89,16 @@ class Plan:
     @property
     def failed_fraction(self) -> float:
         return 1 - self.by_status[Status.OK.value] / len(self.stage_costs.rows)
+
+    @property
+    def flagged_fraction(self) -> float:
+        """Share of the sample's captions that look wrong."""
+        return CaptionCounts.of_rows(self.stage_costs.rows).flagged_fraction
+
+    @property
+    def meets_deadline(self) -> bool | None:
+        """Whether the measured machine ends in time with one actor; None without a deadline."""
+        return None if self.deadline_s is None else self.prediction.here_s <= self.deadline_s
 
     @property
     def cost(self) -> float | None:
@@ -160,11 +174,28 @@ class Plan:
             )
         num_files = self.size_estimate.num_shards
         yield f"output    about {format_bytes(self.output_bytes)} in {count(num_files, 'Parquet file')}"
+        if self.deadline_s is not None:
+            yield f"deadline  {self.settings.deadline}, {self._what_meets(self.deadline_s)}"
         if self.failed_fraction > self.settings.max_failed_fraction:
             yield (
                 f"failures  {self.failed_fraction:.1%} of the sample; this is above --max-failed-fraction "
                 f"{self.settings.max_failed_fraction:g}, so the run would end with exit status 2"
             )
+        if self.flagged_fraction > self.settings.max_flagged_fraction:
+            yield (
+                f"flags     {self.flagged_fraction:.1%} of the sample's captions; this is above "
+                f"--max-flagged-fraction {self.settings.max_flagged_fraction:g}, so the run would end with "
+                "exit status 2"
+            )
+
+    def _what_meets(self, deadline_s: float) -> str:
+        if self.meets_deadline:
+            return f"which one actor meets on {self.num_cpus:,} cores"
+        left_s = deadline_s - self.start_s
+        if left_s <= 0:
+            return "before which no image is captioned, because of the start-up; give a later --deadline"
+        num_actors = count(math.ceil(self.prediction.actor_s / left_s), "actor")
+        return f"which one actor does not meet on {self.num_cpus:,} cores; {num_actors} that never wait would"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for `--json`; programs read it, so its keys never change."""
@@ -185,6 +216,7 @@ class Plan:
             "place": self.place,
             "price_per_hour": self.price_per_hour,
             "cost": self.cost,
+            "meets_deadline": self.meets_deadline,
             "quantization": None if effect is None else dataclasses.asdict(effect),
         }
 

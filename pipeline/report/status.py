@@ -116,15 +116,6 @@ class RunStatus:
         }
 
 
-def status_lines(uri: str) -> list[str]:
-    """Return the status of the run in an output folder, line by line.
-
-    Raises:
-        ValueError: the folder holds no run.
-    """
-    return RunStatus.read(uri).lines()
-
-
 def _input_lines(ledger: Ledger, run: Run) -> list[str]:
     """Say what of the input is not read or has changed, if it can be listed without passwords and options."""
     if not run.inputs or (run.hides_options and any("://" in name for name in run.inputs)):

@@ -22,13 +22,12 @@ from pipeline.progress import Console, ProgressSnapshot, Rate
 from pipeline.run.bottleneck import busy_fractions, describe_run
 from pipeline.run.cluster import log_folder
 from pipeline.run.committers import Committers
-from pipeline.run.failure import describe_failure
+from pipeline.run.failure import describe_failure, end_named_by
 from pipeline.run.job import Job
 from pipeline.run.signals import StopRequest
 from pipeline.run.stream import ReceiptStream, receipts_dataset
 from pipeline.run.tracker import Tracker
 from pipeline.stages.coordinator import Coordinator, Load, News
-from pipeline.stages.device_health import Device, DeviceLeftOut
 from pipeline.stages.storage_trouble import describe
 from pipeline.watch.members import Members
 
@@ -45,7 +44,7 @@ COMMIT_S = 2.0
 class Driver:
     """The main loop of a run: it drives what is left of a job, in the main thread, on a connected Ray.
 
-    The run ends early in one of five ways:
+    The run ends early in one of six ways:
 
     - A signal: running calls write the rows they have finished (for at most `FLUSH_S`), complete shards are
       committed (for at most `COMMIT_S`), and `StoppedBySignal` is raised. A second SIGINT (Ctrl-C) ends the
@@ -53,6 +52,7 @@ class Driver:
     - Most rows fail: the same, with `TooManyFailures`.
     - Ray gives up on a stage or a commit: what can be committed is, and `Stopped` names the cause.
     - A device has failed several times: the same as with a signal, with `DeviceLeftOut`.
+    - An endpoint refuses the key for long: the same, with `Stopped`.
     - Another driver has taken the lease: `OutputInUse` is raised at once.
 
     In each case finished work stays in the output, and the same command resumes it.
@@ -102,7 +102,7 @@ class Driver:
         self._checked = 0.0
         self._loads: dict[str, dict[str, Load]] = {}
         self._trouble: str | None = None
-        self._broken: Device | None = None
+        self._end: Stopped | None = None
         label_with_run()
         lease.progress = self._progress
         console.phase("starting the workers")
@@ -167,8 +167,7 @@ class Driver:
         self._say_trouble(describe(news.troubles))
         for failure in news.failures:
             self._console.fail(f"{failure.device} has failed: {failure.reason}; its images go again")
-            if failure.is_last:
-                self._broken = failure.device
+        self._end = self._end or end_named_by(news)
         self._committers.resize()
         self._members.look()
 
@@ -227,9 +226,9 @@ class Driver:
             )
             self._flush(stream)
             raise StoppedBySignal(self._stop.number)
-        if self._broken is not None:
+        if self._end is not None:
             self._flush(stream)
-            raise DeviceLeftOut(self._broken)
+            raise self._end
         if self._tracker.has_too_many_failures(self._max_failed_fraction):
             self._flush(stream)
             seen = ", ".join(f"{n:,} {status}" for status, n in self._tracker.by_status.most_common())

@@ -1,10 +1,17 @@
-"""What a person reads when Ray gives up: the cause alone, without tracebacks and without Ray's advice."""
+"""Why a job ends before its work is done.
+
+When Ray gives up, a person reads the cause alone, without tracebacks and without Ray's advice.
+"""
 
 from __future__ import annotations
 
 import re
 
-from pipeline.errors import WHILE
+from pipeline.endpoint.waiting import KEY_PATIENCE_S, KeyRefused
+from pipeline.errors import WHILE, Stopped
+from pipeline.progress import duration
+from pipeline.stages.coordinator import News
+from pipeline.stages.device_health import DeviceLeftOut
 from pipeline.storage.secrets import hide_secrets
 
 MAX_CHARS = 400
@@ -16,6 +23,21 @@ _OF_RAY = ("UserCodeException", "RayTaskError")
 """Ray wraps the cause in these, and its text follows that of the cause."""
 _OURS = ("ValueError", "OSError", "InputError", "EngineFault")
 """The messages of these are sentences of their own."""
+
+
+def end_named_by(news: News) -> Stopped | None:
+    """Return the error with which a job must end after what its workers have told; None if it can go on."""
+    for failure in news.failures:
+        if failure.is_last:
+            return DeviceLeftOut(failure.device)
+    for report in news.troubles:
+        if isinstance(report.trouble, KeyRefused):
+            waited = f"{report.trouble.state} for {duration(KEY_PATIENCE_S)}"
+            return Stopped(
+                f"the endpoint has been {waited}; finished work is kept; allow the key again, or give "
+                "another with --endpoint-key-file, and run the same command to resume"
+            )
+    return None
 
 
 def describe_failure(error: BaseException) -> str:

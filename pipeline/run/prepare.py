@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blip2_actor import EngineBuilder, ModelInfo
+from blip2_actor import EngineBuilder, EngineConfig, ModelInfo
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.endpoint.settings import EndpointConfig
 from pipeline.errors import InputError
@@ -39,6 +39,7 @@ from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.placement import Placement
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
 
@@ -60,20 +61,21 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     run = ledger.load(settings.input)
     if run is not None and run.predates_generation_config:
         settings = settings.without_generation_config()
+    new = _list_input(settings) if run is None else None  # before the model, whose imports take seconds
     wanted = engine or settings.builder
     engine, info = _describe(wanted, run)
     given = settings.resolved(info)
     settings = _with_pinned_scores(given, engine, info, run)
     settings.spec(engine).check(info)
-    new = _list_input(settings, ledger) if run is None else None
     if run is not None and settings.fork and not _continues(run, settings, info):
         given, ledger, run = _find_fork(given, ledger, _in_any_dtype(wanted))
         engine, info = _describe(wanted, run)
         settings = _with_pinned_scores(given, engine, info, run)
-        new = _list_input(settings, ledger) if run is None else None
+        new = _list_input(settings) if run is None else None
     if run is None:
         assert new is not None
         listing, kept = new
+        _check_output(ledger, listing)
         run = begin_run(settings.fingerprint(info), given, listing, kept)
         run = dataclasses.replace(run, quantization=getattr(engine, "quantization_choice", None))
         return Job(
@@ -100,7 +102,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     """Check that the rows of an earlier run can be run again, with the model that made it.
 
     Raises:
-        ValueError, OSError: there is no run, or its model is no longer the same.
+        ValueError, OSError: there is no run, its model is no longer the same, or its endpoint cannot make the
+            rows; the message says what to do.
     """
     stop_at = _stop_at(settings.deadline)
     refuse_relative("output", [settings.output])
@@ -112,11 +115,12 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     if engine is not None:
         del stored["engine"]
     first = from_dict(CaptionSettings, stored)
+    settings.serving.check(EngineConfig(), first.outputs, settings.placement.apply(Placement()))
     first = dataclasses.replace(
         first.in_version(run.schema_version),
         output=settings.output,
         outputs=settings.outputs(first.outputs),
-        placement=settings.placement.apply(first.placement),
+        placement=settings.placement.apply(settings.serving.of_placement(first.placement)),
         limits=settings.limits(first.limits),
         fetching=settings.fetching(first.fetching),
         serving=settings.serving,
@@ -258,7 +262,7 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
     )
 
 
-def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.Schema]:
+def _list_input(settings: CaptionSettings) -> tuple[Listing, pa.Schema]:
     """Return the shards of a run that is to begin in this output, and its kept columns."""
     listing = list_input(
         settings.input,
@@ -272,7 +276,11 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
         raise ValueError(
             f"output must be another folder than that of the input, got {here}; give another --output"
         )
-    kept = check_options(listing.shards, settings.read_options)
+    return listing, check_options(listing.shards, settings.read_options)
+
+
+def _check_output(ledger: Ledger, listing: Listing) -> None:
+    """Refuse an output in which no run on these shards can begin."""
     ledger.folder.require_names(name for shard in listing.shards for name in names_of_shard(shard))
     ledger.folder.require_writable()
     taken = ledger.scan().finished & {shard.name for shard in listing.shards}
@@ -281,4 +289,3 @@ def _list_input(settings: CaptionSettings, ledger: Ledger) -> tuple[Listing, pa.
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
-    return listing, kept

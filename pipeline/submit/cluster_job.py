@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blip2_actor.flags import split_uri
@@ -37,39 +39,62 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (OSError, RuntimeError) as error:
         raise RayStartFailed(
-            f"cannot reach the dashboard of a Ray cluster at {address}: {_first_line(error)}; start the "
+            f"cannot reach the dashboard of a Ray cluster at {address}: {_cause(error)}; start the "
             "cluster, keep `ray dashboard` open, or correct --address"
         ) from error
 
 
 def running_job(client: JobSubmissionClient, command: JobCommand) -> JobDetails | None:
-    """Return the job that works on the output of a command, or None."""
-    jobs = [job for job in client.list_jobs() if _is_of(job.submission_id, command)]
+    """Return the job that works on the output of a command, or None.
+
+    Raises:
+        RayStartFailed: the cluster does not say.
+    """
+    with _refusals("listed its jobs"):
+        jobs = [job for job in client.list_jobs() if _attempt(job.submission_id, command)]
     return next((job for job in jobs if job.status.value not in ENDED), None)
 
 
 def begin(client: JobSubmissionClient, command: JobCommand, package: Package) -> str:
-    """Submit a command, and return the id of its job: that of its output, with the number of the attempt."""
-    attempts = [job.submission_id for job in client.list_jobs() if _is_of(job.submission_id, command)]
-    number = 1 + len(attempts)
-    submission_id = command.submission_id if number == 1 else f"{command.submission_id}-{number}"
-    return client.submit_job(
-        entrypoint=command.entrypoint,
-        submission_id=submission_id,
-        runtime_env={
-            "working_dir": str(package.folder),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
-        },
-        metadata={"output": command.output},
-    )
+    """Submit a command, and return the id of its job: that of its output, with the number of the attempt.
+
+    Raises:
+        RayStartFailed: the cluster does not take the job.
+    """
+    with _refusals("taken the job"):
+        number = 1 + max((_attempt(job.submission_id, command) for job in client.list_jobs()), default=0)
+        submission_id = command.submission_id if number == 1 else f"{command.submission_id}-{number}"
+        return client.submit_job(
+            entrypoint=command.entrypoint,
+            submission_id=submission_id,
+            runtime_env={
+                "working_dir": str(package.folder),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+            },
+            metadata={"output": command.output},
+        )
 
 
-def _is_of(submission_id: str | None, command: JobCommand) -> bool:
-    ours = command.submission_id
-    if submission_id is None or not submission_id.startswith(ours):
-        return False
-    rest = submission_id.removeprefix(ours)
-    return not rest or (rest[0] == "-" and rest[1:].isdigit())
+def _attempt(submission_id: str | None, command: JobCommand) -> int:
+    """Return the number of an attempt, by the id of its job; 0 for a job on another output."""
+    found = re.fullmatch(rf"{re.escape(command.submission_id)}(?:-(\d+))?", submission_id or "")
+    return 0 if found is None else int(found[1] or 1)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn what Ray's client raises in this block into RayStartFailed.
+
+    Args:
+        what: what the cluster has not done.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise RayStartFailed(
+            f"the Ray cluster has not {what}: {_cause(error)}; look at its dashboard, and run the same "
+            "command again"
+        ) from error
 
 
 def follow(client: JobSubmissionClient, submission_id: str, write: Callable[[str], object]) -> JobDetails:
@@ -91,7 +116,7 @@ def follow(client: JobSubmissionClient, submission_id: str, write: Callable[[str
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > LOST_AFTER_S:
                 raise Stopped(
-                    f"the cluster can no longer be reached: {_first_line(error)}; the job may go on; the "
+                    f"the cluster can no longer be reached: {_cause(error)}; the job may go on; the "
                     "same command follows it again"
                 ) from error
         time.sleep(POLL_S)
@@ -115,5 +140,8 @@ class _Log:
                 self._num_written = seen
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+def _cause(error: Exception) -> str:
+    """Return what an error says in one line: of a traceback that the cluster has sent, the last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    lines = lines or [type(error).__name__]
+    return lines[-1 if "Traceback" in lines[0] else 0].rstrip(".")

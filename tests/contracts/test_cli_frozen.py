@@ -22,6 +22,7 @@ from blip2_actor import EngineConfig, GenerationOptions
 from blip2_actor.flags import Parser, build
 from deploy.settings import OnlineImageLimits, ServeSettings
 from pipeline.cli.main import COMMANDS, main, make_parser, parse
+from tests.integration.inputs import png
 
 FROZEN = Path(__file__).with_name("cli.txt")
 REQUIRED = "--input a --output b --text-column c"
@@ -233,8 +234,9 @@ def test_a_wrong_command_line_exits_with_3_and_says_what_is_right(arguments, sai
         ("--prompt x --prompt-column y", "prompt"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(arguments, said, capsys):
-    assert run_command(f"caption --input a --output b {arguments}") == 3
+def test_settings_that_contradict_each_other_are_refused(arguments, said, capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    assert run_command(f"caption --input {tmp_path} --output b {arguments}") == 3
     assert said in capsys.readouterr().err
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.integration.inputs import png
 
 BLOCK = """
 import sys
@@ -129,9 +132,12 @@ def test_the_endpoint_says_which_extra_brings_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize(("uri", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
-def test_a_model_in_a_bucket_names_the_extra_of_its_store(uri: str, package: str, extra: str) -> None:
+def test_a_model_in_a_bucket_names_the_extra_of_its_store(
+    uri: str, package: str, extra: str, tmp_path: Path
+) -> None:
     code = "from pipeline.__main__ import main\nsys.exit(main())"
-    arguments = f"caption --model {uri}://bucket/model --input a --output b".split()
+    (tmp_path / "a.png").write_bytes(png(0))
+    arguments = f"caption --model {uri}://bucket/model --input {tmp_path} --output b".split()
     done = run([package], code, *arguments)
     assert done.returncode == 3, done.stderr
     assert f"run: pip install 'blip2-ray[{extra}]'" in done.stderr and "Traceback" not in done.stderr

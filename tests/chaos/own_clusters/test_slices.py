@@ -14,7 +14,7 @@ import pytest
 
 from blip2_actor.testing import captions_made
 from pipeline.ledger.ledger import Ledger
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import check_output, write_tars
 
@@ -49,13 +49,13 @@ def test_two_drivers_make_one_output_and_the_death_of_one_costs_no_row(tmp_path:
         time.sleep(0.2)
     assert first.wait(DEADLINE_S) == 0, (tmp_path / "log-1").read_text()
     assert second.poll() is None, (tmp_path / "log-2").read_text()
-    assert any("slice 2/2 running" in line for line in status_lines(str(tmp_path / "out")))
+    assert any("slice 2/2 running" in line for line in RunStatus.read(str(tmp_path / "out")).lines())
     second.send_signal(signal.SIGKILL)
     second.wait()
     again = start(tmp_path, 2)
     assert again.wait(DEADLINE_S) == 0, (tmp_path / "log-2").read_text()
     check_output(tmp_path / "out", truth)
-    assert status_lines(str(tmp_path / "out"))[:2] == [
+    assert RunStatus.read(str(tmp_path / "out")).lines()[:2] == [
         "240 rows = 240 ok + 0 failed",
         "8 shards = 8 written + 0 missing",
     ]

@@ -29,7 +29,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.scan import scan_output
 from pipeline.progress import Console
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
 from pipeline.settings.job_settings import CaptionSettings
@@ -134,7 +134,7 @@ def test_a_job_from_store_to_store_and_again(store, tmp_path, capsys):
     assert not Ledger(folder).scan().fragments
     assert main(["verify", "--output", settings.output, "--input", *settings.input]) == 0
     printed = capsys.readouterr()
-    shown = said.getvalue() + printed.out + printed.err + "".join(status_lines(settings.output))
+    shown = said.getvalue() + printed.out + printed.err + "".join(RunStatus.read(settings.output).lines())
     assert store.secret not in shown and "sig=" not in shown
 
 

@@ -20,7 +20,7 @@ from pipeline.attempts.store import read_attempts
 from pipeline.ledger.fragments import read_fragments
 from pipeline.ledger.scan import scan_output
 from pipeline.report.pace import attempt_lines
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import check_output, write_tars
 
@@ -94,7 +94,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     assert second.returncode == 1
     assert f"process {first.pid}" in said
 
-    assert f"running: process {first.pid}" in status_lines(str(output))[-1]
+    assert f"running: process {first.pid}" in RunStatus.read(str(output)).lines()[-1]
 
     first.send_signal(number)
     said, _ = first.communicate()
@@ -111,7 +111,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     files_before = {shard: (output / f"{shard}.parquet").stat().st_mtime_ns for shard in state.finished}
     assert len(state.finished) < 3
 
-    last = status_lines(str(output))[-1]
+    last = RunStatus.read(str(output)).lines()[-1]
     assert last.startswith("no driver is running") and last.endswith("run the same command to resume")
     assert ("has died" in last) == (number == signal.SIGKILL), said
 
@@ -120,7 +120,7 @@ def test_driver_killed_in_the_middle(tmp_path: Path, number: signal.Signals, sta
     said, _ = again.communicate()
     assert again.returncode == 0, said
     check_output(output, truth)
-    assert status_lines(str(output))[-1] == "finished"
+    assert RunStatus.read(str(output)).lines()[-1] == "finished"
     check_attempts(folder, number)
     made = Counter(captions_made(trace))
     assert all(made[caption] == 1 for caption in finished_before - {None})

@@ -11,7 +11,7 @@ import pytest
 from blip2_actor import EngineConfig, QuantizationChoice
 from pipeline.cli.commands import caption
 from pipeline.ledger.ledger import Ledger
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 from tests.integration.inputs import write_tars
@@ -43,6 +43,8 @@ def test_a_run_says_what_its_first_worker_has_chosen_and_what_all_have_quantized
     ledger.begin(run)
     more = dataclasses.replace(settings, input=(*settings.input, str(tmp_path / "in/part1")), add_new=True)
     assert caption(more) == 0
-    lines = [line for line in status_lines(settings.output) if line.startswith("quantized by 1 worker")]
+    lines = [
+        line for line in RunStatus.read(settings.output).lines() if line.startswith("quantized by 1 worker")
+    ]
     assert len(lines) == 2
     assert "7-bit weights" in lines[1] and "qformer 0 of" not in lines[1] and "vision 0 of" in lines[1]

@@ -22,7 +22,7 @@ from pipeline.ledger.lease import Lease
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import Console
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import Fingerprint
@@ -215,7 +215,7 @@ def test_a_job_from_bucket_to_bucket_and_again(bucket, tmp_path, capsys):
     assert not [key for key in raw_keys(bucket, "out/_blip2/") if "/fragments/" in key or "/ends/" in key]
     kept = [folder.get("_blip2/run.json"), gzip.decompress(folder.get("_blip2/shards.jsonl.gz") or b"")]
     assert all(content and b"secret" not in content for content in kept)
-    assert "secret" not in said.getvalue() + "".join(status_lines(settings.output))
+    assert "secret" not in said.getvalue() + "".join(RunStatus.read(settings.output).lines())
     verify = ["verify", "--output", settings.output, "--input", *settings.input]
     assert main(verify) == 0, capsys.readouterr()
     shard = next(iter(truth))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from blip2_actor import EngineConfig, ModelInfo
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.attempts.refusal import last_refusal
 from pipeline.cli.commands import caption, retry
@@ -48,8 +49,6 @@ def test_unknown_model(refused):
 def test_unknown_model_folder(tmp_path, capsys):
     """The real engine checks this."""
     write_tar(tmp_path / "in" / "a.tar", {"x": png(0)})
-    from blip2_actor import EngineConfig
-
     settings = CaptionSettings(
         input=(str(tmp_path / "in"),),
         output=str(tmp_path / "out"),
@@ -91,6 +90,18 @@ def test_a_prompt_that_the_model_cannot_take(refused):
 
 def test_missing_input(refused, tmp_path):
     assert "nowhere" in refused(input=(str(tmp_path / "nowhere"),))
+
+
+@pytest.mark.parametrize("command", ["caption", "plan"])
+def test_a_missing_input_is_said_before_the_model_is_looked_at(command, tmp_path, capsys, monkeypatch):
+    """The imports of the model took seconds, and without the hub the input was not named."""
+
+    def info(config: EngineConfig) -> ModelInfo:
+        raise ValueError("the model was looked at")
+
+    monkeypatch.setattr(EngineConfig, "info", info)
+    assert main([command, str(tmp_path / "nowhere"), "-o", str(tmp_path / "out")]) == 3
+    assert "no such file or folder: " in capsys.readouterr().err
 
 
 def test_empty_input(refused, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from PIL import Image
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.cli.main import main
 from pipeline.endpoint.settings import EndpointSettings
-from pipeline.run.prepare import prepare
+from pipeline.run.prepare import prepare, prepare_retry
 from pipeline.settings.job_settings import CaptionSettings
+from pipeline.settings.placement import Placement
+from pipeline.settings.retry_settings import RetrySettings
 from tests.unit.endpoint.scripted_endpoint import Exchange, endpoint
+from tests.unit.inputs.run_without_ray import work
 
 
 @pytest.fixture
@@ -45,6 +49,10 @@ def test_what_the_endpoint_cannot_make_is_named(
             ),
             (["--endpoint", url, "--gpus-per-actor", "1"], "gpus-per-actor must be left out with --endpoint"),
             (
+                ["--endpoint", url, "--step-timeout-s", "60"],
+                "step-timeout-s must be left out with --endpoint, which watches its own engine, got 60",
+            ),
+            (
                 ["--endpoint", url, "--num-beams", "17"],
                 "refuses captions: the endpoint answers 400: options: --num-beams ",
             ),
@@ -67,6 +75,37 @@ def test_a_run_of_another_model_is_not_continued(
     with endpoint(answer) as url:
         assert main(["caption", photos, "-o", str(output), "--endpoint", url]) == 3
     assert "was begun with other settings: image.size_px: 32 -> 8; model: " in capsys.readouterr().err
+
+
+def finish_run(photos: str, output: Path, **settings: Any) -> None:
+    """Make a run without the endpoint, by its model."""
+    given = CaptionSettings(input=(photos,), output=str(output), **settings)
+    work(prepare(given, FakeEngineConfig(model="demo", image_size_px=8)))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--gpus-per-actor 1", "--accelerator NPU=1", "--accelerator-type L40S", "--step-timeout-s 60"],
+    ids=lambda flags: flags.split()[0],
+)
+def test_a_retry_is_refused_what_a_caption_is_refused(
+    photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    """Workers that only send took the GPUs."""
+    finish_run(photos, tmp_path / "out")
+    with endpoint(answer) as url:
+        assert main(["retry", str(tmp_path / "out"), "--endpoint", url, *flags.split()]) == 3
+    assert f"{flags.split()[0][2:]} must be left out with --endpoint" in capsys.readouterr().err
+
+
+def test_a_retry_by_an_endpoint_reserves_no_accelerator_of_its_run(photos: str, tmp_path: Path) -> None:
+    placement = Placement(gpus_per_actor=1, accelerator_type="L40S", max_actors=3)
+    finish_run(photos, tmp_path / "out", placement=placement)
+    with endpoint(answer) as url:
+        job = prepare_retry(
+            RetrySettings(output=str(tmp_path / "out"), serving=EndpointSettings(endpoint=url))
+        )
+    assert job.settings.placement == Placement(max_actors=3)
 
 
 def test_the_settings_that_are_stored_name_the_model_of_the_endpoint(photos: str, tmp_path: Path) -> None:

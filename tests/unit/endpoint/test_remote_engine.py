@@ -17,7 +17,7 @@ from pipeline.endpoint import connection, remote_engine, waiting
 from pipeline.endpoint.client import Endpoint, EndpointError, pause_s
 from pipeline.endpoint.remote_engine import RemoteEngine
 from pipeline.endpoint.settings import EndpointConfig
-from pipeline.endpoint.waiting import GivenUp
+from pipeline.endpoint.waiting import GivenUp, KeyRefused
 from pipeline.settings.outputs import Outputs
 from pipeline.stages.pending_row import PendingRow
 from pipeline.storage.retrying import Trouble, listen
@@ -136,7 +136,31 @@ def test_an_endpoint_that_takes_no_work_for_a_while_is_waited_for(kind: str, tol
         assert not told, "an endpoint that is busy with other requests is as it should be"
     else:
         assert isinstance(told[0], Trouble) and told[0].place == "endpoint" and told[-1] is None
-        assert told[0].state.startswith("out of reach (http://127.0.0.1:")
+        state = "refusing the key" if kind == "key" else "out of reach"
+        assert told[0].state.startswith(f"{state} (http://127.0.0.1:")
+        assert not any(isinstance(trouble, KeyRefused) for trouble in told)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_key_that_is_refused_for_long_ends_the_job(
+    code: int, told: list[Trouble | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose key was revoked waited for ever."""
+    monkeypatch.setattr(waiting, "KEY_PATIENCE_S", 0.1)
+
+    def listener(trouble: Trouble | None) -> bool:
+        told.append(trouble)
+        return not isinstance(trouble, KeyRefused)  # the driver stops the job
+
+    listen(listener)
+    with (
+        endpoint(lambda exchange: exchange.refuse(code, "wrong_key")) as url,
+        RemoteEngine(Endpoint(url), MODEL) as engine,
+        pytest.raises(GivenUp),
+    ):
+        in_time(lambda: engine.features(list(IMAGES)))
+    last = told[-1]
+    assert isinstance(last, KeyRefused) and f"answers {code}: no" in last.state and last.seconds > 0.1
 
 
 @pytest.mark.parametrize("how", ["hang-up", "overloaded", "timeout", "unavailable", "no-end"])
@@ -228,6 +252,30 @@ def test_what_would_be_refused_again_is_a_result() -> None:
     (result,) = results(answer, IMAGES[:1])
     assert result.status is Status.REFUSED
     assert result.error == "the endpoint answers 400: options: num_beams must be at most 16, got 17"
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_text_that_is_refused_costs_no_other_its_result(code: int) -> None:
+    """All texts of its request, up to 63 others, were refused with it."""
+    sizes: list[int] = []
+
+    def answer(exchange: Exchange) -> None:
+        sizes.append(len(exchange.scores))
+        if any(one["text"] == "bad" for one in exchange.scores):
+            exchange.refuse(code, "bad_request", "scores is too long")
+        else:
+            exchange.answer_all()
+
+    texts = ["good"] * 19 + ["bad"]
+    with endpoint(answer) as url, RemoteEngine(Endpoint(url), MODEL) as engine:
+        found = engine.score(list(IMAGES), texts)
+    expected = [Score(logprob=fake_score(image, "good", None), num_tokens=1) for image in IMAGES[:19]]
+    assert found[:19] == expected
+    assert (found[19].status, found[19].error) == (
+        Status.REFUSED,
+        f"the endpoint answers {code}: scores is too long",
+    )
+    assert max(sizes) > 1, "they were sent together"
 
 
 def test_a_request_that_is_too_large_is_divided() -> None:

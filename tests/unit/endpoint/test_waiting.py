@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pipeline.endpoint import waiting
-from pipeline.endpoint.waiting import Outage
+from pipeline.endpoint.waiting import KeyRefused, Outage
 from pipeline.storage.retrying import Trouble, listen
 
 
@@ -62,3 +63,25 @@ def test_the_endpoint_gets_the_pause_it_asks_for(listener: Told) -> None:
             waiting_thread.result(timeout=0.1)
         is_ended.set()
         assert waiting_thread.result(timeout=5) is False
+
+
+def test_only_a_key_that_is_refused_for_long_ends_the_job(
+    listener: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endpoint that is gone for any time may come back, and the first refusal may be a mistake."""
+    monkeypatch.setattr(waiting, "MAX_PAUSE_S", 0.02)
+    outage, is_ended = Outage(), threading.Event()
+
+    def said(refuses_key: bool) -> type[Trouble | None]:
+        outage.wait("state", 0.02, is_ended, refuses_key)
+        return type(listener.told[-1])
+
+    long_ago = time.monotonic() - 2 * waiting.KEY_PATIENCE_S
+    outage._since = long_ago
+    assert said(refuses_key=False) is Trouble
+    assert said(refuses_key=True) is Trouble, "its time begins with the first refusal"
+    outage._key_refused_since = long_ago
+    assert said(refuses_key=False) is Trouble
+    assert said(refuses_key=True) is KeyRefused
+    outage.end()
+    assert said(refuses_key=True) is Trouble

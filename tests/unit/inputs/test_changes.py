@@ -21,7 +21,7 @@ from pipeline.inputs.shards import Shard
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import read_run
 from pipeline.progress import Console
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.run.run_job import run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.storage import file_table, packed_texts
@@ -298,7 +298,7 @@ def test_a_new_photo_is_named_and_becomes_a_shard_of_its_own(tmp_path):
     write_images(tmp_path / "in", "0.jpg")
     job = prepare_run(tmp_path)
     assert job.notes == (f"1 new file: 0.jpg; {TAKE_IT}",)
-    assert job.notes[0] in status_lines(str(tmp_path / "out"))
+    assert job.notes[0] in RunStatus.read(str(tmp_path / "out")).lines()
     assert run(tmp_path).num_rows == 11
     assert prepare_run(tmp_path, add_new=True).notes == ("1 new file: 0.jpg; added to the run",)
     assert run(tmp_path, add_new=True).num_rows == 12
@@ -337,7 +337,7 @@ def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
     (tmp_path / "in/0.tar").unlink()
     (note,) = prepare_run(tmp_path).notes
     assert note == "1 file of the run can no longer be found in the input: 0.tar; finished rows stay"
-    assert note in status_lines(str(tmp_path / "out"))
+    assert note in RunStatus.read(str(tmp_path / "out")).lines()
     assert run(tmp_path).exit_status(0.0) == 0
     shutil.rmtree(tmp_path / "in")
     assert (

@@ -19,7 +19,7 @@ from pipeline.inputs.globs import Patterns
 from pipeline.inputs.listing import list_input, list_shards
 from pipeline.plan import stage_costs
 from pipeline.plan.make_plan import make_plan
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.settings.fingerprint import FingerprintMismatch
 from pipeline.settings.plan_settings import PlanSettings
 from tests.unit.inputs.formats.reading_cases import encoded
@@ -88,7 +88,7 @@ def test_files_that_are_not_read_are_counted_by_ending(tmp_path):
     assert record["unread"]["by_ending"] == {
         ".mp4": 2, ".txt": 1, ".pdf": 1, ".svg": 1, ".psd": 1, ".cr2": 1, "without ending": 1
     }  # fmt: skip
-    assert said in status_lines(str(tmp_path / "out"))
+    assert said in RunStatus.read(str(tmp_path / "out")).lines()
     assert prepare_run(tmp_path).notes == (said,)
     assert Unread().lines() == []
 
@@ -157,7 +157,7 @@ def test_a_resume_and_status_open_no_file_that_the_run_knows(tmp_path, monkeypat
     monkeypatch.setattr(file_kinds, "_head", head)
     (tmp_path / "in/2").write_bytes(b"x")
     assert prepare_run(tmp_path).notes == ("1 file not read: 1 without ending",)
-    assert "1 file not read: 1 without ending" in status_lines(str(tmp_path / "out"))
+    assert "1 file not read: 1 without ending" in RunStatus.read(str(tmp_path / "out")).lines()
     assert opened == [str(tmp_path / "in/2")] * 2
 
 

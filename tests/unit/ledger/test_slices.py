@@ -14,7 +14,7 @@ from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.layout import lease_name, parse_lease_name
 from pipeline.ledger.lease import Lease, read_holders
 from pipeline.progress import Console
-from pipeline.report.status import status_lines
+from pipeline.report.status import RunStatus
 from pipeline.run.prepare import prepare
 from pipeline.run.run_job import _begin_or_join, run_job
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -113,7 +113,7 @@ def test_two_slices_that_start_together_are_one_run(tmp_path):
     assert {shard: len(made) for shard, made in captions(tmp_path).items()} == {
         f"{n}.tar": 2 for n in "abcdef"
     }
-    lines = status_lines(str(tmp_path / "out"))
+    lines = RunStatus.read(str(tmp_path / "out")).lines()
     assert lines[:2] == ["12 rows = 12 ok + 0 failed", "6 shards = 6 written + 0 missing"]
 
 
@@ -169,5 +169,5 @@ def test_status_names_the_driver_of_each_slice(tmp_path):
     job = prepare_run(tmp_path, slice="1/2")
     job.ledger.begin(job.run)
     with Lease(job.ledger.folder, RunSlice(1, 2)), Lease(job.ledger.folder, RunSlice(2, 2)):
-        lines = [line for line in status_lines(str(tmp_path / "out")) if "running" in line]
+        lines = [line for line in RunStatus.read(str(tmp_path / "out")).lines() if "running" in line]
     assert [line.partition(":")[0] for line in lines] == ["slice 1/2 running", "slice 2/2 running"]

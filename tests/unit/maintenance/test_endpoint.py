@@ -59,8 +59,24 @@ def test_a_busy_proxy_may_write_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses == [1.0, 2.0]
 
 
-def test_the_key_does_not_follow_to_another_address() -> None:
+def test_neither_request_nor_key_follows_to_another_address() -> None:
+    """A batch of images did not follow either: only the first question did."""
     first, second = list[str | None](), list[str | None]()
-    with server([(200, {}, b"{}")], second) as other, server([(302, {"Location": other}, b"")], first) as url:
-        assert Endpoint(url, "word").model() == {}
-    assert (first, second) == (["Bearer word"], [None])
+    with (
+        server([(200, {}, b"{}")], second) as other,
+        server([(302, {"Location": other}, b"")], first) as url,
+        pytest.raises(EndpointError, match=f"{url} answers 302: a redirect to {other}, which is not"),
+    ):
+        Endpoint(url, "word").model()
+    assert (first, second) == (["Bearer word"], [])
+
+
+def test_no_proxy_is_between_a_job_and_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first question went through the proxy of the environment, and batches of images did not."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with server([(200, {}, b'{"model": "a"}')]) as url:
+        assert Endpoint(url).model() == {"model": "a"}
+
+
+def test_a_path_in_front_of_the_routes_is_kept() -> None:
+    assert Endpoint("https://web/captions/").target("/v1/batch") == "/captions/v1/batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -347,6 +348,35 @@ def test_a_price_gives_the_cost_of_the_input_and_of_a_million_rows(tmp_path, cap
     assert found.to_dict()["cost"] == found.cost
     with pytest.raises(ValueError, match="price_per_hour must be 0 or more, got -1"):
         settings(tmp_path / "in", price_per_hour=-1)
+
+
+@pytest.mark.parametrize(
+    ("deadline", "said", "meets"),
+    [
+        ("1h", "deadline  1h, which one actor meets on ", True),
+        ("30s", "deadline  30s, before which no image is captioned, because of the start-up; ", False),
+        ("40s", "; 2 actors that never wait would", False),
+    ],
+)
+def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, said, meets):
+    """It took --deadline and did not look at it. A job stops 20 s before, and starts for 10 s."""
+    write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
+    found = make_plan(settings(tmp_path / "in", deadline=deadline), FakeEngineConfig())
+    costs = found.stage_costs.costs | {"caption": Cost(wall_s=14.0 / 4, cpu_s=0.0)}
+    found = dataclasses.replace(
+        found, stage_costs=dataclasses.replace(found.stage_costs, costs=costs, start_s=0.0)
+    )
+    assert found.to_dict()["meets_deadline"] is meets
+    assert said in next(line for line in found.lines() if line.startswith("deadline"))
+
+
+def test_a_sample_whose_captions_are_flagged_would_end_the_run_with_2(tmp_path):
+    """A plan took --max-flagged-fraction and did not look at it."""
+    rows = [png(0)] * 24  # one image, and so one caption
+    write_tar(tmp_path / "in" / "0.tar", {f"{n}": image for n, image in enumerate(rows)})
+    for limit, is_said in ((0.5, True), (1.0, False)):
+        found = make_plan(settings(tmp_path / "in", max_flagged_fraction=limit), FakeEngineConfig())
+        assert any(line.startswith("flags     100.0% of the sample's") for line in found.lines()) is is_said
 
 
 def test_a_plan_on_a_cluster_needs_one(tmp_path, capsys, monkeypatch):

@@ -28,7 +28,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
 from pipeline.progress import ProgressSnapshot, choose_style
 from pipeline.report.pace import UNKNOWN
-from pipeline.report.status import RunStatus, status_lines
+from pipeline.report.status import RunStatus
 from pipeline.schema import ROW_CONTRACT
 from pipeline.settings.fingerprint import Fingerprint
 from pipeline.storage.folder import Folder
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_a_run_without_a_driver(folder):
-    assert status_lines(folder.uri) == [
+    assert RunStatus.read(folder.uri).lines() == [
         "100 rows = 97 ok + 3 failed (3 too_large)",
         "5 shards = 1 written + 4 left",
         "in progress: 50 rows finished in 1 shard",
@@ -134,11 +134,11 @@ def test_a_driver_that_cannot_write_its_heartbeat_is_explained(folder, monkeypat
     """While the disk is full, the last heartbeat in it says that all is well."""
     with Lease(folder):
         os.utime(folder.path(LEASE), (1, 1))
-        last = status_lines(folder.uri)[-1]
+        last = RunStatus.read(folder.uri).lines()[-1]
         assert last.endswith("the driver, its machine or the network has stopped")
         with monkeypatch.context() as patched:
             patched.setattr(Folder, "_put_once", full)
-            last = status_lines(folder.uri)[-1]
+            last = RunStatus.read(folder.uri).lines()[-1]
     assert last.startswith("running: process ")
     assert "; no heartbeat for " in last and last.endswith("No space left on device")
 
@@ -151,7 +151,7 @@ def test_a_finished_run(folder):
     for shard in ("1.tar", "2.tar", "3.tar", "4~0-39"):
         write_rows(folder, shard, 100)
         finish(folder, shard)
-    assert status_lines(folder.uri) == [
+    assert RunStatus.read(folder.uri).lines() == [
         "500 rows = 497 ok + 3 failed (3 too_large)",
         "5 shards = 5 written + 0 missing",
         UNKNOWN,
@@ -163,7 +163,7 @@ def test_a_run_that_has_only_started(tmp_path):
     folder = Folder(str(tmp_path))
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
     Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
-    assert status_lines(folder.uri)[1:3] == ["1 shard = 0 written + 1 left", "remaining: 1 shard"]
+    assert RunStatus.read(folder.uri).lines()[1:3] == ["1 shard = 0 written + 1 left", "remaining: 1 shard"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
@@ -181,6 +181,6 @@ def test_a_job_that_was_refused_since_the_last_attempt_is_named(tmp_path, capsys
     assert f"holds no run; {said}; pass the folder given as --output" in capsys.readouterr().err
     shard = Shard(name="0.tar", format="webdataset", root="/in", files=("0.tar",))
     Ledger(folder).begin(Run(Fingerprint({}), {}, (shard,)))
-    assert said in status_lines(folder.uri)
+    assert said in RunStatus.read(folder.uri).lines()
     write_attempt(folder, Attempt(id="1", run="", begun="2026-01-31T09:00:00.000000+00:00"))
-    assert said not in status_lines(folder.uri)
+    assert said not in RunStatus.read(folder.uri).lines()

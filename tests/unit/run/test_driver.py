@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import OutputInUse
+from pipeline.errors import OutputInUse, Stopped
 from pipeline.run.driver import COMMIT_S, FLUSH_S, Driver
 
 
@@ -20,6 +20,17 @@ def test_a_driver_whose_lease_was_taken_stops_at_once_and_writes_nothing(monkeyp
     monkeypatch.setattr(driver, "_flush", pytest.fail)
     with pytest.raises(OutputInUse, match="another driver has taken the lease of /out"):
         driver._stop_if_needed(None)
+
+
+def test_what_is_finished_is_written_before_an_end_that_workers_have_named(monkeypatch):
+    driver: Any = Driver.__new__(Driver)
+    driver._lease, driver._stop = SimpleNamespace(lost=False), SimpleNamespace(number=None)
+    driver._end = Stopped("the endpoint refuses the key")
+    flushed: list[Any] = []
+    monkeypatch.setattr(driver, "_flush", flushed.append)
+    with pytest.raises(Stopped, match="the endpoint refuses the key"):
+        driver._stop_if_needed("stream")
+    assert flushed == ["stream"]
 
 
 def test_ray_job_stop_leaves_the_time_that_a_driver_takes_to_write():

@@ -8,8 +8,14 @@ import traceback
 
 import pytest
 
-from pipeline.errors import noted
-from pipeline.run.failure import describe_failure
+from pipeline.endpoint.waiting import KeyRefused
+from pipeline.errors import Stopped, noted
+from pipeline.exit_status import ExitStatus, status_of
+from pipeline.run.failure import describe_failure, end_named_by
+from pipeline.stages.coordinator import Coordinator
+from pipeline.stages.device_health import MAX_FAILURES, Device, DeviceLeftOut
+from pipeline.stages.storage_trouble import WorkerTrouble
+from pipeline.storage.retrying import Trouble
 
 TRACE = """ray::MapWorker(MapBatches(WriteStage)).submit() (pid=7, ip=10.0.0.1)
   File "/site/pipeline/stages/write.py", line 74, in __call__
@@ -66,3 +72,28 @@ def test_the_note_of_the_innermost_block_counts():
     with pytest.raises(KeyError) as caught, noted("outer"), noted("inner"):
         raise KeyError("x")
     assert [note.partition(" on node ")[0] for note in caught.value.__notes__] == ["while inner"]
+
+
+def test_a_job_ends_when_its_endpoint_refuses_the_key_for_long():
+    """It waited for ever. A store or an endpoint that is gone is waited for."""
+    coordinator = Coordinator()
+
+    def told(trouble: Trouble) -> Stopped | None:
+        coordinator.report_trouble("worker", pickle.loads(pickle.dumps(WorkerTrouble(trouble, 3))))
+        return end_named_by(coordinator.news())
+
+    assert told(Trouble("endpoint", "out of reach (http://web is gone)", 9999.0)) is None
+    end = told(KeyRefused("endpoint", "refusing the key (http://web answers 401: no)", 901.0))
+    assert str(end) == (
+        "the endpoint has been refusing the key (http://web answers 401: no) for 15 min; finished work is "
+        "kept; allow the key again, or give another with --endpoint-key-file, and run the same command to "
+        "resume"
+    )
+    assert end is not None and status_of(end) is ExitStatus.FAILED
+
+
+def test_a_job_ends_when_a_device_has_failed_several_times():
+    coordinator, device = Coordinator(), Device("id", "node", ("0",))
+    for number in range(1, MAX_FAILURES + 1):
+        coordinator.device_failed(device, "lost", [])
+        assert isinstance(end_named_by(coordinator.news()), DeviceLeftOut) is (number == MAX_FAILURES)

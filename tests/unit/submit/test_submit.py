@@ -15,7 +15,8 @@ import pytest
 
 from blip2_actor.flags.fields import field_docs
 from pipeline.cli.command_table import COMMANDS
-from pipeline.cli.main import main, read_job
+from pipeline.cli.main import main, parse, read_job
+from pipeline.errors import RayStartFailed
 from pipeline.submit.cluster_job import begin, follow, running_job
 from pipeline.submit.job_command import JobCommand, check_command
 from pipeline.submit.package import packed
@@ -151,6 +152,19 @@ def test_a_path_in_a_configuration_file_is_checked_too(sent):
     assert job.entrypoint == f"python -m pipeline plan embed --input={IN} --sample=8 --on-cluster"
 
 
+@pytest.mark.parametrize("flags", ["--json -v", "-q", "--json --log-level info", "-q -v --num-beams 2"])
+def test_a_job_with_a_configuration_file_has_all_its_flags(flags, sent):
+    """--json, -v and -q were left out of the command that is sent."""
+    Path("blip2.toml").write_text("[caption]\nmax-new-tokens = 5\n")
+    arguments = [*CAPTION, "--config", "blip2.toml", *flags.split()]
+    _, sent_flags = parse(sent(*arguments).arguments)
+    of_the_file = {"config", "parser", "sources"}
+    _, given = parse(arguments)
+    assert {k: v for k, v in vars(sent_flags).items() if k not in of_the_file} == {
+        k: v for k, v in vars(given).items() if k not in of_the_file
+    }
+
+
 def test_an_address_is_that_of_the_dashboard():
     with pytest.raises(ValueError, match="address must be that of the dashboard, such as http://"):
         SubmitSettings(job=("caption",), address="head:6379")
@@ -199,6 +213,11 @@ class Client:
         ]
 
     def submit_job(self, **job: Any) -> str:
+        if job["submission_id"] in self.jobs:
+            trace = (
+                f"Traceback (most recent call last):\n  File\nValueError: {job['submission_id']} exists.\n"
+            )
+            raise RuntimeError(f"Request failed with status code 400: {trace}.")
         self.submitted = job
         return job["submission_id"]
 
@@ -225,6 +244,33 @@ def test_attempts_are_numbered_and_one_that_runs_is_found():
         assert begin(client, job, package) == f"{job.submission_id}-3"
         assert client.submitted["runtime_env"]["working_dir"] == str(package.folder)
     assert client.submitted["entrypoint"] == job.entrypoint
+
+
+def test_the_next_attempt_has_a_new_number_although_an_earlier_one_was_deleted():
+    """After `ray job delete`, the number of attempts was that of one that is still there."""
+    job = command(OUT)
+    client: Any = Client()
+    for there in (["-2"], ["-2", "-10"], [""], ["", "-3"], ["-other"]):
+        client.jobs = {f"{job.submission_id}{rest}": "FAILED" for rest in there}
+        with packed() as package:
+            assert begin(client, job, package) not in client.jobs
+
+
+def test_a_cluster_that_does_not_take_a_job_says_why(monkeypatch):
+    """Somebody else may submit the same command at the same time. It ended with a traceback."""
+    job = command(OUT)
+    client: Any = Client()
+    client.jobs = {job.submission_id: "RUNNING"}
+    monkeypatch.setattr(client, "list_jobs", list)
+    with packed() as package, pytest.raises(RayStartFailed) as refused:
+        begin(client, job, package)
+    assert str(refused.value) == (
+        f"the Ray cluster has not taken the job: ValueError: {job.submission_id} exists; look at its "
+        "dashboard, and run the same command again"
+    )
+    monkeypatch.setattr(client, "list_jobs", lambda: client.submit_job(submission_id=job.submission_id))
+    with pytest.raises(RayStartFailed, match="the Ray cluster has not listed its jobs: "):
+        running_job(client, job)
 
 
 def test_the_log_is_written_once_although_the_connection_breaks(monkeypatch):
