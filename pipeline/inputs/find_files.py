@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
 from pipeline.inputs.stamps import stamp_of
 from pipeline.storage.file_table import FileTable, ListedFile
-from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.filesystems import EMPTY, join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
@@ -121,6 +121,8 @@ def _split(name: str) -> tuple[str, str, str]:
     literally, whatever characters it holds.
     """
     name = _without_file_scheme(name)
+    if not name:
+        raise InputError(EMPTY)
     scheme, separator, path = name.partition("://")
     query = ""
     if separator:

@@ -17,6 +17,7 @@ from pipeline.storage.secrets import hide_secrets, without_secrets
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 WEB_SCHEMES = ("http", "https")
+EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
@@ -25,8 +26,11 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of a URI or local path, and the path inside it.
 
     Raises:
-        InputError: the scheme is unknown, its package is not installed, or its server cannot be reached.
+        InputError: the name is empty, the scheme is unknown, its package is not installed, or its server
+            cannot be reached.
     """
+    if not uri:  # Python takes it for the working folder.
+        raise InputError(EMPTY)
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))

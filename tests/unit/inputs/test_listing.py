@@ -266,3 +266,10 @@ def test_names_that_the_state_has_for_its_own_files_are_refused(tmp_path):
         shard = Shard(name=name, format="webdataset", root="/", files=(name,))
         with nullcontext() if is_own else pytest.raises(InputError, match="rename"):
             refuse_unwritable([shard])
+
+
+@pytest.mark.parametrize("name", ["", "@", "file://"])
+def test_an_empty_name_is_not_the_working_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "a.tar")
+    assert "must not be empty" in refusal_of(name)
