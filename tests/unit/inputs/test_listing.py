@@ -273,3 +273,16 @@ def test_an_empty_name_is_not_the_working_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "a.tar")
     assert "must not be empty" in refusal_of(name)
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    """Whoever opens a pipe waits for its writer for ever."""
+    touch(tmp_path, "folder/a.tar")
+    os.mkfifo(tmp_path / "folder" / "pipe.tar")
+    (tmp_path / "folder" / "link.tar").symlink_to("pipe.tar")
+    (tmp_path / "folder" / "broken.tar").symlink_to("nothing")
+    for name in ("folder/pipe.tar", "folder/link.tar", "folder/{a,pipe}.tar", "/dev/null"):
+        assert "must be a file or a folder" in refusal_of(tmp_path / name)
+    assert "must be a file or a folder" in refusal_of(f"@{tmp_path}/folder/pipe.tar")
+    for name in ("folder", "folder/*.tar"):  # which name no file by itself
+        assert names(tmp_path / name) == ["a.tar", "broken.tar"]
