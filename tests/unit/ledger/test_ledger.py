@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.commit import read_summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
@@ -133,3 +134,13 @@ def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch
     pickle.loads(sent)(ShardReport(shard="a.tar", num_rows=1, complete=True))
     assert (tmp_path / "out" / "_blip2" / "fragments" / "a.tar.rows" / "report.json").exists()
     assert pickle.loads(sent).__self__.folder.retry_for_s == 7.0
+
+
+def test_a_damaged_file_is_named(ledger):
+    """Arrow says that a footer is damaged, and not of which file."""
+    ledger.begin(make_run("a.tar", "b.tar"))
+    ledger.folder.put("b.tar.parquet", b"PAR1 half of a file")
+    with pytest.raises(ValueError, match=r"b\.tar\.parquet in .* cannot be read: .*; restore it"):
+        read_summary(ledger.folder, "b.tar")
+    with pytest.raises(ValueError, match=r"b\.tar\.parquet in"):
+        ledger.commit(ShardReport(shard="b.tar", num_rows=0, complete=True), {})
