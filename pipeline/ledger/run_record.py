@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -196,13 +196,14 @@ def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
         _write_record(folder, run)
 
 
-def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:
-    stored = (replace(shard, root=without_secrets(shard.root)) for shard in shards)
-    with folder.spool() as file:
+def _write_shards(folder: Folder, shards: Sequence[Shard]) -> None:
+    def write(file: IO[bytes]) -> None:
         with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as lines:
-            for shard in stored:
-                lines.write(f"{shard.to_json()}\n".encode())
-        folder.put(SHARD_LIST, file)
+            for shard in shards:
+                stored = replace(shard, root=without_secrets(shard.root))
+                lines.write(f"{stored.to_json()}\n".encode())
+
+    folder.put_made(SHARD_LIST, write)
 
 
 def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:

@@ -39,7 +39,7 @@ ASIDE = "_blip2/tmp"  # where a file is written before it is renamed or moved; e
 PROBE = "_blip2/probe-"  # begins the names of files that test whether a folder can be written
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of the file systems of Linux
 MAX_KEY_BYTES = 1024  # of S3, Google Cloud Storage and Azure
-SPOOL_BYTES = 64 << 20  # larger content that is prepared for `put` goes to a disk
+SPOOL_BYTES = 64 << 20  # larger content of `put_made` goes to a disk
 PROBE_BYTES = 4096  # a full disk still takes an empty file
 
 
@@ -112,23 +112,30 @@ class Folder:
         return self.path(f"{ASIDE}/{uuid.uuid4().hex}")
 
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
-        """Write or replace a file in one step, so that no reader sees half of it; see `spool` for files."""
+        """Write or replace a file in one step, so that no reader sees half of it."""
         self._retry(lambda: self._put_once(name, content))
 
     def put_new(self, name: str, content: bytes) -> bool:
         """Write a file unless there is one; return whether it was written. See `put.put_new`."""
         return put_new(self.uri, self.filesystem, self.path(name), self._aside(), content)
 
-    def spool(self) -> IO[bytes]:
-        """Return an empty file to prepare content in: in memory, or on a disk if it becomes large.
+    def put_made(self, name: str, make: Callable[[IO[bytes]], T]) -> T:
+        """Write or replace a file by what `make` writes into an empty file, and return what it returns.
 
-        The disk is that of the output, if the output is on one: /tmp may be small.
+        It is prepared in memory, or on a disk if it becomes large: on that of the output, if the output is on
+        one, as /tmp may be small. A retry makes it from the beginning.
         """
-        where = None
-        if self.is_local:
-            where = self.path(ASIDE)
-            self._retry(lambda: os.makedirs(where, exist_ok=True))
-        return tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=where)
+
+        def attempt() -> T:
+            where = self.path(ASIDE) if self.is_local else None
+            if where is not None:
+                os.makedirs(where, exist_ok=True)
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=where) as file:
+                made = make(file)
+                self.put(name, file)
+            return made
+
+        return retry_on_oserror(attempt, self.retry_for_s, is_request=False)
 
     def get(self, name: str) -> bytes | None:
         """Return the content of a file, or None when there is none."""
