@@ -25,7 +25,7 @@ from typing import IO, NamedTuple, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.filesystems import files_below, open_filesystem
 from pipeline.storage.fsspec_store import s3_requests
 from pipeline.storage.put import is_object_store, put, put_new
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
@@ -207,7 +207,8 @@ class Folder:
     def file(self, name: str) -> WrittenFile | None:
         """Return a file as a listing tells about it, or None when there is none."""
         (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
-        return self._written(info) if info.type == pafs.FileType.File else None
+        is_file = info.type == pafs.FileType.File
+        return self._written(info.path, info.size, info.mtime_ns or 0) if is_file else None
 
     def require_names(self, names: Iterable[str]) -> None:
         """Raise ValueError when one of these names is too long for the store."""
@@ -266,8 +267,9 @@ class Folder:
             return None
 
     def _delete_once(self, name: str) -> None:
+        delete = os.remove if self.is_local else self.filesystem.delete_file
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(name))
+            delete(self.path(name))
 
     def _erase_once(self, under: str) -> None:
         try:
@@ -280,12 +282,7 @@ class Folder:
 
     def _list_once(self, under: str) -> list[WrittenFile]:
         base = self.path(under).rstrip("/")
-        selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-        return [
-            self._written(info)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File
-        ]
+        return [self._written(*found) for found in files_below(self.filesystem, base)]
 
-    def _written(self, info: pafs.FileInfo) -> WrittenFile:
-        return WrittenFile(info.path[len(self.root) + 1 :], info.size, (info.mtime_ns or 0) / 1e9)
+    def _written(self, path: str, num_bytes: int, written_ns: int) -> WrittenFile:
+        return WrittenFile(path[len(self.root) + 1 :], num_bytes, written_ns / 1e9)

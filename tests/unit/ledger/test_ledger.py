@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 
 import pytest
@@ -144,3 +145,28 @@ def test_a_damaged_file_is_named(ledger):
         read_summary(ledger.folder, "b.tar")
     with pytest.raises(ValueError, match=r"b\.tar\.parquet in"):
         ledger.commit(ShardReport(shard="b.tar", num_rows=0, complete=True), {})
+
+
+def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
+    """Arrow lists no folder with such a file: nothing could be done with the output."""
+    ledger.begin(make_run("a.tar"))
+    for name in ("a.tar.parquet", "\udcff.txt", "b/\udcff.parquet", "_blip2/tmp/\udcff"):
+        ledger.folder.put(name, b"12")
+    state = ledger.scan()
+    assert (set(state.finished), state.leftovers) == ({"a.tar", "b/\udcff"}, ("_blip2/tmp/\udcff",))
+    assert state.written["a.tar"] == ledger.folder.file("a.tar.parquet")
+    ledger.sweep(make_run(), state, {})
+    assert "_blip2/tmp/\udcff" not in ledger.folder.names()
+
+
+def test_a_folder_is_listed_with_links_and_without_what_is_no_file(ledger, tmp_path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    out.mkdir()
+    (elsewhere / "a.tar.parquet").write_bytes(b"12")
+    (out / "link").symlink_to(elsewhere)
+    (out / "broken").symlink_to("nothing")
+    (out / "itself").symlink_to("itself")
+    os.mkfifo(out / "pipe")
+    assert ledger.folder.names() == ["link/a.tar.parquet"]
+    assert ledger.folder.names("nothing") == []
