@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.globs import expand_braces, is_glob, matches, may_match_below
 from pipeline.inputs.stamps import stamp_of
 from pipeline.storage.file_table import FileTable, ListedFile
-from pipeline.storage.filesystems import join, open_filesystem
+from pipeline.storage.filesystems import EMPTY, join, open_filesystem
 from pipeline.storage.secrets import without_secrets
 
 IGNORED_FOLDERS = ("_blip2", "__MACOSX", "@eaDir")
@@ -121,6 +121,8 @@ def _split(name: str) -> tuple[str, str, str]:
     literally, whatever characters it holds.
     """
     name = _without_file_scheme(name)
+    if not name:
+        raise InputError(EMPTY)
     scheme, separator, path = name.partition("://")
     query = ""
     if separator:
@@ -150,6 +152,7 @@ def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, pa
     if info.type == pafs.FileType.NotFound:
         hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
         raise InputError(f"no such file or folder: {name}{hint}")
+    _refuse_special(info)
     if info.type == pafs.FileType.Directory:
         files = FileTable(_all_below(filesystem, path))
         if not files:
@@ -158,6 +161,12 @@ def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, pa
     folder, _, file = uri.rpartition("/")
     files = FileTable([(file, _listed(filesystem, info))])
     return FoundFiles(name=name, root=(folder or "/") + query, files=files, one_by_one=True)
+
+
+def _refuse_special(info: pafs.FileInfo) -> None:
+    """Raise InputError for a pipe, a socket or a device, whose reader may wait for ever."""
+    if info.type == pafs.FileType.Unknown:
+        raise InputError(f"{info.path} must be a file or a folder, got neither; copy its content to a file")
 
 
 def _find_matching(
@@ -179,6 +188,7 @@ def _find_matching(
     plain = [pattern for pattern in patterns if not is_glob(pattern)]
     infos = filesystem.get_file_info([join(base, path) for path in plain])
     for path, info in zip(plain, infos, strict=True):
+        _refuse_special(info)
         if info.type == pafs.FileType.Directory:
             one_by_one = False
             below = _all_below(filesystem, info.path)
@@ -248,7 +258,7 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
             if entry.is_dir():
                 if not (entry.is_symlink() and _leads_back(entry.path)):
                     yield entry.name, True, ListedFile()
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_file() or not os.path.exists(entry.path):
                 # A broken link is an input too: its row says that the file cannot be read.
                 yield entry.name, False, ListedFile()
 

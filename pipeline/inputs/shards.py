@@ -86,6 +86,8 @@ class Shard:
         return num_rows if self.max_rows is None else min(num_rows, self.max_rows)
 
 
+_RESERVED = re.compile(r"^_blip2/|~again\d+$")
+"""Names that `pipeline.ledger.layout` has for files of the state, and for a shard that was begun again."""
 _SLICE = re.compile(r"(\d+)/(\d+)")
 
 
@@ -153,7 +155,7 @@ def refuse_duplicates(names: Iterable[str]) -> None:
 
 
 def refuse_unwritable(shards: Iterable[Shard]) -> None:
-    """Raise InputError if no output file can be named after a shard."""
+    """Raise InputError if no file of the output can be named after a shard."""
     for shard in shards:
         try:
             shard.name.encode()
@@ -162,3 +164,8 @@ def refuse_unwritable(shards: Iterable[Shard]) -> None:
                 f"the file name {shard.name!a} is not valid UTF-8, so no output file can be named after it; "
                 "rename the file"
             ) from None
+        if _RESERVED.search(shard.name):
+            raise InputError(
+                f"the file {shard.name} must not be in a folder _blip2, nor may its name end in ~again and a "
+                "number: the output has such names for its own files; rename the file or its folder"
+            )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +117,7 @@ def commit_shard(
     summary = Summary(
         shard=report.shard, num_rows=0, complete=False, reason=reason, generation=report.generation
     )
-    return _write(folder, name, empty_schema, [], metadata, summary)
+    return _write(folder, name, empty_schema, list, metadata, summary)
 
 
 def _commit(
@@ -148,7 +149,7 @@ def _commit(
         content=report.content,
         note=report.note,
     )
-    schema, row_groups = merge.schema or empty_schema, merge.row_groups(num_rows)
+    schema, row_groups = merge.schema or empty_schema, partial(merge.row_groups, num_rows)
     summary = _write(folder, name, schema, row_groups, metadata, summary)
     if report.changed:  # The next run must know.
         delete_files(folder, [fragment.name for fragment in files.fragments])
@@ -202,25 +203,30 @@ def _write(
     folder: Folder,
     name: str,
     schema: pa.Schema,
-    row_groups: Iterable[pa.Table],
+    row_groups: Callable[[], Iterable[pa.Table]],
     metadata: Mapping[bytes, bytes],
     summary: Summary,
 ) -> Summary:
-    """Write the file of a shard; return its summary with the counts of its captions."""
-    counts = []
-    with folder.spool() as file:
+    """Write the file of a shard; return its summary with its size and the counts of its captions.
+
+    Args:
+        row_groups: yields the rows; called again for each retry.
+    """
+
+    def write(file: IO[bytes]) -> Summary:
+        counts = []
         # Without rows there is no row group: the datasets library cannot read one that is empty.
         with pq.ParquetWriter(
             file, schema.with_metadata(dict(metadata)), compression="zstd", write_page_checksum=True
         ) as writer:
-            for rows in row_groups:
+            for rows in row_groups():
                 writer.write_table(rows, len(rows))
                 counts.append(CaptionCounts.of_rows(rows))
-            summary = replace(summary, captions=CaptionCounts.sum_of(counts))
-            writer.add_key_value_metadata(_footer(summary))
-        num_bytes = file.tell()
-        folder.put(name, file)
-    return replace(summary, num_bytes=num_bytes)
+            written = replace(summary, captions=CaptionCounts.sum_of(counts))
+            writer.add_key_value_metadata(_footer(written))
+        return replace(written, num_bytes=file.tell())
+
+    return folder.put_made(name, write)
 
 
 def read_rows(folder: Folder, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:

@@ -9,6 +9,7 @@ from pipeline.inputs.shards import RunSlice
 STATE = "_blip2"
 RUN_FILE = f"{STATE}/run.json"
 SHARD_LIST = f"{STATE}/shards.jsonl.gz"
+"""The list of shards, except of a run that slices have begun; see `slices_shard_list`."""
 FRAGMENTS = f"{STATE}/fragments"
 ROWS = ".rows"
 """Ends the name of the folder in which an unfinished shard has its fragments and its report."""
@@ -51,6 +52,14 @@ def parse_state_name(name: str) -> tuple[str, int]:
     """Return the shard and the generation that `state_name` has joined."""
     match = _GENERATION.search(name)
     return (name[: match.start()], int(match[1])) if match else (name, 0)
+
+
+def slices_shard_list(run_id: str) -> str:
+    """Return the name of the list of shards of a run that slices begin.
+
+    Drivers of several slices may begin one at the same moment: none may replace the list of another.
+    """
+    return f"{STATE}/shards-{run_id}.jsonl.gz"
 
 
 def lease_name(run_slice: RunSlice | None = None) -> str:

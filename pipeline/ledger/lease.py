@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -26,6 +27,8 @@ from pipeline.errors import OutputInUse
 from pipeline.inputs.shards import RunSlice
 from pipeline.ledger.layout import LEASE, SLICE_LEASES, lease_name, parse_lease_name
 from pipeline.storage.folder import Folder
+
+logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 """Seconds between heartbeats."""
@@ -78,9 +81,21 @@ class Holder:
 
 
 def read_holder(folder: Folder, name: str = LEASE) -> Holder | None:
-    """Return the driver that holds a lease, dead or alive, or None."""
+    """Return the driver that holds a lease, dead or alive, or None.
+
+    Raises:
+        ValueError: the lease is damaged, or of a newer version.
+    """
     content = folder.get(name)
-    return Holder(**json.loads(content)) if content else None
+    if not content:
+        return None
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the lease {name} in {folder} must be one that this version can read, got {content[:80]!r}: "
+            f"{error}; delete the file if no driver works on this output"
+        ) from error
 
 
 def read_holders(folder: Folder) -> dict[str, Holder]:
@@ -211,9 +226,14 @@ class Lease:
             except OSError:
                 # A store that fails for a while costs heartbeats, not the run.
                 continue
+            except Exception:  # Without this thread, the driver looks dead.
+                logger.exception("The heartbeat of %s has failed", self._name)
 
     def _is_mine(self) -> bool:
-        holder = read_holder(self._folder, self._name)
+        try:
+            holder = read_holder(self._folder, self._name)
+        except ValueError:  # Nobody else holds a damaged lease: the next heartbeat repairs it.
+            return True
         return holder is not None and holder.token == self._me.token
 
     def _write(self, beat: int) -> None:

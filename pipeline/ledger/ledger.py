@@ -2,7 +2,8 @@
 
     <output>/<shard>.parquet           one file per finished shard, complete or not there
     <output>/_blip2/run.json           fingerprint and settings, written last: when it exists, a run has begun
-    <output>/_blip2/shards.jsonl.gz    the list of shards, made once
+    <output>/_blip2/shards.jsonl.gz    the list of shards, made once; if slices begin the run, its id is in
+                                       the name of the list
     <output>/_blip2/fragments/         a folder for each unfinished shard: finished rows that wait for the
                                        others, and the report of how reading the shard ended
     <output>/_blip2/summaries/         what the footers of finished files say, a thousand to a file
@@ -40,7 +41,7 @@ from pipeline.ledger.fragments import (
     store_shard_report,
     write_fragment,
 )
-from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, parse_lease_name
+from pipeline.ledger.layout import RUN_FILE, parse_lease_name
 from pipeline.ledger.lease import Holder, read_holders
 from pipeline.ledger.reconcile import Reconciliation, compare_input, reconcile
 from pipeline.ledger.retry import RowChoice, require_finished, to_retry
@@ -77,9 +78,9 @@ class Ledger:
         generations = {s.name: s.generation for s in run.shards if s.generation}
         return replace(self, generations=generations, shared=shared_folders(run.shards))
 
-    def begin(self, run: Run) -> None:
-        """Write the record of a run."""
-        write_run(self.folder, run)
+    def begin(self, run: Run) -> bool:
+        """Write the record of a run; return False if another slice has just begun one; see `write_run`."""
+        return write_run(self.folder, run)
 
     def revise(self, run: Run, redone: Iterable[str]) -> None:
         """Store other shards for a run that has begun; see `revise_run`."""
@@ -106,8 +107,8 @@ class Ledger:
             zlib.error,
         ) as e:
             raise ValueError(
-                f"the record of the run in {self} is damaged: {e}; restore {RUN_FILE} and {SHARD_LIST} "
-                "from a copy, or give another --output"
+                f"the record of the run in {self} is damaged: {e}; restore {RUN_FILE} and the list of "
+                "shards next to it from a copy, or give another --output"
             ) from e
 
     def require_run(self, inputs: Sequence[str] = ()) -> Run:

@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -30,13 +31,15 @@ from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.find_files import same_place
 from pipeline.inputs.listing import Listing
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
-from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name
+from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name, slices_shard_list
 from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder, OpenFile
 
 FORMAT_VERSION = 1
 """Raised when a reader of the version before would misread the file."""
+TOGETHER_S = 2.0
+"""Drivers that begin a run within this time of each other find out, also in a store without conditions."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Run:
     """Names the run in logs, metrics, leases and files; of an older run, it follows from its record."""
     quantization: QuantizationChoice | None = None
     """What every worker quantizes; None if nothing is."""
+    shard_list: str = SHARD_LIST
+    """The file with the shards."""
 
     @property
     def schema_version(self) -> int:
@@ -138,6 +143,7 @@ class Run:
 
 def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: Listing, kept: pa.Schema) -> Run:
     """Return the run that a command begins."""
+    run_id = secrets.token_hex(8)
     return Run(
         fingerprint=fingerprint,
         settings=settings.to_dict(),
@@ -146,7 +152,8 @@ def begin_run(fingerprint: Fingerprint, settings: CaptionSettings, listing: List
         working_folder=os.getcwd(),
         hides_options=_hide_options(settings.input),
         kept=kept,
-        id=secrets.token_hex(8),
+        id=run_id,
+        shard_list=SHARD_LIST if settings.slice is None else slices_shard_list(run_id),
     )
 
 
@@ -158,13 +165,27 @@ def _places(inputs: Sequence[str]) -> list[str]:
     return [same_place(name, os.getcwd()) for name in inputs]
 
 
-def write_run(folder: Folder, run: Run) -> None:
-    """Begin a run in a folder."""
-    _write_shards(folder, run.shards)
-    _write_record(folder, run)
+def write_run(folder: Folder, run: Run) -> bool:
+    """Begin a run in a folder; return False if the driver of another slice has begun one at the same moment.
+
+    The lease keeps all other drivers away.
+    """
+    _write_shards(folder, run)
+    if run.shard_list == SHARD_LIST:
+        folder.put(RUN_FILE, _record(run))
+        return True
+    if folder.put_new(RUN_FILE, _record(run)):
+        return True
+    if read_run(folder) is None:  # There is no way to say the condition to this store: the last one counts.
+        folder.put(RUN_FILE, _record(run))
+        time.sleep(TOGETHER_S)
+    is_ours = json.loads(folder.get(RUN_FILE) or b"{}").get("id") == run.id
+    if not is_ours:
+        folder.delete(run.shard_list)
+    return is_ours
 
 
-def _write_record(folder: Folder, run: Run) -> None:
+def _record(run: Run) -> bytes:
     record = {
         "format_version": FORMAT_VERSION,
         "id": run.id,
@@ -178,7 +199,9 @@ def _write_record(folder: Folder, run: Run) -> None:
         record["kept"] = base64.b64encode(run.kept.serialize()).decode()
     if run.quantization is not None:
         record["quantization"] = run.quantization.to_dict()
-    folder.put(RUN_FILE, json.dumps(record, indent=1).encode())
+    if run.shard_list != SHARD_LIST:
+        record["shard_list"] = run.shard_list
+    return json.dumps(record, indent=1).encode()
 
 
 def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
@@ -190,19 +213,20 @@ def revise_run(folder: Folder, run: Run, redone: Iterable[str]) -> None:
     """
     for shard in redone:
         folder.delete(output_name(shard))
-    _write_shards(folder, run.shards)
+    _write_shards(folder, run)
     stored = json.loads(folder.get(RUN_FILE) or b"{}").get("settings")
     if stored != json.loads(json.dumps(run.settings)):  # The time of the file tells when the run began.
-        _write_record(folder, run)
+        folder.put(RUN_FILE, _record(run))
 
 
-def _write_shards(folder: Folder, shards: Iterable[Shard]) -> None:
-    stored = (replace(shard, root=without_secrets(shard.root)) for shard in shards)
-    with folder.spool() as file:
+def _write_shards(folder: Folder, run: Run) -> None:
+    def write(file: IO[bytes]) -> None:
         with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as lines:
-            for shard in stored:
-                lines.write(f"{shard.to_json()}\n".encode())
-        folder.put(SHARD_LIST, file)
+            for shard in run.shards:
+                stored = replace(shard, root=without_secrets(shard.root))
+                lines.write(f"{stored.to_json()}\n".encode())
+
+    folder.put_made(run.shard_list, write)
 
 
 def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
@@ -225,8 +249,9 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
             f"{version}, and this version reads up to {FORMAT_VERSION}; use the newer version, or give "
             "another --output"
         )
+    shard_list = values.get("shard_list", SHARD_LIST)
     try:
-        shards = folder.read(SHARD_LIST, partial(_read_shards, inputs=inputs))
+        shards = folder.read(shard_list, partial(_read_shards, inputs=inputs))
     except FileNotFoundError:
         return None
     return Run(
@@ -239,6 +264,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         id=values.get("id") or hashlib.sha256(record).hexdigest()[:16],
         quantization=_read_choice(values.get("quantization")),
         shards=shards,
+        shard_list=shard_list,
     )
 
 

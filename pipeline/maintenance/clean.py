@@ -5,13 +5,13 @@ Results, the record of the run, and rows that a resume or a retry goes on with a
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from pipeline.errors import OutputInUse
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
@@ -27,7 +27,7 @@ from pipeline.progress import Console, count, format_bytes
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
 from pipeline.storage.folder import ASIDE, Folder
 
-MIN_PLAN_AGE = timedelta(hours=1)
+MIN_PLAN_AGE_S = 3600.0
 """Younger files of a plan may belong to one that is at work: a plan takes no lease."""
 
 
@@ -81,20 +81,13 @@ class Found:
 def _find(ledger: Ledger, run: Run | None, has_dead_lease: bool) -> Found:
     """List the output, and find what is of no use."""
     state = ledger.scan()
-    infos = _state_files(ledger.folder)
-    before = datetime.now(UTC) - MIN_PLAN_AGE
-    young = {name for name, info in infos.items() if name.startswith(PLAN_FOLDERS) and info.mtime > before}
+    files = {file.name: file for file in ledger.folder.files(STATE)}
+    before = time.time() - MIN_PLAN_AGE_S
+    young = {name for name, file in files.items() if name.startswith(PLAN_FOLDERS) and file.written > before}
     state = replace(state, leftovers=tuple(name for name in state.leftovers if name not in young))
     summaries = _summaries(ledger.folder, state.finished & state.fragments.keys())
     removable = find_removable(run, state, summaries, has_dead_lease)
-    return Found(removable, {name: infos[name].size for name in removable.names if name in infos})
-
-
-def _state_files(folder: Folder, kind: pafs.FileType = pafs.FileType.File) -> dict[str, pafs.FileInfo]:
-    """Return size and time of each file of the state, or each folder in it, by its name."""
-    selector = pafs.FileSelector(folder.path(STATE), recursive=True, allow_not_found=True)
-    infos = folder.filesystem.get_file_info(selector)
-    return {info.path[len(folder.root) + 1 :]: info for info in infos if info.type == kind}
+    return Found(removable, {name: files[name].num_bytes for name in removable.names if name in files})
 
 
 def _summaries(folder: Folder, shards: Iterable[str]) -> dict[str, Summary]:
@@ -113,8 +106,9 @@ def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
     folder = ledger.folder
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         list(pool.map(folder.delete, [name for name in names if name != LEASE]))
-    for name in sorted(_state_files(folder, pafs.FileType.Directory), reverse=True):
-        folder.drop_if_empty(name)  # A folder comes after those inside it.
+    if folder.is_local:
+        for path, _, _ in os.walk(folder.path(STATE), topdown=False):
+            folder.drop_if_empty(os.path.relpath(path, folder.root))
     if run is not None:
         state = ledger.scan()
         ledger.drop_markers(state, ledger.reconcile(run, state))

@@ -94,15 +94,16 @@ def _known_at_the_start(job: Job) -> dict[str, Any]:
 
 
 def _begin_or_join(job: Job, ledger: Ledger) -> Job:
-    """Begin a run, or join it if another driver has begun it since the job was prepared.
+    """Begin a run, or join it if another driver has begun it since the job was prepared, or does so now.
 
     Raises:
         FingerprintMismatch: it has other settings.
     """
     begun = ledger.load(job.settings.input)
     if begun is None:
-        ledger.begin(job.run)
-        return job
+        if ledger.begin(job.run):
+            return job
+        begun = ledger.require_run(job.settings.input)
     begun.require_same(job.run.fingerprint, job.settings.input, str(ledger))
     return job.joining(begun)
 

@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 RESERVE = timedelta(seconds=20)
 """A job stops this long before its deadline, to write what is finished and to end its processes."""
+LONGEST = timedelta(days=3650)
+"""Longer durations are mistakes, and the times that they lead to have no room in a `datetime` or a timer."""
 _DURATION = re.compile(
     r"(?:(?P<days>\d+)d)?(?:(?P<hours>\d+)h)?(?:(?P<minutes>\d+)m(?:in)?)?(?:(?P<seconds>\d+)s)?"
 )
@@ -20,9 +22,14 @@ def stop_time(deadline: str, now: datetime) -> datetime:
         now: with a time zone.
 
     Raises:
-        ValueError: the deadline is neither, or it comes too soon.
+        ValueError: the deadline is neither, or it comes too soon or too late.
     """
     at = _parse(deadline, now)
+    if at is None or at > now + LONGEST:
+        raise ValueError(
+            f"deadline must be at most {LONGEST.days:,} days from now, got {deadline}; "
+            "leave it out for a job without one"
+        )
     if at < now + RESERVE:
         raise ValueError(
             f"deadline must be at least {RESERVE.seconds} s from now, got {deadline} at {now:%Y-%m-%dT%H:%M}"
@@ -30,10 +37,14 @@ def stop_time(deadline: str, now: datetime) -> datetime:
     return at - RESERVE
 
 
-def _parse(deadline: str, now: datetime) -> datetime:
+def _parse(deadline: str, now: datetime) -> datetime | None:
+    """Return the time that a deadline names, or None if it is too late for a `datetime`."""
     duration = _DURATION.fullmatch(deadline)
     if duration and deadline:
-        return now + timedelta(**{unit: int(n) for unit, n in duration.groupdict(default="0").items()})
+        try:
+            return now + timedelta(**{unit: int(n) for unit, n in duration.groupdict(default="0").items()})
+        except OverflowError:
+            return None
     try:
         at = datetime.fromisoformat(deadline)
     except ValueError:

@@ -15,5 +15,7 @@ class DemoSettings:
     """Number of images to render, including the broken ones."""
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output must be the name of a folder, got ''")
         if self.num_images < 100:
             raise ValueError(f"num_images must be at least 100, got {self.num_images}")

@@ -137,7 +137,7 @@ class ExportSettings:
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
 
     def __post_init__(self) -> None:
-        if "://" in self.into:
+        if not self.into or "://" in self.into:
             raise ValueError(
-                f"into must be a folder on this machine, got {self.into}; export there, and copy the files"
+                f"into must be a folder on this machine, got {self.into!r}; export there, and copy the files"
             )

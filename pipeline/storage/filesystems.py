@@ -1,9 +1,15 @@
-"""Resolve URIs to filesystems: local paths, file://, s3://, gs:// by Arrow, all others by fsspec."""
+"""Resolve URIs to filesystems: local paths, file://, s3://, gs:// by Arrow, all others by fsspec.
+
+`files_below` lists the files of a folder in any of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -17,6 +23,7 @@ from pipeline.storage.secrets import hide_secrets, without_secrets
 
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 WEB_SCHEMES = ("http", "https")
+EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
 
@@ -25,8 +32,11 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of a URI or local path, and the path inside it.
 
     Raises:
-        InputError: the scheme is unknown, its package is not installed, or its server cannot be reached.
+        InputError: the name is empty, the scheme is unknown, its package is not installed, or its server
+            cannot be reached.
     """
+    if not uri:  # Python takes it for the working folder.
+        raise InputError(EMPTY)
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
@@ -74,3 +84,37 @@ def _with_single_puts(uri: str) -> str:
 def join(folder: str, name: str) -> str:
     """Return the path of a name below a folder, in any filesystem."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def files_below(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, int, int]]:
+    """Yield path, size and time of writing of all files below a folder, in no order; none if it is not there.
+
+    The time is in nanoseconds since 1970; 0 if the store does not tell. A name on a disk need not be UTF-8.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield from _on_disk(folder)  # Arrow lists no folder with a name that is not UTF-8.
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True)):
+        if info.type == pafs.FileType.File:
+            yield info.path, info.size, info.mtime_ns or 0
+
+
+def _on_disk(folder: str) -> Iterator[tuple[str, int, int]]:
+    folders = [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                found = list(entries)
+        except FileNotFoundError:
+            continue
+        for entry in found:
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):  # gone meanwhile, or a link that leads nowhere
+                    continue
+                raise
+            if stat.S_ISDIR(status.st_mode):
+                folders.append(entry.path)
+            elif stat.S_ISREG(status.st_mode):
+                yield entry.path, status.st_size, status.st_mtime_ns

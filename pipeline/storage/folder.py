@@ -1,6 +1,6 @@
 """`Folder`: files under one URI, each of which is there as a whole or not at all.
 
-On a disk, `put` writes a temporary file, flushes it and renames it. In an object store one PUT does the same.
+See `pipeline.storage.put` for how a file is written.
 
 A folder may retry: `with_retries` returns one that repeats a request for a while after an OSError (a disk
 that is full, a store that answers 503), unless no new try can succeed (`retrying.is_final`). Repeating is
@@ -15,20 +15,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.exclusive import put_new
-from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.filesystems import files_below, open_filesystem
 from pipeline.storage.fsspec_store import s3_requests
+from pipeline.storage.put import is_object_store, put, put_new
 from pipeline.storage.retrying import RETRY_FOR_S, retry_on_oserror
 from pipeline.storage.retrying_file import open_input
 from pipeline.storage.secrets import hide_secrets, without_secrets
@@ -36,12 +35,11 @@ from pipeline.storage.secrets import hide_secrets, without_secrets
 T = TypeVar("T")
 OpenFile: TypeAlias = "pa.NativeFile | io.BufferedReader"
 
-ASIDE = "_blip2/tmp"  # where a file on a disk is written before it is renamed; emptied when a run starts
+ASIDE = "_blip2/tmp"  # where a file is written before it is renamed or moved; emptied when a run starts
 PROBE = "_blip2/probe-"  # begins the names of files that test whether a folder can be written
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of the file systems of Linux
 MAX_KEY_BYTES = 1024  # of S3, Google Cloud Storage and Azure
-SPOOL_BYTES = 64 << 20  # larger content that is prepared for `put` goes to a disk
-COPY_BYTES = 8 << 20
+SPOOL_BYTES = 64 << 20  # larger content of `put_made` goes to a disk
 PROBE_BYTES = 4096  # a full disk still takes an empty file
 
 
@@ -109,25 +107,35 @@ class Folder:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
+    def _aside(self) -> str:
+        """Return the path of a temporary file."""
+        return self.path(f"{ASIDE}/{uuid.uuid4().hex}")
+
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
-        """Write or replace a file in one step, so that no reader sees half of it; see `spool` for files."""
+        """Write or replace a file in one step, so that no reader sees half of it."""
         self._retry(lambda: self._put_once(name, content))
 
     def put_new(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one; return whether it was written. See `exclusive.put_new`."""
-        aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
-        return put_new(self.uri, self.filesystem, self.path(name), aside, content)
+        """Write a file unless there is one; return whether it was written. See `put.put_new`."""
+        return put_new(self.uri, self.filesystem, self.path(name), self._aside(), content)
 
-    def spool(self) -> IO[bytes]:
-        """Return an empty file to prepare content in: in memory, or on a disk if it becomes large.
+    def put_made(self, name: str, make: Callable[[IO[bytes]], T]) -> T:
+        """Write or replace a file by what `make` writes into an empty file, and return what it returns.
 
-        The disk is that of the output, if the output is on one: /tmp may be small.
+        It is prepared in memory, or on a disk if it becomes large: on that of the output, if the output is on
+        one, as /tmp may be small. A retry makes it from the beginning.
         """
-        where = None
-        if self.is_local:
-            where = self.path(ASIDE)
-            self._retry(lambda: os.makedirs(where, exist_ok=True))
-        return tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=where)
+
+        def attempt() -> T:
+            where = self.path(ASIDE) if self.is_local else None
+            if where is not None:
+                os.makedirs(where, exist_ok=True)
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=where) as file:
+                made = make(file)
+                self.put(name, file)
+            return made
+
+        return retry_on_oserror(attempt, self.retry_for_s, is_request=False)
 
     def get(self, name: str) -> bytes | None:
         """Return the content of a file, or None when there is none."""
@@ -146,11 +154,23 @@ class Folder:
 
         return self._retry(attempt)
 
-    def open(self, name: str) -> OpenFile:
-        """Open a file that can be read at any position; it must exist. Nothing is retried here."""
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[OpenFile]:
+        """Open a file that can be read at any position; it must exist. Nothing is retried here.
+
+        Raises:
+            pa.ArrowInvalid: what the block reads is damaged; the message names the file.
+        """
         file = open_input(self.filesystem, self.path(name))
-        # Arrow takes a short read of a Python file for the end of the file; a buffered reader reads on.
-        return file if isinstance(file, pa.NativeFile) else io.BufferedReader(file)
+        try:
+            # Arrow takes a short read of a Python file for the end of the file; a buffered reader reads on.
+            with file if isinstance(file, pa.NativeFile) else io.BufferedReader(file) as opened:
+                yield opened
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(
+                f"{name} in {self} cannot be read: {str(error).rstrip('. ')}; restore it from a copy, or "
+                "delete it and run the same command again"
+            ) from error
 
     def delete(self, name: str) -> None:
         """Delete a file; do nothing when there is none."""
@@ -187,7 +207,8 @@ class Folder:
     def file(self, name: str) -> WrittenFile | None:
         """Return a file as a listing tells about it, or None when there is none."""
         (info,) = self._retry(lambda: self.filesystem.get_file_info([self.path(name)]))
-        return self._written(info) if info.type == pafs.FileType.File else None
+        is_file = info.type == pafs.FileType.File
+        return self._written(info.path, info.size, info.mtime_ns or 0) if is_file else None
 
     def require_names(self, names: Iterable[str]) -> None:
         """Raise ValueError when one of these names is too long for the store."""
@@ -211,10 +232,15 @@ class Folder:
         return None if file is None or not file.written else time.time() - file.written
 
     def require_writable(self) -> None:
-        """Raise ValueError unless a file can be written here and deleted again; nothing is retried."""
+        """Raise ValueError unless a file can be written, replaced and deleted here; nothing is retried."""
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             self._put_once(probe, bytes(PROBE_BYTES))
+            if not (self.is_local or is_object_store(self.filesystem)):
+                # HDFS, for one, moves no file to a name that is taken.
+                self._put_once(probe, b"replaced")
+                if self._get_once(probe) != b"replaced":
+                    raise OSError("no file can be replaced there")
             self._delete_once(probe)
         except OSError as error:
             said = (self.is_local and error.strerror) or str(error)  # without the path of the probe
@@ -228,32 +254,7 @@ class Folder:
         return retry_on_oserror(request, self.retry_for_s)
 
     def _put_once(self, name: str, content: bytes | IO[bytes]) -> None:
-        if not self.is_local:
-            # Its close makes a PUT, or a multipart upload that exists when it is complete. It also closes
-            # after an error, so the content must be at hand: only the store itself can fail here.
-            with self.filesystem.open_output_stream(self.path(name), compression=None) as stream:
-                _copy(content, stream)
-            return
-        aside = self.path(f"{ASIDE}/{uuid.uuid4().hex}")
-        target = self.path(name)
-        for attempt in (1, 2):
-            try:
-                os.makedirs(os.path.dirname(aside), exist_ok=True)
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with open(aside, "wb") as file:
-                    _copy(content, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, target)
-                return
-            except FileNotFoundError:
-                # Another process removed the empty folder between makedirs and its use here.
-                if attempt == 2:
-                    raise
-            except OSError:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(aside)
-                raise
+        put(self.filesystem, self.path(name), self._aside(), content)
 
     def _get_once(self, name: str) -> bytes | None:
         try:
@@ -266,8 +267,9 @@ class Folder:
             return None
 
     def _delete_once(self, name: str) -> None:
+        delete = os.remove if self.is_local else self.filesystem.delete_file
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(name))
+            delete(self.path(name))
 
     def _erase_once(self, under: str) -> None:
         try:
@@ -280,20 +282,7 @@ class Folder:
 
     def _list_once(self, under: str) -> list[WrittenFile]:
         base = self.path(under).rstrip("/")
-        selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-        return [
-            self._written(info)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File
-        ]
+        return [self._written(*found) for found in files_below(self.filesystem, base)]
 
-    def _written(self, info: pafs.FileInfo) -> WrittenFile:
-        return WrittenFile(info.path[len(self.root) + 1 :], info.size, (info.mtime_ns or 0) / 1e9)
-
-
-def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None:
-    if isinstance(content, (bytes, pa.Buffer)):
-        target.write(content)
-    else:
-        content.seek(0)
-        shutil.copyfileobj(content, target, COPY_BYTES)
+    def _written(self, path: str, num_bytes: int, written_ns: int) -> WrittenFile:
+        return WrittenFile(path[len(self.root) + 1 :], num_bytes, written_ns / 1e9)

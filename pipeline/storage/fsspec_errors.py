@@ -102,6 +102,10 @@ class HandlerWithOSErrors(pafs.FSSpecHandler):
     delete_dir = _raising_oserrors(pafs.FSSpecHandler.delete_dir)
     delete_file = _raising_oserrors(pafs.FSSpecHandler.delete_file)
 
+    @_raising_oserrors
+    def move(self, src: str, dest: str) -> None:
+        self.fs.mv(src, dest)  # Not every filesystem takes the option that the parent class gives.
+
     @staticmethod
     def _create_file_info(path: str, info: dict[str, Any]) -> pafs.FileInfo:
         if "mtime" not in info:  # the filesystem of Azure calls it so

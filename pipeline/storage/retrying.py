@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
@@ -87,6 +87,7 @@ def retry_on_oserror(
     place: Place = "output",
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
+    is_request: bool = True,
 ) -> T:
     """Call `action` until it raises no OSError, with a pause before each new try.
 
@@ -96,12 +97,14 @@ def retry_on_oserror(
         action: must be safe to repeat, also after it was carried out and only its answer was lost.
         retry_for_s: raise the OSError when the next try would start later than this; 0 tries once.
         place: where the request goes, for the listener.
+        is_request: whether the action is one request, for `longest_request_s`; others make requests of their
+            own between work that may take long.
     """
     started = clock()
     pause_s, has_failed = FIRST_PAUSE_S, False
     while True:
         try:
-            with _noted():
+            with _noted() if is_request else nullcontext():
                 result = action()
         except OSError as error:
             if retry_for_s <= 0 or clock() + pause_s > started + retry_for_s or is_final(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 
 import pyarrow.fs as pafs
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs import listing
 from pipeline.inputs.listing import list_input, list_shards
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.shards import Shard, refuse_unwritable
+from pipeline.ledger.layout import folder_of_shard, is_result, output_name, parse_folder_of_shard
 from pipeline.storage.filesystems import open_filesystem
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
 
@@ -248,3 +250,39 @@ def test_the_bytes_of_a_remote_folder_are_known(tmp_path):
 def test_a_name_that_no_output_file_could_have_is_refused(tmp_path):
     (tmp_path / "\udcff.tar").write_bytes(b"")
     assert "is not valid UTF-8" in refusal_of(tmp_path)
+
+
+def test_names_that_the_state_has_for_its_own_files_are_refused(tmp_path):
+    """Their shards never finished: what was made of them was taken for another shard's, or for no result."""
+    (tmp_path / "_blip2").mkdir()
+    for name in ("x~again1", "y.tar", "_blip2/z.tar"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match="the file x~again1 must not"):
+        list_shards(str(tmp_path / "x~again1"), format="webdataset")
+    with pytest.raises(InputError, match=r"the file _blip2/z\.tar must not"):
+        list_shards([str(tmp_path / "y.tar"), str(tmp_path / "_blip2" / "z.tar")])
+    for name in ("x~again1", "a/x~again12", "_blip2/z.tar", "x~again", "x~again1.tar", "a/_blip2/x.tar"):
+        is_own = is_result(output_name(name)) and parse_folder_of_shard(folder_of_shard(name)) == (name, 0)
+        shard = Shard(name=name, format="webdataset", root="/", files=(name,))
+        with nullcontext() if is_own else pytest.raises(InputError, match="rename"):
+            refuse_unwritable([shard])
+
+
+@pytest.mark.parametrize("name", ["", "@", "file://"])
+def test_an_empty_name_is_not_the_working_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "a.tar")
+    assert "must not be empty" in refusal_of(name)
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    """Whoever opens a pipe waits for its writer for ever."""
+    touch(tmp_path, "folder/a.tar")
+    os.mkfifo(tmp_path / "folder" / "pipe.tar")
+    (tmp_path / "folder" / "link.tar").symlink_to("pipe.tar")
+    (tmp_path / "folder" / "broken.tar").symlink_to("nothing")
+    for name in ("folder/pipe.tar", "folder/link.tar", "folder/{a,pipe}.tar", "/dev/null"):
+        assert "must be a file or a folder" in refusal_of(tmp_path / name)
+    assert "must be a file or a folder" in refusal_of(f"@{tmp_path}/folder/pipe.tar")
+    for name in ("folder", "folder/*.tar"):  # which name no file by itself
+        assert names(tmp_path / name) == ["a.tar", "broken.tar"]

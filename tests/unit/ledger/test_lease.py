@@ -146,3 +146,36 @@ def test_the_source_of_the_progress_can_change_while_the_lease_is_held(folder):
         lease.progress = lambda: {"rows": 8}
         while holder_of(folder).progress != {"rows": 8}:
             pass
+
+
+def test_a_damaged_lease_is_written_again_by_its_driver(folder):
+    """The error ended the thread of the heartbeats, and the driver looked dead half a minute later."""
+    with Lease(folder, beat_s=0.01) as lease:
+        folder.put(LEASE, b'{"token": ')
+        while folder.get(LEASE) == b'{"token": ':
+            assert lease._thread.is_alive()
+        assert holder_of(folder).token == lease._me.token
+    assert read_holder(folder) is None
+
+
+def test_an_error_of_the_progress_does_not_end_the_heartbeats(folder):
+    """Whatever fails once, the next heartbeat shows that the driver lives."""
+    answers = iter([{}, None])
+
+    def progress() -> dict:
+        answer = next(answers, {"rows": 7})
+        if answer is None:
+            raise RuntimeError("dictionary changed size during iteration")
+        return answer
+
+    with Lease(folder, progress=progress, beat_s=0.01) as lease:
+        while holder_of(folder).progress != {"rows": 7}:
+            assert lease._thread.is_alive()
+
+
+@pytest.mark.parametrize("content", [b'{"token": ', b"[]", b'{"token": "t", "of_a_newer_version": 1}'])
+def test_a_driver_does_not_start_on_a_lease_that_it_cannot_read(folder, content):
+    folder.put(LEASE, content)
+    with pytest.raises(ValueError, match=r"lease _blip2/lease\.json .* delete the file"), Lease(folder):
+        pass
+    assert folder.get(LEASE) == content

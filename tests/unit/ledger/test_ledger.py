@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import pickle
 
 import pytest
 
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
+from pipeline.ledger.commit import read_summary
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
@@ -133,3 +135,38 @@ def test_a_worker_has_the_same_folder_and_the_same_retries(tmp_path, monkeypatch
     pickle.loads(sent)(ShardReport(shard="a.tar", num_rows=1, complete=True))
     assert (tmp_path / "out" / "_blip2" / "fragments" / "a.tar.rows" / "report.json").exists()
     assert pickle.loads(sent).__self__.folder.retry_for_s == 7.0
+
+
+def test_a_damaged_file_is_named(ledger):
+    """Arrow says that a footer is damaged, and not of which file."""
+    ledger.begin(make_run("a.tar", "b.tar"))
+    ledger.folder.put("b.tar.parquet", b"PAR1 half of a file")
+    with pytest.raises(ValueError, match=r"b\.tar\.parquet in .* cannot be read: .*; restore it"):
+        read_summary(ledger.folder, "b.tar")
+    with pytest.raises(ValueError, match=r"b\.tar\.parquet in"):
+        ledger.commit(ShardReport(shard="b.tar", num_rows=0, complete=True), {})
+
+
+def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
+    """Arrow lists no folder with such a file: nothing could be done with the output."""
+    ledger.begin(make_run("a.tar"))
+    for name in ("a.tar.parquet", "\udcff.txt", "b/\udcff.parquet", "_blip2/tmp/\udcff"):
+        ledger.folder.put(name, b"12")
+    state = ledger.scan()
+    assert (set(state.finished), state.leftovers) == ({"a.tar", "b/\udcff"}, ("_blip2/tmp/\udcff",))
+    assert state.written["a.tar"] == ledger.folder.file("a.tar.parquet")
+    ledger.sweep(make_run(), state, {})
+    assert "_blip2/tmp/\udcff" not in ledger.folder.names()
+
+
+def test_a_folder_is_listed_with_links_and_without_what_is_no_file(ledger, tmp_path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    out.mkdir()
+    (elsewhere / "a.tar.parquet").write_bytes(b"12")
+    (out / "link").symlink_to(elsewhere)
+    (out / "broken").symlink_to("nothing")
+    (out / "itself").symlink_to("itself")
+    os.mkfifo(out / "pipe")
+    assert ledger.folder.names() == ["link/a.tar.parquet"]
+    assert ledger.folder.names("nothing") == []

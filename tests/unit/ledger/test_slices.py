@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from blip2_actor.testing import FakeEngineConfig
 from pipeline.errors import OutputInUse, RayStartFailed
 from pipeline.inputs.shards import RunSlice
-from pipeline.ledger.layout import lease_name, parse_lease_name
+from pipeline.ledger import run_record
+from pipeline.ledger.layout import RUN_FILE, lease_name, parse_lease_name
 from pipeline.ledger.lease import Lease, read_holders
+from pipeline.ledger.ledger import Ledger
 from pipeline.progress import Console
 from pipeline.report.status import RunStatus
 from pipeline.run.prepare import prepare
@@ -115,6 +118,52 @@ def test_two_slices_that_start_together_are_one_run(tmp_path):
     }
     lines = RunStatus.read(str(tmp_path / "out")).lines()
     assert lines[:2] == ["12 rows = 12 ok + 0 failed", "6 shards = 6 written + 0 missing"]
+
+
+@pytest.mark.parametrize("has_conditions", [True, False])
+@pytest.mark.parametrize("prompt", [None, "a photo of"])
+def test_of_slices_that_begin_a_run_at_the_same_moment_one_does(
+    tmp_path, monkeypatch, has_conditions, prompt
+):
+    """Each wrote its record over that of the other, and the output had rows of two runs."""
+    for name in "abcdef":
+        write_tar(tmp_path / f"in/{name}.tar", name)
+    jobs = [prepare_run(tmp_path, slice="1/2")]
+    write_tar(tmp_path / "in/g.tar", "comes between the two listings")
+    jobs.append(prepare_run(tmp_path, slice="2/2", prompt=prompt))
+    have_loaded, have_looked, have_written = (threading.Barrier(2) for _ in range(3))
+    begin = Ledger.begin
+
+    def begin_together(ledger, run):
+        have_loaded.wait(60)
+        return begin(ledger, run)
+
+    def find_none(folder):
+        have_looked.wait(60)
+
+    monkeypatch.setattr(Ledger, "begin", begin_together)
+    if not has_conditions:
+        monkeypatch.setattr(Folder, "put_new", lambda *args: False)
+        monkeypatch.setattr(run_record, "read_run", find_none)
+        monkeypatch.setattr(run_record, "time", SimpleNamespace(sleep=lambda _: have_written.wait(60)))
+
+    def try_to_begin(job):
+        try:
+            return _begin_or_join(job, job.ledger)
+        except FingerprintMismatch as error:
+            assert "prompt" in str(error)
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(try_to_begin, jobs))
+    begun = jobs[0].ledger.require_run()
+    (winner,) = [job for job in jobs if job.run.id == begun.id]
+    assert begun.shards == winner.run.shards
+    assert done.count(None) == (prompt is not None)
+    assert {job.run.id for job in done if job is not None} == {begun.id}
+    jobs[0].ledger.revise(begun.with_shards(begun.shards[:3]), ())
+    assert jobs[0].ledger.require_run().shards == begun.shards[:3]
+    assert sorted(jobs[0].ledger.folder.names()) == [RUN_FILE, begun.shard_list]
 
 
 def test_a_slice_with_another_prompt_does_not_join(tmp_path):

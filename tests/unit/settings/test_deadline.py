@@ -37,6 +37,17 @@ def test_a_deadline_that_cannot_be_kept_is_refused(deadline):
         CaptionSettings(input=("in",), output="out", deadline=deadline)
 
 
+@pytest.mark.parametrize(
+    "deadline", ["9999999999d", "999999999d", "4000d", "9999-01-01", "9999-12-31T23:59:59-12:00"]
+)
+def test_a_deadline_for_which_there_is_no_timer_is_refused(deadline):
+    """It was an OverflowError, in the settings or when the timer was set."""
+    with pytest.raises(ValueError, match=f"at most 3,650 days from now, got {deadline}"):
+        stop_time(deadline, NOW)
+    with pytest.raises(ValueError, match="deadline must be"):
+        CaptionSettings(input=("in",), output="out", deadline=deadline)
+
+
 def test_a_deadline_is_not_stored_because_a_later_start_has_another():
     settings = CaptionSettings(input=("in",), output="out", deadline="2h")
     assert from_dict(CaptionSettings, settings.to_dict()).deadline is None

@@ -11,9 +11,11 @@ from blip2_actor.testing import FakeEngineConfig
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.inputs.reader import ReadOptions
 from pipeline.settings.caption_spec import CaptionSpec
+from pipeline.settings.demo_settings import DemoSettings
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings, EmbedSettings, ScoreSettings
 from pipeline.settings.outputs import Outputs
+from pipeline.settings.report_settings import ExportSettings
 
 STORED_RUN = Path(__file__).parents[2] / "fixtures" / "stored_run" / "finished" / "_blip2" / "run.json"
 """Written by version 0.1.0."""
@@ -124,3 +126,11 @@ def test_a_prompt_that_the_model_cannot_take_is_refused_before_work_begins(chang
     spec = CaptionSpec(engine=FakeEngineConfig(), **changes)
     with pytest.raises(ValueError, match="prompt must be servable"):
         spec.check(spec.engine.info())
+
+
+def test_an_empty_name_of_a_folder_is_refused():
+    """Python takes it for the working folder; names of runs and inputs go through `open_filesystem`."""
+    with pytest.raises(ValueError, match="into must be a folder on this machine, got ''"):
+        ExportSettings(output="out", to="csv", into="")
+    with pytest.raises(ValueError, match="output must be the name of a folder, got ''"):
+        DemoSettings(output="")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Callable
 from itertools import count
 
@@ -12,6 +14,7 @@ from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import read_rows
 from pipeline.ledger.ledger import Ledger
 from pipeline.schema import ROW_CONTRACT
+from pipeline.storage import folder as folder_module
 from pipeline.storage import retrying
 from pipeline.storage.folder import Folder
 from tests.unit.storage.test_retrying import Clock
@@ -75,6 +78,30 @@ def test_a_commit_succeeds_whichever_request_fails(tmp_path, monkeypatch, is_lat
         commit(Ledger(Folder(str(tmp_path / f"{failing}"))).with_retries())
 
 
+@pytest.mark.parametrize("full", ["rollover", "write"])
+def test_a_commit_outlasts_a_full_disk_on_which_it_prepares_the_file(tmp_path, monkeypatch, full):
+    """A file of more than 64 MiB went to the disk outside any retry, and its error ended the job at once."""
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(folder_module, "SPOOL_BYTES", 1000)
+    left = iter(range(3))
+    original = getattr(tempfile.SpooledTemporaryFile, full)
+
+    def call(*args):
+        if next(left, None) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, full, call)
+    ledger = Ledger(Folder(str(tmp_path)).with_retries())
+    fill(ledger)
+    summary = ledger.commit(REPORT, {})
+    assert summary is not None and summary.captions.num_captions == 20
+    assert next(left, None) is None
+    rows = read_rows(ledger.folder, "a.tar")
+    assert rows is not None and rows["caption"].to_pylist() == [f"c{n}" for n in range(20)]
+    assert ledger.scan().leftovers == ()
+
+
 def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[float]:
     """Let a request of folders fail several times; return the pauses that the retries make."""
     pauses: list[float] = []
@@ -90,8 +117,8 @@ def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[floa
         pauses.append(seconds)
         clock.sleep(seconds)
 
-    def retry(action, retry_for_s):
-        return retrying.retry_on_oserror(action, retry_for_s, sleep=sleep, clock=lambda: clock.now)
+    def retry(action, retry_for_s, **options):
+        return retrying.retry_on_oserror(action, retry_for_s, sleep=sleep, clock=lambda: clock.now, **options)
 
     monkeypatch.setattr(Folder, request, call)
     monkeypatch.setattr("pipeline.storage.folder.retry_on_oserror", retry)
@@ -104,6 +131,7 @@ CALLS: dict[str, tuple[str, Callable[[Folder], object]]] = {
     "names": ("_list_once", lambda folder: folder.names()),
     "delete": ("_delete_once", lambda folder: folder.delete("x")),
     "erase": ("_erase_once", lambda folder: folder.erase()),
+    "put_made": ("_put_once", lambda folder: folder.put_made("x", lambda file: file.write(b"1"))),
     "read": ("open", lambda folder: folder.read("x", lambda file: file.read())),
 }
 

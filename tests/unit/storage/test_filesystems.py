@@ -37,6 +37,7 @@ def test_s3_options_travel_in_the_uri():
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
+        ("", "must not be empty, got ''; write . for the working folder"),
         ("nosuch://x/y", "must be a local path, s3://, gs:// or a URI that fsspec knows: Protocol not known"),
         ("az://container/x", "needs a package that is not installed: Install adlfs"),
         ("s3://bucket/trip data/x", "write %20 for each blank"),

@@ -10,6 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.inputs.stamps import stamp_of
+from pipeline.storage import put
+from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.folder import Folder
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors
 
@@ -77,3 +79,54 @@ def test_a_refusal_of_the_output_holds_no_signature(monkeypatch):
     ) as refusal:
         folder.require_writable()
     assert "hidden" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_where_a_file_shows_while_it_is_written_a_finished_one_is_moved(tmp_path, monkeypatch):
+    """A retry that was killed in its commit cut the file of the shard: its rows were nowhere else."""
+
+    def die(content: Any, stream: Any) -> None:
+        stream.write(content[:2])
+        raise KeyboardInterrupt
+
+    folder = Folder(f"local://{tmp_path}/out")  # its parents are made too
+    folder.put("a/b.parquet", b"before")
+    with monkeypatch.context() as patched:
+        patched.setattr(put, "_copy", die)
+        with pytest.raises(KeyboardInterrupt):
+            folder.put("a/b.parquet", b"after")
+    assert folder.get("a/b.parquet") == b"before"
+    assert sorted(name.partition("tmp/")[0] for name in folder.names()) == ["_blip2/", "a/b.parquet"]
+    folder.put("a/b.parquet", b"after")
+    assert folder.get("a/b.parquet") == b"after"
+    folder.require_writable()
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_filesystem_that_replaces_no_file_is_no_output(is_told):
+    """HDFS has an error for it, and its REST interface an answer that fsspec does not look at."""
+
+    class KeepsTheFirst(Store):
+        def mv(self, path1: str, path2: str, **options: Any) -> None:
+            if not self.exists(path2):
+                super().mv(path1, path2, **options)
+            elif is_told:
+                raise OSError("there is such a file")
+
+    with pytest.raises(ValueError, match="output must be a folder that can be written"):
+        folder_in(KeepsTheFirst()).require_writable()
+    folder_in(Store()).require_writable()
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_one"),
+    [
+        ("s3://bucket/x?region=eu-west-1", True),
+        ("gs://anonymous@bucket/x", True),
+        ("memory://x", False),
+        ("local:///x", False),
+        ("/x", False),
+    ],
+)
+def test_in_object_stores_a_file_is_there_when_its_upload_is_complete(uri, is_one):
+    filesystem, _ = open_filesystem(uri)
+    assert put.is_object_store(filesystem) is is_one
