@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import pytest
@@ -160,7 +161,7 @@ def test_a_damaged_lease_is_written_again_by_its_driver(folder):
 
 def test_an_error_of_the_progress_does_not_end_the_heartbeats(folder):
     """Whatever fails once, the next heartbeat shows that the driver lives."""
-    answers = iter([{}, None])
+    answers: Iterator[dict | None] = iter([{}, None])
 
     def progress() -> dict:
         answer = next(answers, {"rows": 7})
