@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +19,7 @@ from ray.exceptions import ActorDiedError, RpcError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
+from deploy import gateway as gateway_module
 from deploy.calls.remote_captioner import RemoteCaptioner
 from deploy.gateway import Gateway
 from deploy.guard.cost import Cost
@@ -379,6 +382,42 @@ def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
             assert 0.55 < time.monotonic() - began_s < 1.0
 
     asyncio.run(run())
+
+
+def test_while_the_head_is_away_a_gateway_loses_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each health check left one behind, until requests that needed one had no answer."""
+    monkeypatch.setattr(gateway_module, "STORE_WITHIN_S", 0.01)
+    is_back = threading.Event()
+    asked: list[str] = []
+
+    class Hanging(Store):
+        def _internal_kv_get(self, key: str, namespace: str) -> str | None:
+            if "hangs" in self:
+                asked.append(key)
+                is_back.wait()
+            return super()._internal_kv_get(key, namespace)
+
+    async def run() -> None:
+        store = Hanging()
+        async with gateway(Handle(None), store) as made:
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+            store["hangs"] = "yes"
+            for _ in range(4):
+                await made.check_health()
+            assert len(asked) == 1
+            assert await asyncio.wait_for(asyncio.to_thread(str, 1), 5) == "1"
+            del store["hangs"]
+            is_back.set()
+            store[made.fleet._drained] = "1"
+            monkeypatch.setattr(gateway_module, "STORE_WITHIN_S", 5)
+            await made.check_health()
+            await made.check_health()
+            assert made.stats()["is_draining"]
+
+    try:
+        asyncio.run(run())
+    finally:
+        is_back.set()
 
 
 def test_gateways_that_start_during_a_drain_are_drained(monkeypatch: pytest.MonkeyPatch) -> None:
