@@ -33,7 +33,7 @@ from deploy.http.lanes import in_lane
 from deploy.http.service import ServedModel
 from deploy.observe.fleet import Fleet
 from deploy.observe.logs import LogLevel, set_log_level
-from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
+from deploy.observe.metrics import IMAGE_DECODE_SECONDS
 from deploy.observe.request_record import RECORD, AccessLog, timed
 from deploy.readiness import Readiness
 from deploy.reuse.finished_run import FinishedRun
@@ -181,9 +181,8 @@ class Gateway:
         image = await self.load(source)
         digest = await in_lane(len(image), lambda: sha256_of(image))
         if self._finished_run is not None and model is self.first and not needs_tokens:
-            stored = await asyncio.to_thread(self._finished_run.find, digest, work)
+            stored = await self._finished_run.look_up(digest, work)
             if stored is not None:
-                CACHE_REQUESTS.inc(1, {"result": "run"})
                 return stored
         key = (model.name, model.info.digest, digest, work)
         return await self._shared_work.get(key, lambda: self._make(model, image, digest, work))
