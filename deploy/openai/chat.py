@@ -129,7 +129,7 @@ def chat_router(service: Service) -> APIRouter:
 
 @asynccontextmanager
 async def _chat_of(service: Service, body: ChatBody) -> AsyncIterator[_Chat]:
-    async with service.model(body.model, may_be_on_trial=True) as model:
+    async with service.model(body.model) as model:
         text = body.text(model)
         image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
         yield _Chat(service, model, text, image, bool(body.logprobs))
