@@ -213,15 +213,23 @@ class Gateway:
             self._finished_run = None  # it was of the former model
 
     async def stream(
-        self, model: ServedModel, image: DecodedImage, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        pixels = image.array(model.info.image_size_px)
+        self, model: ServedModel, source: ImageSource, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | Made, None]:
+        image = await self.load(source)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
+        decoded = await self.decode(model, image)
+        pixels = decoded.array(model.info.image_size_px)
         with timed("engine"):
             async with aclosing(self._models.captioner(model).stream(pixels, work)) as items:
                 async for item in items:
-                    if isinstance(item, ImageOutputs) and item.failure is not None:
+                    if isinstance(item, TextPiece):
+                        yield item
+                        continue
+                    if item.failure is not None:
                         raise of_status(*item.failure)
-                    yield item
+                    made = Made.of(digest, decoded, item)
+                    self._trials.record_answer(model, work, made)
+                    yield made
 
     async def run_batch(
         self, model: ServedModel, images: np.ndarray, work: BatchWork

@@ -201,14 +201,13 @@ class _Chat:
                 sent[index] += len(text)
                 await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
 
-        async with service.admit(cost_of(work)):
-            image = await service.decode(self._model, await service.load(self._image))
-            async with aclosing(service.stream(self._model, image, work)) as items:
-                async for item in items:
-                    if isinstance(item, TextPiece):
-                        await emit_text(item.index, item.text)
-                    else:
-                        outputs = item
+        items = service.stream(self._model, self._image, work)
+        async with service.admit(cost_of(work)), aclosing(items):
+            async for item in items:
+                if isinstance(item, TextPiece):
+                    await emit_text(item.index, item.text)
+                else:
+                    outputs = item.outputs
         for index, (completion, logprobs) in enumerate(self._completions(outputs)):
             await emit_text(index, completion.text[sent.get(index, 0) :])
             end = _delta(index, {}, completion.finish_reason, logprobs)
