@@ -13,12 +13,15 @@ import typing
 from collections.abc import Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2_actor.flags import WRONG_FLAGS, Parser
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
 from deploy.cluster_files.placeholders import placeholders
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 PROG = "python -m deploy.check"
 CLUSTER_FILE = "ray_cluster.yaml"
@@ -46,7 +49,7 @@ def check(path: Path, with_models: bool = False) -> None:
             part for part in yaml.safe_load_all(path.read_text(encoding="utf-8")) if part is not None
         ]
     except yaml.YAMLError as error:
-        raise ValueError(f"the file must be YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the file must be YAML: {error}") from None
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise ValueError(UNKNOWN_FILE)
     if all("kind" in document for document in documents):
@@ -64,8 +67,6 @@ def check(path: Path, with_models: bool = False) -> None:
 
 def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) -> None:
     """Raise ValueError unless the KubeRay operator and Serve would take the manifests; see `check`."""
-    import yaml
-
     for manifest in documents:
         if manifest["kind"] == "Kustomization":
             raise ValueError("a kustomization must be built first: kubectl kustomize FOLDER > FILE")
@@ -79,8 +80,20 @@ def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) 
         for complaint in found:
             raise ValueError(f"{manifest['kind']}: {complaint}")
         if manifest["kind"] == "RayService":
-            config = yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {}
-            check_serve_config(config, with_models)
+            check_serve_config(_serve_config_of(manifest["spec"]), with_models)
+
+
+def _serve_config_of(spec: Mapping[str, Any]) -> Any:
+    """Return the Serve config that stands as a text in a RayService."""
+    import yaml
+
+    text = spec.get("serveConfigV2", "")
+    if not isinstance(text, str):
+        raise ValueError(f"spec.serveConfigV2 must be a text, got {type(text).__name__}; begin it with |")
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"spec.serveConfigV2 must be YAML: {error}") from None
 
 
 def check_cluster(document: Mapping[str, Any]) -> None:
@@ -91,7 +104,23 @@ def check_cluster(document: Mapping[str, Any]) -> None:
     try:
         validate_config(prepare_config(dict(document)))
     except ValidationError as error:
-        raise ValueError(f"{error.json_path.removeprefix('$.')}: {error.message}") from None
+        raise ValueError(_explain(error)) from None
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: Ray sets its defaults before it looks at types
+        # Without the defaults, its schema says what is wrong.
+        try:
+            validate_config(dict(document))
+        except ValidationError as wrong:
+            raise ValueError(_explain(wrong)) from None
+        except RuntimeError:
+            pass
+        raise ValueError(f"Ray cannot read the cluster: {error!r}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Return what Ray's schema refuses in a cluster file."""
+    return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the file'}: {error.message}"
 
 
 def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -> None:
@@ -181,8 +210,8 @@ def _is_wrong(path: Path, with_models: bool) -> bool:
     try:
         check(path, with_models)
     except (ValueError, OSError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        sys.stderr.write(f"error: {path}: {reason}\n")
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
+        sys.stderr.write(f"error: {path}: {' '.join(reason.split())}\n")
         return True
     sys.stdout.write(f"{path} is valid\n")
     return False
