@@ -19,6 +19,7 @@ from blip2_actor.flags import WRONG_FLAGS, Parser
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
 from deploy.cluster_files.placeholders import placeholders
+from deploy.settings import BODY_WITHIN_S, Settings
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -129,18 +130,30 @@ def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -
 
     from deploy.app import CAPTIONER, GATEWAY, ServeArgs, captioner_of
 
-    ServeDeploySchema.model_validate(document)
+    served = ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in document["applications"]:
         settings = ServeArgs.model_validate(application.get("args", {})).root
         settings.require_keys("a cluster")
+        _require_time("http_options.request_timeout_s", served.http_options.request_timeout_s, settings)
         known = [GATEWAY.name, CAPTIONER.name, *map(captioner_of, settings.other_engines)]
         for deployment in application.get("deployments", []):
             if deployment["name"] not in known:
                 raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment['name']}")
+            name, drain_s = "graceful_shutdown_timeout_s", deployment.get("graceful_shutdown_timeout_s")
+            _require_time(f"{name} of {deployment['name']}", drain_s, settings)
         if with_models:
             settings.check_models()
+
+
+def _require_time(name: str, seconds: float | None, settings: Settings) -> None:
+    """Raise ValueError if Serve would end a request before its time is over; None or below 0 is no limit."""
+    if seconds is not None and 0 <= seconds < settings.longest_request_s:
+        raise ValueError(
+            f"{name} must be at least {settings.longest_request_s:g}, {BODY_WITHIN_S:g} for the body of a "
+            f"request and timeout_s for its answer, got {seconds:g}; raise it, or lower timeout_s"
+        )
 
 
 def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[str]:

@@ -221,6 +221,29 @@ def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: st
         check_serve_config(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["http_options"].update(request_timeout_s=119), "request_timeout_s must be at least 120"),
+        (lambda c: c["applications"][0]["args"].update(timeout_s=600), "must be at least 660, .*, got 130"),
+        (
+            lambda c: c["applications"][0]["deployments"][1].update(graceful_shutdown_timeout_s=20),
+            "graceful_shutdown_timeout_s of Captioner must be at least 120, .*, got 20",
+        ),
+    ],
+)
+def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -> None:
+    """Serve would end a request, or its replica, before the time that the endpoint gives it."""
+    config = load("deploy/serve_config.yaml")
+    change(config)
+    with pytest.raises(ValueError, match=said):
+        check_serve_config(config)
+    config = load("deploy/serve_config.yaml")
+    config["http_options"]["request_timeout_s"] = None
+    del config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    check_serve_config(config)
+
+
 def test_serve_itself_checks_the_args_of_the_builder() -> None:
     # With postponed annotations, Serve does not see the model and passes `build` an unchecked dictionary.
     with pytest.raises(ValueError, match="modle"):
