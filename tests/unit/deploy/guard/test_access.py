@@ -81,6 +81,24 @@ def test_a_listed_page_may_ask_and_read_answers_and_errors() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ("authorization,content-type,x-stainless-arch", "authorization,content-type,x-stainless-arch"),
+        ("a, b", "a, b"),
+        ("a b", "authorization, content-type, x-request-id"),
+        ("a,", "authorization, content-type, x-request-id"),
+        ("", "authorization, content-type, x-request-id"),
+    ],
+)
+def test_a_listed_page_may_send_the_headers_that_its_client_adds(asked: str, allowed: str) -> None:
+    """A browser blocked OpenAI's client, which sends x-stainless-lang and others."""
+    page = "https://app.example"
+    given = {"access_control_request_method": "POST", "access_control_request_headers": asked}
+    preflight = ask(Access(who, allowed_origins=[page]), "OPTIONS", origin=page, **given)
+    assert preflight.headers["access-control-allow-headers"] == allowed
+
+
+@pytest.mark.parametrize(
     "origin",
     [
         "https://app.example/",
