@@ -20,7 +20,7 @@ from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageOrRefusa
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import ServedModel, Service
-from deploy.http.wishes import Wishes
+from deploy.http.wishes import CAPTION, Wishes
 from deploy.work import ImageWork, TextPiece
 
 AT_ONCE = 8
@@ -116,7 +116,7 @@ async def _caption(service: Service, body: CaptionBody) -> dict[str, Any]:
 
 
 async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
-    names = ["caption", *(body.ask or {})]
+    names = [CAPTION, *(body.ask or {})]
     async with service.model(body.model, may_be_on_trial=True) as model:
         work = body.work(model)
         items = service.stream(model, body.image, work)
