@@ -251,9 +251,12 @@ class _Chat:
 
 
 def _one_by_one(text: TextToGenerate) -> tuple[TextToGenerate, ...]:
-    """Return several samples as texts of their own, which can be streamed; with the seeds of the engine."""
+    """Return several samples as texts of their own, which can be streamed; with the seeds of the engine.
+
+    Those of beam search come from one search, and stay together.
+    """
     options = text.options
-    if not options.do_sample:
+    if not options.do_sample or options.num_beams > 1:
         return (text,)
     return tuple(
         replace(text, options=replace(options, num_return_sequences=1, seed=options.seed + index))
