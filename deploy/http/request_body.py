@@ -37,6 +37,8 @@ MAX_TEXT_BYTES = 1 << 20
 PLAIN_TEXTS = ("prompt", "model")
 """Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
+MAX_DEPTH = 64
+"""Lists and objects of JSON inside each other; everything after the parser may recurse over them."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -128,13 +130,27 @@ def parse_json(what: str, text: bytes | str) -> Any:
         value = json.loads(decoded, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
         if re.search(r"\\u[dD][89a-fA-F]", decoded):  # half of a character may be among them
             json.dumps(value, ensure_ascii=False).encode()
+        if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_too_deep(value):
+            raise RecursionError
     except UnicodeEncodeError:
         raise bad_request(f"{what} must consist of whole characters, got a lone surrogate") from None
     except UnicodeDecodeError:
         raise bad_request(f"{what} must be JSON in UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise bad_request(f"{what} must be JSON: {error}") from None
+    except RecursionError:
+        raise bad_request(f"{what} must have at most {MAX_DEPTH} lists or objects in one another") from None
     return value
+
+
+def _is_too_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        )
+        level = [part for parts in inside for part in parts]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _refuse_constant(name: str) -> NoReturn:

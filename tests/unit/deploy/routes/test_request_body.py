@@ -146,6 +146,19 @@ def test_json_of_a_great_many_values_is_400(service: EngineService, monkeypatch:
     assert (code, kind) == (400, "bad_request") and "at most 2 commas" in message
 
 
+@pytest.mark.parametrize("name", ["prompt", "options", "other"])
+def test_json_that_is_too_deep_is_400(service: EngineService, name: str) -> None:
+    """What looks at a value later has less stack than the parser: a list in an option was a 500."""
+    for depth in (63, 64, 500, 960, 100_000):
+        nested = "[" * (depth - 1) + "]" * (depth - 1)
+        value = f'{{"stop": {nested[1:-1]}}}' if name == "options" else nested
+        # Beyond 64 KiB, a body is parsed in a thread, whose stack has more room.
+        body = f'{{"image": "{base64_of(IMAGE)}", "{name}": {value}}}'.encode() + b" " * 70_000
+        code, kind, message = error_of(post_json(service, body))
+        assert (code, kind) == (400, "bad_request")
+        assert ("at most 64 lists or objects in one another" in message) == (depth > 64)
+
+
 def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
     """Not that the image is missing, which is only the consequence."""
     for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):
