@@ -309,6 +309,24 @@ def test_what_blip2_cannot_do_is_refused_by_name(
     assert named in error_of(response)[2]
 
 
+@pytest.mark.parametrize(
+    ("neutral", "other"),
+    [
+        ({"modalities": ["text"]}, {"modalities": ["text", "audio"]}),
+        ({"tool_choice": "none"}, {"tool_choice": "required"}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}),
+        ({"parallel_tool_calls": True, "tools": []}, {"tools": [{"type": "function"}]}),
+        ({"prompt_cache_retention": "24h"}, {"web_search_options": {"user_location": None}}),
+    ],
+)
+def test_values_that_ask_for_nothing_are_accepted(
+    service: EngineService, neutral: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Frameworks fill them in."""
+    assert chat(service, **neutral).json()["choices"] == chat(service).json()["choices"]
+    assert error_of(chat(service, **other))[0] == 400
+
+
 def test_refusals_are_errors_of_the_client(service: EngineService) -> None:
     remote = [
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]}
