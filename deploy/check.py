@@ -13,12 +13,16 @@ import typing
 from collections.abc import Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2_actor.flags import WRONG_FLAGS, Parser
 from blip2_actor.installation import MissingPackages, require_packages
 from deploy.cluster_files.operator_rules import complaints
 from deploy.cluster_files.placeholders import placeholders
+from deploy.settings import BODY_WITHIN_S, Settings
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 PROG = "python -m deploy.check"
 CLUSTER_FILE = "ray_cluster.yaml"
@@ -46,7 +50,7 @@ def check(path: Path, with_models: bool = False) -> None:
             part for part in yaml.safe_load_all(path.read_text(encoding="utf-8")) if part is not None
         ]
     except yaml.YAMLError as error:
-        raise ValueError(f"the file must be YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the file must be YAML: {error}") from None
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise ValueError(UNKNOWN_FILE)
     if all("kind" in document for document in documents):
@@ -64,8 +68,6 @@ def check(path: Path, with_models: bool = False) -> None:
 
 def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) -> None:
     """Raise ValueError unless the KubeRay operator and Serve would take the manifests; see `check`."""
-    import yaml
-
     for manifest in documents:
         if manifest["kind"] == "Kustomization":
             raise ValueError("a kustomization must be built first: kubectl kustomize FOLDER > FILE")
@@ -79,8 +81,20 @@ def check_manifests(documents: list[dict[str, Any]], with_models: bool = False) 
         for complaint in found:
             raise ValueError(f"{manifest['kind']}: {complaint}")
         if manifest["kind"] == "RayService":
-            config = yaml.safe_load(manifest["spec"].get("serveConfigV2", "")) or {}
-            check_serve_config(config, with_models)
+            check_serve_config(_serve_config_of(manifest["spec"]), with_models)
+
+
+def _serve_config_of(spec: Mapping[str, Any]) -> Any:
+    """Return the Serve config that stands as a text in a RayService."""
+    import yaml
+
+    text = spec.get("serveConfigV2", "")
+    if not isinstance(text, str):
+        raise ValueError(f"spec.serveConfigV2 must be a text, got {type(text).__name__}; begin it with |")
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"spec.serveConfigV2 must be YAML: {error}") from None
 
 
 def check_cluster(document: Mapping[str, Any]) -> None:
@@ -91,7 +105,23 @@ def check_cluster(document: Mapping[str, Any]) -> None:
     try:
         validate_config(prepare_config(dict(document)))
     except ValidationError as error:
-        raise ValueError(f"{error.json_path.removeprefix('$.')}: {error.message}") from None
+        raise ValueError(_explain(error)) from None
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: Ray sets its defaults before it looks at types
+        # Without the defaults, its schema says what is wrong.
+        try:
+            validate_config(dict(document))
+        except ValidationError as wrong:
+            raise ValueError(_explain(wrong)) from None
+        except RuntimeError:
+            pass
+        raise ValueError(f"Ray cannot read the cluster: {error!r}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Return what Ray's schema refuses in a cluster file."""
+    return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the file'}: {error.message}"
 
 
 def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -> None:
@@ -100,18 +130,30 @@ def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -
 
     from deploy.app import CAPTIONER, GATEWAY, ServeArgs, captioner_of
 
-    ServeDeploySchema.model_validate(document)
+    served = ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in document["applications"]:
         settings = ServeArgs.model_validate(application.get("args", {})).root
         settings.require_keys("a cluster")
+        _require_time("http_options.request_timeout_s", served.http_options.request_timeout_s, settings)
         known = [GATEWAY.name, CAPTIONER.name, *map(captioner_of, settings.other_engines)]
         for deployment in application.get("deployments", []):
             if deployment["name"] not in known:
                 raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment['name']}")
+            name, drain_s = "graceful_shutdown_timeout_s", deployment.get("graceful_shutdown_timeout_s")
+            _require_time(f"{name} of {deployment['name']}", drain_s, settings)
         if with_models:
             settings.check_models()
+
+
+def _require_time(name: str, seconds: float | None, settings: Settings) -> None:
+    """Raise ValueError if Serve would end a request before its time is over; None or below 0 is no limit."""
+    if seconds is not None and 0 <= seconds < settings.longest_request_s:
+        raise ValueError(
+            f"{name} must be at least {settings.longest_request_s:g}, {BODY_WITHIN_S:g} for the body of a "
+            f"request and timeout_s for its answer, got {seconds:g}; raise it, or lower timeout_s"
+        )
 
 
 def _unknown_keys(value: object, annotation: Any, path: str = "") -> Iterator[str]:
@@ -181,8 +223,8 @@ def _is_wrong(path: Path, with_models: bool) -> bool:
     try:
         check(path, with_models)
     except (ValueError, OSError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        sys.stderr.write(f"error: {path}: {reason}\n")
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
+        sys.stderr.write(f"error: {path}: {' '.join(reason.split())}\n")
         return True
     sys.stdout.write(f"{path} is valid\n")
     return False

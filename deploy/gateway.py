@@ -33,7 +33,7 @@ from deploy.http.lanes import in_lane
 from deploy.http.service import ServedModel
 from deploy.observe.fleet import Fleet
 from deploy.observe.logs import LogLevel, set_log_level
-from deploy.observe.metrics import CACHE_REQUESTS, IMAGE_DECODE_SECONDS
+from deploy.observe.metrics import IMAGE_DECODE_SECONDS
 from deploy.observe.request_record import RECORD, AccessLog, timed
 from deploy.readiness import Readiness
 from deploy.reuse.finished_run import FinishedRun
@@ -181,9 +181,8 @@ class Gateway:
         image = await self.load(source)
         digest = await in_lane(len(image), lambda: sha256_of(image))
         if self._finished_run is not None and model is self.first and not needs_tokens:
-            stored = await asyncio.to_thread(self._finished_run.find, digest, work)
+            stored = await self._finished_run.look_up(digest, work)
             if stored is not None:
-                CACHE_REQUESTS.inc(1, {"result": "run"})
                 return stored
         key = (model.name, model.info.digest, digest, work)
         return await self._shared_work.get(key, lambda: self._make(model, image, digest, work))
@@ -214,15 +213,23 @@ class Gateway:
             self._finished_run = None  # it was of the former model
 
     async def stream(
-        self, model: ServedModel, image: DecodedImage, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        pixels = image.array(model.info.image_size_px)
+        self, model: ServedModel, source: ImageSource, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | Made, None]:
+        image = await self.load(source)
+        digest = await in_lane(len(image), lambda: sha256_of(image))
+        decoded = await self.decode(model, image)
+        pixels = decoded.array(model.info.image_size_px)
         with timed("engine"):
             async with aclosing(self._models.captioner(model).stream(pixels, work)) as items:
                 async for item in items:
-                    if isinstance(item, ImageOutputs) and item.failure is not None:
+                    if isinstance(item, TextPiece):
+                        yield item
+                        continue
+                    if item.failure is not None:
                         raise of_status(*item.failure)
-                    yield item
+                    made = Made.of(digest, decoded, item)
+                    self._trials.record_answer(model, work, made)
+                    yield made
 
     async def run_batch(
         self, model: ServedModel, images: np.ndarray, work: BatchWork

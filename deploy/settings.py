@@ -39,7 +39,17 @@ MAX_IN_FLIGHT = 1000
 """Half of what Serve itself queues for a gateway, so that the gateway refuses requests first, in JSON."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_HOST = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
+_PLACES = {
+    "allow_image_host": (_HOST, "a host name such as images.example.com", "scheme, port and path"),
+    "allowed_hosts": (rf"\*|{_HOST}", "a host name such as api.example.com, or *", "scheme, port and path"),
+    "allowed_origins": (  # as browsers write them
+        rf"\*|null|(?!(?i:http://.*:80|https://.*:443)$)[A-Za-z][A-Za-z0-9+.-]*://({_HOST}|\[[\w:.]+\])(:\d+)?",
+        "an origin such as https://app.example.com, or *",
+        "the path and a default port",
+    ),
+}
+"""Fields that name hosts or origins: their form, what it is, and what does not belong to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +210,10 @@ class Settings:
             raise ValueError("min_confidence must be left out without calibration; name its file")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
-        for host in self.allow_image_host:
-            if not _HOST_NAME.fullmatch(host):
-                raise ValueError(
-                    f"allow_image_host must be a host name such as images.example.com, got {host!r}; leave "
-                    "out scheme, port and path"
-                )
+        for name, (form, what, extra) in _PLACES.items():
+            for given in getattr(self, name):
+                if not re.fullmatch(form, given):
+                    raise ValueError(f"{name} must be {what}, got {given!r}; leave out {extra}")
         if self.keys_file is not None and self.allow_anonymous:
             raise ValueError(
                 f"allow_anonymous must not be given with keys_file, got {self.keys_file}; drop one of them"

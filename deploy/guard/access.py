@@ -6,6 +6,7 @@ and so are the origins of other pages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
 from ipaddress import ip_address
@@ -23,11 +24,9 @@ OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/healthz", "/", "/docs", "/open
 """Paths that need no key to be read: probes, the page, and the description of the routes."""
 ADMIN_PATHS = "/admin/"
 """Beginning of the paths that need an admin key."""
-_CORS = {
-    "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
-    "Access-Control-Max-Age": "600",
-}
+_CORS = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+_OWN_HEADERS = "authorization, content-type, x-request-id"
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(, ?[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
 
 
 class Access:
@@ -73,7 +72,11 @@ class Access:
                 self._check_origin(origin)
                 send = _sharing_with(origin, send)
                 if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-                    await Response(status_code=204, headers=_CORS)(scope, receive, send)
+                    # Clients in a browser, such as OpenAI's, send headers of their own.
+                    asked = headers.get(b"access-control-request-headers", "")
+                    may_send = asked if _HEADER_NAMES.fullmatch(asked) else _OWN_HEADERS
+                    cors = _CORS | {"Access-Control-Allow-Headers": may_send}
+                    await Response(status_code=204, headers=cors)(scope, receive, send)
                     return
             CALLER.set(self._caller(scope, headers.get(b"authorization")))
         except ApiError as error:

@@ -120,7 +120,7 @@ class Front:
             body.release()
         if _counts(scope) and answer.code is not None:
             self._limit.learn(self._uploads.num_complete, answer)
-        if not answer.is_started:
+        if not answer.is_started and not body.has_left:
             response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
             await response(scope, receive, send)

@@ -160,6 +160,8 @@ class Body:
         """Why the body ended before its end."""
         self.is_complete = False
         """All of it is here."""
+        self.has_left = False
+        """The client has closed its connection, before or after its end."""
         self._uploads = uploads
         self._client = client
         self._receive = receive
@@ -186,7 +188,7 @@ class Body:
             message, self._again = self._again, None
             return message
         if self.is_complete:
-            return await self._receive()  # waits until the client has left
+            return await self._next()  # waits until the client has left
         try:
             # What cannot fit is refused before any of it is here.
             self._claim(self._declared_bytes)
@@ -209,7 +211,7 @@ class Body:
         body = bytearray()
         while True:
             async with asyncio.timeout(BODY_PAUSE_S):
-                message = await self._receive()
+                message = await self._next()
             if message["type"] != "http.request":
                 return message
             piece = message.get("body", b"")
@@ -224,6 +226,11 @@ class Body:
             body += piece
             if is_last:
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self.has_left = message["type"] == "http.disconnect"
+        return message
 
     def _count_commas(self, piece: bytes) -> None:
         if self._is_json:

@@ -1,10 +1,13 @@
-"""The answer to a request that cannot be served: one JSON shape, one table of codes."""
+"""The answer to a request that cannot be served: one JSON shape, one table of codes, and the wrong field."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from blip2_actor import Status
@@ -59,7 +62,14 @@ class ApiError(Exception):
         return JSONResponse(self.document, status_code=self.code, headers=self.headers)
 
 
+MAX_MESSAGE_CHARS = 600
+"""Names of fields come from the client, and are as long as it likes."""
+
+
 def bad_request(message: str) -> ApiError:
+    if len(message) > MAX_MESSAGE_CHARS:
+        half = MAX_MESSAGE_CHARS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
     return ApiError(400, "bad_request", message)
 
 
@@ -102,3 +112,65 @@ def shorten(value: object) -> str:
     """Return a value for a message, without the bytes of an image."""
     text = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# Wrong fields -------------------------------------------------------------------------------------------
+
+_UNKNOWN = "extra_forbidden"
+"""pydantic's name for a field that does not exist."""
+
+
+def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[str]) -> str:
+    """Return what is wrong with the first wrong field of a body.
+
+    Args:
+        given: the body that was validated.
+        known: the fields of a body.
+    """
+    all_errors = error.errors(include_url=False, include_context=False)
+    errors = _meant([(_place(one, given), one) for one in all_errors])
+    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant.
+    unknown = [(place, one) for place, one in errors if one["type"] == _UNKNOWN]
+    alike = unknown or [(place, one) for place, one in errors if place[:1] == errors[0][0][:1]]
+    place, wrong = max(alike, key=lambda found: len(found[0]))
+    path = ".".join(map(str, place))
+    if unknown:
+        return f"{path} is not a field" + (f"; the fields are {', '.join(known)}" if len(place) == 1 else "")
+    if wrong["type"] == "missing":
+        return f"{path} must be given"
+    if wrong["type"].startswith(("value_error", "union_tag")):
+        return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
+    rule = re.sub(r"^(Input|String|List|Dictionary) should ", "", wrong["msg"])
+    return f"{path} must {rule}, got {shorten(wrong['input'])}"
+
+
+_Place = tuple[int | str, ...]
+_Errors = list[tuple[_Place, Any]]
+
+
+def _meant(errors: _Errors) -> _Errors:
+    """Leave out what is wrong for a kind of value that lacks a field which another kind has."""
+    known = {place for place, one in errors if one["type"] != _UNKNOWN}
+    others = {one["loc"][:-1] for place, one in errors if one["type"] == _UNKNOWN and place in known}
+    return [(place, one) for place, one in errors if one["loc"][:-1] not in others] or errors
+
+
+def _place(error: Any, given: object) -> _Place:
+    """Return where a value is in a body; pydantic's names for kinds of values stand between."""
+    if error["type"] == "missing":
+        *outer, name = error["loc"]
+        return (*(_way(given, outer, error["input"]) or ()), name)
+    found = _way(given, error["loc"], error["input"])
+    return error["loc"][:1] if found is None else found  # the name of an item is no value
+
+
+def _way(value: Any, parts: Sequence[Any], wrong: object) -> _Place | None:
+    """Return those of the parts of a location that lead to the wrong value."""
+    if not parts:
+        return () if value is wrong else None
+    part, *rest = parts
+    if (isinstance(value, dict) and part in value) or (isinstance(value, list) and part in range(len(value))):
+        found = _way(value[part], rest, wrong)
+        if found is not None:
+            return (part, *found)
+    return _way(value, rest, wrong)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
 
 from blip2_actor import FetchPolicy
-from deploy.http.errors import ApiError, bad_request, shorten
+from deploy.http.errors import ApiError, bad_request, explain, shorten
 from deploy.http.images import MAX_IMAGES, refuse_size
 from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
@@ -37,6 +37,8 @@ MAX_TEXT_BYTES = 1 << 20
 PLAIN_TEXTS = ("prompt", "model")
 """Fields that are plain text in a form or a query, where others are JSON."""
 MAX_PARTS = 200
+MAX_DEPTH = 64
+"""Lists and objects of JSON inside each other; everything after the parser may recurse over them."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -56,9 +58,9 @@ async def read_body(
     """
     header = request.headers.get("content-type", "")
     media = header.partition(";")[0].strip().lower()
-    fields = body_type.model_fields
+    fields = _names(body_type)
     is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
-    if not (is_raw or media == JSON or (media == FORM and fields.keys() & {*FILE_FIELDS})):
+    if not (is_raw or media == JSON or (media == FORM and fields & {*FILE_FIELDS})):
         raise ApiError(
             415,
             "unsupported_media_type",
@@ -80,33 +82,18 @@ async def read_body(
 
 def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: FetchPolicy) -> BodyT:
     """Return the fields of a call as a model; raise ApiError 400 that names the first wrong field."""
+    given = dict(fields)
     try:
-        return body_type.model_validate(dict(fields), context={"image_policy": image_policy})
+        return body_type.model_validate(given, context={"image_policy": image_policy})
     except ValidationError as error:
-        raise bad_request(_explain(error, body_type)) from None
+        raise bad_request(explain(error, given, body_type.model_fields)) from None
 
 
-def _explain(error: ValidationError, body_type: type[BaseModel]) -> str:
-    errors = error.errors(include_url=False, include_context=False)
-    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant.
-    extra = [one for one in errors if one["type"] == "extra_forbidden"]
-    alike = extra or [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
-    wrong = max(alike, key=lambda one: len(_place(one)))
-    path = ".".join(map(str, _place(wrong)))
-    if extra:
-        known = f"; the fields are {', '.join(body_type.model_fields)}" if len(wrong["loc"]) == 1 else ""
-        return f"{path} is not a field{known}"
-    if wrong["type"] == "missing":
-        return f"{path} must be given"
-    if wrong["type"].startswith(("value_error", "union_tag")):
-        return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
-    rule = re.sub(r"^(Input|String|List|Dictionary) should ", "", wrong["msg"])
-    return f"{path} must {rule}, got {shorten(wrong['input'])}"
-
-
-def _place(error: Mapping[str, Any]) -> tuple[int | str, ...]:
-    """Return where a value is, without pydantic's names for kinds of values."""
-    return tuple(part for part in error["loc"] if not re.match(r"constrained-str$|list\[", str(part)))
+def _names(body_type: type[BaseModel]) -> Set[str]:
+    """Return the names that the fields of a body may have."""
+    aliases = [one.validation_alias for one in body_type.model_fields.values()]
+    choices = [name for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices]
+    return {*body_type.model_fields, *map(str, choices)}
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:
@@ -143,13 +130,27 @@ def parse_json(what: str, text: bytes | str) -> Any:
         value = json.loads(decoded, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
         if re.search(r"\\u[dD][89a-fA-F]", decoded):  # half of a character may be among them
             json.dumps(value, ensure_ascii=False).encode()
+        if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_too_deep(value):
+            raise RecursionError
     except UnicodeEncodeError:
         raise bad_request(f"{what} must consist of whole characters, got a lone surrogate") from None
     except UnicodeDecodeError:
         raise bad_request(f"{what} must be JSON in UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise bad_request(f"{what} must be JSON: {error}") from None
+    except RecursionError:
+        raise bad_request(f"{what} must have at most {MAX_DEPTH} lists or objects in one another") from None
     return value
+
+
+def _is_too_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        )
+        level = [part for parts in inside for part in parts]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -193,7 +194,7 @@ class _Form:
             raise bad_request(f"a form must have at most {MAX_PARTS} parts")
 
 
-def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> dict[str, Any]:
+def _form_fields(content_type: str, body: bytes, known: Set[str]) -> dict[str, Any]:
     _, parameters = parse_options_header(content_type)
     if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise bad_request("a form must be in UTF-8; leave out charset")
@@ -220,7 +221,7 @@ def _form_fields(content_type: str, body: bytes, known: Mapping[str, Any]) -> di
     return _merged(fields, _from_texts(texts, known))
 
 
-def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Mapping[str, Any]) -> None:
+def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Set[str]) -> None:
     if name == "images" and name in known:
         fields.setdefault(name, []).append(image)
         if len(fields[name]) > MAX_IMAGES:
@@ -243,7 +244,7 @@ def _text(what: str, value: bytes) -> str:
 # Texts of a form or a query ------------------------------------------------------------------------------
 
 
-def _from_texts(texts: list[tuple[str, str]], known: Mapping[str, Any]) -> dict[str, Any]:
+def _from_texts(texts: list[tuple[str, str]], known: Set[str]) -> dict[str, Any]:
     """Return the fields that stand in a form or in a query, where everything is text.
 
     `PLAIN_TEXTS` are plain text, and so is each `stop`, which may be repeated; everything else is JSON. Each
@@ -290,7 +291,7 @@ def _raw_image(media: str, body: bytes) -> bytes:
     return body
 
 
-def _content_types(fields: Mapping[str, Any]) -> str:
+def _content_types(fields: Set[str]) -> str:
     if "image" in fields:
         return f"image/*, {FORM} or {JSON}"
     if "pixels" in fields:

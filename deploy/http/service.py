@@ -12,7 +12,6 @@ import numpy as np
 
 from blip2_actor import (
     Calibration,
-    DecodedImage,
     Embedding,
     FetchPolicy,
     GenerationOptions,
@@ -23,7 +22,7 @@ from deploy.http.errors import ApiError, shorten
 from deploy.http.images import ImageSource
 from deploy.observe.logs import LogLevel
 from deploy.reuse.made import Made
-from deploy.work import BatchOutcome, BatchWork, ImageOutputs, ImageWork, TextPiece
+from deploy.work import BatchOutcome, BatchWork, ImageWork, TextPiece
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,14 +141,6 @@ class Service(Protocol):
         """
         ...
 
-    async def load(self, image: ImageSource) -> bytes:
-        """Return the encoded bytes of an image, fetched if it is a URL; raise ApiError if they cannot be."""
-        ...
-
-    async def decode(self, model: ServedModel, image: bytes) -> DecodedImage:
-        """Decode untrusted bytes for a model; raise ApiError unless the status is ok."""
-        ...
-
     async def make(
         self, model: ServedModel, source: ImageSource, work: ImageWork, *, needs_tokens: bool = False
     ) -> Made:
@@ -159,14 +150,14 @@ class Service(Protocol):
             needs_tokens: token ids are needed, which the captions of a finished run do not have.
 
         Raises:
-            ApiError: a part is not ok, or what `load` and `decode` raise.
+            ApiError: the image cannot be fetched or decoded, or a part is not ok.
         """
         ...
 
     def stream(
-        self, model: ServedModel, image: DecodedImage, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        """Yield texts in pieces, and at the end all outputs; raise ApiError unless every part is ok."""
+        self, model: ServedModel, source: ImageSource, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | Made, None]:
+        """Yield texts in pieces, and at the end what `make` would return; raise what that raises."""
         ...
 
     async def embed_texts(self, texts: Sequence[str]) -> list[Embedding]:

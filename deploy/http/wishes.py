@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 from deploy.http.errors import ApiError
 from deploy.http.options import options_schema, parse_options
@@ -20,7 +20,9 @@ MAX_QUESTIONS = 16
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Texts = Annotated[list[Text], Field(max_length=MAX_TEXTS)]
-Name = Annotated[str, Field(min_length=1, max_length=64)]
+CAPTION = "caption"
+"""The name of the caption among the outputs of a stream; a prompt of `ask` needs another one."""
+Name = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra={"not": {"const": CAPTION}})]
 ModelName = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Options = Annotated[dict[str, Any], WithJsonSchema(options_schema())]
 EmbeddingKind = Literal["vision", "qformer", "queries", "contrastive"]
@@ -54,6 +56,13 @@ class Wishes(Body):
     contrastive, which needs a retrieval model."""
     attention: bool = False
     """Say where in the image the Q-Former looked."""
+
+    @field_validator("ask")
+    @classmethod
+    def _refuse_taken_name(cls, ask: dict[str, str] | None) -> dict[str, str] | None:
+        if CAPTION in (ask or {}):
+            raise ValueError(f"{CAPTION!r} is the name of the caption itself; give the prompt another one")
+        return ask
 
     def work(self, model: ServedModel) -> ImageWork:
         """Return what the engine has to do for each image; raise ApiError 400 if it cannot."""

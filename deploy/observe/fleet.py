@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -41,20 +42,33 @@ class Fleet:
         self._application = application
         self._captioners = captioners
         self._handles: dict[str, DeploymentHandle] = {}
+        # While the head of the cluster is away, what asks it does not end.
+        self._asking_head = ThreadPoolExecutor(1, "ask-head")
+        self._reading: asyncio.Future[bool] | None = None
 
     async def set_draining(self, is_draining: bool) -> None:
         """Have every gateway refuse new requests, or take them again, those that start later included."""
-        await asyncio.to_thread(self._store_draining, is_draining)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._asking_head, self._store_draining, is_draining)
         await self._everywhere(GATEWAYS, "set_draining", is_draining)
 
     async def is_draining(self) -> bool:
-        """Return whether an operator has drained the service and not resumed it."""
-        found = await asyncio.to_thread(internal_kv._internal_kv_get, self._drained, namespace=NAMESPACE)
-        return found is not None
+        """Return whether an operator has drained the service and not resumed it.
+
+        A caller may give up; the next one waits for the same answer, so that at most one thread does.
+        """
+        if self._reading is None or self._reading.done():
+            loop = asyncio.get_running_loop()
+            self._reading = loop.run_in_executor(self._asking_head, self._read_draining)
+            self._reading.add_done_callback(lambda read: read.cancelled() or read.exception())
+        return await asyncio.shield(self._reading)
 
     @property
     def _drained(self) -> str:
         return f"drained:{self._application}"
+
+    def _read_draining(self) -> bool:
+        return internal_kv._internal_kv_get(self._drained, namespace=NAMESPACE) is not None
 
     def _store_draining(self, is_draining: bool) -> None:
         if is_draining:

@@ -37,6 +37,8 @@ class RequestRecord:
     """Name of the caller's key."""
     model: str | None = None
     """Name of the model that it has chosen, or got by default."""
+    is_in_ab_test: bool = False
+    """Whether the A/B test has chosen the model."""
     slots: int = 0
     steps: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -129,7 +129,7 @@ def chat_router(service: Service) -> APIRouter:
 
 @asynccontextmanager
 async def _chat_of(service: Service, body: ChatBody) -> AsyncIterator[_Chat]:
-    async with service.model(body.model, may_be_on_trial=True) as model:
+    async with service.model(body.model) as model:
         text = body.text(model)
         image = await in_lane(body.num_chars, lambda: body.image(service.image_policy))
         yield _Chat(service, model, text, image, bool(body.logprobs))
@@ -201,14 +201,13 @@ class _Chat:
                 sent[index] += len(text)
                 await emit(self._chunk([_delta(index, {"content": text})], wants_usage))
 
-        async with service.admit(cost_of(work)):
-            image = await service.decode(self._model, await service.load(self._image))
-            async with aclosing(service.stream(self._model, image, work)) as items:
-                async for item in items:
-                    if isinstance(item, TextPiece):
-                        await emit_text(item.index, item.text)
-                    else:
-                        outputs = item
+        items = service.stream(self._model, self._image, work)
+        async with service.admit(cost_of(work)), aclosing(items):
+            async for item in items:
+                if isinstance(item, TextPiece):
+                    await emit_text(item.index, item.text)
+                else:
+                    outputs = item.outputs
         for index, (completion, logprobs) in enumerate(self._completions(outputs)):
             await emit_text(index, completion.text[sent.get(index, 0) :])
             end = _delta(index, {}, completion.finish_reason, logprobs)
@@ -252,9 +251,12 @@ class _Chat:
 
 
 def _one_by_one(text: TextToGenerate) -> tuple[TextToGenerate, ...]:
-    """Return several samples as texts of their own, which can be streamed; with the seeds of the engine."""
+    """Return several samples as texts of their own, which can be streamed; with the seeds of the engine.
+
+    Those of beam search come from one search, and stay together.
+    """
     options = text.options
-    if not options.do_sample:
+    if not options.do_sample or options.num_beams > 1:
         return (text,)
     return tuple(
         replace(text, options=replace(options, num_return_sequences=1, seed=options.seed + index))

@@ -27,9 +27,18 @@ NO_EFFECT = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
 )
 """Fields that change no text of any model; they are accepted."""
-
+NEUTRAL: dict[str, Any] = {
+    "modalities": ["text"],
+    "tool_choice": "none",
+    "function_call": "none",
+    "parallel_tool_calls": True,
+    "reasoning_effort": "none",
+    "verbosity": "medium",
+}
+"""Values that ask for what is so in any case; with another value, these fields are refused."""
 
 MIN_TEMPERATURE = 1e-6
 """Smallest temperature that the engine samples with."""
@@ -119,7 +128,7 @@ class ChatBody(BaseModel):
     def check(self) -> None:
         """Refuse fields that would have no effect; raise ApiError 400."""
         for name, value in (self.model_extra or {}).items():
-            if name not in NO_EFFECT and value not in (None, False, [], {}, 0):
+            if name not in NO_EFFECT and value not in (None, False, [], {}, 0, NEUTRAL.get(name)):
                 raise bad_request(f"{name} is not supported by BLIP-2; leave it out")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options must be left out without stream")

@@ -6,9 +6,13 @@ that decide the rows (`blip2.run`). In memory is only where each image's row is:
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import time
 from bisect import bisect_right
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -27,6 +31,12 @@ RUN_KEY = b"blip2.run"
 """In the footer of each file: the settings that decide the rows, as JSON."""
 KEPT_ROW_GROUPS = 32
 """Row groups that stay in memory for the next requests; images of one shard are often asked for together."""
+NUM_THREADS = 4
+"""Rows that are read at the same time."""
+READ_WITHIN_S = 5.0
+"""Seconds for reading a row; then the engine answers sooner."""
+LOG_EVERY_S = 60.0
+"""Seconds between two lines in the log about a store that fails."""
 _COLUMNS = [
     "caption",
     "captions",
@@ -39,6 +49,9 @@ _COLUMNS = [
     "height",
     "sha256",
 ]
+
+
+logger = logging.getLogger("ray.serve")
 
 
 class FinishedRun:
@@ -65,6 +78,8 @@ class FinishedRun:
         self._digests, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.uint32)
         self._group_starts: list[list[int]] = []
         self._row_group = lru_cache(KEPT_ROW_GROUPS)(self._read_row_group)
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "finished-run")
+        self._logged_at_s = -LOG_EVERY_S
         if not self._paths:
             raise ValueError(
                 f"cache_from must be the output of blip2 caption, got {folder}, which has no rows"
@@ -96,8 +111,30 @@ class FinishedRun:
         order = np.argsort(np.concatenate(digests), kind="stable")
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
+    async def look_up(self, sha256: str, work: ImageWork) -> Made | None:
+        """As `find`, in threads of its own; None as well if a file cannot be read, or not in time."""
+        from deploy.observe.metrics import CACHE_REQUESTS  # Ray, which no command may import before its start
+
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(READ_WITHIN_S):
+                found = await loop.run_in_executor(self._threads, self.find, sha256, work)
+        except (OSError, pa.ArrowException):  # TimeoutError is an OSError
+            CACHE_REQUESTS.inc(1, {"result": "run_failed"})
+            if time.monotonic() - self._logged_at_s >= LOG_EVERY_S:
+                self._logged_at_s = time.monotonic()
+                logger.exception("the run of cache_from cannot be read; the engines answer in its place")
+            return None
+        if found is not None:
+            CACHE_REQUESTS.inc(1, {"result": "run"})
+        return found
+
     def find(self, sha256: str, work: ImageWork) -> Made | None:
-        """Return the caption of an image, if the run has made it; this may read a file."""
+        """Return the caption of an image, if the run has made it; this may read a file.
+
+        Raises:
+            OSError, pyarrow.ArrowException: the file cannot be read.
+        """
         if work != self.work:
             return None
         digest = bytes.fromhex(sha256)

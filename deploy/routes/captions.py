@@ -17,12 +17,10 @@ from deploy.http.answers import CaptionAnswer, caption_answer
 from deploy.http.errors import ApiError
 from deploy.http.event_stream import EVENTS, LINES, Emit, EventStream, event, line
 from deploy.http.images import MAX_BODIES, MAX_IMAGES, ImageField, ImageOrRefusal, ImageSource
-from deploy.http.lanes import in_lane
 from deploy.http.openapi import answer_in, body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import ServedModel, Service
-from deploy.http.wishes import Wishes
-from deploy.reuse.made import Made, sha256_of
+from deploy.http.wishes import CAPTION, Wishes
 from deploy.work import ImageWork, TextPiece
 
 AT_ONCE = 8
@@ -118,20 +116,16 @@ async def _caption(service: Service, body: CaptionBody) -> dict[str, Any]:
 
 
 async def _stream(service: Service, body: CaptionBody, emit: Emit) -> None:
-    names = ["caption", *(body.ask or {})]
+    names = [CAPTION, *(body.ask or {})]
     async with service.model(body.model, may_be_on_trial=True) as model:
         work = body.work(model)
-        async with service.admit(cost_of(work)):
-            image = await service.load(body.image)
-            digest = await in_lane(len(image), lambda: sha256_of(image))
-            decoded = await service.decode(model, image)
-            async with aclosing(service.stream(model, decoded, work)) as items:
-                async for item in items:
-                    if isinstance(item, TextPiece):
-                        await emit(event({"output": names[item.index], "text": item.text}, "text"))
-                    else:
-                        answer = caption_answer(model, body, work, Made.of(digest, decoded, item))
-                        await emit(event(answer, "answer"))
+        items = service.stream(model, body.image, work)
+        async with service.admit(cost_of(work)), aclosing(items):
+            async for item in items:
+                if isinstance(item, TextPiece):
+                    await emit(event({"output": names[item.index], "text": item.text}, "text"))
+                else:
+                    await emit(event(caption_answer(model, body, work, item), "answer"))
 
 
 async def _caption_all(

@@ -34,9 +34,9 @@ class ImageToTextParameters(Body):
 
 
 class ImageToTextBody(Body):
-    """The image, as `inputs` in JSON; or the body itself."""
+    """The image, as `inputs` or `image` in JSON; or the body itself."""
 
-    image: ImageField = Field(validation_alias=AliasChoices("inputs", "image"))
+    inputs: ImageField = Field(validation_alias=AliasChoices("inputs", "image"))
     parameters: ImageToTextParameters = ImageToTextParameters()
     model: ModelName | None = None
     """One of `/v1/models`; without one, the first of them."""
@@ -58,7 +58,7 @@ def image_to_text_router(service: Service) -> APIRouter:
             options = parse_options(body.parameters.options, model.options)
             work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
             async with service.admit(cost_of(work)):
-                made = await service.make(model, body.image, work)
+                made = await service.make(model, body.inputs, work)
         return JSONResponse([{"generated_text": one.text} for one in made.outputs.completions])
 
     return router

@@ -35,7 +35,6 @@ class Trials:
             is_busy: returns whether requests wait, so that no copy should be made.
         """
         self._ab_test, self._shadow = settings.ab_test_share, settings.shadow_share
-        self._other_models = settings.other_engines.keys()
         self._timeout_s = settings.timeout_s
         self._models = models
         self._is_busy = is_busy
@@ -46,18 +45,20 @@ class Trials:
 
     def choose(self, first: ServedModel) -> ServedModel:
         """Return the model that answers a request which names none; the first one until the other runs."""
-        if self._ab_test is None or not self._ab_test.has(_request()):
+        if self._ab_test is None:
+            return first
+        if (record := RECORD.get()) is not None:
+            record.is_in_ab_test = True
+        if not self._ab_test.has(_request()):
             return first
         return self._models.known(self._ab_test.model) or first
 
     def record_answer(self, model: ServedModel, work: ImageWork, made: Made) -> None:
-        """Record what one of the two models of an A/B test has answered."""
-        if self.recorder is None or self._ab_test is None or not work.texts:
+        """Record what one of the two models of an A/B test has answered, unless the request has named it."""
+        record = RECORD.get()
+        if self.recorder is None or self._ab_test is None or record is None or not record.is_in_ab_test:
             return
-        is_on_trial = model.name == self._ab_test.model
-        if model.name in self._other_models and not is_on_trial:
-            return
-        side: Side = "B" if is_on_trial else "A"
+        side: Side = "B" if model.name == self._ab_test.model else "A"
         (text, *_), (result, *_) = work.texts, made.outputs.texts
         name = model.made_by(made.outputs.model).name
         self.recorder.add("ab_test", side, _request(), name, text.prompt, result, made)

@@ -28,13 +28,15 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from starlette.types import ASGIApp
 
-from blip2_actor import DecodedImage, EngineBuilder, EngineConfig, FetchPolicy, GenerationOptions
+from blip2_actor import EngineBuilder, EngineConfig, FetchPolicy, GenerationOptions
 from blip2_actor.demo import SceneSampler, draw
 from blip2_actor.testing import FakeEngineConfig
 from deploy.guard.access import Access
 from deploy.guard.keys import KeyFile
+from deploy.http.images import ImageSource
 from deploy.http.service import ServedModel
-from deploy.work import ImageOutputs, ImageWork, TextPiece
+from deploy.reuse.made import Made
+from deploy.work import ImageWork, TextPiece
 from tests.unit.deploy.routes.engine_service import EngineService
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -52,9 +54,9 @@ class HeldService(EngineService):
         self.go_on.set()
 
     async def stream(
-        self, model: ServedModel, image: DecodedImage, work: ImageWork
-    ) -> AsyncGenerator[TextPiece | ImageOutputs, None]:
-        async for item in super().stream(model, image, work):
+        self, model: ServedModel, source: ImageSource, work: ImageWork
+    ) -> AsyncGenerator[TextPiece | Made, None]:
+        async for item in super().stream(model, source, work):
             yield item
             while not self.go_on.is_set():
                 await asyncio.sleep(0.01)

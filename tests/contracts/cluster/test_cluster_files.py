@@ -19,6 +19,15 @@ from deploy.settings import Settings
 ROOT = Path(__file__).parents[3]
 
 
+SERVICE = """
+kind: RayService
+metadata: {name: a}
+spec:
+  rayClusterConfig: {headGroupSpec: {template: {spec: {containers: [{name: ray}]}}}}
+"""
+"""A manifest that only lacks its Serve config."""
+
+
 def load(path: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / path).read_text())
 
@@ -100,19 +109,27 @@ def test_the_cluster_of_the_working_folder_and_named_files_are_checked(
         ("- 1\n", "the file must be a Serve config"),
         ("kind: RayJob\nspec: [1]\n", "RayJob: a field has a value of the wrong type"),
         ("kind: RayService\nmetadata: {name: a}\n", "containers must hold at least one container"),
-        (None, "wrong.yaml: No such file or directory\n"),
+        (SERVICE + "  serveConfigV2: 'applications: ['\n", "spec.serveConfigV2 must be YAML: while parsing"),
+        (SERVICE + "  serveConfigV2: 'words'\n", "should be a valid dictionary"),
+        (SERVICE + "  serveConfigV2: {applications: []}\n", "spec.serveConfigV2 must be a text, got dict"),
+        ("cluster_name: a\n", "the file: 'provider' is a required property"),
+        ("cluster_name: a\nprovider: aws\n", "provider: 'aws' is not of type 'object'"),
+        ("cluster_name: a\nprovider: {type: aws}\ndocker: 5\n", "docker: 5 is not of type 'object'"),
+        ("cluster_name: a\nprovider: {type: none}\n", "Unsupported node provider: none"),
+        ("cluster_name: a\nprovider: {type: local}\n", "Please supply a `head_ip`"),
+        (None, "wrong.yaml: No such file or directory"),
     ],
 )
 def test_a_file_of_another_kind_is_one_line_and_no_traceback(
     text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is no YAML was a traceback."""
+    """A file that is no YAML was a traceback, and so was one that Ray reads before it looks at its types."""
     path = tmp_path / "wrong.yaml"
     if text is not None:
         path.write_text(text)
     assert main([str(path)]) == 1
-    message = capsys.readouterr().err
-    assert said in message and message.count("\n") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and said in message
 
 
 def test_a_wrong_flag_of_the_check_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +219,29 @@ def test_a_key_that_serve_would_ignore_is_refused_by_name(change: Any, named: st
     change(config)
     with pytest.raises(ValueError, match=named):
         check_serve_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["http_options"].update(request_timeout_s=119), "request_timeout_s must be at least 120"),
+        (lambda c: c["applications"][0]["args"].update(timeout_s=600), "must be at least 660, .*, got 130"),
+        (
+            lambda c: c["applications"][0]["deployments"][1].update(graceful_shutdown_timeout_s=20),
+            "graceful_shutdown_timeout_s of Captioner must be at least 120, .*, got 20",
+        ),
+    ],
+)
+def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -> None:
+    """Serve would end a request, or its replica, before the time that the endpoint gives it."""
+    config = load("deploy/serve_config.yaml")
+    change(config)
+    with pytest.raises(ValueError, match=said):
+        check_serve_config(config)
+    config = load("deploy/serve_config.yaml")
+    config["http_options"]["request_timeout_s"] = None
+    del config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    check_serve_config(config)
 
 
 def test_serve_itself_checks_the_args_of_the_builder() -> None:

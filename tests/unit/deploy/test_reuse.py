@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from blip2_actor import DecodedImage, EngineConfig, GenerationOptions, ImageLimits
 from blip2_actor.testing import FakeEngineConfig
 from deploy.command import main
+from deploy.observe import metrics
 from deploy.reuse import finished_run
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made
@@ -243,6 +246,37 @@ def test_a_row_group_is_read_once_and_few_are_kept(
         made = run.find(row["sha256"].hex(), run.work)
         assert made is not None and made.outputs.texts[0].text == row["caption"]
     assert run._row_group.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("failure", [OSError("no network"), pa.ArrowInvalid("not Parquet"), None])
+def test_a_run_that_cannot_be_read_leaves_the_image_to_the_engine(
+    demo: EngineService,
+    failure: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Every request was a 500 while the store was away, or had no answer, although engines were there."""
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.CACHE_REQUESTS, "inc", lambda _, tags: counted.append(tags["result"]))
+    monkeypatch.setattr(finished_run, "READ_WITHIN_S", 0.05)
+    may_end = threading.Event()
+
+    def fail(*_: Any) -> Any:
+        if failure is None:
+            may_end.wait()
+        else:
+            raise failure
+
+    run = run_of(demo)
+    monkeypatch.setattr(run, "_row_group", fail)
+    monkeypatch.setattr(demo, "_finished_run", run)
+    try:
+        answers = [ask(demo, "POST", "/v1/caption", content=pictures()[0]) for _ in range(3)]
+    finally:
+        may_end.set()
+    assert [answer.status_code for answer in answers] == [200] * 3 and answers[0].json()["token_ids"]
+    assert counted.count("run_failed") == 3
+    assert caplog.text.count("cannot be read") == 1
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

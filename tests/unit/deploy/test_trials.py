@@ -100,8 +100,20 @@ def test_a_share_of_the_requests_is_answered_by_the_second_model(second: Second,
     service._trials.close()
     recorded = {side: rows_of(tmp_path / "ab_test" / side) for side in ("A", "B")}
     assert {row["model"] for row in recorded["A"]} == {"demo"}
+    assert len(recorded["A"]) == 2 * models.count("demo"), "who names a model is no random share"
     assert len(recorded["B"]) == 2 * models.count("second")
     assert {row["model"] for row in recorded["B"]} == {"second"}
+
+
+def test_streams_of_an_ab_test_are_recorded_as_other_answers_are(second: Second, tmp_path: Path) -> None:
+    recorded = []
+    for stream in ("false", "true"):
+        folder = tmp_path / stream
+        service = Service(second, ab_test="second=0.5", trial_record=str(folder))
+        assert {answer.status_code for answer in ask(service, 8, params={"stream": stream})} == {200}
+        service._trials.close()
+        recorded.append([rows_of(folder / "ab_test" / side) for side in ("A", "B")])
+    assert recorded[0] == recorded[1] and all(recorded[0])
 
 
 def test_without_an_engine_of_the_second_model_the_first_answers(

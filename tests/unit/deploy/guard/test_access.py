@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from deploy.guard.access import OPEN_PATHS, Access
 from deploy.guard.callers import CALLER
 from deploy.guard.keys import KeyFile
+from deploy.settings import Settings
 
 KEYS = {"alice": "key of alice", "bob": "key of bob"}
 
@@ -77,6 +78,62 @@ def test_a_listed_page_may_ask_and_read_answers_and_errors() -> None:
     for response in (preflight, answer):
         assert response.headers["access-control-allow-origin"] == page
         assert response.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ("authorization,content-type,x-stainless-arch", "authorization,content-type,x-stainless-arch"),
+        ("a, b", "a, b"),
+        ("a b", "authorization, content-type, x-request-id"),
+        ("a,", "authorization, content-type, x-request-id"),
+        ("", "authorization, content-type, x-request-id"),
+    ],
+)
+def test_a_listed_page_may_send_the_headers_that_its_client_adds(asked: str, allowed: str) -> None:
+    """A browser blocked OpenAI's client, which sends x-stainless-lang and others."""
+    page = "https://app.example"
+    given = {"access_control_request_method": "POST", "access_control_request_headers": asked}
+    preflight = ask(Access(who, allowed_origins=[page]), "OPTIONS", origin=page, **given)
+    assert preflight.headers["access-control-allow-headers"] == allowed
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://app.example/",
+        "app.example",
+        "https://",
+        "HTTPS://a.example:443",
+        "http://a.example:80",
+        "https://*.example",
+    ],
+)
+def test_origins_that_no_browser_sends_are_refused(origin: str) -> None:
+    """The endpoint started, and then refused every request of the page."""
+    with pytest.raises(ValueError, match="allowed_origins must be an origin"):
+        Settings(allowed_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    "host", ["api.example.com:8000", "http://api.example.com", "a/b", "*.example.com", ""]
+)
+def test_hosts_that_no_request_has_are_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="allowed_hosts must be a host name"):
+        Settings(allowed_hosts=(host,))
+
+
+def test_origins_and_hosts_that_can_match_are_taken() -> None:
+    origins = (
+        "*",
+        "null",
+        "https://App.example",
+        "http://a.example:8080",
+        "https://a:80",
+        "http://[::1]:3000",
+    )
+    extensions = ("chrome-extension://abcdefgh", "http://localhost:5173")
+    Settings(allowed_origins=origins + extensions, allowed_hosts=("*", "blip2-serve-svc", "Api.example.com."))
 
 
 @pytest.fixture

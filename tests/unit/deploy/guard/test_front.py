@@ -419,6 +419,40 @@ def test_a_client_that_leaves_in_its_body_is_no_refusal() -> None:
     asyncio.run(read())
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_client_that_leaves_gets_no_answer_and_counts_as_none(
+    is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was logged and counted as a gateway that had ended."""
+    counted: list[object] = []
+    monkeypatch.setattr(front.FRONT_ANSWERS, "inc", lambda *answer: counted.append(answer))
+    sent: list[Message] = []
+
+    async def wait_for_client(_: Scope, receive: Receive, __: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def run(declared_bytes: bytes) -> None:
+        messages: list[Message] = [
+            {"type": "http.request", "body": b"a", "more_body": not is_whole},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Message:
+            return messages.pop(0)
+
+        headers = [(b"content-length", declared_bytes)]
+        scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": headers}
+        await Front(wait_for_client)(scope, receive, send)
+
+    for declared_bytes in (b"2", b"100000"):  # a small body is passed with its request
+        asyncio.run(run(declared_bytes))
+    assert not sent and not counted
+
+
 def test_a_refused_body_is_freed_with_its_request() -> None:
     """The traceback of the refusal kept the body until Python looked for circles."""
 

@@ -224,6 +224,8 @@ def test_an_error_after_the_first_piece_is_the_last_event(service: EngineService
     ("fields", "code", "kind", "named"),
     [
         ({"ask": {"": "x"}}, 400, "bad_request", "ask"),
+        ({"ask": {"caption": QUESTION}}, 400, "bad_request", "ask: 'caption' is the name"),
+        ({"ask": {"caption": QUESTION}, "stream": True}, 400, "bad_request", "give the prompt another one"),
         ({"ask": {"a": 5}}, 400, "bad_request", "ask.a"),
         ({"ask": {str(n): "x" for n in range(17)}}, 400, "bad_request", "ask"),
         ({"choices": "a"}, 400, "bad_request", "choices"),

@@ -204,6 +204,23 @@ def test_log_probabilities_are_those_of_the_tokens_of_the_text(
         assert [token.logprob for token in whole] == expected
 
 
+def test_a_stream_of_sampled_beams_has_the_choices_of_the_completion(bytewise: EngineService) -> None:
+    """It made a search of its own for each choice, with another seed."""
+    options = GenerationOptions(max_new_tokens=12, do_sample=True, num_beams=4, temperature=3.0)
+    first = bytewise.first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bytewise, "first", replace(first, options=options))
+        patch.setattr(bytewise._models, "_served", {first.name: bytewise.first})
+        asked = {"model": first.name, "messages": MESSAGES, "n": 3, "seed": 5}
+        made = post(bytewise, "/v1/chat/completions", **asked).json()["choices"]
+        chunks = events_of(post(bytewise, "/v1/chat/completions", **asked, stream=True))[:-1]
+    texts = ["", "", ""]
+    for _, chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert [choice["message"]["content"] for choice in made] == texts
+
+
 def requested(sampling: dict[str, Any]) -> Request:
     options = GenerationOptions(max_new_tokens=12)
     if sampling["temperature"]:
@@ -290,6 +307,24 @@ def test_what_blip2_cannot_do_is_refused_by_name(
     response = chat(service, **fields)
     assert response.status_code == code, response.text
     assert named in error_of(response)[2]
+
+
+@pytest.mark.parametrize(
+    ("neutral", "other"),
+    [
+        ({"modalities": ["text"]}, {"modalities": ["text", "audio"]}),
+        ({"tool_choice": "none"}, {"tool_choice": "required"}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}),
+        ({"parallel_tool_calls": True, "tools": []}, {"tools": [{"type": "function"}]}),
+        ({"prompt_cache_retention": "24h"}, {"web_search_options": {"user_location": None}}),
+    ],
+)
+def test_values_that_ask_for_nothing_are_accepted(
+    service: EngineService, neutral: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Frameworks fill them in."""
+    assert chat(service, **neutral).json()["choices"] == chat(service).json()["choices"]
+    assert error_of(chat(service, **other))[0] == 400
 
 
 def test_refusals_are_errors_of_the_client(service: EngineService) -> None:

@@ -146,6 +146,19 @@ def test_json_of_a_great_many_values_is_400(service: EngineService, monkeypatch:
     assert (code, kind) == (400, "bad_request") and "at most 2 commas" in message
 
 
+@pytest.mark.parametrize("name", ["prompt", "options", "other"])
+def test_json_that_is_too_deep_is_400(service: EngineService, name: str) -> None:
+    """What looks at a value later has less stack than the parser: a list in an option was a 500."""
+    for depth in (63, 64, 500, 960, 100_000):
+        nested = "[" * (depth - 1) + "]" * (depth - 1)
+        value = f'{{"stop": {nested[1:-1]}}}' if name == "options" else nested
+        # Beyond 64 KiB, a body is parsed in a thread, whose stack has more room.
+        body = f'{{"image": "{base64_of(IMAGE)}", "{name}": {value}}}'.encode() + b" " * 70_000
+        code, kind, message = error_of(post_json(service, body))
+        assert (code, kind) == (400, "bad_request")
+        assert ("at most 64 lists or objects in one another" in message) == (depth > 64)
+
+
 def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
     """Not that the image is missing, which is only the consequence."""
     for files in ({"file": ("a.png", IMAGE)}, {"imgae": ("a.png", IMAGE)}):
@@ -153,6 +166,64 @@ def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
         assert f"{name} is not a field" in error_of(ask(service, "POST", "/v1/caption", files=files))[2]
     as_text = {"image": (None, IMAGE)}
     assert "-F" in error_of(ask(service, "POST", "/v1/caption", files=as_text))[2]
+
+
+def chat_with(part: object) -> dict[str, object]:
+    return {"model": "demo", "messages": [{"role": "user", "content": part}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        ("/", {"input": "x"}, "input is not a field; the fields are inputs, parameters, model"),
+        ("/", {"inputs": 5}, "inputs must be a string"),
+        ("/", {}, "inputs must be given"),
+        ("/v1/embeddings", {"model": "demo", "input": 5}, "input must be a valid string, got 5"),
+        ("/v1/embeddings", {"model": "demo", "input": [[1]]}, "input.0 must be a valid string, got [1]"),
+        (
+            "/v1/rerank",
+            {"query": {"image": 5}, "documents": ["a"]},
+            "query.image must be a valid string, got 5",
+        ),
+        ("/v1/rerank", {"query": {"imge": "x"}, "documents": ["a"]}, "query.imge is not a field"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": 5}]}, "documents.0.text must be a valid string"),
+        ("/v1/chat/completions", chat_with(5), "messages.0.content must be a valid string, got 5"),
+        ("/v1/chat/completions", chat_with([{"type": "text"}]), "messages.0.content.0.text must be given"),
+        (
+            "/v1/chat/completions",
+            chat_with([{"type": "image_url", "image_url": {"url": "x", "detail": "y"}}]),
+            "messages.0.content.0.image_url.detail must be 'auto'",
+        ),
+        (
+            "/v1/chat/completions",
+            chat_with([{"type": "text", "text": "x", "image_url": "y"}]),
+            "messages.0.content.0.image_url is not a field",
+        ),
+        ("/v1/caption", {"ask": {"": "x"}}, "ask must have at least 1 character"),
+        ("/v1/caption", {"ask": {"str": 5}}, "ask.str must be a valid string"),
+    ],
+)
+def test_the_message_says_where_the_wrong_value_is(
+    service: EngineService, path: str, fields: dict[str, object], said: str
+) -> None:
+    """It had names of classes and types in it, or that of a field which no request has."""
+    body = fields if path != "/v1/caption" else {"image": base64_of(IMAGE)} | fields
+    assert error_of(ask(service, "POST", path, json=body))[2].startswith(said)
+
+
+def test_a_message_is_short_whatever_the_name_of_a_field(service: EngineService) -> None:
+    """It was sent back whole."""
+    name = "x" * 100_000
+    image = base64_of(IMAGE)
+    for path, fields in (
+        ("/v1/caption", {"image": image, name: 1}),
+        ("/v1/caption", {"image": image, "options": {name: 1}}),
+        ("/v1/caption", {"image": image, "ask": {name: 1}}),
+        ("/v1/chat/completions", chat_with([{"type": "image_url", "image_url": {"url": "x"}}]) | {name: 1}),
+        (f"/v1/caption?{name[:1000]}={{", {"image": image}),
+    ):
+        code, _, message = error_of(ask(service, "POST", path, json=fields))
+        assert code == 400 and 20 < len(message) < 1000 and not message.endswith("xx")
 
 
 def test_a_field_that_is_given_twice_is_400(service: EngineService) -> None:
