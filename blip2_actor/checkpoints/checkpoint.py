@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any
 from transformers import Blip2Config
 
 from blip2_actor.checkpoints.download import (
-    CACHE_FOLDER,
+    cache_folder,
     fetch_from_bucket,
     fetch_from_hub,
     select_files,
-    write_whole,
+    write_cached,
 )
 from blip2_actor.checkpoints.generation_config import fill_special_tokens, read_generation_config
 from blip2_actor.checkpoints.image_processor import ImageProcessor
@@ -157,14 +158,14 @@ class Checkpoint:
             files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
-        cached = CACHE_FOLDER / "digests" / key
-        if cached.exists():
+        cached = cache_folder() / "digests" / key
+        with suppress(OSError):  # not computed yet, or out of this user's reach
             return cached.read_text()
         total = hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(DIGEST_THREADS) as threads:
             for path, digest in zip(files, threads.map(_file_digest, files), strict=True):
                 total.update(path.name.encode() + digest)
-        write_whole(cached, total.hexdigest())
+        write_cached(cached, total.hexdigest())
         return total.hexdigest()
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from blip2_actor.checkpoints.download import write_whole
+from blip2_actor.checkpoints.download import write_cached
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
@@ -149,7 +149,7 @@ def compare_with_last(
     key = hashlib.sha256(f"{checkpoint_digest} {dtype} {record.device}".encode()).hexdigest()[:24]
     path = folder / f"{key}.json"
     last = _read_record(path)
-    write_whole(path, json.dumps(asdict(record)))
+    write_cached(path, json.dumps(asdict(record)))
     if last is None or last.digest == record.digest:
         return None
     changes = [

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
-from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.download import cache_folder
 from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized, phases
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
@@ -30,8 +30,9 @@ from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
 
-RECORDS_FOLDER = CACHE_FOLDER / "canary"
-"""Records of self-tests. The folder keeps its first name, so that an upgrade finds the records before it."""
+RECORDS = "canary"
+"""Folder of the cache with the records of self-tests. It keeps its first name, so that an upgrade finds the
+records before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,5 +164,6 @@ def _test(
     record = self_test.check(
         runner, input_processor.prompts.empty_ids, input_processor.image_size_px, is_fp8=is_fp8
     )
-    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
+    folder = cache_folder() / RECORDS
+    self_test.compare_with_last(record, folder, checkpoint.digest() + variant, runner.dtype)
     return record

@@ -104,6 +104,12 @@ def test_a_record_that_cannot_be_read_does_not_keep_an_engine_from_starting(tmp_
     assert json.loads(path.read_text())["digest"] == "aaaa"
 
 
+def test_a_record_that_cannot_be_written_does_not_keep_an_engine_from_starting(tmp_path, caplog) -> None:
+    (tmp_path / "file").touch()
+    assert compare_with_last(FIRST, tmp_path / "file" / "canary", "c", torch.float32) is None
+    assert "cannot be written" in caplog.text
+
+
 def test_a_process_that_ends_while_it_writes_leaves_the_last_record_whole(tmp_path, monkeypatch) -> None:
     """Another process that reads at the same time also finds it whole: engines of one machine start
     together."""
