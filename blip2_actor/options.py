@@ -201,12 +201,6 @@ class GenerationOptions:
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)
             _require(value is None or 0 < value <= 1, name, "above 0 and at most 1", value)
-        _require(
-            self.early_stopping in (None, True, False, "never"),
-            "early_stopping",
-            "true, false or 'never'",
-            self.early_stopping,
-        )
         are_texts = all(isinstance(text, str) and text for text in self.stop or ())
         _require(are_texts, "stop", "texts that are not empty", self.stop)
         are_ids = min(self.suppress_tokens or (0,)) >= 0

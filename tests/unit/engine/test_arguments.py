@@ -222,6 +222,16 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: build(EngineConfig, model=5), "model must be a text, got 5"),
         (lambda e: build(EngineConfig, max_slots="4"), "max_slots must be a whole number or None, got '4'"),
         (lambda e: build(EngineConfig, skip_self_test=1), "skip_self_test must be true or false, got 1"),
+        (
+            lambda e: build(EngineConfig, compile="false"),
+            "compile must be true, false or 'auto', got 'false'",
+        ),
+        (lambda e: build(EngineConfig, quantize="int4"), "quantize must be 'int8', .* or None, got 'int4'"),
+        (
+            lambda e: build(MatchingConfig, dtype="float8"),
+            "dtype must be 'auto', .* or 'float16', got 'float8'",
+        ),
+        (lambda e: build(GenerationOptions, early_stopping="yes"), "true, false or 'never', got 'yes'"),
         (lambda e: EngineConfig(num_threads=True), "num_threads must be a whole number or None, got True"),
         (lambda e: build(MatchingConfig, device=0), "device must be a text, got 0"),
     ],
