@@ -121,6 +121,11 @@ class EngineConfig(ModelConfig):
                 )
             if self.quantize is not None:
                 raise ValueError("device_map must be left out with quantize, got both; drop one of them")
+        if self.quantization_choice is not None and self.quantization_choice.method != self.quantize:
+            raise ValueError(
+                f"quantization_choice must be one for quantize={self.quantize!r}, got one for "
+                f"{self.quantization_choice.method!r}; choose again with choose_quantization"
+            )
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.

@@ -182,14 +182,19 @@ def resolve(
     Args:
         model: as in `ModelConfig.model`. A folder with an adapter and no config.json is that of an adapter
             alone, which names its model.
-        revision: commit, tag or branch of a hub model.
+        revision: commit, tag or branch of a hub model; refused for others, which have one version.
         with_weights: False does not fetch remote weights, which describing the model does not need.
         adapter: as in `EngineConfig.adapter`.
 
     Raises:
         OSError: the checkpoint or the adapter cannot be found or fetched.
-        ValueError: there is more than one adapter, or it cannot be merged.
+        ValueError: there is more than one adapter, or it cannot be merged; or `revision` names nothing.
     """
+    if revision is not None and (model == "demo" or "://" in model or Path(model).is_dir()):
+        raise ValueError(
+            f"revision must be left out unless the model is one of the hub, got {revision!r} for {model!r}, "
+            "which has one version"
+        )
     found = _find("model", model, revision, with_weights)
     if adapter is not None:
         return _adapted(found, _find("adapter", adapter, None, with_weights))
@@ -268,13 +273,10 @@ def describe(
     """Describe a model without loading weights (see `EngineConfig.info`).
 
     Args:
-        model: as in `resolve`.
-        revision: as in `resolve`.
-        device: as in `ModelConfig.device`.
-        dtype: as in `ModelConfig.dtype`.
+        model, revision: as in `resolve`.
+        device, dtype: as in `ModelConfig`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
-        ignore_generation_config, image_size_px: as in `EngineConfig`.
-        adapter: as in `EngineConfig.adapter`.
+        ignore_generation_config, image_size_px, adapter: as in `EngineConfig`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.

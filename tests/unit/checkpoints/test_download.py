@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints import download
-from blip2_actor.checkpoints.checkpoint import Checkpoint
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import cache_folder, fetch_from_bucket, fetch_from_hub
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
@@ -47,6 +47,13 @@ def test_errors_of_the_hub_name_their_cause(
     monkeypatch.setattr(download, "snapshot_download", fail)
     with pytest.raises(OSError, match=message):
         fetch_from_hub("some/model", "v9", with_weights=True)
+
+
+@pytest.mark.parametrize("model", ["demo", ".", "memory://models/one"])
+def test_a_revision_of_a_model_with_one_version_is_refused(model: str) -> None:
+    """It was left out, and the captions were those of other weights than the user had named."""
+    with pytest.raises(ValueError, match=r"^revision must be left out unless .* got 'v9' for"):
+        resolve(model, "v9")
 
 
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
