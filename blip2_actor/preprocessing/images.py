@@ -19,7 +19,7 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from blip2_actor.preprocessing.formats import describe_unreadable, open_image
 from blip2_actor.preprocessing.repair import with_end, without_metadata
-from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, orientation_of, upright_square
+from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, load, orientation_of, upright_square
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
         return DecodedImage(status=Status.TOO_LARGE, error=error)
     is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)  # the draft of a HEIC file is its thumbnail
     is_draft = is_jpeg and limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
-    image.load()
+    load(image)
     if not is_draft:
         width, height = image.size  # Pillow turns a TIFF itself when it loads it
     orientation = orientation_of(image)
