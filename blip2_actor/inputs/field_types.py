@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+_PLAIN = {bool, int, float, str}
 
 
 class WrongType(TypeError, ValueError):
@@ -21,7 +22,8 @@ class WrongType(TypeError, ValueError):
 def require_types(instance: Any) -> None:
     """Raise `WrongType` for the first field whose value does not have its declared type.
 
-    A whole number counts as a number, and numbers of numpy count; True and False are no numbers.
+    A whole number counts as a number; True and False are no numbers. Numbers of numpy count, and are replaced
+    by those of Python, which JSON and random generators take.
     """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
@@ -30,6 +32,16 @@ def require_types(instance: Any) -> None:
             continue  # not given
         if not _fits(value, hint):
             raise WrongType(f"{name} must be {_described(hint)}, got {value!r} ({type(value).__name__})")
+        if type(value) not in _PLAIN:
+            object.__setattr__(instance, name, _plain(value))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if type(value) in _PLAIN or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @cache
