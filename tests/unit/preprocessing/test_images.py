@@ -374,8 +374,27 @@ def test_an_image_without_area_is_undecodable() -> None:
 @pytest.mark.parametrize("name", ["max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_impossible_limits_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be above 0"):
+    with pytest.raises(ValueError, match=f"{name} must be (above 0|a whole number, got (nan|inf))"):
         ImageLimits(**{name: value})
+
+
+def test_limits_of_wrong_types_are_refused_and_whole_floats_are_taken() -> None:
+    """They ended the decoding children, whose message says nothing of them."""
+    given: Any = {"memory_bytes": 2e9, "max_pixels": np.int64(5)}
+    limits = ImageLimits(**given)
+    assert (limits.memory_bytes, type(limits.memory_bytes), type(limits.max_pixels)) == (
+        2_000_000_000,
+        int,
+        int,
+    )
+    wrong: list[tuple[str, Any]] = [
+        ("max_pixels", "5"),
+        ("max_file_bytes", None),
+        ("memory_bytes", 1e9 + 0.5),
+    ]
+    for name, value in wrong:
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+            ImageLimits(**{name: value})
 
 
 def test_an_image_without_pixels_has_no_array() -> None:
