@@ -104,9 +104,9 @@ def start_model(
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
-    variant = _variant(image_size_px, quantization)
+    variant = _variant(image_size_px, quantization, sizes.max_slots)
     tested = None
-    if not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES:
+    if not skip_self_test:
         tested = _test(runner, input_processor, checkpoint, variant, is_fp8=quantize == FP8)
     return StartedModel(
         runner=runner,
@@ -146,10 +146,12 @@ def _require_quantization(quantize: str, place: torch.device, compile: bool | Li
         raise ValueError("compile must not be true with quantize on a CPU, got both; drop one of them")
 
 
-def _variant(image_size_px: int | None, quantization: QuantizationRecord | None) -> str:
-    """Name what makes a checkpoint write other captions: images of another size, or quantized parts."""
+def _variant(image_size_px: int | None, quantization: QuantizationRecord | None, max_slots: int) -> str:
+    """Name what gives a self-test other captions: images of another size, quantized parts, fewer images."""
     variant = "" if image_size_px is None else f" {image_size_px} px"
-    return variant if quantization is None else f"{variant} {quantization.choice}"
+    if quantization is not None:
+        variant += f" {quantization.choice}"
+    return variant if max_slots >= self_test.NUM_IMAGES else f"{variant} {max_slots} images"
 
 
 def _test(
