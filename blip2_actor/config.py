@@ -47,8 +47,6 @@ class ModelConfig:
         require_types(self)
         if not self.model:
             raise ValueError('model must be a hub name, a folder or "demo", got an empty string')
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
         self._require_positive("num_threads")
 
     def _require_positive(self, *names: str) -> None:
@@ -121,14 +119,13 @@ class EngineConfig(ModelConfig):
                 raise ValueError(
                     "compile must not be true if device_map splits the model, got both; drop one of them"
                 )
-        if self.quantize is not None:
-            self._check_quantize()
-
-    def _check_quantize(self) -> None:
-        if self.quantize not in ("int8", "fp8", "int8-weights"):
-            raise ValueError(f"quantize must be int8, fp8, int8-weights or left out, got {self.quantize!r}")
-        if self.device_map is not None:
-            raise ValueError("device_map must be left out with quantize, got both; drop one of them")
+            if self.quantize is not None:
+                raise ValueError("device_map must be left out with quantize, got both; drop one of them")
+        if self.quantization_choice is not None and self.quantization_choice.method != self.quantize:
+            raise ValueError(
+                f"quantization_choice must be one for quantize={self.quantize!r}, got one for "
+                f"{self.quantization_choice.method!r}; choose again with choose_quantization"
+            )
 
     def info(self) -> ModelInfo:
         """Describe the model without loading weights.

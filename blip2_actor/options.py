@@ -158,13 +158,14 @@ class GenerationOptions:
     def resolve(self, stored: Mapping[str, Any] = MappingProxyType({})) -> GenerationOptions:
         """Return these options, with those that are not given from `stored` or from the defaults.
 
-        A stored option that has no effect next to the given ones is left out, as in transformers.
+        As in transformers, a stored option without effect next to the given ones is left out, and a stored
+        min_new_tokens ends at a given max_new_tokens.
 
         Args:
             stored: options by name, such as `ModelInfo.generation_config`.
 
         Raises:
-            ValueError: the options contradict each other.
+            ValueError: the options contradict each other; the message names those that are stored.
         """
         if None not in vars(self).values():  # as for each request of a job
             return self
@@ -175,7 +176,19 @@ class GenerationOptions:
             values |= {name: defaults[name] for name in _FOR_SAMPLING if name in defaults}
         if values.get("num_beams", self.num_beams) == 1:
             values |= {name: defaults[name] for name in _FOR_BEAM_SEARCH if name in defaults}
-        return replace(self, **values)
+        if "min_new_tokens" in values and self.max_new_tokens is not None:
+            values["min_new_tokens"] = min(values["min_new_tokens"], self.max_new_tokens)
+        try:
+            return replace(self, **values)
+        except ValueError as error:
+            found = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
+            named = [each for each in found if each.partition("=")[0] in str(error)]
+            if not named or len(missing) == len(fields(self)):  # nothing is given
+                raise
+            raise ValueError(
+                f"{error}; {' and '.join(named)} of the checkpoint's generation_config.json counts until "
+                "another value is given"
+            ) from error
 
     def require_known_tokens(self, vocab_size: int) -> None:
         """Check the token ids in these options against a model's vocabulary.
@@ -201,12 +214,6 @@ class GenerationOptions:
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)
             _require(value is None or 0 < value <= 1, name, "above 0 and at most 1", value)
-        _require(
-            self.early_stopping in (None, True, False, "never"),
-            "early_stopping",
-            "true, false or 'never'",
-            self.early_stopping,
-        )
         are_texts = all(isinstance(text, str) and text for text in self.stop or ())
         _require(are_texts, "stop", "texts that are not empty", self.stop)
         are_ids = min(self.suppress_tokens or (0,)) >= 0
@@ -241,7 +248,8 @@ class GenerationOptions:
             samples_texts or self.num_return_sequences <= self.num_beams,
             "num_return_sequences",
             f"at most num_beams ({self.num_beams}) unless do_sample is set and num_beams is 1",
-            f"{self.num_return_sequences}; raise num_beams, or set do_sample with num_beams 1",
+            f"{self.num_return_sequences}; raise num_beams, or set do_sample with num_beams 1"
+            + ("" if self.do_sample else " and no temperature of 0"),
         )
 
     def _require_default(self, name: str, condition: str, remedy: str) -> None:

@@ -249,7 +249,7 @@ class EngineStats:
     """Counters since the engine started."""
 
     num_requests: int = 0
-    """Requests accepted by `submit` and `generate`."""
+    """Requests that were submitted; those that are refused or cancelled never count as finished."""
     num_finished: int = 0
     num_encode_calls: int = 0
     """Passes through the vision encoder; each takes a batch of images."""

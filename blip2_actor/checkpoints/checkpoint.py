@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any
 from transformers import Blip2Config
 
 from blip2_actor.checkpoints.download import (
-    CACHE_FOLDER,
+    cache_folder,
     fetch_from_bucket,
     fetch_from_hub,
     select_files,
-    write_whole,
+    write_cached,
 )
 from blip2_actor.checkpoints.generation_config import fill_special_tokens, read_generation_config
 from blip2_actor.checkpoints.image_processor import ImageProcessor
@@ -157,14 +158,14 @@ class Checkpoint:
             files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
-        cached = CACHE_FOLDER / "digests" / key
-        if cached.exists():
+        cached = cache_folder() / "digests" / key
+        with suppress(OSError):  # not computed yet, or out of this user's reach
             return cached.read_text()
         total = hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(DIGEST_THREADS) as threads:
             for path, digest in zip(files, threads.map(_file_digest, files), strict=True):
                 total.update(path.name.encode() + digest)
-        write_whole(cached, total.hexdigest())
+        write_cached(cached, total.hexdigest())
         return total.hexdigest()
 
 
@@ -181,14 +182,19 @@ def resolve(
     Args:
         model: as in `ModelConfig.model`. A folder with an adapter and no config.json is that of an adapter
             alone, which names its model.
-        revision: commit, tag or branch of a hub model.
+        revision: commit, tag or branch of a hub model; refused for others, which have one version.
         with_weights: False does not fetch remote weights, which describing the model does not need.
         adapter: as in `EngineConfig.adapter`.
 
     Raises:
         OSError: the checkpoint or the adapter cannot be found or fetched.
-        ValueError: there is more than one adapter, or it cannot be merged.
+        ValueError: there is more than one adapter, or it cannot be merged; or `revision` names nothing.
     """
+    if revision is not None and (model == "demo" or "://" in model or Path(model).is_dir()):
+        raise ValueError(
+            f"revision must be left out unless the model is one of the hub, got {revision!r} for {model!r}, "
+            "which has one version"
+        )
     found = _find("model", model, revision, with_weights)
     if adapter is not None:
         return _adapted(found, _find("adapter", adapter, None, with_weights))
@@ -267,13 +273,10 @@ def describe(
     """Describe a model without loading weights (see `EngineConfig.info`).
 
     Args:
-        model: as in `resolve`.
-        revision: as in `resolve`.
-        device: as in `ModelConfig.device`.
-        dtype: as in `ModelConfig.dtype`.
+        model, revision: as in `resolve`.
+        device, dtype: as in `ModelConfig`.
         read: returns the configuration of the checkpoint, and refuses those of another kind.
-        ignore_generation_config, image_size_px: as in `EngineConfig`.
-        adapter: as in `EngineConfig.adapter`.
+        ignore_generation_config, image_size_px, adapter: as in `EngineConfig`.
 
     Raises:
         ValueError: the checkpoint is of another kind, or this machine has no such device or dtype.

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,7 +44,6 @@ SAFETENSORS = ("*.safetensors",)
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 """Patterns of older weights, which count only without safetensors."""
 WEIGHTS = (*SAFETENSORS, *PICKLES)
-CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip2"
 SMALL_BYTES = 100_000_000
 """Downloads up to this size are not announced."""
 _VERSIONS = ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
@@ -54,12 +54,36 @@ class NotEnoughDisk(OSError):
     """A checkpoint is larger than the free space of the disk that it must be stored on."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a concurrent reader finds it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text)
-    partial.rename(path)
+def cache_folder() -> Path:
+    """Return the folder for what can be fetched or computed again; it need not exist yet.
+
+    A user without a home, as in a container without an entry for its uid, has it among temporary files.
+    """
+    if place := os.environ.get("XDG_CACHE_HOME"):
+        return Path(place) / "blip2"
+    try:
+        return Path.home() / ".cache" / "blip2"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"blip2-{os.getuid()}"
+
+
+def write_cached(path: Path, text: str) -> None:
+    """Write a small file of the cache so that a concurrent reader finds it whole or not at all.
+
+    If it cannot be written, that is logged only: an engine works without it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        partial.write_text(text)
+        partial.rename(path)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s), so the next start lacks it; set XDG_CACHE_HOME to a folder that can "
+            "be written",
+            path,
+            error,
+        )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -178,8 +202,14 @@ def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
         for entry in entries
     }
     digest = hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()[:32]
-    folder = CACHE_FOLDER / "checkpoints" / digest
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() / "checkpoints" / digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{uri} cannot be stored in {folder} ({error}); set XDG_CACHE_HOME to a folder that can be "
+            "written"
+        ) from error
     with filelock.FileLock(f"{folder}.lock"):
         for entry in entries:
             target = folder / Path(entry["name"]).name

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint
-from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.download import cache_folder
 from blip2_actor.checkpoints.weights.adapter import merge_adapter
 from blip2_actor.checkpoints.weights.lavis import overlay_lavis
 from blip2_actor.checkpoints.weights.load_weights import load_weights
@@ -60,7 +60,7 @@ def load_model(
     if device_map is not None:
         from blip2_actor.checkpoints.device_map import ModelSplit  # imports accelerate, only needed here
 
-        split = ModelSplit(model, device_map, device, CACHE_FOLDER / "offload")
+        split = ModelSplit(model, device_map, device, cache_folder() / "offload")
     if split is None:
         _allocate(model, device)
     else:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from blip2_actor.checkpoints.download import write_whole
+from blip2_actor.checkpoints.download import write_cached
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
@@ -101,11 +101,13 @@ def check(
 ) -> SelfTestRecord:
     """Caption the built-in images alone and together. This also compiles encoders that are to be compiled.
 
+    With fewer slots than `NUM_IMAGES`, there are as many images as slots.
+
     Raises:
         SelfTestFailure: results differ by more than the dtype explains.
         ValueError: memory does not suffice even for these images.
     """
-    pictures = built_in_images(size_px)
+    pictures = built_in_images(size_px)[: runner.num_slots]
     full_batch = runner.encoders.compiled_batch or 0
     tolerance = FP8_TOLERANCE if is_fp8 else TOLERANCE[runner.dtype]
     try:
@@ -117,7 +119,7 @@ def check(
                 "of a step, eager and replayed",
                 "--skip-cuda-graphs",
             )
-        each = [_caption(runner, pictures[i : i + 1], start_ids).first_logits for i in range(NUM_IMAGES)]
+        each = [_caption(runner, pictures[i : i + 1], start_ids).first_logits for i in range(len(pictures))]
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"max_slots and encode_batch must fit into memory, got {runner.num_slots} texts at once and "
@@ -149,7 +151,7 @@ def compare_with_last(
     key = hashlib.sha256(f"{checkpoint_digest} {dtype} {record.device}".encode()).hexdigest()[:24]
     path = folder / f"{key}.json"
     last = _read_record(path)
-    write_whole(path, json.dumps(asdict(record)))
+    write_cached(path, json.dumps(asdict(record)))
     if last is None or last.digest == record.digest:
         return None
     changes = [

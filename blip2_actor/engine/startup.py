@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
-from blip2_actor.checkpoints.download import CACHE_FOLDER
+from blip2_actor.checkpoints.download import cache_folder
 from blip2_actor.checkpoints.loading import choose_quantization, load_model, load_quantized, phases
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer
 from blip2_actor.device import prepare_device, resolve_compile, resolve_device, resolve_dtype
@@ -30,8 +30,9 @@ from blip2_actor.quantization.quantize import Calibration, QuantizationRecord
 
 logger = logging.getLogger(__name__)
 
-RECORDS_FOLDER = CACHE_FOLDER / "canary"
-"""Records of self-tests. The folder keeps its first name, so that an upgrade finds the records before it."""
+RECORDS = "canary"
+"""Folder of the cache with the records of self-tests. It keeps its first name, so that an upgrade finds the
+records before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +104,9 @@ def start_model(
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
-    variant = _variant(image_size_px, quantization)
+    variant = _variant(image_size_px, quantization, sizes.max_slots)
     tested = None
-    if not skip_self_test and sizes.max_slots >= self_test.NUM_IMAGES:
+    if not skip_self_test:
         tested = _test(runner, input_processor, checkpoint, variant, is_fp8=quantize == FP8)
     return StartedModel(
         runner=runner,
@@ -145,10 +146,12 @@ def _require_quantization(quantize: str, place: torch.device, compile: bool | Li
         raise ValueError("compile must not be true with quantize on a CPU, got both; drop one of them")
 
 
-def _variant(image_size_px: int | None, quantization: QuantizationRecord | None) -> str:
-    """Name what makes a checkpoint write other captions: images of another size, or quantized parts."""
+def _variant(image_size_px: int | None, quantization: QuantizationRecord | None, max_slots: int) -> str:
+    """Name what gives a self-test other captions: images of another size, quantized parts, fewer images."""
     variant = "" if image_size_px is None else f" {image_size_px} px"
-    return variant if quantization is None else f"{variant} {quantization.choice}"
+    if quantization is not None:
+        variant += f" {quantization.choice}"
+    return variant if max_slots >= self_test.NUM_IMAGES else f"{variant} {max_slots} images"
 
 
 def _test(
@@ -163,5 +166,6 @@ def _test(
     record = self_test.check(
         runner, input_processor.prompts.empty_ids, input_processor.image_size_px, is_fp8=is_fp8
     )
-    self_test.compare_with_last(record, RECORDS_FOLDER, checkpoint.digest() + variant, runner.dtype)
+    folder = cache_folder() / RECORDS
+    self_test.compare_with_last(record, folder, checkpoint.digest() + variant, runner.dtype)
     return record

@@ -1,4 +1,7 @@
-"""Check the types of a dataclass's fields, so that a text where a number belongs is an error at once."""
+"""Check the types of a dataclass's fields, so that a text where a number belongs is an error at once.
+
+A `Literal` is a type as well: its values are written once, in the field's annotation.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+_NAMES = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+_PLAIN = {bool, int, float, str}
 
 
 class WrongType(TypeError, ValueError):
@@ -18,7 +22,8 @@ class WrongType(TypeError, ValueError):
 def require_types(instance: Any) -> None:
     """Raise `WrongType` for the first field whose value does not have its declared type.
 
-    A whole number counts as a number, and numbers of numpy count; True and False are no numbers.
+    A whole number counts as a number; True and False are no numbers. Numbers of numpy count, and are replaced
+    by those of Python, which JSON and random generators take.
     """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
@@ -27,6 +32,16 @@ def require_types(instance: Any) -> None:
             continue  # not given
         if not _fits(value, hint):
             raise WrongType(f"{name} must be {_described(hint)}, got {value!r} ({type(value).__name__})")
+        if type(value) not in _PLAIN:
+            object.__setattr__(instance, name, _plain(value))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if type(value) in _PLAIN or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @cache
@@ -38,8 +53,8 @@ def _fits(value: object, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)
-    if origin is Literal:  # which of them is checked where the message can say more
-        return isinstance(value, str)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(one, arguments[0]) for one in value)
     if hint in (int, float):
@@ -48,11 +63,18 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
+    *others, last = _alternatives(hint)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _alternatives(hint: Any) -> list[str]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_described, arguments))
+        return [name for one in arguments for name in _alternatives(one)]
     if origin is Literal:
-        return " or ".join(map(repr, arguments))
+        return [repr(value) for value in arguments]
     if origin is tuple:
-        return {str: "texts", int: "whole numbers"}.get(arguments[0], "sequences of whole numbers")
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+        return [{str: "texts", int: "whole numbers"}.get(arguments[0], "sequences of whole numbers")]
+    if hint is bool:
+        return ["true", "false"]
+    return [_NAMES.get(hint, getattr(hint, "__name__", str(hint)))]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from blip2_actor.preprocessing.images import describe_error
-from blip2_actor.preprocessing.rgb import opaque, orientation_of, resize_to_square, upright_square
+from blip2_actor.preprocessing.rgb import load, opaque, orientation_of, resize_to_square, upright_square
 
 LAYOUTS = (
     "uint8 or uint16 of [H, W], [H, W, 1] (gray), [H, W, 2] (gray, alpha), [H, W, 3] (RGB) or [H, W, 4] "
@@ -40,7 +40,7 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
         if 0 in image.size:
             raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
         try:
-            image.load()
+            load(image)
             return np.array(upright_square(image, orientation_of(image), size_px))
         except MemoryError:
             raise

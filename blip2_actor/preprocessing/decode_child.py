@@ -65,7 +65,9 @@ def _apply(limits: ImageLimits) -> None:
     Image.MAX_IMAGE_PIXELS = None  # max_pixels is the limit here
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # of the parent; it can only be lowered
+        num_bytes = limits.memory_bytes if hard == resource.RLIM_INFINITY else min(hard, limits.memory_bytes)
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     timer_signals = (signal.SIGPROF, signal.SIGALRM)
     for timer_signal in timer_signals:  # a parent that ignores them passes that on to its children
         signal.signal(timer_signal, signal.SIG_DFL)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from blip2_actor.inputs.field_types import require_types
 from blip2_actor.preprocessing.formats import describe_unreadable, open_image
 from blip2_actor.preprocessing.repair import with_end, without_metadata
-from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, orientation_of, upright_square
+from blip2_actor.preprocessing.rgb import SWAPS_WIDTH_AND_HEIGHT, load, orientation_of, upright_square
 from blip2_actor.status import Status
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class ImageLimits:
     truncated. Without it they are undecodable."""
 
     def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_file_bytes", "memory_bytes"):
+            if isinstance(value := getattr(self, name), float) and value.is_integer():  # such as 2e9
+                object.__setattr__(self, name, int(value))
+        require_types(self)
         for name in ("max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
@@ -170,7 +175,7 @@ def _decode(data: bytes, size_px: int, limits: ImageLimits) -> DecodedImage:
         return DecodedImage(status=Status.TOO_LARGE, error=error)
     is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)  # the draft of a HEIC file is its thumbnail
     is_draft = is_jpeg and limits.jpeg_draft and image.draft(None, (2 * size_px, 2 * size_px)) is not None
-    image.load()
+    load(image)
     if not is_draft:
         width, height = image.size  # Pillow turns a TIFF itself when it loads it
     orientation = orientation_of(image)

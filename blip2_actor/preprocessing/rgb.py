@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
-from PIL import Image
+from PIL import Image, ImageChops, PngImagePlugin
 
 _ORIENTATION = 0x0112  # EXIF tag
+_TO_8_BITS: dict[object, Callable[[Any], int]] = {
+    "L;2": lambda value: value * 0x55,
+    "L;4": lambda value: value * 0x11,
+    "RGB;16B": lambda value: value >> 8,
+}
+"""What Pillow does to the pixels of a PNG when it loads them, by its names for how they are stored."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,6 +40,17 @@ def orientation_of(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
         return 1
+
+
+def load(image: Image.Image) -> None:
+    """Load an image, and scale the transparent color of a PNG as the pixels, which Pillow does not."""
+    color = image.info.get("transparency")
+    scale = None
+    if color is not None and isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
+        scale = _TO_8_BITS.get(image.tile[0][3])
+    image.load()
+    if scale is not None:
+        image.info["transparency"] = tuple(map(scale, color)) if isinstance(color, tuple) else scale(color)
 
 
 def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.Image:
@@ -64,9 +82,21 @@ def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
 
 
 def _keep_high_bytes(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray as Pillow scales 16-bit color; Pillow's own conversion would clip at 255."""
+    """Scale 16-bit gray as Pillow scales 16-bit color; Pillow's own conversion would clip at 255.
+
+    A transparent color is white in the result.
+    """
     first = 0 if image.mode == "I;16B" else 1
-    return Image.frombytes("L", image.size, image.tobytes()[first::2])
+    data = image.tobytes()
+    high, low = (Image.frombytes("L", image.size, data[start::2]) for start in (first, 1 - first))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        is_it = [
+            part.point([255 * (value == wanted) for value in range(256)])
+            for part, wanted in ((high, transparent >> 8), (low, transparent & 0xFF))
+        ]
+        high.paste(255, mask=ImageChops.darker(*is_it))
+    return high
 
 
 def _stretch(image: Image.Image) -> Image.Image:

@@ -51,9 +51,11 @@ def leaves_quantization_open(engine: EngineBuilder) -> bool:
 
 
 def with_quantization(engine: EngineBuilder, choice: QuantizationChoice | None) -> EngineBuilder:
-    """Return the engine with what its run quantizes, if that is known."""
+    """Return the engine with what its run quantizes, if that is known and of the engine's method."""
     known: Any = engine
-    return engine if choice is None else dataclasses.replace(known, quantization_choice=choice)
+    if choice is None or choice.method != getattr(known, "quantize", None):
+        return engine
+    return dataclasses.replace(known, quantization_choice=choice)
 
 
 def describe_without_device(engine: EngineBuilder) -> ModelInfo:
@@ -68,7 +70,7 @@ def describe_without_device(engine: EngineBuilder) -> ModelInfo:
     dtype = known.dtype
     known = dataclasses.replace(known, device="cpu", **({} if dtype == AUTO else {"dtype": "float32"}))
     if (quantize := getattr(known, "quantize", None)) is not None:  # only its device knows if it can
-        known = dataclasses.replace(known, quantize=None)
+        known = dataclasses.replace(known, quantize=None, quantization_choice=None)
     info = dataclasses.replace(known.info(), quantize=quantize)
     return info if dtype == AUTO else dataclasses.replace(info, dtype=dtype)
 

@@ -74,7 +74,8 @@ def plain_spec(spec: CaptionSpec) -> CaptionSpec | None:
     engine = spec.engine
     if not isinstance(engine, EngineConfig) or engine.quantize is None:
         return None
-    return dataclasses.replace(spec, engine=dataclasses.replace(engine, quantize=None))
+    plain = dataclasses.replace(engine, quantize=None, quantization_choice=None)
+    return dataclasses.replace(spec, engine=plain)
 
 
 def compare(spec: CaptionSpec, quantized: Captioned, plain: Captioned) -> QuantizationEffect:

@@ -138,6 +138,8 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
     """Return the engine with what its run has recorded of its device and its commit, and its model.
 
+    Version 0.1.0 left out a revision of a model that is not on the hub, and so a run may have one.
+
     The driver of a cluster does not caption, and may lack the device.
     """
     if isinstance(engine, EndpointConfig):
@@ -145,9 +147,16 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
         engine = with_quantization(engine, run.quantization)
+        engine = _without_idle_revision(engine)
         engine = pinned(engine, run.commit_of(getattr(engine, "model", None)))
     info = describe_without_device(engine) if is_cluster() else engine.info()
     return pinned(engine, info.digest.partition("+")[0]), info
+
+
+def _without_idle_revision(engine: EngineBuilder) -> EngineBuilder:
+    known: Any = engine
+    is_idle = getattr(known, "revision", None) is not None and not is_on_hub(known.model)
+    return dataclasses.replace(known, revision=None) if is_idle else engine
 
 
 def pinned(engine: EngineBuilder, commit: str | None) -> EngineBuilder:
@@ -173,7 +182,9 @@ def _with_pinned_scores(
     if outputs.only_matches:
         found = engine
     else:
-        commit = None if run is None else run.commit_of(outputs.score_model)
+        commit = None
+        if run is not None:
+            found, commit = _without_idle_revision(found), run.commit_of(outputs.score_model)
         found = pinned(found, commit or outputs.score_digest(engine, info))
     revision = getattr(found, "revision", outputs.score_revision)
     return dataclasses.replace(settings, outputs=dataclasses.replace(outputs, score_revision=revision))

@@ -43,10 +43,28 @@ def test_stored_options_without_effect_next_to_given_ones_are_left_out() -> None
 
 
 def test_options_that_contradict_stored_ones_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_return_sequences must be at most num_beams \(5\) unless"):
+    """By the name of the stored one: nobody knows where a value comes from that was never given."""
+    source = "of the checkpoint's generation_config.json counts until another value is given"
+    with pytest.raises(ValueError, match=rf"at most num_beams \(5\) unless .*; num_beams=5 {source}"):
         GenerationOptions(do_sample=True, num_return_sequences=6).resolve({"num_beams": 5})
-    with pytest.raises(ValueError, match=r"min_new_tokens must be at most max_new_tokens \(5\), got 8"):
-        GenerationOptions(max_new_tokens=5).resolve({"min_new_tokens": 8})
+    with pytest.raises(ValueError, match=rf"at most num_beams \(1\).*; num_return_sequences=3 {source}"):
+        GenerationOptions(num_beams=1).resolve({"num_beams": 5, "num_return_sequences": 3, "top_k": 7})
+    with pytest.raises(ValueError, match=rf"at most max_new_tokens \(5\), got 8; max_new_tokens=5 {source}"):
+        GenerationOptions(min_new_tokens=8).resolve({"max_new_tokens": 5})
+    with pytest.raises(ValueError, match=r"at most max_new_tokens \(30\), got 40$"):
+        GenerationOptions(min_new_tokens=40).resolve()
+
+
+def test_a_stored_minimum_ends_at_a_given_maximum() -> None:
+    """transformers goes on with a warning; here no text shorter than eight tokens could be asked for."""
+    options = GenerationOptions(max_new_tokens=5).resolve({"min_new_tokens": 8})
+    assert (options.min_new_tokens, options.max_new_tokens) == (5, 5)
+
+
+def test_what_temperature_0_contradicts_says_so() -> None:
+    """It is greedy search, so "set do_sample" was no help to those who had set it."""
+    with pytest.raises(ValueError, match="set do_sample with num_beams 1 and no temperature of 0"):
+        GenerationOptions(do_sample=True, temperature=0, num_return_sequences=3).resolve()
 
 
 def test_a_switch_that_a_checkpoint_may_set_can_be_switched_off_on_the_command_line() -> None:

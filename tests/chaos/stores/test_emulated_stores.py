@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from blip2_actor.checkpoints import download
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER, resolve
 from blip2_actor.testing import FakeEngineConfig, captions_made
 from pipeline.cli.main import main
@@ -177,7 +176,7 @@ def captions_in(folder, fragments):
 
 
 def test_a_checkpoint_is_fetched(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     upload(store, Path(DEMO_FOLDER), "models/demo")
     described = resolve(store.model_uri("models/demo"), with_weights=False)
     fetched = resolve(store.model_uri("models/demo"))

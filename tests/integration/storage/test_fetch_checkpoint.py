@@ -33,7 +33,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     client = boto3.client("s3")
     client.create_bucket(Bucket="models")
     for path in DEMO_FOLDER.iterdir():
@@ -74,7 +74,7 @@ def test_actors_of_one_machine_fetch_once(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Eight actors that start together must not fetch eight times, nor read an incomplete file."""
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         checkpoints = list(pool.map(resolve, [f"{bucket}/demo"] * 8))
     assert len({c.folder for c in checkpoints}) == 1
@@ -88,7 +88,7 @@ def test_an_interrupted_fetch_is_resumed(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An incomplete file must not count, and the complete ones must not be fetched again."""
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = resolve(f"{bucket}/demo", with_weights=False).folder
     (folder / "model.safetensors.partial").write_bytes(b"half")
     fetched.clear()
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_lavis_in_a_bucket_is_one_file(
     bucket: str, fetched: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its folder holds those of other epochs too, each as large as the model."""
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     client = boto3.client("s3")
     for epoch in range(2):
         client.put_object(Bucket="models", Key=f"lavis/checkpoint_{epoch}.pth", Body=b"%d" % epoch)

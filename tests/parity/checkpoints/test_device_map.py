@@ -36,7 +36,7 @@ def test_layers_on_disk_give_the_same_tokens(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The map names parts, single layers and one linear layer; the KV cache stays on the main device."""
-    monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     layers = LAYERS[language]
     device_map = {"vision.layers.1": "disk", "qformer": "disk", layers: "disk", f"{layers}.1": "cpu"}
     device_map[f"{layers}.1.out_proj"] = "disk"
@@ -47,7 +47,7 @@ def test_layers_on_disk_give_the_same_tokens(
     assert split_ids == whole_ids
     assert len(set(whole_ids)) > 1
     assert split_scores == pytest.approx(whole_scores, abs=1e-4)
-    assert list((tmp_path / "offload").iterdir()) == [], (
+    assert list((tmp_path / "blip2" / "offload").iterdir()) == [], (
         "the files must be unnamed, so that they never outlive the process"
     )
 
@@ -57,7 +57,7 @@ def test_automatic_plan_fills_the_device_and_puts_the_rest_on_disk(
     language: str, checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """accelerate's plan names our modules, and does not split a layer."""
-    monkeypatch.setattr("blip2_actor.checkpoints.loading.CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = checkpoint_folder(language)
     whole = captions(folder, None)[0]
     size = (folder / "model.safetensors").stat().st_size

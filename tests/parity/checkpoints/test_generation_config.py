@@ -35,6 +35,17 @@ def test_options_that_are_not_given_are_those_of_the_file(
     assert found[2:] == reference_ids(tmp_path, IMAGES, generation_config=stored, num_beams=1)
 
 
+def test_a_stored_minimum_ends_at_a_given_maximum(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = _config(checkpoint_folder("opt"), tmp_path, {"min_new_tokens": 8}, num_threads=1)
+    with dataclasses.replace(config, dtype="float32", skip_self_test=True).build() as engine:
+        found = [list(result.token_ids) for result in engine.generate(IMAGES, max_new_tokens=5)]
+    stored = GenerationConfig.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Unfeasible length constraints"):
+        assert found == reference_ids(tmp_path, IMAGES, generation_config=stored, max_new_tokens=5)
+
+
 def _config(folder: Path, target: Path, content: dict[str, Any], **engine: Any) -> EngineConfig:
     return EngineConfig(model=str(copy_with(folder, target, {FILE: content})), device="cpu", **engine)
 

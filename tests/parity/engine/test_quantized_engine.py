@@ -109,7 +109,7 @@ def test_a_difference_beyond_the_bound_is_refused(engines, monkeypatch, caplog) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int4"}, "quantize must be int8, fp8, int8-weights or left out, got 'int4'"),
+        ({"quantize": "int4"}, "quantize must be 'int8', 'fp8', 'int8-weights' or None, got 'int4'"),
         ({"device_map": json.dumps({"vision": 0})}, "device_map must be left out with quantize"),
     ],
 )

@@ -30,6 +30,21 @@ def test_a_healthy_engine_starts_and_gives_the_same_digest_again(engine) -> None
     assert engine.self_test == again
 
 
+@pytest.mark.parametrize("max_slots", [1, 2])
+def test_an_engine_with_few_slots_is_tested_too(
+    engine, monkeypatch, caplog, tmp_path, max_slots: int
+) -> None:
+    """It started untested, without a word, and its compiled encoders compiled at the first request.
+
+    Its captions are fewer, which is no change of those that an engine with more slots has stored.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for num_slots in (3, max_slots):
+        with replace(engine.config, max_slots=num_slots).build() as started:
+            assert started.self_test is not None
+    assert "have changed" not in caplog.text
+
+
 def test_without_the_self_test_the_weights_are_not_hashed(engine, monkeypatch) -> None:
     """The digest of a folder is that of its weights, which are gigabytes; only the self-test needs it."""
     monkeypatch.setattr(Checkpoint, "digest", lambda checkpoint: pytest.fail("the weights were hashed"))
@@ -102,6 +117,12 @@ def test_a_record_that_cannot_be_read_does_not_keep_an_engine_from_starting(tmp_
     path.write_text(content)
     assert compare_with_last(FIRST, tmp_path, "c", torch.float32) is None
     assert json.loads(path.read_text())["digest"] == "aaaa"
+
+
+def test_a_record_that_cannot_be_written_does_not_keep_an_engine_from_starting(tmp_path, caplog) -> None:
+    (tmp_path / "file").touch()
+    assert compare_with_last(FIRST, tmp_path / "file" / "canary", "c", torch.float32) is None
+    assert "cannot be written" in caplog.text
 
 
 def test_a_process_that_ends_while_it_writes_leaves_the_last_record_whole(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 from blip2_actor import EngineConfig
 from blip2_actor.checkpoints import download
-from blip2_actor.checkpoints.download import fetch_from_bucket, fetch_from_hub
+from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
+from blip2_actor.checkpoints.download import cache_folder, fetch_from_bucket, fetch_from_hub
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 """The parts of a response that the hub's errors read."""
@@ -48,6 +49,13 @@ def test_errors_of_the_hub_name_their_cause(
         fetch_from_hub("some/model", "v9", with_weights=True)
 
 
+@pytest.mark.parametrize("model", ["demo", ".", "memory://models/one"])
+def test_a_revision_of_a_model_with_one_version_is_refused(model: str) -> None:
+    """It was left out, and the captions were those of other weights than the user had named."""
+    with pytest.raises(ValueError, match=r"^revision must be left out unless .* got 'v9' for"):
+        resolve(model, "v9")
+
+
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By its class, callers distinguish a checkpoint that cannot be read from a bug in the program."""
     store = fsspec.filesystem("memory")
@@ -56,14 +64,45 @@ def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("token expired")
 
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(type(store), "get_file", fail)
     with pytest.raises(OSError, match=r"config\.json of memory://fetching cannot be fetched .*token expired"):
         fetch_from_bucket("memory://fetching", with_weights=True)
     monkeypatch.undo()
-    monkeypatch.setattr(download, "CACHE_FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder, _ = fetch_from_bucket("memory://fetching", with_weights=True)
     assert (folder / "config.json").read_bytes() == b"{}"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_what_would_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Containers have read-only homes. A bucket's files must be kept: there the message says how."""
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = Checkpoint(checkpoint).digest()
+    assert caplog.text == ""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Checkpoint(checkpoint).digest() == kept
+    assert "cannot be written" in caplog.text
+    fsspec.filesystem("memory").pipe("/kept/config.json", b"{}")
+    with pytest.raises(OSError, match=r"cannot be stored in .*set XDG_CACHE_HOME"):
+        fetch_from_bucket("memory://kept", with_weights=True)
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a container a uid often has neither HOME nor a line in /etc/passwd; the import failed."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder().parent == tmp_path
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])

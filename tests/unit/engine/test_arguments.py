@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,16 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: build(EngineConfig, model=5), "model must be a text, got 5"),
         (lambda e: build(EngineConfig, max_slots="4"), "max_slots must be a whole number or None, got '4'"),
         (lambda e: build(EngineConfig, skip_self_test=1), "skip_self_test must be true or false, got 1"),
+        (
+            lambda e: build(EngineConfig, compile="false"),
+            "compile must be true, false or 'auto', got 'false'",
+        ),
+        (lambda e: build(EngineConfig, quantize="int4"), "quantize must be 'int8', .* or None, got 'int4'"),
+        (
+            lambda e: build(MatchingConfig, dtype="float8"),
+            "dtype must be 'auto', .* or 'float16', got 'float8'",
+        ),
+        (lambda e: build(GenerationOptions, early_stopping="yes"), "true, false or 'never', got 'yes'"),
         (lambda e: EngineConfig(num_threads=True), "num_threads must be a whole number or None, got True"),
         (lambda e: build(MatchingConfig, device=0), "device must be a text, got 0"),
     ],
@@ -233,10 +245,21 @@ def test_a_wrong_type_is_refused_by_name(engine: Engine, call: Callable[[Any], A
 
 def test_a_model_may_be_a_path(tmp_path: Path) -> None:
     path: Any = tmp_path
-    three: Any = np.int64(3)
     assert EngineConfig(model=path) == EngineConfig(model=str(tmp_path))
     assert EngineConfig(adapter=path) == EngineConfig(adapter=str(tmp_path))
-    assert GenerationOptions(max_new_tokens=three, repetition_penalty=2).max_new_tokens == 3
+
+
+def test_numbers_of_numpy_become_numbers_of_python(engine: Engine) -> None:
+    """A random generator refuses them as a seed, and JSON, in which a run stores its options, anywhere."""
+    three, half = np.int64(3), np.float32(0.5)
+    given: Any = {"seed": three, "temperature": half, "top_k": three, "suppress_tokens": [three]}
+    options = GenerationOptions(**given, do_sample=True, num_beams=2, max_new_tokens=2)
+    plain = GenerationOptions(
+        seed=3, temperature=0.5, top_k=3, suppress_tokens=(3,), do_sample=True, num_beams=2, max_new_tokens=2
+    )
+    assert json.dumps(asdict(options)) == json.dumps(asdict(plain))
+    assert options.do_sample is True
+    assert engine.generate(PIXELS, options)[0] == engine.generate(PIXELS, plain)[0]
 
 
 def test_a_callback_that_raises_ends_nothing(

@@ -53,6 +53,11 @@ def test_a_choice_is_stored_as_json_and_is_not_made_again(timed: list[Shape]) ->
     assert QuantizationChoice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
     assert dataclasses.replace(DEMO, quantization_choice=choice).choose_quantization() is choice
     assert dataclasses.replace(DEMO, quantize=None).choose_quantization() is None
+    for method in (None, "int8-weights"):
+        with pytest.raises(
+            ValueError, match=r"^quantization_choice must be one for quantize=.* got one for 'int8'"
+        ):
+            dataclasses.replace(DEMO, quantize=method, quantization_choice=choice)
 
 
 def test_weights_alone_are_quantized_in_the_language_model_whatever_the_speed(timed: list[Shape]) -> None:

@@ -221,6 +221,14 @@ def test_two_calls_of_one_image_run_at_once(tmp_path: Path) -> None:
             first.join()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
+def test_a_smaller_limit_of_the_parent_holds() -> None:
+    """No process may raise it again: every child ended at its start, and the whole job with it."""
+    limited = ("sh", "-c", 'ulimit -v 1000000; exec "$0" "$@"', *decode_process.CHILD_COMMAND)
+    with DecodePool(SIZE, command=limited) as pool:
+        assert pool.decode(GOOD) == EXPECTED
+
+
 def test_limits_hold_before_bytes_are_sent() -> None:
     with DecodePool(
         SIZE, ImageLimits(max_file_bytes=len(attack("segfault")) - 1), command=HOSTILE_CHILD

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,45 @@ def test_transparency_without_an_alpha_channel_is_laid_on_white_too() -> None:
     assert flat(Image.new("RGB", (8, 8), (1, 2, 3)), "PNG", transparency=(1, 2, 3)) == [255, 255, 255]
     assert flat(Image.new("L", (8, 8), 7), "PNG", transparency=7) == [255, 255, 255]
     assert flat(Image.new("1", (8, 8), 0), "PNG", transparency=0) == [255, 255, 255]
+
+
+def png_with_color(bits: int, color_type: int, row: bytes, size: int, transparent: Sequence[int]) -> bytes:
+    """Return a PNG with a transparent color, of a kind that Pillow does not write; all rows are the same."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, bits, color_type, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+            chunk(b"IDAT", zlib.compress((b"\0" + row) * size)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "color_type", "row", "transparent", "seen"),
+    [
+        (2, 0, b"\x1b", [1], [0, 255, 170, 255]),
+        (4, 0, b"\x05\x5f", [5], [0, 255, 255, 255]),
+        (4, 0, b"\x05\x5f", [0], [255, 85, 85, 255]),
+        (16, 0, b"\x10\x05\x10\x06\x05\x10", [0x1005], [255, 16, 5]),
+        (16, 2, b"\x10\x05" * 3 + b"\x05\x10" * 3, [0x1005] * 3, [255, 5]),
+    ],
+    ids=["2 bits", "4 bits", "4 bits, black", "16 bits", "color of 16 bits"],
+)
+def test_a_transparent_color_of_other_than_8_bits_is_laid_on_white(
+    bits: int, color_type: int, row: bytes, transparent: list[int], seen: list[int]
+) -> None:
+    """Pillow leaves it as it is in the file: small icons had a gray ground, or other pixels were white."""
+    size = len(seen)
+    data = png_with_color(bits, color_type, row, size, transparent)
+    assert pixels(data, size)[0, :, 0].tolist() == seen
+    assert resize_image(Image.open(io.BytesIO(data)), size)[0, :, 0].tolist() == seen
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
@@ -334,8 +374,27 @@ def test_an_image_without_area_is_undecodable() -> None:
 @pytest.mark.parametrize("name", ["max_pixels", "max_file_bytes", "cpu_s", "wall_s", "memory_bytes"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_impossible_limits_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be above 0"):
+    with pytest.raises(ValueError, match=f"{name} must be (above 0|a whole number, got (nan|inf))"):
         ImageLimits(**{name: value})
+
+
+def test_limits_of_wrong_types_are_refused_and_whole_floats_are_taken() -> None:
+    """They ended the decoding children, whose message says nothing of them."""
+    given: Any = {"memory_bytes": 2e9, "max_pixels": np.int64(5)}
+    limits = ImageLimits(**given)
+    assert (limits.memory_bytes, type(limits.memory_bytes), type(limits.max_pixels)) == (
+        2_000_000_000,
+        int,
+        int,
+    )
+    wrong: list[tuple[str, Any]] = [
+        ("max_pixels", "5"),
+        ("max_file_bytes", None),
+        ("memory_bytes", 1e9 + 0.5),
+    ]
+    for name, value in wrong:
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+            ImageLimits(**{name: value})
 
 
 def test_an_image_without_pixels_has_no_array() -> None:

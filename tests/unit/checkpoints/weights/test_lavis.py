@@ -72,7 +72,7 @@ ONLY_IN_TRAINING = ("temp", "Qformer.cls.predictions.bias", "Qformer.bert.embedd
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("blip2_actor.checkpoints.checkpoint.CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

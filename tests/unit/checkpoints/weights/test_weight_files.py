@@ -125,7 +125,7 @@ def test_files_that_are_not_read_are_not_content() -> None:
 def test_the_digest_follows_the_weights_that_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blip2_actor.checkpoints.checkpoint.CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     folder.mkdir()
     write(folder, "pytorch_model.bin", 1)
