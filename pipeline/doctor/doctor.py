@@ -15,13 +15,14 @@ from pipeline.doctor.machine import (
     check_shared_memory,
     check_temporary_disk,
 )
-from pipeline.doctor.model import check_cache_disk, check_hub, check_model, is_on_hub
+from pipeline.doctor.model import check_cache_disk, check_hub, check_model
 from pipeline.doctor.packages import check_hidden_packages, check_image_formats, check_what_is_sent
 from pipeline.doctor.ray_start import check_ray
 from pipeline.doctor.stores import check_input, check_output
 from pipeline.exit_status import ExitStatus, errors_to_exit_status
 from pipeline.finding import Finding
 from pipeline.progress import Console
+from pipeline.run.hub_commit import is_on_hub
 from pipeline.settings.doctor_settings import DoctorSettings
 from pipeline.storage.secrets import hide_secrets
 

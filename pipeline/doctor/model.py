@@ -18,6 +18,7 @@ import blip2_actor.demo
 from blip2_actor import EngineConfig, free_bytes, resolve_device
 from pipeline.doctor.machine import check_disk
 from pipeline.finding import GIB, Finding, gib
+from pipeline.run.hub_commit import is_on_hub
 from pipeline.storage.folder import Folder, OpenFile
 
 ENOUGH_CACHE_BYTES = 20 * GIB
@@ -61,11 +62,6 @@ def check_hub(is_needed: bool) -> Finding:
 
 def check_cache_disk() -> Finding:
     return check_disk("model cache", Path(constants.HF_HUB_CACHE), ENOUGH_CACHE_BYTES)
-
-
-def is_on_hub(model: str) -> bool:
-    """Return whether a model is a name on the hub."""
-    return model != "demo" and "://" not in model and not Path(model).expanduser().exists()
 
 
 def check_model(model: str, revision: str | None) -> Finding:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import pyarrow as pa
 
@@ -34,6 +32,7 @@ from pipeline.placement.first_worker import (
 )
 from pipeline.placement.storage_check import refuse_relative
 from pipeline.run.cluster import is_cluster
+from pipeline.run.hub_commit import pinned, with_pinned_scores, without_idle_revision
 from pipeline.run.job import Job
 from pipeline.settings.deadline import stop_time
 from pipeline.settings.fingerprint import FingerprintMismatch
@@ -42,8 +41,6 @@ from pipeline.settings.job_settings import CaptionSettings
 from pipeline.settings.placement import Placement
 from pipeline.settings.retry_settings import RetrySettings
 from pipeline.storage.folder import Folder
-
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> Job:
@@ -65,12 +62,12 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
     wanted = engine or settings.builder
     engine, info = _describe(wanted, run)
     given = settings.resolved(info)
-    settings = _with_pinned_scores(given, engine, info, run)
+    settings = with_pinned_scores(given, engine, info, run)
     settings.spec(engine).check(info)
     if run is not None and settings.fork and not _continues(run, settings, info):
         given, ledger, run = _find_fork(given, ledger, _in_any_dtype(wanted))
         engine, info = _describe(wanted, run)
-        settings = _with_pinned_scores(given, engine, info, run)
+        settings = with_pinned_scores(given, engine, info, run)
         new = _list_input(settings) if run is None else None
     if run is None:
         assert new is not None
@@ -129,7 +126,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     if run.predates_generation_config:
         first = first.without_generation_config()
     engine, info = _describe(engine or first.builder, run)
-    first = _with_pinned_scores(first, engine, info, run)
+    first = with_pinned_scores(first, engine, info, run)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
@@ -138,8 +135,6 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
 def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, ModelInfo]:
     """Return the engine with what its run has recorded of its device and its commit, and its model.
 
-    Version 0.1.0 left out a revision of a model that is not on the hub, and so a run may have one.
-
     The driver of a cluster does not caption, and may lack the device.
     """
     if isinstance(engine, EndpointConfig):
@@ -147,52 +142,10 @@ def _describe(engine: EngineBuilder, run: Run | None) -> tuple[EngineBuilder, Mo
     if run is not None:
         engine = with_dtype(engine, run.fingerprint.parts["dtype"])
         engine = with_quantization(engine, run.quantization)
-        engine = _without_idle_revision(engine)
+        engine = without_idle_revision(engine)
         engine = pinned(engine, run.commit_of(getattr(engine, "model", None)))
     info = describe_without_device(engine) if is_cluster() else engine.info()
     return pinned(engine, info.digest.partition("+")[0]), info
-
-
-def _without_idle_revision(engine: EngineBuilder) -> EngineBuilder:
-    known: Any = engine
-    is_idle = getattr(known, "revision", None) is not None and not is_on_hub(known.model)
-    return dataclasses.replace(known, revision=None) if is_idle else engine
-
-
-def pinned(engine: EngineBuilder, commit: str | None) -> EngineBuilder:
-    """Return the engine with the commit of its model on the hub, if the user has named no revision.
-
-    The driver asks the hub once. Its workers, and later starts, take what it has found, whatever the hub's
-    branch names then.
-    """
-    known: Any = engine
-    if getattr(known, "revision", "") is not None or not is_on_hub(known.model):
-        return engine
-    return dataclasses.replace(known, revision=commit) if commit and COMMIT.fullmatch(commit) else engine
-
-
-def _with_pinned_scores(
-    settings: CaptionSettings, engine: EngineBuilder, info: ModelInfo, run: Run | None
-) -> CaptionSettings:
-    """Return the settings with the commit of a retrieval checkpoint on the hub; see `pinned`."""
-    outputs = settings.outputs
-    found: Any = outputs.matching(engine)
-    if found is None:
-        return settings
-    if outputs.only_matches:
-        found = engine
-    else:
-        commit = None
-        if run is not None:
-            found, commit = _without_idle_revision(found), run.commit_of(outputs.score_model)
-        found = pinned(found, commit or outputs.score_digest(engine, info))
-    revision = getattr(found, "revision", outputs.score_revision)
-    return dataclasses.replace(settings, outputs=dataclasses.replace(outputs, score_revision=revision))
-
-
-def is_on_hub(model: str) -> bool:
-    """Return whether a model is named as the hub does."""
-    return model != "demo" and "://" not in model and not os.path.exists(model)
 
 
 def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:
