@@ -146,9 +146,13 @@ class EngineCore:
         """Let the thread compute something between two steps, and wait for it."""
         self.require_caller_may_wait()
         task = Task(work)
-        self.enqueue([task])
-        result: T = task.future.result()
-        return result
+        try:
+            self.enqueue([task])
+            result: T = task.future.result()
+            return result
+        except BaseException:  # the caller may be interrupted, and waits no longer
+            task.future.cancel()
+            raise
 
     def stats(self) -> EngineStats:
         """Return counters since the start."""
