@@ -33,7 +33,7 @@ N is 1, or num_beams in beam search; image tokens and prompt come first. The pro
 `transformers.LogitsProcessorList` have this form."""
 
 StepWatcher = Callable[[float, int, int], None]
-"""A function of the seconds of one step, its encoded images and its tokens; it must return at once."""
+"""Gets the seconds, encoded images and tokens of a step; must return at once. One that raises is dropped."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""

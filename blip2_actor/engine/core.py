@@ -10,6 +10,7 @@ many would halve the speed of a small model.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from collections import deque
@@ -32,6 +33,8 @@ from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
 from blip2_actor.engine.unread_tokens import reads_late
 from blip2_actor.request import EngineStats, StepWatcher
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -223,8 +226,12 @@ class EngineCore:
         self.scheduler.step()
         seconds = time.perf_counter() - started
         self._busy_s += seconds
-        for watch in self.step_watchers:
-            watch(seconds, encoding.num_images - num_images, counters.num_tokens - num_tokens)
+        for watch in list(self.step_watchers):
+            try:
+                watch(seconds, encoding.num_images - num_images, counters.num_tokens - num_tokens)
+            except BaseException:  # a fault of a watcher must not end all requests
+                self.step_watchers[:] = [other for other in self.step_watchers if other is not watch]
+                logger.exception("a step watcher has raised an error; it is not called again")
 
     def _load(self) -> None:
         self.started = started = self._start(self._num_threads)

@@ -168,7 +168,7 @@ def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor, rows: sl
         return
     try:
         scores[rows] = run_processor(search.processor, search.sequences(), scores[rows].clone())
-    except Exception as error:  # the caller's code may raise anything
+    except BaseException as error:  # the caller's code may raise anything
         search.fail(f"logits_processor must not raise, got {error!r}")
 
 

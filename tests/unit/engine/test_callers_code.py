@@ -1,0 +1,71 @@
+"""Code of callers that runs in the engine's thread: what it raises ends no request of anybody else."""
+
+from __future__ import annotations
+
+import threading
+from asyncio import CancelledError
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from blip2_actor import Engine, EngineConfig, Request, Status
+from blip2_actor.testing import random_images, save_tiny_checkpoint
+
+PICTURE = random_images(1)[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("opt"))
+    config = EngineConfig(
+        model=str(folder), dtype="float32", device="cpu", num_threads=1, skip_self_test=True
+    )
+    with config.build() as started:
+        yield started
+
+
+def raising(error: BaseException, num_calls: int = 1) -> Any:
+    """Return a function of anything that raises in its call of this number, and in each after it."""
+    calls: list[object] = []
+
+    def call(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) >= num_calls:
+            raise error
+        return args[-1]
+
+    call.calls = calls  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), CancelledError(), SystemExit(3)], ids=repr)
+def test_what_a_caller_raises_ends_nobody_elses_request(
+    engine: Engine, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancelled task's error, or an exit, ended the engine's thread, and with it everybody's requests."""
+    expected = engine.submit(PICTURE).result(30)
+    on_text = raising(error)
+    assert engine.submit(PICTURE, on_text=on_text).result(30) == expected
+    assert len(on_text.calls) == 1
+
+    processed = engine.submit(Request(image=PICTURE, logits_processor=raising(error))).result(30)
+    assert processed.status is Status.FAILED
+    assert processed.error == f"logits_processor must not raise, got {error!r}"
+
+    watcher = raising(error)
+    engine.step_watchers.append(watcher)
+    assert engine.submit(PICTURE).result(30) == expected
+    assert len(watcher.calls) == 1 and not engine.step_watchers
+
+    is_attached = threading.Event()  # before the end of the text, so that the callback runs in that thread
+
+    def wait(text: str) -> None:
+        is_attached.wait(30)
+
+    future = engine.submit(PICTURE, on_text=wait)
+    future.add_done_callback(raising(error))
+    is_attached.set()
+    assert future.result(30) == engine.submit(PICTURE).result(30) == expected
+    told = [record.getMessage().partition(" has raised")[0] for record in caplog.records]
+    assert told[:2] == ["on_text", "a step watcher"]
