@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2_actor.generation.beam_search import BeamSearch, Candidate
-from blip2_actor.generation.logits_processors import process_logits, run_processor
+from blip2_actor.generation.logits_processors import WrongScores, process_logits, run_processor
 from blip2_actor.generation.sampling import draw_without_replacement, sample, warp
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.transfer import to_device
@@ -95,7 +95,8 @@ def _advance_texts(logits: Tensor, logprobs: Tensor, texts: TextRows) -> None:
     token_ids, token_logprobs = _to_host(next_ids, logprobs)
     _replace_early_ends(logits, logprobs, texts, token_ids, token_logprobs)
     for search, row in texts:
-        search.accept(token_ids[row], token_logprobs[row])
+        if search.error is None:
+            search.accept(token_ids[row], token_logprobs[row])
 
 
 def _select_processed(logits: Tensor, next_ids: Tensor, texts: TextRows) -> None:
@@ -163,11 +164,13 @@ def _as_lists(both: Tensor) -> tuple[list[int], list[float]]:
 
 
 def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor, rows: slice | int) -> None:
-    """Apply a request's own logits processor to its rows, in place; if it raises, this search alone fails."""
+    """Apply a request's own logits processor to its rows, in place; if that fails, this search alone does."""
     if search.processor is None or search.error is not None:
         return
     try:
         scores[rows] = run_processor(search.processor, search.sequences(), scores[rows].clone())
+    except WrongScores as error:
+        search.fail(str(error))
     except BaseException as error:  # the caller's code may raise anything
         search.fail(f"logits_processor must not raise, got {error!r}")
 

@@ -69,3 +69,15 @@ def test_what_a_caller_raises_ends_nobody_elses_request(
     assert future.result(30) == engine.submit(PICTURE).result(30) == expected
     told = [record.getMessage().partition(" has raised")[0] for record in caplog.records]
     assert told[:2] == ["on_text", "a step watcher"]
+
+
+def test_a_text_whose_processor_has_failed_grows_no_further(engine: Engine) -> None:
+    """One more token came to `on_text`, selected without the processor."""
+    texts: list[str] = []
+    processor = raising(ValueError("no"), num_calls=3)
+    request = Request(image=PICTURE, logits_processor=processor)
+    result = engine.submit(request, on_text=texts.append).result(30)
+    assert (result.status, len(texts)) == (Status.FAILED, 2)
+    nothing = engine.submit(Request(image=PICTURE, logits_processor=lambda _, scores: None)).result(30)  # type: ignore[arg-type,return-value]
+    assert str(nothing.error).startswith("logits_processor must return scores of shape [1, ")
+    assert str(nothing.error).endswith("got NoneType")
