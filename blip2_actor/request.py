@@ -57,7 +57,7 @@ class Request:
     """Options of this request, in place of those of the call."""
     logits_processor: LogitsProcessor | None = None
     """Changes the scores of each step, after the options' own logits processors and before temperature and
-    top_k. It runs in the engine's thread. If it raises, the status is `failed`."""
+    top_k. It runs in the engine's thread. If it raises or leaves no token, the status is `failed`."""
     low_priority: bool = False
     """Take only what no other request wants. A slot that another wants is given up; the text begins again."""
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from blip2_actor import Engine, EngineConfig, Request, Status
+from blip2_actor import Engine, EngineConfig, GenerationOptions, Request, Status
 from blip2_actor.testing import random_images, save_tiny_checkpoint
 
 PICTURE = random_images(1)[0].numpy()
@@ -81,3 +82,50 @@ def test_a_text_whose_processor_has_failed_grows_no_further(engine: Engine) -> N
     nothing = engine.submit(Request(image=PICTURE, logits_processor=lambda _, scores: None)).result(30)  # type: ignore[arg-type,return-value]
     assert str(nothing.error).startswith("logits_processor must return scores of shape [1, ")
     assert str(nothing.error).endswith("got NoneType")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}], ids=str
+)
+@pytest.mark.parametrize("score", [-torch.inf, torch.nan])
+def test_a_text_for_which_no_token_is_left_fails(engine: Engine, options: dict, score: float) -> None:
+    """The first token of the vocabulary was taken again and again, with status ok."""
+    vocab_size = engine.prompts.vocab_size
+    banned = GenerationOptions(suppress_tokens=tuple(range(vocab_size)), **options)
+
+    lengths: list[int] = []
+
+    def ban_from_the_third_token(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        lengths.append(ids.shape[1])
+        return scores if len(lengths) < 3 else torch.full_like(scores, score)
+
+    chosen = GenerationOptions(max_new_tokens=8, min_new_tokens=8, **options)
+    requests = [
+        Request(image=PICTURE, options=banned),
+        Request(image=PICTURE, options=chosen, logits_processor=ban_from_the_third_token),
+        Request(image=PICTURE, options=chosen),
+    ]
+    *failed, served = engine.generate(requests)
+    assert [result.status for result in failed] == [Status.FAILED] * 2
+    assert all("must be above -inf" in str(result.error) for result in failed)
+    assert len(lengths) == 3 and served.ok
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_processor_that_allows_one_text_gets_it(engine: Engine, num_beams: int) -> None:
+    """With beams, nothing is left to select after the end of that text, which is the result."""
+    (end_id, *_) = engine.prompts.end_ids
+    allowed = [9, 8, end_id]
+    begins: list[int] = []
+
+    def allow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        begins.append(ids.shape[1])
+        position = ids.shape[1] - begins[0]
+        forced = torch.full_like(scores, -torch.inf)
+        if position < len(allowed):
+            forced[:, allowed[position]] = torch.inf if num_beams == 1 else 0
+        return forced
+
+    options = GenerationOptions(max_new_tokens=6, num_beams=num_beams)
+    result = engine.generate([Request(image=PICTURE, options=options, logits_processor=allow)])[0]
+    assert result.ok and result.token_ids == tuple(allowed)
