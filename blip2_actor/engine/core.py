@@ -9,7 +9,6 @@ many would halve the speed of a small model.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
@@ -26,9 +25,10 @@ import torch
 from blip2_actor.device import set_num_threads
 from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
+from blip2_actor.engine.engine_thread import EngineThread
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.own_process import OwnProcess
-from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.request_state import RequestState, run_callbacks
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
 from blip2_actor.engine.unread_tokens import reads_late
@@ -94,10 +94,9 @@ class EngineCore:
         self._busy_s = 0.0
         self.step_watchers: list[StepWatcher] = []
         """Called in the thread after each step."""
-        self.is_closed = False
+        self.is_closed = self._is_abandoned = False
         loaded: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
-        atexit.register(self._abandon)
+        self._thread = EngineThread(self._run, (loaded,), self._abandon)
         self._thread.start()
         try:
             loaded.result()
@@ -180,7 +179,7 @@ class EngineCore:
             self.is_closed = True
         self._wake_ups.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.wait()
 
     def release(self) -> None:
         """Let the thread finish what was accepted and end, without waiting: nobody holds the engine.
@@ -192,11 +191,10 @@ class EngineCore:
         self._wake_ups.put(None)
 
     def _abandon(self) -> None:
-        """End the thread when the interpreter exits: if it computed on, it would abort the process."""
-        if self._process.is_current:
-            for future in list(self._unfinished):
-                future.cancel()
-            self.close()
+        """Refuse everything, and let the thread cancel what was accepted and end: the interpreter exits."""
+        with self._lock:
+            self.is_closed = self._is_abandoned = True
+        self._wake_ups.put(None)
 
     # In the engine's thread -----------------------------------------------------------------------------
 
@@ -205,19 +203,18 @@ class EngineCore:
             set_num_threads(self._num_threads)
             self._load()
         except BaseException as error:
-            atexit.unregister(self._abandon)
             loaded.set_exception(error)
             return
         loaded.set_result(None)
         try:
             while self._take_arrivals():
                 self._step()
+            self._cancel_unfinished()
         except BaseException as error:
             self._fail(error)
         finally:
             if self._encode_worker is not None:
                 self._encode_worker.close()
-            atexit.unregister(self._abandon)
 
     def _step(self) -> None:
         counters, encoding = self.scheduler.counters, self.scheduler.encoding
@@ -262,10 +259,17 @@ class EngineCore:
             if not item.future.done() or item.future.cancelled():
                 item.fail(error)
 
+    def _cancel_unfinished(self) -> None:
+        """Cancel what is left when the engine is abandoned."""
+        for item in list(self._unfinished.values()):
+            run_callbacks(item.future.cancel)
+
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do, and take what has arrived; return False if closed and done."""
         while not self._has_something_to_do():
             self._wake_ups.get()
+        if self._is_abandoned:
+            return False
         with self._lock:
             arrived = list(self._arrived)
             self._arrived.clear()
@@ -274,7 +278,7 @@ class EngineCore:
             if isinstance(item, RequestState):
                 self.scheduler.add(item)
         for item in arrived:
-            if isinstance(item, Task):
+            if isinstance(item, Task) and not self._is_abandoned:
                 item.run()
         with self._lock:
             return bool(self._arrived) or self.scheduler.has_work or not self.is_closed
@@ -282,9 +286,8 @@ class EngineCore:
     def _has_something_to_do(self) -> bool:
         while not self._wake_ups.empty():  # before looking: a later change comes with an entry of its own
             self._wake_ups.get()
-        return bool(
-            self._arrived or self.scheduler.can_step or (self.is_closed and not self.scheduler.has_work)
-        )
+        is_over = self._is_abandoned or (self.is_closed and not self.scheduler.has_work)
+        return bool(self._arrived or self.scheduler.can_step or is_over)
 
 
 def _forget(unfinished: dict[Future[Any], RequestState | Task], future: Future[Any]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import isnan
-from typing import TypeVar
 
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.generation.beam_search import BeamSearch
@@ -18,8 +17,6 @@ from blip2_actor.request import Result
 from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)
-
-OutcomeT = TypeVar("OutcomeT")
 
 NOT_FINITE = "the model produced NaN or infinity for this image; try --dtype float32"
 """Error of a row whose result is not a number."""
@@ -79,16 +76,16 @@ class RequestState:
 
     def resolve(self, result: Result) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            _set(self.future.set_result, result)
+            run_callbacks(self.future.set_result, result)
 
     def fail(self, error: BaseException) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            _set(self.future.set_exception, error)
+            run_callbacks(self.future.set_exception, error)
 
 
-def _set(set_outcome: Callable[[OutcomeT], None], outcome: OutcomeT) -> None:
-    """Set the result or the exception of a future, which runs its done callbacks; they are the callers'."""
+def run_callbacks(end: Callable[..., object], *outcome: object) -> None:
+    """End a future in a way that runs its done callbacks: they are the callers', and may raise anything."""
     try:
-        set_outcome(outcome)
+        end(*outcome)
     except BaseException:  # a future itself logs errors below Exception
         logger.exception("a done callback has raised an error; the callbacks after it are not called")

@@ -115,7 +115,7 @@ def test_each_call_in_a_forked_child_says_what_to_do(engine, matching_engine) ->
 def test_a_child_that_exits_does_not_wait_for_the_engine(engine) -> None:
     """The engine's exit handler would take a lock that was held when the child was forked."""
     with engine._core._lock:
-        assert in_a_forked_child(engine._core._abandon) == ""
+        assert in_a_forked_child(engine._core._thread._end_at_exit) == ""
 
 
 class CaptionedPictures(Dataset):
