@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Start = Callable[[int, Callable[[], None]], StartedModel]
+"""Loads a model, given the number of CPU threads, and what raises once nobody waits for the model."""
+
 
 @dataclass(eq=False)
 class Task:
@@ -70,11 +73,11 @@ class EngineCore:
     runner: ModelRunner
     scheduler: Scheduler
 
-    def __init__(self, start: Callable[[int], StartedModel], num_threads: int | None) -> None:
+    def __init__(self, start: Start, num_threads: int | None) -> None:
         """Start the thread, and wait until it has loaded the model.
 
         Args:
-            start: loads the model, given the number of CPU threads; raises what makes that impossible.
+            start: loads the model; raises what makes that impossible.
             num_threads: CPU threads; None takes what the calling thread uses.
         """
         # Ask in the caller's thread: a new thread gets the number that some engine's thread set last.
@@ -132,8 +135,7 @@ class EngineCore:
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed; build a new one") from self._failure
-            if self.is_closed:
-                raise RuntimeError("the engine is closed; build a new one")
+            self._require_open()
             self._num_requests += num_requests
             self._arrived.extend(items)
             self._unfinished.update({item.future: item for item in items})
@@ -143,6 +145,10 @@ class EngineCore:
         forget = partial(_forget, self._unfinished)
         for item in items:
             item.future.add_done_callback(forget)
+
+    def _require_open(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("the engine is closed; build a new one")
 
     def call(self, work: Callable[[], T]) -> T:
         """Let the thread compute something between two steps, and wait for it."""
@@ -231,7 +237,7 @@ class EngineCore:
                 logger.exception("a step watcher has raised an error; it is not called again")
 
     def _load(self) -> None:
-        self.started = started = self._start(self._num_threads)
+        self.started = started = self._start(self._num_threads, self._require_open)
         self.runner = started.runner
         ahead: EncodeWorker | EncodeStream | None = None
         if started.encodes_ahead and self.runner.device.type == "cuda":

@@ -19,6 +19,7 @@ ENDS = {
     "exiting_callbacks": (0, "step"),
     "resubmitting_callbacks": (0, "step refused"),
     "no_thread": (0, "can't start new thread"),
+    "loading": (0, "interrupted loaded"),
 }
 """For each way of `ways`, the exit status, and what was done until then."""
 
