@@ -33,7 +33,7 @@ N is 1, or num_beams in beam search; image tokens and prompt come first. The pro
 `transformers.LogitsProcessorList` have this form."""
 
 StepWatcher = Callable[[float, int, int], None]
-"""A function of the seconds of one step, its encoded images and its tokens; it must return at once."""
+"""Gets the seconds, encoded images and tokens of a step; must return at once. One that raises is dropped."""
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the text ended with the end token or a stop text; `length`: it reached max_new_tokens."""
@@ -57,7 +57,7 @@ class Request:
     """Options of this request, in place of those of the call."""
     logits_processor: LogitsProcessor | None = None
     """Changes the scores of each step, after the options' own logits processors and before temperature and
-    top_k. It runs in the engine's thread. If it raises, the status is `failed`."""
+    top_k. It runs in the engine's thread. If it raises or leaves no token, the status is `failed`."""
     low_priority: bool = False
     """Take only what no other request wants. A slot that another wants is given up; the text begins again."""
 

@@ -9,7 +9,7 @@ many would halve the speed of a small model.
 
 from __future__ import annotations
 
-import atexit
+import logging
 import threading
 import time
 from collections import deque
@@ -25,15 +25,21 @@ import torch
 from blip2_actor.device import set_num_threads
 from blip2_actor.engine.encode_stream import EncodeStream
 from blip2_actor.engine.encode_worker import EncodeWorker
+from blip2_actor.engine.engine_thread import EngineThread
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.own_process import OwnProcess
-from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.request_state import RequestState, run_callbacks
 from blip2_actor.engine.scheduler import Scheduler
 from blip2_actor.engine.startup import StartedModel
 from blip2_actor.engine.unread_tokens import reads_late
 from blip2_actor.request import EngineStats, StepWatcher
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+Start = Callable[[int, Callable[[], None]], StartedModel]
+"""Loads a model, given the number of CPU threads, and what raises once nobody waits for the model."""
 
 
 @dataclass(eq=False)
@@ -67,11 +73,11 @@ class EngineCore:
     runner: ModelRunner
     scheduler: Scheduler
 
-    def __init__(self, start: Callable[[int], StartedModel], num_threads: int | None) -> None:
+    def __init__(self, start: Start, num_threads: int | None) -> None:
         """Start the thread, and wait until it has loaded the model.
 
         Args:
-            start: loads the model, given the number of CPU threads; raises what makes that impossible.
+            start: loads the model; raises what makes that impossible.
             num_threads: CPU threads; None takes what the calling thread uses.
         """
         # Ask in the caller's thread: a new thread gets the number that some engine's thread set last.
@@ -91,10 +97,9 @@ class EngineCore:
         self._busy_s = 0.0
         self.step_watchers: list[StepWatcher] = []
         """Called in the thread after each step."""
-        self.is_closed = False
+        self.is_closed = self._is_abandoned = False
         loaded: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(loaded,), name="blip2-engine", daemon=True)
-        atexit.register(self._abandon)
+        self._thread = EngineThread(self._run, (loaded,), self._abandon)
         self._thread.start()
         try:
             loaded.result()
@@ -130,8 +135,7 @@ class EngineCore:
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed; build a new one") from self._failure
-            if self.is_closed:
-                raise RuntimeError("the engine is closed; build a new one")
+            self._require_open()
             self._num_requests += num_requests
             self._arrived.extend(items)
             self._unfinished.update({item.future: item for item in items})
@@ -142,13 +146,21 @@ class EngineCore:
         for item in items:
             item.future.add_done_callback(forget)
 
+    def _require_open(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("the engine is closed; build a new one")
+
     def call(self, work: Callable[[], T]) -> T:
         """Let the thread compute something between two steps, and wait for it."""
         self.require_caller_may_wait()
         task = Task(work)
-        self.enqueue([task])
-        result: T = task.future.result()
-        return result
+        try:
+            self.enqueue([task])
+            result: T = task.future.result()
+            return result
+        except BaseException:  # the caller may be interrupted, and waits no longer
+            task.future.cancel()
+            raise
 
     def stats(self) -> EngineStats:
         """Return counters since the start."""
@@ -173,7 +185,7 @@ class EngineCore:
             self.is_closed = True
         self._wake_ups.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.wait()
 
     def release(self) -> None:
         """Let the thread finish what was accepted and end, without waiting: nobody holds the engine.
@@ -185,11 +197,10 @@ class EngineCore:
         self._wake_ups.put(None)
 
     def _abandon(self) -> None:
-        """End the thread when the interpreter exits: if it computed on, it would abort the process."""
-        if self._process.is_current:
-            for future in list(self._unfinished):
-                future.cancel()
-            self.close()
+        """Refuse everything, and let the thread cancel what was accepted and end: the interpreter exits."""
+        with self._lock:
+            self.is_closed = self._is_abandoned = True
+        self._wake_ups.put(None)
 
     # In the engine's thread -----------------------------------------------------------------------------
 
@@ -198,19 +209,18 @@ class EngineCore:
             set_num_threads(self._num_threads)
             self._load()
         except BaseException as error:
-            atexit.unregister(self._abandon)
             loaded.set_exception(error)
             return
         loaded.set_result(None)
         try:
             while self._take_arrivals():
                 self._step()
+            self._cancel_unfinished()
         except BaseException as error:
             self._fail(error)
         finally:
             if self._encode_worker is not None:
                 self._encode_worker.close()
-            atexit.unregister(self._abandon)
 
     def _step(self) -> None:
         counters, encoding = self.scheduler.counters, self.scheduler.encoding
@@ -219,11 +229,15 @@ class EngineCore:
         self.scheduler.step()
         seconds = time.perf_counter() - started
         self._busy_s += seconds
-        for watch in self.step_watchers:
-            watch(seconds, encoding.num_images - num_images, counters.num_tokens - num_tokens)
+        for watch in list(self.step_watchers):
+            try:
+                watch(seconds, encoding.num_images - num_images, counters.num_tokens - num_tokens)
+            except BaseException:  # a fault of a watcher must not end all requests
+                self.step_watchers[:] = [other for other in self.step_watchers if other is not watch]
+                logger.exception("a step watcher has raised an error; it is not called again")
 
     def _load(self) -> None:
-        self.started = started = self._start(self._num_threads)
+        self.started = started = self._start(self._num_threads, self._require_open)
         self.runner = started.runner
         ahead: EncodeWorker | EncodeStream | None = None
         if started.encodes_ahead and self.runner.device.type == "cuda":
@@ -251,10 +265,17 @@ class EngineCore:
             if not item.future.done() or item.future.cancelled():
                 item.fail(error)
 
+    def _cancel_unfinished(self) -> None:
+        """Cancel what is left when the engine is abandoned."""
+        for item in list(self._unfinished.values()):
+            run_callbacks(item.future.cancel)
+
     def _take_arrivals(self) -> bool:
         """Wait until there is something to do, and take what has arrived; return False if closed and done."""
         while not self._has_something_to_do():
             self._wake_ups.get()
+        if self._is_abandoned:
+            return False
         with self._lock:
             arrived = list(self._arrived)
             self._arrived.clear()
@@ -263,7 +284,7 @@ class EngineCore:
             if isinstance(item, RequestState):
                 self.scheduler.add(item)
         for item in arrived:
-            if isinstance(item, Task):
+            if isinstance(item, Task) and not self._is_abandoned:
                 item.run()
         with self._lock:
             return bool(self._arrived) or self.scheduler.has_work or not self.is_closed
@@ -271,9 +292,8 @@ class EngineCore:
     def _has_something_to_do(self) -> bool:
         while not self._wake_ups.empty():  # before looking: a later change comes with an entry of its own
             self._wake_ups.get()
-        return bool(
-            self._arrived or self.scheduler.can_step or (self.is_closed and not self.scheduler.has_work)
-        )
+        is_over = self._is_abandoned or (self.is_closed and not self.scheduler.has_work)
+        return bool(self._arrived or self.scheduler.can_step or is_over)
 
 
 def _forget(unfinished: dict[Future[Any], RequestState | Task], future: Future[Any]) -> None:

@@ -97,13 +97,11 @@ class EncodeStage:
         self.num_calls += 1
         self.num_images += len(images)
         for image in images:
-            if not image.is_encoded:  # more of it is wanted than when its pass began
-                self._lanes.of_image(image).waiting.put_behind(image)
-                continue
-            wanting = [lane for lane in self._lanes if image in lane.waiting]
-            for lane in wanting:
-                if len(wanting) > 1:
-                    lane.waiting.drop(image)
+            is_encoded = image.is_encoded  # not if more of it is wanted than when its pass began
+            for lane in self._lanes:
+                if not is_encoded:
+                    lane.waiting.put_behind(image)
+                    continue
                 for request in lane.waiting.take_requests(image):
                     lane.ready.add(request)
 

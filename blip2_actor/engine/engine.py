@@ -54,7 +54,7 @@ class Engine:
         """
         self.config = config
 
-        def start(num_threads: int) -> StartedModel:
+        def start(num_threads: int, require_wanted: Callable[[], None]) -> StartedModel:
             return start_model(
                 model=config.model,
                 revision=config.revision,
@@ -62,6 +62,7 @@ class Engine:
                 device=config.device,
                 dtype=config.dtype,
                 num_threads=num_threads,
+                require_wanted=require_wanted,
                 max_slots=config.max_slots,
                 encode_batch=config.encode_batch,
                 compile=config.compile,

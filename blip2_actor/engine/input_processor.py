@@ -184,7 +184,7 @@ class InputProcessor:
                 return
             try:
                 on_text(stable_text(self.prompts.decode(token_ids), stop))
-            except Exception:  # a fault of one caller must not end the requests of all others
+            except BaseException:  # a fault of one caller must not end the requests of all others
                 is_broken = True
                 logger.exception("on_text has raised an error; it is not called again for this request")
 

@@ -61,16 +61,16 @@ class MatchingEngine:
         self._process = OwnProcess()
         self._thread = ThreadPoolExecutor(1, "blip2-matching")
         try:
-            self._thread.submit(self._load).result()
+            # Ask in the caller's thread: a new thread gets the number that some engine's thread set last.
+            self._thread.submit(self._load, config.num_threads or torch.get_num_threads()).result()
         except BaseException:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)  # an interrupted caller does not wait for the end of the load
             raise
 
-    def _load(self) -> None:
+    def _load(self, num_threads: int) -> None:
         """Load in the thread that computes, because each computing thread has OpenMP threads of its own."""
         config = self.config
-        if config.num_threads is not None:
-            set_num_threads(config.num_threads)
+        set_num_threads(num_threads)
         device = resolve_device(config.device)
         prepare_device(device)
         checkpoint = resolve(config.model, config.revision)
@@ -183,7 +183,11 @@ class MatchingEngine:
         self, batches: ShrinkingBatches, work: Callable[[list[ItemT]], list[ResultT]], items: list[ItemT]
     ) -> list[ResultT]:
         self._process.require_current()
-        return self._thread.submit(self._work, batches, work, items).result()
+        try:
+            future = self._thread.submit(self._work, batches, work, items)
+        except RuntimeError as error:
+            raise RuntimeError("the engine is closed; build a new one") from error
+        return future.result()
 
     # In the engine's thread -----------------------------------------------------------------------------
 

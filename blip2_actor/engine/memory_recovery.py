@@ -38,8 +38,8 @@ class MemoryRecovery:
         images = [image for image in images if any(image in lane.waiting for lane in self._lanes)]
         if not images:
             return
-        for image in reversed(images):
-            self._lanes.of_image(image).waiting.put_back([image])
+        for lane in self._lanes:
+            lane.waiting.put_back(images)
         if len(images) > self._limits.encode_batch:
             return  # this pass began before the batch was halved for another one
         if self._limits.halve_encode_batch():
@@ -48,7 +48,8 @@ class MemoryRecovery:
         if self._limits.max_slots > 1:
             self.after_step(out_of_memory)
         else:
-            _fail(self._lanes.of_image(images[0]).waiting.take_first(), out_of_memory)
+            for lane in self._lanes:
+                _fail(lane.waiting.take_requests(images[0]), out_of_memory)
 
     def after_prefill(self, requests: list[RequestState], out_of_memory: OutOfMemory) -> None:
         """Take the requests out of their slots, and prefill fewer at once."""

@@ -18,7 +18,7 @@ from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.results import to_features, to_score, to_text_features
 from blip2_actor.inputs.arguments import Names, to_list, to_names
 from blip2_actor.models.recorder import Recorder
-from blip2_actor.request import Features, ImageLike, Score, TextFeatures
+from blip2_actor.request import Features, ImageLike, Result, Score, TextFeatures
 
 RowT = TypeVar("RowT")
 ValueT = TypeVar("ValueT")
@@ -123,7 +123,10 @@ class Readings:
     def _encode(
         self, images: Sequence[ImageLike], keeps_image_embeds: bool = False
     ) -> list[EncodedImage | RequestRefused]:
-        """Run images through the encoders, in batches with whatever else is running."""
+        """Run images through the encoders, in batches with whatever else is running.
+
+        An image that does not fit into memory even alone is refused.
+        """
         self._core.require_caller_may_wait()
         encoded: list[EncodedImage | RequestRefused] = []
         for image in images:
@@ -137,10 +140,17 @@ class Readings:
         states = [RequestState(image, low_priority=image.low_priority) for image in served]
         for state in states:
             state.image.note_wait(state.future)
-        self._core.enqueue(states)
-        for state in states:
-            state.future.result()
-        return encoded
+        try:
+            self._core.enqueue(states)
+            results = iter([state.future.result() for state in states])
+        except BaseException:  # the caller waits for none of the others
+            for state in states:
+                state.future.cancel()
+            raise
+        return [
+            image if isinstance(image, RequestRefused) else _outcome(image, next(results))
+            for image in encoded
+        ]
 
     def _read(
         self, rows: list[RowT], read: Callable[[list[RowT], Recorder | None], list[ValueT]], names: _Names
@@ -155,6 +165,10 @@ class Readings:
             recorder.require_all_found()
             found.append((value, recorder))
         return found
+
+
+def _outcome(image: EncodedImage, result: Result) -> EncodedImage | RequestRefused:
+    return image if result.ok else RequestRefused(result.status, str(result.error))
 
 
 class _Names:

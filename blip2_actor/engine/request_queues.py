@@ -7,7 +7,7 @@ threads.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 
 from blip2_actor.engine.encoded_image import EncodedImage
@@ -25,7 +25,8 @@ class EncodeQueue:
     """
 
     def __init__(self) -> None:
-        self._images: deque[EncodedImage] = deque()
+        self._images: OrderedDict[EncodedImage, None] = OrderedDict()
+        """Those that are queued; each has requests."""
         self._requests: dict[EncodedImage, list[RequestState]] = {}
         self.gap_s = math.inf
         """Seconds between the last two images that came."""
@@ -42,7 +43,7 @@ class EncodeQueue:
         """Queue a request behind its image, and the image if it is neither queued nor being encoded."""
         image = request.image
         if image not in self._requests:
-            self._images.append(image)
+            self._images[image] = None
             self._requests[image] = []
             self.gap_s = request.arrived_s - self._last_arrived_s
             self._last_arrived_s = request.arrived_s
@@ -60,39 +61,35 @@ class EncodeQueue:
 
     @property
     def _first_request(self) -> RequestState:
-        return self._requests[self._images[0]][0]
+        return self._requests[next(iter(self._images))][0]
 
     def take(self, max_images: int) -> list[EncodedImage]:
         """Remove the first images that a caller still wants; their requests go on waiting."""
         taken: list[EncodedImage] = []
         while self._images and len(taken) < max_images:
-            image = self._images.popleft()
+            image, _ = self._images.popitem(last=False)
             wanting = [request for request in self._requests.pop(image) if not request.is_dropped()]
             if wanting:
                 self._requests[image] = wanting
                 taken.append(image)
         return taken
 
-    def put_back(self, images: list[EncodedImage]) -> None:
-        """Queue images in front again, because their pass did not succeed."""
-        self._images.extendleft(reversed(images))
+    def put_back(self, images: Sequence[EncodedImage]) -> None:
+        """Queue those images in front again that requests wait for: their pass did not succeed."""
+        for image in reversed(images):
+            if image in self._requests:
+                self._images[image] = None
+                self._images.move_to_end(image, last=False)
 
     def put_behind(self, image: EncodedImage) -> None:
-        """Queue an image again, because more of it is wanted than when its pass began."""
-        self._images.append(image)
+        """Queue an image again if requests wait for it: more of it is wanted than when its pass began."""
+        if image in self._requests:
+            self._images.setdefault(image)
 
     def take_requests(self, image: EncodedImage) -> list[RequestState]:
-        """Remove the requests that waited for an image."""
-        return self._requests.pop(image)
-
-    def take_first(self) -> list[RequestState]:
-        """Remove the first image, and return the requests that waited for it."""
-        return self.take_requests(self._images.popleft())
-
-    def drop(self, image: EncodedImage) -> None:
-        """Take an image out of the queue that has been encoded for others; its requests go on waiting."""
-        if image in self._images:
-            self._images.remove(image)
+        """Remove an image, queued or not, and return the requests that waited for it."""
+        self._images.pop(image, None)
+        return self._requests.pop(image, [])
 
 
 class ReadyQueue:
@@ -199,7 +196,3 @@ class Lanes:
 
     def of(self, request: RequestState) -> Lane:
         return self.low if request.low_priority else self.normal
-
-    def of_image(self, image: EncodedImage) -> Lane:
-        """Return the first lane with a request that waits for an image."""
-        return self.normal if image in self.normal.waiting else self.low

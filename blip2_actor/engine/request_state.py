@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +15,8 @@ from blip2_actor.generation.search import TextSearch
 from blip2_actor.options import GenerationOptions
 from blip2_actor.request import Result
 from blip2_actor.status import Status
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = "the model produced NaN or infinity for this image; try --dtype float32"
 """Error of a row whose result is not a number."""
@@ -73,8 +76,16 @@ class RequestState:
 
     def resolve(self, result: Result) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
+            run_callbacks(self.future.set_result, result)
 
     def fail(self, error: BaseException) -> None:
         if not self.is_dropped() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+            run_callbacks(self.future.set_exception, error)
+
+
+def run_callbacks(end: Callable[..., object], *outcome: object) -> None:
+    """End a future in a way that runs its done callbacks: they are the callers', and may raise anything."""
+    try:
+        end(*outcome)
+    except BaseException:  # a future itself logs errors below Exception
+        logger.exception("a done callback has raised an error; the callbacks after it are not called")

@@ -6,6 +6,7 @@ It runs in the engine's thread, like everything that computes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ def start_model(
     device: str,
     dtype: str,
     num_threads: int,
+    require_wanted: Callable[[], None],
     max_slots: int | None,
     encode_batch: int | None,
     compile: bool | Literal["auto"],
@@ -72,7 +74,10 @@ def start_model(
     quantize: str | None,
     quantization_choice: QuantizationChoice | None,
 ) -> StartedModel:
-    """Load a checkpoint; the arguments are those of `EngineConfig`, `num_threads` resolved.
+    """Load a checkpoint; the other arguments are those of `EngineConfig`, `num_threads` resolved.
+
+    Args:
+        require_wanted: called between the phases; raises if nobody waits for the model any longer.
 
     Raises:
         ValueError: the configuration or the checkpoint cannot be run; the message names the field.
@@ -81,6 +86,7 @@ def start_model(
     place = resolve_device(device)
     prepare_device(place)
     checkpoint = resolve(model, revision, adapter=adapter)
+    require_wanted()
     size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
     generation_config = _generation_config(checkpoint, ignore_generation_config)
     prompts = PromptTokenizer(checkpoint.folder, checkpoint.config)
@@ -90,9 +96,9 @@ def start_model(
     else:
         _require_quantization(quantize, place, compile)
         choice = quantization_choice or choose_quantization(checkpoint, quantize, place, resolved, size_px)
-        calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
-        loaded, quantization = load_quantized(checkpoint, place, resolved, image_size_px, choice, calibration)
+        loaded, quantization = _quantized(checkpoint, place, resolved, image_size_px, choice, prompts)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
+    require_wanted()
     is_compiled = resolve_compile(compile, device_map, place, fuses=fuses(quantize, resolved))
     is_plain_cpu = place.type == "cpu" and device_map is None and not is_compiled
     if is_plain_cpu:
@@ -104,10 +110,10 @@ def start_model(
     # Before the runner: the lengths that it admits depend on the memory that is free without any slots.
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
-    variant = _variant(image_size_px, quantization, sizes.max_slots)
+    require_wanted()
     tested = None
     if not skip_self_test:
-        tested = _test(runner, input_processor, checkpoint, variant, is_fp8=quantize == FP8)
+        tested = _test(runner, input_processor, checkpoint, image_size_px, quantization)
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
@@ -117,6 +123,19 @@ def start_model(
         self_test=tested,
         quantization=quantization,
     )
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    place: torch.device,
+    dtype: torch.dtype,
+    image_size_px: int | None,
+    choice: QuantizationChoice,
+    prompts: PromptTokenizer,
+) -> tuple[Blip2, QuantizationRecord]:
+    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
+    calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
+    return load_quantized(checkpoint, place, dtype, image_size_px, choice, calibration)
 
 
 def _new_runner(
@@ -158,14 +177,16 @@ def _test(
     runner: ModelRunner,
     input_processor: InputProcessor,
     checkpoint: Checkpoint,
-    variant: str,
-    is_fp8: bool,
+    image_size_px: int | None,
+    quantization: QuantizationRecord | None,
 ) -> self_test.SelfTestRecord:
     is_compiled = runner.encoders.compiled_batch is not None
     phases.info("compiling and testing the model" if is_compiled else "testing the model")
+    is_fp8 = quantization is not None and quantization.choice.method == FP8
     record = self_test.check(
         runner, input_processor.prompts.empty_ids, input_processor.image_size_px, is_fp8=is_fp8
     )
+    variant = _variant(image_size_px, quantization, runner.num_slots)
     folder = cache_folder() / RECORDS
     self_test.compare_with_last(record, folder, checkpoint.digest() + variant, runner.dtype)
     return record

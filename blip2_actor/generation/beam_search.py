@@ -72,7 +72,7 @@ class BeamSearch:
         self.random = Random(options.seed) if options.do_sample else None
         """Gives `num_candidates` numbers per token; None takes the best continuations."""
         self.error: str | None = None
-        """Why there is no text: `processor` has raised."""
+        """Why there is no text: `processor` has failed, or the processors leave no token."""
         self.beams = [Hypothesis((), 0.0 if i == 0 else IMPOSSIBLE, ()) for i in range(self.num_slots)]
         self.finished: list[Hypothesis] = []
         self.is_improvable = True

@@ -18,6 +18,10 @@ from blip2_actor.request import LogitsProcessor
 from blip2_actor.transfer import to_device
 
 
+class WrongScores(ValueError):
+    """A request's own logits processor has returned something else than scores."""
+
+
 class SequenceSoFar(NamedTuple):
     """A text that is being generated, as the logits processors see it."""
 
@@ -74,13 +78,13 @@ def run_processor(processor: LogitsProcessor, sequences: Sequence[SequenceSoFar]
     """Return the scores of one request after its own logits processor: float32[N, V] -> float32[N, V].
 
     Raises:
-        ValueError: the processor returns something else than scores; or whatever it raises itself.
+        WrongScores: the processor returns something else than scores. It may raise anything itself.
     """
     token_ids = np.array([[*prefix_ids, *token_ids] for _, prefix_ids, token_ids in sequences], np.int64)
     processed = processor(to_device(token_ids, scores.device), scores)
     if not isinstance(processed, Tensor) or processed.shape != scores.shape:
         got = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
-        raise ValueError(f"logits_processor must return scores of shape {list(scores.shape)}, got {got}")
+        raise WrongScores(f"logits_processor must return scores of shape {list(scores.shape)}, got {got}")
     return processed.to(scores)
 
 

@@ -53,7 +53,7 @@ class TextSearch:
         self.on_token = on_token
         self.processor = processor
         self.error: str | None = None
-        """Why there is no text: `processor` has raised."""
+        """Why there is no text: `processor` has failed, or the processors leave no token."""
         self.token_ids: list[int] = []
         self.token_logprobs: list[float] = []
         self.done = False

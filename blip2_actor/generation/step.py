@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from math import inf, isnan
 
 import torch
 from torch import Tensor
 
 from blip2_actor.generation.beam_search import BeamSearch, Candidate
-from blip2_actor.generation.logits_processors import process_logits, run_processor
+from blip2_actor.generation.logits_processors import (
+    WrongScores,
+    has_processors,
+    process_logits,
+    run_processor,
+)
 from blip2_actor.generation.sampling import draw_without_replacement, sample, warp
 from blip2_actor.generation.search import TextSearch
 from blip2_actor.transfer import to_device
 
 MAX_PROCESSED_AT_ONCE = 128
 """Maximum number of texts whose scores are processed at once: sorting takes several times their memory."""
+
+NO_TOKEN = (
+    "the largest score after logits processors must be above -inf, got -inf or NaN; let them leave a token"
+)
+"""Error of a text for which no token can be selected."""
 
 TextRows = Sequence[tuple[TextSearch, int]]
 """Searches of one slot, each with its row of the logits."""
@@ -91,15 +102,22 @@ def _advance_texts(logits: Tensor, logprobs: Tensor, texts: TextRows) -> None:
     next_ids = logits.max(dim=-1).indices
     processed = [text for text in texts if not text[0].takes_argmax]
     for start in range(0, len(processed), MAX_PROCESSED_AT_ONCE):
-        _select_processed(logits, next_ids, processed[start : start + MAX_PROCESSED_AT_ONCE])
+        _select_processed(logits, logprobs, next_ids, processed[start : start + MAX_PROCESSED_AT_ONCE])
     token_ids, token_logprobs = _to_host(next_ids, logprobs)
     _replace_early_ends(logits, logprobs, texts, token_ids, token_logprobs)
+    for search, row in processed:
+        if token_logprobs[row] == inf and search.error is None:
+            search.fail(NO_TOKEN)
     for search, row in texts:
-        search.accept(token_ids[row], token_logprobs[row])
+        if search.error is None:
+            search.accept(token_ids[row], token_logprobs[row])
 
 
-def _select_processed(logits: Tensor, next_ids: Tensor, texts: TextRows) -> None:
-    """Select the tokens of texts with logits processors or sampling; write them into rows of `next_ids`."""
+def _select_processed(logits: Tensor, logprobs: Tensor, next_ids: Tensor, texts: TextRows) -> None:
+    """Select the tokens of texts with logits processors or sampling; write them into rows of `next_ids`.
+
+    The log-probability of a token becomes infinity if the processors have left none to select.
+    """
     texts = sorted(texts, key=lambda text: text[0].random is None)  # sampling comes first
     searches = [search for search, _ in texts]
     rows = to_device([row for _, row in texts], logits.device)
@@ -115,6 +133,10 @@ def _select_processed(logits: Tensor, next_ids: Tensor, texts: TextRows) -> None
         next_ids[rows[:num_sampled]] = sample(scores[:num_sampled], options, uniforms)
     if num_sampled < len(texts):
         next_ids[rows[num_sampled:]] = scores[num_sampled:].argmax(dim=-1)
+    if any(search.processor is not None or has_processors(search.options) for search in searches):
+        selected = next_ids[rows]
+        is_possible = scores.gather(1, selected[:, None])[:, 0] > -inf  # nor is NaN
+        logprobs[rows, selected] += torch.where(is_possible, 0.0, inf)  # that of NaN stays NaN
 
 
 def _replace_early_ends(
@@ -163,12 +185,14 @@ def _as_lists(both: Tensor) -> tuple[list[int], list[float]]:
 
 
 def _run_own_processor(search: TextSearch | BeamSearch, scores: Tensor, rows: slice | int) -> None:
-    """Apply a request's own logits processor to its rows, in place; if it raises, this search alone fails."""
+    """Apply a request's own logits processor to its rows, in place; if that fails, this search alone does."""
     if search.processor is None or search.error is not None:
         return
     try:
         scores[rows] = run_processor(search.processor, search.sequences(), scores[rows].clone())
-    except Exception as error:  # the caller's code may raise anything
+    except WrongScores as error:
+        search.fail(str(error))
+    except BaseException as error:  # the caller's code may raise anything
         search.fail(f"logits_processor must not raise, got {error!r}")
 
 
@@ -199,15 +223,18 @@ def _advance_beams(
     parents, token_ids = flat // vocabulary_size, flat % vocabulary_size
     token_logprobs = logprobs[row_of.gather(1, parents), token_ids]
     columns = torch.stack([x.double() for x in (parents, token_ids, totals, token_logprobs)], 1)
-    return [
-        search.advance(
-            [
-                Candidate(int(parent), int(token_id), score, logprob)
-                for parent, token_id, score, logprob in zip(*search_columns, strict=True)
-            ]
-        )
-        for search, search_columns in zip(beams, columns.tolist(), strict=True)
+    candidates = [
+        [
+            Candidate(int(parent), int(token_id), score, logprob)
+            for parent, token_id, score, logprob in zip(*search_columns, strict=True)
+        ]
+        for search_columns in columns.tolist()
     ]
+    for search, (best, *_) in zip(beams, candidates, strict=True):
+        can_go_on = best.score > -inf or bool(search.finished) or search.error is not None
+        if not can_go_on and not isnan(best.logprob):
+            search.fail(NO_TOKEN)
+    return [search.advance(c) for search, c in zip(beams, candidates, strict=True)]
 
 
 def _beam_scores(scores: Tensor, beams: Sequence[BeamSearch]) -> Tensor:

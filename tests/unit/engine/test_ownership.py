@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from blip2_actor import Engine, EngineConfig, GenerationOptions, MatchingConfig, MatchingEngine, Request
+from blip2_actor.device import set_num_threads
 from blip2_actor.engine.core import Task
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.request_state import RequestState
@@ -113,7 +115,7 @@ def test_each_call_in_a_forked_child_says_what_to_do(engine, matching_engine) ->
 def test_a_child_that_exits_does_not_wait_for_the_engine(engine) -> None:
     """The engine's exit handler would take a lock that was held when the child was forked."""
     with engine._core._lock:
-        assert in_a_forked_child(engine._core._abandon) == ""
+        assert in_a_forked_child(engine._core._thread._end_at_exit) == ""
 
 
 class CaptionedPictures(Dataset):
@@ -239,6 +241,27 @@ def test_a_matching_engine_that_nobody_holds_ends_too(tmp_path: Path, no_garbage
     del engine
     thread.join(30)
     assert not thread.is_alive() and model() is None and kept
+
+
+def test_a_matching_engine_that_is_closed_says_so(tmp_path: Path) -> None:
+    """The message was that of the thread pool: cannot schedule new futures after shutdown."""
+    folder = save_tiny_retrieval_checkpoint(tmp_path)
+    engine = MatchingConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1).build()
+    engine.close()
+    for call in MATCHING_CALLS.values():
+        with pytest.raises(RuntimeError, match="the engine is closed; build a new one"):
+            call(engine)
+
+
+def test_a_matching_engine_takes_the_threads_of_its_caller(tmp_path: Path) -> None:
+    """It took the number that another engine's thread had set last."""
+    folder = save_tiny_retrieval_checkpoint(tmp_path)
+    expected = torch.get_num_threads()
+    another = threading.Thread(target=set_num_threads, args=(expected + 1,))
+    another.start()
+    another.join()
+    with MatchingConfig(model=str(folder), device="cpu", dtype="float32").build() as engine:
+        assert engine._thread.submit(torch.get_num_threads).result() == expected
 
 
 def test_an_engine_is_collected_in_its_own_thread(checkpoint_folder) -> None:

@@ -226,3 +226,58 @@ def test_the_request_that_does_not_fit_alone_fails_and_no_other() -> None:
     scheduler._recovery.after_prefill(taken, OutOfMemory("too much"))
     assert low.future.result(0).error == "out of memory: too much"
     assert not normal.future.done()
+
+
+def test_an_image_of_both_priorities_survives_passes_that_fail_and_callers_who_leave() -> None:
+    """Put back where it was queued already, it stood twice in a queue, and the engine failed. Put back for
+    one priority alone, it was gone with that caller, and the request of the other waited for ever."""
+    choose = random.Random(0)
+    scheduler = make_scheduler()
+    encoding, lanes = scheduler.encoding, scheduler.lanes
+    images = [EncodedImage(np.zeros((2, 2, 3), np.uint8)) for _ in range(4)]
+    requests: list[RequestState] = []
+    passes: list[list[EncodedImage]] = []
+    for _ in range(4000):
+        action = choose.randrange(4)
+        if action == 0:
+            image = choose.choice(images)
+            image.prefix = image.image_embeds = None
+            image.keeps_image_embeds = choose.random() < 0.3
+            requests.append(RequestState(image, low_priority=choose.random() < 0.5))
+            scheduler.add(requests[-1])
+        elif action == 1:
+            lane = choose.choice(list(lanes))
+            passes.append(encoding._next_images(lane, choose.randint(1, 3)))
+        elif action == 2 and passes:
+            taken = passes.pop(choose.randrange(len(passes)))
+            if choose.random() < 0.5:
+                encoding.finish(taken, OutOfMemory("not enough"))
+                scheduler.limits.encode_batch = ENCODE_BATCH  # never one by one, which fails requests
+            else:
+                NoModel().encode(taken)
+                encoding.finish(taken, None)
+        elif action == 3 and requests:
+            choose.choice(requests).future.cancel()
+        in_passes = {image for taken in passes for image in taken}
+        for lane in lanes:
+            queued = list(lane.waiting._images)
+            assert len(queued) == len(lane.waiting) == len(set(queued))
+            assert set(queued) <= lane.waiting._requests.keys() <= {*queued, *in_passes}
+    for image in images:
+        image.keeps_image_embeds = False
+    for taken in passes:
+        encoding.finish(taken, OutOfMemory("not enough"))
+    while scheduler.has_work:
+        scheduler.step()
+    assert all(request.future.done() for request in requests)
+
+
+def test_an_image_that_does_not_fit_alone_fails_the_requests_of_both_priorities() -> None:
+    scheduler = Scheduler(NoModel(), 1, 1)  # type: ignore[arg-type]  # a stand-in
+    image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
+    requests = [make_request(1, low_priority=low, image=image) for low in (False, True)]
+    for request in requests:
+        scheduler.add(request)
+    scheduler.encoding.finish(scheduler.lanes.low.waiting.take(1), OutOfMemory("not even one"))
+    assert [request.future.result(0).error for request in requests] == ["out of memory: not even one"] * 2
+    assert not scheduler.has_work
