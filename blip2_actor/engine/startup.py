@@ -111,16 +111,14 @@ def start_model(
     input_processor = InputProcessor(loaded, prompts, size_px, sizes.max_slots, generation_config, allow_urls)
     runner = _new_runner(loaded, sizes, is_compiled, replays, replays_images=not has_two_threads)
     require_wanted()
-    tested = None
-    if not skip_self_test:
-        tested = _test(runner, input_processor, checkpoint, image_size_px, quantization)
+    test = None if skip_self_test else _test(runner, input_processor, checkpoint, image_size_px, quantization)
     return StartedModel(
         runner=runner,
         input_processor=input_processor,
         max_slots=sizes.max_slots,
         encode_batch=sizes.encode_batch,
         encodes_ahead=has_two_threads or (place.type == "cuda" and device_map is None),
-        self_test=tested,
+        self_test=test,
         quantization=quantization,
     )
 
