@@ -46,8 +46,7 @@ class Outage:
         now = time.monotonic()
         with self._lock:
             since = self._since = self._since or now
-            if refuses_key:
-                self._key_refused_since = self._key_refused_since or now
+            self._key_refused_since = (self._key_refused_since or now) if refuses_key else None
             give_up_at = KEY_PATIENCE_S + (self._key_refused_since or now)
             self._pause_s = pause_s = min(max(at_least_s, 2 * self._pause_s), max(MAX_PAUSE_S, at_least_s))
         shown = f"{'refusing the key' if refuses_key else 'out of reach'} ({state.replace(';', ',')})"

@@ -194,8 +194,11 @@ class Plan:
         left_s = deadline_s - self.start_s
         if left_s <= 0:
             return "before which no image is captioned, because of the start-up; give a later --deadline"
-        num_actors = count(math.ceil(self.prediction.actor_s / left_s), "actor")
-        return f"which one actor does not meet on {self.num_cpus:,} cores; {num_actors} that never wait would"
+        not_here = f"which one actor does not meet on {self.num_cpus:,} cores"
+        num_actors = math.ceil(self.prediction.actor_s / left_s)
+        if num_actors == 1:
+            return f"{not_here}, where {self.prediction.bottleneck} is the bottleneck"
+        return f"{not_here}; {num_actors:,} actors that never wait would"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values for `--json`; programs read it, so its keys never change."""

@@ -351,18 +351,24 @@ def test_a_price_gives_the_cost_of_the_input_and_of_a_million_rows(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("deadline", "said", "meets"),
+    ("deadline", "stage", "said", "meets"),
     [
-        ("1h", "deadline  1h, which one actor meets on ", True),
-        ("30s", "deadline  30s, before which no image is captioned, because of the start-up; ", False),
-        ("40s", "; 2 actors that never wait would", False),
+        ("1h", "caption", "deadline  1h, which one actor meets on ", True),
+        (
+            "30s",
+            "caption",
+            "deadline  30s, before which no image is captioned, because of the start-up; ",
+            False,
+        ),
+        ("40s", "caption", "; 2 actors that never wait would", False),
+        ("40s", "read", ", where read is the bottleneck", False),
     ],
 )
-def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, said, meets):
+def test_a_plan_says_whether_the_deadline_is_met(tmp_path, deadline, stage, said, meets):
     """It took --deadline and did not look at it. A job stops 20 s before, and starts for 10 s."""
     write_tars(tmp_path / "in", num_tars=1, rows_per_tar=4)
     found = make_plan(settings(tmp_path / "in", deadline=deadline), FakeEngineConfig())
-    costs = found.stage_costs.costs | {"caption": Cost(wall_s=14.0 / 4, cpu_s=0.0)}
+    costs = found.stage_costs.costs | {stage: Cost(wall_s=14.0 / 4, cpu_s=14.0)}
     found = dataclasses.replace(
         found, stage_costs=dataclasses.replace(found.stage_costs, costs=costs, start_s=0.0)
     )

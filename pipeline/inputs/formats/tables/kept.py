@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.inputs.reader import Tables
+from pipeline.inputs.formats.tables.texts import valid_texts
 from pipeline.schema import plain_type
 
 
@@ -62,8 +63,8 @@ def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field
 def with_types(reader: Tables, kept: pa.Schema) -> Tables:
     """Yield the tables of a reader with its kept columns in the types of the output.
 
-    A column of a type that does not fit is null, and so is a value that the type does not hold exactly; the
-    report says so.
+    A column of a type that does not fit is null, and so is a value that the type does not hold exactly. A text
+    that is not UTF-8 has escapes, and a nested value with such a text is null. The report says so.
     """
     notes: dict[str, None] = {}
     while True:
@@ -74,22 +75,33 @@ def with_types(reader: Tables, kept: pa.Schema) -> Tables:
             break
         for field in kept:
             index = table.column_names.index(field.name)
-            column = table.column(index)
-            if column.type != field.type:
-                found = f"it has the type {column.type}, and the output {field.type}"
-                if common_type(field.type, column.type) != field.type:
-                    notes[f"the column {field.name!r} is null, because {found}"] = None
-                    converted = pa.nulls(len(table), field.type)
-                else:
-                    converted = _cast(column.combine_chunks(), field.type)
-                    if converted.null_count > column.null_count:
-                        notes[f"values of the column {field.name!r} are null, because {found}"] = None
-                column = converted
+            column, note = _fitting(table.column(index).combine_chunks(), field)
+            if note:
+                notes[note] = None
             table = table.set_column(index, field, column)
         yield table
     if not notes:
         return report
     return replace(report, note="; ".join([*filter(None, [report.note]), *notes]))
+
+
+def _fitting(column: pa.Array, field: pa.Field) -> tuple[pa.Array, str | None]:
+    """Return a column as the output holds it, and what has changed."""
+    texts, not_utf8 = valid_texts(column)
+    if not_utf8:
+        how = "null" if pa.types.is_nested(column.type) else "written with escapes"
+        return _fitting(texts, field)[
+            0
+        ], f"texts of the column {field.name!r} are {how}, because they are not UTF-8"
+    if column.type == field.type:
+        return column, None
+    found = f"it has the type {column.type}, and the output {field.type}"
+    if common_type(field.type, column.type) != field.type:
+        return pa.nulls(len(column), field.type), f"the column {field.name!r} is null, because {found}"
+    converted = _cast(column, field.type)
+    if converted.null_count > column.null_count:
+        return converted, f"values of the column {field.name!r} are null, because {found}"
+    return converted, None
 
 
 def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:

@@ -22,6 +22,26 @@ def escape_texts(column: pa.Array) -> tuple[pa.Array, list[int]]:
     return pa.array(escaped, pa.string()), rows
 
 
+def valid_texts(column: pa.Array) -> tuple[pa.Array, bool]:
+    r"""Return a column of any type whose texts are UTF-8, and whether some were not.
+
+    Texts have escapes like `\xff`, and a nested value with such a text is null.
+    """
+    try:
+        column.validate(full=True)
+        return column, False
+    except pa.ArrowInvalid:
+        if not pa.types.is_nested(column.type):
+            return escape_texts(column)[0], True
+    values = []
+    for row in range(len(column)):
+        try:
+            values.append(column[row].as_py())
+        except UnicodeDecodeError:
+            values.append(None)
+    return pa.array(values, column.type), True
+
+
 def not_utf8(what: str, text: str) -> str:
     """Return the sentence for a row with a text that is not UTF-8; the text has escapes."""
     shown = hide_secrets(text)[:MAX_SHOWN_CHARS]

@@ -19,7 +19,7 @@ from pipeline.inputs.reader import ReadOptions
 from pipeline.ledger.run_record import read_run
 from pipeline.schema import plain_type
 from pipeline.storage.folder import Folder
-from tests.unit.inputs.formats.reading_cases import encoded, shard_at, tar_bytes
+from tests.unit.inputs.formats.reading_cases import encoded, not_utf8, shard_at, tar_bytes
 from tests.unit.inputs.run_without_ray import run
 
 
@@ -169,3 +169,16 @@ def test_a_tensor_is_kept_as_its_list(tmp_path):
 def test_views_and_dictionaries_become_plain_on_every_level(type, plain):
     assert plain_type(type) == common_type(pa.null(), type) == plain
     assert pa.nulls(2, type).cast(plain).type == plain
+
+
+def test_kept_texts_that_are_not_utf8_leave_the_output_readable(tmp_path):
+    """`show`, `export` and `report` could not read an output with such a text."""
+    note = not_utf8(b"a", b"\xffb", None)
+    lists = pa.ListArray.from_arrays([0, 1, 3, 3], not_utf8(b"c", b"d", b"\xff"))
+    write_tables(tmp_path, {"image": [b"x"] * 3, "note": note, "lists": lists})
+    done = run(tmp_path, reading=ReadOptions(keep=("note", "lists")))
+    rows = pq.read_table(tmp_path / "out")
+    assert rows["note"].to_pylist() == ["a", r"\xffb", None]
+    assert rows["lists"].to_pylist() == [["c"], None, []]
+    (line,) = [each for each in done.lines() if each.startswith("note: ")]
+    assert "'note' are written with escapes" in line and "'lists' are null" in line
