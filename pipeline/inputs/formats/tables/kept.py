@@ -12,8 +12,8 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.inputs.reader import Tables
 from pipeline.inputs.formats.tables.texts import valid_texts
+from pipeline.inputs.reader import Tables
 from pipeline.schema import plain_type
 
 
@@ -63,8 +63,8 @@ def join_fields(name: str, found: Iterable[tuple[str, pa.DataType]]) -> pa.Field
 def with_types(reader: Tables, kept: pa.Schema) -> Tables:
     """Yield the tables of a reader with its kept columns in the types of the output.
 
-    A column of a type that does not fit is null, and so is a value that the type does not hold exactly. A text
-    that is not UTF-8 has escapes, and a nested value with such a text is null. The report says so.
+    A column of a type that does not fit is null, and so is a value that the type does not hold exactly. Texts
+    that are not UTF-8 have escapes, and nested values with such texts are null. The report says so.
     """
     notes: dict[str, None] = {}
     while True:
@@ -87,12 +87,11 @@ def with_types(reader: Tables, kept: pa.Schema) -> Tables:
 
 def _fitting(column: pa.Array, field: pa.Field) -> tuple[pa.Array, str | None]:
     """Return a column as the output holds it, and what has changed."""
-    texts, not_utf8 = valid_texts(column)
-    if not_utf8:
+    texts, has_escapes = valid_texts(column)
+    if has_escapes:
         how = "null" if pa.types.is_nested(column.type) else "written with escapes"
-        return _fitting(texts, field)[
-            0
-        ], f"texts of the column {field.name!r} are {how}, because they are not UTF-8"
+        note = f"texts of the column {field.name!r} are {how}, because they are not UTF-8"
+        return _fitting(texts, field)[0], note
     if column.type == field.type:
         return column, None
     found = f"it has the type {column.type}, and the output {field.type}"
