@@ -10,6 +10,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import read_summary
+from pipeline.ledger.layout import slices_shard_list
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
@@ -51,9 +52,17 @@ def test_the_record_says_its_format_and_the_fingerprint_does_not(ledger):
     run = make_run("a.tar")
     ledger.begin(run)
     record = json.loads(ledger.folder.get(RUN_FILE) or b"")
-    assert record["format_version"] == FORMAT_VERSION == 1
+    assert record["format_version"] == 1
     assert record["fingerprint"] == run.fingerprint.parts
     assert ledger.require_run().fingerprint.digest == run.fingerprint.digest
+
+
+def test_a_record_with_another_list_of_shards_is_of_a_newer_format(ledger):
+    """A reader of the version before found no list, and began its own run over this one."""
+    run = dataclasses.replace(make_run("a.tar"), shard_list=slices_shard_list("b"))
+    ledger.begin(run)
+    assert json.loads(ledger.folder.get(RUN_FILE) or b"")["format_version"] == FORMAT_VERSION == 2
+    assert ledger.require_run().shards == run.shards
 
 
 def test_a_record_without_a_format_version_is_read(ledger):
@@ -69,8 +78,8 @@ def test_a_record_of_a_newer_format_is_refused(ledger):
     """Its fields may mean something else, and a resume would mix rows that do not belong together."""
     ledger.begin(make_run("a.tar"))
     record = json.loads(ledger.folder.get(RUN_FILE) or b"")
-    ledger.folder.put(RUN_FILE, json.dumps(record | {"format_version": 2}).encode())
-    with pytest.raises(ValueError, match=r"newer version of this program .* format version 2, .* up to 1"):
+    ledger.folder.put(RUN_FILE, json.dumps(record | {"format_version": FORMAT_VERSION + 1}).encode())
+    with pytest.raises(ValueError, match=r"newer version of this program .* format version 3, .* up to 2"):
         ledger.load()
 
 
