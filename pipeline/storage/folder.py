@@ -104,6 +104,11 @@ class Folder:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    @property
+    def moves_files(self) -> bool:
+        """Whether a file is moved to its name; some filesystems move none to a name that is taken."""
+        return not (self.is_local or is_object_store(self.filesystem))
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -236,8 +241,7 @@ class Folder:
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             self._put_once(probe, bytes(PROBE_BYTES))
-            if not (self.is_local or is_object_store(self.filesystem)):
-                # HDFS, for one, moves no file to a name that is taken.
+            if self.moves_files:  # HDFS, for one, moves no file to a name that is taken.
                 self._put_once(probe, b"replaced")
                 if self._get_once(probe) != b"replaced":
                     raise OSError("no file can be replaced there")
