@@ -164,18 +164,18 @@ class Folder:
         """Open a file that can be read at any position; it must exist. Nothing is retried here.
 
         Raises:
-            pa.ArrowInvalid: what the block reads is damaged; the message names the file.
+            pa.ArrowInvalid, OSError: what the block reads is damaged; the message names the file.
         """
         file = open_input(self.filesystem, self.path(name))
         try:
             # Arrow takes a short read of a Python file for the end of the file; a buffered reader reads on.
             with file if isinstance(file, pa.NativeFile) else io.BufferedReader(file) as opened:
                 yield opened
-        except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(
-                f"{name} in {self} cannot be read: {str(error).rstrip('. ')}; restore it from a copy, or "
-                "delete it and run the same command again"
-            ) from error
+        except (pa.ArrowInvalid, OSError) as error:
+            # Arrow has a plain OSError for a damaged page; those of a disk or a store say which they are.
+            if type(error) not in (pa.ArrowInvalid, OSError) or getattr(error, "errno", None) is not None:
+                raise
+            raise type(error)(f"{name} in {self} cannot be read: {str(error).rstrip('. ')}") from error
 
     def delete(self, name: str) -> None:
         """Delete a file; do nothing when there is none."""

@@ -1,6 +1,7 @@
 """What a resume knows: a wrong list of work reads finished shards again, or leaves out rows for good."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -150,10 +151,24 @@ def test_a_damaged_file_is_named(ledger):
     """Arrow says that a footer is damaged, and not of which file."""
     ledger.begin(make_run("a.tar", "b.tar"))
     ledger.folder.put("b.tar.parquet", b"PAR1 half of a file")
-    with pytest.raises(ValueError, match=r"b\.tar\.parquet in .* cannot be read: .*; restore it"):
+    with pytest.raises(ValueError, match=r"b\.tar\.parquet in .* cannot be read: [^;]*$"):
         read_summary(ledger.folder, "b.tar")
     with pytest.raises(ValueError, match=r"b\.tar\.parquet in"):
         ledger.commit(ShardReport(shard="b.tar", num_rows=0, complete=True), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("Couldn't deserialize thrift"), r"^a in .* cannot be read: Couldn't deserialize thrift$"),
+        (OSError(errno.EIO, "Input/output error"), r"^\[Errno 5\] Input/output error$"),
+        (PermissionError("403"), "^403$"),
+    ],
+)
+def test_a_file_with_a_damaged_page_is_named_and_the_type_stays(ledger, error, said):
+    ledger.folder.put("a", b"1")
+    with pytest.raises(type(error), match=said), ledger.folder.open("a"):
+        raise error
 
 
 def test_a_name_that_is_not_utf_8_does_not_hide_the_others(ledger):
