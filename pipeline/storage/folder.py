@@ -241,11 +241,13 @@ class Folder:
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             self._put_once(probe, bytes(PROBE_BYTES))
-            if self.moves_files:  # HDFS, for one, moves no file to a name that is taken.
-                self._put_once(probe, b"replaced")
-                if self._get_once(probe) != b"replaced":
-                    raise OSError("no file can be replaced there")
-            self._delete_once(probe)
+            try:
+                if self.moves_files:  # HDFS, for one, moves no file to a name that is taken.
+                    self._put_once(probe, b"replaced")
+                    if self._get_once(probe) != b"replaced":
+                        raise OSError("no file can be replaced there")
+            finally:
+                self._delete_once(probe)
         except OSError as error:
             said = (self.is_local and error.strerror) or str(error)  # without the path of the probe
             reason = hide_secrets(" ".join(said.split()))  # of Azure, a page with the signed URL
