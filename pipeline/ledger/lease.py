@@ -230,11 +230,15 @@ class Lease:
                 logger.exception("The heartbeat of %s has failed", self._name)
 
     def _is_mine(self) -> bool:
+        content = self._folder.get(self._name)
+        if content is None:
+            return False
         try:
-            holder = read_holder(self._folder, self._name)
-        except ValueError:  # Nobody else holds a damaged lease: the next heartbeat repairs it.
+            token = json.loads(content)["token"]
+        except (ValueError, TypeError, KeyError):
+            # Nobody else holds a damaged lease: the next heartbeat repairs it.
             return True
-        return holder is not None and holder.token == self._me.token
+        return bool(token == self._me.token)
 
     def _write(self, beat: int) -> None:
         self._folder.put(self._name, self._content(beat))

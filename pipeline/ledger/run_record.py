@@ -3,9 +3,10 @@
 The shard list is written first and `run.json` last: a run has begun when `run.json` exists. Passwords and
 options of input URIs are not stored.
 
-`run.json` says in which format it was written. A file without `format_version` is of version 0, which has the
-same fields. A file of a newer version is refused, because this version cannot know what its fields mean. The
-version is no part of the fingerprint.
+`run.json` says in which format it was written: the oldest whose readers understand it. A file without
+`format_version` is of version 0, which has the same fields as version 1; version 2 has its shards in another
+file. A file of a newer version is refused, because this version cannot know what its fields mean. The version
+is no part of the fingerprint.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, Finger
 from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder, OpenFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when a reader of the version before would misread the file."""
 TOGETHER_S = 2.0
 """Drivers that begin a run within this time of each other find out, also in a store without conditions."""
@@ -187,7 +188,7 @@ def write_run(folder: Folder, run: Run) -> bool:
 
 def _record(run: Run) -> bytes:
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if run.shard_list == SHARD_LIST else 2,
         "id": run.id,
         "fingerprint": run.fingerprint.parts,
         "settings": run.settings,

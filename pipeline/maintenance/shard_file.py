@@ -61,7 +61,8 @@ def check_shard_file(folder: Folder, run: Run, shard: Shard) -> ShardFile:
     except FileNotFoundError:
         found, remedy = "has gone while it was checked", "verify the output again"
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
-        found = f"cannot be read: {' '.join(str(error).split())}"
+        said = str(error).removeprefix(f"{name} in {folder} cannot be read: ")
+        found = f"cannot be read: {' '.join(said.split())}"
         remedy = f"if the store has failed, verify again; else {remedy}"
     return ShardFile(shard.name, summary, Finding(name, "fail", found, remedy) if found else None)
 

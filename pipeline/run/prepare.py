@@ -89,6 +89,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         )
     settings = settings.in_version(run.schema_version)
     run.require_same(settings.fingerprint(info), settings.input, str(ledger), settings.add_new)
+    _check_begun_output(ledger)
     job = Job(
         settings, engine, info, ledger, run, is_new=False, stop_at=stop_at, run_slice=settings.run_slice
     )
@@ -128,6 +129,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
     engine, info = _describe(engine or first.builder, run)
     first = with_pinned_scores(first, engine, info, run)
     run.require_same(first.fingerprint(info), run.inputs, str(ledger))
+    _check_begun_output(ledger)
     job = Job(first, engine, info, ledger, run, is_new=False, stop_at=stop_at, is_retry=True, choice=choice)
     return _with_current_input(job, settings.input, settings.redo_changed)
 
@@ -253,3 +255,9 @@ def _check_output(ledger: Ledger, listing: Listing) -> None:
             f"output must be empty or of an earlier run, got {ledger} with {output_name(min(taken))} "
             "in it and no record of a run; give another --output or delete what is there"
         )
+
+
+def _check_begun_output(ledger: Ledger) -> None:
+    """Refuse an output with a run where no heartbeat could replace the one before; older versions took it."""
+    if ledger.folder.moves_files:
+        ledger.folder.require_writable()

@@ -104,6 +104,11 @@ class Folder:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    @property
+    def moves_files(self) -> bool:
+        """Whether a file is moved to its name; some filesystems move none to a name that is taken."""
+        return not (self.is_local or is_object_store(self.filesystem))
+
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -159,18 +164,18 @@ class Folder:
         """Open a file that can be read at any position; it must exist. Nothing is retried here.
 
         Raises:
-            pa.ArrowInvalid: what the block reads is damaged; the message names the file.
+            pa.ArrowInvalid, OSError: what the block reads is damaged; the message names the file.
         """
         file = open_input(self.filesystem, self.path(name))
         try:
             # Arrow takes a short read of a Python file for the end of the file; a buffered reader reads on.
             with file if isinstance(file, pa.NativeFile) else io.BufferedReader(file) as opened:
                 yield opened
-        except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(
-                f"{name} in {self} cannot be read: {str(error).rstrip('. ')}; restore it from a copy, or "
-                "delete it and run the same command again"
-            ) from error
+        except (pa.ArrowInvalid, OSError) as error:
+            # Arrow has a plain OSError for a damaged page; those of a disk or a store say which they are.
+            if type(error) not in (pa.ArrowInvalid, OSError) or getattr(error, "errno", None) is not None:
+                raise
+            raise type(error)(f"{name} in {self} cannot be read: {str(error).rstrip('. ')}") from error
 
     def delete(self, name: str) -> None:
         """Delete a file; do nothing when there is none."""
@@ -236,12 +241,13 @@ class Folder:
         probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             self._put_once(probe, bytes(PROBE_BYTES))
-            if not (self.is_local or is_object_store(self.filesystem)):
-                # HDFS, for one, moves no file to a name that is taken.
-                self._put_once(probe, b"replaced")
-                if self._get_once(probe) != b"replaced":
-                    raise OSError("no file can be replaced there")
-            self._delete_once(probe)
+            try:
+                if self.moves_files:  # HDFS, for one, moves no file to a name that is taken.
+                    self._put_once(probe, b"replaced")
+                    if self._get_once(probe) != b"replaced":
+                        raise OSError("no file can be replaced there")
+            finally:
+                self._delete_once(probe)
         except OSError as error:
             said = (self.is_local and error.strerror) or str(error)  # without the path of the probe
             reason = hide_secrets(" ".join(said.split()))  # of Azure, a page with the signed URL

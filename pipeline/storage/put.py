@@ -102,13 +102,20 @@ def _rename(path: str, aside: str, content: bytes | IO[bytes]) -> None:
 
 def _move(filesystem: pafs.FileSystem, path: str, aside: str, content: bytes | IO[bytes]) -> None:
     try:
-        _write(filesystem, aside, content)
-        filesystem.move(aside, path)
-    except FileNotFoundError:
-        for each in (aside, path):
-            filesystem.create_dir(os.path.dirname(each), recursive=True)
-        _write(filesystem, aside, content)
-        filesystem.move(aside, path)
+        try:
+            _write(filesystem, aside, content)
+        except FileNotFoundError:
+            filesystem.create_dir(os.path.dirname(aside), recursive=True)
+            _write(filesystem, aside, content)
+        try:
+            filesystem.move(aside, path)
+        except FileNotFoundError:
+            filesystem.create_dir(os.path.dirname(path), recursive=True)
+            filesystem.move(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(aside)
+        raise
 
 
 def _write(filesystem: pafs.FileSystem, path: str, content: bytes | IO[bytes]) -> None:

@@ -159,6 +159,20 @@ def test_a_damaged_lease_is_written_again_by_its_driver(folder):
     assert read_holder(folder) is None
 
 
+def test_the_lease_of_a_driver_of_a_newer_version_is_left_to_it(folder):
+    """It counted as damaged: it was overwritten, and two drivers were at work."""
+    newer = json.dumps(asdict(elsewhere(token="other")) | {"of_a_newer_version": 1}).encode()
+    with Lease(folder, beat_s=0.01) as lease:
+        while lease._thread.is_alive():
+            folder.put(LEASE, newer)
+        assert lease.lost
+    assert folder.get(LEASE) == newer
+    folder.delete(LEASE)
+    with Lease(folder, beat_s=60):
+        folder.put(LEASE, newer)
+    assert folder.get(LEASE) == newer
+
+
 def test_an_error_of_the_progress_does_not_end_the_heartbeats(folder):
     """Whatever fails once, the next heartbeat shows that the driver lives."""
     answers: Iterator[dict | None] = iter([{}, None])

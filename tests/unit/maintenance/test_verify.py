@@ -296,6 +296,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_named_once_with_one_remedy(root, capsys):
+    (root / "out" / TAR).write_bytes(b"PAR1 half of a file")
+    (finding,) = verified(root, capsys)[1]["findings"]
+    assert finding["found"].count("cannot be read") == 1 and TAR not in finding["found"]
+    assert "delete" not in finding["found"]
+
+
 @pytest.mark.parametrize("name", ["run.json", "shards.jsonl.gz"])
 def test_a_damaged_record_is_refused_by_name(root, capsys, name):
     """A record that was cut ended in a traceback."""

@@ -101,19 +101,53 @@ def test_where_a_file_shows_while_it_is_written_a_finished_one_is_moved(tmp_path
     folder.require_writable()
 
 
+def test_a_failed_move_leaves_no_temporary_file():
+    """A store that was full got fuller with each retry."""
+
+    class Full(Store):
+        store: ClassVar[dict[str, Any]] = {}
+
+        def mv(self, path1: str, path2: str, **options: Any) -> None:
+            raise OSError("no space left")
+
+    folder = folder_in(Full())
+    with pytest.raises(OSError, match="no space left"):
+        folder.put("a", b"x")
+    assert folder.names() == []
+
+
+def test_the_first_file_of_a_subfolder_is_uploaded_once(tmp_path, monkeypatch):
+    folder = Folder(f"local://{tmp_path}/out")
+    folder.put("_blip2/x", b"1")
+    written: list[str] = []
+    write = put._write
+
+    def count(filesystem: Any, path: str, content: Any) -> None:
+        written.append(path)
+        write(filesystem, path, content)
+
+    monkeypatch.setattr(put, "_write", count)
+    folder.put("a/1.parquet", b"x")
+    assert len(written) == 1 and folder.get("a/1.parquet") == b"x"
+
+
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_filesystem_that_replaces_no_file_is_no_output(is_told):
     """HDFS has an error for it, and its REST interface an answer that fsspec does not look at."""
 
     class KeepsTheFirst(Store):
+        store: ClassVar[dict[str, Any]] = {}
+
         def mv(self, path1: str, path2: str, **options: Any) -> None:
             if not self.exists(path2):
                 super().mv(path1, path2, **options)
             elif is_told:
                 raise OSError("there is such a file")
 
+    folder = folder_in(KeepsTheFirst())
     with pytest.raises(ValueError, match="output must be a folder that can be written"):
-        folder_in(KeepsTheFirst()).require_writable()
+        folder.require_writable()
+    assert [name for name in folder.names() if is_told or "tmp/" not in name] == []
     folder_in(Store()).require_writable()
 
 
