@@ -128,7 +128,8 @@ class Folder:
         """Write or replace a file by what `make` writes into an empty file, and return what it returns.
 
         It is prepared in memory, or on a disk if it becomes large: on that of the output, if the output is on
-        one, as /tmp may be small. A retry makes it from the beginning.
+        one, as /tmp may be small. There a retry makes it from the beginning; a full /tmp is no matter of the
+        output, and ends it at once.
         """
 
         def attempt() -> T:
@@ -140,7 +141,7 @@ class Folder:
                 self.put(name, file)
             return made
 
-        return retry_on_oserror(attempt, self.retry_for_s, is_request=False)
+        return retry_on_oserror(attempt, self.retry_for_s, is_request=False) if self.is_local else attempt()
 
     def get(self, name: str) -> bytes | None:
         """Return the content of a file, or None when there is none."""

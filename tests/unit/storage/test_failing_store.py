@@ -102,6 +102,20 @@ def test_a_commit_outlasts_a_full_disk_on_which_it_prepares_the_file(tmp_path, m
     assert ledger.scan().leftovers == ()
 
 
+def test_a_full_temporary_folder_is_not_taken_for_a_full_store():
+    """It was waited for, as "output has been full", for 15 minutes."""
+    num_tries = 0
+
+    def write(file):
+        nonlocal num_tries
+        num_tries += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        Folder("memory://full").with_retries().put_made("x", write)
+    assert num_tries == 1
+
+
 def fail(monkeypatch: pytest.MonkeyPatch, request: str, times: int) -> list[float]:
     """Let a request of folders fail several times; return the pauses that the retries make."""
     pauses: list[float] = []
