@@ -46,6 +46,7 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
         ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
         ({"options": {"stop": "."}}, "stop"),
         ({"options": {"stop": ["."] * 9}}, "stop"),
+        ({"options": {"min_new_tokens": 8}}, "max_new_tokens=7 of the service counts until another value"),
         ({"options": [1]}, "options"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": "x" * 9000}, "prompt"),
