@@ -112,7 +112,7 @@ class FinishedRun:
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
     async def look_up(self, sha256: str, work: ImageWork) -> Made | None:
-        """As `find`, but rows are read in threads of its own; None as well if a row cannot be read, or not in time.
+        """As `find`, but reads in threads of its own; None as well if one cannot be read, or not in time.
 
         What the run does not have takes no thread, so that a store that hangs delays nothing else.
         """
