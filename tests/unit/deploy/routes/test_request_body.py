@@ -178,6 +178,7 @@ def chat_with(part: object) -> dict[str, object]:
     [
         ("/", {"input": "x"}, "input is not a field; the fields are inputs, parameters, model"),
         ("/", {"inputs": 5}, "inputs must be a string"),
+        ("/", {"image": 5}, "image must be a string"),
         ("/", {}, "inputs must be given"),
         ("/v1/embeddings", {"model": "demo", "input": 5}, "input must be a valid string, got 5"),
         ("/v1/embeddings", {"model": "demo", "input": [[1]]}, "input.0 must be a valid string, got [1]"),
