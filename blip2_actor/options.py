@@ -155,7 +155,11 @@ class GenerationOptions:
         self._check_ranges()
         self._check_combinations()
 
-    def resolve(self, stored: Mapping[str, Any] = MappingProxyType({})) -> GenerationOptions:
+    def resolve(
+        self,
+        stored: Mapping[str, Any] = MappingProxyType({}),
+        source: str = "the checkpoint's generation_config.json",
+    ) -> GenerationOptions:
         """Return these options, with those that are not given from `stored` or from the defaults.
 
         As in transformers, a stored option without effect next to the given ones is left out, and a stored
@@ -163,6 +167,7 @@ class GenerationOptions:
 
         Args:
             stored: options by name, such as `ModelInfo.generation_config`.
+            source: what messages call the place where `stored` is from.
 
         Raises:
             ValueError: the options contradict each other; the message names those that are stored.
@@ -186,8 +191,7 @@ class GenerationOptions:
             if not named or len(missing) == len(fields(self)):  # nothing is given
                 raise
             raise ValueError(
-                f"{error}; {' and '.join(named)} of the checkpoint's generation_config.json counts until "
-                "another value is given"
+                f"{error}; {' and '.join(named)} of {source} counts until another value is given"
             ) from error
 
     def require_known_tokens(self, vocab_size: int) -> None:

@@ -133,16 +133,16 @@ def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -
     served = ServeDeploySchema.model_validate(document)
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
-    for application in document["applications"]:
-        settings = ServeArgs.model_validate(application.get("args", {})).root
+    for application in served.applications:
+        settings = ServeArgs.model_validate(application.args).root
         settings.require_keys("a cluster")
         _require_time("http_options.request_timeout_s", served.http_options.request_timeout_s, settings)
         known = [GATEWAY.name, CAPTIONER.name, *map(captioner_of, settings.other_engines)]
-        for deployment in application.get("deployments", []):
-            if deployment["name"] not in known:
-                raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment['name']}")
-            name, drain_s = "graceful_shutdown_timeout_s", deployment.get("graceful_shutdown_timeout_s")
-            _require_time(f"{name} of {deployment['name']}", drain_s, settings)
+        for deployment in application.deployments:
+            if deployment.name not in known:
+                raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment.name}")
+            if isinstance(drain_s := deployment.graceful_shutdown_timeout_s, int | float):  # else unset
+                _require_time(f"graceful_shutdown_timeout_s of {deployment.name}", drain_s, settings)
         if with_models:
             settings.check_models()
 

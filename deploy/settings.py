@@ -40,16 +40,17 @@ MAX_IN_FLIGHT = 1000
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
+_NAME = rf"\*|{_HOST}|\[[\w:.]+\]|[\da-fA-F]*:[\da-fA-F]*:[\da-fA-F:.]*"
 _PLACES = {
-    "allow_image_host": (_HOST, "a host name such as images.example.com", "scheme, port and path"),
-    "allowed_hosts": (rf"\*|{_HOST}", "a host name such as api.example.com, or *", "scheme, port and path"),
+    "allow_image_host": (_HOST, "a host name such as images.example.com", "leave out scheme, port and path"),
+    "allowed_hosts": (_NAME, "a host name such as api.example.com, or *", "leave out scheme, port and path"),
     "allowed_origins": (  # as browsers write them
-        rf"\*|null|(?!(?i:http://.*:80|https://.*:443)$)[A-Za-z][A-Za-z0-9+.-]*://({_HOST}|\[[\w:.]+\])(:\d+)?",
+        rf"\*|null|file://|(?!(?i:http://.*:80|https://.*:443)$)[A-Za-z][A-Za-z0-9+.-]*://({_HOST}|\[[\w:.]+\])(:\d+)?",
         "an origin such as https://app.example.com, or *",
-        "the path and a default port",
+        "write scheme://host[:port] without a path or a default port",
     ),
 }
-"""Fields that name hosts or origins: their form, what it is, and what does not belong to it."""
+"""Fields that name hosts or origins: their form, what it is, and how to write it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +211,10 @@ class Settings:
             raise ValueError("min_confidence must be left out without calibration; name its file")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
-        for name, (form, what, extra) in _PLACES.items():
+        for name, (form, what, remedy) in _PLACES.items():
             for given in getattr(self, name):
                 if not re.fullmatch(form, given):
-                    raise ValueError(f"{name} must be {what}, got {given!r}; leave out {extra}")
+                    raise ValueError(f"{name} must be {what}, got {given!r}; {remedy}")
         if self.keys_file is not None and self.allow_anonymous:
             raise ValueError(
                 f"allow_anonymous must not be given with keys_file, got {self.keys_file}; drop one of them"

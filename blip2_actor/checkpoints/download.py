@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,29 @@ class NotEnoughDisk(OSError):
 def cache_folder() -> Path:
     """Return the folder for what can be fetched or computed again; it need not exist yet.
 
-    A user without a home, as in a container without an entry for its uid, has it among temporary files.
+    A user without a home, as in a container without an entry for its uid, has it among temporary files; it
+    is made at once, so that nobody else can make it.
     """
     if place := os.environ.get("XDG_CACHE_HOME"):
         return Path(place) / "blip2"
     try:
         return Path.home() / ".cache" / "blip2"
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"blip2-{os.getuid()}"
+        return _folder_of_this_user(tempfile.gettempdir())
+
+
+@cache
+def _folder_of_this_user(parent: str) -> Path:
+    """Return a folder that no other user can write to; one of this process if the usual one is another's."""
+    usual = Path(parent) / f"blip2-{os.getuid()}"
+    with suppress(OSError):  # no folder, or nothing can be made here, which is said where something is kept
+        usual.mkdir(mode=0o700, exist_ok=True)
+        found = usual.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return usual
+    with suppress(OSError):
+        return Path(tempfile.mkdtemp(prefix=f"{usual.name}-", dir=parent))
+    return usual.with_name(f"{usual.name}-{uuid.uuid4().hex}")
 
 
 def write_cached(path: Path, text: str) -> None:
@@ -205,12 +222,13 @@ def fetch_from_bucket(uri: str, with_weights: bool) -> tuple[Path, str]:
     folder = cache_folder() / "checkpoints" / digest
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{folder}.lock").acquire()
     except OSError as error:
         raise OSError(
             f"{uri} cannot be stored in {folder} ({error}); set XDG_CACHE_HOME to a folder that can be "
             "written"
         ) from error
-    with filelock.FileLock(f"{folder}.lock"):
+    with lock:
         for entry in entries:
             target = folder / Path(entry["name"]).name
             if (with_weights or matches(target.name, DESCRIPTION)) and not target.exists():

@@ -22,8 +22,8 @@ from blip2_actor.engine.slot_table import SlotTable
 
 GATHER_S = 0.02
 """How long an image of normal priority waits for others while texts run. A device whose passes take the same
-time for any number of images answers callers at 30 % of its speed after 0.166 s instead of 0.25, and gives a
-batch job next to them 49 instead of 23 % of its speed (2026-11-27, `benchmarks.behind`)."""
+time for any number of images answers callers at 30 % of its speed after 0.172 s instead of 0.25, and gives a
+batch job next to them 48 instead of 23 % of its speed (2026-11-27, `benchmarks.behind`)."""
 COMPANY_S = 2 * GATHER_S
 """An image waits only if it came so soon after another: those of a caller who sends one after the other would
 wait in vain. With half of it, the job of that device keeps 43 instead of 48 % of its speed."""

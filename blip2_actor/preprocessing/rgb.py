@@ -88,9 +88,10 @@ def _keep_high_bytes(image: Image.Image) -> Image.Image:
     """
     first = 0 if image.mode == "I;16B" else 1
     data = image.tobytes()
-    high, low = (Image.frombytes("L", image.size, data[start::2]) for start in (first, 1 - first))
+    high = Image.frombytes("L", image.size, data[first::2])
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
+        low = Image.frombytes("L", image.size, data[1 - first :: 2])
         is_it = [
             part.point([255 * (value == wanted) for value in range(256)])
             for part, wanted in ((high, transparent >> 8), (low, transparent & 0xFF))

@@ -1,7 +1,8 @@
 """How many pixels an image claims to have, from fixed places of its header, before anything is decoded.
 
-The claim decides only when the image is decoded, never what it is: a false one is found out by the decoding
-process, which has limits. So this reads no more of the untrusted bytes than a few numbers.
+The claim decides when the image is decoded, and a claim above the limit refuses what no lane would decode. It
+never decides what the image is: a claim that is too small is found out by the decoding process, which has
+limits. So this reads no more of the untrusted bytes than a few numbers.
 """
 
 from __future__ import annotations

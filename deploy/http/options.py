@@ -33,7 +33,7 @@ def parse_options(given: dict[str, Any] | None, defaults: GenerationOptions) -> 
         return defaults
     values = {name: _option(name, value) for name, value in given.items()}
     try:
-        return GenerationOptions(**values).resolve(asdict(defaults))
+        return GenerationOptions(**values).resolve(asdict(defaults), "the service")
     except ValueError as error:
         raise bad_request(f"options: {error}") from None
 

@@ -84,7 +84,7 @@ def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: Fe
     """Return the fields of a call as a model; raise ApiError 400 that names the first wrong field."""
     given = dict(fields)
     try:
-        return body_type.model_validate(given, context={"image_policy": image_policy})
+        return body_type.model_validate(given, context={"image_policy": image_policy, "given": given})
     except ValidationError as error:
         raise bad_request(explain(error, given, body_type.model_fields)) from None
 
@@ -228,7 +228,7 @@ def _add_image(fields: dict[str, Any], name: str, image: bytes, known: Set[str])
             raise bad_request(f"images must be at most {MAX_IMAGES} files")
     elif name in fields:
         raise bad_request(f"{name} must be given once")
-    elif name in known and name not in FILE_FIELDS:
+    elif name in known and name not in (*FILE_FIELDS, "inputs"):
         raise bad_request(f"{name} must be text, got a file")
     else:
         fields[name] = image

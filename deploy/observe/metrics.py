@@ -37,7 +37,7 @@ REQUESTS_IN_FLIGHT = Gauge("blip2_requests_in_flight", "Requests that are served
 CACHE_REQUESTS = Counter(
     "blip2_cache_requests_total",
     "Images by where their answer is from: made, joined (to an equal request under way), kept (in memory), "
-    "run (a finished run); run_failed counts those that the run could not be read for.",
+    "run (a finished run); run_failed: the run could not be read.",
     ("result",),
 )
 CACHE_BYTES = Gauge("blip2_cache_bytes", "Memory of the answers that are kept, about.")

@@ -34,7 +34,7 @@ KEPT_ROW_GROUPS = 32
 NUM_THREADS = 4
 """Rows that are read at the same time."""
 READ_WITHIN_S = 5.0
-"""Seconds for reading a row; then the engine answers sooner."""
+"""Seconds for reading a row; after this time the engine is asked."""
 LOG_EVERY_S = 60.0
 """Seconds between two lines in the log about a store that fails."""
 _COLUMNS = [
@@ -112,13 +112,19 @@ class FinishedRun:
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
     async def look_up(self, sha256: str, work: ImageWork) -> Made | None:
-        """As `find`, in threads of its own; None as well if a file cannot be read, or not in time."""
+        """As `find`, but reads in threads of its own; None as well if one cannot be read, or not in time.
+
+        What the run does not have takes no thread, so that a store that hangs delays nothing else.
+        """
         from deploy.observe.metrics import CACHE_REQUESTS  # Ray, which no command may import before its start
 
+        places = self._places_of(sha256, work)
+        if not len(places):
+            return None
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(READ_WITHIN_S):
-                found = await loop.run_in_executor(self._threads, self.find, sha256, work)
+                found = await loop.run_in_executor(self._threads, self._read, sha256, places)
         except (OSError, pa.ArrowException):  # TimeoutError is an OSError
             CACHE_REQUESTS.inc(1, {"result": "run_failed"})
             if time.monotonic() - self._logged_at_s >= LOG_EVERY_S:
@@ -135,12 +141,19 @@ class FinishedRun:
         Raises:
             OSError, pyarrow.ArrowException: the file cannot be read.
         """
+        return self._read(sha256, self._places_of(sha256, work))
+
+    def _places_of(self, sha256: str, work: ImageWork) -> np.ndarray:
+        """Return file and row of what may be the caption of an image, as uint32[N, 2], from memory."""
         if work != self.work:
-            return None
-        digest = bytes.fromhex(sha256)
-        start = np.uint64(int.from_bytes(digest[:8], "big"))
+            return self._places[:0]
+        start = np.uint64(int(sha256[:16], 16))
         first, last = (np.searchsorted(self._digests, start, side) for side in ("left", "right"))
-        for file, row in self._places[first:last]:
+        return self._places[first:last]
+
+    def _read(self, sha256: str, places: np.ndarray) -> Made | None:
+        digest = bytes.fromhex(sha256)
+        for file, row in places:
             columns = self._row(int(file), int(row))
             if columns["sha256"] == digest:
                 return _made_of(sha256, columns)

@@ -135,10 +135,10 @@ async def _caption_all(
     unanswered = set(range(len(body.images)))
 
     async def answer(index: int, outcome: dict[str, Any] | ApiError) -> None:
-        unanswered.discard(index)
         if isinstance(outcome, ApiError):
             outcome = {"status": outcome.type, "error": outcome.message}
         await send({"index": index} | outcome)
+        unanswered.discard(index)  # not before: the time may be over while a client reads slowly
 
     try:
         async with service.model(body.model, may_be_on_trial=True) as model:

@@ -240,7 +240,9 @@ def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -
         check_serve_config(config)
     config = load("deploy/serve_config.yaml")
     config["http_options"]["request_timeout_s"] = None
-    del config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    gateway, captioner = config["applications"][0]["deployments"]
+    del gateway["graceful_shutdown_timeout_s"]
+    captioner["graceful_shutdown_timeout_s"] = "140"  # which Serve takes
     check_serve_config(config)
 
 

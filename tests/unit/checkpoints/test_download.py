@@ -102,7 +102,15 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(Path, "home", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder().parent == tmp_path
+    usual = cache_folder()
+    assert usual.parent == tmp_path and usual.stat().st_mode & 0o777 == 0o700
+    others = tmp_path / "others"
+    (others / usual.name).mkdir(parents=True)
+    (others / usual.name).chmod(0o777)  # as another user might leave it, for files that this one would read
+    monkeypatch.setattr("tempfile.tempdir", str(others))
+    made = cache_folder()
+    assert made != others / usual.name and made.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == made
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])

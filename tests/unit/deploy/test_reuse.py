@@ -21,7 +21,7 @@ from deploy.reuse import finished_run
 from deploy.reuse.finished_run import FinishedRun
 from deploy.reuse.made import Made
 from deploy.reuse.shared_work import SharedWork
-from deploy.work import ImageOutputs
+from deploy.work import ImageOutputs, ImageWork
 from tests.unit.deploy.routes.engine_service import EngineService, ask, caption_of, png
 
 STORED_RUN = Path(__file__).parents[2] / "fixtures" / "stored_run"
@@ -277,6 +277,36 @@ def test_a_run_that_cannot_be_read_leaves_the_image_to_the_engine(
     assert [answer.status_code for answer in answers] == [200] * 3 and answers[0].json()["token_ids"]
     assert counted.count("run_failed") == 3
     assert caplog.text.count("cannot be read") == 1
+
+
+def test_a_store_that_hangs_delays_nothing_that_the_run_does_not_have(
+    demo: EngineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four images of the run took all threads, and each other request waited until its time was over."""
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.CACHE_REQUESTS, "inc", lambda _, tags: counted.append(tags["result"]))
+    may_end = threading.Event()
+    run = run_of(demo)
+    monkeypatch.setattr(run, "_row_group", lambda *_: may_end.wait())
+    [kept, *_] = (row for row in rows_of(next((STORED_RUN / "finished").glob("*.parquet"))) if row["caption"])
+
+    async def ask_run() -> None:
+        of_run = [
+            asyncio.create_task(run.look_up(kept["sha256"].hex(), run.work))
+            for _ in range(finished_run.NUM_THREADS)
+        ]
+        await settle()
+        monkeypatch.setattr(finished_run, "READ_WITHIN_S", 0.05)
+        assert await run.look_up("ff" * 32, run.work) is None
+        assert await run.look_up(kept["sha256"].hex(), ImageWork(features=True)) is None
+        assert not counted
+        for task in of_run:
+            task.cancel()
+
+    try:
+        asyncio.run(ask_run())
+    finally:
+        may_end.set()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

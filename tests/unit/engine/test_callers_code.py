@@ -129,3 +129,22 @@ def test_a_processor_that_allows_one_text_gets_it(engine: Engine, num_beams: int
     options = GenerationOptions(max_new_tokens=6, num_beams=num_beams)
     result = engine.generate([Request(image=PICTURE, options=options, logits_processor=allow)])[0]
     assert result.ok and result.token_ids == tuple(allowed)
+
+
+def test_a_text_is_cancelled_although_the_callers_callback_raises(engine: Engine) -> None:
+    """Its slot stayed taken until the last token of a text that nobody wanted any longer."""
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def wait(text: str) -> None:
+        has_begun.set()
+        may_go_on.wait(30)
+
+    num_tokens = engine.stats().num_tokens
+    future = engine.submit(PICTURE, GenerationOptions(max_new_tokens=20, min_new_tokens=20), on_text=wait)
+    future.add_done_callback(raising(CancelledError()))
+    assert has_begun.wait(30)
+    with pytest.raises(CancelledError):
+        future.cancel()
+    may_go_on.set()
+    engine.submit(PICTURE, GenerationOptions(max_new_tokens=30, min_new_tokens=30)).result(30)
+    assert engine.stats().num_tokens - num_tokens < 40

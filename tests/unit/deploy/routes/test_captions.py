@@ -31,7 +31,7 @@ from deploy.http.service import ServedModel
 from deploy.observe.request_record import AccessLog
 from deploy.readiness import Readiness
 from deploy.reuse.made import Made
-from deploy.routes.captions import AT_ONCE
+from deploy.routes.captions import AT_ONCE, CaptionsBody, _caption_all
 from deploy.settings import OnlineImageLimits
 from deploy.work import TextToGenerate
 from tests.unit.deploy.routes.engine_service import (
@@ -370,6 +370,24 @@ def test_the_time_of_a_request_is_that_of_all_its_images() -> None:
     assert [line["index"] for line in lines] == list(range(len(images)))
     assert [line["status"] for line in lines] == ["ok"] + ["timeout"] * (len(images) - 1)
     assert error_of(answers[1])[:2] == (504, "timeout")
+
+
+def test_an_image_whose_line_was_not_sent_in_time_has_one_too() -> None:
+    """A client that read slowly got no line for the image that was being sent when the time was over."""
+    service = EngineService()
+    service._readiness = Readiness("app", [])
+    service._admission = Admission(slots=8, max_in_flight=8, timeout_s=0.5)
+    images = [png(seed) for seed in range(3)]
+    body = CaptionsBody.model_validate({"images": images}, context={"image_policy": service.image_policy})
+    sent: list[dict[str, Any]] = []
+
+    async def send(line: dict[str, Any]) -> None:
+        if len(sent) == 1:
+            await asyncio.sleep(1)  # which the end of the time ends
+        sent.append(line)
+
+    asyncio.run(_caption_all(service, body, send))
+    assert sorted(line["index"] for line in sent) == [0, 1, 2]
 
 
 def test_many_images_are_bounded(service: EngineService) -> None:

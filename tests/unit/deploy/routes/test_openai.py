@@ -375,6 +375,8 @@ def test_the_task_of_hugging_face(service: EngineService) -> None:
     raw = ask(service, "POST", "/", content=IMAGE)
     assert raw.json() == [{"generated_text": caption_of(IMAGE)}]
     parameters = {"generate_kwargs": {"num_beams": 3, "top_k": None}, "max_new_tokens": 5}
+    for name in ("inputs", "image"):
+        assert ask(service, "POST", "/", files={name: ("photo.jpg", IMAGE)}).status_code == 200
     answer = post(service, "/", inputs=base64_of(IMAGE), parameters=parameters)
     assert answer.json() == [{"generated_text": caption_of(IMAGE)}]
     assert (service.costs[-1].slots, service.costs[-1].steps) == (3, 5)

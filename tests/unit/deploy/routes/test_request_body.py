@@ -46,6 +46,7 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
         ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
         ({"options": {"stop": "."}}, "stop"),
         ({"options": {"stop": ["."] * 9}}, "stop"),
+        ({"options": {"min_new_tokens": 8}}, "max_new_tokens=7 of the service counts until another value"),
         ({"options": [1]}, "options"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": "x" * 9000}, "prompt"),
@@ -177,6 +178,7 @@ def chat_with(part: object) -> dict[str, object]:
     [
         ("/", {"input": "x"}, "input is not a field; the fields are inputs, parameters, model"),
         ("/", {"inputs": 5}, "inputs must be a string"),
+        ("/", {"image": 5}, "image must be a string"),
         ("/", {}, "inputs must be given"),
         ("/v1/embeddings", {"model": "demo", "input": 5}, "input must be a valid string, got 5"),
         ("/v1/embeddings", {"model": "demo", "input": [[1]]}, "input.0 must be a valid string, got [1]"),

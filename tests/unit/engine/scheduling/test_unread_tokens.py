@@ -86,6 +86,7 @@ def add(
 
     image = EncodedImage(np.zeros((2, 2, 3), np.uint8))
     request = RequestState(image, [1], asked[0], searches, low_priority, arrived_s=0.0)
+    request.future.add_done_callback(scheduler.note_cancelled)
     scheduler.add(request)
     return request
 
