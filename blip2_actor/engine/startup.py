@@ -96,9 +96,7 @@ def start_model(
     else:
         _require_quantization(quantize, place, compile)
         choice = quantization_choice or choose_quantization(checkpoint, quantize, place, resolved, size_px)
-        loaded, quantization = _quantized(
-            checkpoint, place, resolved, image_size_px, size_px, choice, prompts
-        )
+        loaded, quantization = _quantized(checkpoint, place, resolved, image_size_px, choice, prompts)
         self_test.check_quantization(quantization, is_refused=not skip_self_test)
     require_wanted()
     is_compiled = resolve_compile(compile, device_map, place, fuses=fuses(quantize, resolved))
@@ -130,10 +128,10 @@ def _quantized(
     place: torch.device,
     dtype: torch.dtype,
     image_size_px: int | None,
-    size_px: int,
     choice: QuantizationChoice,
     prompts: PromptTokenizer,
 ) -> tuple[Blip2, QuantizationRecord]:
+    size_px = checkpoint.require_image_size(checkpoint.config, image_size_px)
     calibration = Calibration(self_test.built_in_images(size_px), prompts.empty_ids)
     return load_quantized(checkpoint, place, dtype, image_size_px, choice, calibration)
 
