@@ -142,9 +142,9 @@ class EngineCore:
         self._wake_ups.put(None)
         # A future that a caller keeps must keep neither its request, with the tensors of its image, nor this
         # object, with the whole model.
-        for item in items:
-            item.future.add_done_callback(partial(_forget, self._unfinished))
-            item.future.add_done_callback(self.scheduler.note_cancelled)
+        for callback in (partial(_forget, self._unfinished), self.scheduler.note_cancelled):
+            for item in items:
+                item.future.add_done_callback(callback)
 
     def _require_open(self) -> None:
         if self.is_closed:

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", type(None): "None"}
-_PLAIN = {bool, int, float, str}
+_PLAIN = {bool, int, float, str, type(None)}
 
 
 class WrongType(TypeError, ValueError):
