@@ -141,7 +141,7 @@ def _profile(config: EngineConfig, num_images: int, num_beams: int) -> dict[str,
     counts: Counter[str] = Counter()
     spans = []
     for event in profiled.events() or []:
-        if event.device_type is torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             times[event.name] += event.time_range.elapsed_us()
             counts[event.name] += 1
             spans.append((event.time_range.start, event.time_range.end))

@@ -46,6 +46,15 @@ class QuantizedWeight(Protocol):
         """
         ...
 
+    def multiply_norm(
+        self, hidden: Tensor, update: Tensor | None, norm: nn.LayerNorm, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add and normalize in the pass that quantizes the rows, and multiply; None if this weight does not.
+
+        Arguments and result are those of `residual.multiply_norm`.
+        """
+        return None
+
 
 class Linear(nn.Linear):
     """`nn.Linear` with its activation function attached, and uninitialized: weights are always loaded.
@@ -175,6 +184,15 @@ class Layers(nn.ModuleList, Generic[LayerT]):
 
     def __iter__(self) -> Iterator[LayerT]:
         return cast("Iterator[LayerT]", super().__iter__())
+
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes for which kernels of this package replace torch's; float32 keeps the reference's operations."""
+
+
+def runs_kernels(input: Tensor) -> bool:
+    """Return whether kernels of this package may run: on a GPU, without gradients, not being compiled."""
+    return input.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:

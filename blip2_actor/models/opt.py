@@ -17,6 +17,7 @@ from blip2_actor.models.kv_cache import KVCache
 from blip2_actor.models.layers import Embedding, Layers, Linear
 from blip2_actor.models.packing import Packing
 from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.residual import multiply_norm, normalize
 
 POSITION_OFFSET = 2
 """The first two rows of the position table are for padding (`OPTLearnedPositionalEmbedding`)."""
@@ -39,20 +40,31 @@ class OptLayer(nn.Module):
         )
         self.fc2 = Linear(config.ffn_dim, width, bias=config.enable_bias)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries, and keys with values: float[..., D] -> float[..., D], float[..., 2 D]."""
-        width = hidden.shape[-1]
-        qkv = self.qkv(self.self_attn_layer_norm(hidden) if self.norm_before else hidden)
-        query, kv = qkv.split([width, 2 * width], dim=-1)
-        return query, kv
+    def project(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual stream `hidden + update`, queries, and keys with values.
 
-    def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Apply output projection, residuals and MLP to the result of the attention (`context`)."""
-        hidden = hidden + self.out_proj(context)
+        float[..., D] each -> float[..., D], float[..., D], float[..., 2 D].
+        """
+        width = hidden.shape[-1]
         if self.norm_before:
-            return hidden + self.fc2(self.fc1(self.final_layer_norm(hidden)))
-        hidden = self.self_attn_layer_norm(hidden)
-        return self.final_layer_norm(hidden + self.fc2(self.fc1(hidden)))
+            hidden, qkv = multiply_norm(self.self_attn_layer_norm, self.qkv, hidden, update)
+        else:
+            qkv = self.qkv(hidden)
+        query, kv = qkv.split([width, 2 * width], dim=-1)
+        return hidden, query, kv
+
+    def finish(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Apply output projection, norms and MLP to the result of the attention (`context`).
+
+        Returns:
+            The residual stream in two parts, or in one (`residual.py`).
+        """
+        update = self.out_proj(context)
+        if self.norm_before:
+            hidden, inner = multiply_norm(self.final_layer_norm, self.fc1, hidden, update)
+            return hidden, self.fc2(inner)
+        _, hidden = normalize(self.self_attn_layer_norm, hidden, update)
+        return normalize(self.final_layer_norm, hidden, self.fc2(self.fc1(hidden)))[1], None
 
 
 class OptDecoder(nn.Module):
@@ -103,13 +115,15 @@ class OptDecoder(nn.Module):
             inputs_embeds = self.project_in(inputs_embeds)
         return inputs_embeds + self.embed_positions(positions + POSITION_OFFSET)
 
-    def _final_norm(self, hidden: Tensor) -> Tensor:
+    def _final_norm(self, hidden: Tensor, update: Tensor | None) -> Tensor:
         if self.final_layer_norm is not None:
-            hidden = self.final_layer_norm(hidden)
+            _, hidden = normalize(self.final_layer_norm, hidden, update)
+        elif update is not None:
+            hidden = hidden + update
         return hidden if self.project_out is None else self.project_out(hidden)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self._final_norm(hidden))
+    def _logits(self, hidden: Tensor, update: Tensor | None) -> Tensor:
+        return self.lm_head(self._final_norm(hidden, update))
 
     def forward(self, prefix: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Compute the logits of texts that follow an image (teacher forcing).
@@ -158,16 +172,17 @@ class OptDecoder(nn.Module):
         float[T_total, Dw] -> float[T_total, Dw].
         """
         hidden = self._embed(inputs_embeds, packing.positions)
+        update: Tensor | None = None
         if recorder is not None:
             recorder.hidden("language_model.embeddings", hidden)
         for index, layer in enumerate(self.layers):
             name = f"language_model.layers.{index}"
-            query, kv = layer.project(hidden)
+            hidden, query, kv = layer.project(hidden, update)
             context = packing.attend(query, kv, layer.num_heads, is_causal=True, recorder=recorder, name=name)
-            hidden = layer.finish(hidden, context)
+            hidden, update = layer.finish(hidden, context)
             if recorder is not None:
-                recorder.hidden(name, hidden)
-        hidden = self._final_norm(hidden)
+                recorder.hidden(name, hidden if update is None else hidden + update)
+        hidden = self._final_norm(hidden, update)
         if recorder is not None:
             recorder.hidden("language_model.last_hidden_state", hidden)
         return hidden
@@ -186,8 +201,9 @@ class OptDecoder(nn.Module):
         packing = Packing([len(p) for p in prefixes], prefixes[0].device)
         hidden = self._embed(packing.pack(prefixes), packing.positions)
         groups = packing.slots_by_group(slots)
+        update: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            query, kv = layer.project(hidden)
+            hidden, query, kv = layer.project(hidden, update)
             for group, group_slots in zip(packing.groups, groups, strict=True):
                 cache.write_prefix(index, group_slots, group.view(kv))
             if index == len(self.layers) - 1:  # from here on, only the last position of each prefix matters
@@ -195,8 +211,8 @@ class OptDecoder(nn.Module):
                 context = packing.attend_last(query, kv, layer.num_heads)
             else:
                 context = packing.attend(query, kv, layer.num_heads, is_causal=True)
-            hidden = layer.finish(hidden, context)
-        return self._logits(hidden)[packing.restore_order]
+            hidden, update = layer.finish(hidden, context)
+        return self._logits(hidden, update)[packing.restore_order]
 
     def decode(self, token_ids: Tensor, lengths: Tensor, cache: KVCache, kv_len: int) -> Tensor:
         """Append one token to each of the slots 0..R-1. A CUDA graph can capture this function.
@@ -213,8 +229,10 @@ class OptDecoder(nn.Module):
         rows = cache.row_indices(lengths)
         attended = cache.attended(lengths + 1, kv_len)
         hidden = self._embed(self.embed_tokens(token_ids), lengths)
+        update: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            query, kv = layer.project(hidden)
+            hidden, query, kv = layer.project(hidden, update)
             cache.write_step(index, rows, kv)
-            hidden = layer.finish(hidden, cache.attend(index, query, attended, layer.num_heads))
-        return self._logits(hidden)
+            context = cache.attend(index, query, attended, layer.num_heads)
+            hidden, update = layer.finish(hidden, context)
+        return self._logits(hidden, update)

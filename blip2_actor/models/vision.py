@@ -8,15 +8,29 @@ Source: arXiv:2301.12597, section 3; transformers `Blip2VisionModel`. Axis lette
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2VisionConfig
 
-from blip2_actor.models.layers import Layers, Linear, attend, merge_heads, split_heads
+from blip2_actor.device import find_kernel
+from blip2_actor.models.layers import (
+    HALF_DTYPES,
+    Layers,
+    Linear,
+    attend,
+    merge_heads,
+    runs_kernels,
+    split_heads,
+)
 from blip2_actor.models.recorder import Recorder
+from blip2_actor.models.residual import multiply_norm, normalize
+
+KERNEL_BLOCK, MAX_LEFT = 128, 16
+"""The kernel of this package replaces torch's if blocks of 128 positions leave up to 16 over, as with 257."""
 
 
 class VisionBlock(nn.Module):
@@ -33,14 +47,20 @@ class VisionBlock(nn.Module):
         self.fc1 = Linear(width, config.intermediate_size, activation=config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, width)
 
-    def forward(self, hidden: Tensor, recorder: Recorder | None = None, name: str = "") -> Tensor:
-        """float[B, P, Dv] -> float[B, P, Dv]; `name` is that of this layer for the recorder."""
-        qkv = self.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
-        query, key, value = (split_heads(x, self.num_heads) for x in qkv)
+    def forward(
+        self, hidden: Tensor, update: Tensor | None, recorder: Recorder | None = None, name: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """Read the residual stream `hidden + update`, and return it in two parts again (`residual.py`).
+
+        float[B, P, Dv] each -> float[B, P, Dv] each; `name` is that of this layer for the recorder.
+        """
+        hidden, qkv = multiply_norm(self.layer_norm1, self.qkv, hidden, update)
         if recorder is not None:
+            query, key, _ = (split_heads(x, self.num_heads) for x in qkv.chunk(3, dim=-1))
             recorder.attention(f"{name}.self_attention", query, key)
-        hidden = hidden + self.projection(merge_heads(attend(query, key, value)))
-        return hidden + self.fc2(self.fc1(self.layer_norm2(hidden)))
+        context = self.projection(_attend_to_all(qkv, self.num_heads))
+        hidden, inner = multiply_norm(self.layer_norm2, self.fc1, hidden, context)
+        return hidden, self.fc2(inner)
 
 
 class VisionEncoder(nn.Module):
@@ -117,11 +137,12 @@ class VisionEncoder(nn.Module):
         hidden = hidden + self.position_embedding
         if recorder is not None:
             recorder.hidden("vision.embeddings", hidden)
+        update: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, recorder, f"vision.layers.{index}")
+            hidden, update = layer(hidden, update, recorder, f"vision.layers.{index}")
             if recorder is not None:
-                recorder.hidden(f"vision.layers.{index}", hidden)
-        return self.post_layernorm(hidden)
+                recorder.hidden(f"vision.layers.{index}", hidden + update)
+        return normalize(self.post_layernorm, hidden, update)[1]
 
     def pool(self, image_embeds: Tensor) -> Tensor:
         """Return the reference's `pooler_output`: the class token, after the final norm a second time.
@@ -129,6 +150,28 @@ class VisionEncoder(nn.Module):
         float[B, P, Dv] -> float[B, Dv].
         """
         return self.post_layernorm(image_embeds[:, 0])
+
+
+def _attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
+    """Compute the attention of all positions to each other: float[B, P, 3 Dv] -> float[B, P, Dv]."""
+    num_blocks, num_left = divmod(qkv.shape[1], KERNEL_BLOCK)
+    if runs_kernels(qkv) and qkv.dtype in HALF_DTYPES and num_blocks and 0 < num_left <= MAX_LEFT:
+        kernel = _find_kernel(qkv.device, qkv.dtype)
+        if kernel is not None:
+            return kernel(qkv.contiguous(), num_heads)
+    query, key, value = (split_heads(x, num_heads) for x in qkv.chunk(3, dim=-1))
+    return merge_heads(attend(query, key, value))
+
+
+@cache
+def _find_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, int], Tensor] | None:
+    def load() -> Callable[[Tensor, int], Tensor]:
+        from blip2_actor.models.encoder_attention import encoder_attention
+
+        encoder_attention(torch.ones(1, 1, 48, device=device, dtype=dtype), 1)
+        return encoder_attention
+
+    return find_kernel(device, "Attention of the vision encoder", load)
 
 
 class PixelNormalizer(nn.Module):

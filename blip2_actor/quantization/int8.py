@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from blip2_actor.models.layers import Activation
+from blip2_actor.models.layers import Activation, QuantizedWeight
 
 LARGEST_INPUT = 127
 ZERO_POINT = 128
@@ -33,7 +33,7 @@ Quantizing 2,056 x 3,072 then takes 0.4 of its time, and scaling with bias and g
 2026-11-26)."""
 
 
-class Int8Weight:
+class Int8Weight(QuantizedWeight):
     """The weight of a linear layer in int8, packed for oneDNN."""
 
     def __init__(self, weight: Tensor, largest: int) -> None:

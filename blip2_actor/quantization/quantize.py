@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_actor.models.blip2 import Blip2
-from blip2_actor.models.layers import Activation, Linear
+from blip2_actor.models.layers import Activation, Linear, QuantizedWeight
 from blip2_actor.quantization.choice import QuantizationChoice
-from blip2_actor.quantization.fusing import fuse_input_steps
+from blip2_actor.quantization.fusing import fuse_activations
 from blip2_actor.quantization.measurement import eligible
 from blip2_actor.quantization.methods import StoreWeight, instructions, storage
 from blip2_actor.quantization.smoothing import Norm, divide, preceding_norms, smoothing_factors
@@ -85,7 +85,7 @@ class Calibration:
 
 
 @dataclass(eq=False)
-class _Pending:
+class _Pending(QuantizedWeight):
     """A layer's weight that is not read yet; it is read, and quantized, when the layer is first used."""
 
     linear: Linear
@@ -148,7 +148,7 @@ def quantize(
         assert isinstance(linear, Linear)
         linear.quantized = _Pending(linear, name, read, norms.get(linear), store, too_different)
     expected = calibration.logits(model)
-    fuse_input_steps(model)
+    fuse_activations(model)
     found = calibration.logits(model)
     layers = eligible(model)
     if too_different:

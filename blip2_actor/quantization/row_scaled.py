@@ -2,23 +2,23 @@
 
 Each output channel of the weight has a scale, and so has each row of the input, found at run time. In fp8
 from bfloat16, one kernel scales the rows, and the product applies both scales; the kernel also computes the
-norm or the activation before the layer (`fusing.py`). Every other product is unscaled, in int32 or float32,
-and the scales are applied after it; `torch.compile` fuses what stands before and after it. Those products
-also run on a CPU, slowly, so that tests need no GPU.
+norm before the layer (`multiply_norm`) or the activation (`fusing.py`). Every other product is unscaled, in
+int32 or float32, and the scales are applied after it; `torch.compile` fuses what stands before and after it.
+Those products also run on a CPU, slowly, so that tests need no GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2_actor.device import find_kernel
-from blip2_actor.models.layers import Activation, find_activation
+from blip2_actor.models.layers import Activation, QuantizedWeight, find_activation
 from blip2_actor.quantization.int8 import FULL_WEIGHT, SMALLEST_SCALE
 
 FP8 = torch.float8_e4m3fn
@@ -26,37 +26,16 @@ LARGEST = {torch.int8: float(FULL_WEIGHT), FP8: torch.finfo(FP8).max}
 """Largest magnitude of a number in each dtype."""
 MULTIPLE, MIN_ROWS = 16, 32
 """cuBLAS multiplies matrices whose sides are multiples of 16, and in int8 of more than 16 rows."""
-LAYER_NORM = "layer_norm"
-_KERNEL_STEPS = {
-    LAYER_NORM: LAYER_NORM,
+_KERNEL_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""Our names of steps, and those of the kernel."""
+"""Our names of activations, and those of the kernel."""
 
 
-@dataclass(frozen=True)
-class InputStep:
-    """What is computed of the input of a layer before its rows are scaled."""
-
-    name: str
-    """`LAYER_NORM` or the name of an activation."""
-    weight: Tensor | None = None
-    """float[D], of the norm."""
-    bias: Tensor | None = None
-    """float[D], of the norm."""
-    eps: float = 0.0
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """float[M, D] -> float[M, D], by torch."""
-        if self.name == LAYER_NORM:
-            return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
-        return find_activation(self.name)(rows)
-
-
-class RowScaledWeight:
+class RowScaledWeight(QuantizedWeight):
     """The weight of a linear layer in int8 or fp8 (e4m3), padded with zeros for the product."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -71,22 +50,24 @@ class RowScaledWeight:
         self._levels = _padded(levels, len(weight))
         self._one = torch.ones((), device=weight.device)
         fits = dtype is FP8 and self._levels.shape == weight.shape
-        self._kernel = _find_kernel(weight.device) if fits else None
-        """Scales rows in bfloat16, whose product applies the scales itself and writes half as much."""
-        self.input_step: InputStep | None = None
+        self._kernels = _find_kernels(weight.device) if fits else None
+        """Scale rows in bfloat16, whose product applies the scales itself and writes half as much."""
+        self.input_activation: str | None = None
         """Computed before the rows are scaled."""
 
     def __call__(self, input: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """Compute the input step, multiply, add the bias, and apply the activation.
+        """Compute the input's activation, multiply, add the bias, and apply the activation.
 
         float[..., D] -> float[..., N], in the dtype of `input`.
         """
-        rows, step = input.reshape(-1, input.shape[-1]), self.input_step
-        if self._kernel is not None and input.dtype is torch.bfloat16:
-            levels, largest = self._kernel(rows, step)
+        rows, name = input.reshape(-1, input.shape[-1]), self.input_activation
+        if self._kernels is not None and input.dtype is torch.bfloat16:
+            levels, largest = self._kernels.scale(
+                rows, SMALLEST_SCALE, _KERNEL_ACTIVATIONS[name] if name else ""
+            )
             output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)[: len(rows)]
         else:
-            rows = rows if step is None else step(rows)
+            rows = rows if name is None else find_activation(name)(rows)
             levels, largest = scale_rows(rows, self._dtype)
             product = self._multiply(_padded(levels, max(len(rows), MIN_ROWS)))
             output = product[: len(rows), : self._num_channels] * (largest * self._scale)
@@ -94,6 +75,22 @@ class RowScaledWeight:
                 output = output + bias
         output = output.to(input.dtype).unflatten(0, input.shape[:-1])
         return output if activation is None else activation(output)
+
+    def multiply_norm(
+        self, hidden: Tensor, update: Tensor | None, norm: nn.LayerNorm, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add, normalize and scale in one kernel, and multiply; None without this kernel."""
+        if self._kernels is None or hidden.dtype is not torch.bfloat16:
+            return None
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        total, levels, largest = self._kernels.add_norm_and_scale(
+            rows,
+            None if update is None else update.reshape(rows.shape),
+            (norm.weight, norm.bias, norm.eps),
+            SMALLEST_SCALE,
+        )
+        output = _multiply_scaled(levels, self._levels, largest, self._scale, bias)[: len(rows)]
+        return total.view(hidden.shape), output.unflatten(0, hidden.shape[:-1])
 
     def _multiply(self, levels: Tensor) -> Tensor:
         """[M, D] of bytes -> int32[M, N] or float32[M, N], with padded sides."""
@@ -122,26 +119,27 @@ def _multiply_scaled(
     )
 
 
-ScaleRows = Callable[[Tensor, "InputStep | None"], tuple[Tensor, Tensor]]
+class Kernels(NamedTuple):
+    """The kernels of `row_kernel.py`, which import triton."""
+
+    scale: Callable[[Tensor, float, str], tuple[Tensor, Tensor]]
+    add_norm_and_scale: Callable[
+        [Tensor, Tensor | None, tuple[Tensor, Tensor | None, float], float], tuple[Tensor, Tensor, Tensor]
+    ]
 
 
 @cache
-def _find_kernel(device: torch.device) -> ScaleRows | None:
-    def load() -> ScaleRows:
-        from blip2_actor.quantization.row_kernel import scale_rows_to_fp8
-
-        def scale(rows: Tensor, step: InputStep | None) -> tuple[Tensor, Tensor]:
-            if step is None:
-                return scale_rows_to_fp8(rows, SMALLEST_SCALE)
-            name = _KERNEL_STEPS[step.name]
-            return scale_rows_to_fp8(rows, SMALLEST_SCALE, name, step.weight, step.bias, step.eps)
+def _find_kernels(device: torch.device) -> Kernels | None:
+    def load() -> Kernels:
+        from blip2_actor.models.row_kernel import add_norm_and_scale, scale_rows_to_fp8
 
         ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-        for name in _KERNEL_STEPS:
-            scale(ones, InputStep(name, ones[0], ones[0]))
-        levels, largest = scale(ones, None)
+        for name in sorted({"", *_KERNEL_ACTIVATIONS.values()}):
+            levels, largest = scale_rows_to_fp8(ones, SMALLEST_SCALE, name)
+        for update in (None, ones):
+            add_norm_and_scale(ones, update, (ones[0], ones[0], 1e-5), SMALLEST_SCALE)
         _multiply_scaled(levels, levels, largest, largest.flatten(), None)
-        return scale
+        return Kernels(scale_rows_to_fp8, add_norm_and_scale)
 
     return find_kernel(device, "Quantizing inputs", load)
 
