@@ -23,8 +23,10 @@ FRAGMENT_ROWS = 512
 HOLD_S = 1.5
 """Nor does one whose first rows have waited this long."""
 QUIET_S, QUIET_PART = 0.25, 0.02
-"""When every call waits, another may still begin: the largest fragment waits until no rows have come for this
-long. It is a part of the age of the process at first, so that a short job does not wait."""
+"""When every call waits, another may still begin: in a store, where each fragment costs requests, the largest
+one waits until no rows have come for this long. It is a part of the age of the process at first, so that a
+short job does not wait. On a disk it would only wait: with an engine that costs nothing, a job makes 4,300
+rows/s without, and 3,000 with it (two cores, 2026-11-27)."""
 
 
 @dataclass
@@ -60,6 +62,7 @@ class FragmentWriter:
         self._ledger = ledger
         self._fragment_rows = fragment_rows
         self._hold_s = hold_s
+        self._quiet_s = 0.0 if ledger.folder.is_local else QUIET_S
         self._started = time.monotonic()
         self._changed = threading.Condition()
         self._open: dict[str, _Batch] = {}
@@ -125,7 +128,7 @@ class FragmentWriter:
         due = batch.due
         num_waiting = sum(len(other.tables) for other in self._open.values())
         if num_waiting >= self._num_calls and batch.num_rows == max(b.num_rows for b in self._open.values()):
-            quiet_s = min(QUIET_S, QUIET_PART * (now - self._started)) if self._num_calls else 0.0
+            quiet_s = min(self._quiet_s, QUIET_PART * (now - self._started)) if self._num_calls else 0.0
             due = min(due, batch.last + quiet_s)
         return due - now
 
