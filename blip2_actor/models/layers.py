@@ -51,7 +51,7 @@ class QuantizedWeight(Protocol):
     ) -> tuple[Tensor, Tensor] | None:
         """Add and normalize in the pass that quantizes the rows, and multiply; None if this weight does not.
 
-        Arguments and result are those of `residual.multiply_norm`.
+        Arguments and result are those of `residual.multiply_norm`, which applies the activation.
         """
         return None
 

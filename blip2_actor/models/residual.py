@@ -31,13 +31,13 @@ def normalize(norm: nn.LayerNorm, hidden: Tensor, update: Tensor | None) -> tupl
     if update is None:
         return hidden, norm(hidden)
     kernel = None
-    if runs_kernels(hidden) and hidden.dtype in HALF_DTYPES and are_on(hidden.device, norm.weight):
+    if hidden.dtype in HALF_DTYPES and _kernel_may_read(hidden, norm):
         kernel = _find_kernel(hidden.device, hidden.dtype)
     if kernel is None:
         hidden = hidden + update
         return hidden, norm(hidden)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    total, normed = kernel(rows, update.reshape(rows.shape), (norm.weight, norm.bias, norm.eps))
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    total, normed = kernel(rows, update.reshape(rows.shape).contiguous(), (norm.weight, norm.bias, norm.eps))
     return total.view(hidden.shape), normed.view(hidden.shape)
 
 
@@ -49,18 +49,23 @@ def multiply_norm(
     Returns:
         The sum, float[..., D], and the result of the linear layer, float[..., N].
     """
-    quantized = linear.quantized
-    if quantized is not None and runs_kernels(hidden) and are_on(hidden.device, norm.weight, linear.bias):
-        found = quantized.multiply_norm(hidden, update, norm, linear.bias)
+    if linear.quantized is not None and _kernel_may_read(hidden, norm, linear.bias):
+        found = linear.quantized.multiply_norm(hidden, update, norm, linear.bias)
         if found is not None:
-            return found
+            total, output = found
+            return total, output if linear.activation is None else linear.activation(output)
     hidden, normed = normalize(norm, hidden, update)
     return hidden, linear(normed)
 
 
-def are_on(device: torch.device, *parameters: Tensor | None) -> bool:
-    """Return whether all parameters that exist are on a device; those of a split model may be elsewhere."""
-    return all(parameter is None or parameter.device == device for parameter in parameters)
+def _kernel_may_read(hidden: Tensor, norm: nn.LayerNorm, bias: Tensor | None = None) -> bool:
+    """Return whether a kernel may run, and finds the parameters; those of a split model may be elsewhere."""
+    parameters = [parameter for parameter in (norm.weight, norm.bias, bias) if parameter is not None]
+    return (
+        runs_kernels(hidden)
+        and norm.weight is not None
+        and all(parameter.device == hidden.device for parameter in parameters)
+    )
 
 
 @cache

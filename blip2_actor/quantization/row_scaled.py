@@ -82,10 +82,10 @@ class RowScaledWeight(QuantizedWeight):
         """Add, normalize and scale in one kernel, and multiply; None without this kernel."""
         if self._kernels is None or hidden.dtype is not torch.bfloat16:
             return None
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         total, levels, largest = self._kernels.add_norm_and_scale(
             rows,
-            None if update is None else update.reshape(rows.shape),
+            None if update is None else update.reshape(rows.shape).contiguous(),
             (norm.weight, norm.bias, norm.eps),
             SMALLEST_SCALE,
         )

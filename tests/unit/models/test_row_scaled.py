@@ -6,18 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Blip2VisionConfig
 
 from blip2_actor.models.layers import Linear
+from blip2_actor.models.vision import VisionBlock
+from blip2_actor.quantization.fusing import fuse_activations
 from blip2_actor.quantization.int8 import FULL_WEIGHT, is_exact
 from blip2_actor.quantization.methods import require_method
-from blip2_actor.quantization.row_scaled import (
-    FP8,
-    LARGEST,
-    LAYER_NORM,
-    InputStep,
-    RowScaledWeight,
-    scale_rows,
-)
+from blip2_actor.quantization.row_scaled import FP8, LARGEST, RowScaledWeight, scale_rows
 
 DTYPES = (torch.int8, FP8)
 
@@ -67,18 +63,18 @@ def test_the_dtype_of_the_input_is_kept_and_a_zero_row_is_zero(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_compiles_as_one_graph(dtype: torch.dtype) -> None:
     """The encoders are compiled as a whole, and a break in the graph would be an error."""
-    layers = [Linear(64, 64, activation="gelu") for _ in range(2)]
-    for layer in layers:
-        nn.init.normal_(layer.weight)
-        nn.init.zeros_(layer.bias)
-        layer.requires_grad_(False).take(RowScaledWeight(layer.weight.data, dtype))
-    first, second = (layer.quantized for layer in layers)
-    assert isinstance(first, RowScaledWeight) and isinstance(second, RowScaledWeight)
-    first.input_step = InputStep(LAYER_NORM, torch.ones(64), torch.zeros(64), 1e-5)
-    second.input_step = InputStep(layers[0].take_activation() or "")
-    model, x = nn.Sequential(*layers), normal(33, 64)
-    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), model(x))
+    block = VisionBlock(Blip2VisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=2))
+    for module in block.modules():
+        if isinstance(module, Linear):
+            nn.init.normal_(module.weight)
+            nn.init.zeros_(module.bias)
+            module.requires_grad_(False).take(RowScaledWeight(module.weight.data, dtype))
+    fuse_activations(block)
+    assert block.fc1.activation is None
+    hidden, update = normal(2, 33, 64), normal(2, 33, 64)
+    compiled = torch.compile(block, dynamic=False, fullgraph=True, backend="eager")
+    for found, expected in zip(compiled(hidden, update), block(hidden, update), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
