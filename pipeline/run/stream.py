@@ -24,7 +24,7 @@ from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
 from pipeline.stages.coordinator import ReportLoad, ReportShard
 from pipeline.stages.model_check import Models
-from pipeline.stages.pools import CALL_ROWS, caption_pool, decode
+from pipeline.stages.pools import BLOCK_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
 from pipeline.stages.storage_trouble import TellCoordinator
 from pipeline.stages.write import WriteStage
@@ -51,7 +51,7 @@ def receipts_dataset(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     block_bytes = min(
-        CALL_ROWS * info.image_size_px**2 * 3,
+        BLOCK_ROWS * info.image_size_px**2 * 3,
         reservations.max_block_bytes or MAX_BLOCK_BYTES,
         MAX_BLOCK_BYTES,
     )

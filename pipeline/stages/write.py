@@ -35,7 +35,7 @@ from pipeline.stages.engine_fault import EngineFault
 from pipeline.stages.fragment_writer import FragmentWriter, split_by_shard
 from pipeline.stages.model_check import Models, require_same_models
 from pipeline.stages.output_rows import output_rows
-from pipeline.stages.pools import CALL_ROWS
+from pipeline.stages.pools import BLOCK_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
@@ -151,7 +151,7 @@ class WriteStage:
                 yield from replay(self._stage, table, positions, call, history, self._coordinator)
             return
         with self._lock.shared(), self._writer.call():
-            for piece in self._stage.finish_rows(table, positions, CALL_ROWS, PIECE_S):
+            for piece in self._stage.finish_rows(table, positions, BLOCK_ROWS, PIECE_S):
                 yield piece
                 if ray.get(self._coordinator.is_stopping.remote()):
                     return
