@@ -16,8 +16,8 @@ CALL_ROWS = 256
 full."""
 BLOCK_ROWS = 512
 """Maximum number of rows of a block of pixels, and so of a call on CPUs; only those of small images have so
-many. A block costs the driver and Ray 20 ms, whatever its size: with an engine that costs nothing, a job makes
-4,500 to 4,950 rows/s, and 3,800 to 4,300 with half as many (two cores, 2026-11-27)."""
+many. A block costs the driver and Ray 20 ms, whatever its size: with an engine that costs nothing, a job
+makes 4,500 to 4,950 rows/s, and 3,800 to 4,300 with half as many (two cores, 2026-11-27)."""
 
 
 def decode(

@@ -63,8 +63,8 @@ def norm_of(dtype: torch.dtype, **options: bool) -> nn.LayerNorm:
 
 
 def stream(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    hidden, update = torch.randn(2, 3, WIDTH).to(dtype), torch.randn(3, 2, WIDTH).to(dtype)
-    return hidden, update.transpose(0, 1)  # not contiguous
+    hidden, update = torch.randn(2, 2, 3, 2 * WIDTH).to(dtype)[..., :WIDTH]  # not contiguous
+    return hidden, update
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
