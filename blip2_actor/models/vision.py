@@ -156,7 +156,7 @@ def _attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
     """Compute the attention of all positions to each other: float[B, P, 3 Dv] -> float[B, P, Dv]."""
     num_blocks, num_left = divmod(qkv.shape[1], KERNEL_BLOCK)
     if runs_kernels(qkv) and qkv.dtype in HALF_DTYPES and num_blocks and 0 < num_left <= MAX_LEFT:
-        kernel = _find_kernel(qkv.device, qkv.dtype)
+        kernel = _find_kernel(qkv.device, qkv.dtype, *qkv.shape[1:], num_heads)
         if kernel is not None:
             return kernel(qkv.contiguous(), num_heads)
     query, key, value = (split_heads(x, num_heads) for x in qkv.chunk(3, dim=-1))
@@ -164,11 +164,15 @@ def _attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 @cache
-def _find_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, int], Tensor] | None:
+def _find_kernel(
+    device: torch.device, dtype: torch.dtype, num_positions: int, width: int, num_heads: int
+) -> Callable[[Tensor, int], Tensor] | None:
+    """Find `encoder_attention`, and try it with this shape: not every GPU has the shared memory for it."""
+
     def load() -> Callable[[Tensor, int], Tensor]:
         from blip2_actor.models.encoder_attention import encoder_attention
 
-        encoder_attention(torch.ones(1, 1, 48, device=device, dtype=dtype), 1)
+        encoder_attention(torch.ones(1, num_positions, width, device=device, dtype=dtype), num_heads)
         return encoder_attention
 
     return find_kernel(device, "Attention of the vision encoder", load)

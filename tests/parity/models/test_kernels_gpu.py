@@ -37,7 +37,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("width", [88, 64, 24])
 def test_every_position_attends_to_all(width: int, num_positions: int, dtype: torch.dtype) -> None:
     """257 positions are those of the published models; 88 is the width of their heads."""
-    kernel = vision._find_kernel(torch.device("cuda", 0), dtype)
+    kernel = vision._find_kernel(torch.device("cuda", 0), dtype, num_positions, 3 * 5 * width, 5)
     assert kernel is not None, "it cannot be compiled here"
     qkv = (2 * torch.randn(3, num_positions, 3 * 5 * width, device="cuda")).to(dtype)
     query, key, value = (x.unflatten(-1, (5, -1)).transpose(1, 2) for x in qkv.double().chunk(3, -1))
