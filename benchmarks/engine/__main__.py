@@ -35,6 +35,9 @@ def main() -> None:
         help="batch sizes of the reference (default: each case's own); no number leaves the reference out",
     )
     parser.add_argument("--quantize", choices=("int8", "fp8", "int8-weights"), help="quantize the engine")
+    parser.add_argument(
+        "--encode-batch", type=int, help="images of one pass of the encoders (default: the engine's choice)"
+    )
     parser.add_argument("--skip-vision", action="store_true", help="do not measure the vision encoder alone")
     parser.add_argument("--quick", action="store_true", help="a quarter of the images, one round")
     arguments = parser.parse_args()
@@ -64,6 +67,7 @@ def _run(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -> N
         num_threads=arguments.threads,
         skip_self_test=case.skip_self_test,
         quantize=arguments.quantize,
+        encode_batch=arguments.encode_batch,
     )
 
     def keep(found: dict[str, Any]) -> None:
