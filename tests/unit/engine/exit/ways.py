@@ -179,5 +179,6 @@ def status_and_output(folder: Path, way: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     folder = save_tiny_checkpoint(Path(sys.argv[1]))
     print(json.dumps({way: status_and_output(folder, way) for way in sys.argv[2:]}))
