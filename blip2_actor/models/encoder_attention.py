@@ -164,21 +164,30 @@ def _load(  # type: ignore[no-untyped-def]
     REST: tl.constexpr,
     END: tl.constexpr,
 ):
-    """Return two blocks of channels of some rows, with zeros from row `END` on; with 0 all rows exist.
-
-    A block has a power of two of channels, so the channels of a head are two blocks: 88 are 64 and 32, of
-    which 8 are zeros.
-    """
+    """Return both blocks of channels of some rows, with zeros where there are none."""
     start = source + rows[:, None] * (3 * ALL)
-    first, rest = tl.arange(0, FIRST)[None, :], (FIRST + tl.arange(0, REST))[None, :]
-    is_first, is_rest = first < WIDTH, rest < WIDTH
-    if END > 0:
-        is_first, is_rest = is_first & (rows < END)[:, None], is_rest & (rows < END)[:, None]
+    first, rest, is_first, is_rest = _channels(rows, WIDTH, FIRST, REST, END)
     x = tl.load(start + first, mask=is_first, other=0.0)
     y = x
     if FIRST < WIDTH:
         y = tl.load(start + rest, mask=is_rest, other=0.0)
     return x, y
+
+
+@triton.jit
+def _channels(  # type: ignore[no-untyped-def]
+    rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, END: tl.constexpr
+):
+    """Return two blocks of channels, and which of them exist in which row; with 0 for `END` all rows do.
+
+    A block has a power of two of channels, so the channels of a head are two blocks: 88 are 64 and 32, of
+    which 8 are zeros.
+    """
+    first, rest = tl.arange(0, FIRST)[None, :], (FIRST + tl.arange(0, REST))[None, :]
+    is_first, is_rest = first < WIDTH, rest < WIDTH
+    if END > 0:
+        is_first, is_rest = is_first & (rows < END)[:, None], is_rest & (rows < END)[:, None]
+    return first, rest, is_first, is_rest
 
 
 @triton.jit
@@ -219,10 +228,7 @@ def _store(  # type: ignore[no-untyped-def]
     END: tl.constexpr,
 ):
     start = target + rows[:, None] * ALL
-    first, rest = tl.arange(0, FIRST)[None, :], (FIRST + tl.arange(0, REST))[None, :]
-    is_first, is_rest = first < WIDTH, rest < WIDTH
-    if END > 0:
-        is_first, is_rest = is_first & (rows < END)[:, None], is_rest & (rows < END)[:, None]
+    first, rest, is_first, is_rest = _channels(rows, WIDTH, FIRST, REST, END)
     tl.store(start + first, x.to(target.dtype.element_ty), mask=is_first)
     if FIRST < WIDTH:
         tl.store(start + rest, y.to(target.dtype.element_ty), mask=is_rest)

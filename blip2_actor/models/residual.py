@@ -60,12 +60,10 @@ def multiply_norm(
 
 def _kernel_may_read(hidden: Tensor, norm: nn.LayerNorm, bias: Tensor | None = None) -> bool:
     """Return whether a kernel may run, and finds the parameters; those of a split model may be elsewhere."""
-    parameters = [parameter for parameter in (norm.weight, norm.bias, bias) if parameter is not None]
-    return (
-        runs_kernels(hidden)
-        and norm.weight is not None
-        and all(parameter.device == hidden.device for parameter in parameters)
-    )
+    if not runs_kernels(hidden) or norm.weight is None:
+        return False
+    parameters = (norm.weight, norm.bias, bias)
+    return all(parameter is None or parameter.device == hidden.device for parameter in parameters)
 
 
 @cache
