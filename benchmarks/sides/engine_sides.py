@@ -74,8 +74,11 @@ class ReferenceSide:
     def __init__(self, folder: Path, dtype: str, device: str, work: Work, num_beams: int) -> None:
         self._device, self._work, self._num_beams = torch.device(device), work, num_beams
         self.dtype: torch.dtype = getattr(torch, dtype)
-        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=self.dtype)
-        self._model = model.eval().to(self._device)
+        # With a device map the weights go straight to a GPU, in 2 s instead of a minute.
+        device_map = {"": device} if self._device.type == "cuda" else None
+        self._model = Blip2ForConditionalGeneration.from_pretrained(
+            folder, dtype=self.dtype, device_map=device_map
+        ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         processor = Checkpoint(folder).image_processor
         normalizer = PixelNormalizer(processor.mean, processor.std, processor.rescale_factor).to(self._device)
