@@ -118,6 +118,8 @@ def shorten(value: object) -> str:
 
 _UNKNOWN = "extra_forbidden"
 """pydantic's name for a field that does not exist."""
+MAX_EXPLAINED = 1_000
+"""Errors of one body, among which the one that is meant is looked for: 5 ms."""
 
 
 def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[str]) -> str:
@@ -127,6 +129,9 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
         given: the body that was validated.
         known: the fields of a body.
     """
+    num_wrong = error.error_count()
+    if num_wrong > MAX_EXPLAINED:
+        return f"body must have known fields and values of the right types, got {num_wrong} that are wrong"
     all_errors = error.errors(include_url=False, include_context=False)
     errors = _meant([(_place(one, given), one) for one in all_errors])
     # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant.
@@ -169,7 +174,8 @@ def _way(value: Any, parts: Sequence[Any], wrong: object) -> _Place | None:
     if not parts:
         return () if value is wrong else None
     part, *rest = parts
-    if (isinstance(value, dict) and part in value) or (isinstance(value, list) and part in range(len(value))):
+    is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
+    if is_index or (isinstance(value, dict) and part in value):
         found = _way(value[part], rest, wrong)
         if found is not None:
             return (part, *found)
