@@ -14,6 +14,9 @@ from deploy.http.errors import bad_request, shorten
 OPTION_NAMES = tuple(field.name for field in fields(GenerationOptions))
 MAX_TOKEN_IDS = 256
 """Maximum number of token ids that one option names; they are looked at in every step."""
+MAX_OPTION_CHARS = 8_192
+"""Of one option, written as JSON: more than 256 token ids or eight texts to stop at have. Options are checked
+on the event loop, where 600 kB of wrong token ids took 0.5 s."""
 MAX_OPTIONS = {"max_new_tokens": 512, "num_beams": 16, "num_return_sequences": 16}
 """What one caller may ask of a shared engine; more would crowd out the other requests."""
 
@@ -48,10 +51,15 @@ def options_schema() -> dict[str, Any]:
 
 def _option(name: str, value: object) -> Any:
     if name not in _TYPES:
-        raise bad_request(GenerationOptions.explain_unknown(name))
+        raise bad_request(GenerationOptions.explain_unknown(name[:MAX_OPTION_CHARS]))
+    written = json.dumps(value)
+    if len(written) > MAX_OPTION_CHARS:
+        raise bad_request(
+            f"options: {name} must have at most {MAX_OPTION_CHARS} characters as JSON, got {len(written)}"
+        )
     try:
         # Through JSON, in which a list is accepted for a tuple.
-        parsed = _TYPES[name].validate_json(json.dumps(value))
+        parsed = _TYPES[name].validate_json(written)
     except ValidationError as error:
         rule = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise bad_request(f"options: {name} must be {rule}, got {shorten(value)}") from None

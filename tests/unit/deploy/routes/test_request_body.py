@@ -43,6 +43,10 @@ def post_json(service: EngineService, body: bytes) -> httpx.Response:
         ({"options": {"max_length": 20}}, "give max_new_tokens"),
         ({"options": {"bad_words_ids": [["cat"]]}}, "bad_words_ids"),
         ({"options": {"bad_words_ids": [list(range(300))]}}, "bad_words_ids must have at most 256 token ids"),
+        (
+            {"options": {"suppress_tokens": ["x"] * 99_000}},
+            "suppress_tokens must have at most 8192 characters",
+        ),
         ({"options": {"temperature": 0.5}}, "temperature"),
         ({"options": {"length_penalty": 1e999, "num_beams": 2}}, "length_penalty"),
         ({"options": {"stop": "."}}, "stop"),
