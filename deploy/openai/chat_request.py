@@ -17,7 +17,7 @@ from deploy.http.errors import bad_request
 from deploy.http.images import ImageSource, read_text
 from deploy.http.options import MAX_OPTIONS, parse_options
 from deploy.http.service import ServedModel
-from deploy.http.wishes import Body, Text
+from deploy.http.wishes import MAX_TEXT_CHARS, Body, Text
 from deploy.work import TextToGenerate
 
 NO_EFFECT = (
@@ -202,4 +202,6 @@ def content_of(messages: list[Message]) -> tuple[str | None, str]:
     if len(images) != 1:
         raise bad_request(f"messages must contain exactly one image, got {len(images)}")
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+    if len(text) > MAX_TEXT_CHARS:  # as in one part; an engine splits it into tokens, and others wait
+        raise bad_request(f"messages must have at most {MAX_TEXT_CHARS} characters of text, got {len(text)}")
     return text or None, images[0]

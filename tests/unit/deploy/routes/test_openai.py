@@ -280,6 +280,10 @@ def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineSe
     assert greedy._options(beams) == defaults
 
 
+LONG_TEXT = {"type": "text", "text": "x" * 8192}
+"""Of legal length alone. While an engine split 8 MB of such parts into tokens, all others waited for 9 s."""
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "named"),
     [
@@ -298,6 +302,11 @@ def test_samples_without_a_seed_differ_and_greedy_leaves_beams(service: EngineSe
         ({"messages": [{"role": "user", "content": "no image"}]}, 400, "image"),
         ({"messages": [MESSAGES[0] | {"content": MESSAGES[0]["content"] * 2}]}, 400, "image"),
         ({"messages": []}, 400, "messages"),
+        (
+            {"messages": [MESSAGES[0] | {"content": [*MESSAGES[0]["content"], LONG_TEXT]}]},
+            400,
+            "at most 8192",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "'image_url', 'text'"),
     ],
 )
