@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
@@ -26,6 +26,7 @@ Name = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra={"not
 ModelName = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Options = Annotated[dict[str, Any], WithJsonSchema(options_schema())]
 EmbeddingKind = Literal["vision", "qformer", "queries", "contrastive"]
+EmbeddingKinds = Annotated[list[EmbeddingKind], Field(max_length=len(get_args(EmbeddingKind)))]
 
 
 class Body(BaseModel):
@@ -51,7 +52,7 @@ class Wishes(Body):
     """Texts whose log-probability after the image and the prompt is wanted."""
     match: Texts | None = None
     """Texts to compare with the image; this needs a retrieval model (--score-model)."""
-    embed: list[EmbeddingKind] | None = None
+    embed: EmbeddingKinds | None = None
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
     contrastive, which needs a retrieval model."""
     attention: bool = False

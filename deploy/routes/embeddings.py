@@ -17,7 +17,15 @@ from deploy.http.images import ImageField, ImageSource
 from deploy.http.openapi import body_of, errors
 from deploy.http.request_body import read_body
 from deploy.http.service import ServedModel, Service, make_each
-from deploy.http.wishes import MAX_TEXTS, Body, EmbeddingKind, ModelName, Text, require_matching
+from deploy.http.wishes import (
+    MAX_TEXTS,
+    Body,
+    EmbeddingKind,
+    EmbeddingKinds,
+    ModelName,
+    Text,
+    require_matching,
+)
 from deploy.work import ImageWork
 
 
@@ -27,7 +35,7 @@ class EmbedBody(Body):
     model: ModelName | None = None
     """One of `/v1/models`; without one, the first of them."""
     image: ImageField | None = None
-    embed: Annotated[list[EmbeddingKind], Field(min_length=1)] = Field(default=["qformer"])
+    embed: Annotated[EmbeddingKinds, Field(min_length=1)] = Field(default=["qformer"])
     """Vectors of the image: vision (pooled), qformer (the mean of the queries), queries (each of them), and
     contrastive, which needs a retrieval model."""
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = None

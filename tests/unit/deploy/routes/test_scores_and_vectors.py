@@ -147,6 +147,15 @@ def test_vectors_are_those_of_the_engine(captioning: EngineService) -> None:
         assert error_of(post(captioning, "/v1/embed", **fields))[:2] == (400, "bad_request")
 
 
+@pytest.mark.parametrize("path", ["/v1/embed", "/v1/caption"])
+def test_a_vector_is_not_asked_for_again_and_again(captioning: EngineService, path: str) -> None:
+    """Each was made a list of numbers on the event loop: 90,000 stopped all other requests for a second."""
+    asked = ["queries", "vision", "qformer"]
+    assert post(captioning, path, image=base64_of(IMAGE), embed=asked).status_code == 200
+    refused = post(captioning, path, image=base64_of(IMAGE), embed=["queries"] * 5)
+    assert error_of(refused)[:2] == (400, "bad_request") and "embed must have at most 4" in refused.text
+
+
 def test_a_retrieval_model_matches_ranks_and_embeds(retrieval: EngineService) -> None:
     matches = post(retrieval, "/v1/match", image=base64_of(IMAGE), texts=TEXTS).json()["matches"]
     assert [match["text"] for match in matches] == TEXTS
