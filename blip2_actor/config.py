@@ -7,7 +7,6 @@ module imports the two engines only when it builds them; nothing else in the eng
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -41,9 +40,6 @@ class ModelConfig:
     """Fetch images that are given as http or https URLs, from public addresses only."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "adapter"):
-            if isinstance(place := getattr(self, name, None), os.PathLike):
-                object.__setattr__(self, name, os.fspath(place))
         require_types(self)
         if not self.model:
             raise ValueError('model must be a hub name, a folder or "demo", got an empty string')

@@ -25,6 +25,7 @@ from blip2_actor import (
     ModelInfo,
 )
 from blip2_actor.flags import Parser, add_flags, hiding, prefixed, written_as
+from blip2_actor.inputs.field_types import require_types
 from deploy.observe.logs import LogLevel
 from deploy.trials.share import Share
 
@@ -170,8 +171,7 @@ class Settings:
         calibration = self.read_calibration()
         if calibration is not None and calibration.model not in [model.digest for model in models]:
             raise ValueError(
-                f"calibration must be of a model that is served, got {self.calibration}; make a new one: "
-                "blip2 calibrate"
+                f"calibration must be of a model that is served, got {self.calibration}; run blip2 calibrate"
             )
 
     def require_fit(self, model: ModelInfo, matching: ModelInfo | None) -> None:
@@ -188,6 +188,9 @@ class Settings:
             self.options.require_known_tokens(model.vocab_size)
 
     def __post_init__(self) -> None:
+        require_types(self)
+        for name in (one.name for one in fields(self) if getattr(self, one.name) == ""):
+            raise ValueError(f"{name} must not be empty; leave it out")
         if self.score_revision is not None and self.score_model is None:
             raise ValueError("score_revision must be left out without score_model; name the checkpoint")
         names = [self.engine.model, *(given.partition("=")[0] for given in self.other_models)]
@@ -202,15 +205,13 @@ class Settings:
             raise ValueError(f"timeout_s must be above 0 and finite, got {self.timeout_s}")
         if not 1 <= self.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight must be from 1 to {MAX_IN_FLIGHT}, got {self.max_in_flight}")
-        for name in ("decode_children", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"decode_children": 1, "slots": 1, "cache_bytes": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must be from 0 to 1, got {self.min_confidence}")
         if self.min_confidence and self.calibration is None:
             raise ValueError("min_confidence must be left out without calibration; name its file")
-        if self.cache_bytes < 0:
-            raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         for name, (form, what, remedy) in _PLACES.items():
             for given in getattr(self, name):
                 if not re.fullmatch(form, given):
@@ -258,8 +259,7 @@ class ServeSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("port", "metrics_port"):
-            port = getattr(self, name)
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
             if port is not None and not 1 <= port <= 65535:
                 raise ValueError(f"{name} must be from 1 to 65535, got {port}")
         if self.metrics_port == self.port:

@@ -50,9 +50,6 @@ class FetchPolicy:
     """Maximum number of redirects."""
 
     def __post_init__(self) -> None:
-        for name in ("hosts", "allow_networks", "private_hosts"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
         require_types(self)
         if self.hosts is not None:
             object.__setattr__(self, "hosts", tuple(map(plain_host, self.hosts)))

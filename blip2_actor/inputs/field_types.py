@@ -5,6 +5,8 @@ A `Literal` is a type as well: its values are written once, in the field's annot
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import types
 import typing
 from functools import cache
@@ -23,7 +25,7 @@ def require_types(instance: Any) -> None:
     """Raise `WrongType` for the first field whose value does not have its declared type.
 
     A whole number counts as a number; True and False are no numbers. Numbers of numpy count, and are replaced
-    by those of Python, which JSON and random generators take.
+    by those of Python, which JSON and random generators take. So are lists by tuples, and paths by texts.
     """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
@@ -37,8 +39,10 @@ def require_types(instance: Any) -> None:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if type(value) in _PLAIN or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -46,7 +50,8 @@ def _plain(value: object) -> object:
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -56,10 +61,10 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(one, arguments[0]) for one in value)
+        return isinstance(value, tuple | list) and all(_fits(one, arguments[0]) for one in value)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, hint) or (hint is str and isinstance(value, os.PathLike))
 
 
 def _described(hint: Any) -> str:

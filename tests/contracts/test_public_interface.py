@@ -68,6 +68,7 @@ PUBLIC = [
 
 OPEN_TO_SIBLINGS = (
     "blip2_actor.flags",
+    "blip2_actor.inputs.field_types",
     "blip2_actor.version_flag",
     "blip2_actor.installation",
     "blip2_actor.testing",

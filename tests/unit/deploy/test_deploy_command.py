@@ -49,6 +49,12 @@ def test_an_empty_model_is_refused(free_port: int, capsys) -> None:
     assert "model must be" in capsys.readouterr().err
 
 
+def test_an_empty_keys_file_is_refused(free_port: int, capsys) -> None:
+    """As of a variable that is not set: it ended in a traceback, 20 s later."""
+    assert main(["--model", "demo", "--port", str(free_port), "--keys-file", ""]) == 3
+    assert capsys.readouterr().err == "blip2 serve: --keys-file must not be empty; leave it out\n"
+
+
 def test_token_ids_that_the_model_does_not_have_are_refused(free_port: int, capsys) -> None:
     """Every request would have failed on them."""
     assert main(["--model", "demo", "--port", str(free_port), "--suppress-tokens", "999999"]) == 3

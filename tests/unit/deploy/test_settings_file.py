@@ -73,3 +73,28 @@ def test_a_calibration_of_another_model_is_refused_before_work(tmp_path: Path) -
         settings.check_models()
     with pytest.raises(ValueError, match="min_confidence must be left out without calibration"):
         Settings(min_confidence=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"log_level": "loud"}, "log_level must be 'debug', 'info', 'warning' or 'error', got 'loud'"),
+        ({"port": "8000"}, "port must be a whole number, got '8000'"),
+        ({"allow_anonymous": "no"}, "allow_anonymous must be true or false, got 'no'"),
+        ({"allowed_hosts": "localhost"}, "allowed_hosts must be texts, got 'localhost'"),
+        ({"engine": "demo"}, "engine must be EngineConfig, got 'demo'"),
+        ({"slots": 0}, "slots must be at least 1, got 0"),
+        ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
+        ({"host": ""}, "host must not be empty; leave it out"),
+        ({"keys_file": ""}, "keys_file must not be empty; leave it out"),
+    ],
+)
+def test_wrong_values_from_python_are_refused_by_name(given: dict[str, Any], said: str) -> None:
+    """They failed in a replica, or not at all: the letters of a host were taken for hosts."""
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ServeSettings(**given)
+
+
+def test_python_may_give_lists_and_paths() -> None:
+    settings = Settings(allowed_hosts=["a.example"], cache_from=Path("run"))  # type: ignore[arg-type]
+    assert (settings.allowed_hosts, settings.cache_from) == (("a.example",), "run")
