@@ -67,7 +67,7 @@ def serve_until_stopped(settings: ServeSettings) -> None:
         target = serve.RunTarget(application, name=APPLICATION, logging_config=logs)
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_running(stop):
-            sys.stdout.write(_invitation(engine.model, settings.host, settings.port) + _whereabouts())
+            sys.stdout.write(_invitation(settings) + _whereabouts())
             sys.stdout.flush()
             stop.wait()
             _drain(settings.longest_request_s + 30)
@@ -250,14 +250,16 @@ def _set_on_signal(stop: threading.Event) -> None:
         signal.signal(number, lambda *_: stop.set())
 
 
-def _invitation(model: str, host: str, port: int) -> str:
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+def _invitation(settings: ServeSettings) -> str:
+    model, host = settings.engine.model, settings.host
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{settings.port}"
+    curl = "curl" if settings.keys_file is None else 'curl -H "Authorization: Bearer $BLIP2_KEY"'
     image = "photo.jpg"
     lines = [f"{model} is ready on {url}/ (Ctrl-C ends it)"]
     if model == "demo":
         image = "scene.png"
-        lines.append(f"  curl -so {image} {url}/{image}")
-    lines.append(f"  curl -F image=@{image} {url}/v1/caption")
+        lines.append(f"  {curl} -so {image} {url}/{image}")
+    lines.append(f"  {curl} -F image=@{image} {url}/v1/caption")
     return "\n".join(lines) + "\n"
 
 

@@ -81,6 +81,15 @@ def test_a_ray_that_does_not_start_is_one_sentence_and_status_1(
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
+def test_the_lines_to_try_name_a_key_where_callers_have_one() -> None:
+    """With keys, they made a picture of the 401, and sent that."""
+    settings = ServeSettings(engine=EngineConfig(model="demo"), port=8123, keys_file="keys.txt")
+    _, *lines = local_service._invitation(settings).splitlines()
+    assert len(lines) == 2
+    assert all('curl -H "Authorization: Bearer $BLIP2_KEY" -' in line for line in lines)
+    assert "Bearer" not in local_service._invitation(dataclasses.replace(settings, keys_file=None))
+
+
 def test_all_settings_reach_the_service(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
     """Slots, threads and limits were no flags, so that the command could not set them."""
     served: list[ServeSettings] = []
