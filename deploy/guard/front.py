@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deploy.guard.access import ADMIN_PATHS
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import PASSED_BODY, Body, Uploads, give_back_large_memory
@@ -208,8 +209,12 @@ def _live(method: str) -> Response:
 
 
 def _counts(scope: Scope) -> bool:
-    """Return whether a request is one of those that gateways limit together; batch work has its own limit."""
-    return scope["method"] == "POST" and not scope["path"].endswith(BATCH_PATH)
+    """Return whether a request is one of those that gateways limit together.
+
+    Batch work has its own limit, and an operator none: who wants to drain does so when there is too much.
+    """
+    path = scope["path"]
+    return scope["method"] == "POST" and not path.endswith(BATCH_PATH) and ADMIN_PATHS not in path
 
 
 def _in_place_of(code: int | None) -> ApiError:

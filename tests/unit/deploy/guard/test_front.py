@@ -194,9 +194,10 @@ def test_the_front_refuses_what_the_gateways_would_refuse(monkeypatch: pytest.Mo
             answer = await post()
             assert error_of(answer) == (503, "overloaded") and answer.headers["retry-after"] == "8"
             assert serve.num_asked == 7, "the front has answered"
-            # Batch work has a limit of its own, and probes none.
+            # Batch work has a limit of its own; probes and operators have none.
             await post("/v1/batch")
-            assert serve.num_asked == 8 and guarded._limit.value == 6
+            await post("/admin/drain")
+            assert serve.num_asked == 9 and guarded._limit.value == 6
             assert (await client.get("/livez")).status_code == 200
             # A place that is free is taken again, and answers make room for more.
             serve.limit = 100
