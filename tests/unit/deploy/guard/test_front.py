@@ -75,6 +75,7 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
         ([("content-type", "multipart/form-data; boundary=xx; charset=punycode")], 415),
         ([("content-type", 'multipart/form-data; boundary=xx; charset="UTF-16"')], 415),
         ([("content-type", "application/json; charset=latin-1")], 415),
+        ([("content-type", "application/json" + ";" * 1024)], 400),
         ([("content-encoding", "gzip")], 415),
         ([("x-request-id", "\xff\xfe".encode("latin-1"))], 400),
         ([("x-request-id", "a" * 129)], 400),
