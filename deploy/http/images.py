@@ -37,11 +37,8 @@ ImageSource = bytes | ImageUrl
 
 def _read_image(value: object, info: ValidationInfo) -> ImageSource:
     """Return the image in a field; raise ApiError 400 or 413, with the name of the field."""
-    context = info.context or {}
     name = info.field_name or "image"
-    if name == "inputs" and name not in context.get("given", ()):
-        name = "image"  # its other name
-    policy = context.get("image_policy", FetchPolicy(hosts=()))
+    policy = (info.context or {}).get("image_policy", FetchPolicy(hosts=()))
     if isinstance(value, str):
         return read_text(name, value, policy)
     if value is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
-from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
@@ -59,7 +59,7 @@ async def read_body(
     """
     header = request.headers.get("content-type", "")
     media = header.partition(";")[0].strip().lower()
-    fields = _names(body_type)
+    fields = body_type.model_fields.keys()
     is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
     if not (is_raw or media == JSON or (media == FORM and fields & {*FILE_FIELDS})):
         raise ApiError(
@@ -85,16 +85,9 @@ def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: Fe
     """Return the fields of a call as a model; raise ApiError 400 that names the first wrong field."""
     given = dict(fields)
     try:
-        return body_type.model_validate(given, context={"image_policy": image_policy, "given": given})
+        return body_type.model_validate(given, context={"image_policy": image_policy})
     except ValidationError as error:
         raise bad_request(explain(error, given, body_type.model_fields)) from None
-
-
-def _names(body_type: type[BaseModel]) -> Set[str]:
-    """Return the names that the fields of a body may have."""
-    aliases = [one.validation_alias for one in body_type.model_fields.values()]
-    choices = [name for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices]
-    return {*body_type.model_fields, *map(str, choices)}
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:

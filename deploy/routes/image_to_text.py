@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import AliasChoices, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from deploy.guard.cost import cost_of
 from deploy.http.answers import Answer
+from deploy.http.errors import bad_request
 from deploy.http.images import ImageField
 from deploy.http.openapi import body_of, errors
 from deploy.http.options import parse_options
@@ -22,21 +22,31 @@ from deploy.work import ImageWork, TextToGenerate
 
 class ImageToTextParameters(Body):
     max_new_tokens: int | None = None
-    generation_parameters: Options | None = Field(
-        default=None, validation_alias=AliasChoices("generation_parameters", "generate_kwargs")
-    )
+    generation_parameters: Options | None = None
     """Generation options, with the names of transformers."""
+    generate_kwargs: Options | None = None
+    """Another name of `generation_parameters`."""
 
     @property
     def options(self) -> dict[str, Any]:
-        given = {name: x for name, x in (self.generation_parameters or {}).items() if x is not None}
-        return given if self.max_new_tokens is None else given | {"max_new_tokens": self.max_new_tokens}
+        """The options that are given; raise ApiError 400 if one is given in two ways."""
+        if self.generation_parameters is not None and self.generate_kwargs is not None:
+            raise bad_request("parameters: generate_kwargs must be left out with generation_parameters")
+        options = self.generation_parameters or self.generate_kwargs or {}
+        given = {name: x for name, x in options.items() if x is not None}
+        if self.max_new_tokens is None:
+            return given
+        if given.get("max_new_tokens", self.max_new_tokens) != self.max_new_tokens:
+            raise bad_request("parameters: max_new_tokens must be given once")
+        return given | {"max_new_tokens": self.max_new_tokens}
 
 
 class ImageToTextBody(Body):
     """The image, as `inputs` or `image` in JSON; or the body itself."""
 
-    inputs: ImageField = Field(validation_alias=AliasChoices("inputs", "image"))
+    inputs: ImageField | None = None
+    image: ImageField | None = None
+    """Another name of `inputs`."""
     parameters: ImageToTextParameters = ImageToTextParameters()
     model: ModelName | None = None
     """One of `/v1/models`; without one, the first of them."""
@@ -54,11 +64,14 @@ def image_to_text_router(service: Service) -> APIRouter:
     async def image_to_text(request: Request) -> JSONResponse:
         """Caption one image, as `huggingface_hub.InferenceClient.image_to_text` asks."""
         body = await read_body(request, ImageToTextBody, service.image_policy)
+        image = body.inputs if body.image is None else body.image
+        if image is None or (body.inputs is not None and body.image is not None):
+            raise bad_request("inputs or image must be given, one of them")
         async with service.model(body.model, may_be_on_trial=True) as model:
             options = parse_options(body.parameters.options, model.options)
             work = ImageWork(texts=(TextToGenerate(prompt=None, options=options),))
             async with service.admit(cost_of(work)):
-                made = await service.make(model, body.inputs, work)
+                made = await service.make(model, image, work)
         return JSONResponse([{"generated_text": one.text} for one in made.outputs.completions])
 
     return router

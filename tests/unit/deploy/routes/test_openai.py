@@ -393,3 +393,20 @@ def test_the_task_of_hugging_face(service: EngineService) -> None:
         service, "/", inputs=base64_of(IMAGE), parameters={"generation_parameters": {"eta_cutoff": 1}}
     )
     assert error_of(wrong)[:2] == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"generate_kwargs": {}, "generation_parameters": {}}, "generate_kwargs must be left out"),
+        (
+            {"generate_kwargs": {"max_new_tokens": 3}, "max_new_tokens": 5},
+            "max_new_tokens must be given once",
+        ),
+    ],
+)
+def test_what_is_given_twice_to_the_task_is_refused(
+    service: EngineService, parameters: dict[str, Any], said: str
+) -> None:
+    """One of the two was ignored, or said to be no field."""
+    assert said in error_of(post(service, "/", inputs=base64_of(IMAGE), parameters=parameters))[2]

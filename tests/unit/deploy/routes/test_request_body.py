@@ -181,10 +181,11 @@ def chat_with(part: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("path", "fields", "said"),
     [
-        ("/", {"input": "x"}, "input is not a field; the fields are inputs, parameters, model"),
+        ("/", {"input": "x"}, "input is not a field; the fields are inputs, image, parameters, model"),
         ("/", {"inputs": 5}, "inputs must be a string"),
         ("/", {"image": 5}, "image must be a string"),
-        ("/", {}, "inputs must be given"),
+        ("/", {}, "inputs or image must be given, one of them"),
+        ("/", {"inputs": "AAAA", "image": "AAAA"}, "inputs or image must be given, one of them"),
         ("/v1/embeddings", {"model": "demo", "input": 5}, "input must be a valid string, got 5"),
         ("/v1/embeddings", {"model": "demo", "input": [[1]]}, "input.0 must be a valid string, got [1]"),
         (
