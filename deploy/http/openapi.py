@@ -11,15 +11,17 @@ from pydantic.json_schema import models_json_schema
 
 from deploy.http.request_body import FILE_FIELDS, FORM, JSON, PLAIN_TEXTS
 
+_KEY = {"type": "http", "scheme": "bearer", "description": "A key, if the callers of the service have keys."}
 _REF = "#/components/schemas/{model}"
 _documented: dict[str, type[BaseModel]] = {}
 """Models that routes refer to and FastAPI does not see."""
 
 CODES = {
-    400: "the body or a field is wrong, or a URL is not allowed; the message names the field",
+    400: "the body or a field is wrong, or a URL or the Host is not allowed; the message names the field",
     401: "the key is missing or wrong",
-    403: "the key has no right to send batch work",
+    403: "the page that sent the request is not allowed, or the key has no right to send batch work",
     404: "the service has another model, or no such route",
+    408: "the body came too slowly",
     409: "the service has another model than the job",
     413: "the body or an image has more bytes or pixels than the limits allow",
     415: "the content type is not one that the route reads",
@@ -30,6 +32,8 @@ CODES = {
     503: "too much is being served, or there is no engine; Retry-After says when to try again",
     504: "no answer within timeout_s",
 }
+_ANYWHERE = {400, 403, 503}
+"""Codes that even a route without a body can answer with."""
 
 
 class Problem(BaseModel):
@@ -52,8 +56,8 @@ class ErrorAnswer(BaseModel):
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Return the error answers of a route: those of every route that has work done, or only some."""
-    codes = codes or tuple(CODES.keys() - {401, 403, 409})
-    return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(codes)}
+    documented = _ANYWHERE.union(codes) if codes else CODES.keys() - {409}
+    return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(documented)}
 
 
 def body_of(body_type: type[BaseModel], *, forms: bool = False, raw: bool = False) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def answer_in(media_types: Sequence[str], *models: type[BaseModel]) -> dict[int 
 
 
 def document(api: FastAPI) -> None:
-    """Add the models of bodies and streams to the schema of an application."""
+    """Add keys, and the models of bodies and streams, to the schema of an application."""
     build = api.openapi
 
     def openapi() -> dict[str, Any]:
@@ -90,11 +94,28 @@ def document(api: FastAPI) -> None:
             schema = build()
             models = [(model, "validation") for model in _documented.values()]
             _, definitions = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            components = schema["components"]
+            components["schemas"].update(definitions["$defs"])
+            components["securitySchemes"] = {"key": _KEY}
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    _say_what_a_key_does(operation)
+            # FastAPI's own answer to a wrong parameter, which every text satisfies.
+            for name in ("HTTPValidationError", "ValidationError"):
+                components["schemas"].pop(name, None)
             api.openapi_schema = schema
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]
+
+
+def _say_what_a_key_does(operation: dict[str, Any]) -> None:
+    """Say of an operation whether it takes a key, which its 401 tells; and drop what FastAPI adds."""
+    answers = operation["responses"]
+    if "401" in answers:
+        operation["security"] = [{"key": []}] if "admin" in operation["tags"] else [{"key": []}, {}]
+    if "HTTPValidationError" in str(answers.get("422")):
+        del answers["422"]
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -31,12 +31,12 @@ def models_router(service: Service) -> APIRouter:
     def describe(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "blip2"}
 
-    @router.get("/v1/models", response_model=Models)
+    @router.get("/v1/models", response_model=Models, responses=errors(401))
     async def models() -> JSONResponse:
         """List the models; the first one answers requests that name none."""
         return JSONResponse({"object": "list", "data": [describe(name) for name in service.model_names]})
 
-    @router.get("/v1/models/{name:path}", response_model=Model, responses=errors(404))
+    @router.get("/v1/models/{name:path}", response_model=Model, responses=errors(401, 404))
     async def model(name: str) -> JSONResponse:
         """Describe the model of this name; its engines are not asked."""
         require_name(service.model_names, name)

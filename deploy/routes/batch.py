@@ -179,7 +179,7 @@ def batch_router(service: Service) -> APIRouter:
         openapi_extra=body_of(BatchBody, forms=True),
         responses={
             **answer_in((LINES,), BatchLine, BatchScoreLine, BatchFeaturesLine, BrokenOff),
-            **errors(403, 409),
+            **errors(409),
         },
         response_class=Response,
     )

@@ -54,7 +54,7 @@ def pages_router(service: Service) -> APIRouter:
     """Return the routes that only describe."""
     router = APIRouter(tags=["service"])
 
-    @router.get("/v1/model", response_model=ModelAnswer, responses=errors(404, 429, 503))
+    @router.get("/v1/model", response_model=ModelAnswer, responses=errors(401, 404, 429, 503))
     async def describe(model: str | None = None) -> JSONResponse:
         """Describe a model, by default the first, and the options of a request that names none."""
         async with service.model(model) as served:
@@ -75,7 +75,7 @@ def pages_router(service: Service) -> APIRouter:
         await service.check_ready()
         return JSONResponse({"status": "ok"})
 
-    @router.get("/startupz", response_model=HealthAnswer)
+    @router.get("/startupz", response_model=HealthAnswer, responses=errors(503))
     async def startupz() -> JSONResponse:
         """Answer 200 once the service has started; before, the answer is 503."""
         return JSONResponse({"status": "ok"})

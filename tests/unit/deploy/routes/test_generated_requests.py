@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from blip2_actor import FetchPolicy
 from deploy.http.api import create_api
 from deploy.observe.logs import LogLevel
 from tests.unit.deploy.routes.engine_service import EngineService, base64_of, data_uri, png
@@ -52,7 +53,8 @@ class Replicas:
         return {"gateways": [{"num_in_flight": 0}], "engines": []}
 
 
-SERVICE = EngineService()
+# A body of megabytes must be refused for what is wrong in it: Schemathesis does not take 413 for a refusal.
+SERVICE = EngineService(image_policy=FetchPolicy(hosts=(), max_bytes=16 << 20))
 SERVICE.fleet = Replicas()  # type: ignore[assignment]
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_api(SERVICE))
 
@@ -75,8 +77,10 @@ TYPES = [
 def test_generated_requests_get_documented_answers(case: schemathesis.Case) -> None:
     # A field of a form is text: an object in its place is sent as the text of it, which is right.
     is_form = case.media_type == "multipart/form-data"
-    checks = [check for check in CHECKS if not (is_form and check is negative_data_rejection)]
-    case.call_and_validate(checks=checks)
+    # A missing key is refused in front of the routes, by `Access`.
+    needs_key = case.path.startswith("/admin/")
+    has_all = not (is_form or needs_key)
+    case.call_and_validate(checks=[one for one in CHECKS if has_all or one is not negative_data_rejection])
 
 
 def test_hostile_requests_get_errors_of_our_shape() -> None:

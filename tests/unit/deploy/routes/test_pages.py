@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from blip2_actor import ModelInfo
+from deploy.guard.access import OPEN_PATHS
 from deploy.http.errors import ApiError
 from deploy.http.service import ServedModel
 from tests.unit.deploy.routes.engine_service import EngineService, ask, error_of
@@ -79,5 +80,12 @@ def test_every_route_is_documented_with_its_answers(service: EngineService) -> N
             if method == "post" and not path.startswith("/admin/"):
                 assert {"400", "413", "415", "422", "503", "504"} <= operation["responses"].keys(), path
                 assert "requestBody" in operation, path
+            # What `Access` and Serve's proxy answer for any route, in our shape.
+            errors = {code: one for code, one in operation["responses"].items() if int(code) >= 400}
+            assert {"400", "403", "503"} <= errors.keys(), path
+            assert all("ErrorAnswer" in str(one["content"]) for one in errors.values()), path
+            is_open = method == "get" and path in OPEN_PATHS
+            assert ("401" in errors) == ("security" in operation) == (not is_open), path
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     body = schema["components"]["schemas"]["CaptionBody"]["properties"]
     assert all(field.get("description") for field in body.values())
