@@ -110,7 +110,8 @@ class ChatBody(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy search; without one, the options of the service apply."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """0 and -1 leave all tokens, as in vLLM."""
     repetition_penalty: float | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
@@ -175,13 +176,14 @@ class ChatBody(BaseModel):
     def _search(self, defaults: GenerationOptions) -> dict[str, Any]:
         """Return the options that the temperature decides; none if it is left to the service."""
         seed = secrets.randbits(62) if self.seed is None else self.seed % (1 << 62)
-        is_narrowed = (self.top_p or 1) < 1 or bool(self.top_k)
+        top_k = max(self.top_k or 0, 0)
+        is_narrowed = (self.top_p or 1) < 1 or top_k > 0
         if self.temperature or (self.temperature is None and is_narrowed):
             return GREEDY | {
                 "do_sample": True,
                 "temperature": max(self.temperature or 1.0, MIN_TEMPERATURE),
                 "top_p": self.top_p or 1.0,
-                "top_k": self.top_k or 0,
+                "top_k": top_k,
                 "seed": seed,
             }
         if self.temperature == 0:

@@ -260,6 +260,7 @@ def test_tokens_after_a_stop_text_have_no_place_in_the_log_probabilities(bytewis
             ),
         ),
         ({"top_p": 0.5, "seed": 3}, GenerationOptions(do_sample=True, top_p=0.5, seed=3)),
+        ({"top_k": -1}, GenerationOptions()),
         (
             {"min_tokens": 2, "repetition_penalty": 1.5},
             GenerationOptions(min_new_tokens=2, repetition_penalty=1.5),
