@@ -134,10 +134,11 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
         return f"body must have known fields and values of the right types, got {num_wrong} that are wrong"
     all_errors = error.errors(include_url=False, include_context=False)
     errors = _meant([(_place(one, given), one) for one in all_errors])
-    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant.
+    # A misspelled name is why another is missing; of the kinds of values of a field, the most alike is meant:
+    # what is wrong lies deepest in it, or is not its type.
     unknown = [(place, one) for place, one in errors if one["type"] == _UNKNOWN]
     alike = unknown or [(place, one) for place, one in errors if place[:1] == errors[0][0][:1]]
-    place, wrong = max(alike, key=lambda found: len(found[0]))
+    place, wrong = max(alike, key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")))
     path = ".".join(map(str, place))
     if unknown:
         return f"{path} is not a field" + (f"; the fields are {', '.join(known)}" if len(place) == 1 else "")
@@ -145,7 +146,7 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
         return f"{path} must be given"
     if wrong["type"].startswith(("value_error", "union_tag")):
         return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
-    rule = re.sub(r"^(Input|String|List|Dictionary) should ", "", wrong["msg"])
+    rule = re.sub(r"^(Input|String|List|Dictionary) should | after validation", "", wrong["msg"])
     return f"{path} must {rule}, got {shorten(wrong['input'])}"
 
 

@@ -188,6 +188,7 @@ def chat_with(part: object) -> dict[str, object]:
         ("/", {"inputs": "AAAA", "image": "AAAA"}, "inputs or image must be given, one of them"),
         ("/v1/embeddings", {"model": "demo", "input": 5}, "input must be a valid string, got 5"),
         ("/v1/embeddings", {"model": "demo", "input": [[1]]}, "input.0 must be a valid string, got [1]"),
+        ("/v1/embeddings", {"model": "demo", "input": []}, "input must have at least 1 item, not 0, got []"),
         (
             "/v1/rerank",
             {"query": {"image": 5}, "documents": ["a"]},
