@@ -70,6 +70,8 @@ def embeddings_router(service: Service) -> APIRouter:
         body = await read_body(request, EmbedBody, service.image_policy)
         if (body.image is None) == (body.texts is None):
             raise bad_request("image or texts must be given, one of them")
+        if body.texts is not None and "embed" in body.model_fields_set:
+            raise bad_request("embed must be left out with texts, whose vectors are of one kind")
         async with service.model(body.model) as model:
             if body.image is None:
                 return JSONResponse(await _embed_texts(service, model, body.texts or []))

@@ -180,6 +180,8 @@ def test_a_retrieval_model_matches_ranks_and_embeds(retrieval: EngineService) ->
     assert [one["relevance_score"] for one in ranked["results"]] == sorted(
         (match.itm for match in expected), reverse=True
     )
+    ignored = post(retrieval, "/v1/embed", texts=TEXTS, embed=["qformer"])
+    assert error_of(ignored)[2].startswith("embed must be left out with texts")
     too_long = post(retrieval, "/v1/embed", texts=["a dog", "a dog " * 1000])
     assert error_of(too_long)[:2] == (422, "refused")
     model = ask(retrieval, "GET", "/v1/model").json()
