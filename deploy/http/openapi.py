@@ -60,16 +60,22 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorAnswer, "description": CODES[code]} for code in sorted(documented)}
 
 
-def body_of(body_type: type[BaseModel], *, forms: bool = False, raw: bool = False) -> dict[str, Any]:
+def body_of(
+    body_type: type[BaseModel], *, json: bool = True, forms: bool = False, raw: bool = False
+) -> dict[str, Any]:
     """Return the description of a body that the route reads itself.
 
     Args:
+        json: it may be JSON.
         forms: it may be a form too, whose fields are JSON except for images, the prompt and the model.
         raw: it may be the bytes of an image too, with the other fields in the query.
     """
-    content: dict[str, Any] = {JSON: {"schema": _reference(body_type)}}
+    content: dict[str, Any] = {JSON: {"schema": _reference(body_type)}} if json else {}
     if forms:
-        fields = {name: _in_form(name) for name in body_type.model_fields}
+        described = {name: one.description for name, one in body_type.model_fields.items()}
+        fields = {
+            name: _in_form(name) | ({"description": text} if text else {}) for name, text in described.items()
+        }
         required = [name for name in FILE_FIELDS if name in fields]
         content[FORM] = {"schema": {"type": "object", "required": required, "properties": fields}}
     if raw:

@@ -61,20 +61,21 @@ async def read_body(
     media = header.partition(";")[0].strip().lower()
     fields = body_type.model_fields.keys()
     is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
-    if not (is_raw or media == JSON or (media == FORM and fields & {*FILE_FIELDS})):
+    is_json = media == JSON and "pixels" not in fields  # which are bytes
+    if not (is_raw or is_json or (media == FORM and fields & {*FILE_FIELDS})):
         raise ApiError(
             415,
             "unsupported_media_type",
             f"Content-Type must be {_content_types(fields)}, got {media or 'none'!r}",
         )
-    max_bytes = image_policy.max_bytes * max_bodies * (4 / 3 if media == JSON else 1) + MAX_TEXT_BYTES
+    max_bytes = image_policy.max_bytes * max_bodies * (4 / 3 if is_json else 1) + MAX_TEXT_BYTES
     body = await _read_bounded(request, int(max_bytes))
 
     def parse() -> BodyT:
         if is_raw:
             given: dict[str, Any] = {"image": _raw_image(media, body)}
         else:
-            given = _json_fields(body) if media == JSON else _form_fields(header, body, fields)
+            given = _json_fields(body) if is_json else _form_fields(header, body, fields)
         in_query = _from_texts(_query_texts(request.url.query), fields)
         return validate(body_type, _merged(given, in_query), image_policy)
 

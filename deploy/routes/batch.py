@@ -74,7 +74,9 @@ class BatchBody(Body):
     pixels: bytes
     """A file of NumPy's format .npy: uint8[N, S, S, 3], where S is the image size of the model."""
     texts: list[BatchText] = Field(default_factory=list)
+    """Texts to generate, such as [{"image": 0, "prompt": "a photo of"}]; both may be left out."""
     scores: list[BatchScore] = Field(default_factory=list)
+    """Texts to score, such as [{"image": 0, "text": "a dog", "prompt": "a photo of"}]."""
     features: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     """Images of which the outputs of the vision encoder and the Q-Former are wanted."""
     options: Options | None = None
@@ -110,8 +112,10 @@ class BatchBody(Body):
         )
 
     def require_model(self, model: ModelInfo) -> None:
-        """Raise ApiError 409 unless the service has the model that the job is for."""
+        """Raise ApiError 409 unless the service has the model that the job is for, 400 without its digest."""
         if self.digest is None:
+            if self.dtype is not None or self.quantize is not None:
+                raise bad_request("dtype and quantize must be left out without digest")
             return
         names = ("digest", "dtype", "quantize")
         wrong = [name for name in names if getattr(self, name) != getattr(model, name)]
@@ -176,7 +180,7 @@ def batch_router(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/batch",
-        openapi_extra=body_of(BatchBody, forms=True),
+        openapi_extra=body_of(BatchBody, forms=True, json=False),
         responses={
             **answer_in((LINES,), BatchLine, BatchScoreLine, BatchFeaturesLine, BrokenOff),
             **errors(409),

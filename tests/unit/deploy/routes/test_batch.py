@@ -141,6 +141,20 @@ def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: li
     assert (code, kind) == (400, "bad_request") and said in message
 
 
+def test_pixels_come_in_a_form(service: EngineService) -> None:
+    """JSON was documented, and refused by what a field holds."""
+    answer = ask(service, "POST", "/v1/batch", json={"pixels": "AAAA", "texts": [{}]})
+    assert error_of(answer)[:2] == (415, "unsupported_media_type")
+    content = service.api.openapi()["paths"]["/v1/batch"]["post"]["requestBody"]["content"]
+    assert list(content) == ["multipart/form-data"]
+    assert "prompt" in content["multipart/form-data"]["schema"]["properties"]["texts"]["description"]
+
+
+def test_a_dtype_without_a_model_is_refused(service: EngineService) -> None:
+    """It was ignored."""
+    assert error_of(send(service, npy(IMAGES), [{}], dtype="float16"))[0] == 400
+
+
 def test_a_job_for_another_model_is_refused(service: EngineService) -> None:
     model = {"digest": service.first.info.digest, "dtype": service.first.info.dtype, "quantize": None}
     assert lines_of(send(service, npy(IMAGES), [{}], **model))
