@@ -42,6 +42,9 @@ from deploy.work import (
 
 MAX_ASKED = 256
 """Texts, scores and features of one request together."""
+MAX_BATCH_CHARS = 1 << 20
+"""Of all prompts and texts of one request. While an engine makes tokens of them, all others wait: 12 s of
+8 MB."""
 PULSE_S = 1.0
 """An empty line says after this many seconds without a result that the request is still served."""
 
@@ -99,6 +102,13 @@ class BatchBody(Body):
         if not 1 <= num_asked <= MAX_ASKED:
             raise bad_request(
                 f"texts, scores and features must be from 1 to {MAX_ASKED} together, got {num_asked}"
+            )
+        prompts = [one.prompt or "" for one in self.texts] + [one.prompt or "" for one in self.scores]
+        num_chars = sum(map(len, prompts)) + sum(len(one.text) for one in self.scores)
+        if num_chars > MAX_BATCH_CHARS:
+            # Not 413, after which a job would make all of its requests smaller for one long text.
+            raise bad_request(
+                f"prompts and texts must have at most {MAX_BATCH_CHARS} characters together, got {num_chars}"
             )
         for name, images in images_of.items():
             if any(image >= num_images for image in images):

@@ -141,6 +141,14 @@ def test_what_is_wrong_is_named(service: EngineService, pixels: bytes, texts: li
     assert (code, kind) == (400, "bad_request") and said in message
 
 
+def test_the_texts_of_a_batch_are_bounded_together(service: EngineService) -> None:
+    """8 MB in one prompt kept the engine busy for 12 s. A job sends what is refused one by one."""
+    for fields in ({"texts": [{"prompt": "x"}] * 2}, {"texts": [], "scores": [{"text": "x", "prompt": "x"}]}):
+        long = json.loads(json.dumps(fields).replace('"x"', f'"{"x" * (batch.MAX_BATCH_CHARS // 2 + 1)}"'))
+        assert "1048576 characters together" in error_of(send(service, npy(IMAGES), **long))[2]
+        assert lines_of(send(service, npy(IMAGES), **fields))
+
+
 def test_pixels_come_in_a_form(service: EngineService) -> None:
     """JSON was documented, and refused by what a field holds."""
     answer = ask(service, "POST", "/v1/batch", json={"pixels": "AAAA", "texts": [{}]})
