@@ -56,7 +56,7 @@ class Admission:
     def check_open(self) -> None:
         """Raise ApiError 503 when the gateway is draining."""
         if self._is_draining:
-            raise unavailable("the service is ending")
+            raise unavailable("the service is draining")
 
     def set_draining(self, is_draining: bool) -> None:
         """Refuse what comes from now on, or take it again."""

@@ -189,9 +189,9 @@ def test_batch_work_ends_with_the_service_or_after_its_time_and_does_not_hold_it
         async with door.admit_batch(CAPTION) as check:
             check()
             await asyncio.wait_for(door.drain(), 1)
-            with pytest.raises(ApiError, match="the service is ending"):
+            with pytest.raises(ApiError, match="the service is draining"):
                 check()
-            with pytest.raises(ApiError, match="the service is ending"):
+            with pytest.raises(ApiError, match="the service is draining"):
                 async with door.admit_batch(CAPTION):
                     pass
             door.set_draining(False)
