@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from blip2_actor import Embedding, ModelInfo
 from deploy.calls.handshake import handshake
+from deploy.calls.shared_calls import begin_shared
 from deploy.http.errors import overloaded, unavailable
 from deploy.http.service import ServedModel, require_name
 from deploy.settings import Settings
@@ -79,7 +80,7 @@ class Models:
     def _begin_to_ask(self, name: str) -> asyncio.Task[None]:
         asking = self._asking.get(name)
         if asking is None or asking.done():
-            asking = self._asking[name] = asyncio.create_task(self._ask(name))
+            asking = self._asking[name] = begin_shared(self._ask(name))
             asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # which reads it
         return asking
 

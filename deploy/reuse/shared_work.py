@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.calls.shared_calls import begin_shared
 from deploy.observe.metrics import CACHE_BYTES, CACHE_REQUESTS
 from deploy.reuse.made import Made
 
@@ -45,7 +46,7 @@ class SharedWork:
         flight = self._flights.get(key)
         CACHE_REQUESTS.inc(1, {"result": "made" if flight is None else "joined"})
         if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.create_task(make()))
+            flight = self._flights[key] = _Flight(begin_shared(make()))
             flight.task.add_done_callback(lambda _: self._land(key, flight))
         flight.num_waiting += 1
         try:

@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray import serve
 
 from blip2_actor import EngineConfig
 from pipeline.progress import Console
@@ -90,6 +91,27 @@ def test_a_caller_that_disconnects_frees_its_slot(url: str, closed_gate: Path) -
     # The engine was busy with the first request; the others were cancelled before it started them.
     assert engine_stats().num_requests - before.num_requests > 2
     assert engine_stats().num_finished - before.num_finished < 5
+
+
+def test_a_caller_that_disconnects_takes_nobody_with_it(url: str, closed_gate: Path) -> None:
+    """Ray cancelled the call that an equal request had begun, and all who waited for it got 503."""
+    gateway = serve.get_deployment_handle("Gateway", "/")
+
+    def num_in_flight() -> int:
+        return int(gateway.stats.remote().result(timeout_s=10)["num_in_flight"])
+
+    wait_for(lambda: num_in_flight() == 0)
+    with ThreadPoolExecutor(2) as callers:
+        image, before = png(6_000), engine_stats()
+        first = callers.submit(httpx.post, f"{url}/v1/caption", files={"image": image}, timeout=3)
+        wait_for(lambda: engine_stats().num_requests > before.num_requests)
+        second = callers.submit(post, url, image)
+        wait_for(lambda: num_in_flight() == 2)
+        assert isinstance(first.exception(), httpx.ReadTimeout)
+        wait_for(lambda: num_in_flight() < 2)
+        closed_gate.unlink()
+        assert second.result().json()["caption"] == caption_of(image)
+    assert engine_stats().num_requests - before.num_requests == 1
 
 
 def test_captions_are_those_of_the_batch_job_in_fewer_passes_than_requests(
