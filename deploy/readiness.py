@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ray import serve
 
+from deploy.calls.shared_calls import begin_shared
 from deploy.http.errors import not_ready
 
 KNOWN_FOR_S = 2.0
@@ -35,7 +36,7 @@ class Readiness:
         """Raise ApiError 503 unless engines run, or would be started for a request."""
         if time.monotonic() - self._known_at_s > KNOWN_FOR_S:
             if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask())
+                self._asking = begin_shared(self._ask())
             await asyncio.wait([self._asking], timeout=ANSWER_WITHIN_S)  # else the last answer counts
         if not self._is_ready:
             raise not_ready("no engine runs; one may be starting")
