@@ -12,9 +12,12 @@ import struct
 from collections.abc import Callable
 from typing import Any, cast
 
-from PIL import Image, ImageChops, PngImagePlugin
+from PIL import Image, ImageChops, PngImagePlugin, TiffImagePlugin
 
 _ORIENTATION = 0x0112  # EXIF tag
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153  # TIFF tags
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+"""Values of `_PHOTOMETRIC` and `_SAMPLE_FORMAT`."""
 _TO_8_BITS: dict[object, Callable[[Any], int]] = {
     "L;2": lambda value: value * 0x55,
     "L;4": lambda value: value * 0x11,
@@ -63,10 +66,7 @@ def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.
 
 def opaque(image: Image.Image) -> Image.Image:
     """Convert a loaded image to mode RGB, or to L if it is gray, with transparent parts in white."""
-    if image.mode.startswith("I;16"):
-        image = _keep_high_bytes(image)
-    elif image.mode in ("I", "F"):
-        image = _stretch(image)
+    image = _gray_of_8_bits(image)
     if image.has_transparency_data:
         return _lay_on_white(image)
     if image.mode in ("RGB", "L"):
@@ -81,11 +81,33 @@ def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
     return square if square.mode == "RGB" else square.convert("RGB")
 
 
+def _gray_of_8_bits(image: Image.Image) -> Image.Image:
+    """Convert gray of more than 8 bits to mode L; other images stay as they are."""
+    if image.mode.startswith("I;16"):
+        gray = _keep_high_bytes(image)
+    elif image.mode in ("I", "F"):
+        gray = _stretch(image)
+    else:
+        return image
+    # Pillow inverts such files itself up to 8 bits.
+    return ImageChops.invert(gray) if _tiff_tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO else gray
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> int | None:
+    """Return a number in the header of a TIFF, or `default`; None for an image of another kind."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None
+    value = image.tag_v2.get(tag, default)
+    return value[0] if isinstance(value, tuple) else value
+
+
 def _keep_high_bytes(image: Image.Image) -> Image.Image:
     """Scale 16-bit gray as Pillow scales 16-bit color; Pillow's own conversion would clip at 255.
 
-    A transparent color is white in the result.
+    A transparent color is white in the result. Gray of 12 bits, which Pillow reads as it is, is scaled too.
     """
+    if _tiff_tag(image, _BITS) == 12:
+        image = image.point(lambda value: value * 16)
     first = 0 if image.mode == "I;16B" else 1
     data = image.tobytes()
     high = Image.frombytes("L", image.size, data[first::2])
@@ -104,13 +126,16 @@ def _stretch(image: Image.Image) -> Image.Image:
     """Map 32-bit integers or floats, whose range no format states, from their own range to 0 to 255.
 
     Raises:
-        ValueError: a float is infinite or NaN, and so has no place in a range.
+        ValueError: a float is infinite or NaN, and so has no place in a range; or an integer is too large for
+            Pillow.
     """
     if image.mode == "F":
         mean = cast("float", image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
         if not math.isfinite(mean):  # one value is enough; the minimum and the maximum leave NaN out
             raise ValueError("gray floats must be finite")
     low, high = cast("tuple[float, float]", image.getextrema())
+    if image.mode == "I" and low < 0 and _tiff_tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
+        raise ValueError("integers must be below 2147483648")
     scale = 255.0 / (high - low) if high > low else 0.0
     return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 

@@ -177,6 +177,59 @@ def test_32_bit_gray_is_stretched_from_minimum_to_maximum(dtype: str) -> None:
     assert np.abs(gray - (values + 3000.0) * 255 / 93000).max() <= 1
 
 
+def gray_tiff(bits: int, photometric: int, sample_format: int, data: bytes, size: int) -> bytes:
+    """Return a gray TIFF of a kind that Pillow does not write."""
+    tags = {
+        256: size,
+        257: size,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8 + 2 + 12 * 9 + 4,
+        277: 1,
+        279: len(data),
+        339: sample_format,
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "dtype"),
+    [(8, 1, "u1"), (16, 1, "<u2"), (32, 3, "<f4")],
+    ids=["8", "16", "float"],
+)
+def test_a_tiff_in_which_white_is_zero_is_no_negative(bits: int, sample_format: int, dtype: str) -> None:
+    """Scanners write such files; Pillow inverts them up to 8 bits only."""
+    ramp = np.linspace(0, 255 << (bits - 8) if bits < 32 else 1, SIZE).astype(dtype)
+    data = np.broadcast_to(ramp, (SIZE, SIZE)).tobytes()
+    black_is_zero, white_is_zero = (
+        pixels(gray_tiff(bits, photometric, sample_format, data, SIZE)) for photometric in (1, 0)
+    )
+    assert black_is_zero[0, 0, 0] == 0 and black_is_zero[0, -1, 0] == 255
+    assert (white_is_zero == 255 - black_is_zero).all()
+    loaded = Image.open(io.BytesIO(gray_tiff(bits, 0, sample_format, data, SIZE)))
+    loaded.load()
+    assert (resize_image(loaded, SIZE) == white_is_zero).all()
+
+
+def test_12_bit_gray_is_scaled() -> None:
+    """Pillow leaves its values as they are in 16 bits, where the brightest is nearly black."""
+    values = np.arange(SIZE * SIZE) * 4
+    bits = "".join(f"{value:012b}" for value in values)
+    data = gray_tiff(12, 1, 1, int(bits, 2).to_bytes(len(bits) // 8, "big"), SIZE)
+    assert (pixels(data)[..., 1] == (values >> 4).reshape(SIZE, SIZE)).all()
+
+
+def test_32_bit_integers_that_pillow_cannot_hold_are_refused() -> None:
+    """They became negative, and the picture was another one."""
+    values = np.linspace(0, 4e9, SIZE * SIZE).astype("<u4")
+    image = decode_image(gray_tiff(32, 1, 1, values.tobytes(), SIZE), SIZE)
+    assert image.status is Status.UNDECODABLE and "must be below 2147483648" in str(image.error)
+    half = pixels(gray_tiff(32, 1, 1, (values // 2).tobytes(), SIZE))
+    assert (half[0, 0, 0], half[-1, -1, 0]) == (0, 255)
+
+
 def test_cmyk_jpegs_keep_their_colors() -> None:
     """Adobe inverts CMYK JPEGs: without a second inversion, red becomes its complement."""
     red, green, blue = flat(Image.new("RGB", (16, 16), (220, 30, 40)).convert("CMYK"), "JPEG", quality=95)
