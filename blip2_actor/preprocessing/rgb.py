@@ -48,12 +48,28 @@ def orientation_of(image: Image.Image) -> int:
 def load(image: Image.Image) -> None:
     """Load an image, and scale the transparent color of a PNG as the pixels, which Pillow does not."""
     color = image.info.get("transparency")
-    scale = None
-    if color is not None and isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
-        scale = _TO_8_BITS.get(image.tile[0][3])
+    scale = None if color is None else _scale_of(image, color)
     image.load()
     if scale is not None:
         image.info["transparency"] = tuple(map(scale, color)) if isinstance(color, tuple) else scale(color)
+
+
+def _scale_of(image: Image.Image, color: object) -> Callable[[Any], int] | None:
+    """Return what scales a transparent color; None if it has 8 bits.
+
+    An image that was loaded before no longer says it: then 16 bits show in the color, and 2 or 4 bits if all
+    grays are multiples, and one of them is that of the color.
+    """
+    if tile := getattr(image, "tile", None):
+        return _TO_8_BITS.get(tile[0][3]) if isinstance(image, PngImagePlugin.PngImageFile) else None
+    if image.mode == "RGB" and isinstance(color, tuple) and max(color) > 255:
+        return _TO_8_BITS["RGB;16B"]
+    if image.mode == "L" and isinstance(color, int):
+        grays = [gray for gray, count in enumerate(image.histogram()) if count]
+        for scale in (_TO_8_BITS["L;2"], _TO_8_BITS["L;4"]):
+            if scale(color) in grays and not any(gray % scale(1) for gray in grays):
+                return scale
+    return None
 
 
 def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.Image:

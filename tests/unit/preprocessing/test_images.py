@@ -144,6 +144,20 @@ def test_a_transparent_color_of_other_than_8_bits_is_laid_on_white(
     data = png_with_color(bits, color_type, row, size, transparent)
     assert pixels(data, size)[0, :, 0].tolist() == seen
     assert resize_image(Image.open(io.BytesIO(data)), size)[0, :, 0].tolist() == seen
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    for image in (loaded.copy(), loaded, loaded):  # the second call finds the scaled color
+        assert resize_image(image, size)[0, :, 0].tolist() == seen
+
+
+def test_a_transparent_gray_of_8_bits_is_not_scaled() -> None:
+    """Grays of 4 bits would have 85 in its place."""
+    data = png_with_color(8, 0, b"\x05\x55", 2, [5])
+    assert pixels(data, 2)[0, :, 0].tolist() == [255, 85]
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    assert resize_image(loaded, 2)[0, :, 0].tolist() == [255, 85]
+    assert pixels(png_with_color(8, 0, b"\x55\xaa", 2, [5]), 2)[0, :, 0].tolist() == [85, 170]
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
