@@ -83,7 +83,7 @@ def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.
 def opaque(image: Image.Image) -> Image.Image:
     """Convert a loaded image to mode RGB, or to L if it is gray, with transparent parts in white."""
     image = _gray_of_8_bits(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not _has_blank_alpha(image):
         return _lay_on_white(image)
     if image.mode in ("RGB", "L"):
         return image
@@ -154,6 +154,11 @@ def _stretch(image: Image.Image) -> Image.Image:
         raise ValueError("integers must be below 2147483648")
     scale = 255.0 / (high - low) if high > low else 0.0
     return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+
+
+def _has_blank_alpha(image: Image.Image) -> bool:
+    """Return whether an image is a BMP whose alpha nobody has filled in, which viewers show as opaque."""
+    return image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _lay_on_white(image: Image.Image) -> Image.Image:

@@ -94,6 +94,21 @@ def test_alpha_is_laid_on_white() -> None:
         assert flat(Image.new("RGBA", (64, 64), (10, 20, 30, 0)), image_format) == [255, 255, 255]
 
 
+def bmp_with_alpha(colors: Sequence[tuple[int, int, int, int]]) -> bytes:
+    """Return a BMP of one row that names an alpha channel, which Pillow does not write."""
+    row = b"".join(bytes([blue, green, red, alpha]) for red, green, blue, alpha in colors)
+    header = struct.pack("<IiiHHIIiiII", 124, len(colors), 1, 1, 32, 3, len(row), 0, 0, 0, 0)
+    header = (header + struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)).ljust(124, b"\0")
+    return b"BM" + struct.pack("<III", 138 + len(row), 0, 138) + header + row
+
+
+def test_a_bmp_without_a_visible_pixel_is_opaque() -> None:
+    """Programs name an alpha channel and leave it 0: the picture was white, with status ok."""
+    assert pixels(bmp_with_alpha([(10, 20, 30, 0)]), 1).tolist() == [[[10, 20, 30]]]
+    partly = pixels(bmp_with_alpha([(10, 20, 30, 0), (40, 50, 60, 255)]), 2)
+    assert partly[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+
+
 def test_transparency_without_an_alpha_channel_is_laid_on_white_too() -> None:
     """A color, a palette index or a palette's own alpha can be transparent."""
     palette = Image.new("P", (8, 8), 3)
