@@ -26,7 +26,7 @@ from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE
-from blip2_actor.inputs.arguments import to_list
+from blip2_actor.inputs.arguments import to_list, to_texts
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
@@ -90,7 +90,7 @@ class MatchingEngine:
 
         An image that is given several times, as the same object, is decoded and encoded once.
         """
-        images, texts = to_list("images", images), to_list("texts", texts)
+        images, texts = to_list("images", images), to_texts("texts", texts)
         if len(images) != len(texts):
             raise ValueError(f"texts must be one per image ({len(images)}), got {len(texts)}")
         results: list[Match | None] = []
@@ -116,7 +116,7 @@ class MatchingEngine:
 
     def text_embeddings(self, texts: Sequence[str]) -> list[Embedding]:
         """Return unit vectors of texts; a text that is empty or too long is an entry with a status."""
-        token_ids = [self._token_ids(text) for text in to_list("texts", texts)]
+        token_ids = [self._token_ids(text) for text in to_texts("texts", texts)]
         return self._embed(self._text_batches, self._embed_texts, token_ids)
 
     def stats(self) -> EngineStats:

@@ -16,7 +16,7 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.results import to_features, to_score, to_text_features
-from blip2_actor.inputs.arguments import Names, to_list, to_names
+from blip2_actor.inputs.arguments import Names, to_list, to_names, to_texts
 from blip2_actor.models.recorder import Recorder
 from blip2_actor.request import Features, ImageLike, Result, Score, TextFeatures
 
@@ -65,9 +65,9 @@ class Readings:
     ) -> list[TextFeatures]:
         """See `Engine.text_features`."""
         names = _Names(with_hidden_states, with_attention_maps)
-        texts = to_list("texts", texts)
+        texts = to_texts("texts", texts)
         masks = (
-            [None] * len(texts) if attention_masks is None else to_list("attention_masks", attention_masks)
+            [None] * len(texts) if attention_masks is None else to_texts("attention_masks", attention_masks)
         )
         if len(masks) != len(texts):
             raise ValueError(f"attention_masks must be one per text ({len(texts)}), got {len(masks)}")
@@ -94,8 +94,8 @@ class Readings:
     ) -> list[Score]:
         """See `Engine.score`."""
         names = _Names(with_hidden_states, with_attention_maps)
-        images, texts = to_list("images", images), to_list("texts", texts)
-        prompts = [None] * len(texts) if prompts is None else to_list("prompts", prompts)
+        images, texts = to_list("images", images), to_texts("texts", texts)
+        prompts = [None] * len(texts) if prompts is None else to_texts("prompts", prompts)
         if not len(images) == len(texts) == len(prompts):
             raise ValueError(
                 f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"

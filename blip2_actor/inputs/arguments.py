@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -62,14 +62,22 @@ def to_requests(
 
 
 def to_list(name: str, values: Iterable[Any]) -> list[Any]:
-    """Return images or texts as a list.
+    """Return images as a list.
 
     Raises:
-        TypeError: it is one image or text, or no list.
+        TypeError: it is one image, or no list.
     """
-    if not _is_list(values) or _is_one_image(values):
-        raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
-    return list(values)
+    return _to_list(name, values, _is_one_image(values))
+
+
+def to_texts(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return texts, or the token ids or attention masks of texts, as a list.
+
+    Raises:
+        TypeError: it is one text, or no list.
+    """
+    is_one = values.ndim < 2 if _has_numbers(values) else isinstance(values, str | bytes)
+    return _to_list(name, values, is_one)
 
 
 def to_names(name: str, wanted: Names) -> tuple[str, ...]:
@@ -99,15 +107,25 @@ def to_options(options: GenerationOptions, changes: Mapping[str, Any]) -> Genera
 
 
 def _is_list(value: object) -> bool:
-    """False for an open file too: its lines are no images."""
-    return isinstance(value, Iterable) and not isinstance(value, Mapping) and not hasattr(value, "read")
+    """False for an open file too, whose lines are no images, and for an array without axes."""
+    is_iterable = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+    return is_iterable and not isinstance(value, Mapping) and not hasattr(value, "read")
+
+
+def _to_list(name: str, values: Iterable[Any], is_one: bool) -> list[Any]:
+    if not _is_list(values) or is_one:
+        raise TypeError(f"{name} must be a list, got {_described(values)}; put a single one into a list")
+    return list(values)
 
 
 def _is_one_image(value: object) -> bool:
     """True also for an array or a tensor with the axes of one image; with four, it is a batch."""
-    if isinstance(value, np.ndarray | torch.Tensor):
-        return value.ndim != 4 and str(value.dtype) != "object"
-    return isinstance(value, _ONE_IMAGE)
+    return value.ndim != 4 if _has_numbers(value) else isinstance(value, _ONE_IMAGE)
+
+
+def _has_numbers(value: object) -> TypeGuard[np.ndarray | torch.Tensor]:
+    """False for arrays of texts, such as paths, and of objects, which are lists."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
 
 
 def _described(value: object) -> str:

@@ -122,6 +122,33 @@ def test_a_file_is_read(engine: Engine, expected: Any, tmp_path: Path) -> None:
     assert "got ''" in str(results[-1].error)
 
 
+def test_an_array_of_texts_is_a_list(engine: Engine, expected: Any, tmp_path: Path) -> None:
+    """It was one image of a wrong layout, or refused with the advice to put it into a list."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    paths: Any = np.array([str(path)] * 2)
+    assert told(engine.generate(paths, max_new_tokens=5)) == told(expected * 2)
+    assert [features.status for features in engine.features(paths)] == [Status.OK] * 2
+    texts = ["a red circle", "a dog"]
+    array: Any = np.array(texts)
+    stack: Any = PIXELS[None].repeat(2, 0)
+    scored = [engine.score(stack, given, given)[1].logprob for given in (texts, array)]
+    assert scored[0] == pytest.approx(scored[1], abs=1e-4)
+    assert [text.status for text in engine.text_features(array)] == [Status.OK] * 2
+
+
+def test_ids_and_masks_may_be_one_array_or_tensor(engine: Engine) -> None:
+    """A tokenizer returns them so; the advice was to put them into a list, which was refused too."""
+    ids, masks = [[70, 71, 72], [70, 71, 72]], [[1, 1, 1], [0, 1, 1]]
+    whole, cut = engine.text_features(ids, masks)
+    assert whole.features is not None and cut.features is not None and len(cut.features) == 2
+    for form in (np.array, torch.tensor):
+        given: Any = form(ids), form(masks)
+        for one, known in zip(engine.text_features(*given), (whole.features, cut.features), strict=True):
+            assert one.features is not None
+            np.testing.assert_allclose(one.features, known, atol=1e-5)
+
+
 def test_gray_arrays_and_tensors_equal_gray_bytes(engine: Engine) -> None:
     gray = PIXELS[..., 0]
     file = io.BytesIO()
@@ -217,6 +244,9 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: e.score([PIXELS], "a"), "texts must be a list, got str"),
         (lambda e: e.score([PIXELS], ["a"], "a"), "prompts must be a list, got str"),
         (lambda e: e.text_features("a"), "texts must be a list, got str"),
+        (lambda e: e.text_features(np.array([7, 8])), "texts must be a list, got ndarray of shape"),
+        (lambda e: e.generate(np.array("a.png")), "or a list of them, got ndarray"),
+        (lambda e: e.features(np.array("a.png")), "images must be a list, got ndarray"),
         (
             lambda e: build(Request, image=PIXELS, options={}),
             "options must be GenerationOptions or None, got dict",
