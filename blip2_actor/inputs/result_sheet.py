@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.request import ImageLike, Result
@@ -74,7 +75,7 @@ class ResultSheet:
 def _picture(image: ImageLike) -> str:
     """Return an image as an element that holds its own bytes, or a gray square if there is none."""
     try:
-        pixels = to_pixels(image, SIZE_PX)
+        pixels = to_pixels(image.pixels if isinstance(image, EncodedImage) else image, SIZE_PX)
     except RequestRefused:
         return f'<div style="width:{SIZE_PX}px;height:{SIZE_PX}px;background:#ccc"></div>'
     file = io.BytesIO()

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from blip2_actor import Result, ResultSheet, Status
+from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.inputs import result_sheet
 from blip2_actor.request import Completion
 
@@ -33,6 +34,12 @@ def test_images_stand_next_to_their_texts():
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
     assert pixels.shape == (160, 160, 3) and pixels[80, 80, 2] > 240
     assert "http://host" not in shown  # nothing is fetched, by us or by the browser
+
+
+def test_a_shared_image_is_shown():
+    """One that `Engine.image` returned was a gray square, as if it could not be read."""
+    shown = ResultSheet([EncodedImage(np.zeros((64, 64, 3), np.uint8))], [ok("a dog")])._repr_html_()
+    assert shown.count("<img") == 1
 
 
 def test_a_sheet_has_an_end(monkeypatch):
