@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Blip2Config
 
 from blip2_actor.checkpoints.json_file import read_json_object
+from blip2_actor.models.layers import ACTIVATIONS
 
 
 def read_model_config(folder: Path) -> Blip2Config:
@@ -15,7 +16,7 @@ def read_model_config(folder: Path) -> Blip2Config:
 
     Raises:
         ValueError: it is missing, broken, of another model or of quantized weights, or its sizes contradict
-            each other; the message names the field.
+            each other, or a part has an activation that is not supported; the message names the field.
     """
     path = folder / "config.json"
     raw = read_json_object(path)
@@ -35,6 +36,7 @@ def read_model_config(folder: Path) -> Blip2Config:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} must describe a BLIP-2, got {reason}; fetch it again") from error
     _require_sizes(config, path)
+    _require_activations(config, path)
     return config
 
 
@@ -71,3 +73,18 @@ def _require_sizes(config: Blip2Config, path: Path) -> None:
         heads, width = part.num_attention_heads, part.hidden_size
         fits = heads > 0 and width % heads == 0
         require(fits, f"{name}.num_attention_heads", f"a divisor of hidden_size ({width})")
+
+
+def _require_activations(config: Blip2Config, path: Path) -> None:
+    """Check the functions that the layers compute."""
+    fields = {"vision_config": "hidden_act", "qformer_config": "hidden_act"}
+    field_of_text = {"opt": "activation_function", "t5": "dense_act_fn"}.get(config.text_config.model_type)
+    if field_of_text is not None:  # otherwise the language model itself is refused
+        fields["text_config"] = field_of_text
+    for part, field in fields.items():
+        activation = getattr(getattr(config, part), field)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{part}.{field} in {path} must be one of {', '.join(sorted(ACTIVATIONS))}, got "
+                f"{activation!r}; models with another activation are not supported"
+            )

@@ -17,12 +17,13 @@ logger = logging.getLogger(__name__)
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+"""By their names in configurations."""
 
 
 def find_activation(name: str) -> Activation:
@@ -31,9 +32,9 @@ def find_activation(name: str) -> Activation:
     Raises:
         ValueError: this package has no such activation.
     """
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(sorted(_ACTIVATIONS))}, got {name!r}")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]
 
 
 class QuantizedWeight(Protocol):

@@ -50,6 +50,10 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
         ("opt", "text_config.bos_token_id", -1, "bos_token_id in text_config in .*, got -1"),
         ("opt", "text_config.bos_token_id", 10**6, "bos_token_id in text_config in .*, got 1000000"),
         ("t5", "text_config.decoder_start_token_id", -1, "decoder_start_token_id in .*, got -1"),
+        ("opt", "vision_config.hidden_act", "silu", "vision_config.hidden_act in .* one of gelu, .*'silu'"),
+        ("opt", "qformer_config.hidden_act", "silu", "qformer_config.hidden_act in .*, got 'silu'"),
+        ("opt", "text_config.activation_function", "silu", "text_config.activation_function .*, got 'silu'"),
+        ("t5", "text_config.dense_act_fn", "silu", "text_config.dense_act_fn in .*, got 'silu'"),
     ],
     indirect=["copied"],
 )
