@@ -23,6 +23,7 @@ from blip2_actor.checkpoints.download import (
     cache_folder,
     fetch_from_bucket,
     fetch_from_hub,
+    require_linked_files,
     select_files,
     write_cached,
 )
@@ -155,7 +156,8 @@ class Checkpoint:
         if self.is_lavis:
             files = [self.folder]
         else:
-            files = [self.folder / name for name in select_files(p.name for p in self.folder.iterdir())]
+            names = select_files(p.name for p in self.folder.iterdir() if p.is_file())
+            files = [self.folder / name for name in names]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp]).encode()).hexdigest()
         cached = cache_folder() / "digests" / key
@@ -229,7 +231,7 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
         folder, version = fetch_from_bucket(name, with_weights)
         return Checkpoint(folder / Path(name).name if is_lavis else folder, version)
     if Path(name).is_dir():
-        return Checkpoint(Path(name))
+        return Checkpoint(require_linked_files(Path(name)))
     if Path(name).is_file():
         if is_lavis:
             return Checkpoint(Path(name))

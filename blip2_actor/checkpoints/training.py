@@ -111,7 +111,7 @@ def save_model(
     partial.mkdir(parents=True)
     try:
         for path in checkpoint.folder.iterdir():
-            if matches(path.name, DESCRIPTION) and not _is_replaced(path.name):
+            if path.is_file() and matches(path.name, DESCRIPTION) and not _is_replaced(path.name):
                 shutil.copyfile(path, partial / path.name)
         config = _config(model, checkpoint)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -28,6 +28,8 @@ _KINDS = (
 """Patterns of the files of each kind; the kind counts if its first file is there."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """Names of the weights of an adapter, the one that counts first."""
+_POINTER = b"version https://git-lfs"
+"""How a file begins that git has cloned without its content."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "blip.")
 """What DistributedDataParallel, torch.compile, training loops and transformers put in front of every name."""
 
@@ -81,6 +83,11 @@ def list_weights(folder: Path) -> dict[str, StoredTensor]:
 
 def list_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one file by name; raises what `list_weights` raises."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise OSError(
+                f"{path} must hold the weights, got a pointer of Git LFS; run git lfs pull in its folder"
+            )
     return {**(list_safetensors(path) if path.suffix == ".safetensors" else list_pytorch_tensors(path))}
 
 

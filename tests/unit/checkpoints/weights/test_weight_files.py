@@ -109,6 +109,32 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path / "blip2.pth"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_named(name: str, tmp_path: Path) -> None:
+    """A clone without Git LFS has one in the place of the weights, and a second clone has it again."""
+    (tmp_path / name).write_text("version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(OSError, match=rf"{name} must hold the weights, got a pointer .* run git lfs pull"):
+        list_weights(tmp_path)
+
+
+def test_a_link_without_its_file_is_named(tmp_path: Path) -> None:
+    """The folder of a commit in the hub's cache is links to other folders; all of it seemed to be missing."""
+    (tmp_path / "config.json").symlink_to("../../blobs/1f")
+    with pytest.raises(FileNotFoundError, match=r"config\.json must be a file, got a link to .*blobs/1f"):
+        resolve(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    write(tmp_path, "model.safetensors", 1)
+    (tmp_path / "pytorch_model.bin").symlink_to("nowhere")  # which is not read
+    assert resolve(str(tmp_path)).folder == tmp_path
+
+
+def test_a_folder_inside_is_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "runs.json").mkdir()
+    write(tmp_path, "model.safetensors", 1)
+    assert Checkpoint(tmp_path).digest()
+
+
 def test_files_that_are_not_read_are_not_content() -> None:
     """The content of folders that earlier versions read must keep its digest: the same files count."""
     described = ["config.json", PICKLE_INDEX, "tokenizer.json"]
