@@ -173,9 +173,12 @@ class EngineConfig(ModelConfig):
         """Refuse prompts that the model cannot take, before any work begins; no weights are read.
 
         Raises:
+            TypeError: `prompts` is a single text.
             ValueError: a prompt is not text, contains the image token, or leaves no room for the answer.
             OSError: as from `info`.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list, got str; put a single one into a list")
         from blip2_actor.checkpoints.checkpoint import resolve
         from blip2_actor.checkpoints.tokenizer import check_prompts
 

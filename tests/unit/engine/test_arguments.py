@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from blip2_actor import (
+    Blip2Actor,
     Engine,
     EngineConfig,
     FetchPolicy,
@@ -25,6 +26,7 @@ from blip2_actor import (
     Result,
     Status,
 )
+from blip2_actor.testing import FakeEngineConfig
 from tests.unit.engine.random_calls import CALLS, call_at_random
 from tests.unit.fetching.web_server import web_server
 
@@ -271,6 +273,34 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
 def test_a_wrong_type_is_refused_by_name(engine: Engine, call: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call(engine)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (
+            PIXELS,
+            None,
+            "images must be a list, got ndarray",
+        ),  # of which each row was an image, with status ok
+        (png(), None, "images must be a list, got bytes"),
+        ([PIXELS, PIXELS], "ab", "prompts must be a list, got str"),
+    ],
+    ids=["array", "bytes", "prompts"],
+)
+def test_an_actor_takes_lists(images: Any, prompts: Any, message: str) -> None:
+    actor = Blip2Actor(FakeEngineConfig())
+    batch: Any = PIXELS[None]
+    assert [result.ok for result in actor.caption(batch, ["a"])] == [True]
+    with pytest.raises(TypeError, match=message):
+        actor.caption(images, prompts)
+    actor.close()
+
+
+def test_prompts_are_checked_as_a_list() -> None:
+    """Each character of a text counted as a prompt, so that any length passed."""
+    with pytest.raises(TypeError, match="prompts must be a list, got str"):
+        EngineConfig(model="demo", device="cpu").check_prompts("a" * 1000, 30)
 
 
 def test_a_model_may_be_a_path(tmp_path: Path) -> None:
