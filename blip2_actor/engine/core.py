@@ -115,12 +115,12 @@ class EngineCore:
 
     def require_caller_may_wait(self) -> None:
         """Raise RuntimeError if the caller would wait for ever: in a forked child, or in the engine's
-        thread, which runs the done callbacks of futures."""
+        thread, which runs done callbacks, `on_text` and logits processors."""
         self._process.require_current()
         if threading.current_thread() is self._thread:
             raise RuntimeError(
                 "generate, stream, score and features must not be called in the engine's own thread, got a "
-                "call in a done callback, which would wait for itself; call submit, or use another thread"
+                "call in a callback or a logits processor; call submit in a callback, or use another thread"
             )
 
     def enqueue(self, items: Sequence[RequestState | Task], num_requests: int = 0) -> None:

@@ -148,3 +148,14 @@ def test_a_text_is_cancelled_although_the_callers_callback_raises(engine: Engine
     may_go_on.set()
     engine.submit(PICTURE, GenerationOptions(max_new_tokens=30, min_new_tokens=30)).result(30)
     assert engine.stats().num_tokens - num_tokens < 40
+
+
+def test_a_logits_processor_that_calls_the_engine_is_named(engine: Engine) -> None:
+    """The error spoke of a done callback, which its caller did not have."""
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        engine.generate(PICTURE)
+        return scores
+
+    result = engine.submit(Request(image=PICTURE, logits_processor=processor)).result(30)
+    assert result.status is Status.FAILED and "in a callback or a logits processor" in str(result.error)
