@@ -194,10 +194,10 @@ def resolve(
     """
     if revision is not None and (model == "demo" or "://" in model or Path(model).is_dir()):
         raise ValueError(
-            f"revision must be left out unless the model is one of the hub, got {revision!r} for {model!r}, "
-            "which has one version"
+            f"the revision must be left out unless the model is one of the hub, got {revision!r} for "
+            f"{model!r}, which has one version"
         )
-    found = _find("model", model, revision, with_weights)
+    found = _find("the model", model, revision, with_weights)  # --model or --score-model
     if adapter is not None:
         return _adapted(found, _find("adapter", adapter, None, with_weights))
     path = found.folder / ADAPTER_CONFIG

@@ -152,13 +152,13 @@ def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tupl
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"revision must be a commit, tag or branch of {model}, got {revision!r}; check its spelling"
+            f"the revision must be a commit, tag or branch of {model}, got {revision!r}; check its spelling"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
             f"{model!r} is not on this machine and {_hub()} cannot be reached ({type(error).__name__}); "
-            "connect this machine to the hub, set HF_ENDPOINT to a mirror, or set --model to a folder, an "
-            's3:// or gs:// folder, or "demo"'
+            "connect this machine to the hub, set HF_ENDPOINT to a mirror, or name a folder, an s3:// or "
+            'gs:// folder, or "demo"'
         ) from error
     except NotEnoughDisk:
         raise

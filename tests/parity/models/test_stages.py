@@ -124,7 +124,7 @@ def test_a_truncated_weights_file_is_refused_by_name(tmp_path, checkpoint_folder
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "./no/such/folder"}, "model must be an existing folder"),
+        ({"model": "./no/such/folder"}, "the model must be an existing folder"),
         ({"model": "demo", "device": "cuda:7"}, "device must exist on this machine"),
         ({"model": "demo", "device": "meta"}, "device must be .*got 'meta'"),
         ({"model": "demo", "device": "gpu"}, "device must be .*got 'gpu'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from blip2_actor import EngineConfig
+from blip2_actor import EngineConfig, MatchingConfig
 from blip2_actor.checkpoints import download
 from blip2_actor.checkpoints.checkpoint import Checkpoint, resolve
 from blip2_actor.checkpoints.download import cache_folder, fetch_from_bucket, fetch_from_hub
+from blip2_actor.flags import with_flags
+from pipeline.settings.job_settings import ScoreSettings
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 """The parts of a response that the hub's errors read."""
@@ -52,8 +55,31 @@ def test_errors_of_the_hub_name_their_cause(
 @pytest.mark.parametrize("model", ["demo", ".", "memory://models/one"])
 def test_a_revision_of_a_model_with_one_version_is_refused(model: str) -> None:
     """It was left out, and the captions were those of other weights than the user had named."""
-    with pytest.raises(ValueError, match=r"^revision must be left out unless .* got 'v9' for"):
+    with pytest.raises(ValueError, match=r"^the revision must be left out unless .* got 'v9' for"):
         resolve(model, "v9")
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("demo", "v9", "the revision must be left out unless .* got 'v9' for 'demo'"),
+        ("some/model", "v9", "the revision must be a commit, tag or branch of some/model, got 'v9'"),
+        ("nosuch", None, "the model must be an existing folder.* got 'nosuch'"),
+        ("s3://user:secret@bucket/model", None, "the model must hold no password"),
+    ],
+)
+def test_errors_of_a_retrieval_checkpoint_name_no_setting_of_another_model(
+    model: str, revision: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong --score-revision was reported as an error of --revision, and --score-model as --model."""
+
+    def fail(*_: object, **__: object) -> str:
+        raise RevisionNotFoundError("404", response=RESPONSE)
+
+    monkeypatch.setattr(download, "snapshot_download", fail)
+    with pytest.raises((OSError, ValueError)) as raised:
+        MatchingConfig(model=model, revision=revision).info()
+    assert re.match(message, with_flags(str(raised.value), ScoreSettings)), raised.value
 
 
 def test_any_error_of_a_store_becomes_an_oserror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,6 +249,6 @@ def test_a_cached_checkpoint_needs_no_hub(
 def test_a_name_with_a_password_is_refused_and_not_said(field: str, uri: str) -> None:
     """It went into the record of the run, its report and the labels of metrics."""
     given: dict[str, Any] = {"model": "demo", field: uri}
-    with pytest.raises(ValueError, match=f"^{field} must hold no password") as refused:
+    with pytest.raises(ValueError, match=f"^(the )?{field} must hold no password") as refused:
         EngineConfig(**given).info()
     assert "S3CRET" not in str(refused.value) and "AZURE_STORAGE_SAS_TOKEN" in str(refused.value)
