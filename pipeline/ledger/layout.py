@@ -28,6 +28,7 @@ REFUSAL = f"{STATE}/refused.json"
 PLAN_FOLDERS = f"{STATE}/plan-"
 """Begins the names of the folders in which `plan` times writing."""
 _SLICE_LEASE = re.compile(r"/(\d+)-of-(\d+)\.json$")
+_SLICES_SHARD_LIST = re.compile(rf"{STATE}/shards-[0-9a-f]+\.jsonl\.gz")
 _GENERATION = re.compile(r"~again(\d+)$")
 SUFFIX = ".parquet"
 """Ends the names of finished shards; no name of the state may, or globs would find it."""
@@ -60,6 +61,11 @@ def slices_shard_list(run_id: str) -> str:
     Drivers of several slices may begin one at the same moment: none may replace the list of another.
     """
     return f"{STATE}/shards-{run_id}.jsonl.gz"
+
+
+def is_shard_list(name: str) -> bool:
+    """Return whether a file is a list of shards, of this run or of one whose driver died as it began it."""
+    return name == SHARD_LIST or _SLICES_SHARD_LIST.fullmatch(name) is not None
 
 
 def lease_name(run_slice: RunSlice | None = None) -> str:

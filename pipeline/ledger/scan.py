@@ -15,6 +15,7 @@ from pipeline.ledger.layout import (
     SUFFIX,
     SUMMARIES,
     is_result,
+    is_shard_list,
     parse_shard_report_name,
 )
 from pipeline.ledger.run_record import Run
@@ -37,11 +38,23 @@ class OutputState:
     """The file of each finished shard."""
     summaries: tuple[WrittenFile, ...]
     """The files with kept summaries; see `pipeline.ledger.summaries`."""
+    shard_lists: tuple[str, ...] = ()
+    """The lists of shards. A driver that died as it began a run has left one that no run reads."""
 
     @property
     def finished(self) -> Set[str]:
         """Shards that have their file."""
         return self.written.keys()
+
+    def unread_lists(self, run: Run | None) -> list[str]:
+        """Return the lists of shards that the run does not read.
+
+        Args:
+            run: None if there is none. If there are rows then, its record is lost, and a list may be its.
+        """
+        if run is None:
+            return [] if self.written or self.fragments else [*self.shard_lists]
+        return [name for name in self.shard_lists if name != run.shard_list]
 
     def without(self, redone: Iterable[str]) -> OutputState:
         """Return the state after the files of shards were deleted."""
@@ -61,6 +74,7 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None, un
     summaries: list[WrittenFile] = []
     reports: dict[str, WrittenFile] = {}
     leftovers: list[str] = []
+    shard_lists: list[str] = []
     fragments: dict[str, list[Fragment]] = {}
     for file in folder.files(under):
         name = file.name
@@ -81,10 +95,14 @@ def scan_output(folder: Folder, generations: Mapping[str, int] | None = None, un
             leftovers.append(name)
         elif name.startswith(f"{SUMMARIES}/"):
             summaries.append(file)
+        elif is_shard_list(name):
+            shard_lists.append(name)
         elif is_result(name):
             written[name.removesuffix(SUFFIX)] = file
     shard_reports = {shard: file.name for shard, file in reports.items()}
-    return OutputState(fragments, shard_reports, tuple(leftovers), written, tuple(summaries))
+    return OutputState(
+        fragments, shard_reports, tuple(leftovers), written, tuple(summaries), tuple(shard_lists)
+    )
 
 
 @dataclass

@@ -48,8 +48,8 @@ def sweep(
     """
     names = {shard.name for shard in run.shards}
     if not is_slice:
-        delete_files(folder, state.leftovers)
-        state = replace(state, leftovers=())
+        delete_files(folder, [*state.leftovers, *state.unread_lists(run)])
+        state = replace(state, leftovers=(), shard_lists=(run.shard_list,))
     state = _move_old_reports(folder, state, names)
     reports = [p.report for p in unfinished(folder, run, state) if p.report is not None and p.is_complete]
     for shard in sorted(names & state.finished & (state.fragments.keys() | state.shard_reports.keys())):

@@ -40,7 +40,7 @@ def clean(settings: CleanSettings) -> int:
         run = ledger.load()
         if run is not None:
             ledger = ledger.of(run)
-        elif not ledger.scan().leftovers:
+        elif not ((state := ledger.scan()).leftovers or state.unread_lists(run)):
             ledger.require_run()
     holder = driver_at_work(ledger.folder)
     if holder is not None:

@@ -33,7 +33,8 @@ def find_removable(
     """Sort the state files of an output.
 
     Args:
-        run: the run in the output; None if there is none, and then only temporary files are of no use.
+        run: the run in the output; None if there is none, and then only temporary files and lists of
+            shards are of no use.
         summaries: of the finished shards that have fragments. A shard without one keeps them.
         has_dead_lease: whether the lease in the output is that of a driver that has died.
     """
@@ -62,6 +63,7 @@ def find_removable(
     by_reason = {
         "temporary files of processes that have died": temporary,
         "files of plans that were killed": plans,
+        "lists of shards of runs that were never begun": state.unread_lists(run),
         "rows of shards that were begun again": outdated,
         "rows that are also in the files of finished shards": merged,
         "the lease of a driver that has died": [LEASE] if has_dead_lease else [],

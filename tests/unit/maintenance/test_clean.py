@@ -14,10 +14,11 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.fragments import store_shard_report, write_fragment
-from pipeline.ledger.layout import LEASE
+from pipeline.ledger.layout import LEASE, RUN_FILE
 from pipeline.ledger.lease import Holder, Lease
 from pipeline.maintenance.clean import clean
-from pipeline.maintenance.settings import CleanSettings
+from pipeline.maintenance.settings import CleanSettings, VerifySettings
+from pipeline.maintenance.verify import verify
 from pipeline.progress import choose_style
 from pipeline.storage.folder import Folder
 from tests.unit.inputs.run_without_ray import retry
@@ -124,6 +125,38 @@ def test_a_folder_without_a_run_loses_only_what_a_plan_has_left(tmp_path, capsys
     assert cleaned(Folder(str(tmp_path)), yes=True) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine", "_blip2"]
     assert folder.names("_blip2") == []
+
+
+@pytest.mark.parametrize("lists", [("shards-0123ef.jsonl.gz",), ("shards-ab.jsonl.gz", "shards.jsonl.gz")])
+def test_lists_of_shards_that_no_run_reads_are_deleted(tmp_path, capsys, lists):
+    """A driver of a slice that dies before it has begun the run leaves its list, which nobody knew."""
+    folder = Folder(str(tmp_path))
+    names = [f"_blip2/{name}" for name in lists]
+    for name in names:
+        folder.put(name, b"list")
+    assert cleaned(folder, yes=True) == 0, "nothing has begun a run here"
+    assert f"lists of shards of runs that were never begun: {len(names)} file" in capsys.readouterr().out
+    assert folder.names() == []
+
+
+def test_the_list_of_shards_stays_if_the_record_of_a_run_with_rows_is_lost(folder, capsys):
+    """With a copy of `run.json` the run goes on."""
+    record = folder.get(RUN_FILE)
+    folder.delete(RUN_FILE)
+    assert cleaned(folder, yes=True) == 0
+    folder.put(RUN_FILE, record)
+    assert main(["status", folder.uri]) == 0
+
+
+def test_the_list_of_shards_of_the_run_stays(folder, capsys):
+    folder.put("_blip2/shards-0123456789abcdef.jsonl.gz", b"list")
+    folder.put("_blip2/shards-notes.txt", b"of the user")
+    assert verify(VerifySettings(output=folder.uri)) == 0
+    assert "1 file of no use: lists of shards" in capsys.readouterr().out
+    assert cleaned(folder, yes=True) == 0
+    kept = [name for name in folder.names() if name.startswith("_blip2/shards")]
+    assert sorted(kept) == ["_blip2/shards-notes.txt", "_blip2/shards.jsonl.gz"]
+    assert main(["status", folder.uri]) == 0
 
 
 def test_a_program_reads_what_is_to_be_deleted(folder, capsys):
