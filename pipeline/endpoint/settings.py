@@ -17,6 +17,7 @@ from blip2_actor import (
     Score,
     Status,
 )
+from blip2_actor.inputs.field_types import require_types
 from pipeline.endpoint.client import Endpoint, EndpointError, read_key
 from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import Placement
@@ -118,6 +119,7 @@ class EndpointSettings:
     """File with the key for --endpoint, or its URI; the key needs the right to send batch work."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.endpoint is not None:
             Endpoint(self.endpoint)
         elif self.endpoint_key_file is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip2_actor.inputs.field_types import require_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class FetchSettings:
@@ -21,7 +23,7 @@ class FetchSettings:
     Others are asked only if their addresses are public."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allow_private_hosts", tuple(self.allow_private_hosts))
+        require_types(self)
         if not self.fetch_timeout_s > 0:
             raise ValueError(f"fetch_timeout_s must be above 0, got {self.fetch_timeout_s}")
         if not self.fetch_patience_s >= 0:

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from blip2_actor.inputs.field_types import require_types
 from pipeline.column_names import SCHEMA_VERSION
 from pipeline.inputs.shards import Shard
 
@@ -73,8 +74,7 @@ class ReadOptions:
     """Version of the row contract that the rows follow: that of the run."""
 
     def __post_init__(self) -> None:
-        for name in ("text_columns", "keep"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require_types(self)
         for name in ("max_image_bytes", "table_rows", "table_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

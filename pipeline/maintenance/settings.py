@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from blip2_actor.flags import positional
+from blip2_actor.inputs.field_types import require_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class VerifySettings:
     """Print the counts and all findings as one JSON document."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url}")
         if self.sample < 1:
@@ -41,3 +43,6 @@ class CleanSettings:
     """Folder or URI of a run that no driver works on."""
     yes: bool = False
     """Delete the files; without it they are only listed."""
+
+    def __post_init__(self) -> None:
+        require_types(self)

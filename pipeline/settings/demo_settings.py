@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip2_actor.inputs.field_types import require_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
@@ -15,6 +17,7 @@ class DemoSettings:
     """Number of images to render, including the broken ones."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.output:
             raise ValueError("output must be the name of a folder, got ''")
         if self.num_images < 100:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip2_actor.inputs.field_types import require_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings:
@@ -19,3 +21,6 @@ class DoctorSettings:
     """Folder or URI: whether it can be written, read and deleted from."""
     json: bool = False
     """Print the checks as one JSON document."""
+
+    def __post_init__(self) -> None:
+        require_types(self)

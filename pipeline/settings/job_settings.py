@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
 from blip2_actor.flags import hiding, positional, prefixed, written_as
+from blip2_actor.inputs.field_types import require_types
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 from pipeline.endpoint.settings import EndpointSettings
 from pipeline.fetching.fetch_settings import FetchSettings
@@ -81,6 +82,7 @@ class JobSettings:
     """actors"""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.input:
             raise ValueError("input must name at least one file or folder, got none")
         require_fraction("max_failed_fraction", self.max_failed_fraction)

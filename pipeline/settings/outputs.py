@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blip2_actor import Calibration, EngineBuilder, MatchingConfig, ModelInfo
 from blip2_actor.flags import written_as
+from blip2_actor.inputs.field_types import require_types
 from pipeline.column_names import COLUMN_NAMES, refuse_taken_names
 from pipeline.storage.secrets import without_secrets
 
@@ -62,10 +63,9 @@ class Outputs:
     output."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for flag, form in FORMS.items():
-            entries = tuple(getattr(self, flag))
-            object.__setattr__(self, flag, entries)
-            for entry in entries:
+            for entry in getattr(self, flag):
                 name, separator, value = entry.partition("=")
                 if not (name and separator and value):
                     raise ValueError(f"{flag} must be {form}, got {entry!r}")

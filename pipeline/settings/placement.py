@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from blip2_actor.flags import formerly, written_as
+from blip2_actor.inputs.field_types import require_types
 
 LABEL = written_as("KEY=VALUE")
 Stage = Literal["read", "decode", "caption"]
@@ -44,6 +45,7 @@ class Placement:
     go again. The first result may take three times as long, because a model may be compiled before it."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.step_timeout_s > 0:
             raise ValueError(f"step_timeout_s must be above 0, got {self.step_timeout_s}")
         for name in ("min_actors", "max_actors", "calls_per_actor", "max_decode_actors"):

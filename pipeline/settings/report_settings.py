@@ -8,6 +8,7 @@ from typing import Literal
 
 from blip2_actor import Status
 from blip2_actor.flags import positional, written_as
+from blip2_actor.inputs.field_types import require_types
 
 Target = Literal["csv", "jsonl", "txt", "imagefolder", "webdataset"]
 NOT_OK = "not_ok"
@@ -30,6 +31,7 @@ class ReportSettings:
     """Also write a dataset card for the Hugging Face hub to this file, such as README.md."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
 
@@ -54,6 +56,7 @@ class CompareSettings:
     """Print the comparison as one JSON object."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.before == self.after:
             raise ValueError(f"after must be another output than the first, got {self.after} twice")
         if self.thumbnails < 0:
@@ -76,6 +79,7 @@ class CalibrateSettings:
     """Print the calibration as one JSON object."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if (self.reference is None) == (self.judged is None):
             got = "neither" if self.reference is None else "both"
             raise ValueError(f"reference must be given, or --judged in its place, got {got}")
@@ -89,6 +93,9 @@ class StatusSettings:
     """Folder or URI of a run, finished or in progress."""
     watch: bool = False
     """Show it again every 5 s, as long as a driver works on the run."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,7 @@ class ShowSettings:
     """Print every column, one JSON object per line."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         known = [*(status.value for status in Status), NOT_OK]
         for status in self.status:
             if status not in known:
@@ -137,6 +145,7 @@ class ExportSettings:
     """The input again, if its URIs hold passwords or options: these are not stored in the output."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.into or "://" in self.into:
             raise ValueError(
                 f"into must be a folder on this machine, got {self.into!r}; export there, and copy the files"

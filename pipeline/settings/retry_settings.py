@@ -12,6 +12,7 @@ from typing import Any
 
 from blip2_actor import ImageLimits, Status
 from blip2_actor.flags import formerly, positional, written_as
+from blip2_actor.inputs.field_types import require_types
 from pipeline.endpoint.settings import EndpointSettings
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.settings.deadline import stop_time
@@ -49,6 +50,7 @@ class PlacementChanges:
     run."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         self.apply(Placement())
 
     def apply(self, before: Placement) -> Placement:
@@ -110,6 +112,7 @@ class RetrySettings:
     """captions by a running endpoint"""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for status in self.status:
             if status not in list(Status):
                 raise ValueError(f"status must be one of {', '.join(Status)}, got {status}")
