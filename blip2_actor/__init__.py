@@ -48,7 +48,12 @@ if TYPE_CHECKING:
     from blip2_actor.inputs.fetch_policy import FetchError, FetchPolicy
     from blip2_actor.inputs.fetching import fetch_image
     from blip2_actor.inputs.result_sheet import ResultSheet
-    from blip2_actor.preprocessing.arrays import array_to_rgb, require_image_layout, resize_image
+    from blip2_actor.preprocessing.arrays import (
+        array_to_rgb,
+        require_image_layout,
+        resize_image,
+        upright_size,
+    )
     from blip2_actor.preprocessing.decode_pool import DecodePool
     from blip2_actor.preprocessing.images import DecodedImage, ImageLimits, decode_image
     from blip2_actor.preprocessing.sandbox.protections import SandboxReport
@@ -101,6 +106,7 @@ __all__ = [
     "resolve_dtype",
     "save_model",
     "stricter_options",
+    "upright_size",
 ]
 
 _LAZY = {
@@ -125,6 +131,7 @@ _LAZY = {
     "array_to_rgb": "blip2_actor.preprocessing.arrays",
     "require_image_layout": "blip2_actor.preprocessing.arrays",
     "resize_image": "blip2_actor.preprocessing.arrays",
+    "upright_size": "blip2_actor.preprocessing.arrays",
 }
 """Names whose modules import torch, numpy, Pillow or httpcore, with the module of each."""
 

@@ -70,7 +70,7 @@ def caption(
         calibration: file of `blip2 calibrate`; adds the column confidence, the probability that the caption
             is right.
         min_confidence: set the flag `abstained` on captions whose confidence is lower.
-        reuse_identical: generate the texts of byte-identical images once per actor.
+        reuse_identical: generate the texts of identical images once per actor.
         placement: how many actors run, and on what.
         limits: what decoding one image may cost.
         fetch: how images are fetched; the column may then hold URLs or paths as text. By default, web

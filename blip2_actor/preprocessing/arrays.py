@@ -11,7 +11,14 @@ import numpy as np
 from PIL import Image
 
 from blip2_actor.preprocessing.images import describe_error
-from blip2_actor.preprocessing.rgb import load, opaque, orientation_of, resize_to_square, upright_square
+from blip2_actor.preprocessing.rgb import (
+    SWAPS_WIDTH_AND_HEIGHT,
+    load,
+    opaque,
+    orientation_of,
+    resize_to_square,
+    upright_square,
+)
 
 LAYOUTS = (
     "uint8 or uint16 of [H, W], [H, W, 1] (gray), [H, W, 2] (gray, alpha), [H, W, 3] (RGB) or [H, W, 4] "
@@ -52,6 +59,14 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
     if image.dtype == np.uint8 and image.shape == (size_px, size_px, 3):
         return image
     return np.array(resize_to_square(opaque(_as_pil(image)), size_px))
+
+
+def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Return width and height of an image that `resize_image` takes, after its EXIF turn."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    width, height = image.size
+    return (height, width) if orientation_of(image) in SWAPS_WIDTH_AND_HEIGHT else (width, height)
 
 
 def array_to_rgb(array: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class CaptionSpec:
     calibration: Calibration | None = None
     """What `outputs.calibration` names; the driver reads it, so that workers need no file."""
     reuse_identical: bool = False
-    """Whether the texts of byte-identical images are generated once per actor."""
+    """Whether the texts of identical images are generated once per actor."""
     limits: ImageLimits = field(default=ImageLimits())
     """What decoding one image may cost."""
     fetch: FetchSettings | None = None

@@ -111,7 +111,7 @@ class CaptionSettings(JobSettings):
     prompt: str | None = None
     """Text that every caption continues, such as "Question: what is this? Answer:"; default: no prompt."""
     reuse_identical: bool = False
-    """Generate the texts of byte-identical images once per actor; this does not change the rows."""
+    """Generate the texts of identical images once per actor; this does not change the rows."""
     outputs: Outputs = field(default=Outputs(), metadata=hiding("caption"))
     """more outputs from the same pass of the vision encoder"""
     generation: GenerationOptions = field(default=GenerationOptions())

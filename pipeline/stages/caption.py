@@ -8,6 +8,7 @@ encoder: the texts of a row are requested together; vectors and scores are made 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -166,8 +167,8 @@ class CaptionStage:
         is_used_later = self._embeddings_and_scores.are_wanted or self._regenerate_options is not None
         row = PendingRow(position, [], prompt, image if is_used_later else None)
         if self._cache is not None:
-            # Arrays of different shapes may have the same bytes.
-            row.image_key = tuple(table[name][position].as_py() for name in ("sha256", "width", "height"))
+            # Of what the engine sees: arrays of different layouts may have the same bytes.
+            row.image_key = hashlib.sha256(table[PIXELS][position].as_buffer()).digest()
         requests = [Request(image=image, prompt=prompt)] if self.captioned else []
         for ask in self._asks.values():
             requests.append(Request(image=image, prompt=ask, options=self._answer_options))
@@ -184,7 +185,7 @@ class CaptionStage:
         with engine_faults():
             if self._cache is None:
                 return self.actor.submit(request)
-            key = (*row.image_key, request.prompt, request.options)
+            key = (row.image_key, request.prompt, request.options)
             return self._cache.get(key, lambda: self.actor.submit(request))
 
     # Results --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image
 
-from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image
+from blip2_actor import DecodedImage, DecodePool, ImageLimits, Status, resize_image, upright_size
 from pipeline.errors import noted
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.image_loader import ImageLoader
@@ -140,7 +140,7 @@ class DecodeStage:
             pixels = resize_image(image, self._size_px)
         except ValueError as error:
             return DecodedImage(status=Status.UNDECODABLE, error=str(error))
-        width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+        width, height = upright_size(image)
         return DecodedImage(pixels=pixels.tobytes(), width=width, height=height)
 
 

@@ -96,6 +96,8 @@ def digest_of(cell: Cell) -> bytes | None:
     """Return the SHA-256 of an image's bytes, or of its pixels if it is decoded; None if there is none."""
     if cell is None or isinstance(cell, DecodedImage):
         return None
+    if isinstance(cell, Image.Image) and cell.mode in ("P", "PA"):
+        cell = cell.convert("RGBA")  # an index is no pixel: palettes differ
     return hashlib.sha256(cell if isinstance(cell, bytes) else np.ascontiguousarray(cell).data).digest()
 
 

@@ -26,7 +26,7 @@ class PendingRow:
     prompt: str | None = None
     image: ImageLike | None = None
     """Kept if more is made of it when the texts are there."""
-    image_key: tuple[object, ...] = ()
+    image_key: bytes = b""
     """Equal for identical images, if the results of identical images are reused."""
     results: list[Result] = field(default_factory=list)
     """The results of the requests, once they are done."""

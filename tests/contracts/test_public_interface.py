@@ -64,6 +64,7 @@ PUBLIC = [
     "resolve_dtype",
     "save_model",
     "stricter_options",
+    "upright_size",
 ]
 
 OPEN_TO_SIBLINGS = (

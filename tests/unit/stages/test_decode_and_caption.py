@@ -1,11 +1,14 @@
 """The decode and the caption stage without Ray: the pieces of a call, and a failing engine."""
 
 import hashlib
+import io
 import threading
 from contextlib import closing
 
 import pyarrow as pa
 import pytest
+from PIL import Image
+from ray.data.extensions import ArrowPythonObjectArray
 
 from blip2_actor import ImageLimits, Status
 from blip2_actor.testing import FakeEngineConfig, fake_caption
@@ -16,6 +19,7 @@ from pipeline.stages.decode import BATCH_ROWS, PIXELS, DecodeStage
 from pipeline.stages.engine_fault import EngineFault
 from tests.integration.inputs import BROKEN, SIZE_PX, png, right_caption
 from tests.unit.preprocessing.image_corpus import encode, noise
+from tests.unit.preprocessing.test_images import png_with_color
 from tests.unit.stages.decoded_tables import decoded, pixels_of
 
 
@@ -128,6 +132,21 @@ def test_rows_of_truncated_images_are_flagged_if_these_are_accepted(regenerate):
         rows.append([(row["status"], row["flags"]) for row in captioning(decoded).to_pylist()])
     assert rows[0] == [("ok", []), ("undecodable", []), ("undecodable", [])]
     assert rows[1] == [("ok", []), ("ok", ["truncated"]), ("undecodable", [])]
+
+
+def test_a_pil_image_has_the_size_and_the_pixels_of_its_file():
+    """Ray pickles it: its size was that before the EXIF turn, and a color of 16 bits was not transparent."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(noise(48, 20), "PNG", exif=exif)
+    see_through = png_with_color(16, 2, b"\x10\x05" * 3 * SIZE_PX, SIZE_PX, [0x1005] * 3)
+    files = [turned, see_through]
+    cells = ArrowPythonObjectArray.from_objects([Image.open(io.BytesIO(data)) for data in files])
+    with closing(DecodeStage(SIZE_PX, ImageLimits(), "image")) as decoding:
+        [of_files] = decoding(pa.table({"image": files}))
+        [of_cells] = decoding(pa.table({"image": cells}))
+    for name in ("status", "width", "height", PIXELS):
+        assert of_cells[name] == of_files[name], name
 
 
 def test_a_block_of_many_small_images_is_decoded_in_small_tables():

@@ -120,3 +120,11 @@ def test_cells_that_hold_no_image_fail_alone():
 def test_the_digest_is_of_bytes_or_pixels():
     assert digest_of(b"abc") != digest_of(GRAY) == digest_of(Image.fromarray(GRAY))
     assert digest_of(None) is None
+
+
+def test_the_digest_of_an_image_with_a_palette_is_of_its_colors():
+    """Images of one shape and other colors had the same sha256, and so were duplicates of each other."""
+    red, green = Image.fromarray(GRAY * 0).convert("P"), Image.fromarray(GRAY * 0).convert("P")
+    red.putpalette([255, 0, 0])
+    green.putpalette([0, 255, 0])
+    assert digest_of(red) != digest_of(green) == digest_of(green.copy())

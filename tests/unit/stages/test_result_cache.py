@@ -31,12 +31,13 @@ def test_identical_images_are_captioned_once_on_request():
         assert [row["color"] for row in rows] == [fake_caption(pixels_of(n % 3), QUESTION) for n in range(12)]
 
 
-def test_identical_bytes_with_another_shape_or_prompt_are_another_image():
-    table = decoded(
-        [pixels_of(0)] * 3, own_prompt=["one", "two", "two"], width=pa.array([1, 1, 7], pa.int32())
-    )
+def test_identical_bytes_with_other_pixels_or_another_prompt_are_another_image():
+    """Images of one palette index had the caption of the first, whatever color their palettes give it."""
+    images, prompts = [pixels_of(0), pixels_of(0), pixels_of(1)], ["one", "two", "two"]
+    table = decoded(images, own_prompt=prompts, sha256=pa.array([b"same"] * 3))
     captioning = stage(prompt_column="own_prompt", reuse_identical=True)
-    captioning(table)
+    captions = captioning(table)["caption"].to_pylist()
+    assert captions == [fake_caption(*pair) for pair in zip(images, prompts, strict=True)]
     assert captioning.actor.stats().num_requests == 3
 
 
