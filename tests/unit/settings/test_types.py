@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,24 @@ JOB: dict[str, Any] = {"input": ("in",), "output": "out"}
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("cls", "values", "message"),
     [
-        (lambda: CaptionSettings(**JOB, format="tar"), "format must be 'auto', .*, got 'tar'"),
-        (lambda: CaptionSettings(**{**JOB, "input": "photos"}), "input must be texts, got 'photos'"),
-        (lambda: CaptionSettings(**JOB, limit="5"), "limit must be a whole number or None, got '5'"),
-        (lambda: CaptionSettings(**JOB, fork="no"), "fork must be true or false, got 'no'"),
-        (lambda: ReadOptions(image_encoding="hex"), "image_encoding must be 'auto' or 'base64', got 'hex'"),
-        (lambda: ReadOptions(keep="alt"), "keep must be texts, got 'alt'"),
-        (lambda: Outputs(score=("a=b",), score_model="m", score_kind="x"), "score_kind must be 'itm', 'itc'"),
-        (lambda: Placement(min_actors=1.5), "min_actors must be a whole number, got 1.5"),
-        (lambda: ExportSettings(output="o", to="xml", into="d"), "to must be 'csv', .*, got 'xml'"),
-        (lambda: CleanSettings(output="o", yes="no"), "yes must be true or false, got 'no'"),
+        (CaptionSettings, JOB | {"format": "tar"}, "format must be 'auto', .*, got 'tar'"),
+        (CaptionSettings, JOB | {"input": "photos"}, "input must be texts, got 'photos'"),
+        (CaptionSettings, JOB | {"limit": "5"}, "limit must be a whole number or None, got '5'"),
+        (CaptionSettings, JOB | {"fork": "no"}, "fork must be true or false, got 'no'"),
+        (ReadOptions, {"image_encoding": "hex"}, "image_encoding must be 'auto' or 'base64', got 'hex'"),
+        (ReadOptions, {"keep": "alt"}, "keep must be texts, got 'alt'"),
+        (Outputs, {"score": ("a=b",), "score_model": "m", "score_kind": "x"}, "score_kind must be 'itm'"),
+        (Placement, {"min_actors": 1.5}, "min_actors must be a whole number, got 1.5"),
+        (ExportSettings, {"output": "o", "to": "xml", "into": "d"}, "to must be 'csv', .*, got 'xml'"),
+        (CleanSettings, {"output": "o", "yes": "no"}, "yes must be true or false, got 'no'"),
     ],
 )
-def test_a_value_of_another_type_is_refused_at_once(make: Callable[[], Any], message: str) -> None:
+def test_a_value_of_another_type_is_refused_at_once(cls: Any, values: dict[str, Any], message: str) -> None:
     """A text was a list of its letters, "no" was yes, and a wrong word surfaced as a KeyError of a worker."""
     with pytest.raises(ValueError, match=f"^{message}"):
-        make()
+        cls(**values)
 
 
 def test_lists_and_paths_are_taken_as_tuples_and_texts() -> None:
@@ -50,7 +49,9 @@ def test_lists_and_paths_are_taken_as_tuples_and_texts() -> None:
 def test_every_command_checks_the_types_of_its_settings(command: str) -> None:
     cls: Any = COMMANDS[command].settings
     fields = dataclasses.fields(cls)
-    needed = {f.name: "csv" if f.name == "to" else "x" for f in fields if f.default is dataclasses.MISSING}
+    needed: dict[str, Any] = {
+        f.name: "csv" if f.name == "to" else "x" for f in fields if f.default is dataclasses.MISSING
+    }
     needed |= {"input": ("x",)} if "input" in {f.name for f in fields} else {}
     for field in fields:
         with pytest.raises(ValueError, match=f"^{field.name} must be "):
