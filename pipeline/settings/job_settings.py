@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -132,11 +132,11 @@ class CaptionSettings(JobSettings):
     def builder(self) -> EngineBuilder:
         """Builds the engine that the outputs need: of the captioning model or of the retrieval checkpoint."""
         if (remote := self.serving.config) is not None:
-            return dataclasses.replace(remote, ignore_generation_config=self.engine.ignore_generation_config)
+            return replace(remote, ignore_generation_config=self.engine.ignore_generation_config)
         if self.outputs.only_matches:
             return typing.cast(EngineBuilder, self.outputs.matching(self.engine))
         if not self.outputs.caption and not self.outputs.ask:  # no text is generated
-            return dataclasses.replace(self.engine, ignore_generation_config=True)
+            return replace(self.engine, ignore_generation_config=True)
         return self.engine
 
     def spec(self, engine: EngineBuilder | None = None) -> CaptionSpec:
@@ -163,8 +163,7 @@ class CaptionSettings(JobSettings):
 
     def in_version(self, schema_version: int) -> CaptionSettings:
         """Return the same job with rows of another version of the row contract."""
-        reading = dataclasses.replace(self.reading, schema_version=schema_version)
-        return dataclasses.replace(self, reading=reading)
+        return replace(self, reading=replace(self.reading, schema_version=schema_version))
 
     @property
     def patterns(self) -> Patterns:
@@ -175,18 +174,17 @@ class CaptionSettings(JobSettings):
         """Return the settings with a value for every option of generation; see `CaptionSpec.resolved`."""
         engine = self.serving.of_model(self.engine, info)
         options = self.generation.resolve(info.generation_config)
-        return dataclasses.replace(self, engine=engine, generation=options)
+        return replace(self, engine=engine, generation=options)
 
     def without_generation_config(self) -> CaptionSettings:
         """Return the settings of a run that does not read the checkpoint's `generation_config.json`."""
-        engine = dataclasses.replace(self.engine, ignore_generation_config=True)
-        return dataclasses.replace(self, engine=engine)
+        return replace(self, engine=replace(self.engine, ignore_generation_config=True))
 
     @property
     def read_options(self) -> ReadOptions:
         """What the readers do: skip image files that decoding would refuse by size, read texts to score."""
         max_bytes, texts = self.limits.max_file_bytes, self.outputs.text_columns
-        return dataclasses.replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
+        return replace(self.reading, max_image_bytes=max_bytes, text_columns=texts)
 
     def fingerprint(self, info: ModelInfo) -> Fingerprint:
         """Return all that decides what the rows say; time and memory of an image depend on the machine."""
@@ -228,7 +226,7 @@ class CaptionSettings(JobSettings):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without secrets; `from_dict` turns them back into settings."""
         inputs, output = tuple(map(without_secrets, self.input)), without_secrets(self.output)
-        values = to_dict(dataclasses.replace(self, input=inputs, output=output, outputs=self.outputs.stored))
+        values = to_dict(replace(self, input=inputs, output=output, outputs=self.outputs.stored))
         del values["reading"]["schema_version"]  # It is in the fingerprint.
         left_out = {*OF_ONE_START, *(name for name in ("include", "exclude") if not values[name])}
         return {name: value for name, value in values.items() if name not in left_out}

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from blip2_actor import Status
 from blip2_actor.flags import did_you_mean
+from pipeline.inputs.formats.tables.columns import is_text
 from pipeline.settings.report_settings import NOT_OK, ShowSettings
 
 NOT_SEARCHED = ("shard", "status", "finish_reason")
@@ -73,7 +74,7 @@ def _matches(table: pa.Table, pattern: str) -> pa.ChunkedArray:
     """Return for each row whether one of its texts matches."""
     found = pa.chunked_array([pa.repeat(False, len(table))])
     for field in table.schema:
-        if pa.types.is_string(field.type) and field.name not in NOT_SEARCHED:
+        if is_text(field.type) and field.name not in NOT_SEARCHED:
             matches = pc.match_substring_regex(table[field.name], pattern)
             found = pc.or_(found, pc.fill_null(matches, False))
     return found
@@ -85,10 +86,13 @@ def _first_sorted(tables: Iterable[pa.Table], column: str, limit: int, descendin
     Only `limit` rows are kept between two tables.
     """
     first: pa.Table | None = None
-    order = [(column, "descending" if descending else "ascending")]
+    order = [("by", "descending" if descending else "ascending")]
     for table in tables:
         if column not in table.schema.names:
             continue
         rows = table if first is None else pa.concat_tables([first, table], promote_options="permissive")
-        first = rows.take(pc.sort_indices(rows, order).slice(0, limit))
+        values = rows[column]
+        if pa.types.is_float16(values.type):  # which Arrow does not sort
+            values = values.cast(pa.float32())
+        first = rows.take(pc.sort_indices(pa.table({"by": values}), order).slice(0, limit))
     return pa.table({}) if first is None else first
