@@ -1,8 +1,8 @@
 """Export as WebDataset tars: each ok row is an image, its caption as `.txt`, and the whole row as `.json`.
 
 The key of a sample is that of the row. WebDataset ends a key at the first dot of a base name, so other dots
-become `_`, and a key that follows itself gets the number of its row. The `.json` holds it as it was. The
-images of one sample keep their names (`0.left.jpg` and `0.right.jpg`), and their texts are named likewise
+become `_`, and a key that an earlier sample has gets the number of its row. The `.json` holds it as it was.
+The images of one sample keep their names (`0.left.jpg` and `0.right.jpg`), and their texts are named likewise
 (`0.left.txt`).
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from pipeline.export.image_rows import ImageRows, extension_of
+from pipeline.inputs.formats.seen_keys import SeenKeys
 from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
 from pipeline.report.rows import json_line
 
@@ -25,15 +26,13 @@ _NOTE = re.compile(r"^__([^/]*)__")
 def write_webdataset(file: IO[bytes], rows: ImageRows) -> int:
     """Write one shard as a tar."""
     num_rows = 0
-    previous, taken = "", set[str]()
+    seen = SeenKeys()
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for row, image in rows:
             key, part = sample_key(row), _part_of_sample(row)
-            if key != previous:
-                previous, taken = key, set()
-            if part.lower() in taken:  # WebDataset would take both for one sample.
+            while f"{key}.{part.lower()}" in seen:  # WebDataset would take both for one sample.
                 key = f"{key}_{row['row']}"
-            taken.add(part.lower())
+            seen.add(f"{key}.{part.lower()}")
             extension = extension_of(row.get("member") or row["key"], image)
             _add(tar, f"{key}.{part}{extension}", image)
             if row.get("caption") is not None:

@@ -20,6 +20,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from pipeline.cli.main import main
+from pipeline.export.imagefolder import PART, write_imagefolder
 from pipeline.export.webdataset import sample_key
 from pipeline.inputs.reader import ShardReport
 from pipeline.ledger.commit import commit_shard
@@ -179,6 +180,36 @@ def test_the_images_of_a_sample_stay_together(tmp_path):
 )
 def test_keys_are_safe_paths_with_one_dot_less(key, expected):
     assert sample_key({"key": key, "row": 7, "member": None}) == expected
+
+
+def test_no_two_samples_of_a_tar_have_one_key(tmp_path):
+    """The number that told a.jpg from a.png made it a_1, which was the key of the next."""
+    (tmp_path / "in").mkdir()
+    names = ["a.bmp", "a.jpg", "a.png", "a_1.jpg", "a_1.png", "b.png"]
+    for seed, name in enumerate(names):
+        (tmp_path / "in" / name).write_bytes(png(seed))
+    write_run(tmp_path / "in", tmp_path / "out")
+    into = exported(tmp_path / "out", "webdataset", tmp_path / "made")
+    (tar,) = state_of(into)
+    samples = read_webdataset(into / tar)
+    assert [json.loads(sample["json"])["key"] for sample in samples] == names
+    assert len({sample["__key__"] for sample in samples}) == len(names)
+
+
+def test_kept_columns_of_an_image_folder_name_no_files(tmp_path):
+    """A kept column file_name replaced the one of the image, and `datasets` opened what others name."""
+    import datasets
+
+    (tmp_path / "part").mkdir()
+    kept = {"file_name": "x.png", "mask_file_name": "y.png", "image": "7", "info": {"file_names": ["z.png"]}}
+    write_imagefolder(tmp_path / "part", "part", [({"key": "k", "row": 0, **kept}, png(1))])  # type: ignore[arg-type]
+    (tmp_path / "part" / PART).rename(tmp_path / "metadata.jsonl")
+    [row] = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache")
+    ).cast_column("image", datasets.Image(decode=False))
+    assert Path(row["image"]["path"]).read_bytes() == png(1)
+    names = {f"{name}_": value for name, value in kept.items() if name != "info"}
+    assert row.items() >= (names | {"info": {"file_names_": ["z.png"]}}).items()
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])

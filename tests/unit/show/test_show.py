@@ -120,8 +120,8 @@ def test_kept_columns_of_every_type_are_searched_sorted_and_written(tmp_path, ca
     commit_shard(folder, ShardReport(shard="0.tar", num_rows=3, complete=True), {})
     for pattern, expected in {"needle": ["b"], "hay": ["b"], "3131-": ["a"]}.items():
         assert keys(shown(folder.uri, capsys, "--grep", pattern)) == expected
-    for name, expected in {"half": "bac", "uuid": "bac", "json": "bac", "large": "bac"}.items():
-        assert keys(shown(folder.uri, capsys, "--sort", name)) == list(expected), name
+    for name, order in {"half": "bac", "uuid": "bac", "json": "bac", "large": "bac"}.items():
+        assert keys(shown(folder.uri, capsys, "--sort", name)) == list(order), name
     row, *_ = shown(folder.uri, capsys)
     assert (row["half"], row["uuid"]) == (2.0, "31313131-3131-3131-3131-313131313131")
     for to in ("csv", "jsonl"):
