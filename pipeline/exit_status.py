@@ -10,6 +10,7 @@ Every other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import logging
 import signal
@@ -35,6 +36,12 @@ from pipeline.stages.engine_fault import EngineFault
 from pipeline.storage.secrets import hide_secrets
 
 P = ParamSpec("P")
+REMEDIES = {
+    errno.ENOSPC: "free space on the disk that is written to, and run the same command again",
+    errno.EDQUOT: "free space within the quota, and run the same command again",
+    errno.EROFS: "make the disk writable, or name a place on another one",
+}
+"""What to do about errors of a disk, whose messages may not even name a file."""
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +79,7 @@ def before_work(settings: type) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise Refused(with_flags(str(error), settings)) from error
+        raise Refused(with_flags(_sentence(error), settings)) from error
 
 
 def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
@@ -88,15 +95,22 @@ def errors_to_exit_status(command: Callable[P, int]) -> Callable[P, int]:
             if status is None:
                 raise
             logger.debug("the error was raised here", exc_info=True)  # --verbose prints it
-            reason = f"the engine has failed: {error}" if isinstance(error, EngineFault) else error
+            reason = _sentence(error)
             if args and dataclasses.is_dataclass(args[0]):
-                reason = with_flags(str(reason), type(args[0]))
-            sentence = hide_secrets(str(reason))
+                reason = with_flags(reason, type(args[0]))
+            sentence = hide_secrets(reason)
             Console().event("error", text=sentence, exit_status=status)
             Console(sys.stderr).error(f"blip2: {sentence}")
             return status
 
     return wrapped
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says, and what to do about one of a disk, which says only what is wrong."""
+    remedy = REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    said = f"the engine has failed: {error}" if isinstance(error, EngineFault) else str(error)
+    return said if remedy is None else f"{said}; {remedy}"
 
 
 def status_of(error: BaseException) -> ExitStatus | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pipeline.ledger.layout import STATE as RUN_STATE
 from pipeline.ledger.layout import output_name
 from pipeline.report.rows import FinishedRows
 
@@ -44,6 +45,11 @@ class Destination:
         """
         root = Path(into).expanduser()
         record = {"output": str(source.folder), "run": source.run.fingerprint.digest, "to": to}
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"into must be a folder, got the file {into}; give another --into")
+        state = Path(source.folder.path(RUN_STATE)).resolve()
+        if source.folder.is_local and state in (root.resolve(), *root.resolve().parents):
+            raise ValueError(f"into must not be inside the state of the run, got {into}; give another --into")
         stored = root / STATE / "run.json"
         if stored.exists():
             before = json.loads(stored.read_text(encoding="utf-8"))

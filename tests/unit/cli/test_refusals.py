@@ -1,5 +1,7 @@
 """What cannot work is refused before Ray starts: one sentence that says what to do, and exit status 3."""
 
+import errno
+import os
 import signal
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from pipeline.cli.commands import caption, retry
 from pipeline.cli.main import main
 from pipeline.cli.status import status
 from pipeline.errors import OutputInUse, RayStartFailed, Stopped, StoppedBySignal, TooManyFailures
-from pipeline.exit_status import ExitStatus
+from pipeline.exit_status import REMEDIES, ExitStatus, errors_to_exit_status
 from pipeline.inputs.reader import ReadOptions
 from pipeline.placement.storage_check import SUBMITTED
 from pipeline.run.prepare import prepare
@@ -40,6 +42,20 @@ def refused(tmp_path, capsys):
         return said
 
     return run
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_an_error_of_a_disk_says_what_to_do(number, capsys, monkeypatch):
+    """Every command that writes ended with "[Errno 28] No space left on device" alone."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pipeline.report.status.Ledger", fail)
+    assert status(StatusSettings(output="x")) == 3
+    assert f"{os.strerror(number)}; {REMEDIES[number]}" in capsys.readouterr().err
+    assert errors_to_exit_status(fail)() == 1
+    assert f"{os.strerror(number)}; {REMEDIES[number]}" in capsys.readouterr().err
 
 
 def test_unknown_model(refused):

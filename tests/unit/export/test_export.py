@@ -327,6 +327,11 @@ def test_other_folders_are_refused(run, tmp_path, capsys):
     assert main(["export", "--output", str(output), "--to", "csv", "--into", "s3://bucket/x"]) == 3
     assert "--into must be a folder on this machine" in capsys.readouterr().err
     assert export(tmp_path / "none", "csv", tmp_path / "new") == 3
+    assert export(output, "csv", tmp_path / "own" / "thesis.txt") == 3
+    assert "--into must be a folder, got the file" in capsys.readouterr().err
+    assert export(output, "csv", output / "_blip2" / "csv") == 3
+    assert "--into must not be inside the state of the run" in capsys.readouterr().err
+    assert not (output / "_blip2" / "csv").exists()
 
 
 def test_a_whole_export_needs_no_ray(run, tmp_path):
