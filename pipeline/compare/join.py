@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,35 +75,54 @@ class Join:
                     writers[part].write_table(table.filter(pa.array(hashes % self._num_parts == part)))
 
     def _match(self, before: list[Row], after: list[Row]) -> Iterator[Pair]:
-        """Yield the pairs of two parts, and count the rest."""
-        by_key: dict[str, list[Row]] = defaultdict(list)
-        for row in after:
-            by_key[row["key"]].append(row)
-        for row in before:
-            candidates = by_key.get(row["key"], [])
-            partner = _partner(row, candidates)
-            if partner is not None:
-                candidates.remove(partner)
-                yield Pair(row, partner)
-            elif candidates:
-                candidates.pop(0)
-                self.unmatched["other image"] += 1
-            else:
-                self.unmatched["only in A"] += 1
-        self.unmatched += Counter({"only in B": sum(map(len, by_key.values()))})  # which keeps no zero
+        """Yield the pairs of two parts, the surest first, and count the rest."""
+        for of_before, of_after in PASSES:
+            waiting: dict[Hashable, deque[Row]] = defaultdict(deque)
+            for row in after:
+                waiting[of_after(row)].append(row)
+            waiting.pop(None, None)
+            left = []
+            for row in before:
+                partners = waiting.get(of_before(row))
+                if partners:
+                    yield Pair(row, partners.popleft())
+                else:
+                    left.append(row)
+            unpaired = {id(row) for rows in waiting.values() for row in rows}
+            after = [row for row in after if id(row) in unpaired or of_after(row) is None]
+            before = left
+        numbers = [Counter(row["key"] for row in side) for side in (before, after)]
+        other_image = (numbers[0] & numbers[1]).total()
+        self.unmatched += Counter(  # which keeps no zero
+            {
+                "other image": other_image,
+                "only in A": len(before) - other_image,
+                "only in B": len(after) - other_image,
+            }
+        )
 
 
-def _partner(row: Row, candidates: Sequence[Row]) -> Row | None:
-    """Return the candidate with the same image, the one of the same shard if several have it."""
-    same = []
-    for one in candidates:
-        if one["sha256"] == row["sha256"] and one["shard"] == row["shard"]:
-            return one  # Usually the first: tables without a key column have the same keys in each file.
-        if None in (row["sha256"], one["sha256"]) or row["sha256"] == one["sha256"]:
-            same.append(one)
-    return min(
-        same, key=lambda one: (one["shard"] != row["shard"], one["sha256"] != row["sha256"]), default=None
-    )
+def _by(*columns: str, only_without_image: bool = False) -> Callable[[Row], Hashable]:
+    """Return what rows must have in common: key and columns; None of a row that is left out."""
+
+    def of(row: Row) -> Hashable:
+        is_out = row["sha256"] is not None if only_without_image else None in [row[name] for name in columns]
+        return None if is_out else (row["key"], *(row[name] for name in columns))
+
+    return of
+
+
+PASSES = (
+    (_by("sha256", "shard"), _by("sha256", "shard")),
+    (_by("sha256"), _by("sha256")),
+    (_by("shard", only_without_image=True), _by("shard")),
+    (_by("shard"), _by("shard", only_without_image=True)),
+    (_by(only_without_image=True), _by()),
+    (_by(), _by(only_without_image=True)),
+)
+"""What a row of each side must have in common to be a pair, from the surest to the least sure. All rows go
+through a pass before the next one: a row must not take the partner of a later row. Tables without a key
+column have the same keys in each file."""
 
 
 def _read(path: Path) -> list[Row]:

@@ -66,7 +66,7 @@ def read_keys(path: str) -> frozenset[str]:
         ValueError: the file cannot be read, is not UTF-8, or has no key.
     """
     try:
-        content = read_file("keys", path).decode()
+        content = read_file("keys", path).decode("utf-8-sig")  # which some editors write
     except UnicodeDecodeError as error:
         raise ValueError(f"keys must be a UTF-8 file with one key a line, got {path}: {error}") from None
     lines = content.replace("\r\n", "\n").split("\n")  # Keys may hold other line ends.

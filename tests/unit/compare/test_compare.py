@@ -111,6 +111,24 @@ def test_keys_that_repeat_find_their_own_partner(tmp_path):
     assert pairs_of(before, after)[0] == {(f"a{n}", f"b{n}") for n in range(4)}
 
 
+def test_no_row_takes_the_partner_of_a_later_one(tmp_path):
+    """A run over two tables without keys had no row in common with a run over the second of them."""
+    both = {
+        "p1": [ok("0", "a1", "i1"), ok("1", "a2", "i2")],
+        "p2": [ok("0", "a3", "i3"), ok("1", "a4", "i4")],
+    }
+    second = {"p2": [ok("0", "b3", "i3"), ok("1", "b4", "i4")]}
+    without = {"p1": [failed("0"), failed("1")], "p2": both["p2"]}
+    outputs = {}
+    for name, shards in {"both": both, "second": second, "without": without}.items():
+        outputs[name] = write_output(tmp_path / name, shards)
+    for larger in ("both", "without"):
+        found, join = pairs_of(outputs[larger], outputs["second"])
+        assert found == {("a3", "b3"), ("a4", "b4")} and join.unmatched == {"only in A": 2}
+        found, join = pairs_of(outputs["second"], outputs[larger])
+        assert found == {("b3", "a3"), ("b4", "a4")} and join.unmatched == {"only in B": 2}
+
+
 def test_many_files_with_the_same_keys_are_joined_in_linear_time():
     """Tables without a key column number their rows, so a key is in each file."""
     rows = [{"key": "0", "shard": f"{n}", "sha256": b"%d" % n} for n in range(6_000)]

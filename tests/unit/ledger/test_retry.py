@@ -101,7 +101,7 @@ def test_a_file_of_keys_has_one_a_line(tmp_path):
     file = tmp_path / "keys"
     file.write_text("a b\n\nc\u2028d\n", encoding="utf-8")
     assert read_keys(str(file)) == {"a b", "c\u2028d"}
-    file.write_bytes(b"a b\r\nc\r\n")
+    file.write_bytes(b"\xef\xbb\xbfa b\r\nc\r\n")  # as editors of Windows write it
     assert read_keys(file.as_uri()) == {"a b", "c"}
     for content, said in ((b"\n\n", "which has none"), (b"\xff", "must be a UTF-8 file")):
         file.write_bytes(content)
