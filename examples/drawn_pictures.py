@@ -12,12 +12,16 @@ SIZE_PX = 128
 
 
 def draw_pictures(folder: Path, num_pictures: int) -> dict[str, str]:
-    """Write `scene-0000.png`, … to a folder, and return the true caption of each file."""
+    """Write `scene-0000.png`, … to a folder, and return the true caption of each file.
+
+    A picture that is there stays as it is, because a run refuses an input that has been written again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scenes = SceneSampler("held_out", seed=0).sample(num_pictures)
     truth = {}
     for number, pixels in enumerate(draw(scenes, SIZE_PX)):
         name = f"scene-{number:04d}.png"
-        Image.fromarray(pixels).save(folder / name)
+        if not (folder / name).exists():
+            Image.fromarray(pixels).save(folder / name)
         truth[name] = str(scenes.captions[number])
     return truth

@@ -49,9 +49,11 @@ def num_rows(output: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show that a killed run resumes.")
-    parser.add_argument("--folder", default="resumed", help="folder for pictures and captions")
+    parser.add_argument("--folder", default="resumed", help="new folder for pictures and captions")
     parser.add_argument("--num-pictures", type=int, default=2000, help="pictures to draw (default: 2000)")
     arguments = parser.parse_args(argv)
+    if (Path(arguments.folder) / "captions").exists():
+        parser.error(f"--folder must hold no captions yet, got {arguments.folder}; name another folder")
     keys = kill_and_resume(Path(arguments.folder), arguments.num_pictures)
     print(f"{len(keys)} rows, {len(set(keys))} different keys")
     return 0

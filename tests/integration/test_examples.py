@@ -18,6 +18,7 @@ from examples import (
     caption_folder,
     filter_by_match,
     import_files,
+    resume_after_a_kill,
     search_by_text,
     stage_in_a_dataset,
     with_datasets,
@@ -41,6 +42,22 @@ def test_a_folder_of_pictures_is_captioned(local_ray, folder, capsys):
     truth = draw_pictures(folder / "again", 24)
     assert len(shown) == 10
     assert sum(truth[Path(key).name] == caption for key, caption in shown) >= 8
+    assert caption_folder.main(["--output", "captions"]) == 0, "the same command finds a complete run"
+
+
+def test_pictures_that_are_there_are_not_written_again(folder):
+    """A second start of an example found that its input had changed, and was refused."""
+    truth = draw_pictures(folder / "pictures", 3)
+    before = {file: file.stat().st_mtime_ns for file in (folder / "pictures").iterdir()}
+    assert draw_pictures(folder / "pictures", 3) == truth and len(before) == 3
+    assert {file: file.stat().st_mtime_ns for file in (folder / "pictures").iterdir()} == before
+
+
+def test_a_finished_folder_is_not_killed_and_resumed(folder, capsys):
+    (folder / "resumed" / "captions").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        resume_after_a_kill.main([])
+    assert "--folder must hold no captions yet, got resumed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
