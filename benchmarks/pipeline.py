@@ -1,13 +1,11 @@
 """The batch job: how much of the engine's speed it keeps, what users do instead, and how it grows with
 its rows; `benchmarks.growth` has the shards.
 
-    engine       mid-size random model, 20 tokens, 32 slots: rows/s of the job over the images/s of the engine
-    alone
-                 on the same decoded images, in the steady state, without start-up and tail
-    map-batches  the same model: the job over `map_batches` around transformers' `generate`, as Ray's
-    documentation
-                 describes it, with the defaults of both sides (theirs: float32, one thread per actor) and
-                 with equal dtype and threads
+    engine       mid-size random model, 20 tokens, 32 slots: rows/s of the job over the images/s of the
+                 engine alone on the same decoded images, in the steady state, without start-up and tail
+    map-batches  the same model: the job over `map_batches` around transformers' `generate`, as the
+                 documentation of Ray describes it, with the defaults of both sides (theirs: float32, one
+                 thread per actor) and with equal dtype and threads
     scale        an engine that costs nothing, 10,000 to 1,000,000 rows: rows/s and the driver's memory
     resume       1,000 shards of which 990 are finished: seconds from the command to the first new rows
 

@@ -12,7 +12,7 @@ torch's own kernels, and MKL, with which transformers multiplies.
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks.quantized --dtypes float32 --threads 2 --images 32
 
-On a GPU, only the time by the clock counts. Nothing has been measured on one yet:
+On a GPU, only the time by the clock counts:
 
     pytest -m gpu tests/parity/models/test_quantized_gpu.py
     python -m benchmarks.quantized --device cuda --methods int8 fp8 --dtypes bfloat16 --size blip2-opt-2.7b \\

@@ -89,7 +89,8 @@ class EngineConfig(ModelConfig):
     """Do not test the engine at start. The test captions built-in images alone and in a batch, and refuses to
     start if the results differ."""
     skip_cuda_graphs: bool = False
-    """On a GPU, launch the kernels of a decode step one by one instead of replaying them as a CUDA graph."""
+    """On a GPU, launch the kernels of decode steps and of full batches of images one by one instead of
+    replaying them as CUDA graphs."""
     image_size_px: int | None = None
     """Size to which images are resized, if it is not the checkpoint's: a multiple of its patch size. The
     position embeddings are interpolated; a larger size shows more detail and takes longer."""

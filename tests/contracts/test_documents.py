@@ -8,8 +8,12 @@ import pytest
 
 import blip2_actor
 import pipeline
-from blip2_actor import Status
+from blip2_actor import ImageLimits, Status
 from blip2_actor.generation import quality_flags
+from deploy.http.images import MAX_BODIES, MAX_IMAGES
+from deploy.http.options import MAX_OPTIONS
+from deploy.http.wishes import MAX_QUESTIONS, MAX_TEXT_CHARS, MAX_TEXTS
+from deploy.settings import OnlineImageLimits
 from pipeline.caption_counts import NO_FAULTS
 from pipeline.submit.settings import split_arguments
 
@@ -35,6 +39,32 @@ def test_statuses_lists_every_status() -> None:
 def test_statuses_lists_every_flag() -> None:
     found = {quality_flags.EMPTY, quality_flags.LOOPING, quality_flags.ECHOES_PROMPT}
     assert set(_first_cells("statuses.md", "## Flags")) == found | NO_FAULTS
+
+
+def test_preprocessing_lists_the_limits_of_an_image() -> None:
+    """The page gave the endpoint the limits of a job."""
+
+    def shown(limits: ImageLimits) -> list[str]:
+        mebibytes, gibibytes = limits.max_file_bytes >> 20, limits.memory_bytes >> 30
+        seconds = [f"{limits.cpu_s:g} s", f"{limits.wall_s:g} s"]
+        return [f"{limits.max_pixels:,}", f"{mebibytes} MiB", f"{gibibytes} GiB", *seconds]
+
+    text = (DOCS / "preprocessing.md").read_text().split("| limit |", 1)[1].split("\n\n", 1)[0]
+    table = [[cell.strip() for cell in row.split("|")[1:4]] for row in text.splitlines()[2:]]
+    names, job, endpoint = zip(*table, strict=True)
+    assert names == ("`max_pixels`", "`max_file_bytes`", "`memory_bytes`", "`cpu_s`", "`wall_s`")
+    online = [job[i] if cell == "the same" else cell for i, cell in enumerate(endpoint)]
+    assert (list(job), online) == (shown(ImageLimits()), shown(OnlineImageLimits()))
+
+
+def test_api_lists_the_limits_of_a_request() -> None:
+    text = (DOCS / "api.md").read_text().split("## Limits", 1)[1].split("## Errors", 1)[0]
+    listed = [row.split("|")[2].strip() for row in text.splitlines() if row.startswith("|")][2:]
+    beams = MAX_OPTIONS["num_beams"]
+    limits = [MAX_OPTIONS["max_new_tokens"], beams, MAX_TEXT_CHARS, MAX_QUESTIONS, MAX_TEXTS, MAX_IMAGES]
+    assert listed == [f"{limit:,}" for limit in limits]
+    assert MAX_OPTIONS["num_return_sequences"] == beams
+    assert MAX_BODIES == 4 and "four times the bytes" in text
 
 
 def _messages() -> list[str]:
