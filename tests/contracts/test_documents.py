@@ -1,5 +1,6 @@
 """Documents repeat lists and messages of the code; here they are compared with it."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_api_lists_the_limits_of_a_request() -> None:
     assert listed == [f"{limit:,}" for limit in limits]
     assert MAX_OPTIONS["num_return_sequences"] == beams
     assert MAX_BODIES == 4 and "four times the bytes" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/questions.md", "docs/speed.md"])
+def test_pages_give_the_range_that_was_measured_on_a_gpu(page: str) -> None:
+    """Their range ended with a run of more slots than the page says."""
+    file = ROOT / "benchmarks" / "results" / "engine_h100.json"
+    cards = [
+        card for card in json.loads(file.read_text())["final kernels"].values() if isinstance(card, dict)
+    ]
+    rates = [
+        rate
+        for card in cards
+        for what, runs in card.items()
+        if what in ("bfloat16, 64 images a pass", "bfloat16, 128 images a pass")
+        for rate in runs
+    ]
+    assert f" {min(rates):.0f} to {max(rates):.0f} " in " ".join((ROOT / page).read_text().split())
 
 
 def _messages() -> list[str]:
