@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 NOT_DESCRIBED = {"blip2_actor.__version__", "pipeline.ROW_CONTRACT", "pipeline.SCHEMA_VERSION"}
 """Constants; docs/python_api.md says nothing about them."""
+MAX_LINE_CHARS = 125
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -106,6 +107,14 @@ def _strings_of_the_code() -> str:
 )
 def test_no_merge_left_its_markers(page: Path) -> None:
     assert not re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_lines_of_prose_fit_an_editor(page: Path) -> None:
+    """Tables, pictures and code are as wide as they are."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in prose.splitlines() if not line.startswith(("|", "<", "![", "    "))]
+    assert [line for line in lines if len(line) > MAX_LINE_CHARS] == []
 
 
 def _anchors(page: Path) -> set[str]:
