@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blip2_actor import EngineConfig, GenerationOptions, Request
 from examples.drawn_pictures import draw_pictures
-from examples.filter_by_match import IMAGE_SUFFIXES
+from examples.filter_by_match import IMAGE_SUFFIXES, image_folder
 
 
 def ask(folder: Path, model: str, prompts: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -40,16 +40,21 @@ def ask(folder: Path, model: str, prompts: dict[str, str]) -> Iterator[dict[str,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ask questions about the images of a folder.")
-    parser.add_argument("folder", nargs="?", help="folder of images; default: drawn pictures")
+    parser.add_argument(
+        "folder", nargs="?", type=image_folder, help="folder of images; default: drawn pictures"
+    )
     parser.add_argument("--model", default="demo", help="hub name or folder (default: demo)")
     parser.add_argument("--ask", action="append", default=[], metavar="NAME=QUESTION", help="may be repeated")
     arguments = parser.parse_args(argv)
+    for one in arguments.ask:
+        if "=" not in one:
+            parser.error(f"--ask must be NAME=QUESTION, got {one}")
     questions = dict(one.split("=", 1) for one in arguments.ask)
     prompts = {name: f"Question: {question} Answer:" for name, question in questions.items()}
     with tempfile.TemporaryDirectory() as path:
         if arguments.folder is None:
             draw_pictures(Path(path), 6)
-        rows = ask(Path(arguments.folder or path), arguments.model, prompts or {"caption": "a"})
+        rows = ask(arguments.folder or Path(path), arguments.model, prompts or {"caption": "a"})
         writer = csv.DictWriter(sys.stdout, ["file", *(prompts or {"caption": ""})])
         writer.writeheader()
         writer.writerows(rows)

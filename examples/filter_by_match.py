@@ -43,14 +43,26 @@ def write_demonstration(folder: Path) -> str:
     return str(save_tiny_retrieval_checkpoint(folder / "checkpoint"))
 
 
+def image_folder(path: str) -> Path:
+    """Return the folder that an argument names; argparse shows the error."""
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder of images, got {path}")
+    return Path(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Keep the images that match their texts.")
-    parser.add_argument("folder", nargs="?", help="folder of images with text files; default: drawn pictures")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=image_folder,
+        help="folder of images with text files; default: drawn pictures",
+    )
     parser.add_argument("--model", help="retrieval checkpoint: hub name or folder; default: random weights")
     parser.add_argument("--min-score", type=float, default=0.0, help="probability of a match (default: 0)")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as path:
-        folder = Path(arguments.folder or f"{path}/pairs")
+        folder = arguments.folder or Path(path) / "pairs"
         model = arguments.model
         if arguments.folder is None or model is None:
             random_model = write_demonstration(Path(path))

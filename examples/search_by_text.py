@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from blip2_actor import MatchingConfig
-from examples.filter_by_match import IMAGE_SUFFIXES, write_demonstration
+from examples.filter_by_match import IMAGE_SUFFIXES, image_folder, write_demonstration
 
 
 def search(folder: Path, model: str, text: str) -> list[tuple[float, str]]:
@@ -39,15 +39,17 @@ def search(folder: Path, model: str, text: str) -> list[tuple[float, str]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Search images by a text.")
     parser.add_argument("text", nargs="?", default="a red circle", help="what to look for")
-    parser.add_argument("folder", nargs="?", help="folder of images; default: drawn pictures")
+    parser.add_argument(
+        "folder", nargs="?", type=image_folder, help="folder of images; default: drawn pictures"
+    )
     parser.add_argument("--model", help="retrieval checkpoint: hub name or folder; default: random weights")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as path:
         folder, model = arguments.folder, arguments.model
         if folder is None or model is None:
             random_model = write_demonstration(Path(path))
-            folder, model = folder or f"{path}/pairs", model or random_model
-        for cosine, name in search(Path(folder), model, arguments.text)[:10]:
+            folder, model = folder or Path(path) / "pairs", model or random_model
+        for cosine, name in search(folder, model, arguments.text)[:10]:
             print(f"{cosine:.3f}  {name}")
     return 0
 

@@ -53,6 +53,22 @@ def test_pictures_that_are_there_are_not_written_again(folder):
     assert {file: file.stat().st_mtime_ns for file in (folder / "pictures").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (ask_about_folder.main, ["gone"], "must be a folder of images, got gone"),
+        (ask_about_folder.main, ["--ask", "color"], "--ask must be NAME=QUESTION, got color"),
+        (filter_by_match.main, ["gone"], "must be a folder of images, got gone"),
+        (search_by_text.main, ["a dog", "gone"], "must be a folder of images, got gone"),
+    ],
+)
+def test_a_wrong_argument_is_a_sentence(folder, capsys, main, arguments, said):
+    """They were tracebacks."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_a_finished_folder_is_not_killed_and_resumed(folder, capsys):
     (folder / "resumed" / "captions").mkdir(parents=True)
     with pytest.raises(SystemExit):
