@@ -81,8 +81,8 @@ def _write(to: str, destination: Destination, found: FinishedRows, shard: Shard)
 def _tell(console: Console, name: str, num_rows: int, num_left_out: int, lost: Sequence[str]) -> None:
     """Say what a shard has become, and name rows that have lost their images."""
     num_not_ok = num_left_out - len(lost)
-    without = f", without {num_not_ok:,} that are not ok" if num_not_ok else ""
-    without += f", without {len(lost):,} that have lost their images" if lost else ""
+    without = f"; {num_not_ok:,} left out, not ok" if num_not_ok else ""
+    without += f"; {len(lost):,} left out, image lost" if lost else ""
     console.say(f"{name}: {count(num_rows, 'row')}{without}")
     for row in lost[:NUM_NAMED]:
         console.warn(f"  {row}")

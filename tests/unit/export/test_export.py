@@ -236,7 +236,7 @@ def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, c
     into = exported(tmp_path / "out", to, tmp_path / "made")
     first = state_of(into)
     said = capsys.readouterr().out
-    assert said.count(": 4 rows" if to == "jsonl" else ": 3 rows, without 1 that are not ok\n") == 2
+    assert said.count(": 4 rows" if to == "jsonl" else ": 3 rows; 1 left out, not ok\n") == 2
     exported(tmp_path / "out", to, into)
     again = state_of(into)
     assert {name: content for name, (_, content) in again.items()} == {n: c for n, (_, c) in first.items()}
@@ -279,7 +279,7 @@ def test_an_image_that_has_changed_without_a_trace_is_left_out(tmp_path, capsys,
     os.utime(path, ns=(written_ns, written_ns))
     assert export(tmp_path / "out", to, tmp_path / "made") == 2
     said = capsys.readouterr().out
-    assert "2 rows, without 1 that have lost their images" in said
+    assert "2 rows; 1 left out, image lost" in said
     assert ": the image is another one than in the run" in said
     assert "exit status 2: 1 row left out without their images" in said
 
@@ -295,7 +295,7 @@ def test_images_that_vanish_cost_their_rows_and_come_with_the_next_export(tmp_pa
     path.write_bytes(whole[:2500])
     assert export(tmp_path / "out", to, tmp_path / "made") == 2
     said = capsys.readouterr().out
-    assert "1 row, without 2 that have lost their images" in said and ": 3 rows\n" in said
+    assert "1 row; 2 left out, image lost" in said and ": 3 rows\n" in said
     assert ": the image can no longer be read: the input ends before it" in said
     path.write_bytes(whole)
     exported(tmp_path / "out", to, tmp_path / "made")
@@ -311,7 +311,7 @@ def test_an_image_of_a_folder_that_vanishes_costs_its_row(tmp_path, capsys):
     (tmp_path / "in" / "1.png").unlink()
     assert export(tmp_path / "out", "webdataset", tmp_path / "made") == 2
     said = capsys.readouterr().out
-    assert "2 rows, without 1 that have lost their images" in said
+    assert "2 rows; 1 left out, image lost" in said
     assert "1.png: the image can no longer be read: the file cannot be read" in said
 
 
