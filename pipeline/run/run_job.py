@@ -79,7 +79,8 @@ def run_job(job: Job, console: Console) -> Reconciliation:
             ledger.tidy_summaries(state, done)
             ledger.drop_markers(state, done)
         status = done.exit_status(job.settings.max_failed_fraction, job.settings.max_flagged_fraction)
-        attempt.end(status, "all shards are finished" if not done.missing else "shards are missing")
+        shards = f"shards{_of_slice(job)}"
+        attempt.end(status, f"{shards} are missing" if done.missing else f"all {shards} are finished")
         return done
 
 
@@ -234,12 +235,16 @@ def _bytes_to_read(job: Job, left: list[ShardProgress]) -> int | None:
     return None if names_images or None in sizes else sum(size for size in sizes if size is not None)
 
 
+def _of_slice(job: Job) -> str:
+    return "" if job.run_slice is None else f" of slice {job.run_slice}"
+
+
 def _announce(job: Job, console: Console, left: list[ShardProgress]) -> None:
     num_left = len(left)
     total = len(job.part.shards)
-    of_run = "" if job.run_slice is None else f" of slice {job.run_slice}"
     console.say(
-        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): {count(total, 'shard')}{of_run}"
+        f"{job.info.model} ({job.info.dtype}, {job.info.image_size_px} px): "
+        f"{count(total, 'shard')}{_of_slice(job)}"
         + (f", {num_left:,} of them to do" if num_left < total else "")
         + f", output in {job.ledger}, run {job.run.id}"
     )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from blip2_actor.testing import FakeEngineConfig
+from pipeline.attempts.store import read_attempts
 from pipeline.errors import OutputInUse, RayStartFailed
 from pipeline.inputs.shards import RunSlice
 from pipeline.ledger import run_record
@@ -200,6 +201,14 @@ def test_a_slice_without_a_shard_does_not_decide_on_the_dtype_of_the_run(tmp_pat
     with pytest.raises(RayStartFailed):
         run_job(job, Console(io.StringIO()))
     assert job.ledger.load() is None
+
+
+def test_the_end_of_a_slice_is_not_that_of_the_run(tmp_path):
+    write_tar(tmp_path / "in/part3.tar", "a0")  # in slice 1 of 4
+    job = prepare_run(tmp_path, slice="2/4")
+    run_job(job, Console(io.StringIO()))
+    (attempt,) = read_attempts(job.ledger.folder)
+    assert attempt.reason == "all shards of slice 2/4 are finished"
 
 
 def test_a_slice_leaves_files_alone_that_another_driver_may_be_writing(tmp_path):
