@@ -57,7 +57,7 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         require_types(self)
-        if self.before == self.after:
+        if self.before.rstrip("/") == self.after.rstrip("/"):
             raise ValueError(f"after must be another output than the first, got {self.after} twice")
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")

@@ -21,7 +21,8 @@ from pipeline.errors import InputError
 from pipeline.storage.fsspec_errors import HandlerWithOSErrors
 from pipeline.storage.secrets import hide_secrets, without_secrets
 
-ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+BUCKET_SCHEMES = ("s3", "gs", "gcs")
+ARROW_SCHEMES = ("file", *BUCKET_SCHEMES, "hdfs", "viewfs", "abfs", "abfss")
 WEB_SCHEMES = ("http", "https")
 EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
@@ -37,7 +38,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     if not uri:  # Python takes it for the working folder.
         raise InputError(EMPTY)
-    scheme, separator, _ = uri.partition("://")
+    scheme, separator, place = uri.partition("://")
+    if scheme in BUCKET_SCHEMES and separator and not place:
+        raise InputError(f"{uri} must name a bucket, as in {uri}bucket/folder")
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:

@@ -277,6 +277,7 @@ def test_the_command_says_what_is_wrong(outputs, tmp_path, capsys):
     before, after = outputs
     for arguments, message in (
         ([before, before], "--after must be another output than the first"),
+        ([before, f"{before}/"], "--after must be another output than the first"),
         ([before], "--after must be given"),
         ([before, after, "--reference", "alt"], "--reference must be a column of one of the runs, got alt"),
         ([before, str(tmp_path)], "holds no run"),

@@ -38,6 +38,7 @@ def test_s3_options_travel_in_the_uri():
     ("uri", "message"),
     [
         ("", "must not be empty, got ''; write . for the working folder"),
+        ("s3://", "s3:// must name a bucket, as in s3://bucket/folder"),
         ("nosuch://x/y", "must be a local path, s3://, gs:// or a URI that fsspec knows: Protocol not known"),
         ("az://container/x", "needs a package that is not installed: Install adlfs"),
         ("s3://bucket/trip data/x", "write %20 for each blank"),
