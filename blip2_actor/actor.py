@@ -46,12 +46,10 @@ class Blip2Actor:
         Raises:
             TypeError: a single image or prompt is given in the place of a list.
         """
-        for name, given in (("images", images), ("prompts", prompts)):
-            if isinstance(given, str | bytes) or getattr(given, "ndim", 1) not in (1, 4):
-                raise TypeError(
-                    f"{name} must be a list, got {type(given).__name__}; put a single one into a list"
-                )
-        prompts = prompts if prompts is not None else [None] * len(images)
+        from blip2_actor.inputs.arguments import to_list, to_texts
+
+        images = to_list("images", images)
+        prompts = [None] * len(images) if prompts is None else to_texts("prompts", prompts)
         requests = [Request(image=i, prompt=p) for i, p in zip(images, prompts, strict=True)]
         return self.engine.generate(requests, self.options)
 

@@ -178,11 +178,11 @@ class EngineConfig(ModelConfig):
             ValueError: a prompt is not text, contains the image token, or leaves no room for the answer.
             OSError: as from `info`.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list, got str; put a single one into a list")
         from blip2_actor.checkpoints.checkpoint import resolve
         from blip2_actor.checkpoints.tokenizer import check_prompts
+        from blip2_actor.inputs.arguments import to_texts
 
+        prompts = to_texts("prompts", prompts)
         checkpoint = resolve(self.model, self.revision, with_weights=False, adapter=self.adapter)
         check_prompts(checkpoint, prompts, max_new_tokens)
 

@@ -153,9 +153,8 @@ class Checkpoint:
             return self.version
         if self.folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.folder.name):
             return self.folder.name  # a folder in the hub's own cache
-        if self.is_lavis:
-            files = [self.folder]
-        else:
+        files = [self.folder]
+        if not self.is_lavis:
             names = select_files(p.name for p in self.folder.iterdir() if p.is_file())
             files = [self.folder / name for name in names]
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -231,7 +230,8 @@ def _find(field: str, name: str, revision: str | None, with_weights: bool) -> Ch
         folder, version = fetch_from_bucket(name, with_weights)
         return Checkpoint(folder / Path(name).name if is_lavis else folder, version)
     if Path(name).is_dir():
-        return Checkpoint(require_linked_files(Path(name)))
+        require_linked_files(Path(name))
+        return Checkpoint(Path(name))
     if Path(name).is_file():
         if is_lavis:
             return Checkpoint(Path(name))

@@ -118,12 +118,8 @@ def select_files(names: Iterable[str]) -> list[str]:
     ]
 
 
-def require_linked_files(folder: Path) -> Path:
-    """Return a folder, unless it has links without their files, as a part of the hub's cache copied alone.
-
-    Raises:
-        FileNotFoundError: a link leads nowhere; the message names it.
-    """
+def require_linked_files(folder: Path) -> None:
+    """Raise FileNotFoundError for a link without its file, as in a part of the hub's cache copied alone."""
     for name in select_files(path.name for path in folder.iterdir()):
         path = folder / name
         if path.is_symlink() and not path.exists():
@@ -131,7 +127,6 @@ def require_linked_files(folder: Path) -> Path:
                 f"{path} must be a file, got a link to {os.readlink(path)}, which does not exist; copy the "
                 "checkpoint with the files that its links name, as cp -rL does"
             )
-    return folder
 
 
 def fetch_from_hub(model: str, revision: str | None, with_weights: bool) -> tuple[Path, str]:
