@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
 
-from blip2_actor.engine.memory import Sizes, container_bytes, free_bytes, image_bytes, plan_memory, slot_bytes
+from blip2_actor.engine.memory import (
+    Sizes,
+    container_bytes,
+    free_bytes,
+    full_encode_batch,
+    image_bytes,
+    plan_memory,
+    slot_bytes,
+)
 from blip2_actor.models.blip2 import Blip2
 
 GIB = 1 << 30
@@ -39,6 +47,17 @@ def test_the_plan_fits() -> None:
 def test_no_memory_still_runs_one_by_one() -> None:
     assert plan(1 << 20) == Sizes(max_slots=1, encode_batch=1)
     assert plan(-1) == Sizes(max_slots=1, encode_batch=1)
+
+
+def test_a_cpu_takes_more_images_of_a_smaller_model_and_a_gpu_as_many_of_each() -> None:
+    published, small = Blip2VisionConfig(), Blip2VisionConfig(hidden_size=128, image_size=64, patch_size=8)
+    tiny = Blip2VisionConfig(hidden_size=16, image_size=32, patch_size=8)
+    on_cpu, on_gpu = (
+        [full_encode_batch(config, torch.device(device)) for config in (published, small, tiny)]
+        for device in ("cpu", "cuda")
+    )
+    assert on_cpu == [8, 31, 128]
+    assert on_gpu == [128, 128, 128]
 
 
 def full_size(text: OPTConfig | T5Config) -> Blip2:
