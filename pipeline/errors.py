@@ -12,6 +12,10 @@ SHARD: ContextVar[str | None] = ContextVar("shard", default=None)
 """The shard that this thread works on; messages of its log say so."""
 WHILE = "while "
 """Begins the note that `noted` adds to an exception."""
+GIVE_TOKEN = (
+    "set RAY_AUTH_MODE=token, and give the token of the cluster in RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+)
+"""What to do about a cluster that asks for another token than it was given."""
 
 
 @contextmanager

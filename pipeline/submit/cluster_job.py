@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blip2_actor.flags import split_uri
-from pipeline.errors import RayStartFailed, Stopped
+from pipeline.errors import GIVE_TOKEN, RayStartFailed, Stopped
 from pipeline.submit.job_command import JobCommand
 from pipeline.submit.package import Package
 
@@ -37,10 +37,10 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         socket.create_connection((parts.hostname or "", port), CONNECT_S).close()
         return JobSubmissionClient(address)
-    except (OSError, RuntimeError) as error:
+    except _errors() as error:
+        remedy = _remedy(error, "start the cluster, keep `ray dashboard` open, or correct --address")
         raise RayStartFailed(
-            f"cannot reach the dashboard of a Ray cluster at {address}: {_cause(error)}; start the "
-            "cluster, keep `ray dashboard` open, or correct --address"
+            f"cannot reach the dashboard of a Ray cluster at {address}: {_cause(error)}; {remedy}"
         ) from error
 
 
@@ -90,11 +90,23 @@ def _refusals(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        raise RayStartFailed(
-            f"the Ray cluster has not {what}: {_cause(error)}; look at its dashboard, and run the same "
-            "command again"
-        ) from error
+    except _errors() as error:
+        remedy = _remedy(error, "look at its dashboard, and run the same command again")
+        raise RayStartFailed(f"the Ray cluster has not {what}: {_cause(error)}; {remedy}") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what Ray's client raises when a request fails, or the connection that sends a log."""
+    from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError
+
+    return OSError, RuntimeError, ClientError, AuthenticationError
+
+
+def _remedy(error: Exception, otherwise: str) -> str:
+    from ray.exceptions import AuthenticationError
+
+    return GIVE_TOKEN if isinstance(error, AuthenticationError) else otherwise
 
 
 def follow(client: JobSubmissionClient, submission_id: str, write: Callable[[str], object]) -> JobDetails:
@@ -112,7 +124,7 @@ def follow(client: JobSubmissionClient, submission_id: str, write: Callable[[str
             lost_at = None
             if job.status.value in ENDED:
                 return job
-        except (OSError, RuntimeError) as error:
+        except _errors() as error:
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > LOST_AFTER_S:
                 raise Stopped(

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
+from aiohttp import ServerDisconnectedError
+from ray.exceptions import AuthenticationError
 
 from blip2_actor.flags.fields import field_docs
 from pipeline.cli.command_table import COMMANDS
@@ -205,6 +207,7 @@ class Client:
         self.submitted: dict[str, Any] = {}
         self.log = ["one\n", "two\n", "three\n"]
         self.broken = 2
+        self.breaks_by: Exception = RuntimeError("the connection is lost")
 
     def list_jobs(self) -> list[Any]:
         return [
@@ -228,7 +231,7 @@ class Client:
         for number, text in enumerate(self.log):
             if number == self.broken:
                 self.broken = -1
-                raise RuntimeError("the connection is lost")
+                raise self.breaks_by
             yield text
 
 
@@ -273,9 +276,24 @@ def test_a_cluster_that_does_not_take_a_job_says_why(monkeypatch):
         running_job(client, job)
 
 
-def test_the_log_is_written_once_although_the_connection_breaks(monkeypatch):
+def test_a_token_that_is_missing_is_said(monkeypatch):
+    """The error of Ray's client is no OSError: the command ended with a traceback."""
+
+    def deny() -> None:
+        raise AuthenticationError("Authentication required: no token\n\nMore")
+
+    client: Any = Client()
+    monkeypatch.setattr(client, "list_jobs", deny)
+    with pytest.raises(RayStartFailed, match="required: no token; set RAY_AUTH_MODE=token, and give the tok"):
+        running_job(client, command(OUT))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost"), ServerDisconnectedError()], ids=repr)
+def test_the_log_is_written_once_although_the_connection_breaks(error, monkeypatch):
+    """A proxy or a tunnel before the dashboard breaks it by an error of aiohttp, which ended the command."""
     monkeypatch.setattr("pipeline.submit.cluster_job.POLL_S", 0.0)
     client: Any = Client(job="SUCCEEDED")
+    client.breaks_by = error
     written: list[str] = []
     assert follow(client, "job", written.append).status.value == "SUCCEEDED"
     assert "".join(written) == "one\ntwo\nthree\n"
