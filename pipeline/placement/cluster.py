@@ -35,14 +35,27 @@ class Cluster:
     is_local: bool = True
     """Whether this process has started the Ray; such a Ray never gets more nodes."""
 
-    def total(self, resource: str) -> float:
-        """Return how much of a resource the nodes have now."""
-        return sum(node.resources.get(resource, 0.0) for node in self.nodes)
+    @property
+    def kinds(self) -> list[Node | NodeType]:
+        """The nodes, alive or not yet started."""
+        return [*self.nodes, *(self.node_types or ())]
 
-    def largest(self, resource: str) -> float:
-        """Return how much of a resource the best node has, alive or not yet started."""
-        kinds: list[Node | NodeType] = [*self.nodes, *(self.node_types or ())]
-        return max((kind.resources.get(resource, 0.0) for kind in kinds), default=0.0)
+    def total(self, resource: str, labels: Mapping[str, str] = {}) -> float:
+        """Return how much of a resource the nodes that label selectors choose have now."""
+        chosen = (node for node in self.nodes if has_labels(node.labels, labels))
+        return sum(node.resources.get(resource, 0.0) for node in chosen)
+
+    def largest(
+        self, resource: str, labels: Mapping[str, str] = {}, others: Mapping[str, float] = {}
+    ) -> float:
+        """Return how much of a resource the best node has, alive or not yet started; 0 if there is none.
+
+        Args:
+            labels: label selectors of the nodes.
+            others: other resources that the node must have.
+        """
+        chosen = (kind for kind in self.kinds if _fit(kind, others, labels))
+        return max((kind.resources.get(resource, 0.0) for kind in chosen), default=0.0)
 
     def fitting(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
         """Return how many workers fit at the same time, on the nodes that the autoscaler may add too.
@@ -59,7 +72,8 @@ class Cluster:
 
     def cannot_offer(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
         """Return whether no node, alive or not yet started, can ever run a worker with these resources."""
-        return self.node_types is not None and not self.fitting(resources, labels)
+        is_known = self.node_types is not None
+        return is_known and not any(_fit(kind, resources, labels) for kind in self.kinds)
 
     def __str__(self) -> str:
         has = _listed(node.resources for node in self.nodes) or "no CPU"

@@ -108,17 +108,16 @@ def reserve(
         num_bytes: what is to be read and decoded of them; None if that is not known.
 
     Raises:
-        RefusedByCluster: no node that is alive, or that the autoscaler may start, has the accelerators.
+        RefusedByCluster: no node that is alive, or that the autoscaler may start, has what a stage needs.
     """
-    share = min(1.0, max(cluster.largest("CPU"), 1.0) / 4)
+    read = Reservation(_share(cluster, placement.labels("read")) / 2, labels=placement.labels("read"))
+    decode = Reservation(_share(cluster, placement.labels("decode")), labels=placement.labels("decode"))
     wanted = accelerators_of(placement, cluster, engine)
     caption = Reservation(
         num_gpus=wanted.pop("GPU", 0.0), resources=wanted, labels=placement.labels("caption")
     )
     min_actors, max_actors, num_threads = placement.min_actors, placement.max_actors, None
     if caption.accelerators:
-        if cluster.cannot_offer(caption.accelerators, caption.labels):
-            raise RefusedByCluster(_no_accelerator(caption, cluster))
         # Ray Data limits a pool by the GPUs of all nodes, and by no other accelerators.
         is_limited_by_ray = not (cluster.is_local or caption.resources or caption.labels)
         if max_actors is None and not is_limited_by_ray:
@@ -127,7 +126,7 @@ def reserve(
             offered = cluster.fitting(caption.accelerators, caption.labels)
             min_actors = max(min_actors, min(num_shards, offered, max_actors or offered))
     elif getattr(engine, "is_remote", False):  # its workers only send and wait
-        caption = dataclasses.replace(caption, num_cpus=share / 2)
+        caption = dataclasses.replace(caption, num_cpus=_share(cluster, caption.labels) / 2)
         max_actors = min_actors if max_actors is None else max_actors
     else:
         caption, num_threads = _on_cpus(caption, placement, cluster)
@@ -140,9 +139,10 @@ def reserve(
             num_workers = 1 + num_bytes // BYTES_PER_WORKER
             max_open_shards = min(max_open_shards, num_workers)
             max_decode_actors = min(max_decode_actors or num_workers, num_workers)
+    _require_offered(cluster, read, decode, caption)
     return Reservations(
-        read=Reservation(share / 2, labels=placement.labels("read")),
-        decode=Reservation(share, labels=placement.labels("decode")),
+        read=read,
+        decode=decode,
         caption=caption,
         min_actors=min_actors,
         max_actors=max_actors,
@@ -151,6 +151,11 @@ def reserve(
         num_threads=num_threads,
         max_block_bytes=_max_block_bytes(cluster),
     )
+
+
+def _share(cluster: Cluster, labels: Mapping[str, str]) -> float:
+    """Return the cores that a decoding actor reserves on the nodes that label selectors choose."""
+    return min(1.0, max(cluster.largest("CPU", labels), 1.0) / 4)
 
 
 def _max_block_bytes(cluster: Cluster) -> int | None:
@@ -163,10 +168,10 @@ def _max_block_bytes(cluster: Cluster) -> int | None:
 
 def _on_cpus(caption: Reservation, placement: Placement, cluster: Cluster) -> tuple[Reservation, int]:
     """Return the reservation of an actor without accelerator, and the threads of its engine."""
-    node_cpus = max(1.0, cluster.largest("CPU"))
+    node_cpus = max(1.0, cluster.largest("CPU", caption.labels))
     if placement.max_actors is None and not cluster.is_local:
         return dataclasses.replace(caption, num_cpus=node_cpus * CPU_CAPTION_SHARE), math.floor(node_cpus)
-    nodes = max(1, round(cluster.total("CPU") / node_cpus))
+    nodes = max(1, round(cluster.total("CPU", caption.labels) / node_cpus))
     per_node = math.ceil((placement.max_actors or placement.min_actors) / nodes)
     num_threads = max(1, math.floor(node_cpus / per_node))
     return dataclasses.replace(caption, num_cpus=node_cpus / 4 / per_node), num_threads
@@ -185,18 +190,32 @@ def accelerators_of(placement: Placement, cluster: Cluster, engine: EngineBuilde
     if device == "cpu":
         return {}
     splits = getattr(engine, "device_map", None) is not None
-    number = max(1.0, cluster.largest("GPU")) if splits else 1.0
+    typed = placement.of_accelerator_type
+    number = max(1.0, cluster.largest("GPU", placement.labels("caption"), typed)) if splits else 1.0
     is_offered = cluster.fitting({"GPU": number}, {}) > 0
     is_asked = device is not None and not cluster.is_local
-    typed = placement.of_accelerator_type
     return {"GPU": number, **typed} if is_offered or is_asked or typed else {}
 
 
-def _no_accelerator(caption: Reservation, cluster: Cluster) -> str:
-    return (
-        f"a captioning actor needs {caption}, and no node offers it: {cluster}; start such nodes, name what "
-        "they have with --accelerator NAME=N, or add --device cpu to caption on CPUs"
+def _require_offered(cluster: Cluster, read: Reservation, decode: Reservation, caption: Reservation) -> None:
+    """Raise RefusedByCluster if a stage needs what no node has or will have: it would wait for ever."""
+    stages = (
+        ("a captioning actor", "--caption-label", caption),
+        ("a decoding actor", "--decode-label", decode),
+        ("reading", "--read-label", read),
     )
+    for who, flag, needed in stages:
+        if not cluster.cannot_offer({"CPU": needed.num_cpus, **needed.accelerators}, needed.labels):
+            continue
+        remedies = ["start such nodes"]
+        if needed.labels:
+            remedies.append(f"correct {flag}")
+        if needed.accelerators:
+            remedies.append("name what they have with --accelerator NAME=N")
+            remedies.append("add --device cpu to caption on CPUs")
+        *first, last = remedies
+        remedy = f"{', '.join(first)}, or {last}" if first else last
+        raise RefusedByCluster(f"{who} needs {needed}, and no node offers it: {cluster}; {remedy}")
 
 
 def fit(placement: Placement, num_fitting: int, cluster: Cluster) -> Placement:

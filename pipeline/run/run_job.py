@@ -176,7 +176,7 @@ def _drive(
         except DeviceLeftOut as error:
             resource, ids = error.device.resource, error.device.ids
             cluster = look_at_cluster()
-            num_others = cluster.total(resource) - len(held) - len(ids)
+            num_others = cluster.total(resource, reservations.caption.labels) - len(held) - len(ids)
             per_actor = reservations.caption.accelerators.get(resource, 1.0)
             if not ids or num_others < per_actor:
                 raise

@@ -85,7 +85,9 @@ def test_a_cluster_without_accelerators_is_refused_and_the_remedy_named():
     with pytest.raises(RefusedByCluster, match=r"needs 1 GPU, .* has 32 CPU on 2 nodes, .*--device cpu"):
         placed(CPUS_ONLY)
     assert not placed(CPUS_ONLY, ON_CPU).caption.accelerators
-    with pytest.raises(RefusedByCluster, match=r"needs 1 NPU, .*8 CPU, 1 GPU \(accelerator\)"):
+    with pytest.raises(
+        RefusedByCluster, match=r"needs 1 NPU, .*1 GPU \(accelerator\); start such nodes, name "
+    ):
         placed(GROWING, accelerator="NPU=1")
 
 
@@ -137,6 +139,37 @@ def test_types_and_labels_choose_the_nodes():
     assert placed(cluster, caption_label=("pool=in(big, small)",)).max_actors == 2
     without_label = placed(cluster, caption_label=("pool=!big",))
     assert without_label.max_actors == GPU_TYPE.max_nodes
+
+
+def test_each_stage_is_sized_by_the_nodes_that_its_labels_choose():
+    """It was sized by the largest node of all, on whichever nodes it was to run: it waited for ever."""
+    on_cpus = placed(GROWING, ON_CPU, caption_label=("pool=accelerator",))
+    assert on_cpus.caption.num_cpus < 8 and on_cpus.num_threads == 8
+    small = Node({"CPU": 2.0, "GPU": 2.0, "accelerator_type:L4": 1.0}, {"pool": "small"})
+    cluster = Cluster((Node({"CPU": 64.0, "GPU": 8.0}), small), is_local=False)
+    needs = placed(cluster, decode_label=("pool=small",), read_label=("pool=small",))
+    assert (needs.decode.num_cpus, needs.read.num_cpus) == (0.5, 0.25)
+    split = EngineConfig(model="demo", device_map="auto")
+    assert placed(cluster, split).caption.num_gpus == 8
+    assert placed(cluster, split, caption_label=("pool=small",)).caption.num_gpus == 2
+    assert placed(cluster, split, accelerator_type="L4").caption.num_gpus == 2
+    assert placed(cluster, ON_CPU, max_actors=1, caption_label=("pool=small",)).num_threads == 2
+
+
+@pytest.mark.parametrize("stage", ["caption", "decode", "read"])
+@pytest.mark.parametrize("cluster", [GROWING, CPUS_ONLY, machine(4)], ids=["growing", "fixed", "local"])
+def test_a_label_that_no_node_has_is_refused_for_every_stage(cluster, stage):
+    """Only that of an accelerator was: the job started accelerators, and waited for ever."""
+    labels: dict[str, Any] = {f"{stage}_label": ("pool=cpuu",)}
+    with pytest.raises(RefusedByCluster, match=rf"pool=cpuu, and no node offers it: .*--{stage}-label"):
+        placed(cluster, ON_CPU, **labels)
+    assert placed(Cluster((HEAD,), None, is_local=False), ON_CPU, **labels)
+
+
+def test_a_node_that_is_alive_may_have_more_than_its_type_says():
+    node = Node({"CPU": 8.0, "GPU": 1.0}, {"ray.io/node-group": "bare"})
+    cluster = Cluster((HEAD, node), (NodeType("bare", 4, {}),), is_local=False)
+    assert placed(cluster).caption.num_gpus == 1
 
 
 @dataclass(frozen=True)
