@@ -231,6 +231,20 @@ def test_selectors_select_pods() -> None:
     assert len(kinds) == 3
 
 
+@pytest.mark.parametrize("combination", [each for each in COMBINATIONS if "monitoring" in each], ids=str)
+def test_the_ports_that_are_scraped_are_named(combination: tuple[str, ...]) -> None:
+    """Prometheus skips a port without a name in silence: nothing of the autoscaler was scraped."""
+    manifests = combine(*combination)
+    pods = list(pods_of(of_kind(manifests, "RayCluster", "RayJob")))
+    monitors = [manifest["spec"] for manifest in manifests if manifest["kind"] == "PodMonitor"]
+    assert len(monitors) == 2
+    for monitor in monitors:
+        wanted = monitor["selector"]["matchLabels"].items()
+        (selected, *_) = [pod["spec"] for pod in pods if wanted <= pod["metadata"]["labels"].items()]
+        named = {port["name"] for each in selected["containers"] for port in each.get("ports", ())}
+        assert {port["port"] for port in monitor["podMetricsEndpoints"]} <= named | {"metrics"}
+
+
 def test_disruption_budgets_count_as_kubernetes_can() -> None:
     """Pods of a custom resource have no scale: a budget by maxUnavailable or per cent is not computed."""
     budgets = [manifest for manifest in everything() if manifest["kind"] == "PodDisruptionBudget"]
