@@ -16,7 +16,7 @@ from tempfile import gettempdir
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RayStartFailed
+from pipeline.errors import GIVE_TOKEN, RayStartFailed
 from pipeline.run.signals import keeping_handlers
 from pipeline.storage.secrets import hide_secrets
 
@@ -141,6 +141,10 @@ def start_ray(**options: Any) -> None:
             raise  # a signal
         reason = _reason(error)
         address = os.environ.get("RAY_ADDRESS")
+        if address and _asks_for_token(error):
+            raise RayStartFailed(
+                f"the Ray cluster at {address} asks for a token, and got none or a wrong one; {GIVE_TOKEN}"
+            ) from error
         if address:
             raise RayStartFailed(
                 f"cannot connect to the Ray cluster at {address}: {reason}; start the cluster or correct "
@@ -177,6 +181,12 @@ def _require_listener(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         except OSError as error:
             raise ConnectionError(f"nothing listens there ({error})") from error
+
+
+def _asks_for_token(error: BaseException) -> bool:
+    """Return whether a cluster has refused the token; Ray says so in the text of a cause alone (Ray 2.60)."""
+    causes = [error, error.__cause__]
+    return any("ray.exceptions.AuthenticationError" in str(cause) for cause in causes)
 
 
 def _reason(error: BaseException) -> str:

@@ -47,6 +47,21 @@ def test_a_cluster_that_cannot_be_reached_is_named(failing, monkeypatch):
         start_ray()
 
 
+def test_a_cluster_that_refuses_the_token_is_not_said_to_be_gone(failing, monkeypatch):
+    """The remedy was to start the cluster, which runs."""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(socket, "create_connection", lambda *_: socket.socket())
+    error = ConnectionError("Failed to connect to Ray cluster at head:6379")
+    error.__cause__ = RuntimeError(
+        "Traceback\nray.exceptions.AuthenticationError: RPC error: InvalidAuthToken"
+    )
+    failing(error)
+    with pytest.raises(
+        RayStartFailed, match=r"^the Ray cluster at head:6379 asks .*RAY_AUTH_MODE=token, and"
+    ):
+        start_ray()
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
