@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 
 from blip2_actor.installation import pip_install
 from pipeline.errors import RayStartFailed
 from pipeline.finding import Finding
 from pipeline.run.cluster import connected
+
+ASK = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"blip2", timeout=5)
+"""
+"""Reads something of a cluster, which tells it whether the cluster asks for a token."""
+ANSWER_S = 60.0
 
 
 def check_ray() -> Finding:
@@ -22,6 +32,7 @@ def check_ray() -> Finding:
     try:
         with connected() as cluster:
             found = f"{ray.__version__} starts; {cluster}"
+            is_open = not cluster.is_local and _answers_without_token(ray.get_runtime_context().gcs_address)
     except RayStartFailed as error:
         reason, _, remedy = str(error).partition("; ")
         return Finding("Ray", "fail", f"{ray.__version__}: {reason}", remedy)
@@ -29,9 +40,25 @@ def check_ray() -> Finding:
         return Finding("Ray", "ok", found)
     address = os.environ.get("RAY_ADDRESS")
     found = f"{ray.__version__} reaches {address}; {cluster}"
-    if os.environ.get("RAY_AUTH_MODE") != "token":
+    if is_open:
         remedy = "start its nodes with RAY_AUTH_MODE=token, and set that and RAY_AUTH_TOKEN here"
         return Finding(
             "Ray", "warn", f"{found}; it asks for no token, so everybody can run code on it", remedy
         )
     return Finding("Ray", "ok", f"{found}; it asks for a token")
+
+
+def _answers_without_token(address: str) -> bool:
+    """Return whether the head of a cluster answers a process that gives no token.
+
+    What RAY_AUTH_MODE says here tells nothing: a cluster without tokens ignores one that it is given.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, address],
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=ANSWER_S,
+        check=False,
+    )
+    return done.returncode == 0
