@@ -28,10 +28,20 @@ class SubmitSettings:
     def __post_init__(self) -> None:
         if not self.job:
             raise ValueError(f"a command must come last, one of {', '.join(JOBS)}, with its flags")
-        if self.address is not None and not self.address.startswith(("http://", "https://")):
-            raise ValueError(
-                f"address must be that of the dashboard, such as http://127.0.0.1:8265, got {self.address}"
-            )
+        if self.address is not None:
+            require_dashboard("address", self.address)
+
+
+def require_dashboard(name: str, address: str) -> None:
+    """Raise ValueError unless an address is that of a dashboard.
+
+    Args:
+        name: of the setting or the variable that holds it.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{name} must be that of the dashboard, such as http://127.0.0.1:8265, got {address}"
+        )
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from pipeline.storage.secrets import hide_secrets
 from pipeline.submit.cluster_job import begin, connect, follow, running_job
 from pipeline.submit.job_command import JobCommand, check_command
 from pipeline.submit.package import PACKAGES, packed
-from pipeline.submit.settings import SubmitSettings
+from pipeline.submit.settings import SubmitSettings, require_dashboard
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 """The environment variable in which Ray's own commands look."""
@@ -28,6 +28,7 @@ def submit(settings: SubmitSettings) -> int:
         address = settings.address or os.environ.get(ADDRESS)
         if not address:
             raise ValueError(f"address must be given, or {ADDRESS} set, such as http://127.0.0.1:8265")
+        require_dashboard(ADDRESS, address)  # that of the flag has been checked
     client = connect(address)
     running = running_job(client, command)
     if running is not None:

@@ -54,6 +54,13 @@ def test_what_cannot_work_is_refused_in_a_sentence(arguments, status, said, caps
     assert said in capsys.readouterr().err
 
 
+def test_an_address_in_the_environment_is_checked_as_the_flag_is(capsys, monkeypatch):
+    """The whole of it was looked up as a host, and the cluster said to be unreachable."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "127.0.0.1:8265")
+    assert main(["submit", "caption", "--input", IN, "--output", OUT]) == 3
+    assert "RAY_API_SERVER_ADDRESS must be that of the dashboard" in capsys.readouterr().err
+
+
 @pytest.fixture
 def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobCommand]:
     """Return the job that a command line sends, from a folder that holds checkpoints and files."""
