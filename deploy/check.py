@@ -23,9 +23,11 @@ from deploy.settings import BODY_WITHIN_S, Settings
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
+    from ray.serve.schema import DeploymentSchema
 
 PROG = "python -m deploy.check"
 CLUSTER_FILE = "ray_cluster.yaml"
+IMPORT_PATH = "deploy.app:build"
 NEEDS = ("ray", "fastapi", "jsonschema", "yaml")
 UNKNOWN_FILE = (
     "the file must be a Serve config (with the key applications), a cluster file of `ray up` (with the key "
@@ -134,6 +136,8 @@ def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -
     for path in _unknown_keys(document, ServeDeploySchema):
         raise ValueError(f"{path} is not a key that Serve knows; it would be ignored")
     for application in served.applications:
+        if application.import_path != IMPORT_PATH:
+            raise ValueError(f"import_path must be {IMPORT_PATH}, got {application.import_path}")
         settings = ServeArgs.model_validate(application.args).root
         settings.require_keys("a cluster")
         _require_time("http_options.request_timeout_s", served.http_options.request_timeout_s, settings)
@@ -143,8 +147,28 @@ def check_serve_config(document: Mapping[str, Any], with_models: bool = False) -
                 raise ValueError(f"deployments must be {' or '.join(known)}, got {deployment.name}")
             if isinstance(drain_s := deployment.graceful_shutdown_timeout_s, int | float):  # else unset
                 _require_time(f"graceful_shutdown_timeout_s of {deployment.name}", drain_s, settings)
+            _check_scale(deployment)
         if with_models:
             settings.check_models()
+
+
+def _check_scale(deployment: DeploymentSchema) -> None:
+    """Raise ValueError for a scale that Serve refuses only while it deploys; its schema takes any dict."""
+    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig
+
+    given = deployment.autoscaling_config
+    if not isinstance(given, dict):
+        return
+    is_auto = deployment.num_replicas == "auto"  # Then Serve has other defaults.
+    defaults = AutoscalingConfig.default().model_dump(exclude_unset=True) if is_auto else {}
+    try:
+        AutoscalingConfig.model_validate(defaults | given)
+    except ValidationError as error:
+        reasons = [" ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors()]
+        raise ValueError(
+            f"autoscaling_config of {deployment.name} must be one that Serve takes: {', '.join(reasons)}"
+        ) from None
 
 
 def _require_time(name: str, seconds: float | None, settings: Settings) -> None:

@@ -246,6 +246,32 @@ def test_clocks_that_contradict_each_other_are_refused(change: Any, said: str) -
     check_serve_config(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"min_replicas": 9}, r"autoscaling_config of Gateway must be .*max_replicas \(8\) must be"),
+        ({"max_replicas": "8x"}, r"autoscaling_config of Gateway must be .*: max_replicas Input should be"),
+    ],
+    ids=str,
+)
+def test_a_scale_that_serve_refuses_while_it_deploys_is_refused(change: Any, said: str) -> None:
+    config = load("deploy/serve_config.yaml")
+    gateway = config["applications"][0]["deployments"][0]
+    gateway["autoscaling_config"] |= change
+    with pytest.raises(ValueError, match=said):
+        check_serve_config(config)
+    gateway |= {"num_replicas": "auto", "autoscaling_config": {"min_replicas": 9}}
+    check_serve_config(config)
+
+
+def test_another_application_is_refused() -> None:
+    """Serve found out on the cluster that there is none by this name."""
+    config = load("deploy/serve_config.yaml")
+    config["applications"][0]["import_path"] = "deploy.app:biuld"
+    with pytest.raises(ValueError, match=r"import_path must be deploy\.app:build, got deploy\.app:biuld"):
+        check_serve_config(config)
+
+
 def test_serve_itself_checks_the_args_of_the_builder() -> None:
     # With postponed annotations, Serve does not see the model and passes `build` an unchecked dictionary.
     with pytest.raises(ValueError, match="modle"):
