@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -41,6 +42,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, separator, place = uri.partition("://")
     if scheme in BUCKET_SCHEMES and separator and not place:
         raise InputError(f"{uri} must name a bucket, as in {uri}bucket/folder")
+    if scheme in BUCKET_SCHEMES and separator:
+        _require_plain_names(uri, place)
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -64,11 +67,25 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(f"{shown} cannot be reached: {hide_secrets(str(error))}{hint}") from None
     except ValueError as error:
         reason = hide_secrets(str(error))
-        hint = "; write %20 for each blank" if " " in uri else ""
+        hint = _how_to_write(uri)
         raise InputError(
             f"{shown} must be a local path, s3://, gs:// or a URI that fsspec knows: {reason}{hint}"
         ) from None
     return pafs.PyFileSystem(HandlerWithOSErrors(filesystem, query)), path
+
+
+def _require_plain_names(uri: str, place: str) -> None:
+    """Refuse names that are not themselves in a bucket: what is written below `a/../b` is listed nowhere."""
+    _, *names = place.partition("?")[0].rstrip("/").split("/")
+    if not {"", ".", ".."}.isdisjoint(names):
+        raise InputError(f"{without_secrets(uri)} must name its folders without //, . and .. between them")
+
+
+def _how_to_write(uri: str) -> str:
+    """Return how to write blanks and letters that a URI cannot hold, as the end of a sentence."""
+    odd = sorted({letter for letter in without_secrets(uri) if letter == " " or not letter.isascii()})
+    written = [f"{quote(letter)} for each {'blank' if letter == ' ' else letter}" for letter in odd]
+    return f"; write {', '.join(written)}" if written else ""
 
 
 def _split_query(scheme: str, path: str) -> tuple[str, str]:

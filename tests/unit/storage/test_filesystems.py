@@ -42,6 +42,13 @@ def test_s3_options_travel_in_the_uri():
         ("nosuch://x/y", "must be a local path, s3://, gs:// or a URI that fsspec knows: Protocol not known"),
         ("az://container/x", "needs a package that is not installed: Install adlfs"),
         ("s3://bucket/trip data/x", "write %20 for each blank"),
+        ("s3://bucket/Grüße aus", "write %20 for each blank, %C3%9F for each ß, %C3%BC for each ü"),
+        ("s3://bucket//x", "s3://bucket//x must name its folders without //, . and .. between them"),
+        (
+            "s3://key:secret@bucket/a/../b?region=eu-west-1",
+            "^s3://bucket/a/../b must name its folders without",
+        ),
+        ("gs://bucket/./x", "must name its folders without"),
         ("s3://bucket/out#1?region=eu-west-1", "without #, which ends its path; write %23 for each #"),
         ("file:///tmp/out#1", "write %23 for each #"),
         ("s3://bucket/x?region=us-east-1&nope=1", "fsspec knows: Unexpected query parameter"),
@@ -50,6 +57,11 @@ def test_s3_options_travel_in_the_uri():
 def test_a_uri_that_cannot_be_opened_is_refused_with_the_remedy(uri, message):
     with pytest.raises(InputError, match=message):
         open_filesystem(uri)
+
+
+def test_slashes_at_the_end_of_a_bucket_and_a_folder_are_no_names():
+    for uri in ("s3://bucket/?region=eu-west-1", "s3://bucket/a//?region=eu-west-1&scheme=http"):
+        assert open_filesystem(uri)[1].rstrip("/") in ("bucket", "bucket/a")
 
 
 def test_join_below_any_root():
