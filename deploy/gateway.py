@@ -253,6 +253,8 @@ class Gateway:
 
     async def check_health(self) -> None:
         """Follow what the operator has asked of all gateways; this one may have missed it at its start."""
+        self._admission.show()
+        self._shared_work.show()
         try:
             async with asyncio.timeout(STORE_WITHIN_S):
                 is_draining = await self.fleet.is_draining()

@@ -172,6 +172,10 @@ class Admission:
             self._is_idle.clear()
         else:
             self._is_idle.set()
+        self.show()
+
+    def show(self) -> None:
+        """Set the gauge of requests; Ray drops one that is not set for 20 s."""
         REQUESTS_IN_FLIGHT.set(self._num_in_flight_of.total())
 
     def _refuse_too_many(self, caller: Caller) -> None:

@@ -71,4 +71,8 @@ class SharedWork:
         while self._num_bytes > self._max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._num_bytes -= oldest.num_bytes
+        self.show()
+
+    def show(self) -> None:
+        """Set the gauge of memory; Ray drops one that is not set for 20 s."""
         CACHE_BYTES.set(self._num_bytes)

@@ -212,7 +212,6 @@ class Coordinator:
         workers[worker] = (busy_s, time.monotonic() - alive_s)
         if busy_s > before_s:
             STAGE_BUSY_S.inc(busy_s - before_s, {"stage": stage})
-        STAGE_WORKERS.set(len(workers), {"stage": stage})
 
     def starts(self, worker: str, text: str | None) -> None:
         """Note what a captioning worker does before it is ready; None if it is."""
@@ -245,6 +244,8 @@ class Coordinator:
         receipts, self._new_receipts = self._new_receipts, []
         reports, self._new_reports = self._new_reports, []
         now = time.monotonic()
+        for stage, workers in self._loads.items():  # always: Ray drops a gauge that is not set for 20 s
+            STAGE_WORKERS.set(len(workers), {"stage": stage})
         loads = {
             stage: {worker: Load(busy_s, now - born_s) for worker, (busy_s, born_s) in workers.items()}
             for stage, workers in self._loads.items()

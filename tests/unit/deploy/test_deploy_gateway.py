@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError, RpcError
 from ray.serve.exceptions import DeploymentUnavailableError
+from ray.util.metrics import Metric
 
 from blip2_actor import DecodedImage, GenerationOptions, ModelInfo, Result, Status
 from deploy import gateway as gateway_module
@@ -391,6 +392,20 @@ def test_the_wait_for_engines_is_part_of_the_time_of_a_request() -> None:
             assert 0.55 < time.monotonic() - began_s < 1.0
 
     asyncio.run(run())
+
+
+def test_what_a_gateway_holds_is_shown_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops a gauge that is not set for 20 s: long requests, and a cache at night, were gone."""
+    shown: list[str] = []
+    monkeypatch.setattr(Metric, "_record", lambda metric, *_: shown.append(metric.info["name"]))
+
+    async def run() -> None:
+        async with gateway(Handle(None), Store()) as made:
+            shown.clear()
+            await made.check_health()
+
+    asyncio.run(run())
+    assert shown == ["blip2_requests_in_flight", "blip2_cache_bytes"]
 
 
 def test_while_the_head_is_away_a_gateway_loses_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
