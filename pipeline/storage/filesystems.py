@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from urllib.parse import quote
@@ -25,6 +26,8 @@ from pipeline.storage.secrets import hide_secrets, without_secrets
 BUCKET_SCHEMES = ("s3", "gs", "gcs")
 ARROW_SCHEMES = ("file", *BUCKET_SCHEMES, "hdfs", "viewfs", "abfs", "abfss")
 WEB_SCHEMES = ("http", "https")
+ONE_SLASH = re.compile(rf"(?:{'|'.join((*ARROW_SCHEMES, *WEB_SCHEMES, 'az', 'hf'))}):(?=/)")
+"""Begins a URI that lacks a slash; it would be a folder below the working folder."""
 EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
@@ -45,6 +48,10 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme in BUCKET_SCHEMES and separator:
         _require_plain_names(uri, place)
     if not separator:
+        if (typed := ONE_SLASH.match(uri)) and not os.path.lexists(typed[0]):
+            raise InputError(
+                f"{uri} must have two slashes after {typed[0]}, or ./ before it if it is a folder"
+            )
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
         split_uri("a file or folder", uri)

@@ -19,6 +19,13 @@ def test_local_paths_in_every_spelling(tmp_path, monkeypatch):
         assert filesystem.open_input_stream(path).read() == b"x"
 
 
+def test_a_folder_may_have_the_name_of_a_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_filesystem("./s3:/a")[1] == f"{tmp_path}/s3:/a"
+    (tmp_path / "s3:").mkdir()
+    assert open_filesystem("s3:/a")[1] == f"{tmp_path}/s3:/a"
+
+
 def test_any_scheme_of_fsspec():
     filesystem, path = open_filesystem("memory://bucket/a")
     with filesystem.open_output_stream(path) as file:
@@ -43,6 +50,7 @@ def test_s3_options_travel_in_the_uri():
         ("az://container/x", "needs a package that is not installed: Install adlfs"),
         ("s3://bucket/trip data/x", "write %20 for each blank"),
         ("s3://bucket/Grüße aus", "write %20 for each blank, %C3%9F for each ß, %C3%BC for each ü"),
+        ("s3:/bucket/x", "s3:/bucket/x must have two slashes after s3:, or ./ before it if it is a folder"),
         ("s3://bucket//x", "s3://bucket//x must name its folders without //, . and .. between them"),
         (
             "s3://key:secret@bucket/a/../b?region=eu-west-1",
@@ -54,7 +62,8 @@ def test_s3_options_travel_in_the_uri():
         ("s3://bucket/x?region=us-east-1&nope=1", "fsspec knows: Unexpected query parameter"),
     ],
 )
-def test_a_uri_that_cannot_be_opened_is_refused_with_the_remedy(uri, message):
+def test_a_uri_that_cannot_be_opened_is_refused_with_the_remedy(uri, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         open_filesystem(uri)
 
