@@ -67,7 +67,12 @@ class Cluster:
         kinds = self.node_types or ()
         names = {kind.name for kind in kinds}
         alive = (node for node in self.nodes if node.labels.get(NODE_TYPE) not in names)
-        may_be_added = sum(kind.max_nodes * _fit(kind, resources, labels) for kind in kinds)
+        room = min((kind.max_of_all for kind in kinds), default=0)
+        may_be_added = 0
+        for kind in sorted(kinds, key=lambda kind: _fit(kind, resources, labels), reverse=True):
+            num_nodes = min(kind.max_nodes, room)
+            may_be_added += num_nodes * _fit(kind, resources, labels)
+            room -= num_nodes
         return sum(_fit(node, resources, labels) for node in alive) + may_be_added
 
     def cannot_offer(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:

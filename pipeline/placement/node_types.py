@@ -33,6 +33,8 @@ class NodeType:
     resources: Mapping[str, float]
     """Of one node."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    max_of_all: int = MANY_NODES
+    """Nodes of all types that the autoscaler may start together."""
 
 
 def autoscaler_node_types() -> tuple[NodeType, ...] | None:
@@ -72,6 +74,7 @@ def node_types_of(configuration: Mapping[str, Any]) -> tuple[NodeType, ...]:
             min(total, int(kind.get("max_workers", total))),
             {resource: float(amount) for resource, amount in kind.get("resources", {}).items()},
             kind.get("labels") or {},
+            total,
         )
         for name, kind in kinds.items()
         if name != configuration.get("head_node_type") and kind.get("max_workers", total)

@@ -17,10 +17,12 @@ def test_the_committed_cluster_offers_accelerators_that_do_not_run_yet() -> None
     }
     accelerator = {"CPU": 8.0, "GPU": 1.0}
     assert kinds == {
-        "cpu": NodeType("cpu", 32, {"CPU": 16.0}, {"pool": "cpu"}),
-        "cpu_on_demand": NodeType("cpu_on_demand", 4, {"CPU": 16.0}, {"pool": "cpu"}),
-        "accelerator": NodeType("accelerator", 8, accelerator, {"pool": "accelerator"}),
-        "accelerator_on_demand": NodeType("accelerator_on_demand", 2, accelerator, {"pool": "accelerator"}),
+        "cpu": NodeType("cpu", 32, {"CPU": 16.0}, {"pool": "cpu"}, 40),
+        "cpu_on_demand": NodeType("cpu_on_demand", 4, {"CPU": 16.0}, {"pool": "cpu"}, 40),
+        "accelerator": NodeType("accelerator", 8, accelerator, {"pool": "accelerator"}, 40),
+        "accelerator_on_demand": NodeType(
+            "accelerator_on_demand", 2, accelerator, {"pool": "accelerator"}, 40
+        ),
     }
 
 

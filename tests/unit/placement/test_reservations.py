@@ -64,6 +64,14 @@ def test_accelerators_that_do_not_run_yet_are_asked_for():
     assert (placed(GROWING, max_actors=2).min_actors, placed(GROWING, min_actors=9).min_actors) == (2, 9)
 
 
+def test_no_more_actors_are_asked_for_than_all_types_together_may_get_nodes():
+    """Each type alone may have all of them: the job waited for actors that no node would ever take."""
+    spot = NodeType("spot", 8, {"CPU": 8.0, "GPU": 1.0}, max_of_all=10)
+    large = NodeType("large", 4, {"CPU": 8.0, "GPU": 2.0}, max_of_all=10)
+    cpus = NodeType("cpu", 10, {"CPU": 16.0}, max_of_all=10)
+    assert placed(Cluster((HEAD,), (cpus, spot, large), is_local=False)).min_actors == 4 * 2 + 6
+
+
 def test_nothing_is_sized_by_the_empty_cluster():
     needs = placed(GROWING)
     assert needs.decode.num_cpus == 1 and needs.max_open_shards is None
