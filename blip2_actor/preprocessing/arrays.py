@@ -7,6 +7,8 @@ array, for example, has the shape of RGBA and is read as RGBA. Give CMYK as a PI
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from PIL import Image
 
@@ -26,6 +28,9 @@ LAYOUTS = (
 )
 """What `array_to_rgb` and `resize_image` read, for messages."""
 
+_LOCKS = tuple(threading.Lock() for _ in range(64))
+"""Held while a PIL image is read. Pillow decodes an opened file when its pixels are first asked for, and two
+threads that ask at once get parts of each other's pixels, or an error."""
 _CHANNELS = {"bool": (1,), "uint8": (1, 2, 3, 4), "uint16": (1, 2, 3, 4), "int32": (1,), "float": (1, 3)}
 """Kinds of dtypes, each with the numbers of channels that it may have."""
 
@@ -34,7 +39,8 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
     """Resize an image that is already decoded to the model's size, by the same rules as encoded bytes.
 
     Args:
-        image: a PIL image, or an array of one of the layouts of `array_to_rgb`.
+        image: a PIL image, which other threads may give at the same time, or an array of one of the layouts
+            of `array_to_rgb`.
         size_px: side S of the model's square.
 
     Returns:
@@ -44,21 +50,26 @@ def resize_image(image: Image.Image | np.ndarray, size_px: int) -> np.ndarray:
         ValueError: the image has no pixels, cannot be read, or has another type or layout.
     """
     if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
-        try:
-            load(image)
-            return np.array(upright_square(image, orientation_of(image), size_px))
-        except MemoryError:
-            raise
-        except Exception as error:  # a closed or damaged image raises errors of any class
-            hint = "; its file must be open until it is loaded" if isinstance(error, AssertionError) else ""
-            raise ValueError(f"{describe_error(error)}{hint}") from error
+        return _resize_pil(image, size_px)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be bytes, a PIL image or an array, got {type(image).__name__}")
     if image.dtype == np.uint8 and image.shape == (size_px, size_px, 3):
         return image
     return np.array(resize_to_square(opaque(_as_pil(image)), size_px))
+
+
+def _resize_pil(image: Image.Image, size_px: int) -> np.ndarray:
+    if 0 in image.size:
+        raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
+    try:
+        with _LOCKS[id(image) // 16 % len(_LOCKS)]:  # objects are at multiples of 16 bytes
+            load(image)
+            return np.array(upright_square(image, orientation_of(image), size_px))
+    except MemoryError:
+        raise
+    except Exception as error:  # a closed or damaged image raises errors of any class
+        hint = "; its file must be open until it is loaded" if isinstance(error, AssertionError) else ""
+        raise ValueError(f"{describe_error(error)}{hint}") from error
 
 
 def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:

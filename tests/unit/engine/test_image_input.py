@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,25 @@ def test_an_array_may_be_overwritten_as_soon_as_it_is_handed_over(
     buffer[:] = 0
     np.testing.assert_array_equal(pixels, expected)
     assert not np.shares_memory(pixels, buffer)
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "JPEG"])
+def test_threads_may_share_a_pil_image_that_is_not_loaded(format: str) -> None:
+    """Pillow decodes an opened file at first use: threads got parts of each other's pixels, or an error."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, format)
+    expected = to_pixels(file.getvalue(), SIZE_PX)
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(5):
+            image, together = Image.open(io.BytesIO(file.getvalue())), Barrier(6)
+
+            def read(image: Image.Image = image, together: Barrier = together) -> np.ndarray:
+                together.wait()
+                return to_pixels(image, SIZE_PX)
+
+            for future in [threads.submit(read) for _ in range(6)]:
+                np.testing.assert_array_equal(future.result(), expected)
 
 
 def test_a_camera_that_fills_one_buffer_gets_the_captions_of_its_frames() -> None:
