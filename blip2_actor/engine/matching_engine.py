@@ -175,7 +175,7 @@ class MatchingEngine:
         return [
             Embedding(status=x.status, error=str(x))
             if isinstance(x, RequestRefused)
-            else Embedding(vectors=next(vectors))
+            else _embedding(next(vectors))
             for x in items
         ]
 
@@ -240,3 +240,9 @@ def _match(itm: float, itc: float) -> Match:
     if not (math.isfinite(itm) and math.isfinite(itc)):
         return Match(status=Status.FAILED, error=NOT_FINITE)
     return Match(itm=itm, itc=itc)
+
+
+def _embedding(vectors: np.ndarray) -> Embedding:
+    if not np.isfinite(vectors).all():
+        return Embedding(status=Status.FAILED, error=NOT_FINITE)
+    return Embedding(vectors=vectors)

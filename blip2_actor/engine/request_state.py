@@ -18,7 +18,9 @@ from blip2_actor.status import Status
 
 logger = logging.getLogger(__name__)
 
-NOT_FINITE = "the model produced NaN or infinity for this image; try --dtype float32"
+NOT_FINITE = (
+    "the model produced NaN or infinity; try --dtype float32, or fetch the checkpoint again if it is float32"
+)
 """Error of a row whose result is not a number."""
 
 Searches = list[TextSearch | BeamSearch]

@@ -33,7 +33,10 @@ def to_features(image: EncodedImage, with_image_embeds: bool, recorder: Recorder
 
 def to_text_features(features: Tensor, recorder: Recorder | None) -> TextFeatures:
     """Return the hidden states of a text, and what was recorded of it."""
-    return TextFeatures(features=to_numpy(features), **_recorded(recorder))
+    array = to_numpy(features)
+    if not np.isfinite(array).all():
+        return TextFeatures(status=Status.FAILED, error=NOT_FINITE)
+    return TextFeatures(features=array, **_recorded(recorder))
 
 
 def to_score(logprobs: list[float], recorder: Recorder | None) -> Score:

@@ -142,3 +142,22 @@ def test_each_config_refuses_the_others_checkpoint(
     info = MatchingConfig(model=str(folder)).info()
     assert (info.image_size_px, info.vision_width, info.qformer_width) == (IMAGE_SIZE_PX, 24, 16)
     assert info.num_queries == NUM_QUERIES
+
+
+def test_vectors_that_are_not_finite_fail(engine: MatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were ok, and a search over an index with them finds nothing or fails."""
+    spoiled = random_images(2).numpy()
+    monkeypatch.setattr(engine.model.vision_projection, "forward", spoil_first)
+    monkeypatch.setattr(engine.model.text_projection, "forward", spoil_first)
+    for found in (engine.image_embeddings(spoiled), engine.text_embeddings(TEXTS[:2])):
+        assert [(one.status, one.vectors is None) for one in found] == [
+            (Status.FAILED, True),
+            (Status.OK, False),
+        ]
+        assert "NaN or infinity" in str(found[0].error)
+
+
+def spoil_first(hidden: torch.Tensor) -> torch.Tensor:
+    vectors = torch.ones_like(hidden)
+    vectors[0] = float("inf")
+    return vectors

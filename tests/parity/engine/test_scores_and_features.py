@@ -135,6 +135,18 @@ def test_bad_images_and_texts_are_entries_with_a_status(engine) -> None:
         engine.score([good], ["a", "b"])
 
 
+def test_text_features_that_are_not_finite_fail(engine, monkeypatch) -> None:
+    """They were ok, unlike features of images and scores."""
+
+    def overflows(texts: list[torch.Tensor], recorder: object) -> list[torch.Tensor]:
+        return [torch.full((len(text), 4), torch.inf if i == 0 else 1.0) for i, text in enumerate(texts)]
+
+    monkeypatch.setattr(engine._core.runner, "text_features", overflows)
+    spoiled, good = engine.text_features(["a", "b"])
+    assert (spoiled.status, spoiled.features, good.status) == (Status.FAILED, None, Status.OK)
+    assert "NaN or infinity" in spoiled.error
+
+
 def test_scores_are_computed_between_steps_and_fail_alone(engine, monkeypatch) -> None:
     """In the caller's thread they would run during a decode step, on the same device and with other thread
     counts."""
