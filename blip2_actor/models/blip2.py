@@ -54,9 +54,13 @@ class Blip2(VisionQFormer):
         return self.language_model.embed_tokens(token_ids)
 
     def prefix_ids(self, prompt_ids: list[int]) -> list[int]:
-        """Return the ids that the reference's logits processors see before the first new token."""
-        image_token_id = self.config.image_token_index
-        image_ids = [] if image_token_id is None else [image_token_id] * self.config.num_query_tokens
+        """Return the ids that the reference's logits processors see before the first new token.
+
+        An image token that the language model does not know is left out: it has no logit to change.
+        """
+        image_token_id, vocab_size = self.config.image_token_index, self.config.text_config.vocab_size
+        is_known = image_token_id is not None and 0 <= image_token_id < vocab_size
+        image_ids = [image_token_id] * self.config.num_query_tokens if is_known else []
         return self.language_model.prefix_ids(image_ids + prompt_ids)
 
     def text_features(self, texts: list[Tensor], recorder: Recorder | None = None) -> list[Tensor]:

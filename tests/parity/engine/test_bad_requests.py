@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,24 @@ def test_equal_options_are_resolved_once_and_bad_ones_each_time(engine: Engine) 
     for _ in range(2):
         with pytest.raises(ValueError, match="temperature must be left"):
             resolve(GenerationOptions(temperature=0.7))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.5}, {"repetition_penalty": 1.5, "num_beams": 2}, {"no_repeat_ngram_size": 1}],
+)
+def test_an_image_token_beyond_the_vocabulary_has_no_logit(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """A tokenizer that was extended without the model: one request with a penalty ended the engine."""
+    folder = shutil.copytree(checkpoint_folder("opt", image_token=False), tmp_path / "model")
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu", num_threads=1)
+    with config.build() as without:
+        expected = without.generate(GOOD, **options)[0]
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"image_token_index": 9999}))
+    with config.build() as engine:
+        assert_same_text(engine.generate(GOOD, **options)[0], expected)
 
 
 @pytest.mark.parametrize(
