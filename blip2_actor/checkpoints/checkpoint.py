@@ -211,7 +211,7 @@ def resolve(
 
 def _adapted(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     if not adapter.is_lavis:
-        AdapterConfig.read(adapter.folder)
+        AdapterConfig.read(adapter.folder).require_model(base.folder)
     if (base.folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"adapter must be left out for a model with an adapter in its folder, got {adapter.folder} and "

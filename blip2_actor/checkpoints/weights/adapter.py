@@ -128,7 +128,7 @@ def _merge_module(
     weight = merged[name]
     is_embedding = "embedding_A" in parts
     a, b = (parts.get(f"embedding_{matrix}" if is_embedding else matrix) for matrix in "AB")
-    if a is None or b is None or min(len(a.shape), len(b.shape)) < 2:
+    if a is None or b is None or min(len(a.shape), len(b.shape)) < 2 or 0 in (*a.shape, *b.shape):
         raise ValueError(
             f"the adapter in {config.folder} must have the matrices A and B of {module}, got "
             f"{[list(part.shape) for part in parts.values()]}; save it again with save_pretrained"

@@ -78,6 +78,18 @@ class AdapterConfig:
             )
         return str(base)
 
+    def require_model(self, base: Path) -> None:
+        """Refuse a folder of an adapter alone, perhaps this one, as what this adapter is merged into.
+
+        Raises:
+            ValueError: it is such a folder.
+        """
+        if (base / ADAPTER_CONFIG).exists() and not (base / "config.json").exists():
+            raise ValueError(
+                f"the adapter in {self.folder} must adapt a model, got {base}, which holds an adapter alone; "
+                f"set --model to the model that was adapted, and --adapter to {self.folder}"
+            )
+
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of the product of a module's two matrices.
 

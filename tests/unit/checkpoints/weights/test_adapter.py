@@ -113,6 +113,23 @@ def test_two_adapters_are_refused(base: Path, tmp_path: Path) -> None:
             config.info()
 
 
+def test_an_adapter_of_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    """The message said to leave out an adapter that nobody had given."""
+    inner, itself = tmp_path / "inner", tmp_path / "itself"
+    write_adapter(inner, base_model_name_or_path=str(base))
+    write_adapter(itself, base_model_name_or_path=str(itself))
+    outer = write_adapter(tmp_path / "outer", base_model_name_or_path=str(inner))
+    for config, alone in (
+        (EngineConfig(model=str(itself), device="cpu"), itself),
+        (EngineConfig(model=str(outer), device="cpu"), inner),
+        (EngineConfig(model=str(inner), adapter=str(outer), device="cpu"), inner),
+    ):
+        with pytest.raises(
+            ValueError, match=f"must adapt a model, got {alone}, which holds an adapter alone"
+        ):
+            config.info()
+
+
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "plain LoRA, got use_dora = True; merge it"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "must be LORA, got 'PROMPT_TUNING'"),
@@ -164,6 +181,14 @@ def test_matrices_that_do_not_fit_are_refused_by_name(case: str, base: Path, tmp
     tensors = {name: tensor.contiguous() for name, tensor in change(MATRICES).items()}
     adapter = write_adapter(tmp_path / "adapter", tensors)
     with pytest.raises(ValueError, match=message):
+        query_weight(str(base), str(adapter))
+
+
+def test_a_rank_of_0_is_refused(base: Path, tmp_path: Path) -> None:
+    """The scaling divided by it."""
+    empty = {k: v[:0] if "lora_A" in k else v[:, :0].contiguous() for k, v in MATRICES.items()}
+    adapter = write_adapter(tmp_path / "adapter", empty, r=0)
+    with pytest.raises(ValueError, match=r"matrices A and B of .*q_proj, got \[\[0, 32\], \[32, 0\]\]"):
         query_weight(str(base), str(adapter))
 
 
