@@ -294,6 +294,8 @@ def test_an_actor_takes_lists(images: Any, prompts: Any, message: str) -> None:
     assert [result.ok for result in actor.caption(batch, ["a"])] == [True]
     with pytest.raises(TypeError, match=message):
         actor.caption(images, prompts)
+    with pytest.raises(ValueError, match=r"prompts must be one per image \(2\), got 1"):
+        actor.caption([PIXELS, PIXELS], ["a"])
     actor.close()
 
 
