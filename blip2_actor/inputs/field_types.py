@@ -24,8 +24,9 @@ class WrongType(TypeError, ValueError):
 def require_types(instance: Any) -> None:
     """Raise `WrongType` for the first field whose value does not have its declared type.
 
-    A whole number counts as a number; True and False are no numbers. Numbers of numpy count, and are replaced
-    by those of Python, which JSON and random generators take. So are lists by tuples, and paths by texts.
+    A whole number counts as a number; True and False are no numbers. Numbers and truth values of numpy count,
+    and are replaced by those of Python, which JSON and random generators take. So are lists by tuples, and
+    paths by texts.
     """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
@@ -43,6 +44,8 @@ def _plain(value: object) -> object:
         return tuple(map(_plain, value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if _is_numpy_bool(value):
+        return bool(value)
     if type(value) in _PLAIN or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -64,7 +67,14 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, tuple | list) and all(_fits(one, arguments[0]) for one in value)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if hint is bool and _is_numpy_bool(value):
+        return True
     return isinstance(value, hint) or (hint is str and isinstance(value, os.PathLike))
+
+
+def _is_numpy_bool(value: object) -> bool:
+    """Tell it by its dtype: decode workers import this module, and no numpy."""
+    return getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", None) == "b"
 
 
 def _described(hint: Any) -> str:

@@ -324,6 +324,22 @@ def test_numbers_of_numpy_become_numbers_of_python(engine: Engine) -> None:
     assert engine.generate(PIXELS, options)[0] == engine.generate(PIXELS, plain)[0]
 
 
+def test_truth_values_of_numpy_become_those_of_python() -> None:
+    """The message for one was: must be true or false, got np.True_."""
+    yes: Any = np.True_
+    no: Any = np.False_
+    options = GenerationOptions(do_sample=yes, early_stopping=no)
+    assert (options.do_sample, options.early_stopping) == (True, False)
+    assert type(options.do_sample) is type(options.early_stopping) is bool
+    assert EngineConfig(model="demo", compile=no).compile is False
+    wrong: Any
+    for wrong in (np.array([True]), np.int64(1)):
+        with pytest.raises(TypeError, match="do_sample must be true or false, got"):
+            GenerationOptions(do_sample=wrong)
+    with pytest.raises(TypeError, match="max_new_tokens must be a whole number, got"):
+        GenerationOptions(max_new_tokens=yes)
+
+
 def test_a_callback_that_raises_ends_nothing(
     engine: Engine, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
