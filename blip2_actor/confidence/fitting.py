@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,10 @@ def fit_calibration(
         A fit on all examples; its calibration error and AUROC are of examples held out in turn.
 
     Raises:
-        ValueError: there are too few examples, or all are right, or all wrong.
+        ValueError: there are too few examples, or all are right, or all wrong; or one has no log-probability,
+            or no truth.
     """
+    _require_pairs(examples, is_right)
     right = np.asarray(is_right, bool)
     num_rarer = int(min(right.sum(), (~right).sum()))
     if len(right) < MIN_EXAMPLES or num_rarer < NUM_PARTS:
@@ -64,6 +67,17 @@ def fit_calibration(
         auroc=auroc(held_out, right),
         **made_by,
     )
+
+
+def _require_pairs(examples: Sequence[tuple[float, int]], is_right: Sequence[bool]) -> None:
+    if len(is_right) != len(examples):
+        raise ValueError(f"is_right must be one per example ({len(examples)}), got {len(is_right)}")
+    for index, (logprob, _) in enumerate(examples):
+        if logprob is None or not math.isfinite(logprob):
+            raise ValueError(
+                f"examples must have finite log-probabilities, got {logprob} at index {index}; leave out "
+                "captions without one"
+            )
 
 
 def expected_calibration_error(

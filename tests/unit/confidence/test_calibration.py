@@ -69,6 +69,20 @@ def test_too_little_to_fit_on_is_refused(number: int, is_right: list[bool]):
         fit_calibration([(-1.0, 5)] * number, is_right, {"model": "m"})
 
 
+@pytest.mark.parametrize("logprob", [None, math.nan, -math.inf])
+def test_a_caption_without_a_log_probability_is_refused(logprob: float):
+    """None was a TypeError, and of NaN the message said to fit again."""
+    texts, right = drawn(60)
+    with pytest.raises(ValueError, match=f"log-probabilities, got {logprob} at index 60; leave out"):
+        fit_calibration([*texts, (logprob, 5)], [*right, True], {"model": "m"})
+
+
+def test_each_caption_needs_a_truth():
+    texts, right = drawn(60)
+    with pytest.raises(ValueError, match=r"is_right must be one per example \(60\), got 59"):
+        fit_calibration(texts, right[1:], {"model": "m"})
+
+
 def test_captions_that_can_be_told_apart_give_finite_coefficients():
     texts = [(-0.1, 5)] * 40 + [(-9.0, 5)] * 40
     found = fit_calibration(texts, [True] * 40 + [False] * 40, {"model": "m"})
