@@ -148,18 +148,22 @@ def _num_rows(input: Tensor) -> int:
     return input.numel() // input.shape[-1]
 
 
+def packed_dtypes() -> set[torch.dtype]:
+    """Return the dtypes in which oneDNN computes on this CPU; none if this build of torch lacks oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # with AVX512 or AVX-NE-CONVERT
+    return {torch.float32, torch.bfloat16} if has_bfloat16 else {torch.float32}
+
+
 def pack_for_cpu(model: nn.Module) -> None:
     """Pack every `Linear` of a model whose dtype oneDNN computes in on this CPU; the others stay plain.
 
     A quantized layer stays as it is.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
-    dtypes = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # with AVX512 or AVX-NE-CONVERT
-        dtypes.add(torch.bfloat16)
+    dtypes = packed_dtypes()
     linears = [m for m in model.modules() if isinstance(m, Linear) and m.quantized is None]
-    if torch.bfloat16 in {module.weight.dtype for module in linears} - dtypes:
+    if dtypes and torch.bfloat16 in {module.weight.dtype for module in linears} - dtypes:
         logger.warning("This CPU has no instructions for bfloat16 and is slow in it; float32 is faster")
     for module in linears:
         if module.weight.dtype in dtypes:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blip2_actor.models.layers import Linear, pack_for_cpu
+from blip2_actor.models.layers import Linear, packed_dtypes
 from blip2_actor.models.vision_qformer import VisionQFormer
 from blip2_actor.quantization.choice import PARTS, QuantizationChoice
 from blip2_actor.quantization.int8 import Int8Weight, largest_weight
@@ -125,7 +125,9 @@ def _time_both_ways(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     for parameter in (*plain.parameters(), *quantized.parameters()):
         parameter.fill_(0.01)  # the time does not depend on the values
     quantized.take(Int8Weight(quantized.weight, largest_weight()))
-    pack_for_cpu(nn.Sequential(plain.to(dtype)))
+    plain = plain.to(dtype)
+    if dtype in packed_dtypes():  # as in the model, but without its warning for each shape
+        plain.pack()
     input = torch.ones(shape.num_rows, shape.in_features, dtype=dtype)
     return _time(plain, input), _time(quantized.to(dtype), input)
 

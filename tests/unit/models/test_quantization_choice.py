@@ -47,6 +47,16 @@ def test_shapes_are_timed_at_the_size_of_the_images(
     assert {shape.num_rows for shape in timed} <= {num_rows, 64, 8 * DEMO.info().num_queries}
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 needs oneDNN")
+def test_a_cpu_without_bfloat16_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each shape that was timed gave the warning again, ten times for the demonstration checkpoint."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    choice = dataclasses.replace(DEMO, dtype="bfloat16").choose_quantization()
+    assert choice is not None and "slow in it" not in caplog.text  # the engine says it of its own layers
+
+
 def test_a_choice_is_stored_as_json_and_is_not_made_again(timed: list[Shape]) -> None:
     choice = DEMO.choose_quantization()
     assert choice is not None
