@@ -24,7 +24,7 @@ from blip2_actor.checkpoints.download import write_cached
 from blip2_actor.engine.encoded_image import EncodedImage
 from blip2_actor.engine.model_runner import ModelRunner
 from blip2_actor.engine.out_of_memory import OutOfMemory, catch_out_of_memory
-from blip2_actor.engine.request_state import RequestState
+from blip2_actor.engine.request_state import NOT_FINITE, RequestState
 from blip2_actor.quantization.quantize import QuantizationRecord
 
 logger = logging.getLogger(__name__)
@@ -207,10 +207,15 @@ def _step_both_ways(runner: ModelRunner, captioned: Captioned) -> tuple[Tensor, 
 
 
 def _require_near(tolerance: float, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
-    """Raise `SelfTestFailure` if logits that should be equal are not; log the difference in any case."""
+    """Raise `SelfTestFailure` if logits that should be equal are not, or neither of both is finite.
+
+    Log the difference in any case.
+    """
     deviation = expected.std().clamp(min=1e-6)
     difference = float(((expected - found).abs().max() / deviation).item())
     logger.info("Self-test: logits %s differ by %.2g standard deviations", what, difference)
+    if not (expected.isfinite().all() or found.isfinite().all()):
+        raise SelfTestFailure(NOT_FINITE)
     if not difference <= tolerance:  # also fails if the difference is NaN
         raise SelfTestFailure(
             f"logits {what} must differ by at most {tolerance} standard deviations, got {difference:.3g}; "
