@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ def read_model_config(folder: Path) -> Blip2Config:
     return config
 
 
-def _refuse_quantized(quantization: dict[str, Any] | None, folder: Path) -> None:
+def _refuse_quantized(quantization: Any, folder: Path) -> None:
     if not quantization:
         return
-    bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
-    method = f"{quantization.get('quant_method')}{bits}"
+    method = repr(quantization)
+    if isinstance(quantization, dict):
+        bits = next((f", {n} bits" for n in (4, 8) if quantization.get(f"load_in_{n}bit")), "")
+        method = f"{quantization.get('quant_method')}{bits}"
     raise ValueError(
         f"the weights in {folder} must not be quantized, got quantization_config (of {method}); "
         "name the model that this one was made from, or save this one after transformers' dequantize()"
@@ -56,8 +59,7 @@ def _require_sizes(config: Blip2Config, path: Path) -> None:
 
     def require(holds: bool, name: str, rule: str) -> None:
         if not holds:
-            part, _, field = name.rpartition(".")
-            got = getattr(getattr(config, part), field)
+            got = attrgetter(name)(config)
             raise ValueError(f"{name} in {path} must be {rule}, got {got!r}; fetch the file again")
 
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
@@ -65,10 +67,16 @@ def _require_sizes(config: Blip2Config, path: Path) -> None:
     require(type(patch_px) is int and patch_px > 0, "vision_config.patch_size", "a number of pixels")
     has_patches = type(vision.image_size) is int and vision.image_size >= patch_px
     require(has_patches, "vision_config.image_size", f"a number of pixels, at least patch_size ({patch_px})")
+    require(config.num_query_tokens > 0, "num_query_tokens", "at least 1")
     require(qformer.cross_attention_frequency > 0, "qformer_config.cross_attention_frequency", "at least 1")
     parts = {"vision_config": vision, "qformer_config": qformer}
     if text.model_type == "opt":  # the heads of a T5 have a width of their own
         parts["text_config"] = text
+    if text.model_type == "t5":  # the rows of the position bias: half for one distance each, half for ranges
+        num_rows, max_distance = text.relative_attention_num_buckets, text.relative_attention_max_distance
+        require(num_rows >= 4, "text_config.relative_attention_num_buckets", "at least 4")
+        rule = f"above half of relative_attention_num_buckets ({num_rows})"
+        require(max_distance > num_rows // 2, "text_config.relative_attention_max_distance", rule)
     for name, part in parts.items():
         heads, width = part.num_attention_heads, part.hidden_size
         fits = heads > 0 and width % heads == 0

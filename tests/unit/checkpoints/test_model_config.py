@@ -50,6 +50,10 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
         ("opt", "text_config.bos_token_id", -1, "bos_token_id in text_config in .*, got -1"),
         ("opt", "text_config.bos_token_id", 10**6, "bos_token_id in text_config in .*, got 1000000"),
         ("t5", "text_config.decoder_start_token_id", -1, "decoder_start_token_id in .*, got -1"),
+        ("t5", "text_config.relative_attention_num_buckets", 3, "num_buckets in .* at least 4, got 3"),
+        ("t5", "text_config.relative_attention_max_distance", 16, r"max_distance .* \(32\), got 16"),
+        ("opt", "num_query_tokens", -1, "num_query_tokens in .* must be at least 1, got -1"),
+        ("opt", "quantization_config", "x", "must not be quantized, got quantization_config .of 'x'."),
         ("opt", "vision_config.hidden_act", "silu", "vision_config.hidden_act in .* one of gelu, .*'silu'"),
         ("opt", "qformer_config.hidden_act", "silu", "qformer_config.hidden_act in .*, got 'silu'"),
         ("opt", "text_config.activation_function", "silu", "text_config.activation_function .*, got 'silu'"),
@@ -59,9 +63,9 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
 )
 def test_a_contradiction_is_refused_by_name(copied: Path, field: str, value: object, message: str) -> None:
     """The engine failed while it was built, or at its first request, with an error about tensors."""
-    part, name = field.split(".")
+    part, _, name = field.rpartition(".")
     config = json.loads((copied / "config.json").read_text())
-    config[part][name] = value
+    (config[part] if part else config)[name] = value
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         info(copied)
