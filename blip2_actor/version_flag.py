@@ -32,6 +32,7 @@ class VersionAction(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         sys.stdout.write("".join(f"{line}\n" for line in version_lines()))
+        sys.stdout.flush()
         parser.exit()
 
 

@@ -245,6 +245,7 @@ class _Help(argparse.Action):
     ) -> NoReturn:
         parser._set_required(True)  # help still shows what is required
         sys.stdout.write(parser.format_help(everything=option_string == "--help-all"))
+        sys.stdout.flush()
         raise SystemExit(0)
 
 

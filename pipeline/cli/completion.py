@@ -13,6 +13,7 @@ from blip2_actor.flags import Parser, flag_names
 from blip2_actor.installation import require_packages
 from pipeline.cli.command_table import COMMANDS, COMPLETION, CONFIG, SERVE
 from pipeline.cli.serve import deployment_command, deployment_environment
+from pipeline.progress import write
 
 SHELLS = {
     "bash": "blip2 completion bash > ~/.local/share/bash-completion/completions/blip2",
@@ -44,7 +45,7 @@ def print_script(arguments: Sequence[str], make_parser: Callable[[], Parser]) ->
     require_packages(f"blip2 {COMPLETION}", ("shtab",), "batch")
     import shtab
 
-    sys.stdout.write(shtab.complete(_simplified(make_parser()), shell))
+    write(sys.stdout, shtab.complete(_simplified(make_parser()), shell))
     return 0
 
 

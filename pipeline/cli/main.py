@@ -46,6 +46,8 @@ EXAMPLES = (
     ("blip2 show captions", "look at the captions"),
 )
 
+OUTPUT_LOST = 1
+"""`ExitStatus.FAILED`, whose module need not be imported for a page of help."""
 STYLE_FLAGS = {"verbose": "--verbose", "quiet": "--quiet", "json_lines": "--json"}
 """Switches of the parser that are no settings, by the names under which it keeps them."""
 
@@ -121,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(wrap_for(sys.stderr, f"blip2 {arguments[0]}: {error}") + "\n")
         return WRONG_FLAGS
+    except BrokenPipeError:  # the reader has what it wanted
+        return 0
+    except OSError as error:  # commands catch those of their files
+        sys.stderr.write(f"blip2: standard output cannot be written: {error.strerror}\n")
+        return OUTPUT_LOST
 
 
 def _run(arguments: list[str]) -> int:
@@ -129,11 +136,11 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == [CONFIG]:
         from pipeline.cli.configuration import print_settings
 
-        return print_settings(arguments[1:], parse)
+        return _written(print_settings(arguments[1:], parse))
     if arguments[:1] == [COMPLETION]:
         from pipeline.cli.completion import print_script
 
-        return print_script(arguments[1:], make_parser)
+        return _written(print_script(arguments[1:], make_parser))
     job: list[str] = []
     if arguments[:1] == [SUBMIT]:
         from pipeline.submit.settings import split_arguments
@@ -153,7 +160,18 @@ def _run(arguments: list[str]) -> int:
         set_ray_environment()
         if level is not None:
             choose_log_level(level)
-    return command.load()(settings)
+    status = command.load()(settings)
+    return status if "ray" in command.needs else _written(status)  # what a job makes is in its files
+
+
+def _written(status: int) -> int:
+    """Return the exit status of a command whose result is what it prints; raise OSError if that is lost."""
+    from pipeline.progress import lost_output
+
+    error = lost_output()
+    if error is not None:
+        raise error
+    return status
 
 
 def _choose_style(given: argparse.Namespace) -> None:

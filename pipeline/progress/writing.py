@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 from typing import TextIO
+
+READER_GONE = (errno.EPIPE, errno.EIO)
+"""Errors of a pipe whose reader has ended, and of a terminal that is closed."""
+
+_lost: OSError | None = None
+
+
+def lost_output() -> OSError | None:
+    """Return why standard output has taken nothing more, such as a full disk; None while its reader is there,
+    or has gone."""
+    return _lost
 
 
 def write(stream: TextIO | None, text: str) -> bool:
     """Write a text for people, whatever the stream can take; return whether anybody may read it.
 
     Characters that its encoding lacks are replaced. A stream whose reader has gone (`| head`, a closed
-    terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on.
+    terminal) takes nothing from then on: what a job makes is in its files, and so the job goes on. Neither
+    does one that cannot be written, which `lost_output` tells.
     """
+    global _lost
     if stream is None:  # Python was started without it
         return False
     try:
@@ -22,7 +37,9 @@ def write(stream: TextIO | None, text: str) -> bool:
             plain = text.replace("·", "|").replace("…", "...")
             stream.write(plain.encode("ascii", "backslashreplace").decode())
         stream.flush()
-    except OSError:
+    except OSError as error:
+        if stream is sys.stdout and error.errno not in READER_GONE:
+            _lost = error
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)

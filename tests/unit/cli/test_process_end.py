@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import atexit, sys
@@ -19,3 +22,19 @@ def test_a_command_ends_without_unloading_its_packages() -> None:
     """Unloading took a second of CPU time; what was printed must still arrive, and the exit status too."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3, "a line that is not lost"), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+@pytest.mark.parametrize("words", [["config", "show", "captions"], ["completion", "bash"], ["--help"]])
+def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) -> None:
+    """`blip2 show --json > rows.jsonl` lost its rows on a full disk, and its exit status was 0."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "blip2: standard output cannot be written: No space left on device\n"
