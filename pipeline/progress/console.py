@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import duration
-from pipeline.progress.writing import write
+from pipeline.progress.writing import DUMB, write
 
 if TYPE_CHECKING:
     from pipeline.progress.live_area import LiveArea
@@ -52,7 +52,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream: TextIO | None = stream or sys.stdout
         is_terminal = self._stream is not None and self._stream.isatty()
-        is_terminal = is_terminal and os.environ.get("TERM") not in ("dumb", "unknown")
+        is_terminal = is_terminal and os.environ.get("TERM") not in DUMB
         self._is_terminal = is_terminal
         self._is_live = is_terminal and _style == "text" and _may_be_live
         self._has_color = is_terminal and not os.environ.get("NO_COLOR")

@@ -10,6 +10,8 @@ from typing import TextIO
 
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Errors of a pipe whose reader has ended, and of a terminal that is closed."""
+DUMB = ("dumb", "unknown")
+"""Terminals that know no escape codes."""
 
 _lost: OSError | None = None
 
@@ -45,6 +47,12 @@ def write(stream: TextIO | None, text: str) -> bool:
         os.close(nothing)
         return False
     return True
+
+
+def leave_live_area() -> None:
+    """Begin a line and show the cursor, in a process that ends without closing its `LiveArea`."""
+    if os.isatty(1) and os.environ.get("TERM") not in DUMB:
+        os.write(1, b"\n\x1b[?25h")
 
 
 def columns(stream: TextIO | None) -> int:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 from pipeline.errors import Interrupted, name_of
+from pipeline.progress.writing import leave_live_area
 from pipeline.storage.retrying import longest_request_s
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -147,6 +148,7 @@ class StopRequest:
         held_by = "a store or Ray" if is_handled else "a library"
         said = f"stopped at once by {name_of(number)}: {held_by} did not return; finished work is kept"
         _kill_children()
+        leave_live_area()
         os.write(terminal, f"blip2: {said}\n".encode())
         os._exit(128 + (signal.SIGTERM if number == signal.SIGALRM else number))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -107,6 +110,23 @@ def test_a_library_that_does_not_return_holds_no_signal():
     assert ended.stderr == (
         "blip2: stopped at once by SIGTERM: a library did not return; finished work is kept\n"
     )
+
+
+def test_the_cursor_is_shown_when_a_command_is_ended_below_its_bars():
+    """The bars hide it; after Ctrl-C while Ray started, the shell had none."""
+    code = "import os; os.environ['TERM'] = 'xterm'; from pipeline.progress import Console\n"
+    code += f"area = Console().area(); area.__enter__()\n{HELD}"
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=theirs, stderr=theirs, timeout=60)
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the terminal is closed
+            while piece := terminal.read(4096):
+                shown += piece
+    assert ended.returncode == 143
+    assert b"\x1b[?25l" in shown, "the bars were not shown"
+    assert b"\n\x1b[?25hblip2: stopped at once by SIGTERM" in shown
 
 
 HELD_LATER = """
