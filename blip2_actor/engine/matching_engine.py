@@ -26,7 +26,7 @@ from blip2_actor.engine.out_of_memory import ItemT, ResultT, ShrinkingBatches
 from blip2_actor.engine.own_process import CANNOT_BE_SENT, OwnProcess
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import NOT_FINITE
-from blip2_actor.inputs.arguments import to_list, to_texts
+from blip2_actor.inputs.arguments import require_one_per_image, to_list, to_texts
 from blip2_actor.inputs.image_input import to_pixels
 from blip2_actor.models.layers import pack_for_cpu
 from blip2_actor.request import Embedding, EngineStats, ImageLike, Match
@@ -91,8 +91,7 @@ class MatchingEngine:
         An image that is given several times, as the same object, is decoded and encoded once.
         """
         images, texts = to_list("images", images), to_texts("texts", texts)
-        if len(images) != len(texts):
-            raise ValueError(f"texts must be one per image ({len(images)}), got {len(texts)}")
+        require_one_per_image("texts", texts, images)
         results: list[Match | None] = []
         by_image: dict[int, tuple[np.ndarray, list[list[int]], list[int]]] = {}
         for row, (pixels, text) in enumerate(zip(self._pixels(images), texts, strict=True)):

@@ -16,7 +16,13 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.results import to_features, to_score, to_text_features
-from blip2_actor.inputs.arguments import Names, to_list, to_names, to_texts
+from blip2_actor.inputs.arguments import (
+    Names,
+    require_one_per_image,
+    to_list,
+    to_names,
+    to_texts,
+)
 from blip2_actor.models.recorder import Recorder
 from blip2_actor.request import Features, ImageLike, Result, Score, TextFeatures
 
@@ -96,10 +102,8 @@ class Readings:
         names = _Names(with_hidden_states, with_attention_maps)
         images, texts = to_list("images", images), to_texts("texts", texts)
         prompts = [None] * len(texts) if prompts is None else to_texts("prompts", prompts)
-        if not len(images) == len(texts) == len(prompts):
-            raise ValueError(
-                f"texts and prompts must be one per image ({len(images)}), got {len(texts)}, {len(prompts)}"
-            )
+        require_one_per_image("texts", texts, images)
+        require_one_per_image("prompts", prompts, images)
         prepared = [
             image
             if isinstance(image, RequestRefused)

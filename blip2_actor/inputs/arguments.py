@@ -31,9 +31,14 @@ def to_request(
     """Return a request; a bare image gets the prompt, and options of the request's own are changed.
 
     Raises:
-        TypeError: a request and a prompt are given, or a changed option does not exist.
+        TypeError: a request and a prompt are given, the prompt is no str, or a changed option does not exist.
         ValueError: as from `GenerationOptions`.
     """
+    if not isinstance(prompt, str | None):
+        raise TypeError(
+            f"prompt must be one text for all images, got {_described(prompt)}; with a prompt for each, give "
+            "Request(image=..., prompt=...) for each image"
+        )
     if not isinstance(asked, Request):
         return Request(image=asked, prompt=prompt)
     if prompt is not None:
@@ -78,6 +83,15 @@ def to_texts(name: str, values: Iterable[Any]) -> list[Any]:
     """
     is_one = values.ndim < 2 if _has_numbers(values) else isinstance(values, str | bytes)
     return _to_list(name, values, is_one)
+
+
+def require_one_per_image(name: str, texts: list[Any], images: list[Any]) -> None:
+    """Raise ValueError if a list does not have as many texts as there are images."""
+    if len(texts) != len(images):
+        raise ValueError(
+            f"{name} must be one per image ({len(images)}), got {len(texts)}; give an image once for each of "
+            f"its {name}"
+        )
 
 
 def to_names(name: str, wanted: Names) -> tuple[str, ...]:

@@ -234,6 +234,11 @@ def test_the_progress_bar_counts_to_the_end(engine: Engine, capsys: pytest.Captu
         (lambda e: e.generate(None), "requests must be a Request, an image or a list of them, got NoneType"),
         (lambda e: e.generate(io.BytesIO(png())), "or a list of them, got BytesIO"),  # which has lines
         (lambda e: e.features(io.BytesIO(png())), "images must be a list, got BytesIO"),
+        (
+            lambda e: e.generate([PIXELS] * 2, prompt=["a", "b"]),
+            "prompt must be one text for all images, got list",
+        ),
+        (lambda e: e.submit(PIXELS, prompt=1), "prompt must be one text for all images, got int"),
         (lambda e: e.generate(PIXELS, {"num_beams": 2}), "options must be GenerationOptions, got dict"),
         (lambda e: e.generate(PIXELS, max_token=2), "max_token is not an option; .* max_new_tokens"),
         (lambda e: e.submit(PIXELS, max_length=2), "max_length is not an option; give max_new_tokens"),
