@@ -22,6 +22,7 @@ from pipeline.compare.metrics import words_of
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console, write
 from pipeline.report.rows import FinishedRows
+from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CalibrateSettings
 
 COLUMNS = ["key", "caption", "logprob", "num_tokens", "flags", "status"]
@@ -50,10 +51,11 @@ class Examples:
 def command(settings: CalibrateSettings) -> int:
     """Fit a calibration and write it to a file."""
     with before_work(type(settings)):
+        into = result_file("into", settings.into)
         rows = FinishedRows.find(settings.output)
         examples = read_examples(rows, settings)
         calibration = fit_calibration(examples.texts, examples.is_right, made_by(rows))
-    calibration.save(settings.into)
+    calibration.save(into)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
         write(sys.stdout, json.dumps(dataclasses.asdict(calibration), indent=1) + "\n")

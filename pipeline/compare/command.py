@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline.compare.as_page import comparison_page
 from pipeline.compare.comparison import Comparison, compare
@@ -16,6 +15,7 @@ from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.ledger.ledger import Ledger
 from pipeline.progress import Console, write
 from pipeline.report.rows import FinishedRows, json_line, one_line
+from pipeline.result_file import result_file
 from pipeline.settings.report_settings import CompareSettings
 
 
@@ -23,6 +23,7 @@ from pipeline.settings.report_settings import CompareSettings
 def command(settings: CompareSettings) -> int:
     """Compare two outputs; the exit status says nothing of what has changed."""
     with before_work(type(settings)):
+        html = result_file("html", settings.html) if settings.html else None
         before, after = find_rows(settings.before), find_rows(settings.after)
         _check(before, after, settings.reference)
         num_rows = max(_num_rows(before), _num_rows(after))
@@ -37,9 +38,9 @@ def command(settings: CompareSettings) -> int:
     else:
         for line in summary_lines(comparison, scores):
             console.result(line)
-    if settings.html:
+    if html:
         page, num_pictures = comparison_page(before, after, comparison, scores, settings.thumbnails)
-        Path(settings.html).write_text(page, encoding="utf-8", errors="backslashreplace")
+        html.write_text(page, encoding="utf-8", errors="backslashreplace")
         console.say(f"page: {settings.html}, with {num_pictures:,} thumbnails read from the input")
     return ExitStatus.DONE
 

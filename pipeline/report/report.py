@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from pipeline.report.model import Report, Sample, outputs_of
 from pipeline.report.page import render_page
 from pipeline.report.samples import SampleChooser
 from pipeline.report.statistics import COUNTED_COLUMNS, Statistics
+from pipeline.result_file import result_file
 from pipeline.settings.report_settings import ReportSettings
 from pipeline.storage.folder import Folder
 
@@ -42,6 +42,8 @@ MAX_NORMS = 20_000
 def report(settings: ReportSettings) -> int:
     """Print a summary, and write the files that the settings name."""
     with before_work(type(settings)):
+        html = result_file("html", settings.html) if settings.html else None
+        card = result_file("card", settings.card) if settings.card else None
         found = make_report(settings.output, settings.thumbnails if settings.html else 0)
     console = Console(sys.stderr if settings.json else sys.stdout)
     if settings.json:
@@ -49,11 +51,11 @@ def report(settings: ReportSettings) -> int:
     else:
         for line in found.lines():
             console.result(line)
-    if settings.html:
-        Path(settings.html).write_text(render_page(found), encoding="utf-8", errors="backslashreplace")
+    if html:
+        html.write_text(render_page(found), encoding="utf-8", errors="backslashreplace")
         console.say(f"page: {settings.html}, with {len(found.thumbnails):,} thumbnails read from the input")
-    if settings.card:
-        Path(settings.card).write_text(dataset_card(found), encoding="utf-8", errors="backslashreplace")
+    if card:
+        card.write_text(dataset_card(found), encoding="utf-8", errors="backslashreplace")
         console.say(f"card: {settings.card}")
     return ExitStatus.DONE
 

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,26 @@ def test_the_command_prints_the_summary_and_writes_the_page(folder, tmp_path, ca
     assert html.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", "--output", str(tmp_path)]) == 3
     assert "holds no run; pass the folder given as --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "rule"),
+    [
+        (
+            "html",
+            "missing/report.html",
+            "a file in a folder of this machine, got .*make the folder .*missing",
+        ),
+        ("card", ".", "a file, got the folder .*name a file in it"),
+        ("html", "~no/report.html", "a file in a folder of this machine"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_work(folder, tmp_path, capsys, flag, name, rule):
+    """All shards and pictures were read first, and the end was `[Errno 2] No such file or directory`."""
+    assert main(["report", folder.uri, f"--{flag}", str(tmp_path / name)]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(f"blip2: --{flag} must be {rule}.*\n", said.err)
 
 
 def test_memory_does_not_grow_with_the_number_of_texts():
