@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from deploy.http.errors import ApiError
+from deploy.http.errors import ApiError, shorten
 from deploy.http.openapi import document
 from deploy.http.service import Service
 from deploy.openai.chat import chat_router
@@ -71,8 +71,13 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     assert isinstance(error, HTTPException)
     if error.status_code == 405 and request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": _allowed_methods(request)})
-    kind = str(error.detail).lower().replace(" ", "_")
-    response = ApiError(error.status_code, kind, str(error.detail)).response()
+    kind, said = str(error.detail).lower().replace(" ", "_"), str(error.detail)
+    path = shorten(request.url.path)
+    if error.status_code == 404:
+        said = f"there is no {path}; GET /docs lists the routes"
+    elif error.status_code == 405:
+        said = f"{path} must be called with {_allowed_methods(request)}, got {request.method}"
+    response = ApiError(error.status_code, kind, said).response()
     response.headers.update(error.headers or {})
     if error.status_code == 405:
         response.headers["Allow"] = _allowed_methods(request)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from blip2_actor import Status
+from blip2_actor import GenerationOptions, Status
+from blip2_actor.flags import did_you_mean
 
 RETRY_AFTER_S = 1
 """Seconds until another try when nothing better is known."""
@@ -118,6 +120,8 @@ def shorten(value: object) -> str:
 
 _UNKNOWN = "extra_forbidden"
 """pydantic's name for a field that does not exist."""
+MAX_NAME_CHARS = 64
+"""Of an unknown field, when the nearest known one is looked for."""
 MAX_EXPLAINED = 1_000
 """Errors of one body, among which the one that is meant is looked for: 5 ms."""
 
@@ -141,13 +145,21 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
     place, wrong = max(alike, key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")))
     path = ".".join(map(str, place))
     if unknown:
-        return f"{path} is not a field" + (f"; the fields are {', '.join(known)}" if len(place) == 1 else "")
+        return _unknown_field(path, list(known)) if len(place) == 1 else f"{path} is not a field"
     if wrong["type"] == "missing":
         return f"{path} must be given"
     if wrong["type"].startswith(("value_error", "union_tag")):
         return f"{path}: {re.sub('^(Value error, |Input )', '', wrong['msg'])}"
     rule = re.sub(r"^(Input|String|List|Dictionary) should | after validation", "", wrong["msg"])
     return f"{path} must {rule}, got {shorten(wrong['input'])}"
+
+
+def _unknown_field(name: str, known: list[str]) -> str:
+    options = [option.name for option in fields(GenerationOptions)] if "options" in known else []
+    if name in options:  # which forms and queries may give by their own names
+        return f"{name} must stand in options in JSON"
+    said = f"{name} is not a field; the fields are {', '.join(known)}"
+    return said + did_you_mean(name[:MAX_NAME_CHARS], [*known, *options])
 
 
 _Place = tuple[int | str, ...]

@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, InstanceOf, ValidationInfo, WithJsonSchema
 from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request
 
+URLENCODED = "application/x-www-form-urlencoded"
+"""What curl says of a body, unless it is told otherwise."""
 MAX_IMAGES = 64
 """Maximum number of images in one request."""
 MAX_BODIES = 4
@@ -115,3 +117,29 @@ def _decode(name: str, text: str) -> bytes:
 
 def refuse_size(what: str, max_bytes: int, num_bytes: int) -> NoReturn:
     raise ApiError(413, "too_large", f"{what} must have at most {max_bytes} bytes, got {num_bytes}")
+
+
+def raw_image(media: str, body: bytes) -> bytes:
+    """Return a body that is an image by its content type.
+
+    Raises:
+        ApiError: 415; it is a form, JSON or what `curl -d` leaves of an image. Without a header, curl gives
+            all of them the content type of `--data-binary`.
+    """
+    if re.match(rb"\s*[{\[]", body):
+        raise _unsupported("Content-Type must be application/json for JSON, as with curl -H")
+    if media == URLENCODED and re.match(rb"[\w.%+\[\]-]+=", body):
+        raise _unsupported(
+            "Content-Type must be multipart/form-data for a form, as curl sends with -F; with --data-binary "
+            "the body must be the bytes of an image"
+        )
+    if media == URLENCODED and body and b"\0" not in body:  # of which every image has some
+        raise _unsupported(
+            "body must be the bytes of an image, without a change; curl -d leaves out some: use "
+            "--data-binary @photo.jpg, or -F image=@photo.jpg"
+        )
+    return body
+
+
+def _unsupported(message: str) -> ApiError:
+    return ApiError(415, "unsupported_media_type", message)

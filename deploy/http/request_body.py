@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -22,14 +23,14 @@ from starlette.requests import Request
 
 from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request, explain, shorten
-from deploy.http.images import MAX_IMAGES, refuse_size
+from deploy.http.images import MAX_IMAGES, URLENCODED, raw_image, refuse_size
 from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
 from deploy.settings import MAX_COMMAS
 
 JSON = "application/json"
 FORM = "multipart/form-data"
-RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+RAW = ("", "application/octet-stream", URLENCODED)
 """Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
 FILE_FIELDS = ("image", "images", "pixels")
 """Fields that are files in a form."""
@@ -73,7 +74,7 @@ async def read_body(
 
     def parse() -> BodyT:
         if is_raw:
-            given: dict[str, Any] = {"image": _raw_image(media, body)}
+            given: dict[str, Any] = {"image": raw_image(media, body)}
         else:
             given = _json_fields(body) if is_json else _form_fields(header, body, fields)
         in_query = _from_texts(_query_texts(request.url.query), fields)
@@ -131,11 +132,23 @@ def parse_json(what: str, text: bytes | str) -> Any:
         raise bad_request(f"{what} must consist of whole characters, got a lone surrogate") from None
     except UnicodeDecodeError:
         raise bad_request(f"{what} must be JSON in UTF-8") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        if isinstance(text, str):
+            example = '5, true or ["red", "blue"]'
+            raise bad_request(f"{what} must be JSON, such as {example}, got {shorten(text)}") from None
         raise bad_request(f"{what} must be JSON: {error}") from None
+    except _NotJson as error:
+        raise bad_request(f"{what} must be JSON: {error}") from None
+    except ValueError:  # of Python, for the digits of an integer
+        max_digits = sys.get_int_max_str_digits()
+        raise bad_request(f"{what} must have integers of at most {max_digits} digits") from None
     except RecursionError:
         raise bad_request(f"{what} must have at most {MAX_DEPTH} lists or objects in one another") from None
     return value
+
+
+class _NotJson(ValueError):
+    """What Python's parser takes, but JSON does not have."""
 
 
 def _is_too_deep(value: object) -> bool:
@@ -149,14 +162,14 @@ def _is_too_deep(value: object) -> bool:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise _NotJson(f"{name} is not a JSON number")
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{shorten(repeated)} is given twice")
+        raise _NotJson(f"{shorten(repeated)} is given twice")
     return fields
 
 
@@ -254,7 +267,8 @@ def _from_texts(texts: list[tuple[str, str]], known: Set[str]) -> dict[str, Any]
         elif name in place:
             raise bad_request(f"{name} must be given once")
         else:
-            place[name] = text if name in PLAIN_TEXTS or not text else parse_json(name, text)
+            is_text = name in PLAIN_TEXTS or not text or not (is_option or name in known)
+            place[name] = text if is_text else parse_json(name, text)
     return _merged(fields, {"options": options} if options else {})
 
 
@@ -269,20 +283,6 @@ def _query_texts(query: str) -> list[tuple[str, str]]:
         return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_PARTS)
     except ValueError:  # UnicodeDecodeError too
         raise bad_request(f"the query must be text in UTF-8, with at most {MAX_PARTS} fields") from None
-
-
-# Raw bytes ----------------------------------------------------------------------------------------------
-
-
-def _raw_image(media: str, body: bytes) -> bytes:
-    if media == "application/x-www-form-urlencoded" and re.match(rb"[\w.%+\[\]-]+=", body):
-        raise ApiError(
-            415,
-            "unsupported_media_type",
-            "Content-Type must be multipart/form-data for a form, as curl sends with -F; with --data-binary "
-            "the body must be the bytes of an image",
-        )
-    return body
 
 
 def _content_types(fields: Set[str]) -> str:

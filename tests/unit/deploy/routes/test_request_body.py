@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -172,6 +173,62 @@ def test_the_message_names_what_is_misspelled(service: EngineService) -> None:
         assert f"{name} is not a field" in error_of(ask(service, "POST", "/v1/caption", files=files))[2]
     as_text = {"image": (None, IMAGE)}
     assert "-F" in error_of(ask(service, "POST", "/v1/caption", files=as_text))[2]
+
+
+@pytest.mark.parametrize(
+    ("query", "files", "said"),
+    [
+        ("", {"images": ("a.png", IMAGE)}, "images is not a field; .*; did you mean image[?]"),
+        ("?max_tokens=5", {}, "max_tokens is not a field; .*; did you mean max_new_tokens[?]"),
+        ("?Prompt=a+red", {}, "Prompt is not a field; .*; did you mean prompt[?]"),
+        ("?num_beams=five", {}, "num_beams must be JSON, such as 5, true or .*, got 'five'$"),
+        ("?choices=red", {}, r'choices must be JSON, such as .*\["red", "blue"\], got \'red\'$'),
+    ],
+)
+def test_the_message_says_what_to_type(
+    service: EngineService, query: str, files: dict[str, tuple[str, bytes]], said: str
+) -> None:
+    """It named the position in a text of one word, and not the option that was meant."""
+    response = ask(service, "POST", f"/v1/caption{query}", files=files or {"image": ("a.png", IMAGE)})
+    assert re.match(said, error_of(response)[2])
+
+
+def test_an_option_in_json_is_told_its_place(service: EngineService) -> None:
+    response = ask(service, "POST", "/v1/caption", json={"image": base64_of(IMAGE), "num_beams": 2})
+    assert error_of(response)[2] == "num_beams must stand in options in JSON"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"image": "AAAA"}', "Content-Type must be application/json"),
+        (IMAGE.translate(None, b"\0\r\n"), "curl -d leaves out some"),
+        (b"image=@photo.jpg", "Content-Type must be multipart/form-data"),
+    ],
+)
+def test_what_curl_sends_by_mistake_is_told(service: EngineService, body: bytes, said: str) -> None:
+    """All of it was `undecodable`: the bytes are not a readable JPEG."""
+    header = {"content-type": "application/x-www-form-urlencoded"}
+    code, _, message = error_of(ask(service, "POST", "/v1/caption", content=body, headers=header))
+    assert (code, said in message) == (415, True), message
+
+
+def test_digits_that_python_does_not_read_are_refused_without_its_advice(service: EngineService) -> None:
+    message = error_of(post_json(service, b'{"image": ' + b"1" * 5000 + b"}"))[2]
+    assert message == "body must have integers of at most 4300 digits"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("GET", "/v1/captoin", "there is no '/v1/captoin'; GET /docs lists the routes"),
+        ("GET", "/v1/caption", "'/v1/caption' must be called with POST, OPTIONS, got GET"),
+    ],
+)
+def test_a_path_or_method_that_is_not_there_is_named(
+    service: EngineService, method: str, path: str, said: str
+) -> None:
+    assert error_of(ask(service, method, path))[2] == said
 
 
 def chat_with(part: object) -> dict[str, object]:
