@@ -40,7 +40,12 @@ def read_parts(path: Path, names: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must have a part [{names[-1]}], but {have}{near}")
     values: dict[str, Any] = {}
     for name in names:
-        values |= {key.replace("_", "-"): value for key, value in document.get(name, {}).items()}
+        part = document.get(name, {})
+        flags = {key.replace("_", "-"): key for key in part}
+        for key in part.keys() - flags.values():
+            twin = flags[key.replace("_", "-")]
+            raise ValueError(f"{path}: {key} and {twin} are the same flag; leave one of them out")
+        values |= {flag: part[key] for flag, key in flags.items()}
     return values
 
 

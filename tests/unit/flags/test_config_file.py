@@ -102,6 +102,7 @@ def test_a_later_part_overrules_an_earlier_one(tmp_path: Path) -> None:
         ("[run.deadline]\nhour = 3", "--deadline must be a text, a number or a list, got a table"),
         ("[run]\nkeep = [{a = 1}]", "--keep must be a text, a number or a list, got a table"),
         ('[run]\nconfig = "other.toml"', "there is no flag --config"),
+        ("[run]\nlog-level = 1\nlog_level = 2", "log_level are the same flag; leave one of them out"),
         ("[run]\nhelp = true", "there is no flag --help"),
         ("limit = 3", "limit must stand in the part of a command, such as [run]"),
         ("[rum]\nlimit = 3", "must have a part [run], but it has [rum]; did you mean rum?"),
