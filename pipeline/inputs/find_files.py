@@ -255,11 +255,13 @@ def _children(filesystem: pafs.FileSystem, folder: str) -> Iterator[tuple[str, b
         for entry in entries:
             if _is_ignored(entry.name):
                 continue
-            if entry.is_dir():
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                # A broken link, also one to itself, is an input: its row says that the file cannot be read.
+                yield entry.name, False, ListedFile()
+            elif entry.is_dir():
                 if not (entry.is_symlink() and _leads_back(entry.path)):
                     yield entry.name, True, ListedFile()
             elif entry.is_file() or not os.path.exists(entry.path):
-                # A broken link is an input too: its row says that the file cannot be read.
                 yield entry.name, False, ListedFile()
 
 

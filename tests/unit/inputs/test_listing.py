@@ -195,6 +195,17 @@ def test_links_that_lead_to_each_other_end(tmp_path):
     assert shard.files == ("a/0.jpg", "a/b/1.jpg", "c/1.jpg", "c/d/0.jpg")
 
 
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_a_link_to_itself_costs_only_its_row(tmp_path, pattern):
+    """The whole folder was refused: "Too many levels of symbolic links"."""
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    (tmp_path / "1.jpg").symlink_to("1.jpg")
+    (shard,) = list_shards(f"{tmp_path}{pattern}")
+    assert shard.files == ("0.jpg", "1.jpg")
+    rows, _ = read_rows(shard)
+    assert [row["status"] for row in rows] == [None, "unreadable"]
+
+
 def test_a_limit_takes_the_first_rows_over_the_sorted_shards(tmp_path):
     for at in range(3):
         members = [(f"{at}-{row}.jpg", b"x") for row in range(5)]
