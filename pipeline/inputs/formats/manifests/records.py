@@ -112,7 +112,10 @@ def names(file: IO[bytes], kind: Kind) -> tuple[list[str], int]:
     end, record = first
     try:
         if kind != "json":
-            return _fields(record, kind), end
+            columns = _fields(record, kind)
+            if kind == "csv" and len(columns) == 1 and ";" in columns[0]:
+                raise ValueError("it has semicolons; a CSV must have commas between its columns")
+            return columns, end
         header = list(_from_json(record))
         "".join(header).encode()  # JSON may have half of a surrogate pair, which is no text.
         return header, 0
@@ -127,7 +130,7 @@ def values(record: bytes, kind: Kind, columns: list[str]) -> dict[str, str | Non
         ValueError: the record cannot be read.
     """
     if kind == "lines":
-        return {LINE_COLUMN: record.decode().strip("\r\n")}
+        return {LINE_COLUMN: _decoded(record).strip("\r\n")}
     if kind == "json":
         found = _from_json(record)
         return {name: found.get(name) for name in columns}
@@ -137,11 +140,21 @@ def values(record: bytes, kind: Kind, columns: list[str]) -> dict[str, str | Non
     return dict(zip(columns, fields, strict=True))
 
 
+def _decoded(record: bytes) -> str:
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        byte = record[error.start]
+        raise ValueError(
+            f"it is not UTF-8, byte {byte:#04x} at {error.start}; save the file as UTF-8"
+        ) from None
+
+
 def _fields(record: bytes, kind: Kind) -> list[str]:
     if _ends_in_quotes(record, kind):
         raise ValueError("a quote does not end, so that all lines after it would be part of the record")
     try:
-        lines = io.StringIO(record.decode(), newline="")
+        lines = io.StringIO(_decoded(record), newline="")
         rows = [fields for fields in csv.reader(lines, _DIALECTS[kind]) if fields]
     except csv.Error as error:
         raise ValueError(str(error)) from None

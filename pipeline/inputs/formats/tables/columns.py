@@ -146,6 +146,7 @@ def _find_image(schema: pa.Schema, options: ReadOptions) -> pa.Field:
     found = [field for field in schema if _holds_images(field.type, options)]
     if not options.fetch:
         found = [field for field in _declared_images(schema) if field in found] or found
+    candidates = found
     bytes_or_paths = [field for field in found if not is_text(element_type(field.type))]
     found = bytes_or_paths or [field for field in found if field.name.lower() in usual_names]
     found = [field for field in found if element_type(field.type) == field.type] or found
@@ -155,6 +156,11 @@ def _find_image(schema: pa.Schema, options: ReadOptions) -> pa.Field:
         for field in found:
             if field.name.lower() == usual:
                 return field
+    if options.fetch and candidates and not found:
+        raise InputError(
+            f"none of the columns {', '.join(schema.names)} has a usual name for addresses, such as url or "
+            "path; choose one with --image-column"
+        )
     names = ", ".join(field.name for field in found)
     if found:
         raise InputError(f"several columns could hold the image: {names}; choose one with --image-column")

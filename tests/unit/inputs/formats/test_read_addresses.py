@@ -79,7 +79,11 @@ def test_what_cannot_hold_addresses_is_refused(tmp_path: Path) -> None:
     shard = table(tmp_path, url=[URL], image=[b"x"], n=[1], a=["x"])
     with pytest.raises(InputError, match="image_column must hold text, or a struct with a path"):
         check_options([shard], ReadOptions(image_column="image", fetch=True))
-    with pytest.raises(InputError, match="no column of text, which could hold addresses, only a"):
+    with pytest.raises(InputError, match="no column of text, which could hold addresses, only n"):
+        check_options([table(tmp_path, n=[1])], ReadOptions(fetch=True))
+    with pytest.raises(
+        InputError, match=r"none of the columns a has a usual name .*; choose one with --image-c"
+    ):
         check_options([table(tmp_path, a=["x"])], ReadOptions(fetch=True))
     folder = Shard(name="f", format="folder", root=str(tmp_path), files=("a.jpg",))
     with pytest.raises(InputError, match="--fetch has no meaning for folders of files"):

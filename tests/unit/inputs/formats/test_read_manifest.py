@@ -86,7 +86,7 @@ def test_json_lines(tmp_path: Path) -> None:
             b'{"path": "a.jpg"}\n{"path": %b1%b}\n{"path": "c.jpg"}\n' % (b"[" * 99_999, b"]" * 99_999),
             "nested too deeply",
         ),
-        ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "invalid start byte"),
+        ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "is not UTF-8, byte 0xff at 1"),
         ("list.csv", b"path,n\na.jpg,1\nb.jpg,2\rx.jpg,3\nc.jpg,3\n", "has carriage returns outside quotes"),
     ],
 )
@@ -206,7 +206,12 @@ def test_lines_may_name_tars_and_tables(tmp_path: Path) -> None:
         ("a.csv", "", "the manifest is empty"),
         ("a.jsonl", "[1]\n", "the first line of the manifest cannot be read: it must be a JSON object"),
         ("a.jsonl", '{"path": "a.jpg", "\\ud83d": 1}', r"first line .* can't encode character '\\ud83d'"),
-        ("a.csv", "x,y\n1,2\n", "no column of text, which could hold addresses, only x, y"),
+        (
+            "a.csv",
+            "x,y\n1,2\n",
+            "none of the columns x, y has a usual name .*; choose one with --image-column",
+        ),
+        ("a.csv", "url;caption\nx;y\n", "first line .* has semicolons; a CSV must have commas"),
     ],
 )
 def test_what_is_no_manifest_is_refused_before_work(
