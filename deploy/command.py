@@ -127,7 +127,7 @@ def _fail(error: Exception | str, status: int) -> int:
 
 
 def _refuse_taken_port(host: str, port: int, remedy: str = "--port or --host") -> None:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -251,8 +251,9 @@ def _set_on_signal(stop: threading.Event) -> None:
 
 
 def _invitation(settings: ServeSettings) -> str:
-    model, host = settings.engine.model, settings.host
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{settings.port}"
+    model = settings.engine.model
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     curl = "curl" if settings.keys_file is None else 'curl -H "Authorization: Bearer $BLIP2_KEY"'
     image = "photo.jpg"
     lines = [f"{model} is ready on {url}/ (Ctrl-C ends it)"]

@@ -39,6 +39,18 @@ def test_a_taken_port_is_refused_by_number(capsys) -> None:
     assert said.startswith(f"blip2 serve: port {port} of 127.0.0.1 cannot be used")
 
 
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_address_of_ipv6_is_served_and_shown_in_brackets(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its port could not be used: Address family for hostname not supported."""
+    missing = tmp_path / "nowhere"
+    assert main(["--host", "::1", "--port", str(free_port), "--model", str(missing)]) == 3
+    assert "nowhere" in capsys.readouterr().err
+    settings = ServeSettings(host="::1", port=1, engine=EngineConfig(model="x"))
+    assert "curl -F image=@photo.jpg http://[::1]:1/v1/caption" in local_service._invitation(settings)
+
+
 def test_an_unknown_model_is_refused_by_name(tmp_path: Path, free_port: int, capsys) -> None:
     assert main(["--model", str(tmp_path / "nothing"), "--port", str(free_port)]) == 3
     assert str(tmp_path / "nothing") in capsys.readouterr().err
