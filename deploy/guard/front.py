@@ -204,7 +204,7 @@ def _live(method: str) -> Response:
     if method == "OPTIONS":
         return Response(status_code=204, headers=allow)
     if method not in ("GET", "HEAD"):
-        said = f"'/healthz' must be called with {allow['Allow']}, got {method}"
+        said = f"{LIVE_PATH!r} must be called with {allow['Allow']}, got {method}"
         raise ApiError(405, "method_not_allowed", said, headers=allow)
     return JSONResponse({"status": "ok"})
 
