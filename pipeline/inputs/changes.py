@@ -14,15 +14,13 @@ from pipeline.inputs.file_kinds import Unread
 from pipeline.inputs.listing import (
     MAX_STAMPED_IMAGES,
     ListedFiles,
-    local_stamps_by_path,
-    path_of,
     shards_of,
     shards_of_file,
     take_rows,
 )
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard, is_local, without_secrets
-from pipeline.inputs.stamps import UNKNOWN, has_content, size_in
+from pipeline.inputs.stamps import UNKNOWN, has_content, local_stamps_by_path, path_of, size_in
 from pipeline.progress import count
 from pipeline.storage.file_table import FilesBelowRoots, FileTable, ListedFile
 
@@ -117,17 +115,17 @@ def find_changes(
     }
     on_disk = local_stamps_by_path(shard for shard in shards if has_stamps[shard.name])
     kept: list[Shard] = []
-    gone: dict[str, None] = {}
+    gone: dict[tuple[str, str], str] = {}  # Ranges of a table share a file.
     changed: dict[str, str] = {}
     changed_stamps: dict[str, tuple[str, ...]] = {}
     copies: dict[str, bool] = {}
-    num_known: dict[tuple[str, Sequence[str]], int] = {}  # Ranges of a table share a file.
+    num_known: dict[tuple[str, Sequence[str]], int] = {}
     for shard in shards:
         root = without_secrets(shard.root)
         found = now.find(root, shard.files)
         num_known[root, shard.files] = len(found) - found.count(None)
         if None in found:
-            gone |= dict.fromkeys(f for f, file in zip(shard.files, found, strict=True) if file is None)
+            gone |= {(root, f): f for f, file in zip(shard.files, found, strict=True) if file is None}
         if not has_stamps[shard.name]:
             kept.append(shard)
             continue
@@ -149,7 +147,7 @@ def find_changes(
             kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
     is_new = sum(num_known.values()) < sum(map(len, listed.chosen.values()))
     new = _not_in(shards, listed) if is_new else replace(listed, chosen={})
-    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone), new, listed.unread)
+    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone.values()), new, listed.unread)
 
 
 def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:

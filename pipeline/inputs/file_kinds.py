@@ -73,7 +73,11 @@ class Chosen:
 
 
 def choose_files(
-    found: FoundFiles, wanted: str, known: Collection[Shard] = (), patterns: Patterns = Patterns()
+    found: FoundFiles,
+    wanted: str,
+    known: Collection[Shard] = (),
+    patterns: Patterns = Patterns(),
+    may_lack: bool = False,
 ) -> Chosen:
     """Choose the files of an input that are read.
 
@@ -88,6 +92,7 @@ def choose_files(
         known: the shards of an earlier listing. Their format decides for "auto" if it is one, and their files
             are not opened again.
         patterns: which files the user wants.
+        may_lack: as for `find_files`.
 
     Raises:
         InputError: there is no file of the wanted format, or there are files of several formats.
@@ -132,7 +137,7 @@ def choose_files(
         if given or kinds.counts[name] == len(found.files):  # Of 10^8 files, none is looked at again.
             return Chosen({name: found.files}, Unread(num_excluded=num_excluded))
     rest = _count_endings(file for file in found.files if format_in(file) is None and file not in own)
-    if not formats:
+    if not formats and not may_lack:
         _refuse_nothing(found, wanted, rest, len(own))
 
     def files_in(name: Format) -> FileTable:

@@ -48,8 +48,11 @@ class FoundFiles:
         return scheme, *path.strip("/").split("/")
 
 
-def find_files(name: str) -> FoundFiles:
+def find_files(name: str, may_lack: bool = False) -> FoundFiles:
     """List the files that an input means.
+
+    Args:
+        may_lack: whether files, or all of them, may be gone since a run has listed the input.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or braces or a glob match no file.
@@ -58,23 +61,26 @@ def find_files(name: str) -> FoundFiles:
     filesystem, base = open_filesystem(root + query)
     try:
         if not pattern:
-            return _find_plain(name, root, query, filesystem, base)
+            return _find_plain(name, root, query, filesystem, base, may_lack)
         files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(pattern))
     except (OSError, pa.ArrowException) as error:
+        if may_lack and isinstance(error, FileNotFoundError):
+            return FoundFiles(name=name, root=root + query, files=FileTable([]), one_by_one=False)
         raise InputError(f"{name} cannot be listed: {error}; check the path and the permissions") from error
-    if absent:
+    if absent and not may_lack:
         names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
         raise InputError(f"{name}: no file below {root} matches {names}; check the pattern")
     return FoundFiles(name=name, root=root + query, files=files, one_by_one=one_by_one)
 
 
-def find_named(name: str, root: str, files: Sequence[str]) -> FoundFiles:
+def find_named(name: str, root: str, files: Sequence[str], may_lack: bool = False) -> FoundFiles:
     """Find files that something names one by one.
 
     Args:
         name: what names them, for messages.
         root: URI of their folder.
         files: their paths below it.
+        may_lack: as for `find_files`.
 
     Raises:
         InputError: one of them does not exist, or they cannot be looked up.
@@ -85,12 +91,16 @@ def find_named(name: str, root: str, files: Sequence[str]) -> FoundFiles:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name} names files that cannot be looked up: {error}") from error
     absent = [f for f, info in zip(files, infos, strict=True) if info.type != pafs.FileType.File]
-    if absent:
+    if absent and not may_lack:
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
         raise InputError(
             f"{name} names a file that is not there: {join(without_secrets(root), absent[0])}{more}"
         )
-    listed = ((file, _listed(filesystem, info)) for file, info in zip(files, infos, strict=True))
+    listed = (
+        (file, _listed(filesystem, info))
+        for file, info in zip(files, infos, strict=True)
+        if info.type == pafs.FileType.File
+    )
     return FoundFiles(name=name, root=root, files=FileTable(listed), one_by_one=True)
 
 
@@ -146,16 +156,20 @@ def _split(name: str) -> tuple[str, str, str]:
     return prefix + (path[:slash] or "/"), path[slash + 1 :], query
 
 
-def _find_plain(name: str, uri: str, query: str, filesystem: pafs.FileSystem, path: str) -> FoundFiles:
+def _find_plain(
+    name: str, uri: str, query: str, filesystem: pafs.FileSystem, path: str, may_lack: bool
+) -> FoundFiles:
     """Find one file, or all files below one folder."""
     (info,) = filesystem.get_file_info([path])
+    if info.type == pafs.FileType.NotFound and may_lack:
+        raise FileNotFoundError(name)
     if info.type == pafs.FileType.NotFound:
         hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
         raise InputError(f"no such file or folder: {name}{hint}")
     _refuse_special(info)
     if info.type == pafs.FileType.Directory:
         files = FileTable(_all_below(filesystem, path))
-        if not files:
+        if not files and not may_lack:
             raise InputError(f"{name} is an empty folder; name a folder that holds files")
         return FoundFiles(name=name, root=uri + query, files=files, one_by_one=False)
     folder, _, file = uri.rpartition("/")

@@ -7,6 +7,7 @@ are unique, and they are sorted.
 from __future__ import annotations
 
 import heapq
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.inputs.file_kinds import FORMATS, Chosen, Unread, choose_files
+from pipeline.inputs.find_files import same_place
 from pipeline.inputs.formats import count_rows
 from pipeline.inputs.formats.manifests import manifest
 from pipeline.inputs.formats.manifests.named_files import find_input
@@ -24,10 +26,9 @@ from pipeline.inputs.formats.tables import parquet
 from pipeline.inputs.globs import Patterns
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard, is_local, refuse_duplicates, refuse_unwritable
-from pipeline.inputs.stamps import UNKNOWN, local_stamps, size_in
-from pipeline.storage.file_table import FileTable, ListedFile
+from pipeline.inputs.stamps import UNKNOWN, size_in, stamps_now
+from pipeline.storage.file_table import FileTable
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
-from pipeline.storage.secrets import without_secrets
 
 FILES_PER_SHARD = 1000
 """Images of a folder in one shard: about as many rows as a tar usually has."""
@@ -112,7 +113,11 @@ def list_input(
 
 
 def list_files(
-    inputs: Sequence[str], format: str, known: Collection[Shard] = (), patterns: Patterns = Patterns()
+    inputs: Sequence[str],
+    format: str,
+    known: Collection[Shard] = (),
+    patterns: Patterns = Patterns(),
+    begun: Collection[str] = (),
 ) -> ListedFiles:
     """Find the files of one or several inputs, and choose those that are read.
 
@@ -121,6 +126,7 @@ def list_files(
         format: as for `list_input`.
         known: the shards of an earlier listing.
         patterns: which files are wanted.
+        begun: the inputs of a run, each as `same_place` writes it. Their files may be gone, but not all.
 
     Raises:
         InputError: as `list_input` does.
@@ -132,17 +138,21 @@ def list_files(
     chosen: dict[tuple[str, Format], FileTable] = {}
     addresses: dict[str, tuple[str, ...]] = {}
     unread = Unread()
-    for found, is_manifest in chain.from_iterable(map(find_input, inputs)):
-        addresses[found.root] = found.address
-        choice = (
-            Chosen({"manifest": found.files}, Unread())
-            if is_manifest
-            else choose_files(found, format, known, patterns)
-        )
-        unread += choice.unread
-        for file_format, files in choice.files.items():
-            before = chosen.get((found.root, file_format))
-            chosen[found.root, file_format] = files if before is None else before | files
+    for name in inputs:
+        may_lack = bool(begun) and same_place(name, os.getcwd()) in begun
+        for found, is_manifest in find_input(name, may_lack):
+            addresses[found.root] = found.address
+            choice = (
+                Chosen({"manifest": found.files}, Unread())
+                if is_manifest
+                else choose_files(found, format, known, patterns, may_lack)
+            )
+            unread += choice.unread
+            for file_format, files in choice.files.items():
+                before = chosen.get((found.root, file_format))
+                chosen[found.root, file_format] = files if before is None else before | files
+    if begun and not any(chosen.values()):
+        return list_files(inputs, format, known, patterns)  # raises, and says why
     prefixes = _prefixes(addresses)
     if len(addresses) > 1:
         names = [map(partial(_join_name, prefixes[root]), files) for (root, _), files in chosen.items()]
@@ -202,27 +212,6 @@ def shards_of_file(shard: Shard, options: ReadOptions, range_bytes: int = RANGE_
     if shard.format == "manifest":
         return manifest.split(shard)
     return parquet.split(shard, range_bytes, options) if shard.format == "parquet" else [shard]
-
-
-def stamps_now(root: str, entries: Sequence[tuple[str, ListedFile]]) -> tuple[str, ...]:
-    """Return the stamps of files; those that the listing does not tell are asked of the disk."""
-    if is_local(root):
-        return tuple(local_stamps([join(root, file) for file, _ in entries]))
-    return tuple(listed.stamp for _, listed in entries)
-
-
-def local_stamps_by_path(shards: Iterable[Shard]) -> dict[str, str]:
-    """Return the stamps that the files of shards on a disk have now; the disk is asked for all at once."""
-    paths: dict[str, None] = {}
-    for shard in shards:
-        if is_local(shard.root):
-            paths.update(dict.fromkeys(path_of(shard.root, file) for file in shard.files))
-    return dict(zip(paths, local_stamps(list(paths)), strict=True))
-
-
-def path_of(root: str, file: str) -> str:
-    """Return the path of a file below a root, without secrets."""
-    return join(without_secrets(root), file)
 
 
 def _prefixes(addresses: dict[str, tuple[str, ...]]) -> dict[str, str]:

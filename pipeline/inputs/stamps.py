@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -20,10 +20,11 @@ import pyarrow.fs as pafs
 from pipeline.errors import InputError
 from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
-from pipeline.inputs.shards import Shard
-from pipeline.storage.file_table import UNKNOWN
+from pipeline.inputs.shards import Shard, is_local
+from pipeline.storage.file_table import UNKNOWN, ListedFile
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
+from pipeline.storage.secrets import without_secrets
 
 STAMPED_AT_ONCE = 64
 """Files that a thread asks for in one task; a task costs more than a stamp."""
@@ -59,6 +60,27 @@ def local_stamps(paths: Sequence[str]) -> list[str]:
             lambda start: list(map(local_stamp, paths[start : start + STAMPED_AT_ONCE])), starts
         )
         return list(chain.from_iterable(parts))
+
+
+def stamps_now(root: str, entries: Sequence[tuple[str, ListedFile]]) -> tuple[str, ...]:
+    """Return the stamps of files; those that the listing does not tell are asked of the disk."""
+    if is_local(root):
+        return tuple(local_stamps([join(root, file) for file, _ in entries]))
+    return tuple(listed.stamp for _, listed in entries)
+
+
+def local_stamps_by_path(shards: Iterable[Shard]) -> dict[str, str]:
+    """Return the stamps that the files of shards on a disk have now; the disk is asked for all at once."""
+    paths: dict[str, None] = {}
+    for shard in shards:
+        if is_local(shard.root):
+            paths.update(dict.fromkeys(path_of(shard.root, file) for file in shard.files))
+    return dict(zip(paths, local_stamps(list(paths)), strict=True))
+
+
+def path_of(root: str, file: str) -> str:
+    """Return the path of a file below a root, without secrets."""
+    return join(without_secrets(root), file)
 
 
 def size_in(stamp: str) -> str:

@@ -120,7 +120,7 @@ def compare_input(folder: Folder, run: Run, inputs: Sequence[str] = ()) -> Input
     """
     wanted, limit = run.settings.get("format", "auto"), run.settings.get("limit")
     patterns = Patterns(run.settings.get("include", ()), run.settings.get("exclude", ()))
-    listed = list_files(inputs or run.inputs, wanted, run.shards, patterns)
+    listed = list_files(inputs or run.inputs, wanted, run.shards, patterns, run.inputs)
 
     def content_of(shard: str) -> str | None:
         summary = find_summary(folder, shard)

@@ -194,7 +194,8 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
     """Return a job whose run has begun, on the shards that its input has now.
 
     Raises:
-        InputError: a shard has changed, and `redo_changed` is False.
+        InputError: a shard has changed, and `redo_changed` is False; or the input cannot be listed, and
+            changed shards are to be made again or new files taken.
         ValueError: the job is a retry, and the run is not finished.
     """
     ledger = job.ledger.of(job.run)
@@ -204,6 +205,9 @@ def _with_current_input(job: Job, inputs: Sequence[str], redo_changed: bool, tak
         changes = ledger.compare_input(job.run, inputs)
     except (InputError, OSError) as error:
         note = f"the input cannot be compared with that of the run: {error}"
+        if redo_changed or takes_new:
+            flag = "--redo-changed" if redo_changed else "--add-new"
+            raise InputError(f"{note}; restore the input, or leave out {flag} to go on without it") from error
         return dataclasses.replace(job, ledger=ledger, notes=(note,))
     # A retry reads partial shards again: of a repaired file, all rows are made again.
     if not (redo_changed or (job.is_retry and ledger.are_partial(changes.changed))):

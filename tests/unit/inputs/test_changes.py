@@ -340,11 +340,38 @@ def test_files_that_are_gone_are_named_and_their_rows_stay(tmp_path):
     assert note in RunStatus.read(str(tmp_path / "out")).lines()
     assert run(tmp_path).exit_status(0.0) == 0
     shutil.rmtree(tmp_path / "in")
-    assert (
-        prepare_run(tmp_path)
-        .notes[0]
-        .startswith("the input cannot be compared with that of the run: no such")
-    )
+    cannot = "the input cannot be compared with that of the run: no such"
+    assert prepare_run(tmp_path).notes[0].startswith(cannot)
+    for flag in ("add_new", "redo_changed"):
+        with pytest.raises(InputError, match=f"{cannot} .* leave out --{flag.replace('_', '-')}"):
+            prepare_run(tmp_path, **{flag: True})
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "another file"])
+def test_an_input_whose_files_are_all_gone_does_not_hide_what_became_of_the_others(tmp_path, left):
+    """One emptied folder: changed shards counted as finished, and new files were left out, with status 0."""
+    inputs = (str(tmp_path / "a"), str(tmp_path / "b/{0,1}.tar"), f"@{tmp_path / 'c.txt'}")
+    for name in ("a/0.tar", "b/0.tar", "b/1.tar", "c/0.tar", "c/1.tar"):
+        write_tar(tmp_path / name, "k")
+    (tmp_path / "c.txt").write_text("c/0.tar\nc/1.tar\n")
+    run(tmp_path, input=inputs)
+    for name in ("a/0.tar", "b/0.tar", "c/0.tar"):
+        (tmp_path / name).unlink()
+    if left == "nothing":
+        (tmp_path / "a").rmdir()
+    elif left == "another file":
+        (tmp_path / "a/readme.md").touch()
+    write_tar(tmp_path / "b/1.tar", "k", "more", content="new")
+    with pytest.raises(InputError, match=r"1 shard of the input has changed .*: b/1.tar"):
+        run(tmp_path, input=inputs)
+    write_tar(tmp_path / "d/0.tar", "d")
+    more = (*inputs, str(tmp_path / "d"))
+    done = run(tmp_path, input=more, add_new=True, redo_changed=True)
+    assert done.num_rows == 7 and captions(tmp_path)["b/1.tar"] == rows_of("k", "more", content="new")
+    gone = "3 files of the run can no longer be found in the input: 0.tar, 0.tar, 0.tar; finished rows stay"
+    assert gone in prepare_run(tmp_path, input=more).notes
+    with pytest.raises(InputError, match="no such file or folder: typo"):
+        run(tmp_path, input=(*more, "typo"), add_new=True)
 
 
 def test_a_photo_that_was_edited_is_a_change_unless_the_folder_is_very_large(tmp_path, monkeypatch):

@@ -21,8 +21,12 @@ MARK = "@"
 """Begins an input that is a manifest."""
 
 
-def find_input(name: str) -> Iterator[tuple[FoundFiles, bool]]:
+def find_input(name: str, may_lack: bool = False) -> Iterator[tuple[FoundFiles, bool]]:
     """Find the files that one input means.
+
+    Args:
+        name: the input.
+        may_lack: as for `find_files`.
 
     Yields:
         Files, and whether they are a manifest of images: one file whose records are the rows.
@@ -31,16 +35,19 @@ def find_input(name: str) -> Iterator[tuple[FoundFiles, bool]]:
         InputError: as `find_files` does, or the manifest cannot be read.
     """
     if not name.startswith(MARK):
-        yield find_files(name), False
+        yield find_files(name, may_lack), False
         return
-    found = find_files(name.removeprefix(MARK))
+    found = find_files(name.removeprefix(MARK), may_lack)
+    if may_lack and not found.files:
+        yield found, True
+        return
     if not found.one_by_one or len(found.files) != 1:
         raise InputError(f"{name} must name one file, a manifest; leave out the {MARK} to read a folder")
     lines = _lines_with_shards(found)
     if lines is None:
         yield found, True
     else:
-        yield from ((named, False) for named in _named_by(found, lines))
+        yield from ((named, False) for named in _named_by(found, lines, may_lack))
 
 
 def _lines_with_shards(found: FoundFiles) -> list[str] | None:
@@ -68,7 +75,7 @@ def _lines_with_shards(found: FoundFiles) -> list[str] | None:
     return lines or None
 
 
-def _named_by(found: FoundFiles, lines: Sequence[str]) -> list[FoundFiles]:
+def _named_by(found: FoundFiles, lines: Sequence[str], may_lack: bool) -> list[FoundFiles]:
     """Return the files that lines name, by their folders."""
     (file,) = found.files
     folder = folder_of(found.root, file)
@@ -82,4 +89,4 @@ def _named_by(found: FoundFiles, lines: Sequence[str]) -> list[FoundFiles]:
         place, mark, options = resolve(line, folder).partition("?")
         parent, _, name = place.rpartition("/")
         by_folder.setdefault(parent + mark + options, []).append(name)
-    return [find_named(found.name, root, names) for root, names in by_folder.items()]
+    return [find_named(found.name, root, names, may_lack) for root, names in by_folder.items()]
