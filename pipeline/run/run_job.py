@@ -54,6 +54,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
         Lease(job.ledger.folder, job.run_slice, run=job.run.id) as lease,
         recorded(job.ledger.folder, is_begun=not job.is_new, **_known_at_the_start(job)) as attempt,
         _total_said(console, attempt),
+        stop.named(),
     ):
         console.keep(attempt.log.add)
         ledger = job.ledger.with_retries()

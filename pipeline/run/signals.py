@@ -91,7 +91,7 @@ class StopRequest:
         for number in handled:
             signal.signal(number, self._handle)
         try:
-            with self._watched(handled) if _is_command or self._is_command else nullcontext():
+            with self._watched(handled) if _is_command or self._is_command else nullcontext(), self.named():
                 if self._stop_at is not None:
                     left = self._stop_at - datetime.now(UTC)
                     signal.setitimer(signal.ITIMER_REAL, max(0.001, left.total_seconds()))
@@ -101,6 +101,19 @@ class StopRequest:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number in handled:
                 signal.signal(number, before[number])
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Raise the `Interrupted` of the signal where Ray raises a plain KeyboardInterrupt in its place.
+
+        `ray.get` does that: its C++ asks Python for signals, and keeps no error of a handler (Ray 2.60).
+        """
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if self.number is None or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(self.number) from error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

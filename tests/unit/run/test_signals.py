@@ -39,6 +39,19 @@ def test_before_work_a_signal_ends_the_command_at_once(number):
     assert stop.number == number, "threads look at it"
 
 
+def test_a_signal_in_a_call_of_ray_is_the_signal_and_not_ctrl_c():
+    """SIGTERM while the driver looked at the cluster was a traceback, and the status of a Ctrl-C."""
+    stop = StopRequest()
+    with pytest.raises(Interrupted, match="stopped at once by SIGTERM"), stop.by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise KeyboardInterrupt from None  # as `ray.get` does
+    with pytest.raises(KeyboardInterrupt) as raised, StopRequest().by_signals():
+        raise KeyboardInterrupt  # of a library, without a signal
+    assert raised.type is KeyboardInterrupt
+
+
 def test_at_work_the_first_signal_is_noted_and_a_second_ctrl_c_ends_the_process():
     stop = StopRequest()
     with stop.by_signals(), stop.deferred():
