@@ -26,6 +26,8 @@ from pipeline.storage.retrying_file import open_input
 
 BUFFER_BYTES = 4 << 20
 """Read-ahead: bytes per request to an object store, which answers after tens of milliseconds."""
+DECOMPRESSED_BYTES = 64 << 10
+"""Bytes of a zstd stream that are decompressed at once: damage costs the others of its read."""
 MAX_PADDING_BYTES = 1 << 20
 """Tars are padded with zeros to 10 KiB, or to a tape's block. More zeros are a file that was never filled."""
 
@@ -72,21 +74,36 @@ def _decompress(file: io.BufferedReader[io.RawIOBase]) -> IO[bytes]:
 
 
 class _ForwardStream:
-    """A stream that can be read and skipped forward, which is all that reading a tar in order needs."""
+    """A stream that can be read, skipped forward, and set back to the start of the last read.
+
+    That is all that reading a tar in order needs: members without an ending are read again after their head.
+    """
 
     def __init__(self, stream: pa.NativeFile) -> None:
-        self._stream = io.BufferedReader(cast(io.RawIOBase, stream), BUFFER_BYTES)
+        self._stream = io.BufferedReader(cast(io.RawIOBase, stream), DECOMPRESSED_BYTES)
         self._position = 0
+        self._last, self._again = b"", b""
+        """What was read last, and what of it is read again."""
 
     def read(self, size: int = -1) -> bytes:
-        content = self._stream.read(size)
-        self._position += len(content)
-        return content
+        if size < 0 or size > len(self._again):
+            more = self._stream.read(size if size < 0 else size - len(self._again))
+            self._last, self._again = self._again + more, b""
+        else:
+            self._last, self._again = self._again[:size], self._again[size:]
+        self._position += len(self._last)
+        return self._last
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, position: int) -> int:
+        back = self._position - position
+        if back > len(self._last):
+            raise OSError(f"the stream cannot go back from byte {self._position} to byte {position}")
+        if back > 0:
+            self._last, self._again = self._last[:-back], self._last[-back:] + self._again
+            self._position = position
         while self._position < position and self.read(min(position - self._position, BUFFER_BYTES)):
             pass
         return self._position

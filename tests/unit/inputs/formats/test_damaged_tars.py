@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.inputs.formats.reading_cases import (
+    encoded,
     read_rows,
     shard_at,
     tar_bytes,
@@ -37,6 +40,28 @@ def test_compression_is_recognized_by_the_content(tmp_path, kind):
     rows, report = read_rows(write_tar_shard(tmp_path, compress(kind)), keep=("txt",))
     assert rows == expected and len(rows) == 6
     assert report.complete
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_images_without_an_ending_are_found_in_a_compressed_tar(tmp_path, kind):
+    """Their heads are looked at before they are read: of zstd, the first lost it, and the rest was lost."""
+    images = [(f"im{size}", encoded("PNG") + bytes(size)) for size in (0, 600, 100_000, 5)]
+    plain = tar_bytes([images[0], ("notes", b"no image"), *images[1:], ("last.jpg", b"last")])
+    content = pa.compress(plain, codec="zstd", asbytes=True)
+    if kind != "zst":
+        content = {"gz": gzip, "bz2": bz2, "xz": lzma}[kind].compress(plain)
+    rows, report = read_rows(write_tar_shard(tmp_path, content))
+    assert [(row["key"], row["image"]) for row in rows] == [*images, ("last", b"last")] and report.complete
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_cut_of_a_compressed_tar_costs_few_rows_before_it(tmp_path, kind):
+    """Of zstd, the 4 MiB before the cut were lost: all rows of most tars."""
+    random = np.random.default_rng(0)
+    plain = tar_bytes((f"{row:02}.jpg", random.bytes(50_000)) for row in range(40))
+    content = gzip.compress(plain) if kind == "gz" else pa.compress(plain, codec="zstd", asbytes=True)
+    rows, report = read_rows(write_tar_shard(tmp_path, content[: len(content) // 2]))
+    assert len(rows) >= 16 and not report.complete
 
 
 def test_a_tar_of_several_gzip_members_is_read_to_its_end(tmp_path):
