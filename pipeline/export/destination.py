@@ -2,7 +2,8 @@
 
 <into>/<shard>.csv ...           what was exported
 <into>/.blip2_export/run.json    which run, and in which format
-<into>/.blip2_export/done/       for each shard that was written: the state of its file in the output
+<into>/.blip2_export/done/       for each shard that was written: the state of its file in the output, or
+                                 nothing if rows have lost their images
 <into>/.blip2_export/tmp/        what is being written; emptied when an export begins
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,26 @@ class Destination:
             return stored == self._state(shard) and (self.root / self.name_of(shard)).exists()
         return False
 
-    def finish(self, shard: str) -> None:
-        """Remember that a shard has been written."""
-        _replace(self._done(shard), self._state(shard))
+    def finish(self, shard: str, is_whole: bool) -> None:
+        """Remember that a shard has been written; if it is not whole, the next export writes it again."""
+        _replace(self._done(shard), self._state(shard) if is_whole else "")
+
+    def drop_others(self, shards: Iterable[str]) -> None:
+        """Delete what was written of shards that the run no longer has: a changed table may have other parts.
+
+        Args:
+            shards: all shards of the run.
+        """
+        names = {self.name_of(shard) for shard in shards}
+        done = self.root / STATE / "done"
+        for path in [*done.rglob("*.json")]:
+            name = self.name_of(path.relative_to(done).as_posix().removesuffix(".json"))
+            if name in names:
+                continue
+            if (self.root / name).is_dir():
+                shutil.rmtree(self.root / name)
+            (self.root / name).unlink(missing_ok=True)
+            path.unlink()
 
     @contextmanager
     def file(self, shard: str) -> Iterator[IO[bytes]]:

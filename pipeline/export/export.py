@@ -1,8 +1,9 @@
 """The command `blip2 export`: write the finished shards of a run in another format.
 
 Each shard becomes one file, or one folder, which is there as a whole or not at all. The same command leaves
-alone what is up to date, and writes again the shards whose rows have changed since, for example by a retry.
-One row group and one image at a time are in memory. The command needs no Ray and no model.
+alone what is up to date, writes again the shards whose rows have changed since, for example by a retry, and
+deletes what it had written of shards that the run no longer has. One row group and one image at a time are in
+memory. The command needs no Ray and no model.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def export(settings: ExportSettings) -> int:
             if destination.is_up_to_date(shard):
                 continue
             num_rows, lost = _write(settings.to, destination, found, shards[shard])
-            if not lost:  # Otherwise the next export tries again.
-                destination.finish(shard)
+            destination.finish(shard, is_whole=not lost)
             num_written += 1
             num_lost += len(lost)
             _tell(console, destination.name_of(shard), num_rows, found.num_rows(shard) - num_rows, lost)
+        destination.drop_others(shards)
         if settings.to == "imagefolder":
             finish_imagefolder(destination, found.shards)
     num_kept = len(found.shards) - num_written

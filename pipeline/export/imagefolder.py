@@ -49,6 +49,8 @@ def _renamed(value: Any) -> Any:
     """Return a value whose names, on every level, name no file for `datasets`."""
     if isinstance(value, Mapping):
         return {f"{name}_" if _FILES.search(name) else name: _renamed(item) for name, item in value.items()}
+    if isinstance(value, tuple):  # An entry of a map; `datasets` refuses lists of values of several types.
+        return {"key": _renamed(value[0]), "value": _renamed(value[1])}
     return [_renamed(item) for item in value] if isinstance(value, list) else value
 
 

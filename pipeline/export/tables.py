@@ -66,7 +66,9 @@ def _tables(found: FinishedRows, shard: str) -> Iterator[pa.Table]:
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column as CSV can hold it."""
-    if not (pa.types.is_nested(column.type) or pa.types.is_binary(column.type)):
+    types = pa.types
+    is_any_bytes = types.is_binary, types.is_large_binary, types.is_fixed_size_binary
+    if not (types.is_nested(column.type) or any(fits(column.type) for fits in is_any_bytes)):
         return column
     values = (plain_value(value) for value in column.to_pylist())
     texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]

@@ -99,6 +99,18 @@ def test_csv(run, tmp_path):
         assert int(back["row"]) == there["row"]
 
 
+@pytest.mark.parametrize("type", [pa.binary(), pa.large_binary(), pa.binary(2)])
+def test_bytes_of_any_kind_are_hexadecimal_in_csv(tmp_path, type):
+    """Polars writes large binary: its bytes went into the file as text, or the export failed."""
+    write_tars(tmp_path / "in", 1, 2)
+    write_run(tmp_path / "in", tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("*.parquet")
+    pq.write_table(pq.read_table(path).append_column("kept", pa.array([b"\xff\x00", b"ab"], type)), path)
+    into = exported(tmp_path / "out", "csv", tmp_path / "made")
+    found = query(f"select kept from read_csv('{into}/*/*.csv', all_varchar=true) order by row")
+    assert found.fetchall() == [("ff00",), ("6162",)]
+
+
 def test_text_has_a_line_per_row(run, tmp_path):
     import datasets
 
@@ -202,14 +214,16 @@ def test_kept_columns_of_an_image_folder_name_no_files(tmp_path):
 
     (tmp_path / "part").mkdir()
     kept = {"file_name": "x.png", "mask_file_name": "y.png", "image": "7", "info": {"file_names": ["z.png"]}}
-    write_imagefolder(tmp_path / "part", "part", [({"key": "k", "row": 0, **kept}, png(1))])  # type: ignore[arg-type]
+    row = {"key": "k", "row": 0, **kept, "map": [("file_name", 1.5)]}
+    write_imagefolder(tmp_path / "part", "part", [(row, png(1))])  # type: ignore[arg-type]
     (tmp_path / "part" / PART).rename(tmp_path / "metadata.jsonl")
     [row] = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache")
     ).cast_column("image", datasets.Image(decode=False))
     assert Path(row["image"]["path"]).read_bytes() == png(1)
     names = {f"{name}_": value for name, value in kept.items() if name != "info"}
-    assert row.items() >= (names | {"info": {"file_names_": ["z.png"]}}).items()
+    maps = {"info": {"file_names_": ["z.png"]}, "map": [{"key": "file_name", "value": 1.5}]}
+    assert row.items() >= (names | maps).items()
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
@@ -250,6 +264,24 @@ def test_an_export_goes_on_and_writes_again_what_a_retry_has_changed(tmp_path, c
     exported(tmp_path / "out", to, into)
     assert "2 shards, 1 of them up to date" in capsys.readouterr().out
     assert any(b"now it has one" in content for _, content in state_of(into).values())
+
+
+@pytest.mark.parametrize("to", ["jsonl", "imagefolder", "webdataset"])
+def test_what_was_written_of_a_shard_that_the_run_no_longer_has_is_deleted(tmp_path, to):
+    """A table that was made again in other parts left its old parts in the export, next to the new ones."""
+    write_tars(tmp_path / "in", 3, 2)
+    write_run(tmp_path / "in", tmp_path / "out")
+    into = exported(tmp_path / "out", to, tmp_path / "made")
+    (into / "part1" / "own.txt").touch()
+    for old, new in {"part1/00001": "part1/new", "part0/00002": "part0/00000.tar~0-1"}.items():
+        (tmp_path / f"out/{old}.tar.parquet").unlink()
+        (tmp_path / f"in/{old}.tar").rename(tmp_path / f"in/{new}.tar")
+    write_run(tmp_path / "in", tmp_path / "out")
+    exported(tmp_path / "out", to, into)
+    fresh = exported(tmp_path / "out", to, tmp_path / "fresh")
+    left, wanted = state_of(into), state_of(fresh)
+    assert left.pop("part1/own.txt")
+    assert {name: content for name, (_, content) in left.items()} == {n: c for n, (_, c) in wanted.items()}
 
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
