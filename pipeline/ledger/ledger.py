@@ -29,6 +29,7 @@ from json import JSONDecodeError
 import pyarrow as pa
 
 from pipeline.attempts.refusal import last_refusal
+from pipeline.errors import OutputInUse
 from pipeline.inputs.changes import InputChanges
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import RunSlice
@@ -123,6 +124,17 @@ class Ledger:
             said = "" if refusal is None else f"; {refusal}"
             raise ValueError(f"{self} holds no run{said}; pass the folder given as --output")
         return run
+
+    def require_unrevised(self, run: Run) -> None:
+        """Raise OutputInUse if a driver has stored other shards for a run since it was loaded.
+
+        Preparing a job may take a minute, and the lease is taken then: another driver may have come and gone.
+        """
+        if run.listed is not None and self.folder.file(run.shard_list) != run.listed:
+            raise OutputInUse(
+                f"output must stay as it is while a job is prepared, got {self}, to whose run another driver "
+                "has just given other shards; run the same command again"
+            )
 
     def scan(self) -> OutputState:
         """List the output once, and sort what is there."""

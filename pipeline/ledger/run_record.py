@@ -35,7 +35,7 @@ from pipeline.inputs.shards import Shard, with_secrets, without_secrets
 from pipeline.ledger.layout import RUN_FILE, SHARD_LIST, output_name, slices_shard_list
 from pipeline.settings.fingerprint import GENERATION_CONFIG, Fingerprint, FingerprintMismatch
 from pipeline.settings.job_settings import CaptionSettings
-from pipeline.storage.folder import Folder, OpenFile
+from pipeline.storage.folder import Folder, OpenFile, WrittenFile
 
 FORMAT_VERSION = 2
 """Raised when a reader of the version before would misread the file."""
@@ -65,6 +65,8 @@ class Run:
     """What every worker quantizes; None if nothing is."""
     shard_list: str = SHARD_LIST
     """The file with the shards."""
+    listed: WrittenFile | None = field(default=None, compare=False)
+    """The same file as it was when the shards were read."""
 
     @property
     def schema_version(self) -> int:
@@ -251,6 +253,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
             "another --output"
         )
     shard_list = values.get("shard_list", SHARD_LIST)
+    listed = folder.file(shard_list)
     try:
         shards = folder.read(shard_list, partial(_read_shards, inputs=inputs))
     except FileNotFoundError:
@@ -266,6 +269,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         quantization=_read_choice(values.get("quantization")),
         shards=shards,
         shard_list=shard_list,
+        listed=listed,
     )
 
 

@@ -40,7 +40,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     From here on requests to the output are retried, except those of the lease.
 
     Raises:
-        OutputInUse: another driver works on this output.
+        OutputInUse: another driver works on this output, or has changed its run since the job was prepared.
         Stopped: a signal has stopped the run, or most rows fail; finished work is kept.
         Interrupted: a signal has come before the first row was read, or a second Ctrl-C.
         RayStartFailed: Ray could not be started.
@@ -58,6 +58,7 @@ def run_job(job: Job, console: Console) -> Reconciliation:
     ):
         console.keep(attempt.log.add)
         ledger = job.ledger.with_retries()
+        ledger.require_unrevised(job.run)
         state = ledger.scan()
         left = _left(job, ledger, state)
         if left or job.redone or job.asks_worker:

@@ -50,6 +50,7 @@ def work(
         after_table: called after each table, while its shard is still being read.
     """
     ledger = job.ledger
+    ledger.require_unrevised(job.run)
     if job.is_new:
         ledger.begin(job.run)
     elif job.is_revised:

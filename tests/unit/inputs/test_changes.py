@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, OutputInUse
 from pipeline.inputs import changes, listing
 from pipeline.inputs.reader import ReadOptions, ShardReport
 from pipeline.inputs.shards import Shard
@@ -28,7 +28,7 @@ from pipeline.storage import file_table, packed_texts
 from pipeline.storage.file_table import FileTable, ListedFile
 from pipeline.storage.folder import Folder, WrittenFile
 from tests.unit.inputs.formats.reading_cases import tar_bytes
-from tests.unit.inputs.run_without_ray import captions, prepare_run, retry, run, work
+from tests.unit.inputs.run_without_ray import captions, prepare_of_retry, prepare_run, retry, run, work
 from tests.unit.ledger.test_fragments import rows as fragment_rows
 
 TAKE_IT = "run the first command again with --add-new to take it into the run"
@@ -372,6 +372,21 @@ def test_an_input_whose_files_are_all_gone_does_not_hide_what_became_of_the_othe
     assert gone in prepare_run(tmp_path, input=more).notes
     with pytest.raises(InputError, match="no such file or folder: typo"):
         run(tmp_path, input=(*more, "typo"), add_new=True)
+
+
+def test_a_job_that_another_one_has_overtaken_is_refused(tmp_path):
+    """Both took new files into the run: an image was in the files of two shards, one of them in no list."""
+    write_images(tmp_path / "in", "0.jpg", "1.jpg")
+    run(tmp_path)
+    write_images(tmp_path / "in", "2.jpg")
+    slow = [prepare_run(tmp_path, add_new=True), prepare_run(tmp_path), prepare_of_retry(tmp_path)]
+    write_images(tmp_path / "in", "3.jpg")
+    assert run(tmp_path, add_new=True).num_rows == 4
+    for job in slow:
+        with pytest.raises(OutputInUse, match=r"another driver .* other shards; run the same command again"):
+            work(job)
+    assert run(tmp_path, add_new=True).num_rows == 4
+    assert [key for rows in captions(tmp_path).values() for key, _ in rows] == [f"{n}.jpg" for n in range(4)]
 
 
 def test_a_photo_that_was_edited_is_a_change_unless_the_folder_is_very_large(tmp_path, monkeypatch):
