@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pipeline.progress.snapshot import ProgressSnapshot
-from pipeline.progress.wording import duration
+from pipeline.progress.wording import duration, escaped
 from pipeline.progress.writing import DUMB, write
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ class Console:
             write(self._stream, text + "\n")
 
     def _shown(self, text: str, color: str) -> str:
-        """Return a text as it is written: in a terminal, wrapped at its words and in its color."""
+        """Return a text as it is written: safe, and in a terminal wrapped at its words and in its color."""
+        text = escaped(text, keep="\n\t")
         if self._is_terminal and self._stream is not None:
             from blip2_actor.flags import wrap_for  # `__main__` first asks whether this package is ours
 

@@ -12,6 +12,7 @@ from pipeline.ledger.run_record import Run
 from pipeline.page.thumbnails import RowAddress
 from pipeline.report.models import demo_warning
 from pipeline.report.pace import attempt_lines
+from pipeline.report.rows import one_line
 from pipeline.report.statistics import Statistics
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.outputs import Outputs
@@ -79,13 +80,13 @@ class Report:
         yield from self.run.unread.lines()
         reasons = statistics.most_frequent_reasons()
         for (status, reason), rows in reasons[:MAX_LINES]:
-            yield f"{rows.count:,} {status}: {reason} (for example {rows.examples[0]})"
+            yield f"{rows.count:,} {status}: {one_line(reason)} (for example {one_line(rows.examples[0])})"
         if len(reasons) > MAX_LINES:
             yield f"... and {len(reasons) - MAX_LINES:,} more reasons"
         for flag, rows in sorted(statistics.flags.items()):
-            yield f"{rows.count:,} flagged {flag} (for example {', '.join(rows.examples)})"
+            yield f"{rows.count:,} flagged {flag} (for example {', '.join(map(one_line, rows.examples))})"
         for text, count in statistics.captions.top(MAX_LINES):
-            yield f"{count:,} times: {text}"
+            yield f"{count:,} times: {one_line(text)}"
 
 
 def outputs_of(run: Run) -> Outputs:

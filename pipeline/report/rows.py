@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -20,12 +19,11 @@ import pyarrow.parquet as pq
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
+from pipeline.progress.wording import CONTROL, escaped
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
 MAX_VALUE_CHARS = 200
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Characters that move the cursor, change colors, or reverse the direction of a text in a terminal."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +108,12 @@ def json_line(row: Mapping[str, Any]) -> str:
     Bytes become hexadecimal digits, NaN and infinity null, times ISO 8601. Control characters are escaped, so
     that the line is safe in a terminal.
     """
-    text = json.dumps(plain_value(row), ensure_ascii=False, allow_nan=False)
-    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return escaped(json.dumps(plain_value(row), ensure_ascii=False, allow_nan=False))
 
 
 def one_line(text: str) -> str:
     """Return a text that stays on one line of a terminal: blanks for line ends, escapes for control codes."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.splitlines()).replace("\t", " "))
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.splitlines()).replace("\t", " "))
 
 
 def is_own_column(name: str) -> bool:

@@ -39,6 +39,18 @@ def _as_before() -> Iterator[None]:
     choose_style("text")
 
 
+@pytest.mark.parametrize("style", ["text", "quiet", "json"])
+def test_control_characters_of_names_and_captions_are_escaped(style, capsys):
+    """The name of a new file cleared the terminal in which `blip2 status` said that it was new."""
+    choose_style(style)
+    for said in (Console().result, Console().warn, Console().fail, Console().say, Console().error):
+        said('1 new file: \x1b[2J\x9b2J\u202ea.jpg\n\t"b"')
+    said = capsys.readouterr().out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said)
+    assert "\\u001b[2J\\u009b2J\\u202ea.jpg" in said
+    assert '\n\t"b"\n' in said or style == "json"
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that a console sees, in a list of one."""
