@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ledger.layout import RUN_FILE, is_result
 from pipeline.report.rows import FinishedRows
+from pipeline.schema import ROW_CONTRACT, plain_type, to_plain
 from pipeline.storage.folder import Folder
 
 NEEDED = ("key", "shard", "row", "sha256", "caption", "status", "error", "width", "height")
@@ -44,15 +46,55 @@ class PlainRows:
         return sum(self.folder.read(name, pq.read_metadata).num_rows for name in self.names)
 
     def schema(self) -> pa.Schema:
-        return self.folder.read(self.names[0], pq.read_schema)
+        """Return all columns, each with one type: pandas writes a column without values as null.
+
+        Raises:
+            ValueError: a file lacks a column of a run, or no type holds a column of all files.
+        """
+        return self._schema
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        schemas = []
+        for name in self.names:
+            schema = self.folder.read(name, pq.read_schema)
+            lacking = [column for column in NEEDED if column not in schema.names]
+            if lacking:
+                raise ValueError(
+                    f"{self.folder} must hold a run, or Parquet files with the columns of one; {name} has no "
+                    f"{', '.join(lacking)}"
+                )
+            schemas.append(pa.schema([pa.field(field.name, _type_of(field)) for field in schema]))
+        try:
+            return pa.unify_schemas(schemas, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{self.folder} must hold files whose columns have one type each: {error}"
+            ) from error
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        wanted = [field for field in self.schema() if columns is None or field.name in columns]
         for name in self.names:
             with self.folder.open(name) as file:
                 parquet = pq.ParquetFile(file)
-                found = columns and [column for column in columns if column in parquet.schema_arrow.names]
+                found = [field.name for field in wanted if field.name in parquet.schema_arrow.names]
                 for group in range(parquet.num_row_groups):
-                    yield parquet.read_row_group(group, columns=found)
+                    rows = parquet.read_row_group(group, columns=found)
+                    if rows["key"].null_count:
+                        raise ValueError(f"{name} in {self.folder} must have a key in every row, got null")
+                    yield pa.table([_column(rows, field) for field in wanted], pa.schema(wanted))
+
+
+def _type_of(field: pa.Field) -> pa.DataType:
+    is_known = field.name in (*NEEDED, "logprob")
+    return ROW_CONTRACT.field(field.name).type if is_known else plain_type(field.type)
+
+
+def _column(rows: pa.Table, field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    """Return a column of a file in its type in all files; null if the file lacks it."""
+    if field.name not in rows.column_names:
+        return pa.nulls(len(rows), field.type)
+    return to_plain(rows[field.name]).cast(field.type)
 
 
 def find_rows(uri: str) -> FinishedRows | PlainRows:
@@ -66,10 +108,5 @@ def find_rows(uri: str) -> FinishedRows | PlainRows:
     if not plain:
         return FinishedRows.find(uri)
     rows = PlainRows(folder, plain)
-    lacking = [name for name in NEEDED if name not in rows.schema().names]
-    if lacking:
-        raise ValueError(
-            f"{folder} must hold a run, or Parquet files with the columns of one; {plain[0]} has no "
-            f"{', '.join(lacking)}"
-        )
+    rows.schema()  # which refuses other files
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli.main import main
@@ -294,3 +295,24 @@ def test_an_output_without_rows_is_compared(tmp_path, capsys):
     assert main(["compare", before, after, "--html", str(tmp_path / "c.html")]) == 0
     assert "0 of 0 captions changed" in capsys.readouterr().out
     assert "No caption and no status has changed" in (tmp_path / "c.html").read_text()
+
+
+def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_path, capsys):
+    """pandas writes a column without values as null: the second file did not fit into the first one's."""
+    numbers: dict[str, Any] = {"shard": "s", "row": 0, "key": "a"}
+    rows = [ok("a", "a cat") | numbers | {"error": None}, failed("b") | numbers | {"key": "b"}]
+    rows[1] |= {"caption": None, "sha256": None, "width": None, "height": None}
+    for name, order in {"before": rows, "after": rows[::-1]}.items():
+        (tmp_path / name).mkdir()
+        for number, row in enumerate(order):
+            pq.write_table(pa.Table.from_pylist([row]), tmp_path / name / f"{number}.parquet")
+    command = ["compare", str(tmp_path / "before"), str(tmp_path / "after")]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("2 rows matched by key and image; unmatched: none\n")
+    last = tmp_path / "after" / "1.parquet"
+    pq.write_table(pa.Table.from_pylist([rows[0] | {"key": None}]), last)
+    assert main(command) == 1
+    assert "1.parquet" in (said := capsys.readouterr().err) and "a key in every row, got null" in said
+    pq.write_table(pa.table({"key": ["a"]}), last)
+    assert main(command) == 3
+    assert "1.parquet has no shard, row" in capsys.readouterr().err
