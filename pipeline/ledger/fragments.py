@@ -86,9 +86,9 @@ def _digest(content: bytes | pa.Buffer) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGEST_CHARS]
 
 
-def is_intact(fragment: Fragment, content: bytes) -> bool:
+def is_intact(name: str, content: bytes) -> bool:
     """Return whether a fragment's file has the content that its name promises."""
-    return fragment.name.endswith(f"-{_digest(content)}.arrow")
+    return name.endswith(f"-{_digest(content)}.arrow")
 
 
 def _sorted(rows: pa.Table) -> pa.Table:
@@ -111,9 +111,20 @@ def names_of_shard(shard: Shard) -> tuple[str, ...]:
 
 
 def read_fragment(folder: Folder, name: str) -> pa.Table | None:
-    """Return the rows of a fragment, or None when a commit has deleted it meanwhile."""
+    """Return the rows of a fragment, or None when a commit has deleted it meanwhile.
+
+    Raises:
+        pa.ArrowInvalid: the file is damaged; the message names it.
+    """
     content = folder.get_listed(name)
-    return None if content is None else pa.ipc.open_file(pa.py_buffer(content)).read_all()
+    if content is None:
+        return None
+    if not is_intact(name, content):
+        raise pa.ArrowInvalid(
+            f"{name} in {folder} is damaged, its content is not what was written; delete this file, and the "
+            "same command makes its rows again, or blip2 retry if its shard is partial"
+        )
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
 def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Table | None]:
@@ -249,9 +260,15 @@ def load_shard_report(folder: Folder, shard: str, generation: int = 0) -> ShardR
 
 
 def read_shard_report(folder: Folder, name: str) -> ShardReport | None:
-    """Return the report in a file, or None when a commit has deleted it meanwhile."""
+    """Return the report in a file, or None when a commit has deleted it meanwhile.
+
+    A damaged report is none: its shard is read again, which stores another.
+    """
     content = folder.get(name)
-    return ShardReport(**json.loads(content)) if content else None
+    try:
+        return ShardReport(**json.loads(content)) if content else None
+    except (ValueError, TypeError):
+        return None
 
 
 def read_shard_reports(folder: Folder, names: Iterable[str]) -> list[ShardReport]:

@@ -290,7 +290,10 @@ def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
 
 def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:
     with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
-        return tuple(with_secrets((Shard(**json.loads(line)) for line in lines), inputs))
+        shards = tuple(with_secrets((Shard(**json.loads(line)) for line in lines), inputs))
+    if not shards:  # No run has none, but gzip takes an empty file for an empty text.
+        raise EOFError("the list of shards is empty")
+    return shards
 
 
 def _read_schema(stored: str | None) -> pa.Schema | None:

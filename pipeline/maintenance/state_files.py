@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
-
 from pipeline.finding import Finding
 from pipeline.inputs.changes import name_some
 from pipeline.ledger.commit import Summary
@@ -64,7 +62,7 @@ def check_fragments(folder: Folder, run: Run, state: OutputState) -> Iterator[Fi
 
 def _is_damaged(folder: Folder, fragment: Fragment) -> bool:
     content = folder.get(fragment.name)
-    return content is not None and not is_intact(fragment, pa.py_buffer(content))
+    return content is not None and not is_intact(fragment.name, content)
 
 
 def check_leftovers(

@@ -246,3 +246,36 @@ def test_a_shard_whose_file_would_have_too_long_a_name_is_refused(folder, length
         folder.require_names(names)
         for name in names:
             folder.put(name, b"")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", "cut", "flipped"])
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [0, 2]])
+def test_a_damaged_fragment_is_named(folder, content, numbers):
+    """Its rows counted as done, and the only word of it was "File is too small: 0"."""
+    fragment = write_fragment(folder, rows(numbers))
+    whole = folder.get(fragment.name)
+    assert whole is not None
+    if content == "cut":
+        content = whole[: len(whole) // 2]
+    elif content == "flipped":
+        content = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+    folder.put(fragment.name, content)
+    if fragment.has_gaps:
+        with pytest.raises(pa.ArrowInvalid, match=rf"{fragment.name} in .* is damaged.*; delete this file"):
+            rows_in(folder, {"a/0.tar": [fragment]})
+        return
+    summary = commit(folder, report(3))
+    assert not summary.complete and summary.reason is not None and fragment.name in summary.reason
+    folder.delete(fragment.name)
+    write_fragment(folder, rows(numbers))
+    assert commit(folder, report(3)).complete
+
+
+def test_a_damaged_report_is_none_and_its_shard_is_read_again(folder):
+    """The run ended with "Expecting value: line 1 column 1"."""
+    store_shard_report(folder, report(3, complete=False))
+    for damaged in (b"", b'{"shard"', b"\xff\xfe", b"[]", b'{"a": 1}'):
+        folder.put(shard_report_name("a/0.tar"), damaged)
+        assert load_shard_report(folder, "a/0.tar") is None
+    store_shard_report(folder, report(2, complete=False))
+    assert load_shard_report(folder, "a/0.tar") == report(2, complete=False)

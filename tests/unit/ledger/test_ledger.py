@@ -11,7 +11,7 @@ import pytest
 from pipeline.inputs.reader import ShardReport
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.commit import read_summary
-from pipeline.ledger.layout import slices_shard_list
+from pipeline.ledger.layout import SHARD_LIST, slices_shard_list
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import FORMAT_VERSION, Run
 from pipeline.settings.fingerprint import Fingerprint
@@ -128,6 +128,16 @@ def test_unfinished_work_leaves_out_finished_shards_and_rows_in_fragments(ledger
         "fresh.tar": ((0, None),),
     }
     assert [name for name, progress in found.items() if progress.is_complete] == ["full.tar"]
+
+
+def test_an_empty_list_of_shards_is_damage(ledger):
+    """The run counted as finished, with no row and status 0, and `clean` deleted its fragments."""
+    ledger.begin(make_run("a.tar"))
+    ledger.folder.put(SHARD_LIST, b"")
+    with pytest.raises(
+        ValueError, match=r"the record of the run in .* is damaged: the list of shards is empty"
+    ):
+        ledger.load()
 
 
 def test_a_run_with_a_shard_list_alone_has_not_begun(ledger):
