@@ -194,10 +194,10 @@ class Settings:
         if self.score_revision is not None and self.score_model is None:
             raise ValueError("score_revision must be left out without score_model; name the checkpoint")
         names = [self.engine.model, *(given.partition("=")[0] for given in self.other_models)]
-        if len(set(names)) < len(names):
+        if len({self.engine.model, *self.other_engines}) < len(names):
             raise ValueError(f"other_models must have different names, got {', '.join(names)}; rename one")
-        assert len(self.other_engines) == len(self.other_models)  # which refuses what is wrong in them
-        if (self.ab_test_share or self.shadow_share) is None and self.trial_record is not None:
+        shares = self.ab_test_share, self.shadow_share  # each refuses what is wrong in it
+        if shares == (None, None) and self.trial_record is not None:
             raise ValueError("trial_record must be left out without ab_test or shadow; give one of them")
         if self.trial_record is None and self.trial_prompts:
             raise ValueError("trial_prompts must be left out without trial_record; name a folder")

@@ -223,6 +223,8 @@ def test_a_share_that_cannot_be_is_refused(given: str) -> None:
     for name in ("ab_test", "shadow"):
         with pytest.raises(ValueError, match=f"{name} must be NAME=SHARE"):
             Settings(other_models=("second=folder",), **{name: given})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shadow must be NAME=SHARE"):
+        Settings(other_models=("second=folder",), ab_test="second=0.5", shadow=given)
     with pytest.raises(ValueError, match="trial_record must be left out"):
         Settings(trial_record="folder")
 
