@@ -12,6 +12,8 @@ from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from blip2_actor.demo.grammar import BACKGROUNDS, COLORS, SHAPES
 
+BATCH_IMAGES = 250
+
 _KINDS = {
     **dict.fromkeys(COLORS, "colour"),
     **dict.fromkeys(SHAPES, "shape"),
@@ -34,15 +36,12 @@ class CaptionAccuracy:
 
 @torch.inference_mode()
 def generate_captions(
-    model: Blip2ForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    pixel_values: torch.Tensor,
-    batch_size: int = 250,
+    model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, pixel_values: torch.Tensor
 ) -> list[str]:
     """Caption float32[N, 3, S, S] by greedy search with transformers' own `generate`."""
     captions: list[str] = []
     start = model.config.num_query_tokens + 1
-    for batch in pixel_values.split(batch_size):
+    for batch in pixel_values.split(BATCH_IMAGES):
         token_ids = model.generate(pixel_values=batch, max_new_tokens=30, do_sample=False)
         captions += tokenizer.batch_decode(token_ids[:, start:], skip_special_tokens=True)
     return captions

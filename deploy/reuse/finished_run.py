@@ -112,9 +112,10 @@ class FinishedRun:
         self._digests, self._places = np.concatenate(digests)[order], np.concatenate(places)[order]
 
     async def look_up(self, sha256: str, work: ImageWork) -> Made | None:
-        """As `find`, but reads in threads of its own; None as well if one cannot be read, or not in time.
+        """Return the caption of an image; None if the run has none, or it cannot be read, or not in time.
 
-        What the run does not have takes no thread, so that a store that hangs delays nothing else.
+        Threads read it. What the run does not have takes none, so that a store that hangs delays nothing
+        else.
         """
         from deploy.observe.metrics import CACHE_REQUESTS  # Ray, which no command may import before its start
 
@@ -134,14 +135,6 @@ class FinishedRun:
         if found is not None:
             CACHE_REQUESTS.inc(1, {"result": "run"})
         return found
-
-    def find(self, sha256: str, work: ImageWork) -> Made | None:
-        """Return the caption of an image, if the run has made it; this may read a file.
-
-        Raises:
-            OSError, pyarrow.ArrowException: the file cannot be read.
-        """
-        return self._read(sha256, self._places_of(sha256, work))
 
     def _places_of(self, sha256: str, work: ImageWork) -> np.ndarray:
         """Return file and row of what may be the caption of an image, as uint32[N, 2], from memory."""

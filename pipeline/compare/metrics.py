@@ -51,7 +51,7 @@ def n_grams(words: Words) -> NGrams:
 
 
 def compare_scores(
-    before: Sequence[str], after: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0
+    before: Sequence[str], after: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Score]:
     """Return each metric of two lists of captions, with an interval of the difference.
 
@@ -59,7 +59,6 @@ def compare_scores(
         before: captions of the first run.
         after: captions of the second run, of the same images.
         references: the right captions of each image, at least one.
-        seed: of the resampling.
     """
     targets = [[words_of(text) for text in texts] for texts in references]
     found = [[words_of(text) for text in texts] for texts in (before, after)]
@@ -74,7 +73,7 @@ def compare_scores(
         )
         for side in found
     ]
-    weights = _weights(len(targets), seed)
+    weights = _weights(len(targets))
     scores = {}
     for name, metric in METRICS.items():
         a, b = (metric(side.sum(axis=0), len(targets)) for side in columns)
@@ -171,9 +170,9 @@ def _bleu(sums: np.ndarray, number: int) -> float:
 METRICS = {"exact match": _exact, "BLEU-4": _bleu, "CIDEr": _cider}
 
 
-def _weights(number: int, seed: int) -> np.ndarray:
-    """Return float64[resamples, n]: how often each image is in each resample."""
-    random = np.random.default_rng(seed)
+def _weights(number: int) -> np.ndarray:
+    """Return float64[resamples, n]: how often each image is in each resample; always the same."""
+    random = np.random.default_rng(0)
     resamples = max(100, min(NUM_RESAMPLES, 20_000_000 // max(1, number)))
     drawn = (np.bincount(random.integers(0, number, number), minlength=number) for _ in range(resamples))
     return np.array(list(drawn), np.uint8 if number else float)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 480.0, 120.0
 """Units of the drawing; a page scales it."""
 MAX_BINS = 24
+"""More different values are grouped into bins of equal width."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,18 @@ class Histogram:
 
 
 def histogram(
-    title: str,
-    counts: Mapping[int, int] | Mapping[float, int],
-    field: str | None = None,
-    max_bins: int = MAX_BINS,
+    title: str, counts: Mapping[int, int] | Mapping[float, int], field: str | None = None
 ) -> Histogram | None:
     """Make a histogram of counted values, or None when there are none.
 
     Args:
         counts: how often each value occurs.
-        max_bins: more different values are grouped into bins of equal width.
     """
     numbers_of: dict[float, int] = {value: number for value, number in counts.items() if math.isfinite(value)}
     values = sorted(numbers_of)
     if not values:
         return None
-    groups = _groups(values, max_bins)
+    groups = _groups(values)
     numbers = [sum(numbers_of[value] for value in group) for group in groups]
     step, largest = WIDTH / len(groups), max(numbers)
     bars = []
@@ -76,14 +73,14 @@ def histogram(
     return Histogram(title, field, tuple(bars), shown(values[0]), shown(values[-1]), sum(numbers))
 
 
-def _groups(values: Sequence[float], max_bins: int) -> list[list[float]]:
-    """Return sorted values in at most `max_bins` groups of equal width, none of them empty."""
-    if len(values) <= max_bins:
+def _groups(values: Sequence[float]) -> list[list[float]]:
+    """Return sorted values in at most `MAX_BINS` groups of equal width, none of them empty."""
+    if len(values) <= MAX_BINS:
         return [[value] for value in values]
-    width = (values[-1] - values[0]) / max_bins
+    width = (values[-1] - values[0]) / MAX_BINS
     groups: dict[int, list[float]] = {}
     for value in values:
-        groups.setdefault(min(max_bins - 1, int((value - values[0]) / width)), []).append(value)
+        groups.setdefault(min(MAX_BINS - 1, int((value - values[0]) / width)), []).append(value)
     return [groups[index] for index in sorted(groups)]
 
 

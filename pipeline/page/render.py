@@ -16,10 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_PAGE_BYTES = 10_000_000
-"""A page stays below this; what shows images gives them `MAX_IMAGE_BYTES`."""
 MAX_IMAGE_BYTES = 6_500_000
-"""All images of a page together, before they are written as text, which adds a third."""
+"""All images of a page together, so that it stays below 10 MB; as text they take a third more."""
 
 
 def render(template: str, **values: Any) -> str:

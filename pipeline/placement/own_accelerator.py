@@ -11,12 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blip2_actor import EngineBuilder
-
-if TYPE_CHECKING:
-    import torch
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -38,15 +34,8 @@ def use_own_accelerator(engine: EngineBuilder, accelerators: Mapping[str, float]
     if "GPU" not in accelerators or not torch.cuda.is_available():
         raise ValueError(unusable(accelerators, torch.__version__, torch.version.cuda or torch.version.hip))
     share = accelerators["GPU"]
-    if share < 1:
-        limit_memory(torch.device("cuda", 0), share)
-
-
-def limit_memory(device: torch.device, share: float) -> None:
-    """Let torch take at most this share of a GPU's memory; the engine sizes itself by what it may take."""
-    import torch
-
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    if share < 1:  # The engine sizes itself by what torch may take.
+        torch.cuda.set_per_process_memory_fraction(share, torch.device("cuda", 0))
 
 
 def unusable(accelerators: Mapping[str, float], version: str, build: str | None) -> str:

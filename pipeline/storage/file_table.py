@@ -135,12 +135,6 @@ class FileTable(Mapping[str, ListedFile]):
     def __or__(self, other: FileTable) -> FileTable:
         return FileTable(entry for table in (self, other) for entry in table.entries())
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the packed paths and facts need."""
-        packed = (texts for block in self._blocks for texts in block if texts is not None)
-        return sum(texts.num_bytes for texts in packed)
-
 
 class FilesBelowRoots:
     """The files of several tables, each with the folder that its paths begin from.

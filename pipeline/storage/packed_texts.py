@@ -63,10 +63,6 @@ class PackedTexts(Sequence[str]):
     def __repr__(self) -> str:
         return f"PackedTexts({list(self)!r})"
 
-    @property
-    def num_bytes(self) -> int:
-        return len(self._packed)
-
 
 @lru_cache(maxsize=16)
 def _unpack(texts: PackedTexts) -> tuple[str, ...]:

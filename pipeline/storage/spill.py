@@ -51,9 +51,6 @@ class Spilled:
     start: int
     num_bytes: int
 
-    def __len__(self) -> int:
-        return self.num_bytes
-
     def __bytes__(self) -> bytes:
         return self.file.read(self.start, self.num_bytes)
 

@@ -58,20 +58,19 @@ class Reminder:
         self._next = now + self._every_s
 
 
-def wait_for(answer: Any, what: str, say: Say, every_s: float = LOG_EVERY_S) -> Any:
+def wait_for(answer: Any, what: str, say: Say) -> Any:
     """Return the value of an object reference; while it is not there, say now and then what is awaited.
 
     Args:
         what: is awaited, in words.
-        every_s: seconds until the first line.
 
     Raises:
         ray.exceptions.RayError: the task has failed.
     """
     since = datetime.now(UTC)
-    reminder = Reminder(say, every_s)
+    reminder = Reminder(say)
     while True:
-        done, _ = ray.wait([answer], timeout=min(every_s, LOOK_EVERY_S))
+        done, _ = ray.wait([answer], timeout=LOOK_EVERY_S)
         if done:
             return ray.get(answer)
         reminder.remind(f"{what} since {at(since)}{autoscaler_says()}")

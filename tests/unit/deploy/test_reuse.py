@@ -206,16 +206,19 @@ def test_a_finished_run_answers_as_the_engine_does(demo: EngineService) -> None:
     assert demo.captioner.stats().num_images_encoded == num_encoded + 2
 
 
+def look_up(run: FinishedRun, row: dict[str, Any]) -> str | None:
+    """Return the caption that the run has for the image of a row."""
+    made = asyncio.run(run.look_up(row["sha256"].hex(), run.work))
+    return None if made is None else made.outputs.texts[0].text
+
+
 def test_every_row_of_a_run_is_found(demo: EngineService) -> None:
     run = run_of(demo)
     rows = [row for path in sorted((STORED_RUN / "finished").glob("*.parquet")) for row in rows_of(path)]
-    found = [run.find(row["sha256"].hex(), run.work) for row in rows if row["status"] == "ok"]
-    captions = [row["caption"] for row in rows if row["status"] == "ok"]
-    assert [one and one.outputs.texts[0].text for one in found] == captions
-    failed = [
-        run.find(row["sha256"].hex(), run.work) for row in rows if row["status"] != "ok" and row["sha256"]
-    ]
-    assert not any(failed)
+    made = [row for row in rows if row["status"] == "ok"]
+    assert [look_up(run, row) for row in made] == [row["caption"] for row in made]
+    failed = [row for row in rows if row["status"] != "ok" and row["sha256"]]
+    assert failed and not any(look_up(run, row) for row in failed)
 
 
 def test_a_row_group_is_read_once_and_few_are_kept(
@@ -239,12 +242,10 @@ def test_a_row_group_is_read_once_and_few_are_kept(
     assert len(rows) == 6
     for _ in range(3):
         for row in rows[:2]:
-            made = run.find(row["sha256"].hex(), run.work)
-            assert made is not None and made.outputs.texts[0].text == row["caption"]
+            assert look_up(run, row) == row["caption"]
     assert 1 <= len(opened) <= 2
     for row in rows:
-        made = run.find(row["sha256"].hex(), run.work)
-        assert made is not None and made.outputs.texts[0].text == row["caption"]
+        assert look_up(run, row) == row["caption"]
     assert run._row_group.cache_info().currsize == 2
 
 
