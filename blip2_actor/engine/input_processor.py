@@ -79,7 +79,7 @@ class InputProcessor:
         return self._resolve(options)
 
     def request_state(
-        self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None = None
+        self, request: Request, options: GenerationOptions, on_text: Callable[[str], None] | None
     ) -> RequestState:
         """Prepare a request for the scheduler.
 
@@ -131,7 +131,7 @@ class InputProcessor:
         return image, prompt_ids, text_ids
 
     def text_without_image(
-        self, text: str | Sequence[int], mask: Sequence[int] | None = None
+        self, text: str | Sequence[int], mask: Sequence[int] | None
     ) -> list[int] | RequestRefused:
         """Return the ids of a text without an image, or why it cannot be read; see `Engine.text_features`."""
         try:

@@ -74,7 +74,7 @@ def plan_memory(*, free_bytes: int, slot_bytes: int, image_bytes: int, wanted: S
     return Sizes(max_slots=max(1, min(wanted.max_slots, num_slots)), encode_batch=encode_batch)
 
 
-def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, num_passes: int = 1) -> Sizes:
+def size_engine(model: Blip2, max_slots: int | None, encode_batch: int | None, num_passes: int) -> Sizes:
     """Return the sizes that fit a loaded model on its device.
 
     Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -21,13 +20,10 @@ from blip2_actor.request import ImageLike, Request
 
 Names = bool | str | Sequence[str]
 """Which hidden states or attention maps are wanted: all or none of them, or names and patterns of names."""
-NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 _ONE_IMAGE = (bytes, bytearray, memoryview, str, Path, Image.Image, EncodedImage)
 
 
-def to_request(
-    asked: Request | ImageLike | None, prompt: str | None = None, changes: Mapping[str, Any] = NO_CHANGES
-) -> Request:
+def to_request(asked: Request | ImageLike | None, prompt: str | None, changes: Mapping[str, Any]) -> Request:
     """Return a request; a bare image gets the prompt, and options of the request's own are changed.
 
     Raises:
@@ -50,8 +46,8 @@ def to_request(
 
 def to_requests(
     asked: Request | ImageLike | Iterable[Request | ImageLike | None],
-    prompt: str | None = None,
-    changes: Mapping[str, Any] = NO_CHANGES,
+    prompt: str | None,
+    changes: Mapping[str, Any],
 ) -> list[Request]:
     """Return a list of requests, of one if `asked` is one request or image.
 

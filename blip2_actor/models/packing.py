@@ -132,9 +132,9 @@ class Packing:
         query: Tensor,
         kv: Tensor,
         num_heads: int,
-        scale: float | None = None,
-        recorder: Recorder | None = None,
-        name: str = "",
+        scale: float | None,
+        recorder: Recorder | None,
+        name: str,
     ) -> Tensor:
         """Compute attention of each sequence over all positions of its counterpart in another packing.
 

@@ -73,11 +73,7 @@ class Chosen:
 
 
 def choose_files(
-    found: FoundFiles,
-    wanted: str,
-    known: Collection[Shard] = (),
-    patterns: Patterns = Patterns(),
-    may_lack: bool = False,
+    found: FoundFiles, wanted: str, known: Collection[Shard], patterns: Patterns, may_lack: bool
 ) -> Chosen:
     """Choose the files of an input that are read.
 

@@ -161,7 +161,7 @@ class ShardFiles:
         return self.reports[0] if self.reports else None
 
 
-def list_shard_files(folder: Folder, shard: str, generation: int = 0) -> ShardFiles:
+def list_shard_files(folder: Folder, shard: str, generation: int) -> ShardFiles:
     """List the folder of an unfinished shard."""
     own, below = (shard, generation), folder_of_shard(shard, generation)
     files = folder.files(below)
@@ -253,7 +253,7 @@ def store_shard_report(folder: Folder, report: ShardReport) -> None:
     folder.put(name, json.dumps(asdict(report)).encode())
 
 
-def load_shard_report(folder: Folder, shard: str, generation: int = 0) -> ShardReport | None:
+def load_shard_report(folder: Folder, shard: str, generation: int) -> ShardReport | None:
     """Return the latest report of a shard, or None when there is none."""
     name = list_shard_files(folder, shard, generation).report
     return None if name is None else read_shard_report(folder, name)

@@ -68,7 +68,7 @@ def is_shard_list(name: str) -> bool:
     return name == SHARD_LIST or _SLICES_SHARD_LIST.fullmatch(name) is not None
 
 
-def lease_name(run_slice: RunSlice | None = None) -> str:
+def lease_name(run_slice: RunSlice | None) -> str:
     """Return the name of the lease of a driver for a whole run, or for a slice of it."""
     return LEASE if run_slice is None else f"{SLICE_LEASES}/{run_slice.number}-of-{run_slice.total}.json"
 
@@ -79,7 +79,7 @@ def parse_lease_name(name: str) -> RunSlice | None:
     return None if match is None else RunSlice(int(match[1]), int(match[2]))
 
 
-def folder_of_shard(shard: str, generation: int = 0) -> str:
+def folder_of_shard(shard: str, generation: int) -> str:
     """Return the name of the folder with all files of an unfinished shard."""
     return f"{FRAGMENTS}/{state_name(shard, generation)}{ROWS}"
 
@@ -91,7 +91,7 @@ def parse_folder_of_shard(folder: str) -> tuple[str, int] | None:
     return parse_state_name(folder[len(FRAGMENTS) + 1 : -len(ROWS)])
 
 
-def shard_report_name(shard: str, generation: int = 0, changed: bool = False) -> str:
+def shard_report_name(shard: str, generation: int, changed: bool = False) -> str:
     """Return the name of a shard's report.
 
     Args:

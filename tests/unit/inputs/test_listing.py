@@ -273,7 +273,7 @@ def test_names_that_the_state_has_for_its_own_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"the file _blip2/z\.tar must not"):
         list_shards([str(tmp_path / "y.tar"), str(tmp_path / "_blip2" / "z.tar")])
     for name in ("x~again1", "a/x~again12", "_blip2/z.tar", "x~again", "x~again1.tar", "a/_blip2/x.tar"):
-        is_own = is_result(output_name(name)) and parse_folder_of_shard(folder_of_shard(name)) == (name, 0)
+        is_own = is_result(output_name(name)) and parse_folder_of_shard(folder_of_shard(name, 0)) == (name, 0)
         shard = Shard(name=name, format="webdataset", root="/", files=(name,))
         with nullcontext() if is_own else pytest.raises(InputError, match="rename"):
             refuse_unwritable([shard])

@@ -55,7 +55,7 @@ def write_together(writer: FragmentWriter, *tables) -> list[BaseException | None
 def test_rows_of_calls_that_wait_for_each_other_are_one_fragment(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=LONG_S)
     assert write_together(writer, *(rows(range(n, n + 10)) for n in (0, 10, 20))) == [None] * 3
-    (fragment,) = list_shard_files(folder, "a/0.tar").fragments
+    (fragment,) = list_shard_files(folder, "a/0.tar", 0).fragments
     assert (fragment.first, fragment.last, fragment.count) == (0, 29, 30)
 
 
@@ -66,7 +66,7 @@ def test_a_call_alone_and_a_large_batch_do_not_wait(folder):
         with writer.call():  # a call that has nothing to write yet
             writer.write(rows(range(10, 20)))
     assert [
-        f.count for f in sorted(list_shard_files(folder, "a/0.tar").fragments, key=lambda f: f.first)
+        f.count for f in sorted(list_shard_files(folder, "a/0.tar", 0).fragments, key=lambda f: f.first)
     ] == [3, 10]
 
 
@@ -74,13 +74,13 @@ def test_rows_wait_for_a_slow_call_only_for_a_while(folder):
     writer = FragmentWriter(Ledger(folder), hold_s=0.01)
     with writer.call(), writer.call():
         writer.write(rows(range(3)))
-    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
+    assert len(list_shard_files(folder, "a/0.tar", 0).fragments) == 1
 
 
 def test_rows_that_two_calls_have_made_are_not_counted_twice_in_one_name(folder):
     """A name with a row too many hides one that is missing, and the shard would never be finished."""
     write_together(FragmentWriter(Ledger(folder), hold_s=LONG_S), rows([0, 1]), rows([1, 3]))
-    found = rows_in(folder, {"a/0.tar": list_shard_files(folder, "a/0.tar").fragments})
+    found = rows_in(folder, {"a/0.tar": list_shard_files(folder, "a/0.tar", 0).fragments})
     assert found == {"a/0.tar": RowSet([(0, 2), (3, 4)])}
 
 
@@ -116,7 +116,7 @@ def test_in_a_store_rows_of_a_call_that_begins_while_all_others_wait_join_theirs
         with writer.call():
             writer.write(rows(range(3, 6)))
         waits.result(LONG_S)
-    (fragment,) = list_shard_files(store, "a/0.tar").fragments
+    (fragment,) = list_shard_files(store, "a/0.tar", 0).fragments
     assert fragment.count == 6
 
 

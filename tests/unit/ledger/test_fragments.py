@@ -74,13 +74,13 @@ def test_a_fragment_with_gaps_is_opened(folder):
 
 def test_writing_the_same_rows_twice_is_one_fragment(folder):
     assert write_fragment(folder, rows([1, 2])) == write_fragment(folder, rows([2, 1]))
-    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
+    assert len(list_shard_files(folder, "a/0.tar", 0).fragments) == 1
 
 
 def test_a_shard_below_the_name_of_another_is_not_mixed_up(folder):
     write_fragment(folder, rows([0], shard="a"))
     write_fragment(folder, rows([0], shard="a/b"))
-    assert [f.shard for f in list_shard_files(folder, "a").fragments] == ["a"]
+    assert [f.shard for f in list_shard_files(folder, "a", 0).fragments] == ["a"]
 
 
 def test_a_commit_takes_each_row_once_in_order_whatever_the_overlap(folder):
@@ -101,7 +101,7 @@ def test_a_commit_with_a_missing_row_changes_nothing(folder):
     write_fragment(folder, rows([0, 1, 3]))
     assert commit_shard(folder, report(4), {}) is None
     assert scan_output(folder).finished == frozenset()
-    assert len(list_shard_files(folder, "a/0.tar").fragments) == 1
+    assert len(list_shard_files(folder, "a/0.tar", 0).fragments) == 1
 
 
 def test_a_commit_cleans_up_after_itself(folder):
@@ -137,7 +137,7 @@ def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
     write_fragment(folder, rows(range(3)))
     late = write_fragment(folder, rows(range(6, 9)))
     commit_shard(folder, report(3, complete=False, reason="403"), {})
-    assert list_shard_files(folder, "a/0.tar").fragments == (late,)
+    assert list_shard_files(folder, "a/0.tar", 0).fragments == (late,)
     write_fragment(folder, rows(range(3, 6)))
     assert commit(folder, report(9)).num_rows == 9
 
@@ -145,10 +145,10 @@ def test_rows_past_the_end_of_a_worse_reading_wait_for_a_better_one(folder):
 def test_a_worse_reading_does_not_replace_how_a_better_one_ended(folder):
     store_shard_report(folder, report(4, complete=False, reason="ends early"))
     store_shard_report(folder, report(2, complete=False, reason="vanished"))
-    assert load_shard_report(folder, "a/0.tar") == report(4, complete=False, reason="ends early")
+    assert load_shard_report(folder, "a/0.tar", 0) == report(4, complete=False, reason="ends early")
     store_shard_report(folder, report(9))
     store_shard_report(folder, report(0, complete=False, reason="403"))
-    assert load_shard_report(folder, "a/0.tar") == report(9)
+    assert load_shard_report(folder, "a/0.tar", 0) == report(9)
 
 
 def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder):
@@ -156,10 +156,10 @@ def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder)
     write_fragment(folder, rows([0, 1]))
     store_shard_report(folder, report(0, complete=False, changed=True, reason="has changed"))
     store_shard_report(folder, report(2))
-    named = folder.path(shard_report_name("a/0.tar", changed=True))
+    named = folder.path(shard_report_name("a/0.tar", 0, changed=True))
     os.utime(named, (1, 1))
-    assert load_shard_report(folder, "a/0.tar") == report(2)
-    assert scan_output(folder).shard_reports == {"a/0.tar": shard_report_name("a/0.tar")}
+    assert load_shard_report(folder, "a/0.tar", 0) == report(2)
+    assert scan_output(folder).shard_reports == {"a/0.tar": shard_report_name("a/0.tar", 0)}
     assert commit(folder, report(2)).complete
     assert scan_output(folder).shard_reports == {}
 
@@ -224,7 +224,7 @@ def test_rows_that_no_merge_can_write_make_the_shard_partial(folder):
         assert (summary.num_rows, summary.complete) == (0, False)
         assert "the rows cannot be written as one table" in str(summary.reason)
         assert read_summary(folder, "a/0.tar") == summary
-    assert len(list_shard_files(folder, "a/0.tar").fragments) == 2, "the captions are not lost"
+    assert len(list_shard_files(folder, "a/0.tar", 0).fragments) == 2, "the captions are not lost"
 
 
 def test_rows_that_cannot_be_merged_into_a_file_leave_it_as_it_is(folder):
