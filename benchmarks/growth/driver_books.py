@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline import CaptionSettings, set_ray_environment
 
@@ -21,7 +22,7 @@ from pipeline.ledger.run_record import begin_run
 from pipeline.report.status import RunStatus
 from pipeline.run.tracker import Tracker
 from pipeline.settings.fingerprint import Fingerprint
-from pipeline.stages.coordinator import ReportShard
+from pipeline.stages.coordinator import report_shard
 from pipeline.storage.folder import Folder
 
 
@@ -44,7 +45,7 @@ class DriverBooks:
             Tracker(left)
         with self._part("read_tasks"):
             work = [progress.work for progress in left]
-            source = ShardDatasource(work, settings.read_options, ReportShard(None, ledger))
+            source = ShardDatasource(work, settings.read_options, partial(report_shard, None, ledger))
             for task in source.get_read_tasks(source.num_tasks):
                 cloudpickle.dumps(task)
 

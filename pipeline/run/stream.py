@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,11 +23,11 @@ from pipeline.inputs.reader import ShardWork
 from pipeline.ledger.ledger import Ledger
 from pipeline.placement.reservations import Reservations, resolve_engine
 from pipeline.run.job import Job
-from pipeline.stages.coordinator import ReportLoad, ReportShard
+from pipeline.stages.coordinator import report_load, report_shard
 from pipeline.stages.model_check import Models
 from pipeline.stages.pools import BLOCK_ROWS, caption_pool, decode
 from pipeline.stages.receipts import Receipt, receipts_from_table
-from pipeline.stages.storage_trouble import TellCoordinator
+from pipeline.stages.storage_trouble import tell_coordinator
 from pipeline.stages.write import WriteStage
 
 MAX_BLOCK_BYTES = 16 << 20
@@ -62,8 +63,8 @@ def receipts_dataset(
         source = ShardDatasource(
             work,
             settings.read_options,
-            ReportShard(coordinator, ledger),
-            TellCoordinator(coordinator),
+            partial(report_shard, coordinator, ledger),
+            partial(tell_coordinator, coordinator),
             job.run.kept,
         )
         encoded = ray.data.read_datasource(
@@ -77,7 +78,7 @@ def receipts_dataset(
             spec,
             info.image_size_px,
             reservations,
-            report=ReportLoad(coordinator, "decode"),
+            report=partial(report_load, coordinator, "decode"),
         )
         return decoded.map_batches(
             WriteStage,

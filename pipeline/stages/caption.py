@@ -100,12 +100,12 @@ class CaptionStage:
     ) -> Iterator[FinishedRows]:
         """Submit rows at once and yield them in order, in pieces, as they finish.
 
+        With an endpoint, rows are left out if the job stops while it makes them.
+
         Args:
             positions: the rows of the table to caption.
             piece_rows: yield a piece when it has this many rows.
             piece_s: yield a piece, possibly an empty one, after this many seconds.
-
-        With an endpoint, rows are left out if the job stops while it makes them.
 
         Raises:
             EngineFault: the engine itself has failed. A bad row is a result, never an exception.

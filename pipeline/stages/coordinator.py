@@ -270,28 +270,18 @@ class Coordinator:
         )
 
 
-@dataclass(frozen=True)
-class ReportShard:
-    """Stores how reading a shard ended, and tells the coordinator; sent to the workers that read.
+def report_shard(coordinator: Any, ledger: Ledger, report: ShardReport) -> None:
+    """Store how reading a shard ended, and tell the coordinator.
 
     The driver learns it from the coordinator. The stored report is for the next driver.
+
+    Args:
+        ledger: the output; its requests are retried.
     """
-
-    coordinator: Any
-    ledger: Ledger
-    """The output; its requests are retried."""
-
-    def __call__(self, report: ShardReport) -> None:
-        self.ledger.store_shard_report(report)
-        ray.get(self.coordinator.was_read.remote(report))
+    ledger.store_shard_report(report)
+    ray.get(coordinator.was_read.remote(report))
 
 
-@dataclass(frozen=True)
-class ReportLoad:
-    """Reports to the coordinator how busy one worker is; sent to workers with the coordinator's handle."""
-
-    coordinator: Any
-    stage: str
-
-    def __call__(self, worker: str, busy_s: float, alive_s: float) -> None:
-        self.coordinator.report.remote(self.stage, worker, busy_s, alive_s)
+def report_load(coordinator: Any, stage: str, worker: str, busy_s: float, alive_s: float) -> None:
+    """Tell the coordinator how busy one worker of a stage is."""
+    coordinator.report.remote(stage, worker, busy_s, alive_s)

@@ -6,7 +6,6 @@ Neither float images nor Python objects ever cross the object store.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,7 +20,7 @@ from pipeline.fetching.image_loader import ImageLoader
 from pipeline.inputs.reader import ADDRESS
 from pipeline.stages.image_column import Address, Cell, digest_of, read_images
 from pipeline.stages.worker_exit import exit_without_destructors
-from pipeline.stages.worker_log import tell_origins
+from pipeline.stages.worker_log import tell_origins, worker_name
 
 PIXELS = "_blip2_pixels"
 """Column with uint8[S, S, 3] as bytes; exists only between the decode and the caption stage."""
@@ -71,7 +70,7 @@ class DecodeStage:
         self._accepts_truncated = limits.accept_truncated
         self._pool = DecodePool(size_px, limits, 1)
         self._report = report
-        self._worker = f"{os.uname().nodename}-{os.getpid()}"
+        self._worker = worker_name()
         self._started, self._busy_s = time.monotonic(), 0.0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:

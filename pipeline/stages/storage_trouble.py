@@ -6,7 +6,6 @@ driver fetches what all workers say, and shows one sentence.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import ray
 
 from pipeline.metrics import STORE_RETRIES, label_with_run
 from pipeline.progress import count, duration
-from pipeline.stages.worker_log import tell_origins
+from pipeline.stages.worker_log import tell_origins, worker_name
 from pipeline.storage.retrying import Trouble, listen
 
 SAID_AFTER_S = 2.0
@@ -40,7 +39,7 @@ def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> N
     """
     label_with_run()
     tell_origins()
-    worker = f"{os.uname().nodename}-{os.getpid()}"
+    worker = worker_name()
 
     def tell(trouble: Trouble | None) -> bool:
         report = None if trouble is None else WorkerTrouble(trouble, count_held())
@@ -52,16 +51,6 @@ def tell_coordinator(coordinator: Any, count_held: Callable[[], int] = int) -> N
             return True
 
     listen(tell)
-
-
-@dataclass(frozen=True)
-class TellCoordinator:
-    """`tell_coordinator` as a value that can be sent to workers."""
-
-    coordinator: Any
-
-    def __call__(self) -> None:
-        tell_coordinator(self.coordinator)
 
 
 def describe(reports: Sequence[WorkerTrouble]) -> str | None:

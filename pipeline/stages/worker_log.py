@@ -14,6 +14,11 @@ from pipeline.metrics import run_of_job
 from pipeline.storage.secrets import hide_secrets
 
 
+def worker_name() -> str:
+    """Return the name of this process, by which the coordinator and the driver know it."""
+    return f"{os.uname().nodename}-{os.getpid()}"
+
+
 class Origin(logging.Filter):
     """Adds `run`, `node` and `shard` to messages that lack them, and hides the secrets of URIs."""
 

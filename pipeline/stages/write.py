@@ -39,6 +39,7 @@ from pipeline.stages.pools import BLOCK_ROWS
 from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
+from pipeline.stages.worker_log import worker_name
 from pipeline.stages.worker_start import telling_start
 from pipeline.stages.worker_warnings import tell_warnings
 
@@ -79,7 +80,7 @@ class WriteStage:
         Raises:
             ValueError: this machine finds other models, or torch cannot use the accelerator.
         """
-        self._worker = f"{os.uname().nodename}-{os.getpid()}"
+        self._worker = worker_name()
         use_own_accelerator(spec.engine, accelerators)
         with telling_start(coordinator, self._worker):
             require_same_models(models, Models.of(spec, spec.engine.info()))
