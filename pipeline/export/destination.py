@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -113,11 +113,9 @@ class Destination:
             (self.root / name).unlink(missing_ok=True)
             path.unlink()
 
-    @contextmanager
-    def file(self, shard: str) -> Iterator[IO[bytes]]:
+    def file(self, shard: str) -> AbstractContextManager[IO[bytes]]:
         """Yield a file to write; it gets its name when the block ends without an error."""
-        with self.named_file(self.name_of(shard)) as file:
-            yield file
+        return self.named_file(self.name_of(shard))
 
     @contextmanager
     def named_file(self, name: str) -> Iterator[IO[bytes]]:

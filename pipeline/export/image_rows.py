@@ -14,7 +14,6 @@ from typing import Any
 
 from blip2_actor import Status
 from pipeline.errors import InputError
-from pipeline.export.tables import rows_of
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
 from pipeline.inputs.changes import name_some
@@ -22,7 +21,7 @@ from pipeline.inputs.image_kinds import IMAGE_EXTENSIONS
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard
 from pipeline.ledger.ledger import Ledger
-from pipeline.report.rows import FinishedRows
+from pipeline.report.rows import FinishedRows, rows_in, tables_of
 from pipeline.settings.from_dict import from_dict
 from pipeline.settings.job_settings import CaptionSettings
 
@@ -66,7 +65,7 @@ class ImageRows:
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yield each row with its encoded image, in order."""
         with closing(read_images(ShardWork(shard=self.shard), self.options, self.fetching)) as images:
-            for row in rows_of(self.found, self.shard.name):
+            for row in rows_in(tables_of(self.found.folder, self.shard.name)):
                 if row["status"] != Status.OK.value:
                     continue
                 found = next((found for found in images if found.row == row["row"]), None)

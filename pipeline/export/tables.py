@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from pipeline.report.rows import FinishedRows, json_line, plain_value, tables_of
-
-BATCH_ROWS = 256
-"""Rows that are Python objects at the same time."""
+from pipeline.report.rows import FinishedRows, json_line, plain_value, rows_in, tables_of
 
 
 def write_csv(file: IO[bytes], found: FinishedRows, shard: str) -> int:
@@ -32,7 +29,7 @@ def write_csv(file: IO[bytes], found: FinishedRows, shard: str) -> int:
 def write_jsonl(file: IO[bytes], found: FinishedRows, shard: str) -> int:
     """Write one JSON object per row, with every column."""
     num_rows = 0
-    for row in rows_of(found, shard):
+    for row in rows_in(tables_of(found.folder, shard)):
         file.write(json_line(row).encode() + b"\n")
         num_rows += 1
     return num_rows
@@ -41,17 +38,10 @@ def write_jsonl(file: IO[bytes], found: FinishedRows, shard: str) -> int:
 def write_txt(file: IO[bytes], found: FinishedRows, shard: str) -> int:
     """Write one caption per line; the line of a row without a caption is empty."""
     num_rows = 0
-    for row in rows_of(found, shard, ["caption"]):
+    for row in rows_in(tables_of(found.folder, shard, ["caption"])):
         file.write(" ".join((row["caption"] or "").splitlines()).encode() + b"\n")
         num_rows += 1
     return num_rows
-
-
-def rows_of(found: FinishedRows, shard: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a shard in order."""
-    for table in tables_of(found.folder, shard, columns):
-        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-            yield from batch.to_pylist()
 
 
 def _tables(found: FinishedRows, shard: str) -> Iterator[pa.Table]:

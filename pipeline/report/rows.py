@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.progress.wording import CONTROL, escaped
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
+BATCH_ROWS = 256
 MAX_VALUE_CHARS = 200
 
 
@@ -89,6 +90,13 @@ def tables_of(folder: Folder, shard: str, columns: Sequence[str] | None = None) 
         found = columns and [name for name in columns if name in parquet.schema_arrow.names]
         for group in range(parquet.num_row_groups):
             yield _without_extensions(parquet.read_row_group(group, columns=found))
+
+
+def rows_in(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of tables; a few at a time become Python objects."""
+    for table in tables:
+        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
 def _without_extensions(table: pa.Table) -> pa.Table:

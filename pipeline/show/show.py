@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.progress import Console, write
-from pipeline.report.rows import FinishedRows, json_line
+from pipeline.report.rows import FinishedRows, json_line, rows_in
 from pipeline.settings.report_settings import ShowSettings
 from pipeline.show.choice import check_choice, chosen
 from pipeline.show.table import pages, tabbed_lines
@@ -26,8 +26,7 @@ def show(settings: ShowSettings) -> int:
     with before_work(type(settings)):
         found = FinishedRows.find(settings.output)
         check_choice(found.schema(), settings)
-    rows = (row for table in chosen(found.tables(), settings) for row in _rows(table))
-    for text in _texts(rows, settings.json):
+    for text in _texts(rows_in(chosen(found.tables(), settings)), settings.json):
         if not write(sys.stdout, text):
             return ExitStatus.DONE
     if not found.is_whole:
@@ -35,12 +34,6 @@ def show(settings: ShowSettings) -> int:
         left = total - len(found.shards)
         Console(sys.stderr).say(f"{left:,} of {total:,} shards have no file yet and are not shown")
     return ExitStatus.DONE
-
-
-def _rows(table: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table; a few at a time become Python objects."""
-    for batch in table.to_batches(max_chunksize=64):
-        yield from batch.to_pylist()
 
 
 def _texts(rows: Iterator[dict[str, Any]], as_json: bool) -> Iterable[str]:
