@@ -10,9 +10,10 @@ from pipeline.compare.edit_distance import diff
 from pipeline.compare.metrics import Score
 from pipeline.compare.plain_rows import Rows
 from pipeline.page.figures import histogram
-from pipeline.page.render import data_uri, render, shorten
+from pipeline.page.render import MAX_TEXT_CHARS, data_uri, render
 from pipeline.page.sheet import Card, Piece, Sheet, Text, used
 from pipeline.page.thumbnails import RowAddress, thumbnails_of_run
+from pipeline.progress import cut
 from pipeline.report.rows import FinishedRows
 
 GROUPS = {"captions": "largest changes of captions", "statuses": "changed statuses"}
@@ -92,7 +93,7 @@ def _card(change: Change, pictures: dict[RowAddress, bytes]) -> Card:
 def _texts(change: Change) -> Iterator[Text]:
     before, after = change.pair.before, change.pair.after
     if before["status"] == after["status"] == Status.OK:
-        captions = (shorten(row["caption"] or "").split() for row in (before, after))
+        captions = (cut(row["caption"] or "", MAX_TEXT_CHARS).split() for row in (before, after))
         for name, pieces in zip("AB", diff(*captions), strict=True):
             yield Text(name, [Piece(f"{words} ", is_marked) for words, is_marked in pieces])
         if change.logprob_change is not None:
@@ -101,4 +102,4 @@ def _texts(change: Change) -> Iterator[Text]:
     for name, row in (("A", before), ("B", after)):
         is_ok = row["status"] == Status.OK
         text = row["caption"] or "" if is_ok else f"{row['status']}: {row['error'] or ''}"
-        yield Text.plain(name, shorten(text), is_bad=not is_ok)
+        yield Text.plain(name, cut(text, MAX_TEXT_CHARS), is_bad=not is_ok)

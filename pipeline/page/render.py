@@ -15,9 +15,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pipeline.progress import cut
+
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_IMAGE_BYTES = 6_500_000
 """All images of a page together, so that it stays below 10 MB; as text they take a third more."""
+MAX_TEXT_CHARS = 1_000
+"""Of one text, for the same reason."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -37,11 +41,6 @@ def data_uri(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def shorten(text: str, max_chars: int = 1_000) -> str:
-    """Return a text that cannot make a page too large."""
-    return text if len(text) <= max_chars else f"{text[:max_chars]}…"
-
-
 def whole_flags(text: str) -> Markup:
     """Return a text of ours as HTML in which no line ends within a flag."""
     return Markup(re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', str(escape(text))))
@@ -56,7 +55,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["shorten"] = shorten
+    environment.filters["cut"] = cut
     environment.filters["whole_flags"] = whole_flags
     return environment
 

@@ -12,9 +12,9 @@ import numpy as np
 from blip2_actor import Status
 from pipeline.attempts.attempt import STAGES, Attempt, Attempts
 from pipeline.page.figures import Histogram, Line, histogram, line
-from pipeline.page.render import data_uri, render, shorten
+from pipeline.page.render import MAX_TEXT_CHARS, data_uri, render
 from pipeline.page.sheet import Card, Sheet, Text, used
-from pipeline.progress import duration
+from pipeline.progress import cut, duration
 from pipeline.report.model import Report, Sample
 from pipeline.report.models import license_of
 from pipeline.report.pace import attempt_lines, last_s, time_of, verdict
@@ -107,11 +107,11 @@ def _card(report: Report, sample: Sample, scores: Mapping[str, str]) -> Card:
 
 def _card_texts(row: Mapping[str, Any]) -> Iterator[Text]:
     if row["status"] != Status.OK.value:
-        yield Text.plain(row["status"], shorten(row["error"] or ""), is_bad=True)
+        yield Text.plain(row["status"], cut(row["error"] or "", MAX_TEXT_CHARS), is_bad=True)
         return
     for text in row.get("captions") or [row.get("caption")]:
         if text is not None:
-            yield Text.plain("", shorten(text))
+            yield Text.plain("", cut(text, MAX_TEXT_CHARS))
     for flag in row["flags"]:
         yield Text.plain("flag", flag, is_bad=True)
     for name in filter(is_own_column, row):
@@ -165,7 +165,7 @@ def _texts(report: Report) -> Iterator[tuple[str, str, Sequence[tuple[str, int]]
         *((f"Answers: {name}", "answer", texts) for name, texts in statistics.answers.items()),
     ]
     for title, column, texts in tables:
-        top = [(shorten(text, 300), number) for text, number in texts.top(MAX_TEXTS)]
+        top = [(cut(text, 300), number) for text, number in texts.top(MAX_TEXTS)]
         if top:
             yield title + ("" if texts.is_exact else ", counts are lower bounds"), column, top
 
