@@ -153,9 +153,9 @@ class Engine:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        return self._submit([(to_request(request, prompt, changes), to_options(options, changes), on_text)])[
-            0
-        ]
+        asked = to_request(request, prompt, changes), to_options(options, changes), on_text
+        (future,) = self._submit([asked])
+        return future
 
     def stream(
         self,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,7 +223,7 @@ class ModelRunner:
             kept = [image.image_embeds for image in images if image.image_embeds is not None]
             image_embeds = torch.stack(kept)
         else:
-            pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.device)
+            pixels = stack_pixels(images).to(self.device)
             image_embeds = self.model.vision(self.model.normalizer(pixels, self.dtype), recorder)
         self.model.qformer_features(image_embeds, recorder)
 
