@@ -110,13 +110,7 @@ def choose_files(
     if found.one_by_one:
         formats = _choose_named_files(wanted, kinds)
     else:
-        formats = set(kinds.counts)
-        if wanted != "auto":
-            formats = {name for name in formats if name == wanted}
-        elif known_format in formats:
-            formats = {known_format}
-        elif len(formats) > 1 and "parquet" in formats:
-            kinds.drop_metadata()
+        formats = _choose_formats(wanted, known_format, kinds)
         if "parquet" in formats:
             own = set(_own_outputs(found.root, kinds.tables, known_files))
         kinds.counts["parquet"] -= len(own)
@@ -249,6 +243,18 @@ def _choose_named_files(wanted: str, kinds: _Kinds) -> set[Format]:
             "with --format"
         )
     return set(kinds.counts)
+
+
+def _choose_formats(wanted: str, known: Format | None, kinds: _Kinds) -> set[Format]:
+    """Choose the formats of a folder or a glob; tables next to other files may be their metadata."""
+    formats = set(kinds.counts)
+    if wanted != "auto":
+        return {name for name in formats if name == wanted}
+    if known in formats:
+        return {known}
+    if len(formats) > 1 and "parquet" in formats:
+        kinds.drop_metadata()
+    return formats
 
 
 def _refuse_several(found: FoundFiles, counts: Mapping[Format, int]) -> None:
