@@ -47,11 +47,11 @@ def open_tar(shard: Shard) -> Iterator[tarfile.TarFile]:
 
 
 @contextmanager
-def open_file(shard: Shard) -> Iterator[io.BufferedReader[io.RawIOBase]]:
-    """Open the file of a tar as it is stored, compressed or not."""
+def open_file(shard: Shard, buffer_bytes: int = BUFFER_BYTES) -> Iterator[io.BufferedReader[io.RawIOBase]]:
+    """Open the file of a tar or a manifest as it is stored, compressed or not."""
     filesystem, root = open_filesystem(shard.root)
     with open_input(filesystem, join(root, shard.files[0])) as source:
-        yield io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES)
+        yield io.BufferedReader(cast(io.RawIOBase, source), buffer_bytes)
 
 
 def open_archive(file: io.BufferedReader[io.RawIOBase]) -> tarfile.TarFile:

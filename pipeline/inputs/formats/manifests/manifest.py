@@ -7,11 +7,8 @@ its rows are no longer those of the run. The images that it names are not watche
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -21,10 +18,9 @@ from pipeline.inputs.formats.addresses import folder_of, resolve
 from pipeline.inputs.formats.manifests.records import Kind, kind_of, names, records, values
 from pipeline.inputs.formats.rows import escape_name
 from pipeline.inputs.formats.tables.columns import Columns
+from pipeline.inputs.formats.tar import open_file
 from pipeline.inputs.reader import ADDRESS, ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
-from pipeline.storage.filesystems import join, open_filesystem
-from pipeline.storage.retrying_file import open_input
 
 ROWS_PER_SHARD = 1000
 """About as many as a tar usually has."""
@@ -39,7 +35,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
     start, stop = shard.span or (0, None)
     num_rows = None if shard.num_rows is None else shard.limit_rows(shard.num_rows)
     try:
-        with _open(shard) as file:
+        with open_file(shard, BUFFER_BYTES) as file:
             rows = _Rows(shard, *_columns(file, shard, options), options)
             for end, record in records(file, rows.kind, max(start, rows.start)):
                 if row == num_rows or (stop is not None and end > stop):
@@ -70,7 +66,7 @@ def split(shard: Shard) -> list[Shard]:
     A manifest that cannot be read stays one shard; reading it says what is wrong.
     """
     try:
-        with _open(shard) as file:
+        with open_file(shard, BUFFER_BYTES) as file:
             kind = kind_of(shard.files[0])
             start = names(file, kind)[1]
             spans: list[tuple[int, int]] = []
@@ -101,7 +97,7 @@ def columns_of(shard: Shard, options: ReadOptions) -> Columns:
         InputError: it cannot be read, or does not have the columns that the options name.
     """
     try:
-        with _open(shard) as file:
+        with open_file(shard, BUFFER_BYTES) as file:
             return _columns(file, shard, options)[0]
     except _ERRORS as error:
         raise InputError(f"{shard.uri}: {error}") from error
@@ -177,10 +173,3 @@ class _Rows:
         table = pa.Table.from_pylist(self.rows, self._schema)
         self.rows, self._num_bytes = [], 0
         return table
-
-
-@contextmanager
-def _open(shard: Shard) -> Iterator[io.BufferedReader[io.RawIOBase]]:
-    filesystem, root = open_filesystem(shard.root)
-    with open_input(filesystem, join(root, shard.files[0])) as source:
-        yield io.BufferedReader(cast(io.RawIOBase, source), BUFFER_BYTES)
