@@ -35,8 +35,7 @@ def doctor(settings: DoctorSettings) -> int:
     for finding in examine(settings):
         findings.append(finding)
         if not settings.json:
-            for line in finding.lines():
-                console.finding(hide_secrets(line), finding.verdict)
+            console.finding(finding)
     if settings.json:
         console.result(hide_secrets(json.dumps([asdict(finding) for finding in findings], indent=1)))
     has_failed = any(finding.verdict == "fail" for finding in findings)

@@ -52,8 +52,7 @@ def verify(settings: VerifySettings) -> int:
     for finding in found:
         findings.append(finding)
         if not settings.json:
-            for line in finding.lines():
-                console.finding(hide_secrets(line), finding.verdict)
+            console.finding(finding)
     left = tuple(shard.name for shard in run.shards if shard.name not in summaries)
     done = Reconciliation(len(run.shards), tuple(summaries.values()), left)
     if settings.json:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from pipeline.progress.snapshot import ProgressSnapshot
 from pipeline.progress.wording import duration, escaped
 from pipeline.progress.writing import DUMB, write
+from pipeline.storage.secrets import hide_secrets
 
 if TYPE_CHECKING:
+    from pipeline.finding import Finding
     from pipeline.progress.live_area import LiveArea
 
 Style = Literal["text", "quiet", "json"]
@@ -129,9 +131,11 @@ class Console:
         """Print the sentence that ends a command, in every style: on standard error people read it."""
         write(self._stream, self._shown(text, RED) + "\n")
 
-    def finding(self, line: str, verdict: str) -> None:
-        """Print what a check has found: "ok", "warn" or "fail". What is ok is a note."""
-        {"warn": self.warn, "fail": self.fail}.get(verdict, self.say)(line)
+    def finding(self, finding: Finding) -> None:
+        """Print what a check has found, without secrets. What is ok is a note."""
+        say = {"warn": self.warn, "fail": self.fail}.get(finding.verdict, self.say)
+        for line in finding.lines():
+            say(hide_secrets(line))
 
     def event(self, name: str, /, **values: Any) -> None:
         """Print an object for programs; people do not see it."""

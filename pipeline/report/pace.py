@@ -19,9 +19,7 @@ def attempt_lines(attempts: Attempts) -> list[str]:
     lines = [_speed(attempts)]
     if attempts.rows:
         lines.append(verdict(attempts))
-    first, last = attempts.all[0], attempts.all[-1]
-    span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
-    lines.append(f"{span}; the last: {last.ending}")
+    lines.append(f"{_span(attempts)}; the last: {attempts.all[-1].ending}")
     quantization = attempts.quantization.most_common(MAX_WARNINGS)
     lines += [f"quantized by {count(n, 'worker')}: {text}" for text, n in quantization]
     warnings = attempts.warnings.most_common()
@@ -33,18 +31,20 @@ def attempt_lines(attempts: Attempts) -> list[str]:
 
 def total_line(attempts: Attempts) -> str:
     """Return what all attempts of a run have done together, and when the first began and the last ended."""
-    first, last = attempts.all[0], attempts.all[-1]
-    span = f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
     rate = f" ({attempts.rows_per_s:,.1f} rows/s)" if attempts.rows_per_s else ""
-    return f"{span}: {count(attempts.rows, 'row')} in {duration(attempts.active_s)} of work{rate}"
+    return f"{_span(attempts)}: {count(attempts.rows, 'row')} in {duration(attempts.active_s)} of work{rate}"
+
+
+def _span(attempts: Attempts) -> str:
+    first, last = attempts.all[0], attempts.all[-1]
+    return f"{count(len(attempts), 'attempt')}, {time_of(first)} to {time_of(last, last_s(last))}"
 
 
 def verdict(attempts: Attempts) -> str:
     """Return the bottleneck of a run, as far as the records of its attempts tell it."""
     if not attempts.rows:
         return UNKNOWN
-    hardware, active_s = attempts.all[-1].hardware, attempts.active_s
-    alive_s = attempts.alive_s
+    hardware, active_s, alive_s = attempts.all[-1].hardware, attempts.active_s, attempts.alive_s
     machines = Machines(
         num_cpus=hardware.get("cpus", 0.0),
         num_accelerators=hardware.get("accelerators", 0.0),

@@ -17,6 +17,7 @@ from typing import TextIO
 
 import pytest
 
+from pipeline.finding import Finding
 from pipeline.progress import Console, ProgressSnapshot, choose_style, console, write
 
 NOW = ProgressSnapshot(
@@ -188,8 +189,8 @@ def test_quiet_leaves_warnings_failures_and_results():
         said.say("a note")
         said.phase("starting Ray")
         said.show(NOW)
-        said.finding("ok    python: 3.12", "ok")
-        said.finding("fail  memory: 1 GiB", "fail")
+        said.finding(Finding("python", "ok", "3.12"))
+        said.finding(Finding("memory", "fail", "1 GiB"))
         said.warn("odd")
         said.result("3 rows")
     assert log.getvalue().splitlines() == ["fail  memory: 1 GiB", "odd", "3 rows"]
