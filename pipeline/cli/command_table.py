@@ -90,7 +90,7 @@ COMMANDS = {
     "embed": Command(
         "Embed every image of an input; run again to resume.",
         _JOB + "EmbedSettings",
-        "pipeline.cli.commands:embed",
+        "pipeline.cli.commands:caption",
         (
             ("blip2 embed photos -o vectors", "one vector per image, of the Q-Former"),
             ("blip2 embed photos -o vectors --embed v=vision q=queries", "two columns of vectors"),
@@ -100,7 +100,7 @@ COMMANDS = {
     "score": Command(
         "Score how well a text fits its image, for every row of an input; run again to resume.",
         _JOB + "ScoreSettings",
-        "pipeline.cli.commands:score",
+        "pipeline.cli.commands:caption",
         (
             ("blip2 score table.parquet -o scores --text-column alt", "log-probabilities of texts"),
             (

@@ -27,20 +27,10 @@ from pipeline.storage.secrets import hide_secrets
 
 
 @errors_to_exit_status
-def caption(settings: CaptionSettings, engine: EngineBuilder | None = None) -> int:
-    """Caption an input, or resume."""
-    return _start(settings, lambda: prepare(settings, engine))
-
-
-@errors_to_exit_status
-def embed(settings: EmbedSettings, engine: EngineBuilder | None = None) -> int:
-    """Embed an input, or resume."""
-    return _start(settings, lambda: prepare(settings.job(), engine))
-
-
-@errors_to_exit_status
-def score(settings: ScoreSettings, engine: EngineBuilder | None = None) -> int:
-    """Score the texts of an input, or resume."""
+def caption(
+    settings: CaptionSettings | EmbedSettings | ScoreSettings, engine: EngineBuilder | None = None
+) -> int:
+    """Caption an input, or embed or score it; or resume."""
     return _start(settings, lambda: prepare(settings.job(), engine))
 
 

@@ -17,7 +17,7 @@ from blip2_actor.testing import (
     fake_features,
     fake_score,
 )
-from pipeline.cli.commands import caption, embed, score
+from pipeline.cli.commands import caption
 from pipeline.inputs.reader import ReadOptions
 from pipeline.progress import Console
 from pipeline.run.prepare import prepare, prepare_retry
@@ -118,7 +118,7 @@ def test_embed_writes_vectors_and_no_text(tmp_path):
         max_failed_fraction=0.5,
     )
     for _ in range(2):
-        assert embed(asked, FakeEngineConfig(trace=trace)) == 0
+        assert caption(asked, FakeEngineConfig(trace=trace)) == 0
     rows = pq.read_table(tmp_path / "out" / "a.tar.parquet").to_pylist()
     assert set(rows[0]) == {
         *(
@@ -152,7 +152,7 @@ def test_score_writes_the_score_of_each_rows_text(tmp_path, table):
         reading=ReadOptions(keep=("alt",)),
         max_failed_fraction=0.5,
     )
-    assert score(asked, ENGINE) == 0
+    assert caption(asked, ENGINE) == 0
     rows = pq.read_table(tmp_path / "out" / "a.parquet.parquet").to_pylist()
     assert "caption" not in rows[0]
     for row, given in zip(rows, table, strict=True):
@@ -164,7 +164,7 @@ def test_score_writes_the_score_of_each_rows_text(tmp_path, table):
 
 def test_a_text_column_that_is_not_there_is_refused_before_anything_is_read(tmp_path, table, capsys):
     asked = ScoreSettings(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), text_column="words")
-    assert score(asked, ENGINE) == 3
+    assert caption(asked, ENGINE) == 3
     assert "text to score must be one of the columns image, alt, ask, got 'words'" in capsys.readouterr().err
 
 
