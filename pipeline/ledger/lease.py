@@ -104,6 +104,16 @@ def read_holders(folder: Folder) -> dict[str, Holder]:
     return {name: holder for name in names if (holder := read_holder(folder, name)) is not None}
 
 
+def driver_at_work(folder: Folder) -> Holder | None:
+    """Return a driver that holds a lease, unless it is known to be dead or has long sent no heartbeat."""
+    for name, holder in read_holders(folder).items():
+        silent_s = folder.seconds_since_write(name)
+        may_send = holder.is_on_this_machine or silent_s is None or silent_s < DEAD_AFTER_S
+        if may_send and not holder.is_known_dead:
+            return holder
+    return None
+
+
 class Lease:
     """The lease of this process, held inside `with Lease(...)`; a thread sends the heartbeats.
 

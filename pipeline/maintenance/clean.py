@@ -18,10 +18,10 @@ from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.inputs.changes import name_some
 from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.layout import LEASE, PLAN_FOLDERS, STATE
-from pipeline.ledger.lease import Lease
+from pipeline.ledger.lease import Lease, driver_at_work
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.maintenance.removable import Removable, driver_at_work, find_removable
+from pipeline.maintenance.removable import Removable, find_removable
 from pipeline.maintenance.settings import CleanSettings
 from pipeline.progress import Console, count, format_bytes
 from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS

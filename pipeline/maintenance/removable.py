@@ -8,10 +8,8 @@ from itertools import chain
 
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.layout import FRAGMENTS, LEASE, OLD_SHARD_REPORTS, PLAN_FOLDERS
-from pipeline.ledger.lease import DEAD_AFTER_S, Holder, read_holders
 from pipeline.ledger.run_record import Run
 from pipeline.ledger.scan import OutputState
-from pipeline.storage.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,3 @@ def find_removable(
         "the lease of a driver that has died": [LEASE] if has_dead_lease else [],
     }
     return Removable({reason: tuple(sorted(names)) for reason, names in by_reason.items() if names}, waiting)
-
-
-def driver_at_work(folder: Folder) -> Holder | None:
-    """Return a driver that holds a lease, unless it is known to be dead or has long sent no heartbeat."""
-    for name, holder in read_holders(folder).items():
-        silent_s = folder.seconds_since_write(name)
-        is_silent = silent_s is not None and silent_s > DEAD_AFTER_S
-        if not holder.is_known_dead and not (is_silent and not holder.is_on_this_machine):
-            return holder
-    return None

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from blip2_actor import Status
+from pipeline.caption_counts import REGENERATED
 from pipeline.errors import InputError
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import RowImage, read_images
@@ -27,8 +28,6 @@ from pipeline.settings.job_settings import CaptionSettings
 from pipeline.storage.folder import Folder
 
 COLUMNS = ("key", "row", "status", "flags", "caption", "captions", "num_tokens", "finish_reason", "sha256")
-REGENERATED = "regenerated"
-"""Flag of a caption that was made with other options than those of the run."""
 
 
 @dataclass(frozen=True)

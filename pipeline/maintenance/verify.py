@@ -18,12 +18,12 @@ from pipeline.exit_status import ExitStatus, before_work, errors_to_exit_status
 from pipeline.finding import Finding
 from pipeline.inputs.changes import name_some
 from pipeline.ledger.commit import Summary
+from pipeline.ledger.lease import driver_at_work
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
 from pipeline.maintenance.endpoint import compare_with_endpoint, connect
 from pipeline.maintenance.input_files import check_input
-from pipeline.maintenance.removable import driver_at_work
 from pipeline.maintenance.settings import VerifySettings
 from pipeline.maintenance.shard_file import check_shard_file
 from pipeline.maintenance.state_files import check_fragments, check_leftovers, check_strays

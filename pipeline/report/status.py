@@ -15,7 +15,7 @@ from pipeline.attempts.refusal import Refusal, last_refusal
 from pipeline.attempts.store import read_attempts
 from pipeline.errors import InputError
 from pipeline.ledger.layout import lease_name
-from pipeline.ledger.lease import BEAT_S, DEAD_AFTER_S, Holder
+from pipeline.ledger.lease import BEAT_S, Holder, driver_at_work
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.reconcile import Reconciliation
 from pipeline.ledger.run_record import Run
@@ -75,11 +75,7 @@ class RunStatus:
     @property
     def has_driver(self) -> bool:
         """Whether a driver works on the run, or on a slice of it; one without a heartbeat does not."""
-        for part, holder in self.ledger.drivers().items():
-            silent_s = self.ledger.folder.seconds_since_write(lease_name(part)) or 0.0
-            if not holder.is_known_dead and (holder.is_on_this_machine or silent_s < DEAD_AFTER_S):
-                return True
-        return False
+        return driver_at_work(self.ledger.folder) is not None
 
     def lines(self) -> list[str]:
         done, open_shards = self.done, count(self.num_open_shards, "shard")
