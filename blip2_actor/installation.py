@@ -1,4 +1,4 @@
-"""Packages that an extra of the distribution installs: which of them are missing, and how to install them.
+"""Where our packages are, which packages of an extra are missing, and how to install them.
 
 It imports the standard library only, so that a command can say what is missing when almost nothing is
 installed.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds `blip2_actor`, `pipeline` and `deploy`: a source tree or site-packages."""
 DISTRIBUTION = "blip2-ray"
 EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra that brings the package for a URI scheme."""

@@ -20,13 +20,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from blip2_actor.installation import ROOT
 from deploy.observe.logs import serve_logging
 from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
 
 APPLICATION = "blip2"
-ROOT = Path(__file__).resolve().parents[1]
-"""The folder that holds this package and `blip2_actor`."""
 
 
 class RayStartFailed(RuntimeError):

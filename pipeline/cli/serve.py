@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds this package and `deploy` next to it."""
+from blip2_actor.installation import ROOT
 
 
 def become_deployment(arguments: Sequence[str]) -> NoReturn:

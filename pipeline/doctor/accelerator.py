@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from blip2_actor import free_bytes, resolve_device, resolve_dtype
 from pipeline.finding import Finding, gib
+from pipeline.placement.own_accelerator import NVIDIA_DRIVER
 
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 PRODUCT_ROWS = 2048
 COPIED_BYTES = 256 << 20
 """Larger than the caches of a processor."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from blip2_actor import decode_image
-from blip2_actor.installation import pip_install
+from blip2_actor.installation import ROOT, pip_install
 from pipeline.finding import Finding, Verdict
 
 IMPORTED = (
@@ -35,7 +35,6 @@ IMPORTED = (
 """Packages that a run imports; a file of the same name in the working folder may hide one."""
 NEEDED_FORMATS = ("JPEG", "PNG", "WEBP")
 FORMATS = (*NEEDED_FORMATS, "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
-OURS = Path(__file__).resolve().parents[2]
 
 
 def check_hidden_packages(folder: Path) -> Finding:
@@ -44,7 +43,7 @@ def check_hidden_packages(folder: Path) -> Finding:
         str(path)
         for name in IMPORTED
         for path in (folder / f"{name}.py", folder / name / "__init__.py")
-        if path.exists() and folder.resolve() != OURS
+        if path.exists() and folder.resolve() != ROOT
     ]
     if not hiding:
         return Finding("hidden packages", "ok", f"none by files in {folder}")

@@ -7,12 +7,9 @@ replaces the working folder with the folder of our packages.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray.job_config import JobConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds `pipeline` and `blip2_actor`."""
+from blip2_actor.installation import ROOT
 
 
 class OurPackagesFirst(JobConfig):

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds the packages: a source tree or site-packages."""
+from blip2_actor.installation import ROOT
+
 PACKAGES = ("blip2_actor", "pipeline")
 
 
