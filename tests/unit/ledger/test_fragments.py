@@ -275,7 +275,7 @@ def test_a_damaged_report_is_none_and_its_shard_is_read_again(folder):
     """The run ended with "Expecting value: line 1 column 1"."""
     store_shard_report(folder, report(3, complete=False))
     for damaged in (b"", b'{"shard"', b"\xff\xfe", b"[]", b'{"a": 1}'):
-        folder.put(shard_report_name("a/0.tar"), damaged)
-        assert load_shard_report(folder, "a/0.tar") is None
+        folder.put(shard_report_name("a/0.tar", 0), damaged)
+        assert load_shard_report(folder, "a/0.tar", 0) is None
     store_shard_report(folder, report(2, complete=False))
-    assert load_shard_report(folder, "a/0.tar") == report(2, complete=False)
+    assert load_shard_report(folder, "a/0.tar", 0) == report(2, complete=False)
