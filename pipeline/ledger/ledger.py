@@ -128,11 +128,12 @@ class Ledger:
     def require_unrevised(self, run: Run) -> None:
         """Raise OutputInUse if a driver has stored other shards for a run since it was loaded.
 
-        Preparing a job may take a minute, and the lease is taken then: another driver may have come and gone.
+        The lease is taken later than the run is loaded, after a minute perhaps: another driver may have come
+        and gone.
         """
         if run.listed is not None and self.folder.file(run.shard_list) != run.listed:
             raise OutputInUse(
-                f"output must stay as it is while a job is prepared, got {self}, to whose run another driver "
+                f"output must stay as it is while a command begins, got {self}, to whose run another driver "
                 "has just given other shards; run the same command again"
             )
 

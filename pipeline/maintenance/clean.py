@@ -51,6 +51,8 @@ def clean(settings: CleanSettings) -> int:
     has_dead_lease = None in ledger.drivers()  # of the whole run
     if settings.yes:
         with Lease(ledger.folder):  # Its end deletes the lease, and so that of a dead driver.
+            if run is not None:
+                ledger.require_unrevised(run)  # fragments of new shards would look like those of no shard
             found = _find(ledger, run, has_dead_lease)
             _delete(ledger, run, found.removable.names)
         ledger.folder.drop_if_empty(ASIDE)

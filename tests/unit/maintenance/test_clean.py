@@ -21,7 +21,8 @@ from pipeline.maintenance.settings import CleanSettings, VerifySettings
 from pipeline.maintenance.verify import verify
 from pipeline.progress import choose_style
 from pipeline.storage.folder import Folder
-from tests.unit.inputs.run_without_ray import retry
+from tests.unit.inputs.formats.reading_cases import tar_bytes
+from tests.unit.inputs.run_without_ray import retry, run
 from tests.unit.ledger.test_fragments import rows
 from tests.unit.maintenance.runs import TAR, finished_run
 
@@ -98,6 +99,25 @@ def test_it_is_refused_while_a_driver_is_at_work(folder, yes, capsys):
         assert cleaned(folder, yes) == 1
         assert sorted(folder.names()) == before
     assert "output must have no driver while it is cleaned" in capsys.readouterr().err
+
+
+def test_it_keeps_the_rows_of_shards_that_another_driver_has_just_added(tmp_path, monkeypatch, capsys):
+    """The run was loaded before the lease was taken."""
+    folder = Folder(str(finished_run(tmp_path)))
+    (tmp_path / "in" / "2.tar").write_bytes(tar_bytes([("n.jpg", b"new")]))
+
+    def take_late(lease: Lease) -> Lease:
+        monkeypatch.undo()
+        inputs = (str(tmp_path / "in"), str(tmp_path / "pictures"))
+        run(tmp_path, input=inputs, add_new=True)
+        write_fragment(folder, rows([0], shard="in/2.tar"))
+        return take(lease)
+
+    take = Lease.__enter__
+    monkeypatch.setattr(Lease, "__enter__", take_late)
+    assert cleaned(folder, yes=True) == 1
+    assert "to whose run another driver has just given other shards" in capsys.readouterr().err
+    assert [name for name in folder.names() if name.startswith("_blip2/fragments/in/2.tar")]
 
 
 def test_a_driver_of_another_machine_counts_while_its_heartbeat_is_young(folder, capsys):
