@@ -20,6 +20,7 @@ from blip2_actor.flags.effective import (
 from blip2_actor.flags.fields import (
     add_flags,
     build,
+    field_docs,
     former_names,
     formerly,
     hiding,
@@ -42,6 +43,7 @@ __all__ = [
     "build",
     "did_you_mean",
     "effective_settings",
+    "field_docs",
     "flag_names",
     "former_names",
     "formerly",

@@ -84,38 +84,52 @@ class CaptionAnswer(Answer):
     """The columns of the batch job's output, and what else was asked."""
 
     caption: str
+    """The text that the model gives for the image."""
     captions: list[str] | None
     """All texts, if num_return_sequences is above 1."""
     logprobs: list[float] | None
+    """Of each of `captions`."""
     logprob: float
     """Sum of the log-probabilities of the tokens, natural log."""
     num_tokens: int
+    """Of the caption; the end token is counted if there is one."""
     finish_reason: FinishReason
+    """stop: it ended with the end token or a stop text; length: it reached max_new_tokens."""
     confidence: float | None
     """Probability that the caption is right; null without a calibration of its prompt and options."""
     flags: list[str]
     """What looks degenerate: empty, looping, echoes_prompt; truncated if the image lacks its end; abstained
     if the confidence is below the service's limit."""
     status: str
+    """ok, as of a row of the batch job: an image that fails has an error in place of this answer."""
     error: str | None
+    """null; a column of the batch job."""
     width: int | None
+    """Of the original image, in pixels."""
     height: int | None
+    """Of the original image, in pixels."""
     sha256: str
     """Of the encoded image, in hexadecimal."""
     token_ids: list[int] | None
     """Of the caption; the end token is included if there is one. Null if the caption is from a finished run
     (`cache_from`), which has none."""
     model: str
+    """Name of the model that made the answer."""
     fingerprint: str
     """Identifies what decides the caption besides the image: checkpoint, dtype, quantization, prompt and
     options."""
     captions_flags: list[list[str]] | None = None
     """Flags of each of `captions`."""
     answers: dict[str, TextAnswer] | None = None
+    """Of the prompts of `ask`, by name."""
     choices: list[Choice] | None = None
+    """In the order of the request."""
     scores: list[ScoreAnswer] | None = None
+    """Of the texts of `score`, in their order."""
     matches: list[MatchAnswer] | None = None
+    """Of the texts of `match`, in their order."""
     embeddings: dict[str, Vector | list[Vector]] | None = None
+    """By the names in `embed`."""
     attention: list[Vector] | None = None
     """Where the Q-Former looked: one weight for each patch of the image, in rows from its top; they add up
     to 1. The grid covers the whole image, whatever its shape."""

@@ -6,9 +6,9 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import BeforeValidator, InstanceOf, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, GetCoreSchemaHandler, InstanceOf, ValidationInfo, WithJsonSchema
 
 from blip2_actor import FetchPolicy
 from deploy.http.errors import ApiError, bad_request
@@ -31,6 +31,11 @@ class ImageUrl:
     field: str
     """The field of the request, for messages."""
     url: str
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Keep it out of the document of the routes: no body has it, validators make it of texts."""
+        return handler.generate_schema(Any)
 
 
 ImageSource = bytes | ImageUrl

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from deploy.http.request_body import FILE_FIELDS, FORM, JSON, PLAIN_TEXTS
@@ -38,6 +38,8 @@ _ANYWHERE = {400, 403, 503}
 
 class Problem(BaseModel):
     """What went wrong."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
     """A stable name, such as bad_request, undecodable or overloaded."""

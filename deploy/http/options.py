@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from blip2_actor import GenerationOptions
+from blip2_actor.flags import field_docs
 from deploy.http.errors import bad_request, shorten
 
 OPTION_NAMES = tuple(field.name for field in fields(GenerationOptions))
@@ -43,7 +44,8 @@ def parse_options(given: dict[str, Any] | None, defaults: GenerationOptions) -> 
 
 def options_schema() -> dict[str, Any]:
     """Return the JSON schema of the options."""
-    properties = {name: adapter.json_schema() for name, adapter in _TYPES.items()}
+    docs = field_docs(GenerationOptions)
+    properties = {name: one.json_schema() | {"description": docs[name]} for name, one in _TYPES.items()}
     for name, maximum in MAX_OPTIONS.items():
         properties[name] |= {"minimum": 1, "maximum": maximum}
     return {"type": "object", "properties": properties, "additionalProperties": False}

@@ -39,6 +39,7 @@ class CaptionsBody(Wishes):
     """Several images, and what is asked of each."""
 
     images: Annotated[list[ImageOrRefusal], Field(min_length=1, max_length=MAX_IMAGES)]
+    """Each in base64, a data URI, or a URL of a host that the service allows; files in a form."""
 
 
 class PieceOfText(BaseModel):

@@ -37,6 +37,7 @@ class ScoreBody(Body):
     """One of `/v1/models`; without one, the first of them."""
     image: ImageField
     texts: SomeTexts
+    """Texts whose log-probability after the image and the prompt is wanted."""
     prompt: Text | None = None
     """What stands before each text."""
 
@@ -48,6 +49,7 @@ class MatchBody(Body):
     """One of `/v1/models` that has a retrieval model; without one, the first of them."""
     image: ImageField
     texts: SomeTexts
+    """Texts to compare with the image."""
 
 
 class RankedImage(Body):
@@ -70,7 +72,9 @@ class RerankBody(Body):
     """An image and texts to rank, or a text and images to rank."""
 
     query: Part
+    """What the others are compared with."""
     documents: Annotated[list[Part], Field(min_length=1, max_length=MAX_TEXTS)]
+    """What is ranked: texts if the query is an image, images if it is a text."""
     top_n: Annotated[int, Field(ge=1)] | None = None
     """How many of the best are returned; all by default."""
     return_documents: bool = False

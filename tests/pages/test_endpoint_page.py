@@ -171,6 +171,23 @@ def test_the_page_fits_and_has_no_serious_fault(browser, endpoint, size, scheme)
     shown.context.close()
 
 
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
+def test_the_list_of_routes_fits_and_has_no_serious_fault(browser, endpoint, size, scheme):
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{endpoint.url}docs")
+    expect(page.get_by_text("Caption one image, answer questions about it")).to_be_visible()
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true })")
+    expect(page.get_by_text("Maximum number of new tokens").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    found = Axe().run(page).response["violations"]
+    assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found] == []
+    assert not problems
+    context.close()
+
+
 def test_the_text_appears_as_it_grows(opened, service):
     image, caption = scene()
     service.go_on.clear()

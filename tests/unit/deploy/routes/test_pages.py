@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
 import pytest
 from pydantic import BaseModel
 
-from blip2_actor import ModelInfo
+from blip2_actor import GenerationOptions, ModelInfo
 from deploy.guard.access import OPEN_PATHS
 from deploy.http.errors import ApiError
 from deploy.http.service import ServedModel
@@ -68,10 +69,18 @@ def test_each_model_of_the_document_has_a_name_of_its_own() -> None:
     assert len(names) > 20 and len(names) == len(set(names)), sorted(names)
 
 
+def test_every_option_is_documented(service: EngineService) -> None:
+    body = service.api.openapi()["components"]["schemas"]["CaptionBody"]
+    options, _ = body["properties"]["options"]["anyOf"]
+    assert options["properties"].keys() == {option.name for option in fields(GenerationOptions)}
+    assert all(option["description"] for option in options["properties"].values())
+
+
 def test_every_route_is_documented_with_its_answers(service: EngineService) -> None:
     schema = service.api.openapi()
     named = set(re.findall(r"#/components/schemas/(\w+)", str(schema)))
-    assert named <= schema["components"]["schemas"].keys()
+    assert named == schema["components"]["schemas"].keys(), "all are there, and none that nobody refers to"
+    assert not [name for name in named if "__" in name], "two models share a name"
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             content = operation["responses"]["200"]["content"]
