@@ -198,14 +198,19 @@ def accelerators_of(placement: Placement, cluster: Cluster, engine: EngineBuilde
 
 
 def _require_offered(cluster: Cluster, read: Reservation, decode: Reservation, caption: Reservation) -> None:
-    """Raise RefusedByCluster if a stage needs what no node has or will have: it would wait for ever."""
+    """Raise RefusedByCluster if a stage needs what no node has or will have: it would wait for ever.
+
+    Cores alone are sized by the nodes: only a cluster without any lacks them, whose nodes are yet to join.
+    """
     stages = (
         ("a captioning actor", "--caption-label", caption),
         ("a decoding actor", "--decode-label", decode),
         ("reading", "--read-label", read),
     )
     for who, flag, needed in stages:
-        if not cluster.cannot_offer({"CPU": needed.num_cpus, **needed.accelerators}, needed.labels):
+        is_special = needed.accelerators or needed.labels
+        resources = {"CPU": needed.num_cpus, **needed.accelerators}
+        if not is_special or not cluster.cannot_offer(resources, needed.labels):
             continue
         remedies = ["start such nodes"]
         if needed.labels:

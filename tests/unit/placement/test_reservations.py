@@ -174,6 +174,11 @@ def test_a_label_that_no_node_has_is_refused_for_every_stage(cluster, stage):
     assert placed(Cluster((HEAD,), None, is_local=False), ON_CPU, **labels)
 
 
+def test_a_head_whose_nodes_are_yet_to_join_is_waited_for():
+    """Nodes of a cluster without autoscaler may join seconds after the job has begun."""
+    assert placed(Cluster((HEAD,), is_local=False), ON_CPU).caption.num_cpus > 0
+
+
 def test_a_node_that_is_alive_may_have_more_than_its_type_says():
     node = Node({"CPU": 8.0, "GPU": 1.0}, {"ray.io/node-group": "bare"})
     cluster = Cluster((HEAD, node), (NodeType("bare", 4, {}),), is_local=False)
