@@ -132,6 +132,7 @@ def test_prometheus_takes_the_rules_and_they_fire_when_they_should(tmp_path: Pat
     of_another_run = _series('ray_blip2_rows_total{status="ok",run="b"}', "0+80x60")
     wanted = _series('ray_serve_autoscaling_target_replicas{deployment="Captioner"}', "1x60")
     unwanted = _series('ray_serve_autoscaling_target_replicas{deployment="Captioner"}', "0x60")
+    wakes = _series('ray_serve_autoscaling_target_replicas{deployment="Captioner"}', "0x45 1x15")
     healthy = _series('ray_serve_deployment_replica_healthy{deployment="Captioner",replica="a"}', "1x60")
     ended = _series('ray_serve_deployment_replica_healthy{deployment="Captioner",replica="a"}', "1x10")
     waiting = _series("ray_blip2_engine_waiting", "3x60")
@@ -150,6 +151,7 @@ def test_prometheus_takes_the_rules_and_they_fire_when_they_should(tmp_path: Pat
         ([rows, failed], "Blip2JobRowsFail", "warning", True),
         ([wanted, ended], "Blip2EndpointLacksReplicas", "critical", True),
         ([wanted, healthy], "Blip2EndpointLacksReplicas", "critical", False),
+        ([wakes, ended], "Blip2EndpointLacksReplicas", "critical", False),
         ([unwanted, ended], "Blip2EndpointLacksReplicas", "critical", False),
         ([wanted], "Blip2EndpointLacksReplicas", "critical", False),
         ([answers, refused], "Blip2EndpointRefuses", "warning", True),
