@@ -133,17 +133,17 @@ def raw_image(media: str, body: bytes) -> bytes:
     """
     if re.match(rb"\s*[{\[]", body):
         raise _unsupported("Content-Type must be application/json for JSON, as with curl -H")
-    if media == URLENCODED and re.match(rb"[\w.%+\[\]-]+=", body):
+    if media != URLENCODED or not body or b"\0" in body:  # which every image has, and no form
+        return body
+    if re.match(rb"[\w.%+\[\]-]+=", body):
         raise _unsupported(
             "Content-Type must be multipart/form-data for a form, as curl sends with -F; with --data-binary "
             "the body must be the bytes of an image"
         )
-    if media == URLENCODED and body and b"\0" not in body:  # of which every image has some
-        raise _unsupported(
-            "body must be the bytes of an image, without a change; curl -d leaves out some: use "
-            "--data-binary @photo.jpg, or -F image=@photo.jpg"
-        )
-    return body
+    raise _unsupported(
+        "body must be the bytes of an image, without a change; curl -d leaves out some: use "
+        "--data-binary @photo.jpg, or -F image=@photo.jpg"
+    )
 
 
 def _unsupported(message: str) -> ApiError:

@@ -213,6 +213,15 @@ def test_what_curl_sends_by_mistake_is_told(service: EngineService, body: bytes,
     assert (code, said in message) == (415, True), message
 
 
+@pytest.mark.parametrize("start", [b"GIF89a=\0", b"RIFF0=\0\0WEBPVP8 ", b"BM6=\0\0"])
+def test_an_image_whose_first_bytes_look_like_a_form_is_an_image(
+    service: EngineService, start: bytes
+) -> None:
+    header = {"content-type": "application/x-www-form-urlencoded"}
+    response = ask(service, "POST", "/v1/caption", content=start + IMAGE, headers=header)
+    assert response.status_code != 415, response.text
+
+
 def test_digits_that_python_does_not_read_are_refused_without_its_advice(service: EngineService) -> None:
     message = error_of(post_json(service, b'{"image": ' + b"1" * 5000 + b"}"))[2]
     assert message == "body must have integers of at most 4300 digits"
