@@ -17,7 +17,9 @@ import sys
 from ray._raylet import GcsClient
 GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"blip2", timeout=5)
 """
-"""Reads something of a cluster, which tells it whether the cluster asks for a token."""
+"""Reads something of a cluster, which refuses it if it asks for a token."""
+REFUSAL = "AuthenticationError"
+"""Ray's name of the error that the cluster refuses it with."""
 ANSWER_S = 60.0
 
 
@@ -32,7 +34,7 @@ def check_ray() -> Finding:
     try:
         with connected() as cluster:
             found = f"{ray.__version__} starts; {cluster}"
-            is_open = not cluster.is_local and _answers_without_token(ray.get_runtime_context().gcs_address)
+            asks = None if cluster.is_local else _asks_for_token(ray.get_runtime_context().gcs_address)
     except RayStartFailed as error:
         reason, _, remedy = str(error).partition("; ")
         return Finding("Ray", "fail", f"{ray.__version__}: {reason}", remedy)
@@ -40,7 +42,9 @@ def check_ray() -> Finding:
         return Finding("Ray", "ok", found)
     address = os.environ.get("RAY_ADDRESS")
     found = f"{ray.__version__} reaches {address}; {cluster}"
-    if is_open:
+    if asks is None:
+        return Finding("Ray", "ok", f"{found}; it did not say whether it asks for a token")
+    if not asks:
         remedy = "start its nodes with RAY_AUTH_MODE=token, and set that and RAY_AUTH_TOKEN here"
         return Finding(
             "Ray", "warn", f"{found}; it asks for no token, so everybody can run code on it", remedy
@@ -48,17 +52,23 @@ def check_ray() -> Finding:
     return Finding("Ray", "ok", f"{found}; it asks for a token")
 
 
-def _answers_without_token(address: str) -> bool:
-    """Return whether the head of a cluster answers a process that gives no token.
+def _asks_for_token(address: str) -> bool | None:
+    """Return whether the head of a cluster refuses a process that gives no token; None if it says neither.
 
     What RAY_AUTH_MODE says here tells nothing: a cluster without tokens ignores one that it is given.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, address],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=ANSWER_S,
-        check=False,
-    )
-    return done.returncode == 0
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, address],
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode == 0:
+        return False
+    return True if REFUSAL in done.stderr else None

@@ -148,19 +148,33 @@ def test_a_cluster_that_is_not_there(ray_environment, closed_port):
     )
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_the_token_of_a_cluster(ray_environment, asks):
+@pytest.mark.parametrize(
+    ("answer", "verdict", "said"),
+    [
+        ("", "warn", "everybody can run code on it"),
+        (
+            "from ray.exceptions import AuthenticationError; raise AuthenticationError('no')",
+            "ok",
+            "for a token",
+        ),
+        ("raise TimeoutError", "ok", "it did not say whether it asks for a token"),
+        ("import time; time.sleep(60)", "ok", "it did not say whether it asks for a token"),
+    ],
+)
+def test_the_token_of_a_cluster(ray_environment, answer, verdict, said):
     """A cluster that ignores tokens was said to ask for one, because RAY_AUTH_MODE was set here."""
     cluster = Cluster((Node({"CPU": 8}),), is_local=False)
     head = SimpleNamespace(gcs_address="10.0.0.1:6379")
     ray_environment.setattr(ray_start, "connected", lambda: nullcontext(cluster))
     ray_environment.setattr("ray.get_runtime_context", lambda: head)
-    ray_environment.setattr(ray_start, "ASK", f"raise SystemExit({int(asks)})")
+    ray_environment.setattr(ray_start, "ASK", answer)
+    if "sleep" in answer:
+        ray_environment.setattr(ray_start, "ANSWER_S", 0.1)
     ray_environment.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     ray_environment.setenv("RAY_AUTH_MODE", "token")
     finding = ray_start.check_ray()
-    require(finding, "ok" if asks else "warn", "reaches 10.0.0.1:6379; the cluster has 8 CPU")
-    assert ("for a token" if asks else "everybody can run code on it") in finding.found
+    require(finding, verdict, "reaches 10.0.0.1:6379; the cluster has 8 CPU")
+    assert finding.found.endswith(said)
 
 
 def test_files_that_hide_packages(monkeypatch, tmp_path):
