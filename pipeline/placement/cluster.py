@@ -93,8 +93,8 @@ class Cluster:
 
 
 def _fit(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
-    """Return how many workers fit on one node if nothing else runs there."""
-    if not has_labels(node.labels, labels):
+    """Return how many workers fit on one node if nothing else runs there; unknown labels fit."""
+    if node.labels is not None and not has_labels(node.labels, labels):
         return 0
     needs = {name: amount for name, amount in resources.items() if amount}
     return min((math.floor(node.resources.get(n, 0.0) / amount) for n, amount in needs.items()), default=1)

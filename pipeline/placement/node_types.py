@@ -32,7 +32,8 @@ class NodeType:
     max_nodes: int
     resources: Mapping[str, float]
     """Of one node."""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] | None = field(default_factory=dict)
+    """None if the platform does not report them."""
     max_of_all: int = MANY_NODES
     """Nodes of all types that the autoscaler may start together."""
 
@@ -52,6 +53,7 @@ def autoscaler_node_types() -> tuple[NodeType, ...] | None:
                 group.name,
                 MANY_NODES if group.max_count < 0 else group.max_count,
                 {name: float(amount) for name, amount in group.resources.items()},
+                labels=None,
             )
             for group in reported.node_group_configs
             if group.max_count

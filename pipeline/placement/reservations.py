@@ -155,7 +155,12 @@ def reserve(
 
 def _share(cluster: Cluster, labels: Mapping[str, str]) -> float:
     """Return the cores that a decoding actor reserves on the nodes that label selectors choose."""
-    return min(1.0, max(cluster.largest("CPU", labels), 1.0) / 4)
+    return min(1.0, _node_cpus(cluster, labels) / 4)
+
+
+def _node_cpus(cluster: Cluster, labels: Mapping[str, str]) -> float:
+    """Return the cores of the largest node that label selectors choose; of all nodes if none is known."""
+    return max(1.0, cluster.largest("CPU", labels) or cluster.largest("CPU"))
 
 
 def _max_block_bytes(cluster: Cluster) -> int | None:
@@ -168,7 +173,7 @@ def _max_block_bytes(cluster: Cluster) -> int | None:
 
 def _on_cpus(caption: Reservation, placement: Placement, cluster: Cluster) -> tuple[Reservation, int]:
     """Return the reservation of an actor without accelerator, and the threads of its engine."""
-    node_cpus = max(1.0, cluster.largest("CPU", caption.labels))
+    node_cpus = _node_cpus(cluster, caption.labels)
     if placement.max_actors is None and not cluster.is_local:
         return dataclasses.replace(caption, num_cpus=node_cpus * CPU_CAPTION_SHARE), math.floor(node_cpus)
     nodes = max(1, round(cluster.total("CPU", caption.labels) / node_cpus))

@@ -174,6 +174,15 @@ def test_a_label_that_no_node_has_is_refused_for_every_stage(cluster, stage):
     assert placed(Cluster((HEAD,), None, is_local=False), ON_CPU, **labels)
 
 
+def test_labels_that_a_platform_does_not_report_may_be_there():
+    """Its autoscaler tells the resources of its groups of nodes and no labels."""
+    cluster = Cluster((HEAD,), (NodeType("group", 4, {"CPU": 8.0}, None),), is_local=False)
+    labels: dict[str, Any] = {f"{stage}_label": ("pool=cpu",) for stage in ("caption", "decode", "read")}
+    assert placed(cluster, ON_CPU, **labels).num_threads == 8
+    unknown = Cluster((Node({"CPU": 16.0}),), None, is_local=False)
+    assert placed(unknown, ON_CPU, **labels).num_threads == 16
+
+
 def test_a_head_whose_nodes_are_yet_to_join_is_waited_for():
     """Nodes of a cluster without autoscaler may join seconds after the job has begun."""
     assert placed(Cluster((HEAD,), is_local=False), ON_CPU).caption.num_cpus > 0
