@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has what it wanted
         return 0
     except OSError as error:  # commands catch those of their files
+        if error.errno is None or error.filename is not None:  # of a library that cannot be loaded, or a file
+            raise
         sys.stderr.write(f"blip2: standard output cannot be written: {error.strerror}\n")
         return OUTPUT_LOST
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from pipeline.cli import main
+
 PROGRAM = """
 import atexit, sys
 from pipeline import __main__ as command
@@ -22,6 +24,17 @@ def test_a_command_ends_without_unloading_its_packages() -> None:
     """Unloading took a second of CPU time; what was printed must still arrive, and the exit status too."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3, "a line that is not lost"), done.stderr
+
+
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken torch, which `blip2 doctor` is asked about, was taken for an output that cannot be written."""
+
+    def load(arguments: list[str]) -> int:
+        raise OSError("libcublas.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(main, "_run", load)
+    with pytest.raises(OSError, match=r"libcublas\.so\.12"):
+        main.main(["doctor"])
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
