@@ -25,7 +25,7 @@ class Rows(Protocol):
     def folder(self) -> Folder: ...
 
     def schema(self) -> pa.Schema:
-        """Return the schema of the first file."""
+        """Return the columns."""
         ...
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -46,15 +46,18 @@ class PlainRows:
         return sum(self.folder.read(name, pq.read_metadata).num_rows for name in self.names)
 
     def schema(self) -> pa.Schema:
-        """Return all columns, each with one type: pandas writes a column without values as null.
+        """Return the columns of all files, each as the first file has it.
 
         Raises:
-            ValueError: a file lacks a column of a run, or no type holds a column of all files.
+            ValueError: a file lacks a column of a run.
         """
-        return self._schema
+        fields: dict[str, pa.Field] = {}
+        for schema in self._schemas:
+            fields = {field.name: field for field in schema} | fields
+        return pa.schema(list(fields.values()))
 
     @cached_property
-    def _schema(self) -> pa.Schema:
+    def _schemas(self) -> list[pa.Schema]:
         schemas = []
         for name in self.names:
             schema = self.folder.read(name, pq.read_schema)
@@ -65,15 +68,28 @@ class PlainRows:
                     f"{', '.join(lacking)}"
                 )
             schemas.append(pa.schema([pa.field(field.name, _type_of(field)) for field in schema]))
+        return schemas
+
+    def _unified(self, columns: Sequence[str] | None) -> pa.Schema:
+        """Return columns with one type each in all files: pandas writes one without values as null."""
+        chosen = (
+            pa.schema([field for field in schema if columns is None or field.name in columns])
+            for schema in self._schemas
+        )
         try:
-            return pa.unify_schemas(schemas, promote_options="permissive")
+            return pa.unify_schemas(list(chosen), promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(
                 f"{self.folder} must hold files whose columns have one type each: {error}"
             ) from error
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        wanted = [field for field in self.schema() if columns is None or field.name in columns]
+        """Yield all rows.
+
+        Raises:
+            ValueError: a file has a row without a key, or a column has another type than in the others.
+        """
+        wanted = self._unified(columns)
         for name in self.names:
             with self.folder.open(name) as file:
                 parquet = pq.ParquetFile(file)
@@ -82,7 +98,12 @@ class PlainRows:
                     rows = parquet.read_row_group(group, columns=found)
                     if rows["key"].null_count:
                         raise ValueError(f"{name} in {self.folder} must have a key in every row, got null")
-                    yield pa.table([_column(rows, field) for field in wanted], pa.schema(wanted))
+                    try:
+                        yield pa.table([_column(rows, field) for field in wanted], wanted)
+                    except pa.ArrowException as error:
+                        raise ValueError(
+                            f"{name} in {self.folder} must have the types of a run: {error}"
+                        ) from error
 
 
 def _type_of(field: pa.Field) -> pa.DataType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -305,7 +306,8 @@ def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_pat
     for name, order in {"before": rows, "after": rows[::-1]}.items():
         (tmp_path / name).mkdir()
         for number, row in enumerate(order):
-            pq.write_table(pa.Table.from_pylist([row]), tmp_path / name / f"{number}.parquet")
+            own = {"id": "x" if number else 1}  # which is not compared
+            pq.write_table(pa.Table.from_pylist([row | own]), tmp_path / name / f"{number}.parquet")
     command = ["compare", str(tmp_path / "before"), str(tmp_path / "after")]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("2 rows matched by key and image; unmatched: none\n")
@@ -313,6 +315,9 @@ def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_pat
     pq.write_table(pa.Table.from_pylist([rows[0] | {"key": None}]), last)
     assert main(command) == 1
     assert "1.parquet" in (said := capsys.readouterr().err) and "a key in every row, got null" in said
+    pq.write_table(pa.Table.from_pylist([rows[0] | {"width": math.nan}]), last)
+    assert main(command) == 1
+    assert "1.parquet" in (said := capsys.readouterr().err) and "must have the types of a run" in said
     pq.write_table(pa.table({"key": ["a"]}), last)
     assert main(command) == 3
     assert "1.parquet has no shard, row" in capsys.readouterr().err
