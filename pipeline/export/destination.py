@@ -106,7 +106,7 @@ class Destination:
         done = self.root / STATE / "done"
         for path in [*done.rglob("*.json")]:
             name = self.name_of(path.relative_to(done).as_posix().removesuffix(".json"))
-            if name in names:
+            if name in names or not path.is_file():  # an input folder may be named so, too
                 continue
             if (self.root / name).is_dir():
                 shutil.rmtree(self.root / name)

@@ -284,6 +284,20 @@ def test_what_was_written_of_a_shard_that_the_run_no_longer_has_is_deleted(tmp_p
     assert {name: content for name, (_, content) in left.items()} == {n: c for n, (_, c) in wanted.items()}
 
 
+def test_an_input_folder_may_be_named_as_the_state_of_a_shard(tmp_path):
+    """It was taken for a shard x that the run no longer has, and the export of x/ was deleted."""
+    write_tars(tmp_path / "in", 2, 2)
+    for old, new in {"part0": "x", "part1": "x.json"}.items():
+        (tmp_path / "in" / old).rename(tmp_path / "in" / new)
+    write_run(tmp_path / "in", tmp_path / "out")
+    into = exported(tmp_path / "out", "imagefolder", tmp_path / "made")
+    before = state_of(into)
+    assert {name.split("/")[0] for name in before} >= {"x", "x.json"}
+    exported(tmp_path / "out", "imagefolder", into)
+    after = state_of(into)
+    assert {name: content for name, (_, content) in after.items()} == {n: c for n, (_, c) in before.items()}
+
+
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset"])
 def test_an_image_that_has_changed_is_refused(tmp_path, capsys, to):
     """Its caption must not stand next to another image."""
