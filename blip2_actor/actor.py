@@ -47,12 +47,11 @@ class Blip2Actor:
             TypeError: a single image or prompt is given in the place of a list.
             ValueError: there is not one prompt per image.
         """
-        from blip2_actor.inputs.arguments import to_list, to_texts
+        from blip2_actor.inputs.arguments import require_one_per_image, to_list, to_texts
 
         images = to_list("images", images)
         prompts = [None] * len(images) if prompts is None else to_texts("prompts", prompts)
-        if len(prompts) != len(images):
-            raise ValueError(f"prompts must be one per image ({len(images)}), got {len(prompts)}")
+        require_one_per_image("prompts", prompts, images)
         requests = [Request(image=i, prompt=p) for i, p in zip(images, prompts, strict=True)]
         return self.engine.generate(requests, self.options)
 

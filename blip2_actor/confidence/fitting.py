@@ -37,7 +37,7 @@ def fit_calibration(
 
     Raises:
         ValueError: there are too few examples, or all are right, or all wrong; or one has no log-probability,
-            or no truth.
+            or `is_right` has another length.
     """
     _require_pairs(examples, is_right)
     right = np.asarray(is_right, bool)

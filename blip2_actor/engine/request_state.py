@@ -19,7 +19,7 @@ from blip2_actor.status import Status
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
-    "the model produced NaN or infinity; try --dtype float32, or fetch the checkpoint again if it is float32"
+    "the model produced NaN or infinity; try --dtype float32, or with float32 fetch the checkpoint again"
 )
 """Error of a row whose result is not a number."""
 

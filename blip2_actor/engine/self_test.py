@@ -207,7 +207,7 @@ def _step_both_ways(runner: ModelRunner, captioned: Captioned) -> tuple[Tensor, 
 
 
 def _require_near(tolerance: float, expected: Tensor, found: Tensor, what: str, remedy: str) -> None:
-    """Raise `SelfTestFailure` if logits that should be equal are not, or neither of both is finite.
+    """Raise `SelfTestFailure` if logits that should be equal are not, or if neither is finite.
 
     Log the difference in any case.
     """

@@ -29,8 +29,8 @@ LAYOUTS = (
 """What `array_to_rgb` and `resize_image` read, for messages."""
 
 _LOCKS = tuple(threading.Lock() for _ in range(64))
-"""Held while a PIL image is read. Pillow decodes an opened file when its pixels are first asked for, and two
-threads that ask at once get parts of each other's pixels, or an error."""
+"""One is held while a PIL image is read. Pillow decodes an opened file when its pixels are first asked for,
+and two threads that ask at once get parts of each other's pixels, or an error."""
 _CHANNELS = {"bool": (1,), "uint8": (1, 2, 3, 4), "uint16": (1, 2, 3, 4), "int32": (1,), "float": (1, 3)}
 """Kinds of dtypes, each with the numbers of channels that it may have."""
 
@@ -62,7 +62,7 @@ def _resize_pil(image: Image.Image, size_px: int) -> np.ndarray:
     if 0 in image.size:
         raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
     try:
-        with _LOCKS[id(image) // 16 % len(_LOCKS)]:  # objects are at multiples of 16 bytes
+        with _lock_of(image):
             load(image)
             return np.array(upright_square(image, orientation_of(image), size_px))
     except MemoryError:
@@ -77,7 +77,13 @@ def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     width, height = image.size
-    return (height, width) if orientation_of(image) in SWAPS_WIDTH_AND_HEIGHT else (width, height)
+    with _lock_of(image):  # a PNG is loaded to find its EXIF
+        is_turned = orientation_of(image) in SWAPS_WIDTH_AND_HEIGHT
+    return (height, width) if is_turned else (width, height)
+
+
+def _lock_of(image: Image.Image) -> threading.Lock:
+    return _LOCKS[hash((id(image),)) % len(_LOCKS)]  # of a tuple: ids are multiples of the same number
 
 
 def array_to_rgb(array: np.ndarray) -> np.ndarray:
