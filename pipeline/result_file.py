@@ -16,7 +16,7 @@ def result_file(name: str, given: str) -> Path:
     Raises:
         ValueError: it is a folder, is in none that exists, or may not be written.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_dir():
         raise ValueError(f"{name} must be a file, got the folder {given}; name a file in it")
     if not path.parent.is_dir():

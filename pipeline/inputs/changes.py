@@ -115,7 +115,7 @@ def find_changes(
     }
     on_disk = local_stamps_by_path(shard for shard in shards if has_stamps[shard.name])
     kept: list[Shard] = []
-    gone: dict[tuple[str, str], str] = {}  # Ranges of a table share a file.
+    gone: dict[tuple[str, str], None] = {}  # Ranges of a table share a file.
     changed: dict[str, str] = {}
     changed_stamps: dict[str, tuple[str, ...]] = {}
     copies: dict[str, bool] = {}
@@ -125,7 +125,7 @@ def find_changes(
         found = now.find(root, shard.files)
         num_known[root, shard.files] = len(found) - found.count(None)
         if None in found:
-            gone |= {(root, f): f for f, file in zip(shard.files, found, strict=True) if file is None}
+            gone |= {(root, f): None for f, file in zip(shard.files, found, strict=True) if file is None}
         if not has_stamps[shard.name]:
             kept.append(shard)
             continue
@@ -147,7 +147,9 @@ def find_changes(
             kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
     is_new = sum(num_known.values()) < sum(map(len, listed.chosen.values()))
     new = _not_in(shards, listed) if is_new else replace(listed, chosen={})
-    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone.values()), new, listed.unread)
+    is_one_root = len({root for root, _ in gone}) == 1
+    missing = tuple(file if is_one_root else path_of(root, file) for root, file in gone)
+    return InputChanges(tuple(kept), changed, changed_stamps, missing, new, listed.unread)
 
 
 def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:

@@ -185,7 +185,9 @@ def _with_changes(folder: Folder, report: ShardReport, merge: Merge, stored_name
     if report.changed:
         return report
     if stored_name is not None and is_report_of_change(stored_name):
-        return read_shard_report(folder, stored_name) or report
+        stored = read_shard_report(folder, stored_name)
+        if stored is not None:
+            return stored
     conflict = merge.first_conflict()
     if conflict is None:
         return report

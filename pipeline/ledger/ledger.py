@@ -133,8 +133,8 @@ class Ledger:
         """
         if run.listed is not None and self.folder.file(run.shard_list) != run.listed:
             raise OutputInUse(
-                f"output must stay as it is while a command begins, got {self}, to whose run another driver "
-                "has just given other shards; run the same command again"
+                f"output must stay as it is while a command begins, got {self}, whose run has other shards "
+                "since; run the same command again"
             )
 
     def scan(self) -> OutputState:

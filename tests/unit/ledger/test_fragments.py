@@ -164,6 +164,15 @@ def test_the_latest_report_counts_also_when_one_before_it_named_a_change(folder)
     assert scan_output(folder).shard_reports == {}
 
 
+def test_rows_of_two_inputs_are_noticed_though_the_report_of_the_change_is_damaged(folder):
+    write_fragment(folder, rows([0, 1]))
+    other = rows([1])
+    write_fragment(folder, other.set_column(0, other.schema.field("key"), pa.array(["other"])))
+    store_shard_report(folder, report(0, complete=False, changed=True, reason="has changed"))
+    folder.put(shard_report_name("a/0.tar", 0, changed=True), b"{")
+    assert "was read as" in (commit(folder, report(2)).reason or "")
+
+
 def test_a_shard_without_rows_has_a_file_with_the_columns(folder):
     summary = commit_shard(folder, report(0), {}, output_schema([pa.field("url", pa.null())]))
     assert summary is not None

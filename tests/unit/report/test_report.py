@@ -195,6 +195,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_work(folder, tmp_path, 
     assert re.fullmatch(f"blip2: --{flag} must be {rule}.*\n", said.err)
 
 
+def test_a_home_folder_of_nobody_is_a_folder_that_is_missing(folder, capsys):
+    assert main(["report", folder.uri, "--html", "~nobody-has-this-name/report.html"]) == 3
+    assert "--html must be a file in a folder of this machine" in capsys.readouterr().err
+
+
 def test_memory_does_not_grow_with_the_number_of_texts():
     frequent = FrequentTexts(max_texts=100)
     for at in range(5_000):
