@@ -252,7 +252,10 @@ class Gateway:
         await self._admission.drain()
 
     async def check_health(self) -> None:
-        """Follow what the operator has asked of all gateways; this one may have missed it at its start."""
+        """Show what goes on, and follow what the operator has asked of all gateways.
+
+        This one may have missed it at its start.
+        """
         self._admission.show()
         self._shared_work.show()
         try:

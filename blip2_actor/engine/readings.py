@@ -16,13 +16,7 @@ from blip2_actor.engine.input_processor import InputProcessor
 from blip2_actor.engine.refusal import RequestRefused
 from blip2_actor.engine.request_state import RequestState
 from blip2_actor.engine.results import to_features, to_score, to_text_features
-from blip2_actor.inputs.arguments import (
-    Names,
-    require_one_per_image,
-    to_list,
-    to_names,
-    to_texts,
-)
+from blip2_actor.inputs.arguments import Names, require_one_per_image, to_list, to_names, to_texts
 from blip2_actor.models.recorder import Recorder
 from blip2_actor.request import Features, ImageLike, Result, Score, TextFeatures
 

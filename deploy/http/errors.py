@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from blip2_actor import GenerationOptions, Status
+from blip2_actor import Status
 from blip2_actor.flags import did_you_mean
 
 RETRY_AFTER_S = 1
@@ -126,12 +125,15 @@ MAX_EXPLAINED = 1_000
 """Errors of one body, among which the one that is meant is looked for: 5 ms."""
 
 
-def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[str]) -> str:
+def explain(
+    error: ValidationError, given: Mapping[str, Any], known: Iterable[str], options: Sequence[str]
+) -> str:
     """Return what is wrong with the first wrong field of a body.
 
     Args:
         given: the body that was validated.
         known: the fields of a body.
+        options: the options that may stand in one of them, `options`.
     """
     num_wrong = error.error_count()
     if num_wrong > MAX_EXPLAINED:
@@ -145,7 +147,7 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
     place, wrong = max(alike, key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")))
     path = ".".join(map(str, place))
     if unknown:
-        return _unknown_field(path, list(known)) if len(place) == 1 else f"{path} is not a field"
+        return _unknown_field(path, list(known), options) if len(place) == 1 else f"{path} is not a field"
     if wrong["type"] == "missing":
         return f"{path} must be given"
     if wrong["type"].startswith(("value_error", "union_tag")):
@@ -154,8 +156,7 @@ def explain(error: ValidationError, given: Mapping[str, Any], known: Iterable[st
     return f"{path} must {rule}, got {shorten(wrong['input'])}"
 
 
-def _unknown_field(name: str, known: list[str]) -> str:
-    options = [option.name for option in fields(GenerationOptions)] if "options" in known else []
+def _unknown_field(name: str, known: list[str], options: Sequence[str]) -> str:
     if name in options:  # which forms and queries may give by their own names
         return f"{name} must stand in options in JSON"
     said = f"{name} is not a field; the fields are {', '.join(known)}"

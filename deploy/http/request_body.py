@@ -89,7 +89,9 @@ def validate(body_type: type[BodyT], fields: Mapping[str, Any], image_policy: Fe
     try:
         return body_type.model_validate(given, context={"image_policy": image_policy})
     except ValidationError as error:
-        raise bad_request(explain(error, given, body_type.model_fields)) from None
+        known = body_type.model_fields
+        options = OPTION_NAMES if "options" in known else ()
+        raise bad_request(explain(error, given, known, options)) from None
 
 
 async def _read_bounded(request: Request, max_bytes: int) -> bytes:

@@ -29,7 +29,7 @@ class Rows(Protocol):
         ...
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield all rows; a column that a file lacks is left out."""
+        """Yield all rows; a column that a file lacks is left out, or null."""
         ...
 
 

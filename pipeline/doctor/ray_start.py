@@ -10,7 +10,7 @@ import sys
 from blip2_actor.installation import pip_install
 from pipeline.errors import RayStartFailed
 from pipeline.finding import Finding
-from pipeline.run.cluster import connected
+from pipeline.run.cluster import TOKEN_REFUSED, connected
 
 ASK = """
 import sys
@@ -18,8 +18,6 @@ from ray._raylet import GcsClient
 GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"blip2", timeout=5)
 """
 """Reads something of a cluster, which refuses it if it asks for a token."""
-REFUSAL = "AuthenticationError"
-"""Ray's name of the error that the cluster refuses it with."""
 ANSWER_S = 60.0
 
 
@@ -71,4 +69,4 @@ def _asks_for_token(address: str) -> bool | None:
         return None
     if done.returncode == 0:
         return False
-    return True if REFUSAL in done.stderr else None
+    return True if TOKEN_REFUSED in done.stderr else None

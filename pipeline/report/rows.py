@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.ledger.layout import output_name
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.run_record import Run
-from pipeline.progress.wording import CONTROL, escaped
+from pipeline.progress.wording import escaped
 from pipeline.schema import ROW_CONTRACT
 from pipeline.storage.folder import Folder
 
@@ -121,7 +121,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 def one_line(text: str) -> str:
     """Return a text that stays on one line of a terminal: blanks for line ends, escapes for control codes."""
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.splitlines()).replace("\t", " "))
+    return escaped(" ".join(text.splitlines()).replace("\t", " "))
 
 
 def is_own_column(name: str) -> bool:

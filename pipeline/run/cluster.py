@@ -33,6 +33,8 @@ QUIET = (
 
 _worker_level: str | None = None
 
+TOKEN_REFUSED = "ray.exceptions.AuthenticationError"
+"""In what Ray says when a cluster refuses the token, or that there is none."""
 CONNECT_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
@@ -185,8 +187,7 @@ def _require_listener(address: str) -> None:
 
 def _asks_for_token(error: BaseException) -> bool:
     """Return whether a cluster has refused the token; Ray says so in the text of a cause alone (Ray 2.60)."""
-    causes = [error, error.__cause__]
-    return any("ray.exceptions.AuthenticationError" in str(cause) for cause in causes)
+    return any(TOKEN_REFUSED in str(cause) for cause in (error, error.__cause__))
 
 
 def _reason(error: BaseException) -> str:

@@ -48,9 +48,9 @@ def outcome_lines(folder: Folder, done: Reconciliation, allowed_failed: float = 
 def test_captions_failures_and_commands(finished):
     folder, done = finished
     assert outcome_lines(folder, done) == [
-        r"  photo-0-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
-        r"  photo-1-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
-        r"  photo-2-0: a \x1b[2Jcat \x9bon 猫 a mat 0",
+        r"  photo-0-0: a \u001b[2Jcat \u009bon 猫 a mat 0",
+        r"  photo-1-0: a \u001b[2Jcat \u009bon 猫 a mat 0",
+        r"  photo-2-0: a \u001b[2Jcat \u009bon 猫 a mat 0",
         "  photo-0-4: undecodable: cut at byte 4",
         "  photo-0-9: undecodable: cut at byte 9",
         "  photo-1-4: undecodable: cut at byte 4",
