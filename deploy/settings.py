@@ -1,8 +1,6 @@
-"""What the endpoint is built from: one frozen value, which is the `args` of a Serve config and the flags of
-`blip2 serve`.
+"""What the endpoint is built from: the `args` of a Serve config, and the flags of `blip2 serve`.
 
-Nothing here imports pydantic, Ray or torch, so that `blip2 serve --help` is fast; `deploy.app` has pydantic
-check the `args`.
+Nothing here imports pydantic, Ray or torch, so `blip2 serve --help` is fast; `deploy.app` checks the `args`.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from ipaddress import ip_address
@@ -31,9 +30,6 @@ from deploy.trials.share import Share
 
 BODY_WITHIN_S = 60.0
 """Seconds from the headers of a request to the end of its body, apart from the time for the answer."""
-MAX_COMMAS = 100_000
-"""Of JSON. Every value but the first follows a comma, and while JSON is parsed, no other thread runs: 27 MB
-of empty lists would stop the event loop for seconds."""
 FETCH_WITHIN_S = 15.0
 """Seconds for fetching one image, redirects included."""
 MAX_IN_FLIGHT = 1000
@@ -106,8 +102,7 @@ class Settings:
     and callers take turns. Half of the slots are for small requests. Set it to the slots of all engines
     divided by the number of gateways."""
     keys_file: str | None = None
-    """File with the keys of the callers, which `python -m deploy.guard.keys` makes; it is read again when it
-    changes."""
+    """File with the keys of the callers, made by `python -m deploy.guard.keys`; read again if it changes."""
     admin_keys_file: str | None = None
     """File with the keys of operators, in the same form; without one, there are no routes under /admin."""
     allow_anonymous: bool = False
@@ -232,7 +227,7 @@ class Settings:
 
     @property
     def longest_request_s(self) -> float:
-        """Seconds from the first byte of a request to its answer, at most."""
+        """Maximum seconds from the first byte of a request to its answer."""
         return BODY_WITHIN_S + self.timeout_s
 
     def require_keys(self, host: str) -> None:
@@ -264,15 +259,20 @@ class ServeSettings(Settings):
                 raise ValueError(f"{name} must be from 1 to 65535, got {port}")
         if self.metrics_port == self.port:
             raise ValueError(f"metrics_port must be another port than port, got {self.port} for both")
+        if not re.fullmatch(_HOST, self.host) and not _is_address(self.host):
+            raise ValueError(f"host must be an address such as ::1, got {self.host!r}; give the port as port")
         self.require_keys(self.host)
 
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach what listens on a host."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(host) is not None
+    return False
 
 
 class _EngineFlags(Parser):

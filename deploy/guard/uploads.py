@@ -18,7 +18,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope
 
 from deploy.http.errors import ApiError, bad_request, overloaded
-from deploy.settings import BODY_WITHIN_S, MAX_COMMAS
+from deploy.settings import BODY_WITHIN_S
 
 MAX_BYTES = 256 << 20
 """Bytes of all requests that one proxy holds at once."""
@@ -28,6 +28,9 @@ PASSED_BYTES = 64 << 10
 """A body up to this size goes with its request. Ray puts larger arguments of calls into its object store."""
 PASSED_BODY = "blip2.body"
 """The key of the ASGI scope under which it goes."""
+MAX_COMMAS = 100_000
+"""Of JSON. Every value but the first follows a comma, and while JSON is parsed, no other thread runs: 27 MB
+of empty lists would stop the event loop for seconds."""
 BODY_PAUSE_S = 10.0
 """Seconds between two pieces of a body."""
 _M_MMAP_THRESHOLD = -3

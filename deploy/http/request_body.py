@@ -22,11 +22,11 @@ from python_multipart.multipart import Field, File, FormParser, parse_options_he
 from starlette.requests import Request
 
 from blip2_actor import FetchPolicy
+from deploy.guard.uploads import MAX_COMMAS
 from deploy.http.errors import ApiError, bad_request, explain, shorten
 from deploy.http.images import MAX_IMAGES, URLENCODED, raw_image, refuse_size
 from deploy.http.lanes import in_lane
 from deploy.http.options import OPTION_NAMES
-from deploy.settings import MAX_COMMAS
 
 JSON = "application/json"
 FORM = "multipart/form-data"
