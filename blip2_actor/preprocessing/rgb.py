@@ -15,8 +15,8 @@ from typing import Any, cast
 from PIL import Image, ImageChops, PngImagePlugin, TiffImagePlugin
 
 _ORIENTATION = 0x0112  # EXIF tag
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153  # TIFF tags
-_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_BITS, _PHOTOMETRIC, _COLOR_MAP, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0140, 0x0153  # TIFF tags
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 """Values of `_PHOTOMETRIC` and `_SAMPLE_FORMAT`."""
 _TO_8_BITS: dict[object, Callable[[Any], int]] = {
     "L;2": lambda value: value * 0x55,
@@ -82,7 +82,7 @@ def upright_square(image: Image.Image, orientation: int, size_px: int) -> Image.
 
 def opaque(image: Image.Image) -> Image.Image:
     """Convert a loaded image to mode RGB, or to L if it is gray, with transparent parts in white."""
-    image = _gray_of_8_bits(image)
+    image = _with_palette_of_8_bits(_gray_of_8_bits(image))
     if image.has_transparency_data and not _has_blank_alpha(image):
         return _lay_on_white(image)
     if image.mode in ("RGB", "L"):
@@ -98,15 +98,32 @@ def resize_to_square(image: Image.Image, size_px: int) -> Image.Image:
 
 
 def _gray_of_8_bits(image: Image.Image) -> Image.Image:
-    """Convert gray of more than 8 bits to mode L; other images stay as they are."""
+    """Convert gray of more than 8 bits, or with a sign, to mode L; other images stay as they are."""
     if image.mode.startswith("I;16"):
         gray = _keep_high_bytes(image)
     elif image.mode in ("I", "F"):
         gray = _stretch(image)
+    elif image.mode == "L" and _tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED:
+        gray = _stretch(image.point([value ^ 0x80 for value in range(256)]))  # Pillow reads it as unsigned
     else:
         return image
     # Pillow inverts such files itself up to 8 bits.
     return ImageChops.invert(gray) if _tiff_tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO else gray
+
+
+def _with_palette_of_8_bits(image: Image.Image) -> Image.Image:
+    """Read the color map of a TIFF as colors of 8 bits if all its values are below 256.
+
+    The format asks for 16 bits, but some programs write 8; libtiff reads them so too. Pillow takes the high
+    bytes, and the picture is black.
+    """
+    if image.mode not in ("P", "PA") or not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image
+    colors = image.tag_v2.get(_COLOR_MAP, ())
+    if max(colors, default=0) in range(1, 256):
+        image = image.copy()
+        image.putpalette(bytes(colors), "RGB;L")
+    return image
 
 
 def _tiff_tag(image: Image.Image, tag: int, default: int | None = None) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from blip2_actor import DecodedImage, ImageLimits, Status, decode_image, resize_image
 from blip2_actor.preprocessing import formats
@@ -248,6 +248,27 @@ def test_12_bit_gray_is_scaled() -> None:
     bits = "".join(f"{value:012b}" for value in values)
     data = gray_tiff(12, 1, 1, int(bits, 2).to_bytes(len(bits) // 8, "big"), SIZE)
     assert (pixels(data)[..., 1] == (values >> 4).reshape(SIZE, SIZE)).all()
+
+
+def test_signed_gray_of_8_bits_is_stretched_like_that_of_16_bits() -> None:
+    """Pillow reads it as unsigned, so that -1 became white and 0 black."""
+    values = np.broadcast_to(np.linspace(-100, 100, SIZE).astype(np.int8), (SIZE, SIZE))
+    gray = pixels(gray_tiff(8, 1, 2, values.tobytes(), SIZE))[..., 0].astype(float)
+    assert np.abs(gray - (values + 100.0) * 255 / 200).max() <= 1
+
+
+def test_a_color_map_of_8_bits_keeps_its_colors() -> None:
+    """Some programs write no 16 bits; Pillow took the high byte of each color, and all were black."""
+    data = encode(noise(SIZE, SIZE).convert("P"), "TIFF")
+    colors = TiffImagePlugin.TiffImageFile(io.BytesIO(data)).tag_v2[320]
+    narrow = data.replace(
+        struct.pack("<768H", *colors), struct.pack("<768H", *(color >> 8 for color in colors))
+    )
+    assert narrow != data
+    assert (pixels(narrow) == pixels(data)).all()
+    opened = Image.open(io.BytesIO(narrow))
+    assert (resize_image(opened, SIZE) == pixels(data)).all()
+    assert opened.getpalette() == [0] * 768  # the caller's image stays as it is
 
 
 def test_32_bit_integers_that_pillow_cannot_hold_are_refused() -> None:
