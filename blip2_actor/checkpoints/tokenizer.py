@@ -84,9 +84,12 @@ class PromptTokenizer:
                 "tokenizer makes no token of an empty text"
             )
         eos = text_config.eos_token_id
-        self.end_ids: frozenset[int] = frozenset(
-            eos if isinstance(eos, list) else [] if eos is None else [eos]
-        )
+        stored = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        # Configurations say by an id such as -1 that no token ends a text.
+        end_ids = [token_id for token_id in stored if 0 <= token_id < self.vocab_size]
+        self.end_ids: frozenset[int] = frozenset(end_ids)
+        own = self.tokenizer.eos_token_id
+        self._end_of_scored: list[int] = [own] if own in self.end_ids else end_ids[:1]
 
     def encode(self, prompt: str | None) -> list[int]:
         """Return the token ids of a prompt, which follow the queries.
@@ -105,6 +108,8 @@ class PromptTokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text to score: no special token before it, the end token after it.
 
+        Of several end tokens it is the tokenizer's own, with which models are trained, or else the first.
+
         Raises:
             ValueError: as from `encode`, or the text is empty.
         """
@@ -114,7 +119,7 @@ class PromptTokenizer:
         if not token_ids:
             raise ValueError("text must have at least one token to score, got an empty text")
         require_known_tokens(token_ids, self.vocab_size, self.image_token_id)
-        return [*token_ids, *sorted(self.end_ids)[:1]]
+        return [*token_ids, *self._end_of_scored]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Detokenize generated ids, without end tokens and surrounding spaces."""

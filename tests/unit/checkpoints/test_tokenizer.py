@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from blip2_actor.checkpoints import tokenizer
 from blip2_actor.checkpoints.checkpoint import DEMO_FOLDER
 from blip2_actor.checkpoints.tokenizer import PromptTokenizer, load_tokenizer
-from blip2_actor.testing import save_tiny_checkpoint, tiny_config, tiny_tokenizer
+from blip2_actor.testing import EOS_TOKEN_ID, save_tiny_checkpoint, tiny_config, tiny_tokenizer
 
 
 def test_transformers_does_not_warn_about_a_long_prompt(caplog):
@@ -59,3 +59,23 @@ def test_a_damaged_tokenizer_names_its_folder(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} must be readable, got"):
         load_tokenizer(tmp_path, "opt")
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "end_ids", "scored"),
+    [
+        (EOS_TOKEN_ID, {EOS_TOKEN_ID}, [EOS_TOKEN_ID]),
+        ([2, EOS_TOKEN_ID], {2, EOS_TOKEN_ID}, [EOS_TOKEN_ID]),
+        ([7, 5], {7, 5}, [7]),
+        (-1, set(), []),
+        ([6, 264], {6}, [6]),
+        (None, set(), []),
+    ],
+)
+def test_end_tokens_are_tokens_of_the_model(tmp_path, eos_token_id, end_ids, scored):
+    """-1 stands for "none" in configurations. It banned the model's last token while a text was too short,
+    and made scores fail. Of several end tokens a scored text got the smallest, whatever it means."""
+    tiny_tokenizer("opt").save_pretrained(tmp_path)
+    prompts = PromptTokenizer(tmp_path, tiny_config(eos_token_id=eos_token_id))
+    assert prompts.end_ids == end_ids
+    assert prompts.encode_text("a")[1:] == scored
