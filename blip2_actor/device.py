@@ -118,11 +118,24 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
 
 
+_LIMITS_WITHOUT_BFLOAT16 = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
+    *("AVX512_CORE", "AVX512_CORE_VNNI"),
+)
+"""Values of `ONEDNN_MAX_CPU_ISA` with which oneDNN multiplies no bfloat16."""
+
+
+def onednn_limit() -> str:
+    """Return the instructions to which `ONEDNN_MAX_CPU_ISA` limits oneDNN, such as "AVX2"; "" is no limit."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return "" if limit.upper() in ("ALL", "DEFAULT") else limit.upper()
+
+
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Return True if bfloat16 matrix products run in hardware: recent GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
+    if device.type == "cpu" and onednn_limit() not in _LIMITS_WITHOUT_BFLOAT16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
 

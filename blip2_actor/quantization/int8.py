@@ -10,13 +10,13 @@ eight bits: 2 * 255 * 127 exceeds 32767. With weights in [-63, 63] it cannot.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from blip2_actor.device import onednn_limit
 from blip2_actor.models.layers import Activation, QuantizedWeight
 
 LARGEST_INPUT = 127
@@ -171,9 +171,8 @@ def instructions() -> str:
 
     `ONEDNN_MAX_CPU_ISA`, which limits oneDNN to older instructions, is named if it is set.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
-    if limit and limit.upper() not in ("ALL", "DEFAULT"):
-        return f"{limit.upper()} (ONEDNN_MAX_CPU_ISA)"
+    if limit := onednn_limit():
+        return f"{limit} (ONEDNN_MAX_CPU_ISA)"
     capability = torch.backends.cpu.get_cpu_capability()
     if torch.cpu._is_amx_tile_supported():
         return f"{capability} AMX"

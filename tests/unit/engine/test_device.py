@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from blip2_actor.device import prepare_device, resolve_compile
+from blip2_actor.device import prepare_device, resolve_compile, resolve_dtype
 from blip2_actor.transfer import ids_to_device
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -46,6 +46,23 @@ def test_an_explicit_choice_wins(installed: set[str]) -> None:
     installed.clear()
     assert resolve_compile(True, None, CPU)
     assert not resolve_compile(False, None, GPU)
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype"),
+    [
+        ("", torch.bfloat16),
+        ("ALL", torch.bfloat16),
+        ("avx512_core_bf16", torch.bfloat16),
+        ("AVX512_CORE_VNNI", torch.float32),
+        ("AVX2", torch.float32),
+    ],
+)
+def test_a_limit_of_instructions_counts_for_the_dtype_too(limit, dtype, monkeypatch) -> None:
+    """oneDNN takes no instructions beyond it, and bfloat16 without them is slower than float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert resolve_dtype("auto", CPU) is dtype
 
 
 @pytest.fixture
