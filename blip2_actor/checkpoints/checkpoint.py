@@ -295,6 +295,6 @@ def describe(
         vision_width=config.vision_config.hidden_size,
         qformer_width=config.qformer_config.hidden_size,
         num_queries=config.num_query_tokens,
-        vocab_size=0 if RETRIEVAL in (config.architectures or []) else config.text_config.vocab_size,
+        vocab_size=0 if checkpoint.is_retrieval else config.text_config.vocab_size,
         generation_config=checkpoint.generation_config(ignore_generation_config),
     )

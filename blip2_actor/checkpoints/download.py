@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from blip2_actor.checkpoints.hub_patience import patiently
+from blip2_actor.checkpoints.hub_patience import retry_while_busy
 from blip2_actor.checkpoints.weights.lavis import SUFFIX as LAVIS_SUFFIX
 from blip2_actor.checkpoints.weights.weight_files import has_safetensors, unread_weights
 from blip2_actor.installation import install_hint
@@ -182,14 +182,16 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
     if not constants.HF_HUB_OFFLINE and not set(patterns) <= set(DESCRIPTION):
         with suppress(DryRunError):  # the hub does not answer, and the files may be in the cache
             with _without_bars():
-                files = patiently(
+                files = retry_while_busy(
                     lambda: snapshot_download(model, revision=revision, allow_patterns=chosen, dry_run=True)
                 )
             missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
             if missing_bytes > SMALL_BYTES:
                 _announce(model, missing_bytes)
     with nullcontext() if missing_bytes > SMALL_BYTES else _without_bars():
-        return Path(patiently(lambda: snapshot_download(model, revision=revision, allow_patterns=chosen)))
+        return Path(
+            retry_while_busy(lambda: snapshot_download(model, revision=revision, allow_patterns=chosen))
+        )
 
 
 @contextmanager

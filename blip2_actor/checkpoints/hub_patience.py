@@ -16,13 +16,13 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 1800.0
-"""After so many seconds of such answers the hub counts as out of reach."""
+"""After this time of such answers the hub counts as out of reach."""
 MAX_PAUSE_S = 300.0
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that ask to come back later."""
 
 
-def patiently(request: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) -> T:
+def retry_while_busy(request: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) -> T:
     """Return what a request to the hub returns; while the hub is busy, make it again.
 
     Pauses are as long as `Retry-After` asks, else they double from a second on. A part of each is random, so

@@ -135,7 +135,6 @@ _ONEDNN_POST_OPS = {
 PACKED_FOR_ROWS = 64
 """oneDNN chooses a layout for this number of rows; of 1, 8, 64, 256 and 2,056, this was never slower."""
 
-
 SMALL_WEIGHT = 1 << 16
 """Elements of a weight that is small enough for `FEW_ROWS` to matter: 128 x 512. A 256 x 1024 layer with its
 gelu takes as long packed as plain for one row, and less for more."""

@@ -74,22 +74,15 @@ class OptDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.max_positions: int | None = config.max_position_embeddings
-        self.embed_tokens = Embedding(config.vocab_size, config.word_embed_proj_dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
-        projects = config.word_embed_proj_dim != config.hidden_size
-        self.project_in = (
-            Linear(config.word_embed_proj_dim, config.hidden_size, bias=False) if projects else None
-        )
-        self.project_out = (
-            Linear(config.hidden_size, config.word_embed_proj_dim, bias=False) if projects else None
-        )
         self.layers: Layers[OptLayer] = Layers([OptLayer(config) for _ in range(config.num_hidden_layers)])
         has_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = (
             nn.LayerNorm(config.hidden_size, elementwise_affine=affine) if has_norm else None
         )
-        self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
 
@@ -111,16 +104,12 @@ class OptDecoder(nn.Module):
         return prefix_length
 
     def _embed(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
-        if self.project_in is not None:
-            inputs_embeds = self.project_in(inputs_embeds)
         return inputs_embeds + self.embed_positions(positions + POSITION_OFFSET)
 
     def _final_norm(self, hidden: Tensor, update: Tensor | None) -> Tensor:
         if self.final_layer_norm is not None:
-            _, hidden = normalize(self.final_layer_norm, hidden, update)
-        elif update is not None:
-            hidden = hidden + update
-        return hidden if self.project_out is None else self.project_out(hidden)
+            return normalize(self.final_layer_norm, hidden, update)[1]
+        return hidden if update is None else hidden + update
 
     def _logits(self, hidden: Tensor, update: Tensor | None) -> Tensor:
         return self.lm_head(self._final_norm(hidden, update))

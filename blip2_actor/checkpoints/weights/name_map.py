@@ -122,7 +122,6 @@ def _opt_rules() -> list[Rule]:
         Rule("language_projection.{wb}", "language_projection.{wb}"),
         Rule(theirs + ".embed_tokens.weight", ours + ".embed_tokens.weight"),
         Rule(theirs + ".embed_positions.weight", ours + ".embed_positions.weight"),
-        Rule(theirs + ".project_in.weight", ours + ".project_in.weight"),
         Rule(their_layer + ".self_attn_layer_norm.{wb}", our_layer + ".self_attn_layer_norm.{wb}"),
         Rule(their_layer + ".self_attn.q_proj.{wb}", our_layer + ".qkv.{wb}", 0),
         Rule(their_layer + ".self_attn.k_proj.{wb}", our_layer + ".qkv.{wb}", 1),
@@ -132,7 +131,6 @@ def _opt_rules() -> list[Rule]:
         Rule(their_layer + ".fc1.{wb}", our_layer + ".fc1.{wb}"),
         Rule(their_layer + ".fc2.{wb}", our_layer + ".fc2.{wb}"),
         Rule(theirs + ".final_layer_norm.{wb}", ours + ".final_layer_norm.{wb}"),
-        Rule(theirs + ".project_out.weight", ours + ".project_out.weight"),
         Rule("language_model.lm_head.weight", "language_model.lm_head.weight"),
     ]
 

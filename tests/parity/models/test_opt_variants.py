@@ -1,4 +1,4 @@
-"""Every variant of OPT against transformers: logits of given texts, and of one token at a time."""
+"""The variants of OPT that a BLIP-2 may have, against transformers: given texts, and one token at a time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from blip2_actor.testing import randomize_weights, tiny_config
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
     "norms after": {"do_layer_norm_before": False},
-    "narrow embeddings, norms after (350m)": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "narrow embeddings": {"word_embed_proj_dim": 16},
     "head of its own": {"tie_word_embeddings": False},
     "no biases": {"enable_bias": False},
     "norms without weights": {"layer_norm_elementwise_affine": False},

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from blip2_actor.checkpoints import download, hub_patience
-from blip2_actor.checkpoints.hub_patience import PATIENCE_S, patiently
+from blip2_actor.checkpoints.hub_patience import PATIENCE_S, retry_while_busy
 
 REPO, COMMIT = "me/model", "5" * 40
 FILES = {"config.json": b"{}", "model.safetensors": b"w" * 4096}
@@ -119,16 +119,16 @@ def failing(statuses: list[int], headers: dict[str, str]) -> Any:
 
 def test_pauses_are_those_that_the_hub_asks_for_or_double() -> None:
     slept: list[float] = []
-    assert patiently(failing([429, 429], {"Retry-After": "20"}), slept.append) == "done"
+    assert retry_while_busy(failing([429, 429], {"Retry-After": "20"}), slept.append) == "done"
     assert all(20 <= pause <= 24 for pause in slept) and len(slept) == 2
     slept.clear()
-    assert patiently(failing([500, 502, 503], {}), slept.append) == "done"
+    assert retry_while_busy(failing([500, 502, 503], {}), slept.append) == "done"
     assert [round(pause // 1.0001) for pause in slept] == [1, 2, 4]
 
 
 def test_other_answers_and_endless_ones_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
-        patiently(failing([404], {}), lambda _: pytest.fail("it has waited"))
+        retry_while_busy(failing([404], {}), lambda _: pytest.fail("it has waited"))
     now = time.monotonic()
     monkeypatch.setattr(hub_patience.time, "monotonic", lambda: now)
 
@@ -137,5 +137,5 @@ def test_other_answers_and_endless_ones_end_it(monkeypatch: pytest.MonkeyPatch) 
         now += seconds
 
     with pytest.raises(FileNotFoundError):
-        patiently(failing([429] * 10_000, {}), sleep)
+        retry_while_busy(failing([429] * 10_000, {}), sleep)
     assert now - time.monotonic() < 2 * PATIENCE_S
