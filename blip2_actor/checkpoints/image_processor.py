@@ -2,7 +2,8 @@
 
 transformers 4 stores the processor in `preprocessor_config.json`, version 5 in `processor_config.json`; if
 both are there, version 5 reads the latter. A field that is missing or null has the default of
-`BlipImageProcessor`, except `size`, whose default is the size that the vision encoder takes.
+`BlipImageProcessor`, except `size`, whose default is the size that the vision encoder takes, and the switches
+(`do_…`), of which null means false.
 
 Images are resized with Pillow's bicubic filter to a square (see `blip2_actor/preprocessing/`), then rescaled
 and normalized on the device (`PixelNormalizer`). A processor that does something else is refused by name.
@@ -48,7 +49,7 @@ class ImageProcessor:
             ValueError: the processor changes pixels in a way that is not supported; the message names the
                 field.
         """
-        fields = {name: value for name, value in stored.items() if value is not None}
+        fields = {n: value for n, value in stored.items() if value is not None or n.startswith("do_")}
 
         def require(holds: bool, name: str, rule: str) -> None:
             if not holds:

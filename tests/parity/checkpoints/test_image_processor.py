@@ -40,6 +40,8 @@ IMAGE = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).astype(np.uint8)
         {"do_normalize": False},
         {"do_rescale": False},
         {"do_rescale": False, "do_normalize": False},
+        {"do_normalize": None},
+        {"do_rescale": None},
         {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": [1, 2, 3]},
         {"size": 28},
         {"size": [28, 28]},
@@ -49,7 +51,7 @@ IMAGE = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).astype(np.uint8)
     ],
 )
 def test_pixels_equal_those_of_the_processor(tmp_path: Path, changed: dict[str, Any]) -> None:
-    """do_normalize, do_rescale and numbers for all channels were not looked at."""
+    """do_normalize, do_rescale and numbers for all channels were not looked at, and null counted as true."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(STORED | changed))
     theirs = BlipImageProcessorPil.from_pretrained(tmp_path)(IMAGE, return_tensors="pt").pixel_values
     ours = Checkpoint(tmp_path).image_processor
@@ -64,6 +66,7 @@ def test_pixels_equal_those_of_the_processor(tmp_path: Path, changed: dict[str, 
     [
         ("image_processor_type", "CLIPImageProcessor"),
         ("do_resize", False),
+        ("do_resize", None),
         ("resample", 2),
         ("resample", 0),
         ("size", {"shortest_edge": 28}),
