@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.attempts.attempt import Attempt, Attempts, fold
 from pipeline.ledger.layout import ATTEMPTS, LOGS
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder
 
 MAX_RECORDS = 64
@@ -22,8 +21,7 @@ def write_attempt(folder: Folder, attempt: Attempt) -> None:
 def read_attempts(folder: Folder) -> Attempts:
     """Read all records of an output, oldest first. A record that cannot be read as one is left out."""
     names = sorted(folder.names(ATTEMPTS))
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        found = [attempt for attempt in map(_parse, pool.map(folder.get, names)) if attempt is not None]
+    found = [attempt for attempt in map(_parse, at_once(folder.get, names)) if attempt is not None]
     folded = {attempt.folded for attempt in found}
     return Attempts(tuple(attempt for attempt in found if attempt.id not in folded))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,7 +27,7 @@ from pipeline.inputs.shards import Format, Shard, without_secrets
 from pipeline.progress import count
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.storage.file_table import FileTable
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
+from pipeline.storage.filesystems import at_once, join, open_filesystem
 
 FORMAT_NOUNS: dict[Format, str] = {"webdataset": "tars", "parquet": "Parquet tables", "folder": "images"}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_NOUNS)
@@ -193,10 +192,8 @@ class _Kinds:
         if not new:
             return set(unnamed)
         filesystem, base = open_filesystem(self._found.root)
-        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-            heads = threads.map(partial(_head, filesystem), [join(base, file) for file in new])
-            no_images = {file for file, head in zip(new, heads, strict=True) if not looks_like_image(head)}
-        return set(unnamed) - no_images
+        heads = at_once(partial(_head, filesystem), [join(base, file) for file in new])
+        return set(unnamed) - {f for f, head in zip(new, heads, strict=True) if not looks_like_image(head)}
 
 
 def _head(filesystem: pafs.FileSystem, path: str) -> bytes:
@@ -219,8 +216,7 @@ def _own_outputs(root: str, tables: Sequence[str], known: Collection[str]) -> li
         return FINGERPRINT_KEY in (schema.metadata or {})
 
     tables = [table for table in tables if table not in known]
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        return [table for table, own in zip(tables, threads.map(is_own, tables), strict=True) if own]
+    return [table for table, own in zip(tables, at_once(is_own, tables), strict=True) if own]
 
 
 def _belongs_to_a_tool(file: str) -> bool:

@@ -10,7 +10,6 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, takewhile
@@ -28,7 +27,7 @@ from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Format, Shard, is_local, refuse_duplicates, refuse_unwritable
 from pipeline.inputs.stamps import UNKNOWN, size_in, stamps_now
 from pipeline.storage.file_table import FileTable
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join
+from pipeline.storage.filesystems import at_once, join
 
 FILES_PER_SHARD = 1000
 """Images of a folder in one shard: about as many rows as a tar usually has."""
@@ -247,9 +246,7 @@ def _file_shards(
         )
     if file_format not in ("parquet", "manifest"):
         return shards
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        parts = threads.map(lambda shard: shards_of_file(shard, options, range_bytes), shards)
-        return list(chain.from_iterable(parts))
+    return list(chain.from_iterable(at_once(lambda s: shards_of_file(s, options, range_bytes), shards)))
 
 
 def _folder_shards(

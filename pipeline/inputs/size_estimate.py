@@ -7,7 +7,6 @@ rows per byte found there are applied to the bytes of all the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,7 @@ from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.formats import count_rows, webdataset
 from pipeline.inputs.reader import ReadOptions
 from pipeline.inputs.shards import Shard
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 
 MAX_SCANNED_TARS = 16
 SCANNED_ROWS_PER_TAR = 64
@@ -63,8 +62,7 @@ def estimate_size(
     uncounted = [shard for shard in shards if shard.num_rows is None]
     tables = evenly_spaced([shard for shard in uncounted if shard.format == "parquet"], MAX_FOOTERS)
     tars = evenly_spaced([shard for shard in uncounted if shard.format == "webdataset"], MAX_SCANNED_TARS)
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        scans = list(pool.map(partial(_scan, options=options), [*tables, *tars]))
+    scans = at_once(partial(_scan, options=options), [*tables, *tars])
     counted = sum(shard.num_rows or 0 for shard in shards)
     is_counted = len(scans) == len(uncounted) and all(scan.is_whole for scan in scans)
     if limit is not None and any(shard.max_rows is not None for shard in shards):

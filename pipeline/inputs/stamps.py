@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 
@@ -22,7 +21,7 @@ from pipeline.inputs.formats import read_shard
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard, is_local
 from pipeline.storage.file_table import UNKNOWN, ListedFile
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, join, open_filesystem
+from pipeline.storage.filesystems import at_once, join, open_filesystem
 from pipeline.storage.retrying_file import open_input
 from pipeline.storage.secrets import without_secrets
 
@@ -55,11 +54,8 @@ def local_stamp(path: str) -> str:
 def local_stamps(paths: Sequence[str]) -> list[str]:
     """Return the stamps of files on a disk, which may be a network disk that answers slowly."""
     starts = range(0, len(paths), STAMPED_AT_ONCE)
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        parts = threads.map(
-            lambda start: list(map(local_stamp, paths[start : start + STAMPED_AT_ONCE])), starts
-        )
-        return list(chain.from_iterable(parts))
+    parts = at_once(lambda start: list(map(local_stamp, paths[start : start + STAMPED_AT_ONCE])), starts)
+    return list(chain.from_iterable(parts))
 
 
 def stamps_now(root: str, entries: Sequence[tuple[str, ListedFile]]) -> tuple[str, ...]:

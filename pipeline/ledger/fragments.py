@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ from pipeline.ledger.layout import (
     shard_report_name,
 )
 from pipeline.rowset import RowSet, ranges_of
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS, at_once
 from pipeline.storage.folder import Folder, WrittenFile
 
 DIGEST_CHARS = 16
@@ -129,10 +128,7 @@ def read_fragment(folder: Folder, name: str) -> pa.Table | None:
 
 def read_fragments(folder: Folder, fragments: Sequence[Fragment]) -> list[pa.Table | None]:
     """Read several fragments at the same time."""
-    if not fragments:
-        return []
-    with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(fragments))) as pool:
-        return list(pool.map(lambda fragment: read_fragment(folder, fragment.name), fragments))
+    return at_once(lambda fragment: read_fragment(folder, fragment.name), fragments)
 
 
 def parse_fragment(name: str) -> Fragment | None:
@@ -235,8 +231,7 @@ def delete_shard_files(
 def delete_files(folder: Folder, names: Sequence[str]) -> None:
     """Delete files, by few requests or several at the same time."""
     if names and not folder.delete_at_once(names):
-        with ThreadPoolExecutor(min(MAX_CONCURRENT_REQUESTS, len(names))) as pool:
-            list(pool.map(folder.delete, names))
+        at_once(folder.delete, names)
 
 
 def store_shard_report(folder: Folder, report: ShardReport) -> None:
@@ -273,5 +268,4 @@ def read_shard_report(folder: Folder, name: str) -> ShardReport | None:
 
 def read_shard_reports(folder: Folder, names: Iterable[str]) -> list[ShardReport]:
     """Return the reports in several files, read at the same time; those that are gone are left out."""
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        return [r for r in pool.map(lambda name: read_shard_report(folder, name), names) if r is not None]
+    return [r for r in at_once(lambda name: read_shard_report(folder, name), names) if r is not None]

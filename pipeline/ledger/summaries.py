@@ -12,7 +12,6 @@ import json
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from gzip import BadGzipFile
 from itertools import islice
@@ -23,7 +22,7 @@ from pipeline.ledger.commit import Summary, read_summary
 from pipeline.ledger.fragments import delete_files
 from pipeline.ledger.layout import SUMMARIES
 from pipeline.ledger.scan import OutputState
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import Folder, WrittenFile
 
 SUMMARIES_PER_FILE = 1000
@@ -59,9 +58,8 @@ def load_summaries(
     """
     kept = _load_kept(folder, state)
     unknown = [shard for shard in shards if shard not in kept]
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        read = zip(unknown, pool.map(lambda shard: read_summary(folder, shard), unknown), strict=True)
-        kept.update((shard, _of_file(summary, state.written[shard])) for shard, summary in read)
+    read = at_once(lambda shard: read_summary(folder, shard), unknown)
+    kept |= {summary.shard: _of_file(summary, state.written[summary.shard]) for summary in read}
     return [kept[shard] for shard in shards], frozenset(unknown)
 
 
@@ -87,14 +85,13 @@ def tidy_summaries(
 def _load_kept(folder: Folder, state: OutputState) -> dict[str, Summary]:
     """Return the kept summaries that still say what the files of their shards hold."""
     files = sorted(state.summaries, key=lambda file: file.written)
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        contents = pool.map(lambda file: folder.get(file.name), files)
-        kept: dict[str, Summary] = {}
-        for file, content in zip(files, contents, strict=True):
-            for values in _unpack(content):
-                shard = state.written.get(values["shard"])
-                if shard is not None and _is_current(values, file, shard):
-                    kept[values["shard"]] = _parse(values)
+    contents = at_once(lambda file: folder.get(file.name), files)
+    kept: dict[str, Summary] = {}
+    for file, content in zip(files, contents, strict=True):
+        for values in _unpack(content):
+            shard = state.written.get(values["shard"])
+            if shard is not None and _is_current(values, file, shard):
+                kept[values["shard"]] = _parse(values)
     return kept
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -24,7 +23,7 @@ from pipeline.ledger.run_record import Run
 from pipeline.maintenance.removable import Removable, find_removable
 from pipeline.maintenance.settings import CleanSettings
 from pipeline.progress import Console, count, format_bytes
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.folder import ASIDE, Folder
 
 MIN_PLAN_AGE_S = 3600.0
@@ -106,8 +105,7 @@ def _summaries(folder: Folder, shards: Iterable[str]) -> dict[str, Summary]:
 def _delete(ledger: Ledger, run: Run | None, names: Sequence[str]) -> None:
     """Delete files, and the folders of a disk that are empty then."""
     folder = ledger.folder
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        list(pool.map(folder.delete, [name for name in names if name != LEASE]))
+    at_once(folder.delete, [name for name in names if name != LEASE])
     if folder.is_local:
         for path, _, _ in os.walk(folder.path(STATE), topdown=False):
             folder.drop_if_empty(os.path.relpath(path, folder.root))

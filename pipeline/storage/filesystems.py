@@ -10,7 +10,9 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -31,6 +33,8 @@ ONE_SLASH = re.compile(rf"(?:{'|'.join((*ARROW_SCHEMES, *WEB_SCHEMES, 'az', 'hf'
 EMPTY = "the name of a file or folder must not be empty, got ''; write . for the working folder"
 MAX_CONCURRENT_REQUESTS = 16
 """Requests to a store at the same time: it answers each one after tens of milliseconds."""
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -106,6 +110,12 @@ def _split_query(scheme: str, path: str) -> tuple[str, str]:
 def _with_single_puts(uri: str) -> str:
     """Make Arrow write a small object in one request instead of the three of a multipart upload."""
     return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
+
+
+def at_once(request: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+    """Make a request for each item, several at the same time, and return the answers in order."""
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+        return list(pool.map(request, items))
 
 
 def join(folder: str, name: str) -> str:

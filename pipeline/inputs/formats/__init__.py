@@ -8,7 +8,6 @@ time. Each module says which rule makes a row and what damage may cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pyarrow as pa
@@ -26,7 +25,7 @@ from pipeline.inputs.formats.tables.texts import MAX_SHOWN_CHARS
 from pipeline.inputs.reader import ReadOptions, ShardWork, Tables
 from pipeline.inputs.shards import Format, Shard
 from pipeline.schema import to_plain
-from pipeline.storage.filesystems import MAX_CONCURRENT_REQUESTS
+from pipeline.storage.filesystems import at_once
 from pipeline.storage.secrets import hide_secrets
 
 OPTIONS_THAT_NEED_TEXTS = {
@@ -129,16 +128,15 @@ def _find_columns(tables: Sequence[Shard], options: ReadOptions) -> list[tuple[S
     checked = evenly_spaced(tables, MAX_CHECKED_TABLES)
     first = {*checked}
     others = (table for table in tables if table not in first)
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        while checked:
-            results = pool.map(lambda table: _columns_of(table, options), checked)
-            for table, columns in zip(checked, results, strict=True):
-                if isinstance(columns, InputError):
-                    errors.append(columns)
-                else:
-                    found.append((table, columns))
-            known = {n for _, c in found for n, field in c.kept.items() if not pa.types.is_null(field.type)}
-            checked = [] if found and known >= {*options.kept} else list(islice(others, MAX_CHECKED_TABLES))
+    while checked:
+        results = at_once(lambda table: _columns_of(table, options), checked)
+        for table, columns in zip(checked, results, strict=True):
+            if isinstance(columns, InputError):
+                errors.append(columns)
+            else:
+                found.append((table, columns))
+        known = {n for _, c in found for n, field in c.kept.items() if not pa.types.is_null(field.type)}
+        checked = [] if found and known >= {*options.kept} else list(islice(others, MAX_CHECKED_TABLES))
     if not found:
         raise errors[0]
     return found
