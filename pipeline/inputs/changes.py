@@ -39,8 +39,8 @@ class InputChanges:
     """How each changed shard has changed, by its name."""
     stamps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The stamps that the files of the changed shards have now."""
-    gone: tuple[str, ...] = ()
-    """Files of the run that are no longer in the input."""
+    gone: tuple[tuple[str, str], ...] = ()
+    """Root, without secrets, and path of each file of the run that is no longer in the input."""
     new: ListedFiles = field(default_factory=lambda: NO_FILES)
     """Files of the input that are not in the run."""
     unread: Unread = field(default_factory=Unread)
@@ -49,6 +49,12 @@ class InputChanges:
     @property
     def num_new(self) -> int:
         return sum(map(len, self.new.chosen.values()))
+
+    @property
+    def names_of_gone(self) -> tuple[str, ...]:
+        """The files that are gone, for messages: with their roots only if these differ."""
+        is_one_root = len({root for root, _ in self.gone}) == 1
+        return tuple(file if is_one_root else path_of(root, file) for root, file in self.gone)
 
     def require_unchanged(self) -> None:
         """Raise InputError if a shard has changed."""
@@ -73,7 +79,7 @@ class InputChanges:
         if self.gone:
             lines.append(
                 f"{count(len(self.gone), 'file')} of the run can no longer be found in the input: "
-                f"{name_some(self.gone)}; finished rows stay"
+                f"{name_some(self.names_of_gone)}; finished rows stay"
             )
         if self.num_new:
             names = sorted(file for files in self.new.chosen.values() for file in files)
@@ -147,9 +153,7 @@ def find_changes(
             kept.append(shard if merged == shard.stamps else replace(shard, stamps=merged))
     is_new = sum(num_known.values()) < sum(map(len, listed.chosen.values()))
     new = _not_in(shards, listed) if is_new else replace(listed, chosen={})
-    is_one_root = len({root for root, _ in gone}) == 1
-    missing = tuple(file if is_one_root else path_of(root, file) for root, file in gone)
-    return InputChanges(tuple(kept), changed, changed_stamps, missing, new, listed.unread)
+    return InputChanges(tuple(kept), changed, changed_stamps, tuple(gone), new, listed.unread)
 
 
 def redo(changes: InputChanges, options: ReadOptions) -> tuple[tuple[Shard, ...], tuple[str, ...]]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.finding import Finding
 from pipeline.inputs.changes import InputChanges, name_some
-from pipeline.inputs.shards import Shard
+from pipeline.inputs.shards import Shard, without_secrets
 from pipeline.inputs.stamps import sample_digest
 from pipeline.ledger.commit import Summary
 from pipeline.ledger.ledger import Ledger
@@ -53,7 +53,7 @@ def check_input(
 
 
 def _compare_bytes(
-    shards: Sequence[Shard], gone: set[str], summaries: Mapping[str, Summary]
+    shards: Sequence[Shard], gone: set[tuple[str, str]], summaries: Mapping[str, Summary]
 ) -> Iterator[Finding]:
     """Compare a sample of the bytes of each file with what the run has read from it.
 
@@ -62,7 +62,7 @@ def _compare_bytes(
     known: dict[tuple[str, str], tuple[Shard, str]] = {}
     for shard in shards:
         content = summaries[shard.name].content if shard.name in summaries else None
-        if content is not None and shard.files[0] not in gone:
+        if content is not None and (without_secrets(shard.root), shard.files[0]) not in gone:
             known.setdefault((shard.root, shard.files[0]), (shard, content))  # Ranges share their file.
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         yield from filter(None, pool.map(lambda pair: _difference(*pair), known.values()))
@@ -90,7 +90,7 @@ def _new_and_gone(changes: InputChanges) -> Iterator[Finding]:
             "input",
             "warn",
             f"{count(len(changes.gone), 'file')} of the run can no longer be found: "
-            f"{name_some(changes.gone)}",
+            f"{name_some(changes.names_of_gone)}",
             "restore the input before a retry; finished rows stay",
         )
     if changes.num_new:

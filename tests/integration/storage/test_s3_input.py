@@ -115,7 +115,7 @@ def test_an_object_that_was_put_again_is_another_input(query):
     put("2.tar", tar_bytes([("c.jpg", b"new")]))
     filesystem.delete_file(f"{path}/1.tar")
     found = find_changes(shards, list_files([name], "auto"), lambda shard: None)
-    assert (list(found.changed), found.gone, found.num_new) == (["0.tar"], ("1.tar",), 1)
+    assert (list(found.changed), found.names_of_gone, found.num_new) == (["0.tar"], ("1.tar",), 1)
     reader = read_unchanged(ShardWork(shard=shards[0]), ReadOptions())
     with pytest.raises(StopIteration) as end:
         next(reader)

@@ -23,6 +23,7 @@ from pipeline.maintenance.verify import verify
 from pipeline.schema import FINGERPRINT_KEY
 from pipeline.settings.report_settings import StatusSettings
 from pipeline.storage.folder import Folder
+from tests.unit.inputs.formats.reading_cases import tar_bytes
 from tests.unit.inputs.run_without_ray import retry, run
 from tests.unit.ledger.test_fragments import rows
 from tests.unit.maintenance.runs import FOLDER, OTHER, TAR, finished_run
@@ -245,13 +246,8 @@ def test_a_damaged_fragment_and_leftovers_are_told(root, capsys):
 
 def test_an_input_that_has_changed_is_a_fault_and_one_that_is_gone_is_told(tmp_path, capsys):
     finished_run(tmp_path)
-    tar, picture = tmp_path / "in/0.tar", tmp_path / "pictures/q.jpg"
-    times = tar.stat()
-    content = bytearray(tar.read_bytes())
-    content[600] ^= 1
-    tar.write_bytes(content)
-    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `rsync --times` leaves it
-    picture.unlink()
+    _change_in_place(tmp_path / "in/0.tar")
+    (tmp_path / "pictures/q.jpg").unlink()
     (tmp_path / "in/1.tar").write_bytes(b"another tar")
     (tmp_path / "pictures/new.jpg").write_text("new")
     code, document = verified(tmp_path, capsys)
@@ -264,6 +260,28 @@ def test_an_input_that_has_changed_is_a_fault_and_one_that_is_gone_is_told(tmp_p
     told = [f["found"] for f in document["findings"] if f["subject"] == "input"]
     assert any("can no longer be found: q.jpg" in line for line in told)
     assert any("1 new file: new.jpg" in line for line in told)
+
+
+def test_a_file_that_is_gone_hides_no_other_of_its_name(tmp_path, capsys):
+    """The bytes of y/a.tar were not compared when x/a.tar was gone, and no fault was told."""
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").write_bytes(tar_bytes([("a.jpg", name.encode() * 9)]))
+    run(tmp_path, input=(str(tmp_path / "x"), str(tmp_path / "y")))
+    _change_in_place(tmp_path / "y/a.tar")
+    (tmp_path / "x/a.tar").unlink()
+    code, document = verified(tmp_path, capsys)
+    faults = [finding["subject"] for finding in document["findings"] if finding["verdict"] == "fail"]
+    assert (code, faults) == (1, ["y/a.tar"])
+
+
+def _change_in_place(tar: Path) -> None:
+    """Change a byte of an image, and nothing that a listing shows, as `rsync --times` leaves it."""
+    times = tar.stat()
+    content = bytearray(tar.read_bytes())
+    content[513] ^= 1
+    tar.write_bytes(content)
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def test_an_output_is_verified_without_its_input(root, capsys, finished):
