@@ -21,6 +21,11 @@ from pipeline.settings.outputs import Outputs
 from pipeline.settings.placement import LABEL, Placement
 
 
+def _given(**settings: Any) -> dict[str, Any]:
+    """Return the settings that have a value; the others stay as in the earlier run."""
+    return {name: value for name, value in settings.items() if value not in (None, ())}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlacementChanges:
     """What may differ from the placement of the earlier run; None leaves it as it was."""
@@ -59,7 +64,7 @@ class PlacementChanges:
         Raises:
             ValueError: a number is out of range.
         """
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, ())}
+        given = _given(**dataclasses.asdict(self))
         if self.accelerator is not None:  # instead of the GPUs of the earlier run
             given = {"gpus_per_actor": None, "accelerator_type": None} | given
         elif self.gpus_per_actor is not None or self.accelerator_type is not None:
@@ -128,8 +133,9 @@ class RetrySettings:
     @property
     def fractions(self) -> dict[str, Any]:
         """What may fail or be flagged, if it is given, by the name of the setting."""
-        given = {name: getattr(self, name) for name in ("max_failed_fraction", "max_flagged_fraction")}
-        return {name: value for name, value in given.items() if value is not None}
+        return _given(
+            max_failed_fraction=self.max_failed_fraction, max_flagged_fraction=self.max_flagged_fraction
+        )
 
     def outputs(self, before: Outputs) -> Outputs:
         """Return the outputs of the earlier run, with the place of its calibration if that is given here.
@@ -154,12 +160,9 @@ class RetrySettings:
         Raises:
             ValueError: a limit is not above 0.
         """
-        given: dict[str, Any] = {
-            "cpu_s": self.image_cpu_s,
-            "wall_s": self.image_wall_s,
-            "memory_bytes": self.image_memory_bytes,
-        }
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = _given(
+            cpu_s=self.image_cpu_s, wall_s=self.image_wall_s, memory_bytes=self.image_memory_bytes
+        )
         return dataclasses.replace(before, **changes)
 
     def fetching(self, before: FetchSettings) -> FetchSettings:
@@ -168,7 +171,6 @@ class RetrySettings:
         Raises:
             ValueError: a number is out of range, or a host is none.
         """
-        given = {"fetch_timeout_s": self.fetch_timeout_s, "fetch_patience_s": self.fetch_patience_s}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        changes = _given(fetch_timeout_s=self.fetch_timeout_s, fetch_patience_s=self.fetch_patience_s)
         hosts = (*before.allow_private_hosts, *self.allow_private_hosts)
         return dataclasses.replace(before, **changes, allow_private_hosts=tuple(dict.fromkeys(hosts)))
