@@ -22,7 +22,7 @@ from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard, is_local
 from pipeline.storage.file_table import UNKNOWN, ListedFile
 from pipeline.storage.filesystems import at_once, join, open_filesystem
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.retrying_file import open_below
 from pipeline.storage.secrets import without_secrets
 
 STAMPED_AT_ONCE = 64
@@ -117,8 +117,7 @@ def has_content(shard: Shard, content: str | None) -> bool:
 
 def sample_digest(shard: Shard) -> str:
     """Return a digest of the size of a shard's only file and of a sample of its bytes."""
-    filesystem, root = open_filesystem(shard.root)
-    with open_input(filesystem, join(root, shard.files[0])) as file:
+    with open_below(shard.root, shard.files[0]) as file:
         size = file.size()
         digest = hashlib.sha256(str(size).encode())
         last = max(0, size - SAMPLE_BYTES)

@@ -21,9 +21,8 @@ from pipeline.inputs.evenly_spaced import evenly_spaced
 from pipeline.inputs.shards import Shard
 from pipeline.placement.labels import has_labels
 from pipeline.placement.reservations import Reservation
-from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.folder import PROBE, Folder
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.retrying_file import open_below
 from pipeline.watch.waiting import Say, wait_for
 
 MAX_SAMPLE = 8
@@ -159,8 +158,7 @@ def look_at_storage(folder: Folder, proof: str, sample: Sequence[Shard]) -> Sigh
 def _why_not(shard: Shard) -> str | None:
     """Return why the first file of a shard cannot be opened, or None."""
     try:
-        filesystem, root = open_filesystem(shard.root)
-        with open_input(filesystem, join(root, shard.files[0])):
+        with open_below(shard.root, shard.files[0]):
             return None
     except (InputError, OSError, pa.ArrowException) as error:
         return str(error).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.filesystems import join, open_filesystem
 from pipeline.storage.retrying import retry_on_oserror
 from pipeline.storage.secrets import hide_secrets, without_secrets
 
@@ -30,6 +30,12 @@ def open_input(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile | Retryi
     if isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(os.fsencode(path))  # A name need not be UTF-8.
     return RetryingFile(filesystem, path)
+
+
+def open_below(root: str, file: str) -> pa.NativeFile | RetryingFile:
+    """Open a file below a folder, given by its URI, as `open_input` does."""
+    filesystem, path = open_filesystem(root)
+    return open_input(filesystem, join(path, file))
 
 
 def read_file(name: str, uri: str) -> bytes:

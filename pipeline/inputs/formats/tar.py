@@ -21,8 +21,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.inputs.shards import Shard
-from pipeline.storage.filesystems import join, open_filesystem
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.retrying_file import open_below
 
 BUFFER_BYTES = 4 << 20
 """Read-ahead: bytes per request to an object store, which answers after tens of milliseconds."""
@@ -49,8 +48,7 @@ def open_tar(shard: Shard) -> Iterator[tarfile.TarFile]:
 @contextmanager
 def open_file(shard: Shard, buffer_bytes: int = BUFFER_BYTES) -> Iterator[io.BufferedReader[io.RawIOBase]]:
     """Open the file of a tar or a manifest as it is stored, compressed or not."""
-    filesystem, root = open_filesystem(shard.root)
-    with open_input(filesystem, join(root, shard.files[0])) as source:
+    with open_below(shard.root, shard.files[0]) as source:
         yield io.BufferedReader(cast(io.RawIOBase, source), buffer_bytes)
 
 

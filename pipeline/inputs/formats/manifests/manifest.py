@@ -133,10 +133,7 @@ class _Rows:
     @property
     def note(self) -> str | None:
         """What a person must know of kept columns that the manifest lacks."""
-        if not self._columns.lacking:
-            return None
-        lacking = ", ".join(map(repr, self._columns.lacking))
-        return f"{lacking} is no column of the manifest, so it is null in the output"
+        return self._columns.note("manifest")
 
     @property
     def is_full(self) -> bool:

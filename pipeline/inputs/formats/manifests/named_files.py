@@ -13,8 +13,7 @@ from pipeline.inputs.find_files import FoundFiles, find_files, find_named
 from pipeline.inputs.formats.addresses import folder_of, resolve
 from pipeline.inputs.formats.endings import format_of
 from pipeline.inputs.formats.manifests.records import kind_of, records
-from pipeline.storage.filesystems import join, open_filesystem
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.retrying_file import open_below
 from pipeline.storage.secrets import without_secrets
 
 MARK = "@"
@@ -57,9 +56,8 @@ def _lines_with_shards(found: FoundFiles) -> list[str] | None:
     if kind != "lines":
         return None
     lines: list[str] = []
-    filesystem, root = open_filesystem(found.root)
     try:
-        with open_input(filesystem, join(root, file)) as source:
+        with open_below(found.root, file) as source:
             for _, record in records(io.BufferedReader(cast(io.RawIOBase, source)), kind):
                 line = record.decode().strip()
                 if format_of(line.partition("?")[0]) not in ("webdataset", "parquet"):

@@ -105,6 +105,17 @@ class Columns:
         fields = [self.image, self.key, *self.texts.values(), *self.kept.values()]
         return list(dict.fromkeys(field.name for field in fields if field is not None))
 
+    def note(self, where: str) -> str | None:
+        """Say that a file lacks kept columns, if it does.
+
+        Args:
+            where: what the file is.
+        """
+        if not self.lacking:
+            return None
+        lacking = ", ".join(map(repr, self.lacking))
+        return f"{lacking} is no column of the {where}, so it is null in the output"
+
     @property
     def has_lists(self) -> bool:
         """Whether the image column holds lists of images."""

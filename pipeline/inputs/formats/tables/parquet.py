@@ -24,8 +24,8 @@ from pipeline.inputs.formats.tables.image_lists import group_sizes
 from pipeline.inputs.formats.tables.parquet_rows import ParquetRows
 from pipeline.inputs.reader import ReadOptions, ShardReport, ShardWork, Tables
 from pipeline.inputs.shards import Shard
-from pipeline.storage.filesystems import join, open_filesystem
-from pipeline.storage.retrying_file import open_input
+from pipeline.storage.filesystems import join
+from pipeline.storage.retrying_file import open_below
 
 BUFFER_BYTES = 4 << 20
 """A column is read in pieces of this size, never a whole row group: one may be larger than memory."""
@@ -42,7 +42,7 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
             columns = Columns.find(file.schema_arrow, options)
             sizes = group_sizes(file.metadata, columns)
             first, stop = shard.row_groups or (0, len(sizes))
-            note = _note(columns)
+            note = columns.note("file")
             file_rows = list(accumulate(_table_sizes(file.metadata), initial=0))
             folder = folder_of(shard.root, shard.files[0])
             rows = ParquetRows(shard.name, sum(sizes[:first]), columns, options, folder)
@@ -63,12 +63,6 @@ def read(work: ShardWork, options: ReadOptions) -> Tables:
         reason=f"{shard.uri}: {'; '.join(reasons[:3])}" if reasons else None,
         note=note,
     )
-
-
-def _note(columns: Columns) -> str | None:
-    if not columns.lacking:
-        return None
-    return f"{', '.join(map(repr, columns.lacking))} is no column of the file, so it is null in the output"
 
 
 def split(shard: Shard, max_bytes: int, options: ReadOptions) -> list[Shard]:
@@ -195,9 +189,8 @@ def _overlaps(spans: list[tuple[int, int]], start: int, stop: int) -> Iterator[t
 
 @contextmanager
 def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
-    filesystem, root = open_filesystem(shard.root)
     with (
-        open_input(filesystem, join(root, shard.files[0])) as source,
+        open_below(shard.root, shard.files[0]) as source,
         pq.ParquetFile(
             # Arrow takes a short result of one `read` of a Python file for the end of the file.
             source if isinstance(source, pa.NativeFile) else io.BufferedReader(source),
