@@ -82,12 +82,7 @@ def put_new(uri: str, filesystem: pafs.FileSystem, path: str, aside: str, conten
 def _rename(path: str, aside: str, content: bytes | IO[bytes]) -> None:
     for attempt in (1, 2):
         try:
-            os.makedirs(os.path.dirname(aside), exist_ok=True)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(aside, "wb") as file:
-                _copy(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_aside(path, aside, content)
             os.replace(aside, path)
             return
         except FileNotFoundError:
@@ -98,6 +93,16 @@ def _rename(path: str, aside: str, content: bytes | IO[bytes]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(aside)
             raise
+
+
+def _write_aside(path: str, aside: str, content: bytes | IO[bytes]) -> None:
+    """Write a finished file, which waits for its name, to the disk; make the folders of both."""
+    for each in (aside, path):
+        os.makedirs(os.path.dirname(each), exist_ok=True)
+    with open(aside, "wb") as file:
+        _copy(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _move(filesystem: pafs.FileSystem, path: str, aside: str, content: bytes | IO[bytes]) -> None:
@@ -134,13 +139,8 @@ def _copy(content: bytes | IO[bytes], target: IO[bytes] | pa.NativeFile) -> None
 
 
 def _link(path: str, aside: str, content: bytes) -> bool:
-    for each in (path, aside):
-        os.makedirs(os.path.dirname(each), exist_ok=True)
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_aside(path, aside, content)
         os.link(aside, path)
     except OSError:  # There is one, or the file system has no links.
         return False
