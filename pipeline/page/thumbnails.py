@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from blip2_actor import DecodePool, ImageLimits
+from blip2_actor import DecodePool
 from pipeline.errors import InputError
 from pipeline.fetching.fetch_settings import FetchSettings
 from pipeline.fetching.images_of_rows import read_images
@@ -46,14 +46,8 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
     wanted = [row for row in rows if row["width"] is not None][:number]
     if not wanted:
         return {}
-    settings = from_dict(CaptionSettings, run.settings)
-    options = settings.in_version(run.schema_version).read_options.images_only
-    shards = {shard.name: shard for shard in run.shards}
     made, num_bytes = dict[RowAddress, bytes](), 0
-    making = make_thumbnails(
-        wanted, shards, replace(options, table_rows=1), settings.limits, settings.fetching
-    )
-    with closing(making) as thumbnails:
+    with closing(_thumbnails(run, wanted)) as thumbnails:
         for address, jpeg in thumbnails:
             num_bytes += len(jpeg)
             if num_bytes > MAX_IMAGE_BYTES:
@@ -62,29 +56,21 @@ def thumbnails_of_run(run: Run, rows: Sequence[Mapping[str, Any]], number: int) 
     return made
 
 
-def make_thumbnails(
-    rows: Iterable[Mapping[str, Any]],
-    shards: Mapping[str, Shard],
-    options: ReadOptions,
-    limits: ImageLimits,
-    fetching: FetchSettings,
+def _thumbnails(
+    run: Run, rows: Iterable[Mapping[str, Any]]
 ) -> Generator[tuple[RowAddress, bytes], None, None]:
-    """Yield a JPEG file for each row whose image is still the one that the run has read.
-
-    Args:
-        rows: rows of the output.
-        shards: the run's shards by name.
-        options: tells which column or member of the input is the image.
-        limits: limits for the decoding of each image.
-        fetching: how images are fetched that the input names by their addresses.
-    """
+    """Yield a JPEG file for each row whose image is still the one that the run has read."""
+    settings = from_dict(CaptionSettings, run.settings)
+    options = replace(settings.in_version(run.schema_version).read_options.images_only, table_rows=1)
+    shards = {shard.name: shard for shard in run.shards}
     wanted: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
-        if row["width"] is not None and row["shard"] in shards:
+        if row["shard"] in shards:
             wanted[row["shard"]][row["row"]] = row
-    with DecodePool(SIZE_PX, limits) as pool:
+    with DecodePool(SIZE_PX, settings.limits) as pool:
         for shard, rows_by_number in wanted.items():
-            for number, image in _images_of(shards[shard], sorted(rows_by_number), options, fetching):
+            images = _images_of(shards[shard], sorted(rows_by_number), options, settings.fetching)
+            for number, image in images:
                 row = rows_by_number[number]
                 if image is None or hashlib.sha256(image).digest() != row["sha256"]:
                     continue
