@@ -12,7 +12,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,13 +111,8 @@ def _plain(key: str, caption: str, picture: Image.Image, rng: np.random.Generato
 
 
 def _broken(row: _Row, image: bytes | None, status: Status, note: str, extension: str | None = None) -> _Row:
-    return _Row(
-        key=row.key,
-        caption=row.caption,
-        image=image,
-        extension=extension or row.extension,
-        expected=Expected(status=status, caption=None, note=note),
-    )
+    expected = Expected(status=status, caption=None, note=note)
+    return replace(row, image=image, extension=extension or row.extension, expected=expected)
 
 
 def _cut(row: _Row) -> _Row:
@@ -144,8 +139,8 @@ def _huge(row: _Row) -> _Row:
 
 def _misnamed(row: _Row) -> _Row:
     extension = "jpg" if row.extension == "png" else "png"
-    expected = Expected(status=Status.OK, caption=row.caption, note="an extension that lies; readable")
-    return _Row(key=row.key, caption=row.caption, image=row.image, extension=extension, expected=expected)
+    expected = replace(row.expected, note="an extension that lies; readable")
+    return replace(row, extension=extension, expected=expected)
 
 
 _ODDITIES: tuple[Callable[[_Row], _Row], ...] = (_cut, _garbage, _empty, _absent, _huge, _misnamed)

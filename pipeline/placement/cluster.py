@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ray
@@ -12,6 +12,8 @@ from pipeline.placement.labels import has_labels
 from pipeline.placement.node_types import NodeType, autoscaler_node_types
 from pipeline.progress import count
 
+HIDDEN = ("node:", "memory", "object_store_memory")
+"""Begin the names of resources that messages leave out."""
 NODE_TYPE = "ray.io/node-group"
 """Label with the node type of a node that the autoscaler has started."""
 
@@ -103,15 +105,11 @@ def _fit(node: Node | NodeType, resources: Mapping[str, float], labels: Mapping[
 def _listed(resources: Iterable[Mapping[str, float]]) -> str:
     """Return totals by name: "16 CPU, 1 GPU"."""
     totals: dict[str, float] = {}
-    for name, amount in _amounts(resources):
-        totals[name] = totals.get(name, 0.0) + amount
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(totals.items()) if amount)
-
-
-def _amounts(resources: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, float]]:
-    hidden = ("node:", "memory", "object_store_memory")
     for each in resources:
-        yield from ((name, amount) for name, amount in each.items() if not name.startswith(hidden))
+        for name, amount in each.items():
+            totals[name] = totals.get(name, 0.0) + amount
+    shown = {name: amount for name, amount in sorted(totals.items()) if not name.startswith(HIDDEN)}
+    return ", ".join(f"{amount:g} {name}" for name, amount in shown.items() if amount)
 
 
 def look_at_cluster() -> Cluster:

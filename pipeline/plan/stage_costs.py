@@ -68,15 +68,6 @@ class StageCosts:
     """What `--quantize` changes; None without it."""
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What writing a sample cost, and the bytes of the file."""
-
-    cost: Cost
-    row_bytes: float
-    file_bytes: int
-
-
 def measure_stage_costs(
     settings: CaptionSettings, engine: EngineBuilder, size_px: int, sample: Sample
 ) -> StageCosts:
@@ -98,9 +89,9 @@ def measure_stage_costs(
     effect = None if plain is None else compare(spec, captioned, _caption(plain, decoded, settings))
     rows = captioned.rows
     with _plan_folder(settings.output) as folder:
-        written = _write(folder, rows)
-    costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": written.cost}
-    return StageCosts(rows, costs, captioned.start.wall_s, written.row_bytes, written.file_bytes, effect)
+        write_cost, row_bytes, file_bytes = _write(folder, rows)
+    costs = {"read": sample.cost, "decode": decode_cost, "caption": captioned.cost, "write": write_cost}
+    return StageCosts(rows, costs, captioned.start.wall_s, row_bytes, file_bytes, effect)
 
 
 def _caption(spec: CaptionSpec, decoded: pa.Table, settings: CaptionSettings) -> Captioned:
@@ -155,8 +146,12 @@ def _measure_per_row(stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> 
     return result, cost.per_row(len(table))
 
 
-def _write(folder: Folder, rows: pa.Table) -> _Written:
-    """Write rows as a fragment, commit them as a shard, and measure the file."""
+def _write(folder: Folder, rows: pa.Table) -> tuple[Cost, float, int]:
+    """Write rows as a fragment, and commit them as a shard.
+
+    Returns:
+        What writing a row costs, its bytes in the file, and the bytes of the file besides those of its rows.
+    """
     columns = {"shard": ["sample"] * len(rows), "row": range(len(rows))}
     for name, values in columns.items():
         position = rows.column_names.index(name)
@@ -172,7 +167,7 @@ def _write(folder: Folder, rows: pa.Table) -> _Written:
     metadata = pq.read_metadata(pa.BufferReader(content))
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     row_bytes = sum(g.column(c).total_compressed_size for g in groups for c in range(g.num_columns))
-    return _Written(cost.per_row(len(rows)), row_bytes / len(rows), len(content) - row_bytes)
+    return cost.per_row(len(rows)), row_bytes / len(rows), len(content) - row_bytes
 
 
 @contextmanager

@@ -91,17 +91,14 @@ def _captions(folder: Folder, done: Reconciliation) -> Iterator[str]:
 
 def _failed(folder: Folder, done: Reconciliation) -> Iterator[str]:
     """Yield the first failed rows with their reasons."""
-    num_left = MAX_FAILED
-    for summary in done.summaries:
-        if not num_left:
-            break
-        if not summary.num_failed:
-            continue
-        for row in _rows(folder, summary.shard, ["key", "status", "error"], is_ok=False):
-            yield f"  {one_line(row['key'])}: {row['status']}: {short_value(row['error'] or '')}"
-            num_left -= 1
-            if not num_left:
-                break
+    failed = (
+        row
+        for summary in done.summaries
+        if summary.num_failed
+        for row in _rows(folder, summary.shard, ["key", "status", "error"], is_ok=False)
+    )
+    for row in islice(failed, MAX_FAILED):
+        yield f"  {one_line(row['key'])}: {row['status']}: {short_value(row['error'] or '')}"
     if done.num_failed > MAX_FAILED:
         yield f"  ... and {done.num_failed - MAX_FAILED:,} more failed rows"
 
