@@ -114,7 +114,7 @@ def _read(captions: Path) -> dict[str, dict]:
 
 def _show_captions(console: Console, rows: Mapping[str, dict], truth: Mapping[str, Expected]) -> None:
     console.say("\nA handful of captions:")
-    shown = [key for key, expected in truth.items() if expected.status is Status.OK]
+    shown = [key for key, expected in truth.items() if expected.status is Status.OK and key in rows]
     for key in shown[:: max(1, len(shown) // NUM_SHOWN)][:NUM_SHOWN]:
         caption = rows[key]["caption"]
         correction = "" if caption == truth[key].caption else f"   (truth: {truth[key].caption})"
