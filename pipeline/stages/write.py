@@ -40,8 +40,7 @@ from pipeline.stages.receipts import Receipt, receipts_to_table
 from pipeline.stages.shared_exclusive_lock import SharedExclusiveLock
 from pipeline.stages.storage_trouble import ANSWER_S, tell_coordinator
 from pipeline.stages.worker_log import worker_name
-from pipeline.stages.worker_start import telling_start
-from pipeline.stages.worker_warnings import tell_warnings
+from pipeline.stages.worker_messages import tell_warnings, telling_start
 
 PIECE_S = 1.0
 """A call writes what it has finished after this many seconds, and waits up to `HOLD_S` for other calls: a

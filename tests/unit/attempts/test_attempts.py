@@ -27,7 +27,7 @@ from pipeline.progress import Console, choose_style
 from pipeline.report.pace import UNKNOWN, attempt_lines, total_line
 from pipeline.run.bottleneck import TOO_SHORT
 from pipeline.stages.coordinator import Coordinator, Load
-from pipeline.stages.worker_warnings import MAX_TEXTS, WarningCounter
+from pipeline.stages.worker_messages import MAX_TEXTS, WarningCounter
 from pipeline.storage.folder import Folder
 
 

@@ -13,7 +13,7 @@ from pipeline.stages.coordinator import Coordinator
 from pipeline.stages.device_health import Device
 from pipeline.stages.receipts import Receipt
 from pipeline.stages.storage_trouble import WorkerTrouble, describe
-from pipeline.stages.worker_start import telling_start
+from pipeline.stages.worker_messages import telling_start
 from pipeline.storage.retrying import Trouble
 
 DEVICE = Device("node", "host", ())
