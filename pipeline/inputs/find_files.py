@@ -64,8 +64,8 @@ def find_files(name: str, may_lack: bool = False) -> FoundFiles:
             return _find_plain(name, root, query, filesystem, base, may_lack)
         files, absent, one_by_one = _find_matching(filesystem, base, expand_braces(pattern))
     except (OSError, pa.ArrowException) as error:
-        if may_lack and isinstance(error, FileNotFoundError):
-            return FoundFiles(name=name, root=root + query, files=FileTable([]), one_by_one=False)
+        if may_lack and isinstance(error, FileNotFoundError):  # the folder of a glob is gone
+            return FoundFiles(name=name, root=root + query, files=FileTable(), one_by_one=False)
         raise InputError(f"{name} cannot be listed: {error}; check the path and the permissions") from error
     if absent and not may_lack:
         names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
@@ -162,7 +162,7 @@ def _find_plain(
     """Find one file, or all files below one folder."""
     (info,) = filesystem.get_file_info([path])
     if info.type == pafs.FileType.NotFound and may_lack:
-        raise FileNotFoundError(name)
+        return FoundFiles(name=name, root=uri + query, files=FileTable(), one_by_one=False)
     if info.type == pafs.FileType.NotFound:
         hint = "; write %23 for each # of a name" if "#" in name and "://" in name else ""
         raise InputError(f"no such file or folder: {name}{hint}")
