@@ -23,8 +23,8 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.secrets import hide_secrets
 
 WRITE_EVERY_S = 15.0
-"""A driver that is killed loses at most so much of its record, and none of its rows. In its first minutes it
-writes more often, after each tenth of its age."""
+"""A driver that is killed loses at most this much of its record, and none of its rows. In its first minutes
+it writes more often, after each tenth of its age."""
 MAX_REASON_CHARS = 1_000
 
 

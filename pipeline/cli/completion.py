@@ -35,7 +35,7 @@ def print_script(arguments: Sequence[str], make_parser: Callable[[], Parser]) ->
         prog=f"blip2 {COMPLETION}",
         usage=f"blip2 {COMPLETION} SHELL",
         description="Print the completion script of a shell. Write it into a folder that the shell "
-        "reads, such as those below, and start the shell anew.",
+        "reads, such as those below, and restart the shell.",
         examples=[(command, shell) for shell, command in SHELLS.items()],
     )
     parser.add_argument("shell", metavar="SHELL", help=" or ".join(SHELLS))

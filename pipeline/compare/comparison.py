@@ -19,7 +19,7 @@ NUM_LARGEST = 150
 NUM_STATUS_CHANGES = 50
 """Pairs that the page shows one by one."""
 MAX_SCORED = 20_000
-"""Of more pairs with a reference, so many are chosen at random and scored."""
+"""Of more pairs with a reference, this many are chosen at random and scored."""
 LOGPROB_DIGITS = 1
 
 

@@ -75,7 +75,7 @@ class Connection:
                 self.close()
 
     def _post(self, kind: str, body: bytes) -> http.client.HTTPResponse:
-        """Send a request; an open connection that the endpoint has closed meanwhile is opened anew."""
+        """Send a request; an open connection that the endpoint has closed meanwhile is opened again."""
         is_kept = self._connection is not None
         connection = self._connection = self._connection or self._endpoint.connect(SILENT_S)
         headers = {"Content-Type": kind, **self._endpoint.headers}

@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.endpoint.batch_requests import Ask, Outcome
 
 MAX_BREAKS = 3
-"""After so many answers that broke off or were out of time, or at once when it is refused with others, a text
-is sent alone; after as many alone, it fails."""
+"""A text is sent alone after this many answers that broke off or were out of time, or at once when it is
+refused with others. After as many answers alone, it fails."""
 
 
 @dataclass(eq=False)

@@ -128,8 +128,7 @@ class Ledger:
     def require_unrevised(self, run: Run) -> None:
         """Raise OutputInUse if a driver has stored other shards for a run since it was loaded.
 
-        The lease is taken later than the run is loaded, after a minute perhaps: another driver may have come
-        and gone.
+        The lease is taken up to a minute later than the run is loaded: another driver may have come and gone.
         """
         if run.listed is not None and self.folder.file(run.shard_list) != run.listed:
             raise OutputInUse(

@@ -27,7 +27,7 @@ from pipeline.storage.folder import Folder, WrittenFile
 
 SUMMARIES_PER_FILE = 1000
 MAX_SPARE_FILES = 8
-"""Files of summaries beyond those that are needed, after which they are written anew."""
+"""With more files of summaries than this beyond those that are needed, all are written again."""
 
 
 def keep_summaries(folder: Folder, summaries: Iterable[Summary]) -> list[str]:
@@ -66,7 +66,7 @@ def load_summaries(
 def tidy_summaries(
     folder: Folder, state: OutputState, summaries: Sequence[Summary], unkept: Set[str]
 ) -> None:
-    """Keep the summaries of a run that are not kept yet; write all anew when they are in too many files.
+    """Keep the summaries of a run that are not kept yet; write all again when they are in too many files.
 
     Args:
         state: the listing for which the summaries were loaded.

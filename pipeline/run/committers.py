@@ -126,7 +126,7 @@ class Committers:
     def keep_summaries(self) -> None:
         """Store the summaries of the shards that were committed since the last call.
 
-        A store that fails does not hold the driver up: who needs a summary finds it in the footer.
+        A store that fails does not hold the driver up: the footers have the same summaries.
         """
         try:
             self._ledger.with_retries(0.0).keep_summaries(self._summaries)

@@ -186,7 +186,7 @@ class _Header(tarfile.TarInfo):
             ) from None
 
     def _block(self, count: int) -> int:
-        """Return the bytes that so much content takes; newer versions of `tarfile` check it like this."""
+        """Return the bytes that content takes with its padding; newer versions of `tarfile` check it too."""
         if count < 0:
             raise tarfile.HeaderError("negative size")  # It would lead back, and reading would never end.
         return super()._block(count)  # type: ignore[misc]  # The stubs of tarfile lack it.
