@@ -252,7 +252,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
             f"{version}, and this version reads up to {FORMAT_VERSION}; use the newer version, or give "
             "another --output"
         )
-    shard_list = values.get("shard_list", SHARD_LIST)
+    shard_list, choice = values.get("shard_list", SHARD_LIST), values.get("quantization")
     listed = folder.file(shard_list)
     try:
         shards = folder.read(shard_list, partial(_read_shards, inputs=inputs))
@@ -266,7 +266,7 @@ def read_run(folder: Folder, inputs: Sequence[str] = ()) -> Run | None:
         unread=Unread(**values.get("unread", {})),
         kept=_read_schema(values.get("kept")),
         id=values.get("id") or hashlib.sha256(record).hexdigest()[:16],
-        quantization=_read_choice(values.get("quantization")),
+        quantization=None if choice is None else QuantizationChoice.from_dict(choice),
         shards=shards,
         shard_list=shard_list,
         listed=listed,
@@ -282,10 +282,6 @@ def _without_secrets_of_models(settings: Mapping[str, Any]) -> dict[str, Any]:
         if hidden:
             plain[part] = {**stored, **hidden}
     return plain
-
-
-def _read_choice(stored: Mapping[str, Any] | None) -> QuantizationChoice | None:
-    return None if stored is None else QuantizationChoice.from_dict(stored)
 
 
 def _read_shards(file: OpenFile, inputs: Sequence[str]) -> tuple[Shard, ...]:

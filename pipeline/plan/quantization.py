@@ -94,9 +94,9 @@ def compare(spec: CaptionSpec, quantized: Captioned, plain: Captioned) -> Quanti
         if before["status"] == after["status"] == Status.OK.value
     ]
     makes_captions = spec.outputs.caption
-    same = [(b, a) for b, a in pairs if makes_captions and b["caption"] == a["caption"]]
-    changed = [(b["key"], b["caption"], a["caption"]) for b, a in pairs if makes_captions]
-    changed = [entry for entry in changed if entry[1] != entry[2]]
+    captioned = pairs if makes_captions else []
+    same = [(b, a) for b, a in captioned if b["caption"] == a["caption"]]
+    changed = [(b["key"], b["caption"], a["caption"]) for b, a in captioned if b["caption"] != a["caption"]]
     return QuantizationEffect(
         method=spec.engine.quantize,
         num_identical=len(same) if makes_captions else None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from blip2_actor import Status
 
-REMEDIES = {
+REMEDIES: Mapping[str, str] = {
     Status.MISSING_IMAGE: "Nothing to caption: the row or sample has no image. Check --image-column.",
     Status.UNREADABLE: "The storage did not deliver the bytes. Check the file, then retry.",
     Status.FETCH_FAILED: "The address gave no image. Check it and its server, then retry.",
@@ -39,4 +41,4 @@ def remedy(status: str, error: str = "") -> str:
     """
     if "; run: " in error:
         return "Run the command that the error names, then retry."
-    return REMEDIES.get(Status(status), "") if status in {known.value for known in Status} else ""
+    return REMEDIES.get(status, "")
