@@ -59,7 +59,8 @@ def make_plan(settings: AnyPlanSettings, engine: EngineBuilder | None = None) ->
 def _deadline_s(deadline: str | None) -> float | None:
     """Return the seconds from now until a job must begin to stop; None without a deadline."""
     now = datetime.now(UTC)
-    return None if deadline is None else (stop_time(deadline, now) - now).total_seconds()
+    at = stop_time(deadline, now)
+    return None if at is None else (at - now).total_seconds()
 
 
 def _earlier_start_s(output: str, info: ModelInfo) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import pyarrow as pa
 
@@ -50,7 +49,7 @@ def prepare(settings: CaptionSettings, engine: EngineBuilder | None = None) -> J
         ValueError, OSError: the model is unknown, the input is missing or empty, the output cannot be written
             or was begun with other settings; the message says what to do.
     """
-    stop_at = _stop_at(settings.deadline)
+    stop_at = stop_time(settings.deadline)
     refuse_relative("input", settings.input)
     refuse_relative("output", [settings.output])
     settings.serving.check(settings.engine, settings.outputs, settings.placement)
@@ -103,7 +102,7 @@ def prepare_retry(settings: RetrySettings, engine: EngineBuilder | None = None) 
         ValueError, OSError: there is no run, its model is no longer the same, or its endpoint cannot make the
             rows; the message says what to do.
     """
-    stop_at = _stop_at(settings.deadline)
+    stop_at = stop_time(settings.deadline)
     refuse_relative("output", [settings.output])
     keys = None if settings.keys is None else read_keys(settings.keys)
     choice = RowChoice(frozenset(settings.status), keys)
@@ -155,10 +154,6 @@ def _in_any_dtype(engine: EngineBuilder) -> list[ModelInfo]:
     _, info = _describe(engine, None)
     others = ("float32", "bfloat16", "float16") if leaves_dtype_open(engine) else ()
     return [info, *(dataclasses.replace(info, dtype=dtype) for dtype in others if dtype != info.dtype)]
-
-
-def _stop_at(deadline: str | None) -> datetime | None:
-    return None if deadline is None else stop_time(deadline, datetime.now(UTC))
 
 
 def _continues(run: Run, settings: CaptionSettings, info: ModelInfo) -> bool:

@@ -14,16 +14,19 @@ _DURATION = re.compile(
 )
 
 
-def stop_time(deadline: str, now: datetime) -> datetime:
-    """Return when a job must begin to stop.
+def stop_time(deadline: str | None, now: datetime | None = None) -> datetime | None:
+    """Return when a job must begin to stop; None without a deadline.
 
     Args:
         deadline: a duration from now, such as 2h30m, or a time in ISO 8601, in UTC unless it says otherwise.
-        now: with a time zone.
+        now: with a time zone; default: what the clock says.
 
     Raises:
         ValueError: the deadline is neither, or it comes too soon or too late.
     """
+    if deadline is None:
+        return None
+    now = now or datetime.now(UTC)
     at = _parse(deadline, now)
     if at is None or at > now + LONGEST:
         raise ValueError(

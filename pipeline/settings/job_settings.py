@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from blip2_actor import EngineBuilder, EngineConfig, GenerationOptions, ImageLimits, ModelInfo
@@ -87,8 +86,7 @@ class JobSettings:
             raise ValueError("input must name at least one file or folder, got none")
         require_fraction("max_failed_fraction", self.max_failed_fraction)
         require_fraction("max_flagged_fraction", self.max_flagged_fraction)
-        if self.deadline is not None:
-            stop_time(self.deadline, datetime.now(UTC))
+        stop_time(self.deadline)  # which refuses one that is wrong
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         if self.add_new and self.limit is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from blip2_actor import ImageLimits, Status
@@ -125,8 +124,7 @@ class RetrySettings:
             raise ValueError("status must not be ok without keys, or every row runs again; name the rows")
         for name, value in self.fractions.items():
             require_fraction(name, value)
-        if self.deadline is not None:
-            stop_time(self.deadline, datetime.now(UTC))
+        stop_time(self.deadline)  # which refuses one that is wrong
         self.limits(ImageLimits())
         self.fetching(FetchSettings())
 
