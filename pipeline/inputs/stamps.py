@@ -35,9 +35,10 @@ SAMPLE_BYTES = 16 << 10
 def stamp_of(info: pafs.FileInfo) -> str:
     """Return the stamp of a file in a store.
 
-    Stores tell whole seconds in one answer and fractions in another, so fractions are left out.
+    Stores tell whole seconds in one answer and fractions in another, so fractions are left out. A web server
+    may not tell the size of a file; then nothing is known of it.
     """
-    if info.type != pafs.FileType.File:
+    if info.type != pafs.FileType.File or info.size is None:
         return UNKNOWN
     return f"{info.size}@{'' if info.mtime_ns is None else info.mtime_ns // 10**9}"
 

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.inputs import size_estimate
 from pipeline.inputs.listing import list_shards
 from pipeline.inputs.reader import ReadOptions, ShardWork
 from pipeline.inputs.shards import Shard, with_secrets, without_secrets
+from pipeline.inputs.size_estimate import estimate_size
 from pipeline.inputs.stamps import read_unchanged
 from pipeline.storage import retrying, retrying_file, whole_files
 from tests.unit.inputs.formats.reading_cases import read_rows, tar_bytes
@@ -102,6 +104,24 @@ def always(fault: Callable[[Server], None], every: int) -> Callable[[Server, int
         return True
 
     return staticmethod(answer)
+
+
+def test_a_server_need_not_tell_how_large_a_file_is(shard, monkeypatch):
+    """Its tars were refused: invalid literal for int() with base 10: 'None'."""
+
+    def send_until_close(server: Server, body: bytes) -> bool:
+        server.send(200, body, [("Connection", "close")])
+        server.close_connection = True
+        return True
+
+    monkeypatch.setattr(Server, "do_HEAD", lambda server: send_until_close(server, b""))
+    monkeypatch.setattr(Server, "answer", staticmethod(lambda server, _: send_until_close(server, CONTENT)))
+    monkeypatch.setattr(size_estimate, "SCANNED_ROWS_PER_TAR", 4)
+    (listed,) = list_shards(f"{shard.root}/a.tar")
+    assert listed.size_bytes is None
+    rows, report = read_rows(listed)
+    assert (len(rows), report.complete) == (16, True)
+    assert estimate_size([listed]).num_rows >= 4  # the plan divided by 0
 
 
 @pytest.mark.parametrize("fault", [slow_down, unavailable, cut, hang_up])
