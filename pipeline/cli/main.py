@@ -163,7 +163,8 @@ def _run(arguments: list[str]) -> int:
         if level is not None:
             choose_log_level(level)
     status = command.load()(settings)
-    return status if "ray" in command.needs else _written(status)  # what a job makes is in its files
+    is_job = "ray" in command.needs and given.command.split()[0] != "plan"
+    return status if is_job else _written(status)  # what a job makes is in its files
 
 
 def _written(status: int) -> int:

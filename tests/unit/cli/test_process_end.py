@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sys
 import pytest
 
 from pipeline.cli import main
+from pipeline.cli.command_table import Command
+from pipeline.progress import writing
 
 PROGRAM = """
 import atexit, sys
@@ -51,3 +54,15 @@ def test_output_that_a_full_disk_does_not_take_is_a_failure(words: list[str]) ->
         )
     assert done.returncode == 1
     assert done.stderr == "blip2: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [("plan in", 1), ("plan embed in --embed v=vision", 1), ("caption in -o out", 0)]
+)
+def test_a_plan_that_a_full_disk_does_not_take_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, words: str, status: int
+) -> None:
+    """`blip2 plan --json > plan.json` on a full disk left an empty file, and its exit status was 0."""
+    monkeypatch.setattr(writing, "_lost", OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Command, "load", lambda command: lambda settings: 0)
+    assert main.main(words.split()) == status

@@ -31,6 +31,8 @@ KINDS: dict[str, Kind] = {
 LINE_COLUMN = "path"
 """The only column of a manifest of plain lines."""
 MAX_RECORD_BYTES = 64 << 20
+MAX_NUMBER_DIGITS = 1000
+"""Of an integer in JSON; Python itself refuses 4,300, with a hint that is of no use here."""
 _DIALECTS: dict[Kind, str] = {"csv": "excel", "tsv": "excel-tab"}
 _QUOTED: dict[Kind, re.Pattern[bytes]] = {
     "csv": re.compile(rb'(?:^|[,\r\n])"[^"]*+(?:""[^"]*+)*+("?)'),
@@ -39,6 +41,8 @@ _QUOTED: dict[Kind, re.Pattern[bytes]] = {
 """A quoted field from the character before it on, and the quote that ends it."""
 _MARK = b"\xef\xbb\xbf"
 """Some programs begin a file in UTF-8 with it."""
+
+csv.field_size_limit(MAX_RECORD_BYTES)  # Python's own limit of 128 KiB is less than many images as data URIs.
 
 
 def kind_of(file: str) -> Kind:
@@ -165,12 +169,18 @@ def _fields(record: bytes, kind: Kind) -> list[str]:
 
 def _from_json(record: bytes) -> dict[str, str | None]:
     try:
-        found = json.loads(record)
+        found = json.loads(record, parse_int=_integer)
         if isinstance(found, dict):
             return {name: _text(value) for name, value in found.items()}
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_NUMBER_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits; write it as a text, in quotes")
+    return int(digits)
 
 
 def _text(value: object) -> str | None:

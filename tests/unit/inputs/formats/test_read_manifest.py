@@ -86,6 +86,11 @@ def test_json_lines(tmp_path: Path) -> None:
             b'{"path": "a.jpg"}\n{"path": %b1%b}\n{"path": "c.jpg"}\n' % (b"[" * 99_999, b"]" * 99_999),
             "nested too deeply",
         ),
+        (
+            "list.jsonl",
+            b'{"path": "a.jpg"}\n{"path": "b.jpg", "n": %b}\n{"path": "c.jpg"}\n' % (b"1" * 5000),
+            "it has a number of 5,000 digits; write it as a text",
+        ),
         ("list.txt", b"a.jpg\nb\xff.jpg\nc.jpg\n", "is not UTF-8, byte 0xff at 1"),
         ("list.csv", b"path,n\na.jpg,1\nb.jpg,2\rx.jpg,3\nc.jpg,3\n", "has carriage returns outside quotes"),
     ],
@@ -97,6 +102,14 @@ def test_a_record_that_cannot_be_read_costs_its_own_row(
     assert [row["status"] for row in rows] == [None, "unreadable", None]
     assert reason in rows[1]["error"] and rows[1]["key"]
     assert [row[ADDRESS] for row in rows[::2]] == [f"{tmp_path}/a.jpg", f"{tmp_path}/c.jpg"]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("list.tsv", "\t"), ("list.csv", ",")])
+def test_a_field_may_be_as_long_as_an_image(tmp_path: Path, name: str, delimiter: str) -> None:
+    """Python's `csv` refuses fields of more than 128 KiB, and the rows of larger data URIs were lost."""
+    uri = "data:image/png;base64," + "A" * 200_000
+    rows = rows_of(tmp_path / name, f'path{delimiter}n\n"{uri}"{delimiter}1\nb.jpg{delimiter}2\n')
+    assert [row[ADDRESS] for row in rows] == [uri, f"{tmp_path}/b.jpg"]
 
 
 @pytest.mark.parametrize("option", ["key_column", "prompt_column", "keep"])
