@@ -65,9 +65,12 @@ def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
     try:
         parts = urlsplit(url.strip())
         host, port = plain_host(parts.hostname or ""), parts.port
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        if parts.query:
+            target += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._[]|")
     except (ValueError, UnicodeError) as error:
         raise FetchError(
-            "url", f"the URL must be valid, got one with a damaged host or port: {error}"
+            "url", f"the URL must be valid, got one with a damaged host, port or path: {error}"
         ) from error
     if parts.scheme not in ("http", "https"):
         raise FetchError("url", f"the URL must begin with http:// or https://, got {parts.scheme[:20]!r}")
@@ -77,9 +80,6 @@ def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
         raise FetchError("url", "the URL must name a host")
     if policy.hosts is not None and host not in policy.hosts:
         raise FetchError("host", f"the URL must be of an allowed host, got {host}")
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-    if parts.query:
-        target += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._[]|")
     return httpcore.URL(scheme=parts.scheme, host=host, port=port, target=target)
 
 

@@ -279,6 +279,8 @@ def test_a_server_that_drips_does_not_hold_the_caller(part: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
+        "http://example.com/\ud800.jpg",
+        "http://example.com/?\ud800",
         "",
         "a.jpg",
         "ftp://example.com/a",
