@@ -23,12 +23,22 @@ def group_sizes(metadata: pq.FileMetaData, columns: Columns) -> list[int]:
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if not columns.has_lists:
         return [group.num_rows for group in groups]
-    return [_num_elements(group, columns.image.name) for group in groups]
+    schema = metadata.schema.to_arrow_schema()
+    # By its place: names may have dots, so the path of a column `images.n` begins like that of `images`.
+    before = list(schema)[: schema.get_field_index(columns.image.name)]
+    place = sum(_num_leaves(field.type) for field in before)
+    return [group.column(place).num_values for group in groups]
 
 
-def _num_elements(group: pq.RowGroupMetaData, name: str) -> int:
-    chunks = map(group.column, range(group.num_columns))
-    return next(chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith(f"{name}."))
+def _num_leaves(type: pa.DataType) -> int:
+    """Return how many columns of a Parquet file hold a column of a table."""
+    if isinstance(type, pa.BaseExtensionType):
+        return _num_leaves(type.storage_type)
+    if pa.types.is_struct(type):
+        return sum(_num_leaves(field.type) for field in type)
+    if pa.types.is_map(type):
+        return _num_leaves(type.key_type) + _num_leaves(type.item_type)
+    return _num_leaves(type.value_type) if hasattr(type, "value_type") else 1
 
 
 def unfold(batch: pa.RecordBatch, image: str, first_row: int) -> pa.RecordBatch:

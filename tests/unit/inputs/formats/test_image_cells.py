@@ -78,6 +78,21 @@ def test_lists_are_divided_by_row_groups_and_limited_by_images(tmp_path: Path) -
     assert sum(len(read_rows(part)[0]) for part in limited) == 5
 
 
+@pytest.mark.parametrize(
+    "count",
+    [pa.array(range(5)), pa.array([{"a": [1], "b": {"c": 2}}] * 5), pa.array([[]] * 5, pa.list_(pa.int8()))],
+)
+def test_lists_are_counted_next_to_a_column_whose_name_begins_like_theirs(
+    tmp_path: Path, count: pa.Array
+) -> None:
+    """The elements of `images.n` were counted for those of `images`, and the rest of the images was lost."""
+    cells = pa.array(LISTS, pa.list_(pa.binary()))
+    shard = table(tmp_path, {"images.n": count, "images": cells}, row_group_size=2)
+    rows, report = read_rows(shard, image_column="images")
+    assert (report.num_rows, report.complete) == (8, True)
+    assert [row["image"] for row in rows] == [b"a", b"b", None, None, b"c", None, None, b"d"]
+
+
 def test_a_list_is_taken_if_it_is_declared_or_the_only_choice(tmp_path: Path) -> None:
     lists = pa.array([[b"x"]], pa.list_(pa.binary()))
     both = table(tmp_path, {"image": [b"y"], "images": lists})
