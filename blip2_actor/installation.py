@@ -1,4 +1,4 @@
-"""Where our packages are, which packages of an extra are missing, and how to install them.
+"""Where our packages are, which packages of an extra are missing, and what a Ray of this machine lacks.
 
 It imports the standard library only, so that a command can say what is missing when almost nothing is
 installed.
@@ -6,6 +6,8 @@ installed.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "blip2-ray"
 EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra that brings the package for a URI scheme."""
+BAD_FOLDER = {None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}
+"""`errno` of an OSError about the folder of Ray, which raises one without about a path that is too long."""
 
 
 class MissingPackages(Exception):
@@ -41,6 +45,26 @@ def install_hint(scheme: str) -> str:
     """Return the end of a sentence about a URI whose package is missing: the command that installs it."""
     extra = EXTRA_OF_SCHEME.get(scheme)
     return f"; run: {pip_install(extra)}" if extra else "; install the package that it names"
+
+
+def ray_folder() -> Path:
+    """Return the folder in which a Ray that starts on this machine keeps its files (Ray 2.60, Linux)."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+
+
+def ray_start_remedy(error: Exception) -> str:
+    """Return what to do about an error with which Ray did not start on this machine."""
+    is_of_network = isinstance(error, ConnectionError | TimeoutError)
+    is_of_folder = isinstance(error, OSError) and not is_of_network and error.errno in BAD_FOLDER
+    if is_of_folder or isinstance(error, UnicodeError):
+        return (
+            f"it keeps its files in {ray_folder()}; set RAY_TMPDIR to a folder that can be written, with a "
+            "short path of ASCII characters"
+        )
+    return (
+        "when the machine is busy or short of memory or disk space, wait or free some, and run the same "
+        "command again"
+    )
 
 
 def _can_be_imported(package: str) -> bool:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from blip2_actor.installation import ROOT
+from blip2_actor.installation import ROOT, ray_start_remedy
 from deploy.observe.logs import serve_logging
 from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
@@ -176,8 +176,7 @@ def _start_ray(settings: ServeSettings) -> None:
         _end_started_processes(error)
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise RayStartFailed(
-            f"Ray did not start on this machine: {reason}; when the machine is busy or short of "
-            "memory or disk space, wait or free some, and run the same command again"
+            f"Ray did not start on this machine: {reason}; {ray_start_remedy(error)}"
         ) from error
 
 

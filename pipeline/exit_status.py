@@ -39,6 +39,7 @@ P = ParamSpec("P")
 REMEDIES = {
     errno.ENOSPC: "free space on the disk that is written to, and run the same command again",
     errno.EDQUOT: "free space within the quota, and run the same command again",
+    errno.EACCES: "give the missing permission, or name another place",
     errno.EROFS: "make the disk writable, or name a place on another one",
 }
 """What to do about errors of a disk, whose messages may not even name a file."""

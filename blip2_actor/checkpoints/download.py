@@ -96,8 +96,8 @@ def write_cached(path: Path, text: str) -> None:
         partial.rename(path)
     except OSError as error:
         logger.warning(
-            "%s cannot be written (%s), so the next start lacks it; set XDG_CACHE_HOME to a folder that can "
-            "be written",
+            "%s cannot be written (%s), so the next start computes it again; set XDG_CACHE_HOME to a folder "
+            "that can be written",
             path,
             error,
         )

@@ -57,7 +57,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield check_image_formats()
     needs_hub = settings.model is not None and is_on_hub(settings.model)
     yield check_hub(needs_hub)
-    yield check_cache_disk()
+    yield check_cache_disk(needs_hub)
     yield check_what_is_sent()
     if settings.model is not None:
         yield check_model(settings.model, settings.revision)

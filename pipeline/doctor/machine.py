@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
 import torch
 
 from blip2_actor import free_bytes
+from blip2_actor.installation import ray_folder
 from pipeline.finding import GIB, Finding, gib
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -81,9 +82,16 @@ def check_open_files() -> Finding:
     return Finding("open files", "ok", found)
 
 
-def check_disk(subject: str, folder: Path, enough_bytes: int) -> Finding:
-    """Check the free space of the disk that holds a folder, or will hold it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def check_disk(subject: str, folder: Path, enough_bytes: int, variable: str) -> Finding:
+    """Check that a folder can be written, or made, and the free space of its disk.
+
+    Args:
+        variable: the environment variable that names another folder.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        remedy = f"set {variable} to a folder that can be written, or give the missing permission"
+        return Finding(subject, "fail", f"{folder} cannot be written", remedy)
     free = shutil.disk_usage(existing).free
     if free < enough_bytes:
         remedy = f"free at least {gib(enough_bytes)} on the disk of {folder}"
@@ -91,5 +99,12 @@ def check_disk(subject: str, folder: Path, enough_bytes: int) -> Finding:
     return Finding(subject, "ok", f"{gib(free)} free for {folder}")
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # It is in a folder that may not be read.
+        return False
+
+
 def check_temporary_disk() -> Finding:
-    return check_disk("temporary disk", Path(tempfile.gettempdir()), ENOUGH_TEMPORARY_BYTES)
+    return check_disk("temporary disk", ray_folder().parent, ENOUGH_TEMPORARY_BYTES, "RAY_TMPDIR")

@@ -9,6 +9,7 @@ import re
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,8 +61,16 @@ def check_hub(is_needed: bool) -> Finding:
     return Finding("hub", "ok", f"{constants.ENDPOINT} answers, {token}")
 
 
-def check_cache_disk() -> Finding:
-    return check_disk("model cache", Path(constants.HF_HUB_CACHE), ENOUGH_CACHE_BYTES)
+def check_cache_disk(is_needed: bool) -> Finding:
+    """Check the folder into which a model of the hub is downloaded.
+
+    Args:
+        is_needed: whether the run fetches its model from there.
+    """
+    finding = check_disk("model cache", Path(constants.HF_HUB_CACHE), ENOUGH_CACHE_BYTES, "HF_HOME")
+    if finding.verdict == "fail" and (constants.HF_HUB_OFFLINE or not is_needed):
+        return replace(finding, verdict="warn")
+    return finding
 
 
 def check_model(model: str, revision: str | None) -> Finding:

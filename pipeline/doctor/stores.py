@@ -67,6 +67,9 @@ def check_output(output: str) -> Finding:
             folder.drop_if_empty(name)
         run = Ledger(folder).load()
     except (ValueError, OSError) as error:
-        return Finding("output", "fail", str(error), "give another --output, or the missing permission")
+        found, has_remedy, remedy = str(error).rpartition("; ")
+        if not has_remedy:
+            found, remedy = str(error), "give another --output, or the missing permission"
+        return Finding("output", "fail", found, remedy)
     holds = "no run yet" if run is None else f"a run of {count(len(run.shards), 'shard')}"
     return Finding("output", "ok", f"{folder} can be written, and holds {holds}")

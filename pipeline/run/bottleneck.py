@@ -11,7 +11,7 @@ BUSY = 0.7
 """A stage is the bottleneck from this busy fraction on."""
 MIN_STEADY_S = 60.0
 """Less work than this says nothing about a bottleneck: the queues between the stages are still filling."""
-TOO_SHORT = f"bottleneck: not known, that takes {MIN_STEADY_S:.0f} s of work after the start"
+TOO_SHORT = f"bottleneck: unknown; a run must work for {MIN_STEADY_S:.0f} s to show it"
 
 
 @dataclass(frozen=True, kw_only=True)

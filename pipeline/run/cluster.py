@@ -11,11 +11,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
-from pathlib import Path
-from tempfile import gettempdir
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from blip2_actor.installation import ray_folder, ray_start_remedy
 from pipeline.errors import GIVE_TOKEN, RayStartFailed
 from pipeline.run.signals import keeping_handlers
 from pipeline.storage.secrets import hide_secrets
@@ -153,8 +152,8 @@ def start_ray(**options: Any) -> None:
                 "RAY_ADDRESS, or unset it to start Ray on this machine"
             ) from error
         raise RayStartFailed(
-            f"Ray did not start on this machine: {reason}; when the machine is busy or short of memory or "
-            f"disk space, wait or free some, and run the same command again; its logs: {log_folder()}"
+            f"Ray did not start on this machine: {reason}; {ray_start_remedy(error)}; "
+            f"its logs: {log_folder()}"
         ) from error
 
 
@@ -163,7 +162,7 @@ def log_folder() -> str:
     from ray._private import worker
 
     node = worker._global_node
-    return str(Path(gettempdir(), "ray/session_latest/logs")) if node is None else node.get_logs_dir_path()
+    return str(ray_folder() / "session_latest/logs") if node is None else node.get_logs_dir_path()
 
 
 def _require_listener(address: str) -> None:

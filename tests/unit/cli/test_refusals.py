@@ -44,7 +44,7 @@ def refused(tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EDQUOT, errno.EROFS])
 def test_an_error_of_a_disk_says_what_to_do(number, capsys, monkeypatch):
     """Every command that writes ended with "[Errno 28] No space left on device" alone."""
 

@@ -78,10 +78,23 @@ def test_open_files(monkeypatch):
 
 
 def test_disks(monkeypatch, tmp_path):
-    require(machine.check_disk("x", tmp_path / "not" / "there", 1), "ok", "free for")
+    require(machine.check_disk("x", tmp_path / "not" / "there", 1, "X"), "ok", "free for")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, GIB))
     require(machine.check_temporary_disk(), "warn", "1.0 GiB free")
-    require(model.check_cache_disk(), "warn", "1.0 GiB free")
+    require(model.check_cache_disk(True), "warn", "1.0 GiB free")
+
+
+def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
+    """They were "ok, 74 GiB free", and the run failed on them: Ray at its start, or the download."""
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "of_ray"))
+    found = f"{tmp_path / 'of_ray'} cannot be written"
+    require(machine.check_temporary_disk(), "fail", found)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    require(model.check_cache_disk(True), "fail", "cannot be written")
+    require(model.check_cache_disk(False), "warn", "cannot be written")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    require(model.check_cache_disk(True), "warn", "cannot be written")
 
 
 def test_a_build_of_torch_that_does_not_fit_the_driver(monkeypatch, tmp_path):
@@ -300,7 +313,10 @@ def test_outputs(tmp_path):
     require(stores.check_output(str(tmp_path / "new")), "ok", "can be written, and holds no run yet")
     assert not [*(tmp_path / "new").iterdir()]
     (tmp_path / "file").touch()
-    require(stores.check_output(str(tmp_path / "file")), "fail", "must be a folder that can be written")
+    finding = stores.check_output(str(tmp_path / "file"))
+    require(finding, "fail", "must be a folder that can be written")
+    assert finding.remedy == "give another --output or the missing permission"
+    assert finding.remedy not in finding.found, "it was said twice"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import warnings
@@ -37,6 +38,32 @@ def test_a_local_ray_that_does_not_start_says_what_to_do(failing, monkeypatch, k
     said = str(refusal.value)
     assert said.startswith("Ray did not start on this machine: The current node timed out; when the machine")
     assert "run the same command again; its logs: " in said and said.endswith("/logs")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
+        OSError("AF_UNIX path length cannot exceed 107 bytes"),
+        UnicodeEncodeError("ascii", "/tmp/\xe9", 5, 6, "ordinal not in range(128)"),
+    ],
+    ids=["denied", "read-only", "too long", "not ASCII"],
+)
+def test_a_folder_that_ray_cannot_use_is_named(failing, monkeypatch, error):
+    """The remedy was to wait until the machine has memory, and the logs were said to be in /tmp."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
+    failing(error)
+    with pytest.raises(RayStartFailed, match=r"; it keeps its files in /somewhere/ray; set RAY_TMPDIR to "):
+        start_ray()
+
+
+def test_a_full_disk_is_no_folder_that_ray_cannot_use(failing, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failing(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(RayStartFailed, match=r"short of memory or disk space, wait or free some"):
+        start_ray()
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(failing, monkeypatch):
