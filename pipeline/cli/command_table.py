@@ -218,7 +218,7 @@ COMMANDS = {
         needs=NO_RAY,
     ),
     "clean": Command(
-        "List files of an output that are of no use any more, and delete them with --yes.",
+        "List files of an output that are no longer needed, and delete them with --yes.",
         "pipeline.maintenance.settings:CleanSettings",
         "pipeline.maintenance.clean:clean",
         (("blip2 clean captions", "list them"), ("blip2 clean captions --yes", "delete them")),

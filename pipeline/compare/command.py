@@ -48,6 +48,8 @@ def command(settings: CompareSettings) -> int:
 def summary_lines(comparison: Comparison, scores: dict[str, Score]) -> Iterator[str]:
     """Yield the lines for the terminal."""
     yield f"{comparison.num_pairs:,} rows matched by key and image; unmatched: {_unmatched(comparison)}"
+    if comparison.unmatched and not comparison.num_pairs:
+        yield "no row has a partner: give two runs over the same images, with the same keys"
     yield (
         f"{comparison.num_changed:,} of {comparison.num_captioned:,} captions changed "
         f"({comparison.changed_fraction:.2%}), by {comparison.mean_distance:.2f} words on average"

@@ -1,4 +1,4 @@
-"""Which files of an output are of no use any more, and why. Results and the record of a run never are."""
+"""Which files of an output are no longer needed, and why. Never results or the record of a run."""
 
 from __future__ import annotations
 

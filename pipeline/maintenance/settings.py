@@ -37,7 +37,7 @@ class VerifySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanSettings:
-    """Show which files of an output are of no use any more, and delete them with --yes. Needs no Ray."""
+    """Show which files of an output are no longer needed, and delete them with --yes. Needs no Ray."""
 
     output: str = field(metadata=positional())
     """Folder or URI of a run that no driver works on."""

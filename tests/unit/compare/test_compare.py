@@ -298,6 +298,14 @@ def test_an_output_without_rows_is_compared(tmp_path, capsys):
     assert "No caption and no status has changed" in (tmp_path / "c.html").read_text()
 
 
+def test_runs_over_other_images_are_named(tmp_path, capsys):
+    """The only lines were counts of zero, as for runs without a change."""
+    before = write_output(tmp_path / "a", {"0.tar": [ok("a", "a cat")]})
+    after = write_output(tmp_path / "b", {"0.tar": [ok("b", "a cat")]})
+    assert main(["compare", before, after]) == 0
+    assert "no row has a partner: give two runs over the same images" in capsys.readouterr().out
+
+
 def test_plain_files_are_compared_whatever_types_their_writer_has_chosen(tmp_path, capsys):
     """pandas writes a column without values as null: the second file did not fit into the first one's."""
     numbers: dict[str, Any] = {"shard": "s", "row": 0, "key": "a"}
