@@ -12,6 +12,7 @@ It has no settings: keys, hosts and costs are the gateway's.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 
@@ -23,12 +24,20 @@ from deploy.guard.access import ADMIN_PATHS
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
 from deploy.guard.uploads import PASSED_BODY, Body, Uploads, give_back_large_memory
-from deploy.http.errors import BEING_SERVED, RETRY_AFTER_S, ApiError, not_ready, overloaded, unavailable
+from deploy.http.errors import (
+    BEING_SERVED,
+    RETRY_AFTER_S,
+    ApiError,
+    not_ready,
+    overloaded,
+    shorten,
+    unavailable,
+)
 from deploy.observe.metrics import FRONT_ANSWERS
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", f"{__name__}.middlewares")
 """The environment variable that puts the front into Serve's proxies, and its value."""
-SERVE_PATHS = ("/-/healthz", "/-/routes")
+HEALTH_PATH, ROUTES_PATH = SERVE_PATHS = ("/-/healthz", "/-/routes")
 """Paths that Serve's proxy answers itself, for Ray and KubeRay, which expect its plain text."""
 LIVE_PATH = "/livez"
 BATCH_PATH = "/v1/batch"
@@ -76,6 +85,8 @@ class Front:
     async def _answer_here(self, scope: Scope) -> Response | None:
         if scope["path"] == LIVE_PATH:
             return _live(scope["method"])
+        if (scope["method"], scope["path"]) == ("OPTIONS", "*"):  # which asks about the server as a whole
+            return Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
         if scope["path"] in READY_PATHS and not await self._is_accepting(scope):
             raise not_ready("this node is starting or draining")
         if _counts(scope) and self._uploads.num_complete >= self._limit.value:
@@ -84,18 +95,36 @@ class Front:
 
     async def _is_accepting(self, scope: Scope) -> bool:
         """Ask Serve's proxy whether it has routes and is not being drained."""
-        codes: list[int] = []
+        code, _ = await self._ask_serve(scope, HEALTH_PATH)
+        return code == 200
+
+    async def _ask_serve(self, scope: Scope, path: str) -> tuple[int, bytes]:
+        """Return code and body of what Serve's proxy answers to GET for one of its own paths."""
+        messages: list[Message] = []
 
         async def receive() -> Message:
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message: Message) -> None:
-            codes.append(message.get("status", 0))
+            messages.append(message)
 
-        path = SERVE_PATHS[0]
         asked = {"method": "GET", "path": path, "raw_path": path.encode(), "headers": [], "query_string": b""}
         await self._serve({**scope, **asked}, receive, send)
-        return codes[0] == 200
+        return messages[0]["status"], b"".join(message.get("body", b"") for message in messages)
+
+    async def _in_place_of(self, scope: Scope, code: int | None) -> ApiError:
+        """Return the answer in place of Serve's own, or of none: a path outside of all routes is 404."""
+        if code == 408:
+            return ApiError(504, "timeout", "no answer within the time that Serve's proxy allows; try again")
+        if code == 404:
+            has_routes, routes = await self._ask_serve(scope, ROUTES_PATH)
+            if has_routes == 200 and (prefixes := json.loads(routes)):
+                said = f"there is no {shorten(scope['path'])}; paths here begin with {' or '.join(prefixes)}"
+                return ApiError(404, "not_found", said)
+            return unavailable("no application is running here: it starts, is updated or ends")
+        if code in (429, 503):
+            return unavailable("no gateway can take the request now")
+        return unavailable("the gateway of this request has ended")
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = for_serve(scope["headers"])
@@ -122,7 +151,8 @@ class Front:
         if _counts(scope) and answer.code is not None:
             self._limit.learn(self._uploads.num_complete, answer)
         if not answer.is_started and not body.has_left:
-            response = self._in_place(scope, body.refusal or _in_place_of(answer.held_back))
+            error = body.refusal or await self._in_place_of(scope, answer.held_back)
+            response = self._in_place(scope, error)
             response.headers["X-Request-ID"] = dict(headers)[REQUEST_ID].decode()
             await response(scope, receive, send)
 
@@ -216,17 +246,6 @@ def _counts(scope: Scope) -> bool:
     """
     path = scope["path"]
     return scope["method"] == "POST" and not path.endswith(BATCH_PATH) and ADMIN_PATHS not in path
-
-
-def _in_place_of(code: int | None) -> ApiError:
-    """Return the answer in place of Serve's own, or of none: 504 when its clock has run out, else 503."""
-    if code == 408:
-        return ApiError(504, "timeout", "no answer within the time that Serve's proxy allows; try again")
-    if code == 404:
-        return unavailable("no application is running here: it starts, is updated or ends")
-    if code in (429, 503):
-        return unavailable("no gateway can take the request now")
-    return unavailable("the gateway of this request has ended")
 
 
 def _is_plain_text_error(start: Message) -> bool:

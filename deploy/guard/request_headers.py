@@ -47,6 +47,9 @@ def check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
     encoding = given.get(b"content-encoding", b"identity").strip().lower()
     if encoding != b"identity":
         raise _unsupported(f"Content-Encoding must be identity, got {_shown(encoding)}; send the plain bytes")
+    transfer = given.get(b"transfer-encoding", b"chunked").strip().lower()
+    if transfer != b"chunked":
+        raise _unsupported(f"Transfer-Encoding must be chunked, got {_shown(transfer)}; send the plain bytes")
     content_type = given.get(b"content-type", b"")
     if len(content_type) > MAX_CONTENT_TYPE_BYTES:
         raise bad_request(f"content-type must have at most {MAX_CONTENT_TYPE_BYTES} bytes")

@@ -92,7 +92,8 @@ class ImageLoader:
         try:
             image = self._hosts.fetch(url)
         except FetchError as error:
-            return None, error.status, hide_secrets(str(error))
+            remedy = "; --allow-private-hosts allows its host" if error.reason == "address" else ""
+            return None, error.status, hide_secrets(str(error)) + remedy
         return (image, None, None) if image else (None, Status.MISSING_IMAGE, "the server sent no bytes")
 
     def _place(self, address: str) -> tuple[pafs.FileSystem, str]:

@@ -30,6 +30,7 @@ class Proxy:
         self.code = code
         self.kind = kind
         self.healthy = 200
+        self.routes = b"{}"
         self.error: Exception | None = None
         self.scopes: list[Scope] = []
         self.bodies: list[bytes] = []
@@ -37,6 +38,9 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/-/healthz":
             await self._answer(self.healthy, b"text/plain", send)
+            return
+        if scope["path"] == "/-/routes":
+            await self._answer(200, b"application/json", send, self.routes)
             return
         self.scopes.append(scope)
         while True:  # it may ask for a body that was passed, too
@@ -51,9 +55,9 @@ class Proxy:
         if self.code:
             await self._answer(self.code, self.kind, send)
 
-    async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+    async def _answer(self, code: int, kind: bytes, send: Send, body: bytes = b"{}") -> None:
         await send({"type": "http.response.start", "status": code, "headers": [[b"content-type", kind]]})
-        await send({"type": "http.response.body", "body": b"{}"})
+        await send({"type": "http.response.body", "body": body})
 
 
 def ask(front: Front, method: str = "POST", path: str = "/v1/caption", **request: Any) -> httpx.Response:
@@ -77,6 +81,7 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
         ([("content-type", "application/json; charset=latin-1")], 415),
         ([("content-type", "application/json" + ";" * 1024)], 400),
         ([("content-encoding", "gzip")], 415),
+        ([("transfer-encoding", "gzip, chunked")], 415),
         ([("x-request-id", "\xff\xfe".encode("latin-1"))], 400),
         ([("x-request-id", "a" * 129)], 400),
         ([("x-request-id", "a b")], 400),
@@ -150,6 +155,32 @@ def test_serves_own_answers_have_our_shape(code: int, expected: tuple[int, str])
     assert (answer.headers.get("retry-after") == "1") == (expected[0] == 503)
 
 
+def test_a_path_outside_of_all_routes_is_no_reason_to_try_again() -> None:
+    """Clients asked for it again and again, because it was the answer of an application that starts."""
+    serve = Proxy(404, b"text/plain; charset=utf-8")
+    serve.routes = b'{"/blip2": "blip2"}'
+    answer = ask(Front(serve), path="/v1/caption")
+    assert error_of(answer) == (404, "not_found")
+    assert answer.json()["error"]["message"] == "there is no '/v1/caption'; paths here begin with /blip2"
+
+
+def test_options_of_the_server_as_a_whole() -> None:
+    async def begin(scope: Scope) -> Message:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await Front(Proxy(404, b"text/plain"))(scope, receive, send)
+        return sent[0]
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    answer = asyncio.run(begin({"type": "http", "method": "OPTIONS", "path": "*", "headers": []}))
+    assert answer["status"] == 204 and (b"allow", b"GET, HEAD, POST, OPTIONS") in answer["headers"]
+
+
 class Gateways(Proxy):
     """Holds requests until they are let go, and refuses those beyond its limit."""
 
@@ -159,7 +190,7 @@ class Gateways(Proxy):
         self.held: list[asyncio.Event] = []
         self.num_asked = 0
 
-    async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+    async def _answer(self, code: int, kind: bytes, send: Send, body: bytes = b"{}") -> None:
         self.num_asked += 1
         if len(self.held) >= self.limit:
             response = full(6, 7.2).response()
@@ -229,7 +260,7 @@ def test_only_a_full_gateway_lowers_the_limit(refusal: ApiError, limit: float) -
     """
 
     class Refusing(Proxy):
-        async def _answer(self, code: int, kind: bytes, send: Send) -> None:
+        async def _answer(self, code: int, kind: bytes, send: Send, body: bytes = b"{}") -> None:
             response = refusal.response()
             await send({"type": "http.response.start", "status": 503, "headers": response.raw_headers})
             await send({"type": "http.response.body", "body": bytes(response.body)})
