@@ -30,6 +30,7 @@ from deploy.http.options import OPTION_NAMES
 
 JSON = "application/json"
 FORM = "multipart/form-data"
+IMAGE = "image/*"
 RAW = ("", "application/octet-stream", URLENCODED)
 """Content types of the bytes of an image, next to image/*. The last is what `curl --data-binary` says."""
 FILE_FIELDS = ("image", "images", "pixels")
@@ -46,14 +47,20 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 async def read_body(
-    request: Request, body_type: type[BodyT], image_policy: FetchPolicy, max_bodies: int = 1
+    request: Request,
+    body_type: type[BodyT],
+    image_policy: FetchPolicy,
+    max_bodies: int = 1,
+    *,
+    takes_json: bool = True,
 ) -> BodyT:
     """Read one call.
 
     Args:
-        body_type: its fields `image` and `images`, if it has any, take forms and raw bytes too.
+        body_type: with a field of `FILE_FIELDS` it may be a form, and with `image` the bytes of an image.
         image_policy: maximum size of one image, and the hosts whose images are fetched.
         max_bodies: how many of the largest images fit into the body.
+        takes_json: whether it may be JSON.
 
     Raises:
         ApiError: 400, 413 or 415; the message says what is wrong.
@@ -61,14 +68,13 @@ async def read_body(
     header = request.headers.get("content-type", "")
     media = header.partition(";")[0].strip().lower()
     fields = body_type.model_fields.keys()
-    is_raw = (media in RAW or media.startswith("image/")) and "image" in fields
-    is_json = media == JSON and "pixels" not in fields  # which are bytes
-    if not (is_raw or is_json or (media == FORM and fields & {*FILE_FIELDS})):
-        raise ApiError(
-            415,
-            "unsupported_media_type",
-            f"Content-Type must be {_content_types(fields)}, got {media or 'none'!r}",
-        )
+    taken = {IMAGE: "image" in fields, FORM: bool(fields & {*FILE_FIELDS}), JSON: takes_json}
+    is_raw, is_json = media in RAW or media.startswith("image/"), media == JSON
+    if not taken.get(IMAGE if is_raw else media):
+        *first, last = [kind for kind, is_taken in taken.items() if is_taken]
+        kinds = f"{', '.join(first)} or {last}" if first else last
+        message = f"Content-Type must be {kinds}, got {media or 'none'!r}"
+        raise ApiError(415, "unsupported_media_type", message)
     max_bytes = image_policy.max_bytes * max_bodies * (4 / 3 if is_json else 1) + MAX_TEXT_BYTES
     body = await _read_bounded(request, int(max_bytes))
 
@@ -285,11 +291,3 @@ def _query_texts(query: str) -> list[tuple[str, str]]:
         return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_PARTS)
     except ValueError:  # UnicodeDecodeError too
         raise bad_request(f"the query must be text in UTF-8, with at most {MAX_PARTS} fields") from None
-
-
-def _content_types(fields: Set[str]) -> str:
-    if "image" in fields:
-        return f"image/*, {FORM} or {JSON}"
-    if "pixels" in fields:
-        return FORM
-    return f"{FORM} or {JSON}" if "images" in fields else JSON

@@ -202,7 +202,7 @@ def batch_router(service: Service) -> APIRouter:
 
         The body is a form. An empty line says that the request is still served.
         """
-        body = await read_body(request, BatchBody, service.image_policy, MAX_BODIES)
+        body = await read_body(request, BatchBody, service.image_policy, MAX_BODIES, takes_json=False)
         async with service.model(body.model) as model:
             body.require_model(model.info)
         options = parse_options(body.options, model.options)
