@@ -9,6 +9,7 @@ from typing import Any
 Spec = Mapping[str, Any]
 
 MIN_RAY_FOR_TOKENS = (2, 52)
+MIN_RAY_FOR_K8S_TOKENS = (2, 55)
 MIN_RAY_FOR_PRIORITY = (2, 56)
 _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
@@ -89,10 +90,6 @@ def _fault_tolerance(spec: Spec, annotations: Spec, path: str) -> Iterator[str]:
             yield f"{path}.gcsFaultToleranceOptions must stand alone; take away {name}"
     if options.get("backend", "redis") == "redis" and options.get("storage"):
         yield f"{path}.gcsFaultToleranceOptions.storage is for the backend rocksdb alone"
-    if options.get("backend") == "rocksdb":
-        for name in ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace"):
-            if options.get(name):
-                yield f"{path}.gcsFaultToleranceOptions.{name} is for the backend redis alone"
 
 
 def _autoscaler(spec: Spec, env: Mapping[str, str], path: str) -> Iterator[str]:
@@ -107,7 +104,7 @@ def _autoscaler(spec: Spec, env: Mapping[str, str], path: str) -> Iterator[str]:
         groups = {"headGroupSpec": spec.get("headGroupSpec") or {}}
         groups |= {f"workerGroupSpecs[{i}]": g for i, g in enumerate(spec.get("workerGroupSpecs") or [])}
         for name, group in groups.items():
-            policy = _pod(group).get("restartPolicy", "Never")
+            policy = restart_policy(group)
             if policy != "Never":
                 yield f"{path}.{name}: restartPolicy must be Never with the autoscaler v2, got {policy}"
     idle_s = options.get("idleTimeoutSeconds") or 0
@@ -119,10 +116,16 @@ def _autoscaler(spec: Spec, env: Mapping[str, str], path: str) -> Iterator[str]:
 
 def _authentication(spec: Spec, path: str) -> Iterator[str]:
     options = spec.get("authOptions") or {}
-    if options.get("mode") == "token" and _ray_version(spec) < MIN_RAY_FOR_TOKENS:
-        yield f"{path}.rayVersion must be 2.52.0 or newer for tokens, got {spec.get('rayVersion')}"
+    major, minor = MIN_RAY_FOR_K8S_TOKENS if options.get("enableK8sTokenAuth") else MIN_RAY_FOR_TOKENS
+    if options.get("mode") == "token" and _ray_version(spec) < (major, minor):
+        yield f"{path}.rayVersion must be {major}.{minor}.0 or newer for tokens, got {spec.get('rayVersion')}"
     if options.get("enableK8sTokenAuth") and (options.get("mode") != "token" or options.get("secretName")):
         yield f"{path}.authOptions.enableK8sTokenAuth needs mode: token and no secretName"
+
+
+def restart_policy(group: Spec) -> str:
+    """Return the policy of the pods of a group; the operator takes none as Never."""
+    return _pod(group).get("restartPolicy") or "Never"
 
 
 def _pod(group: Spec) -> Spec:

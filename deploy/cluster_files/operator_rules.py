@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from deploy.cluster_files.cluster_rules import Spec, cluster_complaints
+from deploy.cluster_files.cluster_rules import Spec, cluster_complaints, restart_policy
 
 MAX_CLUSTER_NAME_CHARS = 53
 MAX_OWNER_NAME_CHARS = MAX_CLUSTER_NAME_CHARS - 6
@@ -74,6 +74,9 @@ def _job(spec: Spec) -> Iterator[str]:
         for name in ("clusterSelector", "submitterPodTemplate", "submitterConfig"):
             if spec.get(name):
                 yield f"spec.{name} must not be given in SidecarMode"
+        policy = restart_policy((spec.get("rayClusterSpec") or {}).get("headGroupSpec") or {})
+        if policy != "Never":
+            yield f"headGroupSpec: restartPolicy must be Never in SidecarMode, got {policy}"
     if ((spec.get("rayClusterSpec") or {}).get("authOptions") or {}).get("enableK8sTokenAuth"):
         yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth is not for a RayJob"
     if spec.get("deletionStrategy") is not None:

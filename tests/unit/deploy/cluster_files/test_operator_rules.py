@@ -122,11 +122,11 @@ HEAD, WORKER = "spec/headGroupSpec", "spec/workerGroupSpecs/0"
             "take away rayStartParams.redis-password",
         ),
         ({"spec/gcsFaultToleranceOptions": {"storage": {"size": "1Gi"}}}, "for the backend rocksdb alone"),
-        (
-            {"spec/gcsFaultToleranceOptions": {"backend": "rocksdb", "redisAddress": "r"}},
-            "redisAddress is for the backend redis alone",
-        ),
         ({"spec/authOptions": {"enableK8sTokenAuth": True}}, "enableK8sTokenAuth needs mode: token"),
+        (
+            {"spec/rayVersion": "2.54.0", "spec/authOptions": {"mode": "token", "enableK8sTokenAuth": True}},
+            "rayVersion must be 2.55.0 or newer for tokens, got 2.54.0",
+        ),
     ],
 )
 def test_a_broken_rule_of_the_cluster_is_named(changes: dict[str, Any], said: str) -> None:
@@ -154,6 +154,13 @@ RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED", "ttlSeco
         ({"spec/clusterSelector": {"cluster": "c"}}, "must name a cluster as ray.io/cluster"),
         ({"spec/submissionMode": "InteractiveMode"}, "backoffLimit must be 0"),
         ({"spec/submissionMode": "SidecarMode", "spec/submitterConfig": {"backoffLimit": 1}}, "SidecarMode"),
+        (
+            {
+                "spec/submissionMode": "SidecarMode",
+                "spec/rayClusterSpec/headGroupSpec/template/spec/restartPolicy": "Always",
+            },
+            "restartPolicy must be Never in SidecarMode, got Always",
+        ),
         ({"spec/rayClusterSpec/authOptions/enableK8sTokenAuth": True}, "is not for a RayJob"),
         ({"spec/deletionStrategy": {}}, "must give deletionRules, or both onSuccess and onFailure"),
         ({"spec/deletionStrategy": {"onSuccess": {"policy": "DeleteSelf"}}}, "both onSuccess and onFailure"),
