@@ -10,7 +10,7 @@ import asyncio
 from typing import Any
 
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from deploy.http.errors import ApiError
 
@@ -86,6 +86,8 @@ class GuardedConnection(HttpToolsProtocol):
         self._header_bytes = 0
         self._start_timer(MESSAGE_WITHIN_S, self.transport.close)
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _answer_without_chunks(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         if self._is_ending:
@@ -156,3 +158,20 @@ class GuardedConnection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _answer_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Let the end of the connection end an answer without a length: HTTP/1.0 has no chunks."""
+    send = cycle.send
+    has_length = False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = None if has_length else False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]

@@ -25,6 +25,12 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         return
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in (b"one", b"", b" two"):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -148,3 +154,13 @@ def test_a_body_that_comes_after_its_answer_is_read_slowly() -> None:
 def test_an_upgrade_is_answered_as_the_plain_request_that_it_also_is() -> None:
     websocket = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n"
     assert send(websocket).startswith(b"HTTP/1.1 200")
+
+
+def test_http_1_0_gets_a_stream_without_chunks() -> None:
+    """Its clients and proxies took the sizes of the chunks for a part of the answer."""
+    head, _, body = send(b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert body == b"one two" and b"transfer-encoding" not in head and b"connection: close" in head
+    assert send(b"GET /stream HTTP/1.1\r\nConnection: close\r\n\r\n").endswith(b"0\r\n\r\n")
+    assert send(b"GET / HTTP/1.0\r\n\r\n").endswith(b"content-length: 2\r\nconnection: close\r\n\r\nok")
+    head, _, body = send(b"HEAD /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert body == b"" and b"200 OK" in head
