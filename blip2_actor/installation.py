@@ -1,4 +1,4 @@
-"""Where our packages are, which packages of an extra are missing, and what a Ray of this machine lacks.
+"""Where our packages are, which packages of an extra are missing, and why Ray does not start here.
 
 It imports the standard library only, so that a command can say what is missing when almost nothing is
 installed.
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "blip2-ray"
 EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra that brings the package for a URI scheme."""
-BAD_FOLDER = {None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}
-"""`errno` of an OSError about the folder of Ray, which raises one without about a path that is too long."""
+BAD_FOLDER = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG}
+"""`errno` of an OSError if the folder that it names cannot be used."""
 
 
 class MissingPackages(Exception):
@@ -49,14 +49,12 @@ def install_hint(scheme: str) -> str:
 
 def ray_folder() -> Path:
     """Return the folder in which a Ray that starts on this machine keeps its files (Ray 2.60, Linux)."""
-    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray")
 
 
 def ray_start_remedy(error: Exception) -> str:
     """Return what to do about an error with which Ray did not start on this machine."""
-    is_of_network = isinstance(error, ConnectionError | TimeoutError)
-    is_of_folder = isinstance(error, OSError) and not is_of_network and error.errno in BAD_FOLDER
-    if is_of_folder or isinstance(error, UnicodeError):
+    if isinstance(error, UnicodeError) or (isinstance(error, OSError) and _is_about_folder(error)):
         return (
             f"it keeps its files in {ray_folder()}; set RAY_TMPDIR to a folder that can be written, with a "
             "short path of ASCII characters"
@@ -65,6 +63,15 @@ def ray_start_remedy(error: Exception) -> str:
         "when the machine is busy or short of memory or disk space, wait or free some, and run the same "
         "command again"
     )
+
+
+def _is_about_folder(error: OSError) -> bool:
+    """Return whether Ray cannot use its folder; it says without an `errno` that a path is too long."""
+    if error.errno is None:
+        return "AF_UNIX" in str(error)
+    path = error.filename
+    is_below = path is None or Path(os.fsdecode(path)).is_relative_to(ray_folder().parent)
+    return error.errno in BAD_FOLDER and is_below
 
 
 def _can_be_imported(package: str) -> bool:

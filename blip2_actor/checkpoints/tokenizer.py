@@ -85,7 +85,7 @@ class PromptTokenizer:
             )
         eos = text_config.eos_token_id
         stored = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        # Configurations say by an id such as -1 that no token ends a text.
+        # An id outside the vocabulary, such as -1, means that no token ends a text.
         end_ids = [token_id for token_id in stored if 0 <= token_id < self.vocab_size]
         self.end_ids: frozenset[int] = frozenset(end_ids)
         own = self.tokenizer.eos_token_id

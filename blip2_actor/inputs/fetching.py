@@ -70,7 +70,7 @@ def _parse(url: str, policy: FetchPolicy) -> httpcore.URL:
             target += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._[]|")
     except (ValueError, UnicodeError) as error:
         raise FetchError(
-            "url", f"the URL must be valid, got one with a damaged host, port or path: {error}"
+            "url", f"the URL must be valid, got one with a damaged host, port, path or query: {error}"
         ) from error
     if parts.scheme not in ("http", "https"):
         raise FetchError("url", f"the URL must begin with http:// or https://, got {parts.scheme[:20]!r}")

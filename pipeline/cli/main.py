@@ -164,7 +164,7 @@ def _run(arguments: list[str]) -> int:
             choose_log_level(level)
     status = command.load()(settings)
     is_job = "ray" in command.needs and given.command.split()[0] != "plan"
-    return status if is_job else _written(status)  # what a job makes is in its files
+    return status if is_job else _written(status)  # what a run makes is in its files
 
 
 def _written(status: int) -> int:

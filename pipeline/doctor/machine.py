@@ -7,6 +7,8 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -107,4 +109,12 @@ def _exists(path: Path) -> bool:
 
 
 def check_temporary_disk() -> Finding:
-    return check_disk("temporary disk", ray_folder().parent, ENOUGH_TEMPORARY_BYTES, "RAY_TMPDIR")
+    """Check the folder of Ray and, if it is another one, that of Python's temporary files."""
+    folders = {ray_folder().parent: "RAY_TMPDIR"}
+    with suppress(FileNotFoundError):  # no folder can be used, and so not that of Ray
+        folders.setdefault(Path(tempfile.gettempdir()), "TMPDIR")
+    found = [
+        check_disk("temporary disk", folder, ENOUGH_TEMPORARY_BYTES, variable)
+        for folder, variable in folders.items()
+    ]
+    return next((finding for finding in found if finding.verdict != "ok"), found[0])

@@ -62,13 +62,14 @@ def check_hub(is_needed: bool) -> Finding:
 
 
 def check_cache_disk(is_needed: bool) -> Finding:
-    """Check the folder into which a model of the hub is downloaded.
+    """Check the folder into which a model of the hub is downloaded; one that is there may hold the model.
 
     Args:
         is_needed: whether the run fetches its model from there.
     """
-    finding = check_disk("model cache", Path(constants.HF_HUB_CACHE), ENOUGH_CACHE_BYTES, "HF_HOME")
-    if finding.verdict == "fail" and (constants.HF_HUB_OFFLINE or not is_needed):
+    cache = constants.HF_HUB_CACHE
+    finding = check_disk("model cache", Path(cache), ENOUGH_CACHE_BYTES, "HF_HUB_CACHE")
+    if finding.verdict == "fail" and (constants.HF_HUB_OFFLINE or not is_needed or os.path.isdir(cache)):
         return replace(finding, verdict="warn")
     return finding
 

@@ -30,7 +30,7 @@ def check_input(inputs: Sequence[str]) -> Finding:
         shards = list_shards(inputs)
         error = _first_error(shards[0]) if shards else "no file that is read"
     except (ValueError, OSError, pa.ArrowException) as raised:
-        return Finding("input", "fail", str(raised), "give another --input, or the missing permission")
+        return _problem("input", raised, "give another --input, or the missing permission")
     if error is not None:
         return Finding("input", "fail", f"{count(len(shards), 'shard')}, but {error}", "look at these files")
     return Finding("input", "ok", f"{count(len(shards), 'shard')}, the first images can be read")
@@ -67,9 +67,12 @@ def check_output(output: str) -> Finding:
             folder.drop_if_empty(name)
         run = Ledger(folder).load()
     except (ValueError, OSError) as error:
-        found, has_remedy, remedy = str(error).rpartition("; ")
-        if not has_remedy:
-            found, remedy = str(error), "give another --output, or the missing permission"
-        return Finding("output", "fail", found, remedy)
+        return _problem("output", error, "give another --output, or the missing permission")
     holds = "no run yet" if run is None else f"a run of {count(len(run.shards), 'shard')}"
     return Finding("output", "ok", f"{folder} can be written, and holds {holds}")
+
+
+def _problem(subject: str, error: Exception, remedy: str) -> Finding:
+    """Return the finding for an error; a ValueError of ours ends with a remedy of its own."""
+    found, _, own = str(error).rpartition("; ") if isinstance(error, ValueError) else ("", "", "")
+    return Finding(subject, "fail", found or str(error), own if found else remedy)

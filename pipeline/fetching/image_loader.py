@@ -92,7 +92,9 @@ class ImageLoader:
         try:
             image = self._hosts.fetch(url)
         except FetchError as error:
-            remedy = "; --allow-private-hosts allows its host" if error.reason == "address" else ""
+            remedy = (
+                "; if you trust the host, give --allow-private-hosts" if error.reason == "address" else ""
+            )
             return None, error.status, hide_secrets(str(error)) + remedy
         return (image, None, None) if image else (None, Status.MISSING_IMAGE, "the server sent no bytes")
 

@@ -70,6 +70,8 @@ def estimate_size(
         counted, guesses, is_counted = limit, (0, 0, 0), True
     elif is_counted:
         guesses = (sum(scan.num_rows for scan in scans),) * 3
+    elif any(shard.size_bytes is None for shard in uncounted):
+        guesses = _extrapolate_files(scans, len(uncounted))
     else:
         guesses = _extrapolate(scans, sum(shard.size_bytes or 0 for shard in uncounted))
     num_rows, min_rows, max_rows = (min(counted + guess, limit or counted + guess) for guess in guesses)
@@ -95,16 +97,20 @@ def _scan(shard: Shard, options: ReadOptions) -> _Scan:
 
 
 def _extrapolate(scans: Sequence[_Scan], num_bytes: int) -> tuple[int, int, int]:
-    """Return how many rows `num_bytes` hold: at the average, lowest and highest density of the scans.
-
-    They are at least as many as the scans have found: the sizes of some files may not be known.
-    """
+    """Return how many rows `num_bytes` hold: at the average, lowest and highest density of the scans."""
     found = sum(scan.num_rows for scan in scans)
     densities = [scan.num_rows / scan.num_bytes for scan in scans if scan.num_rows and scan.num_bytes]
     if not densities:
         return found, found, found
     average = found / sum(scan.num_bytes for scan in scans)
-    mean, low, high = (
-        max(found, round(num_bytes * density)) for density in (average, min(densities), max(densities))
-    )
+    mean, low, high = (round(num_bytes * density) for density in (average, min(densities), max(densities)))
     return mean, low, high
+
+
+def _extrapolate_files(scans: Sequence[_Scan], num_files: int) -> tuple[int, int, int]:
+    """Return how many rows files of unknown size hold: on average, at least and at most as the scans found.
+
+    A scan ends after some rows of a tar, so there may be many more.
+    """
+    found = [scan.num_rows for scan in scans]
+    return round(num_files * sum(found) / len(found)), num_files * min(found), num_files * max(found)

@@ -59,7 +59,10 @@ def load_summaries(
     kept = _load_kept(folder, state)
     unknown = [shard for shard in shards if shard not in kept]
     read = at_once(lambda shard: read_summary(folder, shard), unknown)
-    kept |= {summary.shard: _of_file(summary, state.written[summary.shard]) for summary in read}
+    kept |= {
+        shard: _of_file(summary, state.written[shard])  # a file under a foreign name tells of another shard
+        for shard, summary in zip(unknown, read, strict=True)
+    }
     return [kept[shard] for shard in shards], frozenset(unknown)
 
 

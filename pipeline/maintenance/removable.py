@@ -1,4 +1,4 @@
-"""Which files of an output are no longer needed, and why. Never results or the record of a run."""
+"""Which files of an output are no longer needed, and why; results and the record of a run always are."""
 
 from __future__ import annotations
 

@@ -227,4 +227,4 @@ class Plan:
 def _format_rows(size: SizeEstimate) -> str:
     if size.is_counted:
         return count(size.num_rows, "row")
-    return f"about {size.num_rows:,} rows ({size.min_rows:,} to {size.max_rows:,}), estimated from bytes"
+    return f"about {size.num_rows:,} rows ({size.min_rows:,} to {size.max_rows:,}), estimated from a sample"

@@ -142,7 +142,7 @@ def _link(path: str, aside: str, content: bytes) -> bool:
     try:
         _write_aside(path, aside, content)
         os.link(aside, path)
-    except OSError:  # There is one, or the file system has no links.
+    except OSError:  # There is one, there are no links, or nothing can be written, which the next write says.
         return False
     finally:
         with contextlib.suppress(FileNotFoundError):

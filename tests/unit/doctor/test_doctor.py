@@ -80,6 +80,8 @@ def test_open_files(monkeypatch):
 def test_disks(monkeypatch, tmp_path):
     require(machine.check_disk("x", tmp_path / "not" / "there", 1, "X"), "ok", "free for")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, GIB))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     require(machine.check_temporary_disk(), "warn", "1.0 GiB free")
     require(model.check_cache_disk(True), "warn", "1.0 GiB free")
 
@@ -91,8 +93,11 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
     found = f"{tmp_path / 'of_ray'} cannot be written"
     require(machine.check_temporary_disk(), "fail", found)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     require(model.check_cache_disk(True), "fail", "cannot be written")
     require(model.check_cache_disk(False), "warn", "cannot be written")
+    (tmp_path / "hub").mkdir()  # and may hold the model
+    require(model.check_cache_disk(True), "warn", "cannot be written")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     require(model.check_cache_disk(True), "warn", "cannot be written")
 
@@ -307,6 +312,9 @@ def test_inputs(tmp_path):
     require(stores.check_input([str(tmp_path / "good.tar")]), "ok", "1 shard")
     require(stores.check_input([str(tmp_path / "bad.tar")]), "fail", "have no usable image")
     require(stores.check_input([str(tmp_path / "none")]), "fail", str(tmp_path / "none"))
+    found = stores.check_input([str(tmp_path / "*.png")])
+    require(found, "fail", "*.png")
+    assert ";" not in found.found and found.remedy == "check the pattern", "one remedy, that of the error"
 
 
 def test_outputs(tmp_path):

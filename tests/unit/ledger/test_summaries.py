@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 
 import pytest
 
@@ -133,3 +134,12 @@ def test_runs_of_before_have_no_kept_summaries_until_a_run_ends(ledger, opened):
     opened.clear()
     ledger.reconcile(RUN, ledger.scan())
     assert opened == []
+
+
+def test_a_file_under_the_name_of_another_shard_ends_nothing(ledger):
+    """`blip2 verify` names it; a resume ended with KeyError: 'a.tar'."""
+    for name in NAMES:
+        commit(ledger, name)
+    a, b = (ledger.folder.path(output_name(name)) for name in NAMES[:2])
+    shutil.copy(b, a)
+    assert len(ledger.reconcile(RUN, ledger.scan()).summaries) == len(NAMES)

@@ -59,9 +59,19 @@ def test_a_folder_that_ray_cannot_use_is_named(failing, monkeypatch, error):
         start_ray()
 
 
-def test_a_full_disk_is_no_folder_that_ray_cannot_use(failing, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/raylet"),
+        OSError("Failed to start the dashboard"),
+    ],
+    ids=["full", "a program is missing", "another reason"],
+)
+def test_other_errors_are_not_of_the_folder(failing, monkeypatch, error):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    failing(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
+    failing(error)
     with pytest.raises(RayStartFailed, match=r"short of memory or disk space, wait or free some"):
         start_ray()
 

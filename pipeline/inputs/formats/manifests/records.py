@@ -31,8 +31,8 @@ KINDS: dict[str, Kind] = {
 LINE_COLUMN = "path"
 """The only column of a manifest of plain lines."""
 MAX_RECORD_BYTES = 64 << 20
-MAX_NUMBER_DIGITS = 1000
-"""Of an integer in JSON; Python itself refuses 4,300, with a hint that is of no use here."""
+MAX_NUMBER_DIGITS = 4300
+"""Of an integer in JSON; Python refuses longer ones, with a hint that does not help here."""
 _DIALECTS: dict[Kind, str] = {"csv": "excel", "tsv": "excel-tab"}
 _QUOTED: dict[Kind, re.Pattern[bytes]] = {
     "csv": re.compile(rb'(?:^|[,\r\n])"[^"]*+(?:""[^"]*+)*+("?)'),
@@ -178,8 +178,9 @@ def _from_json(record: bytes) -> dict[str, str | None]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MAX_NUMBER_DIGITS:
-        raise ValueError(f"it has a number of {len(digits):,} digits; write it as a text, in quotes")
+    num_digits = len(digits.lstrip("-"))
+    if num_digits > MAX_NUMBER_DIGITS:
+        raise ValueError(f"it has a number of {num_digits:,} digits; write it as a text, in quotes")
     return int(digits)
 
 
