@@ -2,3 +2,6 @@
 
 It imports `blip2_actor` alone; the batch job in `pipeline` is its sibling, and neither imports the other.
 """
+
+APPLICATION = "blip2"
+"""The name of the Serve application, here and in `serve_config.yaml`."""

@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blip2_actor.installation import ROOT, ray_start_remedy
+from deploy import APPLICATION
 from deploy.observe.logs import serve_logging
 from deploy.observe.tracing import serve_environment
 from deploy.settings import ServeSettings
-
-APPLICATION = "blip2"
 
 
 class RayStartFailed(RuntimeError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from ipaddress import ip_address
@@ -123,8 +122,7 @@ class Settings:
     """Output of a finished blip2 caption run; images that it has captioned, with the same model, prompt and
     options, are answered from its files."""
     decode_children: int = 2
-    """Processes per gateway that decode images, and one more for large images; reserve as many CPUs for the
-    gateway."""
+    """Processes per gateway that decode images, and one more for large ones; reserve as many CPUs for it."""
 
     @cached_property
     def other_engines(self) -> dict[str, EngineConfig]:
@@ -260,19 +258,21 @@ class ServeSettings(Settings):
         if self.metrics_port == self.port:
             raise ValueError(f"metrics_port must be another port than port, got {self.port} for both")
         if not re.fullmatch(_HOST, self.host) and not _is_address(self.host):
-            raise ValueError(f"host must be an address such as ::1, got {self.host!r}; give the port as port")
+            raise ValueError(f"host must be a name or address without brackets and port, got {self.host!r}")
         self.require_keys(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach what listens on a host."""
+    """Whether only this machine can reach what listens on a host."""
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
 def _is_address(host: str) -> bool:
-    with suppress(ValueError):
-        return ip_address(host) is not None
-    return False
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class _EngineFlags(Parser):

@@ -118,7 +118,8 @@ def _authentication(spec: Spec, path: str) -> Iterator[str]:
     options = spec.get("authOptions") or {}
     major, minor = MIN_RAY_FOR_K8S_TOKENS if options.get("enableK8sTokenAuth") else MIN_RAY_FOR_TOKENS
     if options.get("mode") == "token" and _ray_version(spec) < (major, minor):
-        yield f"{path}.rayVersion must be {major}.{minor}.0 or newer for tokens, got {spec.get('rayVersion')}"
+        what = "enableK8sTokenAuth" if options.get("enableK8sTokenAuth") else "tokens"
+        yield f"{path}.rayVersion must be {major}.{minor}.0 or newer for {what}, got {spec.get('rayVersion')}"
     if options.get("enableK8sTokenAuth") and (options.get("mode") != "token" or options.get("secretName")):
         yield f"{path}.authOptions.enableK8sTokenAuth needs mode: token and no secretName"
 

@@ -76,7 +76,8 @@ def _job(spec: Spec) -> Iterator[str]:
                 yield f"spec.{name} must not be given in SidecarMode"
         policy = restart_policy((spec.get("rayClusterSpec") or {}).get("headGroupSpec") or {})
         if policy != "Never":
-            yield f"headGroupSpec: restartPolicy must be Never in SidecarMode, got {policy}"
+            path = "spec.rayClusterSpec.headGroupSpec"
+            yield f"{path}: restartPolicy must be Never in SidecarMode, got {policy}"
     if ((spec.get("rayClusterSpec") or {}).get("authOptions") or {}).get("enableK8sTokenAuth"):
         yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth is not for a RayJob"
     if spec.get("deletionStrategy") is not None:

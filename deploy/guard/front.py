@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deploy import APPLICATION
 from deploy.guard.access import ADMIN_PATHS
 from deploy.guard.connection import install
 from deploy.guard.request_headers import REQUEST_ID, check_headers, for_serve
@@ -118,7 +119,10 @@ class Front:
             return ApiError(504, "timeout", "no answer within the time that Serve's proxy allows; try again")
         if code == 404:
             has_routes, routes = await self._ask_serve(scope, ROUTES_PATH)
-            if has_routes == 200 and (prefixes := json.loads(routes)):
+            prefixes = json.loads(routes) if has_routes == 200 else {}
+            # Next to other applications, this one may only be away for an update.
+            is_served = APPLICATION in prefixes.values() and not scope["path"].startswith(tuple(prefixes))
+            if is_served:
                 said = f"there is no {shorten(scope['path'])}; paths here begin with {' or '.join(prefixes)}"
                 return ApiError(404, "not_found", said)
             return unavailable("no application is running here: it starts, is updated or ends")

@@ -22,6 +22,7 @@ _SINGLE = {
     b"content-type",
     b"host",
     b"origin",
+    b"transfer-encoding",
     REQUEST_ID,
 }
 _FOR_SERVE_ONLY = re.compile(

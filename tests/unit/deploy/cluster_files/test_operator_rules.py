@@ -125,7 +125,7 @@ HEAD, WORKER = "spec/headGroupSpec", "spec/workerGroupSpecs/0"
         ({"spec/authOptions": {"enableK8sTokenAuth": True}}, "enableK8sTokenAuth needs mode: token"),
         (
             {"spec/rayVersion": "2.54.0", "spec/authOptions": {"mode": "token", "enableK8sTokenAuth": True}},
-            "rayVersion must be 2.55.0 or newer for tokens, got 2.54.0",
+            "rayVersion must be 2.55.0 or newer for enableK8sTokenAuth, got 2.54.0",
         ),
     ],
 )

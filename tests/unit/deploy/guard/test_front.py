@@ -82,6 +82,7 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
         ([("content-type", "application/json" + ";" * 1024)], 400),
         ([("content-encoding", "gzip")], 415),
         ([("transfer-encoding", "gzip, chunked")], 415),
+        ([("transfer-encoding", "gzip"), ("transfer-encoding", "chunked")], 400),
         ([("x-request-id", "\xff\xfe".encode("latin-1"))], 400),
         ([("x-request-id", "a" * 129)], 400),
         ([("x-request-id", "a b")], 400),
@@ -162,6 +163,13 @@ def test_a_path_outside_of_all_routes_is_no_reason_to_try_again() -> None:
     answer = ask(Front(serve), path="/v1/caption")
     assert error_of(answer) == (404, "not_found")
     assert answer.json()["error"]["message"] == "there is no '/v1/caption'; paths here begin with /blip2"
+
+
+@pytest.mark.parametrize("routes", [b'{"/other": "other"}', b'{"/v1": "blip2"}', b"{}"])
+def test_an_application_that_may_come_back_is_asked_again(routes: bytes) -> None:
+    serve = Proxy(404, b"text/plain; charset=utf-8")
+    serve.routes = routes
+    assert error_of(ask(Front(serve), path="/v1/caption")) == (503, "unavailable")
 
 
 def test_options_of_the_server_as_a_whole() -> None:
