@@ -98,13 +98,11 @@ def _scan(shard: Shard, options: ReadOptions) -> _Scan:
 
 def _extrapolate(scans: Sequence[_Scan], num_bytes: int) -> tuple[int, int, int]:
     """Return how many rows `num_bytes` hold: at the average, lowest and highest density of the scans."""
-    found = sum(scan.num_rows for scan in scans)
     densities = [scan.num_rows / scan.num_bytes for scan in scans if scan.num_rows and scan.num_bytes]
     if not densities:
-        return found, found, found
-    average = found / sum(scan.num_bytes for scan in scans)
-    mean, low, high = (round(num_bytes * density) for density in (average, min(densities), max(densities)))
-    return mean, low, high
+        return 0, 0, 0
+    average = sum(scan.num_rows for scan in scans) / sum(scan.num_bytes for scan in scans)
+    return round(num_bytes * average), round(num_bytes * min(densities)), round(num_bytes * max(densities))
 
 
 def _extrapolate_files(scans: Sequence[_Scan], num_files: int) -> tuple[int, int, int]:
