@@ -29,6 +29,8 @@ class Command:
     """Packages of the extra `batch` without which the command cannot run."""
     starts_ray: bool = True
     """False if it only asks a cluster that exists, with the token that its user has."""
+    is_job: bool = False
+    """What it makes is in its output, so that it has not failed when nothing can be printed."""
 
     def parts(self, name: str) -> list[str]:
         """Return the parts of a configuration file that apply; a plan also has that of its command."""
@@ -70,6 +72,7 @@ COMMANDS = {
         "pipeline.settings.demo_settings:DemoSettings",
         "pipeline.demo.demo:demo",
         (("blip2 demo --num-images 300", "a short demonstration, in the folder demo_output"),),
+        is_job=True,
     ),
     "caption": Command(
         "Caption every image of an input; run again to resume.",
@@ -86,6 +89,7 @@ COMMANDS = {
                 "ask a question of every image",
             ),
         ),
+        is_job=True,
     ),
     "embed": Command(
         "Embed every image of an input; run again to resume.",
@@ -96,6 +100,7 @@ COMMANDS = {
             ("blip2 embed photos -o vectors --embed v=vision q=queries", "two columns of vectors"),
             ("blip2 embed table.parquet -o vectors --keep url", "images of a table; its url is kept"),
         ),
+        is_job=True,
     ),
     "score": Command(
         "Score how well a text fits its image, for every row of an input; run again to resume.",
@@ -109,6 +114,7 @@ COMMANDS = {
             ),
             ("blip2 score 'tars/*.tar' -o scores --text-column txt", "texts that are members of tars"),
         ),
+        is_job=True,
     ),
     "plan": Command(
         "Predict time, workers, bottleneck and bytes of a caption command from a sample.",
@@ -233,6 +239,7 @@ COMMANDS = {
             ("blip2 retry captions --status decoder_timed_out --image-wall-s 600", "with more time"),
             ("blip2 retry captions --keys keys.txt", "the rows with these keys"),
         ),
+        is_job=True,
     ),
     SUBMIT: Command(
         "Run caption, embed, score, retry or plan on a cluster.",
@@ -246,6 +253,7 @@ COMMANDS = {
         ),
         JOB,
         starts_ray=False,
+        is_job=True,
     ),
 }
 OTHERS = {

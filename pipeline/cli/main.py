@@ -163,8 +163,7 @@ def _run(arguments: list[str]) -> int:
         if level is not None:
             choose_log_level(level)
     status = command.load()(settings)
-    is_job = "ray" in command.needs and given.command.split()[0] != "plan"
-    return status if is_job else _written(status)  # what a run makes is in its files
+    return status if command.is_job else _written(status)
 
 
 def _written(status: int) -> int:
